@@ -1,0 +1,259 @@
+"""What an adapter is: `LoraConfig`, with PEFT's field names, meanings and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import AdapterError, ConfigError, did_you_mean, list_faults
+
+__all__ = ["ALL_LINEAR", "LoraConfig", "first_match", "matches"]
+
+ALL_LINEAR = "all-linear"
+
+# Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
+_HARMLESS = frozenset(
+    """arrow_config auto_mapping corda_config eva_config inference_mode loftq_config megatron_config megatron_core
+    peft_type peft_version revision runtime_config qalora_group_size ensure_weight_tying velora_config
+    lora_ga_config task_type""".split()
+)
+
+
+def _knob(default: Any, text: str) -> Any:
+    """Declares a field once: its default and the help text that flags, TOML keys and docs are made from."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The settings of one LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
+
+    Every field but `enable_lora` is PEFT's: same name, meaning and default.  A layer of weight W (out, in) computes
+    ``W x + scaling * B A x`` with A (r, in), B (out, r) and ``scaling = lora_alpha / r``.
+
+    Raises:
+        ConfigError: one or more fields hold a value they cannot have; all are reported together.
+
+    >>> LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}).r
+    4
+    >>> LoraConfig(r=0)
+    Traceback (most recent call last):
+        ...
+    loralib.errors.ConfigError: 1 setting of the adapter cannot be used:
+      r is 0, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)
+    """
+
+    r: int = _knob(8, "rank of the update: the inner size of A (r, in) and B (out, r)")
+    lora_alpha: float = _knob(8, "the update is scaled by lora_alpha / r")
+    target_modules: str | Sequence[str] | None = _knob(
+        None, "modules to adapt: names or name endings, one regular expression for the whole name, or 'all-linear'"
+    )
+    lora_dropout: float = _knob(0.0, "probability of dropping an input of the low-rank path while training")
+    bias: str = _knob("none", "which biases train too: 'none', 'all' or 'lora_only' (those of adapted layers)")
+    use_rslora: bool = _knob(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)")
+    modules_to_save: Sequence[str] | None = _knob(None, "modules trained in full and saved with the adapter")
+    exclude_modules: str | Sequence[str] | None = _knob(None, "modules left alone: names, endings or one expression")
+    layers_to_transform: int | Sequence[int] | None = _knob(None, "numbers of the layers to adapt; default: all")
+    layers_pattern: str | Sequence[str] | None = _knob(None, "name of the list of layers, as 'layers' or 'h'")
+    rank_pattern: Mapping[str, int] = _knob({}, "another r for modules whose name ends so; the first match counts")
+    alpha_pattern: Mapping[str, float] = _knob({}, "another lora_alpha for modules whose name ends so")
+    enable_lora: Mapping[str, Sequence[bool]] = _knob(
+        {}, "for fused projections: which equal blocks of the output to adapt, as {'c_attn': [True, False, True]}"
+    )
+    init_lora_weights: bool | str = _knob(True, "True: A random and B zero, so that training starts from the base")
+    fan_in_fan_out: bool = _knob(False, "the base weight is stored (in, out); found out by itself for Conv1D")
+    use_dora: bool = _knob(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
+    lora_bias: bool = _knob(False, "B has a bias; read, not trained here")
+    task_type: str | None = _knob(None, "what the model is for, as 'CAUSAL_LM'; a note for other tools")
+    base_model_name_or_path: str | None = _knob(None, "the base model the adapter belongs to; never a cache path")
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):  # a set has no order of its own
+                value = sorted(value)
+            if isinstance(value, (list, tuple)):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        object.__setattr__(self, "enable_lora", {k: tuple(v) for k, v in self.enable_lora.items()})
+        faults = list(self._faults())
+        if faults:
+            count = f"{len(faults)} setting{'s' if len(faults) > 1 else ''}"
+            raise ConfigError(list_faults(f"{count} of the adapter cannot be used", faults))
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if not _is_int(self.r) or self.r < 1:
+            faults.append(
+                f"r is {self.r!r}, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)"
+            )
+        if not _is_number(self.lora_alpha) or self.lora_alpha == 0:
+            faults.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number other than 0 (often 2 * r)")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            faults.append(f"lora_dropout is {self.lora_dropout!r}, expected a probability from 0 to below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            faults.append(f"bias is {self.bias!r}, expected 'none', 'all' or 'lora_only'")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                faults += _expression_faults(name, value)
+            elif value is not None and not all(isinstance(item, str) and item for item in value):
+                faults.append(f"{name} is {list(value)!r}, expected names of modules")
+        if self.target_modules is not None and not self.target_modules:
+            faults.append("target_modules is empty, expected at least one name, or 'all-linear'")
+        for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
+            for key in getattr(self, name):
+                faults += _expression_faults(f"a key of {name}", key)
+        for key, rank in self.rank_pattern.items():
+            if not _is_int(rank) or rank < 1:
+                faults.append(f"rank_pattern[{key!r}] is {rank!r}, expected a whole number of at least 1")
+        for key, alpha in self.alpha_pattern.items():
+            if not _is_number(alpha) or alpha == 0:
+                faults.append(f"alpha_pattern[{key!r}] is {alpha!r}, expected a finite number other than 0")
+        for key, blocks in self.enable_lora.items():
+            if not blocks or not all(isinstance(block, bool) for block in blocks) or not any(blocks):
+                faults.append(f"enable_lora[{key!r}] is {list(blocks)!r}, expected booleans, at least one of them True")
+        return faults
+
+    def rank_of(self, name: str) -> int:
+        """Returns r for the module of that dotted name."""
+        key = first_match(self.rank_pattern, name)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """Returns lora_alpha for the module of that dotted name."""
+        key = first_match(self.alpha_pattern, name)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def blocks_of(self, name: str) -> tuple[bool, ...] | None:
+        """Returns which output blocks of the module are adapted, or None for a plain (not fused) one."""
+        key = first_match(self.enable_lora, name)
+        return None if key is None else tuple(self.enable_lora[key])
+
+    def replace(self, **changes: Any) -> LoraConfig:
+        """Returns a copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what adapter_config.json holds: PEFT's keys, and only such that old versions of PEFT know.
+
+        `enable_lora` is left out (PEFT knows no fused blocks); fields that are newer than PEFT 0.5 only appear when set.
+
+        >>> LoraConfig(r=4, target_modules=["q_proj"]).to_dict()["target_modules"]
+        ['q_proj']
+        """
+        values: dict[str, Any] = {"peft_type": "LORA"}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name == "enable_lora" or (spec.name in _NEWER and value == _default(spec)):
+                continue
+            values[spec.name] = list(value) if isinstance(value, tuple) else value
+        values["lora_alpha"] = _whole(self.lora_alpha)
+        values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in self.alpha_pattern.items()}
+        values["inference_mode"] = True
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """Reads the content of an adapter_config.json.
+
+        Args:
+            values: PEFT's keys.  Keys that change nothing about the result are passed over.
+
+        Raises:
+            AdapterError: not a LoRA adapter, or it uses a feature that would be lost silently.
+            ConfigError: a value is out of range.
+        """
+        kind = values.get("peft_type", "LORA")
+        if str(kind).upper().rsplit(".", 1)[-1] != "LORA":
+            raise AdapterError(f"adapter_config.json says peft_type {kind!r}, expected 'LORA'; other kinds do not load")
+        known = {spec.name: spec for spec in dataclasses.fields(cls)}
+        faults = [
+            f"{key} = {str(value)[:80]!r}" + did_you_mean(key, known)
+            for key, value in values.items()
+            if key not in known and key not in _HARMLESS and not _is_off(value)
+        ]
+        if faults:
+            raise AdapterError(
+                list_faults(
+                    "adapter_config.json uses what loralib does not know, and leaving it out would change the result",
+                    faults,
+                    "Export the adapter without it (merge it, or train without it), and load that.",
+                )
+            )
+        chosen = {key: value for key, value in values.items() if key in known and value is not None}
+        return cls(**chosen)
+
+
+# Fields that PEFT learned after 0.5: written only when they say something.
+_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "enable_lora"})
+
+
+def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
+    """Tells which entry of a list of names, or whether a regular expression, fits a dotted module name.
+
+    A list entry fits exactly or as an ending after a dot; a string is an expression for the whole name (PEFT's rule).
+
+    Returns:
+        The entry that fits, or None.
+
+    >>> matches(["c_attn", "mlp.c_proj"], "h.0.mlp.c_proj")
+    'mlp.c_proj'
+    >>> matches(r".*\\.c_(attn|fc)", "h.0.mlp.c_proj") is None
+    True
+    """
+    if pattern is None:
+        return None
+    if isinstance(pattern, str):
+        return pattern if re.fullmatch(pattern, name) else None
+    for entry in pattern:
+        if name == entry or name.endswith(f".{entry}"):
+            return entry
+    return None
+
+
+def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
+    """Returns the first key K for which ``(.*\\.)?(K)$`` fits a dotted module name (PEFT's rule), or None.
+
+    >>> first_match({"layers.1.q_proj": 4, "q_proj": 8}, "model.layers.1.q_proj")
+    'layers.1.q_proj'
+    """
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", name):
+            return key
+    return None
+
+
+def _expression_faults(name: str, expression: str) -> list[str]:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        return [f"{name} is {expression!r}, which is no regular expression: {error}"]
+    return []
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value == {} or value == [] or value == ""
+
+
+def _whole(value: float) -> float:
+    """Returns 16 for 16.0: readers of adapter_config.json want an integer where there is one."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _default(spec: dataclasses.Field[Any]) -> Any:
+    return spec.default if spec.default is not dataclasses.MISSING else {}

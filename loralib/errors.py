@@ -1,0 +1,138 @@
+"""Every error loralib raises on purpose.
+
+    LoraError
+    ├── ConfigError (ValueError)             a knob has a value it cannot have
+    │   └── BiasModeError (NotImplementedError)
+    ├── TargetError (ValueError)             what should be adapted cannot be
+    ├── AdapterError (ValueError)            an adapter does not fit, or cannot be expressed
+    │   ├── FormatError                      a file is not what it claims to be
+    │   └── BaseMismatchError                the adapter was trained on another base model
+    ├── MergeError (RuntimeError)            weights cannot be merged or unmerged
+    ├── DataError (ValueError)               a data file or an example is wrong
+    ├── BaseModelError (OSError)             a base model cannot be found or read
+    ├── TrainingError (RuntimeError)         training cannot go on
+    │   └── NothingLearnedError              no gradient reaches a layer, or nothing changed
+    ├── OutputError (OSError)                a result cannot be written
+    └── MissingDependencyError (ImportError) an optional package is not installed
+
+Each is also a builtin exception, so ``except ValueError`` keeps working for callers who do not know
+this module.  The command line prints the message of a `LoraError` without a traceback and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "AdapterError",
+    "BaseMismatchError",
+    "BaseModelError",
+    "BiasModeError",
+    "ConfigError",
+    "DataError",
+    "FormatError",
+    "LoraError",
+    "MergeError",
+    "MissingDependencyError",
+    "NothingLearnedError",
+    "OutputError",
+    "TargetError",
+    "TrainingError",
+    "did_you_mean",
+    "list_faults",
+]
+
+
+class LoraError(Exception):
+    """Base class of every error that loralib raises on purpose."""
+
+
+class ConfigError(LoraError, ValueError):
+    """A setting has a value that it cannot have."""
+
+
+class BiasModeError(ConfigError, NotImplementedError):
+    """``bias`` is not 'none', 'all' or 'lora_only' (Microsoft's loralib raises NotImplementedError)."""
+
+
+class TargetError(LoraError, ValueError):
+    """A module that should be adapted is not there, or cannot be adapted."""
+
+
+class AdapterError(LoraError, ValueError):
+    """An adapter does not fit a model, or cannot be expressed in a format."""
+
+
+class FormatError(AdapterError):
+    """A file is not what it claims to be: truncated, corrupt, hostile or of another kind."""
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter was trained on another base model than the one it is loaded into."""
+
+
+class MergeError(LoraError, RuntimeError):
+    """Adapter and base weights cannot be merged, or are in the wrong state for what was asked."""
+
+
+class DataError(LoraError, ValueError):
+    """A data file, or a line in it, is not what its reader expects."""
+
+
+class BaseModelError(LoraError, OSError):
+    """A base model cannot be found, fetched or read."""
+
+
+class TrainingError(LoraError, RuntimeError):
+    """Training cannot start or cannot go on."""
+
+
+class NothingLearnedError(TrainingError):
+    """An adapted layer gets no gradient, or the adapter ends as it began."""
+
+
+class OutputError(LoraError, OSError):
+    """A result cannot be written where it should go."""
+
+
+class MissingDependencyError(LoraError, ImportError):
+    """An optional package is needed and not installed; the message says what to install."""
+
+
+def list_faults(heading: str, faults: Sequence[str], fix: str = "", most: int = 20) -> str:
+    """Joins all faults of one kind into one message.
+
+    Args:
+        heading: what is wrong, without a final colon.
+        faults: one line each.
+        fix: what to do about it.
+        most: how many faults are spelled out; the rest is counted.
+
+    Returns:
+        ``heading``, one indented line a fault, and the fix.
+
+    >>> print(list_faults("2 tensors do not fit", ["a: (1,), expected (2,)", "b: missing"], "Use another base."))
+    2 tensors do not fit:
+      a: (1,), expected (2,)
+      b: missing
+    Use another base.
+    """
+    lines = [f"{heading}:", *(f"  {fault}" for fault in faults[:most])]
+    if len(faults) > most:
+        lines.append(f"  ... and {len(faults) - most} more")
+    if fix:
+        lines.append(fix)
+    return "\n".join(lines)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the nearest known words, or an empty string.
+
+    >>> did_you_mean("lora_dropuot", ["lora_dropout", "lora_alpha"])
+    " Did you mean 'lora_dropout'?"
+    >>> did_you_mean("zzz", ["lora_dropout"])
+    ''
+    """
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

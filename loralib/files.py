@@ -1,0 +1,161 @@
+"""Files that appear whole or not at all, and directories held by one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import OutputError
+
+__all__ = ["hold_directory", "read_text", "remove_file", "write_json", "write_text", "write_whole"]
+
+_LOCK = ".loralib.lock"
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Writes a file aside, syncs it, and renames it into place: readers see the old file or the new one.
+
+    Args:
+        path: the file to write; its directory is made if needed.
+        write: called with the path of a temporary file in the same directory; must create its content.
+
+    Raises:
+        OutputError: the directory or file cannot be written (read-only, disk full, path is a directory).
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
+        with contextlib.suppress(OSError):
+            temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_directory(path.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(_why_not_written(path, error)) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text with "\\n" line ends, whole or not at all (see `write_whole`)."""
+    write_whole(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as indented UTF-8 JSON, whole or not at all (see `write_whole`)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Returns the text of a UTF-8 file; a byte-order mark is dropped."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def remove_file(path: str | os.PathLike[str]) -> None:
+    """Removes a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+
+
+@contextlib.contextmanager
+def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a directory and holds it: a second run that wants it is refused while the first one lives.
+
+    The lock is the operating system's (flock, or msvcrt on Windows), so a killed run never leaves one behind.
+
+    Args:
+        directory: the directory to make and hold.
+
+    Yields:
+        The directory as an absolute path.
+
+    Raises:
+        OutputError: the directory cannot be made or written, or another run holds it.
+    """
+    path = Path(directory).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("a+b")
+    except OSError as error:
+        raise OutputError(_why_not_written(path, error)) from error
+    with lock:
+        if not _lock(lock):
+            raise OutputError(
+                f"output directory {path} is held by another run that is still going. "
+                "Wait for it to end, or choose another --output_dir."
+            )
+        try:
+            yield path
+        finally:
+            # Unlink only while the lock is held, so that nobody can lock the file between the two.
+            if os.name != "nt":
+                remove_file(path / _LOCK)
+    if os.name == "nt":  # Windows cannot unlink an open file
+        with contextlib.suppress(OSError):
+            remove_file(path / _LOCK)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have unlinked the file we opened: then nobody else sees our lock.
+            return os.fstat(file.fileno()).st_nlink > 0
+    except OSError:
+        return False
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename last through a power cut; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        return f"cannot write {path}: the disk is full. Free some space, or write to another disk."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot write {path}: {reason}. Choose a directory that you may write to."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"cannot write {path}: a file is in the way where a directory is needed. Choose another directory."
+    return f"cannot write {path}: {reason}."

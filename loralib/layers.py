@@ -1,0 +1,532 @@
+"""The LoRA layers: one mixin, `LoRALayer`, over whatever class a layer already has.
+
+Microsoft's classes (`Linear`, `MergedLinear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d`) are the mixins below over
+torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` makes the same kind of class on the
+fly over the class that a module has, and switches ``module.__class__``; so the base weight stays the same Parameter under
+the same name, and ``isinstance`` keeps working.
+
+A layer's update is always ``scaling * B A`` as `loralib.delta` computes it; a mixin only says which two factors those are
+(`_factors`) and how the update lies in the weight (`delta_weight`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import Parameter
+
+from .delta import add_delta, block_diagonal_B, delta_weight, low_rank, scaling_of
+from .errors import ConfigError, MergeError
+
+__all__ = [
+    "ConvPath",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "adapted_class",
+]
+
+
+class LoRALayer(nn.Module):
+    """What every LoRA layer has, whatever it is a layer of.
+
+    Attributes:
+        r: the rank; 0 means that the layer has no adapter.
+        lora_alpha: see `loralib.delta.scaling_of`.
+        lora_dropout: probability of dropping an input of the low-rank path while training.
+        scaling: the factor of the update.
+        merge_weights: whether ``eval()`` merges and ``train()`` unmerges (Microsoft's default; injected layers: no).
+        enabled: False while `loralib.disabled` is in force.
+        lora_A, lora_B: the trained factors (absent when r is 0).
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    scaling: float
+    merge_weights: bool
+    enabled: bool
+    lora_A: Parameter
+    lora_B: Parameter
+
+    _weight_name = "weight"
+
+    def _init_lora(
+        self, r: int, lora_alpha: float, lora_dropout: float = 0.0, merge_weights: bool = False, use_rslora: bool = False
+    ) -> None:
+        """Gives the layer its settings and, if r > 0, its factors; the base weight must be there already."""
+        if r < 0:
+            raise ConfigError(f"r is {r}, expected 0 (no adapter) or a positive rank")
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.scaling = scaling_of(r, lora_alpha, use_rslora)
+        self.merge_weights, self.enabled = merge_weights, True
+        if r > 0:
+            shape_A, shape_B = self.factor_shapes(r)
+            weight = self.base_weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.lora_A = Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
+            self.lora_B = Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
+            self.reset_lora_parameters()
+
+    # What a kind of layer has to say about itself.
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of lora_A and lora_B for a rank."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """Returns the update in the shape of the base weight, in at least fp32."""
+        raise NotImplementedError
+
+    def reset_lora_parameters(self) -> None:
+        """Draws A as nn.Linear draws its weight and sets B to zero, so that the layer starts as its base."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    # State.
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds base + update at the moment."""
+        return "_unmerged" in self.__dict__
+
+    @property
+    def base_weight(self) -> Parameter:
+        """The base weight, also while the layer is merged."""
+        stored = self.__dict__.get("_unmerged")
+        return cast(Parameter, stored if stored is not None else self._parameters[self._weight_name])
+
+    @property
+    def _active(self) -> bool:
+        """Whether forward must add the update."""
+        return self.r > 0 and self.enabled and not self.merged
+
+    def merge(self) -> None:
+        """Puts base + update, computed in fp32, in the place of the weight.  The base tensor is kept untouched.
+
+        The merged weight is another Parameter: modules that share the base weight (a tied head) keep the base's values.
+
+        Raises:
+            MergeError: the update holds NaN or infinite values.
+        """
+        if self.merged or self.r == 0:
+            return
+        with torch.no_grad():
+            delta = self.delta_weight()
+            if not torch.isfinite(delta).all():
+                raise MergeError("the adapter holds NaN or infinite values and was not merged; train again or load another")
+            base = self.base_weight
+            merged = Parameter(add_delta(base, delta), requires_grad=base.requires_grad)
+        self.__dict__["_unmerged"] = base
+        self._parameters[self._weight_name] = merged
+
+    def unmerge(self) -> None:
+        """Puts the base weight back, bit for bit."""
+        if not self.merged:
+            return
+        base: Parameter = self.__dict__.pop("_unmerged")
+        # Whoever froze or thawed the layer meanwhile meant the weight, not this copy of it.
+        base.requires_grad_(self._parameters[self._weight_name].requires_grad)  # type: ignore[union-attr]
+        self._parameters[self._weight_name] = base
+
+    def train(self, mode: bool = True) -> LoRALayer:
+        super().train(mode)
+        if self.__dict__.get("merge_weights"):
+            if mode:
+                self.unmerge()
+            elif self.enabled:
+                self.merge()
+        return self
+
+    # A state dict holds base weights, and moving a layer moves the base it keeps.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.merged:
+            base = self.base_weight
+            destination[prefix + self._weight_name] = base if keep_vars else base.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
+        super()._apply(fn, recurse)
+        if self.merged:
+            with torch.no_grad():
+                self.base_weight.data = fn(self.base_weight.data)
+        return self
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made on the fly has no importable name: it is rebuilt from its two halves.
+        halves = type(self).__dict__.get("_halves")
+        if halves is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, halves, self.__dict__
+
+
+class LinearPath(LoRALayer):
+    """``y = W x + scaling * B A x``; with `blocks`, for some of the equal blocks of a fused projection only."""
+
+    fan_in_fan_out: bool = False  # weight stored (in, out)
+    blocks: tuple[bool, ...] | None = None
+
+    def _sizes(self) -> tuple[int, int]:
+        rows, columns = self.base_weight.shape
+        return (columns, rows) if not self.fan_in_fan_out else (rows, columns)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inputs, outputs = self._sizes()
+        if self.blocks is None:
+            return (r, inputs), (outputs, r)
+        k = sum(self.blocks)
+        return (r * k, inputs), (outputs // len(self.blocks) * k, r)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.lora_B if self.blocks is None else block_diagonal_B(self.lora_B, self.blocks)
+
+    def delta_weight(self) -> Tensor:
+        delta = delta_weight(*self._factors(), self.scaling)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, super().forward(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._base_forward(x)
+        if not self._active:
+            return y
+        return y + low_rank(self._drop(x), *self._factors(), self.scaling)
+
+
+class ReadLinearPath(LinearPath):
+    """A linear whose weight a parent reads past its forward (nn.TransformerEncoderLayer's fast path).
+
+    `weight` is base + update for such a reader; `forward` computes as any other layer does.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        base = self._parameters["weight"]
+        assert base is not None
+        return add_delta(base, self.delta_weight()) if self._active else base
+
+    @weight.setter
+    def weight(self, value: Parameter) -> None:
+        self.register_parameter("weight", value)
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(Tensor, self._parameters["weight"]), cast("Tensor | None", self._parameters["bias"]))
+
+
+class AttentionPath(LinearPath):
+    """nn.MultiheadAttention: its in_proj_weight (3 * embed_dim, embed_dim) is read, not called, so it reads as base + update."""
+
+    _weight_name = "in_proj_weight"
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        base = self._parameters["in_proj_weight"]
+        assert base is not None
+        return add_delta(base, self.delta_weight()) if self._active else base
+
+    @in_proj_weight.setter
+    def in_proj_weight(self, value: Parameter) -> None:
+        self.register_parameter("in_proj_weight", value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._base_forward(*args, **kwargs)
+
+    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.MultiheadAttention.forward(cast(nn.MultiheadAttention, self), *args, **kwargs)
+
+
+class EmbeddingPath(LoRALayer):
+    """``y = W[i] + scaling * B A[:, i]`` with A (r, n) zero and B (d, r) normal at the start."""
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        count, width = self.base_weight.shape
+        return (r, count), (width, r)
+
+    def reset_lora_parameters(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def delta_weight(self) -> Tensor:
+        return delta_weight(self.lora_A, self.lora_B, self.scaling).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, super().forward(x))
+        if not self._active:
+            return y
+        table = cast(nn.Embedding, self)
+        # max_norm stays with the base table: it would rescale the columns of A in place.
+        rows = F.embedding(
+            x, self.lora_A.T, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq, sparse=table.sparse
+        )
+        update = F.linear(rows, self.lora_B) * self.scaling
+        # Gemma's table multiplies what it looks up; a merged weight would be multiplied too.
+        scale = getattr(self, "embed_scale", None)
+        return y + (update if scale is None else update * scale).to(y.dtype)
+
+
+class ConvPath(LoRALayer):
+    """A convolution with r outputs (A: (r, in, *kernel)) followed by one of width 1 (B: (out, r, 1, ...)): PEFT's form."""
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        outputs, inputs, *kernel = self.base_weight.shape
+        return (r, inputs, *kernel), (outputs, r, *(1 for _ in kernel))
+
+    def delta_weight(self) -> Tensor:
+        return delta_weight(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling).view(self.base_weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, super().forward(x))
+        if not self._active:
+            return y
+        conv = cast(nn.Conv2d, self)
+        narrow = conv._conv_forward(self._drop(x), self.lora_A.to(x.dtype), None) * self.scaling
+        one_by_one = (F.conv1d, F.conv2d, F.conv3d)[self.lora_B.dim() - 3]
+        return y + one_by_one(narrow, self.lora_B.to(x.dtype))
+
+
+class FoldedConvPath(LoRALayer):
+    """A convolution whose update is ``B A`` folded into the weight's shape: Microsoft's form.
+
+    With b the last kernel size and a the product of the others, A is (r*b, in*b) and B (out/groups*a, r*b).  For square
+    2-D kernels, the only ones that loralib 0.1.2 runs, these are its shapes; the rule extends them to all others.
+    """
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        conv = cast(nn.Conv2d, self)
+        *others, last = conv.kernel_size
+        return (r * last, conv.in_channels * last), (conv.out_channels // conv.groups * math.prod(others), r * last)
+
+    def delta_weight(self) -> Tensor:
+        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self.base_weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._active:
+            return cast(Tensor, super().forward(x))
+        conv = cast(nn.Conv2d, self)
+        delta = self.delta_weight()
+        if self.lora_dropout and self.training:
+            return cast(Tensor, super().forward(x)) + conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
+        return conv._conv_forward(x, add_delta(self.base_weight, delta), conv.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # loralib 0.1.2 wrote base weights twice, as `weight` and as `conv.weight`.
+        for name in ("weight", "bias"):
+            twin = state_dict.pop(f"{prefix}conv.{name}", None)
+            if twin is not None:
+                state_dict.setdefault(prefix + name, twin)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+# Microsoft's classes.
+
+
+class Linear(LinearPath, nn.Linear):
+    """nn.Linear with a low-rank update (section 4.1 of the paper).
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        r: rank of the update; 0 makes a plain nn.Linear.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability of dropping an input of the low-rank path while training.
+        fan_in_fan_out: store the weight as (in, out), as GPT-2's Conv1D does.
+        merge_weights: merge on ``eval()``, unmerge on ``train()``.
+        **kwargs: for nn.Linear (bias, device, dtype).
+
+    >>> layer = Linear(8, 4, r=2, lora_alpha=4)
+    >>> tuple(layer.lora_A.shape), tuple(layer.lora_B.shape), layer.scaling
+    ((2, 8), (4, 2), 2.0)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_linear(r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights)
+
+    def _init_linear(
+        self, r: int, lora_alpha: float, lora_dropout: float, fan_in_fan_out: bool, merge_weights: bool
+    ) -> None:
+        self.fan_in_fan_out = fan_in_fan_out
+        if fan_in_fan_out:
+            self.weight.data = self.weight.data.T.contiguous()
+        self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        if r > 0:
+            self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draws the base weight and, where there is an adapter, starts it anew."""
+        nn.Linear.reset_parameters(self)
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T, self.bias) if self.fan_in_fan_out else nn.Linear.forward(self, x)
+
+
+class MergedLinear(Linear):
+    """A fused projection (as GPT-2's q, k, v in one) of which only some output blocks are adapted.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output; a multiple of len(enable_lora).
+        r: rank of each adapted block.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability of dropping an input of the low-rank path while training.
+        enable_lora: which of the equal output blocks are adapted; with k of n: A (r*k, in), B (out/n*k, r).
+        fan_in_fan_out: store the weight as (in, out).
+        merge_weights: merge on ``eval()``, unmerge on ``train()``.
+        **kwargs: for nn.Linear.
+
+    Raises:
+        ConfigError: len(enable_lora) does not divide out_features.
+
+    >>> layer = MergedLinear(8, 12, r=2, enable_lora=[True, False, True])
+    >>> tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)
+    ((4, 8), (8, 2))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        blocks = tuple(bool(on) for on in enable_lora)
+        if not blocks or out_features % len(blocks):
+            raise BlockError(
+                f"enable_lora has {len(blocks)} blocks, which does not divide out_features {out_features}; "
+                "give one boolean for each equal block of the output"
+            )
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self.enable_lora = list(blocks)
+        self.blocks = blocks
+        # With no block enabled there is no adapter (loralib 0.1.2 fails on the first forward).
+        self._init_linear(r if any(blocks) else 0, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights)
+
+
+class BlockError(ConfigError, AssertionError):
+    """len(enable_lora) does not divide out_features (loralib 0.1.2 raises AssertionError)."""
+
+
+class Embedding(EmbeddingPath, nn.Embedding):
+    """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normal.
+
+    Args:
+        num_embeddings: n, the number of rows.
+        embedding_dim: d, the width of a row.
+        r: rank of the update; 0 makes a plain nn.Embedding.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        merge_weights: merge on ``eval()``, unmerge on ``train()``.
+        **kwargs: for nn.Embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
+        self._init_lora(r, lora_alpha, 0.0, merge_weights)
+        if r > 0:
+            self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draws the base table and, where there is an adapter, starts it anew."""
+        nn.Embedding.reset_parameters(self)
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+
+class _Conv(FoldedConvPath):
+    """The constructor that Conv1d, Conv2d and Conv3d share."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        if r > 0:
+            self.base_weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draws the base weight and, where there is an adapter, starts it anew."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+
+class Conv1d(_Conv, nn.Conv1d):
+    """nn.Conv1d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+
+
+class Conv2d(_Conv, nn.Conv2d):
+    """nn.Conv2d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+
+
+class Conv3d(_Conv, nn.Conv3d):
+    """nn.Conv3d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+
+
+# Classes made on the fly.
+
+
+@functools.cache
+def adapted_class(path: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
+    """Returns the class that is `base` with the low-rank path of `path`, under the name of `base`.
+
+    >>> adapted_class(LinearPath, nn.Linear).__mro__[1:3] == (LinearPath, LoRALayer)
+    True
+    """
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_halves": (path, base)}
+    return cast("type[LoRALayer]", type(base.__name__, (path, base), namespace))
+
+
+def _rebuild(path: type[LoRALayer], base: type[nn.Module]) -> LoRALayer:
+    cls = adapted_class(path, base)
+    return cls.__new__(cls)
