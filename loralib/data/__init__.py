@@ -1,0 +1,22 @@
+"""Training data: files to examples to token ids with a loss mask."""
+
+from __future__ import annotations
+
+from .readers import FORMATS, Example, draw, group_by_prompt, parse_source, read_examples
+from .tokens import OBJECTIVES, Encoded, TokenExample, encode, load_examples, prompt_ids, tokenize
+
+__all__ = [
+    "FORMATS",
+    "OBJECTIVES",
+    "Encoded",
+    "Example",
+    "TokenExample",
+    "draw",
+    "encode",
+    "group_by_prompt",
+    "load_examples",
+    "parse_source",
+    "prompt_ids",
+    "read_examples",
+    "tokenize",
+]

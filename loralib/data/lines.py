@@ -1,0 +1,88 @@
+"""UTF-8 text files read whole, with errors that name the file, the line and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import DataError, did_you_mean, list_faults
+
+__all__ = ["are_not", "read_bytes", "read_lines", "read_text", "shown"]
+
+
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file that is not empty; a byte-order mark is dropped.
+
+    Raises:
+        DataError: the file is missing, a directory, empty or not UTF-8 (every line that is not, with byte offset).
+    """
+    path = Path(path)
+    raw = read_bytes(path)
+    if not raw.strip():
+        raise DataError(f"{path} is empty. Choose a file with examples in it.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(_why_not_utf8(path, raw)) from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    r"""Returns the lines of a UTF-8 file without their ends (\n, \r\n or \r; no other character ends a line).
+
+    Raises:
+        DataError: as `read_text`.
+    """
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        DataError: the file is missing, a directory or unreadable.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(_why_missing(path)) from None
+    except (IsADirectoryError, PermissionError) as error:
+        if path.is_dir():
+            raise DataError(f"{path} is a directory. Give a file in it.") from None
+        raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+
+
+def _why_missing(path: Path) -> str:
+    directory = path.parent
+    if not directory.is_dir():
+        return f"{path} does not exist, nor does its directory. The path is taken from {Path.cwd()}; check it."
+    beside = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
+    near = did_you_mean(path.name, beside)
+    there = "" if near or not beside else f" {directory} has: {', '.join(beside[:8])}{', ...' * (len(beside) > 8)}."
+    return f"{path} does not exist.{near}{there} Check the path (it is taken from {Path.cwd()})."
+
+
+def _why_not_utf8(path: Path, raw: bytes) -> str:
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return f"{path} is UTF-16 (byte-order mark at byte 0), expected UTF-8. Save it again as UTF-8."
+    faults, offset = [], 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = offset + error.start
+            faults.append(f"{path}:{number}: byte 0x{line[error.start]:02x} at offset {at} ({error.reason})")
+        offset += len(line) + 1
+    fix = "Save the file as UTF-8 (many editors: Save As, Encoding), or convert it: iconv -f CP1252 -t UTF-8."
+    return list_faults(f"{path} is not UTF-8: {are_not(len(faults))}", faults, fix)
+
+
+def shown(line: str, width: int = 60) -> str:
+    """Returns a line in quotes for a message, cut to a width."""
+    return repr(line if len(line) <= width else line[: width - 3] + "...")
+
+
+def are_not(count: int) -> str:
+    """Returns "1 line is not" or "N lines are not"."""
+    return "1 line is not" if count == 1 else f"{count} lines are not"

@@ -1,0 +1,321 @@
+"""Files of training text as values: E2E lines, JSONL (prompt/completion, chat, text), plain text, DART, WebNLG.
+
+A reader turns a file into `Example` values and knows nothing of tokenizers; see ``tokens.py`` for the next step.
+Every fault of a file is reported at once, with its line, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from ..errors import DataError, did_you_mean, list_faults
+from .lines import are_not, read_bytes, read_lines, shown
+from .published import SEPARATOR, read_rows
+
+__all__ = [
+    "FORMATS",
+    "Example",
+    "draw",
+    "group_by_prompt",
+    "parse_source",
+    "read_examples",
+]
+
+FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
+
+_E2E_EXPECTED: Final = "expected `meaning representation||text`"
+_RECORDS: Final = "prompt and completion, messages, or text"
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example as text.
+
+    Attributes:
+        segments: pieces of text in order, each with whether it is trained; prompt and completion are
+            ``((prompt, False), (completion, True))``, plain text is ``((text, True),)``.
+        references: all the completions that the file gives for this prompt, in file order.
+        source: ``file:line`` for messages.
+        messages: (role, content) turns of a chat; its segments are made by the model's own chat template
+            when the example is tokenized, so a chat has no segments of its own.
+
+    >>> Example.of("name : The Wharf", "It is The Wharf.").completion
+    'It is The Wharf.'
+    """
+
+    segments: tuple[tuple[str, bool], ...] = ()
+    references: tuple[str, ...] = ()
+    source: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, source: str = "") -> Example:
+        """The example that trains ``completion`` after ``prompt``."""
+        return cls(((prompt, False), (completion, True)), (completion,), source)
+
+    @property
+    def prompt(self) -> str:
+        """What comes before the first trained text (of a chat: the turns before its last answer)."""
+        if self.messages:
+            return "\n".join(content for _, content in self.messages[: self._last_answer()])
+        texts = []
+        for text, trained in self.segments:
+            if trained:
+                break
+            texts.append(text)
+        return "".join(texts)
+
+    @property
+    def completion(self) -> str:
+        """The last trained text (of a chat: its last answer)."""
+        if self.messages:
+            return self.messages[self._last_answer()][1]
+        return next((text for text, trained in reversed(self.segments) if trained), "")
+
+    def _last_answer(self) -> int:
+        return max(index for index, (role, _) in enumerate(self.messages) if role == "assistant")
+
+
+def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
+    """Reads one file of examples.
+
+    Args:
+        path: the file. E2E text has a line ``meaning representation||text`` an example; JSONL has an object a
+            line with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as Microsoft's converters
+            write them), ``messages`` (a chat) or ``text``; DART and WebNLG are JSON (WebNLG also XML) as published.
+        format: one of `FORMATS`; "auto" goes by the file's name and form. Plain text has to be asked for,
+            since a line that forgot its ``||`` would look the same.
+
+    Returns:
+        The examples in file order. ``references`` holds all completions of the same prompt. The prompt of a
+        meaning representation is its text and a line end.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or has lines that do not fit; all such lines at once.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+    if format == "auto":
+        format = _guess_format(path)
+    if format in ("dart", "webnlg"):
+        rows = enumerate(read_rows(path, format), 1)
+        examples = [Example.of(_prompt(row.context), row.completion.strip(), f"{path}:{i}") for i, row in rows]
+    else:
+        reader: dict[str, Callable[[Path], list[Example]]] = {"e2e": _read_e2e, "jsonl": _read_jsonl}
+        examples = reader.get(format, _read_plain)(path)
+    if not examples:
+        raise DataError(f"{path} holds no examples. Expected {_expected(format)}.")
+    return _with_references(examples)
+
+
+def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
+    """Keeps the first example of each prompt, in order of first appearance; its references are those of all.
+
+    >>> rows = [Example.of("a", "1"), Example.of("b", "2"), Example.of("a", "3")]
+    >>> [(example.prompt, example.references) for example in group_by_prompt(rows)]
+    [('a', ('1', '3')), ('b', ('2',))]
+    """
+    first: dict[str, Example] = {}
+    for example in _with_references(list(examples)):
+        first.setdefault(example.prompt, example)
+    return list(first.values())
+
+
+def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Item], object]) -> list[Item]:
+    """Draws items by seed so that as many different keys as possible are among them.
+
+    Keys and the items of each are shuffled; then one item of every key is taken in turn, round after round.
+
+    Args:
+        items: what to draw from.
+        count: how many; None or more than there are: all of them, in their own order.
+        seed: the same seed draws the same items.
+        key: what should differ, for instance an example's prompt (its meaning representation).
+
+    >>> sorted(draw(["a1", "a2", "a3", "b1"], 2, seed=0, key=lambda item: item[0]))[-1]
+    'b1'
+    """
+    if count is None or count >= len(items):
+        return list(items)
+    generator = random.Random(seed)
+    groups: dict[object, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    queues = list(groups.values())
+    generator.shuffle(queues)
+    for queue in queues:
+        generator.shuffle(queue)
+    drawn: list[Item] = []
+    round_ = 0
+    while len(drawn) < count:
+        drawn.extend(queue[round_] for queue in queues if round_ < len(queue))
+        round_ += 1
+    return drawn[:count]
+
+
+def parse_source(text: str) -> tuple[Path, float]:
+    r"""Splits ``path:weight``; a path alone weighs 1.
+
+    >>> parse_source("data/train.txt:0.5")[1], parse_source(r"C:\data\train.txt")[1]
+    (0.5, 1.0)
+
+    Raises:
+        DataError: the weight is not a positive finite number.
+    """
+    path, colon, tail = text.rpartition(":")
+    try:
+        weight = float(tail) if colon and path else None
+    except ValueError:
+        weight = None
+    if weight is None or Path(text).exists():
+        return Path(text), 1.0
+    if not 0 < weight < float("inf"):
+        raise DataError(f"weight {tail} of {path} is not a positive number. Give for instance {path}:0.5.")
+    return Path(path), weight
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+def _read_e2e(path: Path) -> list[Example]:
+    examples, faults = [], []
+    for number, line in _numbered(path):
+        fields = line.split(SEPARATOR)
+        if len(fields) == 2:
+            examples.append(Example.of(_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
+        elif len(fields) == 1:
+            faults.append(f"{path}:{number}: no `||` in {shown(line)}")
+        else:
+            faults.append(f"{path}:{number}: {len(fields) - 1} `||` in {shown(line)}; only one can part the two")
+    if faults:
+        fix = "Put `||` between the meaning representation and its text, or remove the lines."
+        if not examples:
+            fix += " For a file of plain text choose the format 'text'."
+        raise DataError(list_faults(f"{_E2E_EXPECTED}, but {are_not(len(faults))} of that form", faults, fix))
+    return examples
+
+
+def _read_jsonl(path: Path) -> list[Example]:
+    examples, faults = [], []
+    for number, line in _numbered(path):
+        where = f"{path}:{number}"
+        try:
+            examples.append(_from_record(json.loads(line), where))
+        except json.JSONDecodeError as error:
+            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(line)}")
+        except RecursionError:
+            faults.append(f"{where}: JSON nested too deeply")
+        except DataError as error:
+            faults.append(f"{where}: {error}")
+    if faults:
+        heading = f"expected a JSON object a line with {_RECORDS}, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, "Mend or remove the lines."))
+    return examples
+
+
+def _from_record(record: Any, where: str) -> Example:
+    if not isinstance(record, dict):
+        raise DataError(f"found {_kind(record)} where an object was expected")
+    if "messages" in record:
+        return Example(messages=_messages(record["messages"]), source=where)
+    if "completion" in record and ("prompt" in record or "context" in record):
+        key = "prompt" if "prompt" in record else "context"
+        prompt, completion = _text(record, key), _text(record, "completion")
+        if key == "context":  # a meaning representation, as in the E2E form
+            prompt, completion = _prompt(prompt), completion.strip()
+        return Example.of(prompt, completion, where)
+    if "text" in record:
+        return Example(((_text(record, "text"), True),), (), where)
+    keys = ", ".join(map(repr, record)) or "nothing"
+    near = "".join(did_you_mean(key, ("prompt", "completion", "messages", "text")) for key in record)
+    raise DataError(f"found {keys}, expected {_RECORDS}.{near}")
+
+
+def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError("'messages' must be a list of turns, each with 'role' and 'content'")
+    turns = []
+    for index, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise DataError(f"messages[{index}] is {_kind(turn)}, expected an object with 'role' and 'content'")
+        turns.append((_text(turn, "role", f"messages[{index}]."), _text(turn, "content", f"messages[{index}].")))
+    if not any(role == "assistant" for role, _ in turns):
+        raise DataError("'messages' has no turn with role 'assistant', so nothing to train on")
+    return tuple(turns)
+
+
+def _read_plain(path: Path) -> list[Example]:
+    """The whole file is one document: tokens are cut into windows later, where its length in tokens is known."""
+    return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
+
+
+def _guess_format(path: Path) -> str:
+    if path.suffix.lower() == ".json":
+        head = read_bytes(path).decode("utf-8-sig", "replace").lstrip()[:1]
+        if head == "[":
+            return "dart"
+        # A JSON object on one line is JSONL under another name; WebNLG's object spans the file.
+        try:
+            value = json.loads(read_bytes(path).decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError):
+            return "jsonl"
+        return "webnlg" if isinstance(value, dict) and "entries" in value else "jsonl"
+    return _guess_by_name(path) or "e2e"
+
+
+def _guess_by_name(path: Path) -> str | None:
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "webnlg"}.get(path.suffix.lower())
+
+
+def _expected(format: str) -> str:
+    return {
+        "e2e": "lines of the form `meaning representation||text`",
+        "jsonl": f"a JSON object a line with {_RECORDS}",
+        "text": "text",
+        "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
+        "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
+    }[format]
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _prompt(meaning_representation: str) -> str:
+    return meaning_representation.strip() + "\n"
+
+
+def _with_references(examples: list[Example]) -> list[Example]:
+    references: dict[str, list[str]] = defaultdict(list)
+    for example in examples:
+        if example.completion and not example.messages and example.prompt:
+            references[example.prompt].append(example.completion)
+    shared = {prompt: tuple(texts) for prompt, texts in references.items()}
+    return [
+        replace(example, references=shared.get(example.prompt, example.references)) if shared else example
+        for example in examples
+    ]
+
+
+def _numbered(path: Path) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
+
+
+def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{prefix}{key} is {_kind(value) if key in record else 'missing'}, expected text")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

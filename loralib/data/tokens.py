@@ -1,0 +1,258 @@
+"""From `Example` values to token ids with a loss mask, over-long ones dropped and counted, never cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import ConfigError, DataError, did_you_mean
+from .chat import render_chat
+from .readers import Example, draw, parse_source, read_examples
+
+__all__ = [
+    "OBJECTIVES",
+    "Encoded",
+    "TokenExample",
+    "encode",
+    "load_examples",
+    "prompt_ids",
+    "tokenize",
+]
+
+OBJECTIVES: Final = ("clm", "jlm")
+
+# Transformers is imported by base.py alone; here a tokenizer is anything that behaves like its fast tokenizers.
+Tokenizer = Any
+
+_TOO_LONG: Final = "longer than seq_len"
+_EMPTY: Final = "empty completion"
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """One training example as token ids.
+
+    Attributes:
+        ids: T token ids.
+        trained: T truth values; where ``trained[i]`` holds, the loss of predicting ``ids[i]`` from ``ids[:i]``
+            counts. ``trained[0]`` is always False: nothing comes before it.
+    """
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token examples that fit, and how many did not.
+
+    Attributes:
+        examples: the token examples.
+        texts: the `Example` of each, at the same index.
+        dropped: how many examples were dropped, by reason; only reasons that occurred.
+    """
+
+    examples: list[TokenExample]
+    texts: list[Example] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def drop_note(self) -> str:
+        """One line for the reader, or "" if nothing was dropped.
+
+        >>> Encoded([], [], {"longer than seq_len": 2, "empty completion": 1}).drop_note
+        'dropped 3 examples: 2 longer than seq_len, 1 empty completion'
+        """
+        total = sum(self.dropped.values())
+        parts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"dropped {total} example{'s' * (total != 1)}: {parts}" if total else ""
+
+
+def load_examples(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    objective: str = "clm",
+    max_samples: int | None = None,
+    seed: int = 0,
+    format: str = "auto",
+) -> Encoded:
+    """Reads, tokenizes and draws the examples of one or several weighted files.
+
+    Args:
+        sources: one path, or several; ``path:weight`` shows each example of a file ``weight`` times an epoch
+            (2: twice; 0.5: half of them, drawn by seed).
+        tokenizer: the model's tokenizer.
+        seq_len: the most tokens an example may have; longer ones are dropped and counted (plain text is cut into
+            windows instead).
+        objective: "clm" trains completions, "jlm" all tokens.
+        max_samples: the most examples in all; drawn by seed after dropping, as many different prompts as possible,
+            from several files by weight times size.
+        seed: of the draw.
+        format: see `read_examples`.
+
+    Raises:
+        DataError: a file cannot be read, or nothing is left of it.
+    """
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    if not sources:
+        raise DataError("no data file given. Give at least one path.")
+    if max_samples is not None and max_samples < 1:
+        raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
+    parsed = [parse_source(source) if isinstance(source, str) else (source, 1.0) for source in sources]
+    parts = [encode(read_examples(path, format), tokenizer, seq_len, objective) for path, _ in parsed]
+    wanted = [max(1, round(weight * len(part))) for (_, weight), part in zip(parsed, parts, strict=True)]
+    if max_samples is not None and sum(wanted) > max_samples:
+        wanted = _shares(wanted, max_samples)
+    drawn: list[tuple[Example, TokenExample]] = []
+    dropped: Counter[str] = Counter()
+    for part, count in zip(parts, wanted, strict=True):
+        pairs = list(zip(part.texts, part.examples, strict=True))
+        copies, rest = divmod(count, len(pairs))
+        drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
+        dropped.update(part.dropped)
+    return Encoded([tokens for _, tokens in drawn], [text for text, _ in drawn], dict(dropped))
+
+
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, objective: str = "clm") -> Encoded:
+    """Tokenizes examples and drops, with a count by reason, those that are too long or have nothing to train.
+
+    Args:
+        examples: what to tokenize.
+        tokenizer: the model's tokenizer.
+        seq_len: the most tokens an example may have, its end token included. Plain text that is longer is cut
+            into windows that overlap by one token, so that each token is trained once.
+        objective: "clm" (causal, completions only) or "jlm" (joint, every token).
+
+    Raises:
+        DataError: no example is left, or the tokenizer has no end token.
+        ConfigError: unknown objective, or seq_len below 2.
+    """
+    if objective not in OBJECTIVES:
+        known = " or ".join(map(repr, OBJECTIVES))
+        raise ConfigError(f"objective is {objective!r}, expected {known}.{did_you_mean(objective, OBJECTIVES)}")
+    if seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+    examples = list(examples)
+    segments = [_segments(example, tokenizer) for example in examples]
+    ids_of = _token_ids({text for pieces in segments for text, _ in pieces}, tokenizer)
+    tokens: list[TokenExample] = []
+    texts: list[Example] = []
+    dropped: Counter[str] = Counter()
+    shortest = 0
+    for example, pieces in zip(examples, segments, strict=True):
+        if not any(text.strip() for text, trained in pieces if trained):
+            dropped[_EMPTY] += 1
+            continue
+        whole = _join(example, pieces, ids_of, tokenizer, objective)
+        windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
+        if not windows:
+            dropped[_TOO_LONG] += 1
+            shortest = min(shortest or len(whole), len(whole))
+        tokens += windows
+        texts += [example] * len(windows)
+    encoded = Encoded(tokens, texts, dict(dropped))
+    if not tokens:
+        where = examples[0].source.rpartition(":")[0] if examples else "the data"
+        why = encoded.drop_note or "there were none"
+        longer = f" The shortest has {shortest} tokens: raise seq_len to at least that." if shortest else ""
+        raise DataError(f"no example of {where or 'the data'} is left ({why}).{longer}")
+    return encoded
+
+
+def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
+    """Tokenizes one example, whole: a completion ends with the end token and is never cut.
+
+    Each segment is tokenized by itself, so the ids of a prompt are the same in training and in generation.
+    """
+    pieces = _segments(example, tokenizer)
+    return _join(example, pieces, _token_ids({text for text, _ in pieces}, tokenizer), tokenizer, objective)
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids a prompt has in training and in generation: the tokenizer's start token, if it adds one, and its text.
+
+    An empty prompt without a start token is the end token alone (GPT-2's convention), since a model needs
+    something to go on from.
+    """
+    ids = _start_ids(tokenizer) + _token_ids({prompt}, tokenizer)[prompt]
+    return ids or [_end_id(tokenizer)]
+
+
+def _segments(example: Example, tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
+    return render_chat(example, tokenizer) if example.messages else example.segments
+
+
+def _join(
+    example: Example,
+    pieces: Sequence[tuple[str, bool]],
+    ids_of: dict[str, list[int]],
+    tokenizer: Tokenizer,
+    objective: str,
+) -> TokenExample:
+    # A chat's template writes its own start and end tokens; all else gets them here.
+    ids = [] if example.messages else _start_ids(tokenizer)
+    if not example.messages and not _is_plain(example) and not ids and not any(ids_of[t] for t, on in pieces if not on):
+        ids = [_end_id(tokenizer)]  # as in prompt_ids
+    trained = [False] * len(ids)
+    for text, is_trained in pieces:
+        ids = ids + ids_of[text]
+        trained += [is_trained] * len(ids_of[text])
+    if not example.messages:
+        ids.append(_end_id(tokenizer))
+        trained.append(True)
+    if objective == "jlm":
+        trained = [True] * len(ids)
+    trained[0] = False
+    return TokenExample(tuple(ids), tuple(trained))
+
+
+def _token_ids(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Token ids of each text, without start or end tokens; one call, since tokenizers are fast in batches."""
+    ordered = [text for text in texts if text]
+    ids = tokenizer(ordered, add_special_tokens=False)["input_ids"] if ordered else []
+    return {"": [], **{text: list(row) for text, row in zip(ordered, ids, strict=True)}}
+
+
+def _start_ids(tokenizer: Tokenizer) -> list[int]:
+    """The start token, if the tokenizer puts one before a text (Llama and Gemma do, GPT-2 does not)."""
+    first = list(tokenizer("a")["input_ids"])[:1]
+    return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _end_id(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end token, so a completion cannot be ended. Set tokenizer.eos_token.")
+    return int(tokenizer.eos_token_id)
+
+
+def _is_plain(example: Example) -> bool:
+    return not example.messages and len(example.segments) == 1
+
+
+def _windows(whole: TokenExample, seq_len: int) -> list[TokenExample]:
+    """Pieces of at most seq_len tokens; each begins with the last token of the one before, which is not trained."""
+    starts = range(0, max(1, len(whole) - 1), seq_len - 1)
+    pieces = ((whole.ids[at : at + seq_len], whole.trained[at + 1 : at + seq_len]) for at in starts)
+    return [TokenExample(ids, (False, *trained)) for ids, trained in pieces]
+
+
+def _shares(sizes: Sequence[int], total: int) -> list[int]:
+    """Splits ``total`` in proportion to ``sizes``, by largest remainder, at least one each where it goes round."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
