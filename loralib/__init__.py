@@ -1,0 +1,90 @@
+"""LoRA for any PyTorch or transformers model: train it fast, keep it safe, use it everywhere.
+
+    import loralib as lora
+
+    model, tokenizer = lora.load_base("smollm2-135m")
+    print(lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")))
+    result = lora.train(model, "train.txt", lora.TrainConfig(output_dir="lora_model"))
+
+The layers and helpers are Microsoft's loralib, drop-in; whatever is heavier than torch is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Eager where a function has its module's name: importing that module later would put it in the function's place.
+from .inject import disabled, inject, merge, remove, unmerge
+from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from .utils import lora_state_dict, mark_only_lora_as_trainable
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, adapter_of, apply_adapter
+    from .base import load_base
+    from .config import LoraConfig
+    from .errors import LoraError
+    from .formats import load_adapter, read_adapter, save_adapter
+    from .generate import beam_search, generate
+    from .train import TrainConfig, train
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "Adapter",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "LoraConfig",
+    "LoraError",
+    "MergedLinear",
+    "TrainConfig",
+    "adapter_of",
+    "apply_adapter",
+    "beam_search",
+    "disabled",
+    "generate",
+    "inject",
+    "load_adapter",
+    "load_base",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "read_adapter",
+    "remove",
+    "save_adapter",
+    "train",
+    "unmerge",
+]
+
+# Where the lazy names live (PEP 562): importing loralib costs about as much as importing torch.
+_LAZY = {
+    "Adapter": "adapter",
+    "adapter_of": "adapter",
+    "apply_adapter": "adapter",
+    "load_base": "base",
+    "LoraConfig": "config",
+    "LoraError": "errors",
+    "load_adapter": "formats",
+    "read_adapter": "formats",
+    "save_adapter": "formats",
+    "beam_search": "generate",
+    "generate": "generate",
+    "TrainConfig": "train",
+    "train": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -143,7 +143,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns what adapter_config.json holds: PEFT's keys, and only such that old versions of PEFT know.
 
-        `enable_lora` is left out (PEFT knows no fused blocks); fields that are newer than PEFT 0.5 only appear when set.
+        `enable_lora` is left out (PEFT knows no fused blocks); fields newer than PEFT 0.5 only appear when set.
 
         >>> LoraConfig(r=4, target_modules=["q_proj"]).to_dict()["target_modules"]
         ['q_proj']

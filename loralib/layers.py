@@ -1,19 +1,18 @@
 """The LoRA layers: one mixin, `LoRALayer`, over whatever class a layer already has.
 
 Microsoft's classes (`Linear`, `MergedLinear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d`) are the mixins below over
-torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` makes the same kind of class on the
-fly over the class that a module has, and switches ``module.__class__``; so the base weight stays the same Parameter under
-the same name, and ``isinstance`` keeps working.
+torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` makes the same kind of class on
+the fly over the class that a module has, and switches ``module.__class__``; so the base weight stays the same Parameter
+under the same name, and ``isinstance`` keeps working.
 
-A layer's update is always ``scaling * B A`` as `loralib.delta` computes it; a mixin only says which two factors those are
-(`_factors`) and how the update lies in the weight (`delta_weight`).
+A layer's update is always ``scaling * B A`` as `loralib.delta` computes it; a mixin only says which two factors those
+are and how the update lies in the weight (`delta_weight`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,10 +24,10 @@ from .delta import add_delta, block_diagonal_B, delta_weight, low_rank, scaling_
 from .errors import ConfigError, MergeError
 
 __all__ = [
-    "ConvPath",
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvPath",
     "Embedding",
     "Linear",
     "LoRALayer",
@@ -62,7 +61,12 @@ class LoRALayer(nn.Module):
     _weight_name = "weight"
 
     def _init_lora(
-        self, r: int, lora_alpha: float, lora_dropout: float = 0.0, merge_weights: bool = False, use_rslora: bool = False
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         """Gives the layer its settings and, if r > 0, its factors; the base weight must be there already."""
         if r < 0:
@@ -124,7 +128,9 @@ class LoRALayer(nn.Module):
         with torch.no_grad():
             delta = self.delta_weight()
             if not torch.isfinite(delta).all():
-                raise MergeError("the adapter holds NaN or infinite values and was not merged; train again or load another")
+                raise MergeError(
+                    "the adapter holds NaN or infinite values and was not merged; train again or load another"
+                )
             base = self.base_weight
             merged = Parameter(add_delta(base, delta), requires_grad=base.requires_grad)
         self.__dict__["_unmerged"] = base
@@ -136,7 +142,7 @@ class LoRALayer(nn.Module):
             return
         base: Parameter = self.__dict__.pop("_unmerged")
         # Whoever froze or thawed the layer meanwhile meant the weight, not this copy of it.
-        base.requires_grad_(self._parameters[self._weight_name].requires_grad)  # type: ignore[union-attr]
+        base.requires_grad_(self._parameters[self._weight_name].requires_grad)
         self._parameters[self._weight_name] = base
 
     def train(self, mode: bool = True) -> LoRALayer:
@@ -233,7 +239,7 @@ class ReadLinearPath(LinearPath):
 
 
 class AttentionPath(LinearPath):
-    """nn.MultiheadAttention: its in_proj_weight (3 * embed_dim, embed_dim) is read, not called, so it reads as base + update."""
+    """nn.MultiheadAttention: in_proj_weight (3 * embed_dim, embed_dim) is read, not called: it reads as the sum."""
 
     _weight_name = "in_proj_weight"
 
@@ -284,7 +290,7 @@ class EmbeddingPath(LoRALayer):
 
 
 class ConvPath(LoRALayer):
-    """A convolution with r outputs (A: (r, in, *kernel)) followed by one of width 1 (B: (out, r, 1, ...)): PEFT's form."""
+    """A convolution to r channels, A (r, in, *kernel), then one of width 1, B (out, r, 1, ...): PEFT's form."""
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         outputs, inputs, *kernel = self.base_weight.shape
@@ -516,15 +522,20 @@ class Conv3d(_Conv, nn.Conv3d):
 # Classes made on the fly.
 
 
-@functools.cache
 def adapted_class(path: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
     """Returns the class that is `base` with the low-rank path of `path`, under the name of `base`.
 
     >>> adapted_class(LinearPath, nn.Linear).__mro__[1:3] == (LinearPath, LoRALayer)
     True
     """
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_halves": (path, base)}
-    return cast("type[LoRALayer]", type(base.__name__, (path, base), namespace))
+    halves = (path, base)
+    if halves not in _CLASSES:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_halves": halves}
+        _CLASSES[halves] = cast("type[LoRALayer]", type(base.__name__, halves, namespace))
+    return _CLASSES[halves]
+
+
+_CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
 
 
 def _rebuild(path: type[LoRALayer], base: type[nn.Module]) -> LoRALayer:

@@ -1,0 +1,372 @@
+"""An adapter as a value: settings and tensors, taken from a model or put on one.
+
+Names of tensors are module paths followed by ``.lora_A`` and ``.lora_B`` (``.lora_embedding_A`` and ``_B`` for
+embeddings, as in PEFT); modules trained in full and trained biases stand under their own parameter names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoraConfig
+from .delta import block_diagonal_B
+from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
+from .inject import (
+    InjectReport,
+    adapted_layers,
+    factor_keys,
+    fingerprint,
+    inject,
+    injection_of,
+    plan,
+    remove,
+)
+from .layers import FoldedConvPath, LinearPath, LoRALayer
+
+__all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
+
+BASE = "loralib.base"  # metadata: fingerprint of the base model
+BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter, apart from any model.
+
+    Attributes:
+        config: its settings.
+        tensors: its tensors by name; see the head of this module.
+        metadata: further facts as text; ``loralib.base`` is the fingerprint of the base model.
+    """
+
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that have low-rank factors."""
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What putting an adapter on a model did.
+
+    Attributes:
+        applied: how many tensors were copied.
+        base_checked: whether the adapter said which base it belongs to, and this is it.
+        inject: what was adapted; None where the model had LoRA layers of its own.
+    """
+
+    applied: int
+    base_checked: bool
+    inject: InjectReport | None = None
+
+    def __str__(self) -> str:
+        checked = "base model checked" if self.base_checked else "the adapter does not say for which base: not checked"
+        return f"{self.applied} of {self.applied} tensors applied ({checked})"
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """Takes a copy of the adapter that a model holds.
+
+    Args:
+        model: adapted by `inject`, or built from loralib's layers.
+
+    Raises:
+        TargetError: the model holds no adapter.
+        AdapterError: a layer's update cannot be expressed in the adapter's form.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
+    record = injection_of(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers:
+        key_A, key_B = factor_keys(name, type(layer))
+        tensors[key_A], tensors[key_B] = _factors_of(name, layer)
+    if record is not None:
+        state = model.state_dict()
+        for saved in record.saved:
+            tensors |= {f"{saved}.{key}": state[f"{saved}.{key}"] for key in model.get_submodule(saved).state_dict()}
+        tensors |= {name: state[name] for name in record.biases}
+    return Adapter(
+        config=record.config if record else _config_of(layers),
+        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        metadata={BASE: fingerprint(model)},
+    )
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> ApplyReport:
+    """Puts an adapter on a model: injects the layers and copies every tensor, or changes nothing.
+
+    Args:
+        model: plain, or holding an adapter, which is replaced once the new one is known to fit; or built from loralib's
+            layers, which are filled.
+        adapter: the adapter.
+        allow_base_mismatch: load although the base model's values are not those that the adapter was trained on.
+
+    Returns:
+        How many tensors were applied; all of the adapter's.
+
+    Raises:
+        AdapterError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+        BaseMismatchError: the adapter was trained on another base model.
+        TargetError: the adapter's target_modules do not fit the model.
+    """
+    layers = adapted_layers(model)
+    by_hand = bool(layers) and injection_of(model) is None
+    own = {factor_keys(name, type(layer)): layer for name, layer in layers} if by_hand else {}
+    if by_hand:
+        pairs = ((keys, _factors_of(keys[0].rpartition(".")[0], layer)) for keys, layer in own.items())
+        expected = {key: tuple(t.shape) for keys, factors in pairs for key, t in zip(keys, factors, strict=True)}
+    else:
+        expected = {key: shape for t in plan(model, adapter.config) for key, shape in t.shapes().items()}
+        expected |= _shapes_of_saved(model, adapter.config)
+    _check_tensors(model, adapter, expected, allow_base_mismatch)
+    checked = _check_base(model, adapter, allow_base_mismatch)
+    report = None
+    if by_hand:
+        for (key_A, key_B), layer in own.items():
+            _fill(layer, adapter.tensors[key_A], adapter.tensors[key_B], key_A)
+    else:
+        if injection_of(model) is not None:
+            remove(model)
+        report = inject(model, adapter.config)
+        state = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for key in expected:
+                state[_parameter_name(key)].copy_(adapter.tensors[key])
+    return ApplyReport(applied=len(expected), base_checked=checked, inject=report)
+
+
+def expand_blocks(adapter: Adapter) -> Adapter:
+    """Returns the same adapter with its fused blocks written out as plain low-rank updates.
+
+    A module of rank r with k of n blocks enabled is exactly a plain one of rank r * k with a block-diagonal B and
+    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The blocks are noted in the metadata, from which
+    `narrow_blocks` restores them.
+    """
+    config = adapter.config
+    if not config.enable_lora:
+        return adapter
+    tensors = dict(adapter.tensors)
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for module in adapter.modules:
+        blocks = config.blocks_of(module)
+        r, alpha = config.rank_of(module), config.alpha_of(module)
+        if blocks is not None:
+            k = sum(blocks)
+            tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
+            r, alpha = r * k, alpha * (k**0.5 if config.use_rslora else k)
+        ranks[module], alphas[module] = r, alpha
+    noted = {key: [bool(on) for on in blocks] for key, blocks in config.enable_lora.items()}
+    plain = with_ranks(config.replace(enable_lora={}), ranks, alphas)
+    return Adapter(plain, tensors, {**adapter.metadata, BLOCKS: _to_json(noted)})
+
+
+def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
+    """Undoes `expand_blocks`: the inverse for every adapter that it made.
+
+    Raises:
+        AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
+    """
+    config = LoraConfig(enable_lora=enable_lora)
+    tensors = dict(adapter.tensors)
+    ranks, alphas, faults = dict[str, int](), dict[str, float](), []
+    for module in adapter.modules:
+        blocks = config.blocks_of(module)
+        r, alpha = adapter.config.rank_of(module), adapter.config.alpha_of(module)
+        if blocks is not None:
+            k, wide = sum(blocks), tensors[f"{module}.lora_B"]
+            fits = r % k == 0 and wide.dim() == 2 and wide.shape[0] % len(blocks) == 0 and wide.shape[1] == r
+            if fits:
+                size, r = wide.shape[0] // len(blocks), r // k
+                rows = [wide[i * size : (i + 1) * size] for i, on in enumerate(blocks) if on]
+                narrow = torch.cat([row[:, j * r : (j + 1) * r] for j, row in enumerate(rows)]).contiguous()
+                fits = torch.equal(block_diagonal_B(narrow, blocks), wide)
+            if not fits:
+                faults.append(f"{module}: lora_B {tuple(wide.shape)} is not block-diagonal for blocks {list(blocks)}")
+                continue
+            tensors[f"{module}.lora_B"] = narrow
+            alpha = alpha / (k**0.5 if adapter.config.use_rslora else k)
+        ranks[module], alphas[module] = r, alpha
+    if faults:
+        raise AdapterError(list_faults("the fused blocks noted in the file do not fit its tensors", faults))
+    kept = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
+    fused = with_ranks(adapter.config, ranks, alphas).replace(enable_lora=config.enable_lora)
+    return Adapter(fused, tensors, kept)
+
+
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return config.replace(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=_as_pattern({name: value for name, value in ranks.items() if value != r}, ranks),
+        alpha_pattern=_as_pattern({name: value for name, value in alphas.items() if value != alpha}, alphas),
+    )
+
+
+def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
+    """Shortens full names to name endings where all modules of that ending agree."""
+    names = list(every)
+    pattern: dict[str, Any] = {}
+    for name, value in odd.items():
+        ending = name.rpartition(".")[2]
+        same = [n for n in names if n == ending or n.endswith(f".{ending}")]
+        pattern[ending if all(odd.get(n) == value for n in same) else name] = value
+    return pattern
+
+
+def _to_json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """Returns a layer's two tensors in the adapter's form: Microsoft's folded convolutions become PEFT's."""
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    if not isinstance(layer, FoldedConvPath):
+        return A, B
+    conv = cast(nn.Conv2d, layer)
+    if conv.groups != 1:
+        raise AdapterError(
+            f"{name}: a convolution in {conv.groups} groups has no portable form; "
+            "save it with torch.save(loralib.lora_state_dict(model), path)"
+        )
+    # Row o of the weight, as a matrix, is the a rows B[o*a], ..., B[o*a + a-1] of the folded product side by side:
+    # the same numbers as a plain product of rank r * prod(kernel), with A repeated block-diagonally.
+    outputs, inputs, *kernel = layer.base_weight.shape
+    repeats = B.shape[0] // outputs
+    wide_A = torch.block_diag(*[A] * repeats).view(-1, inputs, *kernel)
+    return wide_A, B.reshape(outputs, -1, *(1 for _ in kernel))
+
+
+def _fill(layer: LoRALayer, A: Tensor, B: Tensor, key: str) -> None:
+    """Copies an adapter's two tensors into a hand-made layer."""
+    with torch.no_grad():
+        if not isinstance(layer, FoldedConvPath):
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+            return
+        rows, columns = layer.lora_A.shape
+        before = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        layer.lora_A.copy_(A.flatten(1)[:rows, :columns])
+        layer.lora_B.copy_(B.reshape(layer.lora_B.shape))
+        if not torch.equal(_factors_of(key, layer)[0], A.to(layer.lora_A.dtype)):
+            layer.lora_A.copy_(before[0])
+            layer.lora_B.copy_(before[1])
+            raise AdapterError(f"{key}: not of Microsoft's folded form; put this adapter on a plain model instead")
+
+
+def _config_of(layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
+    """Returns the settings of a model that was built from loralib's layers."""
+    ranks, alphas, blocks = {}, {}, {}
+    for name, layer in layers:
+        wide = layer.base_weight[0, 0].numel() if isinstance(layer, FoldedConvPath) else 1
+        ranks[name], alphas[name] = layer.r * wide, layer.lora_alpha * wide
+        if isinstance(layer, LinearPath) and layer.blocks is not None:
+            blocks[name] = layer.blocks
+    config = LoraConfig(
+        target_modules=[name for name, _ in layers],
+        lora_dropout=max(layer.lora_dropout for _, layer in layers),
+        enable_lora=blocks,
+    )
+    return with_ranks(config, ranks, alphas)
+
+
+def _parameter_name(key: str) -> str:
+    return key.replace(".lora_embedding_", ".lora_")
+
+
+def _shapes_of_saved(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the tensors that bias and modules_to_save add to an adapter, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    entries = config.modules_to_save or ()
+    for name, module in model.named_modules():
+        if any(name == entry or name.endswith(f".{entry}") for entry in entries):
+            shapes |= {f"{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items() if "lora_" not in key}
+    if config.bias == "all":
+        shapes |= {n: tuple(p.shape) for n, p in model.named_parameters() if "bias" in n and "lora_" not in n}
+    elif config.bias == "lora_only":
+        for target in plan(model, config):
+            bias = target.module._parameters.get("bias")
+            if bias is not None:
+                shapes[f"{target.name}.bias"] = tuple(bias.shape)
+    return shapes
+
+
+def _check_tensors(
+    model: nn.Module, adapter: Adapter, expected: Mapping[str, tuple[int, ...]], allow_mismatch: bool
+) -> None:
+    faults = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in adapter.tensors]
+    base = model.state_dict()
+    for name, tensor in adapter.tensors.items():
+        if name not in expected:
+            # Some writers carry base weights along (PEFT embeddings, Microsoft whole models): they must be this base's.
+            carried = name in base and base[name].shape == tensor.shape
+            if not carried:
+                faults.append(f"unexpected  {name} {tuple(tensor.shape)}")
+            elif not allow_mismatch and not _same_values(base[name], tensor):
+                faults.append(f"other base  {name} {tuple(tensor.shape)} differs from the model's (trained in full?)")
+        elif tuple(tensor.shape) != expected[name]:
+            faults.append(f"misshapen   {name} {tuple(tensor.shape)}, expected {expected[name]}")
+        elif not tensor.is_floating_point():
+            faults.append(f"not a float {name} of {tensor.dtype}")
+        elif not torch.isfinite(tensor).all():
+            faults.append(f"not finite  {name} holds NaN or infinite values")
+    if faults:
+        raise AdapterError(
+            list_faults(
+                f"the adapter does not fit {type(model).__name__}: {len(faults)} of {len(expected)} tensors are wrong",
+                faults,
+                "Load it into the base model it was trained on; check r and target_modules, "
+                "and name what was trained in full in modules_to_save.",
+            )
+        )
+
+
+def _same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors agree up to the rounding of bf16, in which either may have been kept."""
+    ours, theirs = ours.detach().cpu().float(), theirs.detach().cpu().float()
+    return bool(((ours - theirs).abs() <= 2**-7 * theirs.abs() + 1e-6).all())
+
+
+def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> bool:
+    """Compares fingerprints; returns whether there was one to compare."""
+    theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
+    if theirs is None:
+        return False
+    if theirs.partition(":")[0] != ours.partition(":")[0]:
+        raise BaseMismatchError(
+            f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
+            f"(fingerprint {theirs}, here {ours}). Load the base it was trained on"
+            f"{_named(adapter.config.base_model_name_or_path)}."
+        )
+    if theirs != ours and not allow_mismatch:
+        raise BaseMismatchError(
+            f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "
+            f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}, or pass "
+            "allow_base_mismatch=True if you mean it."
+        )
+    return theirs == ours
+
+
+def _named(name: str | None) -> str:
+    return f" ({name})" if name else ""

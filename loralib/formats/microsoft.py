@@ -1,0 +1,66 @@
+"""Microsoft's checkpoints: what their GPT-2 and NLU examples save with torch.save.
+
+The released GPT-2 files hold ``{'model_state_dict': {'module.transformer.h.0.attn.c_attn.lora_A': ...}}``; those of
+`lora_state_dict` and the NLU files are flat.  Neither says what lora_alpha was, nor which blocks are adapted: the
+caller does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..config import LoraConfig
+from ..errors import AdapterError, FormatError, list_faults
+from .tensors import read_pickle, read_safetensors, write_pickle
+
+__all__ = ["read_microsoft", "write_microsoft"]
+
+
+def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
+    """Reads a Microsoft checkpoint as a value.
+
+    Args:
+        path: a file that torch.save wrote, or the same mapping as safetensors.
+        config: r, lora_alpha, target_modules and enable_lora, which the file does not say.
+
+    Returns:
+        The LoRA tensors of the file and all others in it: base weights are compared with the model's when the adapter
+        is put on one, a trained head has to be named in `config.modules_to_save`.
+
+    Raises:
+        FormatError: the file is corrupt, holds code, or no LoRA tensors.
+    """
+    state: object = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_pickle(path)
+    if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
+        state = state["model_state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise FormatError(f"{path} holds {type(state).__name__}, expected a mapping of names to tensors")
+    tensors = {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        # GPT-2's causal mask was a buffer in old files.
+        if isinstance(value, Tensor) and not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    if not any(name.endswith(("lora_A", "lora_B")) for name in tensors):
+        raise FormatError(f"{path} holds no LoRA tensors (names that end in lora_A or lora_B)")
+    return Adapter(config, tensors)
+
+
+def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Writes the flat `lora_state_dict` form.
+
+    Raises:
+        AdapterError: the adapter has tensors that this form has no place for.
+    """
+    odd = [name for name in adapter.tensors if "lora_" in name and not name.endswith(_FACTORS)]
+    if odd:
+        raise AdapterError(list_faults("Microsoft's form has no place for", odd, "Write a PEFT directory instead."))
+    write_pickle(path, {name.replace(".lora_embedding_", ".lora_"): t for name, t in adapter.tensors.items()})
+
+
+_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
