@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CUDA = re.compile(r"(nvidia|cuda)-|triton==")
+UNWANTED = re.compile(r"(nvidia|cuda)-|triton==|.* == 'emscripten'")
+NEEDLESS = re.compile(r" (;|and) sys_platform != 'emscripten'")
 HEADER = "# Made by scripts/pin.py from pyproject.toml; not edited by hand.\n"
 
 
@@ -21,7 +22,7 @@ def pin(target: str, extras: list[str], *constraints: str) -> None:
     command += [f"--extra={extra}" for extra in extras]
     command += [f"--constraint=requirements/{name}" for name in ("torch.txt", *constraints)]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    kept = [line for line in lines if not CUDA.match(line)]
+    kept = [NEEDLESS.sub("", line) for line in lines if not UNWANTED.match(line)]
     (ROOT / "requirements" / target).write_bytes((HEADER + "\n".join(kept) + "\n").encode())
 
 
