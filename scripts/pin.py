@@ -1,7 +1,7 @@
-"""Writes requirements/run.txt and requirements/dev.txt anew from pyproject.toml: `pip install uv`, then `python scripts/pin.py`.
+"""Pins what pyproject.toml asks for in requirements/run.txt and requirements/dev.txt: `python scripts/pin.py` (needs uv).
 
-One file serves every system and Python version, by markers.  What a CUDA build of PyTorch wants is left out: PyTorch pins
-it itself, and it must not land on machines that install the CPU build.
+One file serves every system and Python version, by markers.  What a CUDA build of PyTorch wants is left out: PyTorch
+pins it itself, and it must not land on machines that install the CPU build.
 """
 
 from __future__ import annotations

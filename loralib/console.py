@@ -1,0 +1,225 @@
+"""What people read: text that no console chokes on, tables, progress bars, and numbers as one writes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from .errors import MissingDependencyError
+
+__all__ = ["count", "duration", "ensure_safe", "percent", "printable", "progress", "say", "size", "table"]
+
+# What a console without these characters shows instead; everything else becomes "?".
+_PLAIN = str.maketrans(
+    {
+        "→": "->",
+        "←": "<-",
+        "↔": "<->",
+        "…": "...",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "×": "x",
+        "·": "*",
+        "≤": "<=",
+        "≥": ">=",
+        "≈": "~",
+        "±": "+-",
+        "✓": "ok",
+        "•": "*",
+        "‘": "'",
+        "’": "'",
+        "“": '"',
+        "”": '"',
+        "█": "#",
+        "│": "|",
+        "─": "-",
+    }
+)
+
+
+def ensure_safe() -> None:
+    """Makes printing safe for the whole program: a character that stdout or stderr cannot show becomes "?".
+
+    The encoding stays what the console or PYTHONIOENCODING says.  Programs call this once, first of all; a library
+    should not, and uses `say`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # absent when the stream has been replaced, or is None
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def printable(text: str, encoding: str | None) -> str:
+    """Returns the text with every character that the encoding lacks replaced by what comes nearest.
+
+    >>> printable("r → 16, 40 €, 语", "cp1252")
+    'r -> 16, 40 €, ?'
+    >>> printable("r → 16", "utf-8")
+    'r → 16'
+    """
+    encoding = encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        pass
+    else:
+        return text
+    near = "".join(char if _has(encoding, char) else char.translate(_PLAIN) for char in text)
+    return near.encode(encoding, "replace").decode(encoding)
+
+
+def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
+    """Prints like `print`, at once, on any console.
+
+    Args:
+        parts: what to print, separated by blanks.
+        file: where to; default: stdout as it is now.
+        end: what follows.
+    """
+    stream = sys.stdout if file is None else file
+    if stream is not None:  # a program started without a console has none
+        text = " ".join(str(part) for part in parts) + end
+        print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    description: str = "",
+    unit: str = "step",
+    file: TextIO | None = None,
+) -> Any:
+    """Returns a tqdm progress bar: over an iterable, or to be moved by ``update(n)``.
+
+    The bar is drawn on stderr, and only where someone watches: redirected to a file it stays silent.  On a console
+    without block characters it is drawn in ASCII.
+
+    Args:
+        iterable: what to go through, or None.
+        total: number of steps, where the iterable does not tell.
+        description: what stands before the bar.
+        unit: the name of one step.
+        file: another stream than stderr.
+
+    Raises:
+        MissingDependencyError: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise MissingDependencyError("progress bars need tqdm: pip install 'loralib[train]'") from error
+    stream = sys.stderr if file is None else file
+    watched = stream is not None and stream.isatty()
+    blocks = _has(getattr(stream, "encoding", None) or "utf-8", "█▏")
+    return tqdm(
+        iterable,
+        total=total,
+        desc=printable(description, getattr(stream, "encoding", None)) or None,
+        unit=unit,
+        file=stream,
+        disable=not watched,
+        ascii=not blocks,
+        dynamic_ncols=True,
+    )
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[object] = ()) -> str:
+    """Lays rows out in columns: numbers flush right, the rest flush left.
+
+    Args:
+        rows: cells; whole numbers get thousands separators, other things are written by `str`.
+        header: titles of the columns, underlined.
+
+    Returns:
+        The lines, without a final line end.
+
+    >>> print(table([["trainable", 1062160], ["frozen", 86689873]], header=["parameters", "number"]))
+    parameters      number
+    ----------  ----------
+    trainable    1,062,160
+    frozen      86,689,873
+    """
+    cells = [[_cell(value) for value in row] for row in ([header, *rows] if header else rows)]
+    if not cells:
+        return ""
+    columns = max(len(row) for row in cells)
+    cells = [row + [""] * (columns - len(row)) for row in cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(columns)]
+    body = cells[1:] if header else cells
+    right = [_all_numbers(row[i] for row in body) for i in range(columns)]
+    if header:
+        cells.insert(1, ["-" * width for width in widths])
+    lines = (
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def count(number: int) -> str:
+    """Writes a whole number with thousands separators.
+
+    >>> count(1062160)
+    '1,062,160'
+    """
+    return f"{number:,}"
+
+
+def percent(part: float, whole: float) -> str:
+    """Writes a share in percent with two decimals.
+
+    >>> percent(1062160, 87752033)
+    '1.21%'
+    """
+    return f"{part / whole:.2%}" if whole else "-"
+
+
+def size(bytes: float) -> str:
+    """Writes a number of bytes; MB are 2**20 bytes, as in Windows' Explorer and PyTorch's own messages.
+
+    >>> size(4_257_218)
+    '4.06 MB'
+    >>> size(640)
+    '640 bytes'
+    """
+    units = ["bytes", "KB", "MB", "GB", "TB"]
+    while abs(bytes) >= 1000 and len(units) > 1:  # not 1024: four digits before the point are hard to read
+        bytes /= 1024
+        units.pop(0)
+    return f"{bytes:.0f} bytes" if units[0] == "bytes" else f"{bytes:.2f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """Writes a time span with the precision that people care about.
+
+    >>> [duration(s) for s in (0.0123, 2.5, 75, 7325)]
+    ['12 ms', '2.5 s', '1 min 15 s', '2 h 02 min']
+    """
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return "{} min {:02} s".format(*divmod(round(seconds), 60))
+    return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
+
+
+def _has(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cell(value: object) -> str:
+    return count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _all_numbers(cells: Iterable[str]) -> bool:
+    """Tells whether a column reads as numbers: each begins like one ("4.06 MB" too), some may be empty or a dash."""
+    present = [cell for cell in cells if cell not in ("", "-")]
+    return bool(present) and all(cell.lstrip("+-")[:1].isdigit() for cell in present)

@@ -1,0 +1,46 @@
+"""What all tests share: no network, modest threads, a cache of their own, and the reference data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports transformers: tests never reach for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The converted base model outlives a run beside pytest's own cache, and leaves the user's cache alone.
+    os.environ.setdefault("LORALIB_CACHE", str(config.cache.mkdir("loralib")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modest_threads() -> None:
+    """Two threads at most: results must not depend on the machine's size, and machines are shared."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of reference data, for tests with ``pytestmark = pytest.mark.golden``."""
+    folder = Path(os.environ.get("LORALIB_GOLDENS") or ROOT.parent / "shared" / "goldens")
+    if not folder.is_dir():
+        pytest.skip(f"no reference data in {folder} (LORALIB_GOLDENS names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """The default base model in fp32 and its tokenizer, shared by all tests: deepcopy the model before changing it."""
+    from loralib.base import load_base
+
+    return load_base("smollm2-135m", dtype="fp32", device="cpu")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralib import console
+
+ROOT = Path(__file__).resolve().parent.parent
+VIETNAMESE = "Huấn luyện xong → lora_model … 1.21% × 2 ≤ 5 “đẹp” 语言 🙂"
+
+
+class Terminal(io.TextIOWrapper):
+    """A console that knows one encoding only."""
+
+    def __init__(self, encoding: str, watched: bool = True) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, newline="")
+        self.watched = watched
+
+    def isatty(self) -> bool:
+        return self.watched
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+def run(code: str, encoding: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii", "utf-8"])
+def test_any_console_will_do(encoding: str) -> None:
+    code = f"""
+import sys
+from loralib.console import ensure_safe, say
+text = {VIETNAMESE!r}
+say(text)  # a library prints, whoever uses it
+ensure_safe()
+print(text)  # a program prints
+sys.exit(text)
+"""
+    result = run(code, encoding)
+    assert result.returncode == 1
+    replaced = VIETNAMESE.encode(encoding, "replace").decode(encoding)
+    assert result.stdout.decode(encoding).splitlines() == [console.printable(VIETNAMESE, encoding), replaced]
+    assert result.stderr.decode(encoding).splitlines() == [replaced]
+
+
+def test_strict_consoles_do_crash_without_it() -> None:
+    """So the tests above can fail."""
+    assert run(f"print({VIETNAMESE!r})", "cp1252").returncode == 1
+
+
+def test_look_alikes_are_used_only_where_needed() -> None:
+    assert console.printable("a × b → c …", "cp1252") == "a × b -> c …"
+    assert console.printable("a × b → c …", "ascii") == "a x b -> c ..."
+
+
+@given(st.text(), st.sampled_from(["ascii", "cp1252", "cp1258", "utf-8", "utf-16", "shift_jis"]))
+def test_printable_text_can_be_encoded_and_keeps_what_it_can(text: str, encoding: str) -> None:
+    shown = console.printable(text, encoding)
+    shown.encode(encoding)
+    assert console.printable(shown, encoding) == shown
+    if all(ord(char) < 128 for char in text):
+        assert shown == text
+
+
+def test_say_survives_a_program_without_a_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    console.say("nobody hears this")
+    console.ensure_safe()
+
+
+def test_bar_is_ascii_where_blocks_are_missing() -> None:
+    for encoding, ascii_only in [("cp1252", True), ("cp1258", True), ("utf-8", False)]:
+        terminal = Terminal(encoding)
+        for _ in console.progress(range(3), description="Lượt 1 →", file=terminal):
+            pass
+        shown = terminal.text()
+        assert "3/3" in shown
+        assert ("█" not in shown) == ascii_only
+        assert ("###" in shown) == ascii_only
+
+
+def test_bar_is_silent_when_redirected() -> None:
+    terminal = Terminal("utf-8", watched=False)
+    bar = console.progress(total=3, file=terminal)
+    assert [bar.update(1), bar.set_postfix_str("loss 1.0"), bar.close()] == [None, None, None]
+    assert list(console.progress(range(3), file=terminal)) == [0, 1, 2]
+    assert terminal.text() == ""
+
+
+def test_table_aligns_numbers_right_and_fills_short_rows() -> None:
+    assert console.table([["a", 1000, "4.06 MB"], ["long name", 7]]) == "a          1,000  4.06 MB\nlong name      7"
+    assert console.table([]) == ""
+    assert console.table([["yes", True]]) == "yes  True"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ms"),
+        (0.9996, "1.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (3599.6, "1 h 00 min"),
+        (86400, "24 h 00 min"),
+    ],
+)
+def test_durations_round_up_to_the_next_unit(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "0.98 KB"),
+        (5 * 2**30, "5.00 GB"),
+        (3 * 2**40, "3.00 TB"),
+        (2**60, "1048576.00 TB"),
+    ],
+)
+def test_sizes(bytes: int, text: str) -> None:
+    assert console.size(bytes) == text
+
+
+def test_share_of_nothing() -> None:
+    assert console.percent(0, 0) == "-"
