@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 SEED = 7
 SPLITS = {"train": 400, "valid": 60, "test": 60}
-# Characters of a line that keep about all lines within 64 tokens (SmolLM2 and GPT-2: 3.6 characters a token).
-LONGEST_LINE = 210
+# Words, digits and signs of a line. This many keep about all lines within 64 tokens: SmolLM2 needs about one for each.
+LONGEST_LINE = 57
+PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 
 ATTRIBUTES = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 
@@ -327,7 +329,7 @@ def write_text(rng: random.Random, meaning: dict[str, str]) -> str | None:
     plan = Plan(meaning["name"], meaning["Type"], [], [])
     later: list[Slot] = []
     for slot in slots:
-        # Two modifiers in a row read badly unless they are places: "that charges £15-25 for a meal that is for adults only".
+        # Two modifiers in a row read badly unless they are places: "with dishes for £15-25 that is for adults only".
         crowded = slot[0] not in PLACES and bool(plan.after_without(*PLACES))
         if adjectives(*slot) and len(plan.before) < 2 and rng.random() < 0.5:
             plan.before.append(slot)
@@ -365,11 +367,11 @@ def linearise(meaning: dict[str, str]) -> str:
 def write_references(rng: random.Random, meaning: dict[str, str]) -> list[str]:
     """Four to six texts that differ, short ones where the meaning representation is long."""
     wanted = rng.choice((4, 5, 5, 6))
-    room = LONGEST_LINE - len(linearise(meaning))
+    prompt = linearise(meaning)
     found: dict[str, None] = {}
     for _ in range(400):
         text = write_text(rng, meaning)
-        if text is None or len(text) > room or faults(meaning, text):
+        if text is None or len(PIECE.findall(f"{prompt}||{text}")) > LONGEST_LINE or faults(meaning, text):
             continue
         found[text] = None
         if len(found) == wanted:
