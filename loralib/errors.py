@@ -11,7 +11,8 @@
     ├── DataError (ValueError)               a data file or an example is wrong
     ├── BaseModelError (OSError)             a base model cannot be found or read
     ├── TrainingError (RuntimeError)         training cannot go on
-    │   └── NothingLearnedError              no gradient reaches a layer, or nothing changed
+    │   ├── NothingLearnedError              no gradient reaches a layer, or nothing changed
+    │   └── InterruptedRunError              a signal stopped the run, after it saved itself
     ├── OutputError (OSError)                a result cannot be written
     └── MissingDependencyError (ImportError) an optional package is not installed
 
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FormatError",
+    "InterruptedRunError",
     "LoraError",
     "MergeError",
     "MissingDependencyError",
@@ -90,6 +92,18 @@ class TrainingError(LoraError, RuntimeError):
 
 class NothingLearnedError(TrainingError):
     """An adapted layer gets no gradient, or the adapter ends as it began."""
+
+
+class InterruptedRunError(TrainingError):
+    """A signal stopped a run, which saved itself first.
+
+    Attributes:
+        exit_code: what a program ends with: 128 + the number of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class OutputError(LoraError, OSError):

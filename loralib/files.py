@@ -18,12 +18,15 @@ __all__ = ["hold_directory", "read_text", "remove_file", "write_json", "write_te
 _LOCK = ".loralib.lock"
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def write_whole(
+    path: str | os.PathLike[str], write: Callable[[Path], object], check: Callable[[Path], object] | None = None
+) -> None:
     """Writes a file aside, syncs it, and renames it into place: readers see the old file or the new one.
 
     Args:
         path: the file to write; its directory is made if needed.
         write: called with the path of a temporary file in the same directory; must create its content.
+        check: called with the same path once the content is synced; what it raises keeps the file from appearing.
 
     Raises:
         OutputError: the directory or file cannot be written (read-only, disk full, path is a directory).
@@ -40,6 +43,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
         with contextlib.suppress(OSError):
             temporary.chmod(0o666 & ~_umask())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +43,25 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes tensors and metadata to a safetensors file, whole or not at all."""
+    """Writes tensors and metadata to a safetensors file, whole or not at all; see `write_whole` for `check`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(plain, str(temporary), {"format": "pt", **(metadata or {})}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, str(temporary), {"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # an OSError in other clothes: "... (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, _first_line(error)) from error
+
+    write_whole(path, write, check)
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
@@ -82,7 +97,9 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value with torch.save, whole or not at all."""
-    write_whole(path, lambda temporary: torch.save(value, temporary))
+    content = io.BytesIO()  # torch.save on a file that cannot grow raises no OSError
+    torch.save(value, content)
+    write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
