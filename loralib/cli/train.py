@@ -1,0 +1,27 @@
+"""Train a LoRA adapter: the base model stays frozen, only two thin matrices a layer learn.
+
+loralib train --train_data train.txt --valid_data valid.txt
+loralib train --train_data chat.jsonl --model ./my-model --lora_dim 8 --num_epochs 3
+loralib train --config run.toml --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from . import add_fields, from_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting of training."""
+    from ..train import TrainConfig
+
+    add_fields(parser, TrainConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains."""
+    from ..train import TrainConfig
+    from ..train.job import run_job
+
+    run_job(from_args(TrainConfig, args))

@@ -1,0 +1,182 @@
+"""Resumable training state: written aside, synced, read back and only then renamed; the last few are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, OutputError, TrainingError, list_faults
+from ..files import remove_file
+from ..formats.tensors import read_safetensors, write_safetensors
+
+__all__ = ["Checkpoint", "Progress", "checkpoint_files", "last_checkpoint", "remove_checkpoints", "save_checkpoint"]
+
+_STATE = "loralib.checkpoint"
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: updates done.
+        epoch: epochs done.
+        update: updates done in the current epoch: the place in the data.
+        examples, tokens, trained_tokens: seen so far.
+        epoch_loss, epoch_weight: sum of losses and of their weights in the current epoch.
+        train_losses: average training loss of each epoch done.
+        valid_losses: ``[step, loss]`` of each validation.
+        best: lowest validation loss of an adapter (not the base's).
+        bad: validations since.
+        metrics_bytes: length of metrics.jsonl; what a crash left behind it is cut off on resuming.
+        finished: whether the run came to its end.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    update: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    epoch_loss: float = 0.0
+    epoch_weight: float = 0.0
+    train_losses: list[float] = field(default_factory=list)
+    valid_losses: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    bad: int = 0
+    metrics_bytes: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on as if it had never stopped.
+
+    Attributes:
+        progress: how far it came.
+        settings: what must be the same when it goes on (see `require_same`).
+        parameters: the trained parameters by name.
+        initial: what they were before the first update, by name (to tell whether anything was learned).
+        optimizer: the optimiser's state: ``{number: {name: tensor}}``.
+        rng: states of the random generators by device.
+    """
+
+    progress: Progress
+    settings: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    initial: Mapping[str, Tensor]
+    optimizer: Mapping[int, Mapping[str, Tensor]]
+    rng: Mapping[str, Tensor]
+
+    def require_same(self, settings: Mapping[str, Any], path: Path) -> None:
+        """Refuses to go on with other settings, which would be neither the old run nor a new one.
+
+        Raises:
+            TrainingError: names every setting that differs.
+        """
+        faults = [
+            f"{name}: {self.settings.get(name)!r} then, {settings.get(name)!r} now"
+            for name in sorted({*self.settings, *settings})
+            if self.settings.get(name) != settings.get(name)
+        ]
+        if faults:
+            raise TrainingError(
+                list_faults(
+                    f"{path} belongs to a run with other settings",
+                    faults,
+                    "Resume with the settings of then, or start anew with --overwrite or another --output_dir.",
+                )
+            )
+
+
+def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
+    """Writes a checkpoint and removes all but the last `keep`.
+
+    Args:
+        directory: where checkpoints live.
+        state: what to save.
+        keep: how many files may stay.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: it cannot be written, or does not read back as it was written; older ones are untouched.
+    """
+    path = directory / f"step-{state.progress.step:08}.safetensors"
+    tensors = {f"parameter/{name}": tensor for name, tensor in state.parameters.items()}
+    tensors |= {f"initial/{name}": tensor for name, tensor in state.initial.items()}
+    tensors |= {f"rng/{name}": tensor for name, tensor in state.rng.items()}
+    for number, values in state.optimizer.items():
+        tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in values.items()}
+    about = json.dumps({"progress": asdict(state.progress), "settings": dict(state.settings)})
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def check(temporary: Path) -> None:
+        back, metadata = read_safetensors(temporary)
+        if metadata.get(_STATE) != about or back.keys() != plain.keys():
+            raise OutputError(f"{path} does not read back as it was written; check the disk")
+        for name, tensor in plain.items():
+            if not torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8)):
+                raise OutputError(f"{path}: {name} does not read back as it was written; check the disk")
+
+    write_safetensors(path, plain, {_STATE: about}, check)
+    for old in checkpoint_files(directory)[:-keep]:
+        remove_file(old)
+    return path
+
+
+def last_checkpoint(directory: Path) -> tuple[Checkpoint, Path] | None:
+    """Reads the newest checkpoint of a directory, or None if there is none.
+
+    Raises:
+        FormatError: none of the files can be read.
+    """
+    files = checkpoint_files(directory)
+    for path in reversed(files):
+        try:
+            return _read(path), path
+        except FormatError:
+            if path == files[0]:
+                raise
+    return None
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Returns the checkpoints of a directory, oldest first."""
+    return sorted(directory.glob("step-*.safetensors"))
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Removes every checkpoint of a directory, newest last, and the directory if nothing else is in it."""
+    for path in checkpoint_files(directory):
+        remove_file(path)
+    if directory.is_dir() and not any(directory.iterdir()):
+        os.rmdir(directory)
+
+
+def _read(path: Path) -> Checkpoint:
+    tensors, metadata = read_safetensors(path)
+    try:
+        about = json.loads(metadata[_STATE])
+        progress, settings = Progress(**about["progress"]), about["settings"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path} is no checkpoint of a training run: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "initial": {}, "rng": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind not in parts:
+            raise FormatError(f"{path} is no checkpoint of a training run: it holds {name!r}")
+        parts[kind][rest] = tensor
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        number, _, rest = name.partition("/")
+        optimizer.setdefault(int(number), {})[rest] = tensor
+    return Checkpoint(progress, settings, parts["parameter"], parts["initial"], optimizer, parts["rng"])

@@ -1,0 +1,98 @@
+"""The whole job: load a base model and data, freeze, inject, train, save, and tell what a learner wants to see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base import load_base
+from ..console import duration, say, size
+from ..data import Encoded, load_examples
+from ..errors import ConfigError
+from ..inject import adapted_layers, inject
+from .config import TrainConfig
+from .loop import TrainResult, train
+from .report import parameter_table
+
+__all__ = ["run_job"]
+
+
+def run_job(config: TrainConfig) -> TrainResult:
+    """Trains an adapter from nothing but settings, and tells on the console what happens.
+
+    Args:
+        config: `train_data` must be given.
+
+    Returns:
+        What the run came to.
+
+    Raises:
+        LoraError: whatever goes wrong, with a message for the user.
+    """
+    if config.train_data is None:
+        raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, .jsonl or .txt)")
+    say(f"Loading {config.model} ...")
+    model, tokenizer = load_base(
+        config.model,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        device=config.device,
+        seed=config.seed,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+    )
+    training = _load(config.train_data, tokenizer, config, config.max_train_samples)
+    say(f"Loaded {len(training):,} training examples{_dropped(training)}")
+    valid = None
+    if config.valid_data is not None:
+        valid = _load(config.valid_data, tokenizer, config, config.max_valid_samples)
+        say(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
+    _adapt(model, config)
+    say()
+    say(parameter_table(model))
+    say()
+    result = train(model, training.examples, config, valid_data=valid.examples if valid else None)
+    _tell(result)
+    return result
+
+
+def _load(sources: Any, tokenizer: Any, config: TrainConfig, most: int) -> Encoded:
+    return load_examples(
+        sources,
+        tokenizer,
+        seq_len=config.seq_len,
+        objective=config.objective,
+        max_samples=most or None,
+        seed=config.seed,
+    )
+
+
+def _dropped(encoded: Encoded) -> str:
+    return f" ({encoded.drop_note})" if encoded.drop_note else ""
+
+
+def _adapt(model: nn.Module, config: TrainConfig) -> None:
+    if adapted_layers(model):  # run-demo is built from LoRA layers
+        say("The network is built from LoRA layers of its own; --lora_dim and --target_modules do not apply.")
+        return
+    torch.manual_seed(config.seed)
+    report = inject(model, config.lora_config())
+    matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
+    say(f"LoRA on {matched}: r={config.lora_dim}, lora_alpha={config.alpha:g}")
+    for note in report.notes:
+        say(f"  note: {note}")
+
+
+def _tell(result: TrainResult) -> None:
+    weights = result.output_dir / "adapter_model.safetensors"
+    say()
+    say(f"Done: {result.steps:,} updates in {duration(result.seconds)} ({result.tokens_per_second:,.0f} tokens/s).")
+    if len(result.valid_losses) > 1:
+        base, last = result.valid_losses[0][1], result.valid_losses[-1][1]
+        say(f"Validation loss {base:.4f} -> {last:.4f} ({last / base:.0%} of the base's)")
+    say(f"Adapter: {weights} ({size(weights.stat().st_size)})")
+    checkpoint = result.output_dir / "pytorch_model.bin"
+    say(f"Checkpoint for Microsoft's loralib: {checkpoint} ({size(checkpoint.stat().st_size)})")
+    if (result.output_dir / "loss.png").exists():
+        say(f"Loss curve: {result.output_dir / 'loss.png'}")

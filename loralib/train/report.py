@@ -1,0 +1,247 @@
+"""What a run shows and leaves to look at: metrics.jsonl, the loss curve, the model card, a memory estimate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from torch import nn
+
+from ..console import count, percent, size, table
+from ..errors import MissingDependencyError, OutputError
+from ..files import write_text, write_whole
+from ..inject import adapted_layers
+from .config import TrainConfig
+
+__all__ = [
+    "Metrics",
+    "learned_norms",
+    "memory_estimate",
+    "parameter_table",
+    "plot_losses",
+    "read_metrics",
+    "write_card",
+]
+
+
+class Metrics:
+    """Appends events to metrics.jsonl, one JSON object a line, and optionally to TensorBoard.
+
+    Args:
+        directory: holds the file.
+        keep: how many bytes of an earlier run's file to go on from; what a crash left behind them is cut off.
+        tensorboard: also write event files under ``directory/tensorboard``.
+    """
+
+    def __init__(self, directory: Path, keep: int, tensorboard: bool = False) -> None:
+        self.path = directory / "metrics.jsonl"
+        try:
+            self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file.truncate(keep)
+            self._file.seek(keep)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        self._board = _tensorboard(directory, keep) if tensorboard else None
+
+    def add(self, event: str, step: int, **values: Any) -> None:
+        """Appends one event."""
+        line = json.dumps({"event": event, "step": step, **values}, allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
+        if self._board is not None:
+            for name in ("loss", "lr"):
+                if name in values:
+                    self._board.add_scalar(f"{event}/{name}", values[name], step)
+
+    def sync(self) -> int:
+        """Makes all lines last through a crash; returns the length of the file in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(directory: Path, keep: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("--report_to tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=None)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yields the events of a metrics.jsonl; a last line that a crash cut short is left out."""
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
+    """Draws the training and validation loss of a metrics.jsonl.
+
+    Args:
+        metrics: the events.
+        picture: the PNG to write.
+        title: what stands above the plot.
+
+    Returns:
+        False where matplotlib is not installed: no picture then.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    events = list(read_metrics(metrics))
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    trained = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
+    valid = [(e["step"], e["loss"]) for e in events if e["event"] == "valid"]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each update")
+        axes.plot(*zip(*_smoothed(trained), strict=True), color="#2171b5", linewidth=2, label="training, smoothed")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), color="#d94801", marker="o", linewidth=2, label="validation")
+        axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), textcoords="offset points", color="#d94801")
+        if len(valid) > 1:
+            axes.annotate(
+                f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), textcoords="offset points", color="#d94801"
+            )
+    axes.set(title=title, xlabel="update", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    # Neither date nor version in the file: the same run draws the same picture.
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return True
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    weight = 2 / (1 + max(1, len(points) // 10))
+    smooth, out = points[0][1], []
+    for step, loss in points:
+        smooth += weight * (loss - smooth)
+        out.append((step, smooth))
+    return out
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Returns total, trainable and frozen parameters with percentages, as a table."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = [
+        ("Total", count(total), "100.00%"),
+        ("Trainable", count(trainable), percent(trainable, total)),
+        ("Frozen", count(total - trainable), percent(total - trainable, total)),
+    ]
+    return table(rows, ("parameters", "number", "share"))
+
+
+def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple[float, float | None]:
+    """Estimates the memory that training needs.
+
+    Args:
+        model: adapted.
+        tokens: tokens of one step.
+        checkpointing: whether activations are recomputed.
+
+    Returns:
+        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact; activations
+        are counted as what each adapted layer keeps: its input, and about as much again around it.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 12  # gradient and two moments in fp32
+    kept = sum(2 * layer.base_weight.shape[-1] * layer.base_weight.element_size() for _, layer in adapted_layers(model))
+    vocabulary = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=0)
+    chunk = 256 * vocabulary * 8
+    return weights + trained + tokens * kept * (0.25 if checkpointing else 1.0) + chunk, _free_memory(model)
+
+
+def _free_memory(model: nn.Module) -> float | None:
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:  # Linux says what is free without swapping; elsewhere the whole memory is the best that is known
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except (AttributeError, OSError, ValueError):
+            return None
+
+
+def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Returns, per adapted layer, the Frobenius norm of its update, absolute and as a share of the base weight's."""
+    norms = {}
+    for name, layer in adapted_layers(model):
+        delta = float(layer.delta_weight().detach().norm())
+        base = float(layer.base_weight.detach().float().norm())
+        norms[name] = (delta, delta / base if base else 0.0)
+    return norms
+
+
+def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Mapping[str, str]) -> None:
+    """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned."""
+    base = getattr(model, "name_or_path", "") or config.model
+    norms = sorted(learned_norms(model).items(), key=lambda item: -item[1][1])
+    shown = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for name, (delta, share) in norms[:10])
+    told = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
+    write_text(
+        directory / "README.md",
+        f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, loralib]
+---
+
+# LoRA adapter for {base}
+
+Rank {config.lora_dim}, lora_alpha {config.alpha:g}, on `{config.target_modules}`.
+{picture}
+| | |
+|---|---|
+{told}
+
+## Use it
+
+```python
+import loralib as lora
+
+model, tokenizer = lora.load_base("{base}")
+print(lora.load_adapter(model, "."))
+```
+
+PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.
+
+## What was learned
+
+Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(norms)} layers.
+
+| layer | update | share |
+|---|---:|---:|
+{shown}
+""",
+    )
+
+
+def megabytes(path: Path) -> str:
+    """Returns the measured size of a file, for people."""
+    return size(path.stat().st_size)
