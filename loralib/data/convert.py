@@ -25,6 +25,7 @@ __all__ = [
     "Prediction",
     "decode_predictions",
     "encode_rows",
+    "format_encoded",
     "format_rows",
     "load_bpe",
     "read_formatted",
@@ -134,6 +135,11 @@ def encode_rows(
         {"context": context.ids + [end] * add_bos, "completion": completion.ids + [end] * add_eos}
         for context, completion in zip(contexts, completions, strict=True)
     ]
+
+
+def format_encoded(rows: Iterable[EncodedRow]) -> str:
+    """Writes rows of ids as JSONL with ``context`` and ``completion``."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 @dataclass(frozen=True)

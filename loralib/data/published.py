@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from ..errors import DataError, list_faults
 from .lines import are_not, read_lines, read_text, shown
 
-__all__ = ["SEEN_CATEGORIES", "SEPARATOR", "Row", "read_rows"]
+__all__ = ["SEEN_CATEGORIES", "SEPARATOR", "Row", "read_e2e_csv", "read_rows"]
 
 SEPARATOR: Final = "||"
 
@@ -64,7 +64,7 @@ def read_rows(path: str | Path, format: str) -> list[Row]:
 
 def _read_e2e(path: Path) -> list[Row]:
     if path.suffix.lower() == ".csv":
-        return _read_e2e_csv(path)
+        return read_e2e_csv(read_text(path), str(path))
     rows, faults = [], []
     for number, line in enumerate(read_lines(path), 1):
         fields = line.strip().split(SEPARATOR)
@@ -78,8 +78,13 @@ def _read_e2e(path: Path) -> list[Row]:
     return rows
 
 
-def _read_e2e_csv(path: Path) -> list[Row]:
-    table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+def read_e2e_csv(text: str, path: str) -> list[Row]:
+    """Reads the E2E challenge's CSV (columns mr and ref); see `read_rows`.
+
+    >>> read_e2e_csv('mr,ref\\n"name[The Mill], eatType[pub]",A pub.\\n', "x.csv")
+    [Row(context='name : The Mill | Type : pub', completion='A pub.', seen=None)]
+    """
+    table = csv.DictReader(io.StringIO(text, newline=""))
     if not {"mr", "ref"} <= set(table.fieldnames or ()):
         raise DataError(f"{path} has the columns {', '.join(table.fieldnames or ())}; expected mr and ref.")
     rows, faults = [], []

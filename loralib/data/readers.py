@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
-from .lines import are_not, read_bytes, read_lines, shown
+from .lines import are_not, read_lines, read_text, shown
 from .published import SEPARATOR, read_rows
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Example",
     "draw",
     "group_by_prompt",
+    "guess_format",
     "parse_source",
     "read_examples",
 ]
@@ -88,9 +89,10 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     """Reads one file of examples.
 
     Args:
-        path: the file. E2E text has a line ``meaning representation||text`` an example; JSONL has an object a
-            line with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as Microsoft's converters
-            write them), ``messages`` (a chat) or ``text``; DART and WebNLG are JSON (WebNLG also XML) as published.
+        path: the file. E2E has a line ``meaning representation||text`` an example, or is the challenge's CSV; JSONL
+            has an object a line with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as
+            `format_rows` writes them), ``messages`` (a chat) or ``text``; DART and WebNLG are JSON (WebNLG also
+            XML) as published.
         format: one of `FORMATS`; "auto" goes by the file's name and form. Plain text has to be asked for,
             since a line that forgot its ``||`` would look the same.
 
@@ -105,8 +107,8 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     if format == "auto":
-        format = _guess_format(path)
-    if format in ("dart", "webnlg"):
+        format = guess_format(path)
+    if format in ("dart", "webnlg") or path.suffix.lower() == ".csv":
         rows = enumerate(read_rows(path, format), 1)
         examples = [Example.of(_prompt(row.context), row.completion.strip(), f"{path}:{i}") for i, row in rows]
     else:
@@ -115,6 +117,21 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     if not examples:
         raise DataError(f"{path} holds no examples. Expected {_expected(format)}.")
     return _with_references(examples)
+
+
+def guess_format(path: str | Path) -> str:
+    """Tells "e2e", "jsonl", "dart" or "webnlg" by a file's name, and for .json by what is in it."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        try:
+            value = json.loads(read_text(path))
+        except (ValueError, RecursionError):  # DataError is a ValueError: its reader will say what is wrong
+            return "jsonl"
+        if isinstance(value, dict):
+            return "webnlg" if "entries" in value else "jsonl"
+        return "dart"
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "webnlg"}.get(suffix, "e2e")
 
 
 def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
@@ -256,24 +273,6 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
 def _read_plain(path: Path) -> list[Example]:
     """The whole file is one document: tokens are cut into windows later, where its length in tokens is known."""
     return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
-
-
-def _guess_format(path: Path) -> str:
-    if path.suffix.lower() == ".json":
-        head = read_bytes(path).decode("utf-8-sig", "replace").lstrip()[:1]
-        if head == "[":
-            return "dart"
-        # A JSON object on one line is JSONL under another name; WebNLG's object spans the file.
-        try:
-            value = json.loads(read_bytes(path).decode("utf-8-sig", "replace"))
-        except (ValueError, RecursionError):
-            return "jsonl"
-        return "webnlg" if isinstance(value, dict) and "entries" in value else "jsonl"
-    return _guess_by_name(path) or "e2e"
-
-
-def _guess_by_name(path: Path) -> str | None:
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "webnlg"}.get(path.suffix.lower())
 
 
 def _expected(format: str) -> str:

@@ -1,0 +1,247 @@
+"""``loralib data``: look at training data, convert it, fetch it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..data import Encoded, TokenExample
+
+HELP = "preview, convert and fetch training data"
+
+_TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommands preview, convert, decode and e2e."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_preview(actions)
+    _add_convert(actions)
+    _add_decode(actions)
+    _add_e2e(actions)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Runs the chosen subcommand."""
+    {"preview": _preview, "convert": _convert, "decode": _decode, "e2e": _e2e}[args.action](args)
+    return None
+
+
+# --- preview -------------------------------------------------------------------------------------------------------
+
+
+def _add_preview(actions: Any) -> None:
+    preview = actions.add_parser(
+        "preview",
+        help="show which tokens would be trained, and what would be dropped and why",
+        description="Shows examples as the model will see them: token by token, trained tokens in green (without "
+        "colour: in brackets). Nothing is trained. Look here first when a model learns the wrong thing.",
+        epilog="example: loralib data preview train.txt chats.jsonl:0.5 --seq_len 128 --count 3",
+    )
+    preview.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH[:WEIGHT]",
+        help="files of examples: lines `meaning representation||text`, JSONL (prompt and completion, messages, or "
+        "text), DART or WebNLG; a weight of 2 shows a file's examples twice an epoch, 0.5 a random half of them",
+    )
+    preview.add_argument("--model", default="smollm2-135m", help="whose tokenizer (default: smollm2-135m)")
+    preview.add_argument("--format", default="auto", help="auto, e2e, jsonl, text, dart or webnlg (default: auto)")
+    preview.add_argument(
+        "--seq_len",
+        type=int,
+        default=64,
+        help="the most tokens an example may have; longer ones are dropped, never cut",
+    )
+    preview.add_argument(
+        "--objective", default="clm", help="clm trains completions only, jlm every token (default: clm)"
+    )
+    preview.add_argument("--max_samples", type=int, help="draw so many examples, of as many prompts as possible")
+    preview.add_argument("--seed", type=int, default=42, help="of the draw (default: 42)")
+    preview.add_argument("--count", type=int, default=5, help="how many examples to show (default: 5)")
+    preview.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto colours in a terminal, unless NO_COLOR is set",
+    )
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from ..base import load_tokenizer
+    from ..console import say
+    from ..data import load_examples
+
+    tokenizer = load_tokenizer(args.model)
+    encoded = load_examples(
+        args.paths,
+        tokenizer,
+        seq_len=args.seq_len,
+        objective=args.objective,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        format=args.format,
+    )
+    colour = _is_coloured(args.color)
+    for number, (example, text) in enumerate(zip(encoded.examples, encoded.texts, strict=True), 1):
+        if number > args.count:
+            break
+        say(f"{number}. {text.source}: {len(example)} tokens, {sum(example.trained)} trained")
+        say(_painted(example, tokenizer, colour))
+        say()
+    say(_summary(encoded))
+
+
+def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
+    """The tokens side by side, a dot between two; runs of trained tokens green, or in brackets."""
+    painted = []
+    for is_trained, run in itertools.groupby(zip(example.ids, example.trained, strict=True), key=lambda pair: pair[1]):
+        text = "·".join(tokenizer.decode([token]).replace("\n", "\\n") for token, _ in run)
+        if colour:
+            painted.append(f"{_TRAINED if is_trained else _GIVEN}{text}{_RESET}")
+        else:
+            painted.append(f"[{text}]" if is_trained else text)
+    return "".join(painted)
+
+
+def _summary(encoded: Encoded) -> str:
+    from ..console import table
+
+    lengths = [len(example) for example in encoded.examples]
+    rows: list[tuple[str, object]] = [
+        ("examples", len(lengths)),
+        ("different prompts", len({text.prompt for text in encoded.texts})),
+        ("tokens", sum(lengths)),
+        ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),
+        ("longest example", f"{max(lengths)} tokens"),
+        *((f"dropped: {reason}", number) for reason, number in encoded.dropped.items()),
+    ]
+    return table(rows)
+
+
+def _is_coloured(choice: str) -> bool:
+    """Colour where someone watches and did not opt out (https://no-color.org: NO_COLOR set and not empty)."""
+    if choice != "auto":
+        return choice == "always"
+    watched = sys.stdout is not None and sys.stdout.isatty()
+    if watched and os.name == "nt":
+        os.system("")  # makes older Windows consoles understand colour codes
+    return watched and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# --- convert and decode --------------------------------------------------------------------------------------------
+
+
+def _add_convert(actions: Any) -> None:
+    convert = actions.add_parser(
+        "convert",
+        help="E2E, DART or WebNLG as published to the LoRA paper's JSONL, as text or as token ids",
+        description="Reads E2E (`meaning representation||text` lines, or the challenge's CSV), DART (JSON) or WebNLG "
+        "(JSON or XML) and writes JSONL with context and completion; with --vocab as GPT-2 token ids. A JSONL file "
+        "that this command wrote may be the input too.",
+        epilog="example: loralib data convert dev.json dev_encoded.jsonl --vocab gpt2 --add_bos --add_eos",
+    )
+    convert.add_argument("input", help="the published file")
+    convert.add_argument("output", help="the JSONL file to write")
+    convert.add_argument("--format", default="auto", choices=("auto", "e2e", "dart", "webnlg", "jsonl"))
+    convert.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
+    convert.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
+    convert.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from ..console import say
+    from ..data.convert import encode_rows, format_encoded, format_rows, load_bpe, read_formatted
+    from ..data.published import read_rows
+    from ..data.readers import guess_format
+    from ..files import write_text
+
+    if (args.add_bos or args.add_eos) and not args.vocab:
+        raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab. Pass GPT-2's vocabulary.")
+    format = guess_format(args.input) if args.format == "auto" else args.format
+    rows = read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
+    if args.vocab:
+        encoded = encode_rows(rows, load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
+        write_text(args.output, format_encoded(encoded))
+    else:
+        write_text(args.output, format_rows(rows))
+    say(f"{args.output}: {len(rows):,} rows from {args.input} ({format})")
+
+
+def _add_decode(actions: Any) -> None:
+    decode = actions.add_parser(
+        "decode",
+        help="predicted GPT-2 token ids to text, beside references as the official scorers want them",
+        description="Turns the ids that a beam search wrote into one text a line, and the references of the same "
+        "inputs into the scorers' layout: one file with blank lines for E2E, a directory with reference0, reference1, "
+        "... for DART and WebNLG.",
+    )
+    decode.add_argument("--vocab", required=True, help="a directory with GPT-2's vocab.json and merges.txt")
+    decode.add_argument("--sample_file", required=True, help="JSONL with id and predict")
+    decode.add_argument(
+        "--input_file", required=True, help="the formatted JSONL (loralib data convert) that was decoded"
+    )
+    decode.add_argument("--output_pred_file", required=True, help="gets one prediction a line")
+    decode.add_argument("--output_ref_file", required=True, help="gets the references; a directory unless e2e")
+    decode.add_argument("--ref_type", default="e2e", choices=("e2e", "webnlg", "dart"), help="layout of references")
+    decode.add_argument("--ref_num", type=int, default=4, help="how many reference files, unless e2e (default: 4)")
+    decode.add_argument("--tokenize", action="store_true", help="put blanks around punctuation")
+    decode.add_argument("--lower", action="store_true", help="lower-case")
+    decode.add_argument(
+        "--filter", default="all", choices=("all", "seen", "unseen"), help="WebNLG: only categories (not) in training"
+    )
+
+
+def _decode(args: argparse.Namespace) -> None:
+    from ..console import say
+    from ..data.convert import decode_predictions, load_bpe, read_formatted, read_predictions
+    from ..files import write_text
+
+    if args.ref_num < 1:
+        raise ConfigError(f"ref_num is {args.ref_num}, expected at least 1.")
+    decoded = decode_predictions(
+        read_formatted(args.input_file),
+        read_predictions(args.sample_file),
+        load_bpe(args.vocab),
+        tokenize=args.tokenize,
+        lower=args.lower,
+        filter=args.filter,
+    )
+    if args.ref_type == "e2e":
+        write_text(args.output_ref_file, decoded.reference_file)
+    else:
+        for number, text in enumerate(decoded.reference_columns(args.ref_num)):
+            write_text(Path(args.output_ref_file) / f"reference{number}", text)
+    write_text(args.output_pred_file, decoded.prediction_file)
+    say(f"{args.output_pred_file}: {len(decoded.predictions):,} predictions; references in {args.output_ref_file}")
+
+
+# --- e2e -----------------------------------------------------------------------------------------------------------
+
+
+def _add_e2e(actions: Any) -> None:
+    e2e = actions.add_parser(
+        "e2e",
+        help="fetch the full E2E NLG Challenge data (51,426 texts, 12 MB, CC BY-SA 4.0)",
+        description="Fetches the E2E data from its authors' GitHub repository, compares SHA-256 checksums, and writes "
+        "train.txt, valid.txt and test.txt for --train_data and --valid_data. The sample in examples/NLG is another, "
+        "smaller set, written for this project.",
+    )
+    e2e.add_argument("directory", help="where train.txt, valid.txt and test.txt go")
+    e2e.add_argument("--source", help="a mirror's address, or a directory with the three CSV files")
+    e2e.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def _e2e(args: argparse.Namespace) -> None:
+    from ..console import say
+    from ..data.e2e import SOURCE, fetch_e2e
+
+    for path in fetch_e2e(args.directory, source=args.source or SOURCE, overwrite=args.overwrite):
+        say(path)
