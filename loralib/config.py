@@ -136,6 +136,15 @@ class LoraConfig:
         key = first_match(self.enable_lora, name)
         return None if key is None else tuple(self.enable_lora[key])
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start belongs to another base weight than the model's (PiSSA, OLoRA, CorDA, LoftQ).
+
+        The other starts only choose A and B: once trained, they are all alike.
+        """
+        start = self.init_lora_weights
+        return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
+
     def replace(self, **changes: Any) -> LoraConfig:
         """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)

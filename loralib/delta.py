@@ -18,9 +18,15 @@ from torch.nn import functional as F
 
 __all__ = [
     "add_delta",
+    "balanced_factors",
     "block_diagonal_B",
     "delta_weight",
+    "dora_weight",
+    "effective_rank",
     "low_rank",
+    "olora_factors",
+    "pissa_factors",
+    "product_svd",
     "scaling_of",
 ]
 
@@ -108,3 +114,108 @@ def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:
     enabled = iter(torch.block_diag(*B.split(size)).split(size))
     off = B.new_zeros(size, sum(blocks) * B.shape[1])
     return torch.cat([next(enabled) if on else off for on in blocks])
+
+
+def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the singular value decomposition of ``scaling * B A`` without forming the product.
+
+    With thin QR factors B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the r x r matrix R_B R_A^T.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scaling: see `scaling_of`.
+
+    Returns:
+        U (out, k), S (k,) in falling order and Vh (k, in) with k = min(r, in, out), in fp64.
+
+    >>> U, S, Vh = product_svd(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]]), 0.5)
+    >>> S.tolist()
+    [5.0]
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T * scaling, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Returns the best factors of rank r of a matrix (Eckart and Young 1936), each with half of the singular values.
+
+    Args:
+        U: (out, k).
+        S: (k,), in falling order.
+        Vh: (k, in).
+        r: the rank wanted; above k the rest is zero.
+
+    Returns:
+        A (r, in) and B (out, r), in fp32, with ``B A`` nearest to ``U diag(S) Vh``.
+    """
+    root = S[:r].sqrt()
+    A, B = root[:, None] * Vh[:r], U[:, :r] * root
+    missing = r - len(root)
+    A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    return A.float().contiguous(), B.float().contiguous()
+
+
+def effective_rank(S: Tensor) -> float:
+    """Returns how many singular values carry a matrix: exp of the entropy of their shares (Roy and Vetterli 2007).
+
+    >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6), effective_rank(torch.zeros(3))
+    (2.0, 0.0)
+    """
+    total = S.sum()
+    if total == 0:
+        return 0.0
+    share = S[S > 0].double() / total
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """Computes ``m (W + delta) / ||W + delta||``, row by row: DoRA's weight (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+
+    Args:
+        weight: W (out, in).
+        delta: (out, in), as `delta_weight` makes it.
+        magnitude: m (out,).
+
+    Returns:
+        (out, in), in at least fp32.
+    """
+    wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+    moved = weight.to(wide) + delta.to(wide)
+    return moved * (magnitude.to(wide) / torch.linalg.vector_norm(moved, dim=1))[:, None]
+
+
+def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns the factors that PiSSA starts from, the r largest singular values of W (Meng 2024, arXiv:2404.02948).
+
+    While PiSSA trains, the base is W - scaling B0 A0; so against W itself the update is scaling (B A - B0 A0), which is
+    a plain one of rank 2 r.
+
+    Args:
+        weight: W (out, in).
+        r: the rank.
+        scaling: see `scaling_of`.
+
+    Returns:
+        A0 (r, in) and B0 (out, r), in fp32, with ``scaling * B0 A0`` the best approximation of W of rank r.
+    """
+    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return balanced_factors(U, S / scaling, Vh, r)
+
+
+def olora_factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors that OLoRA starts from: the QR decomposition of W, cut (Büyükakyüz 2024, arXiv:2406.01775).
+
+    As with PiSSA, the base is W - scaling B0 A0 while it trains.
+
+    Args:
+        weight: W (out, in).
+        r: the rank.
+
+    Returns:
+        A0 (r, in) and B0 (out, r), in fp32.
+    """
+    Q, R = torch.linalg.qr(weight.float())
+    return R[:r].contiguous(), Q[:, :r].contiguous()

@@ -1,0 +1,529 @@
+"""Arithmetic on adapters: sums, differences, mixtures and other ranks, all pure functions on `Adapter`.
+
+An adapter's update of a module is ``scaling * B A``.  Sums of such updates are low-rank again: exactly, by putting
+factors side by side (`cat`), or nearly, by cutting the singular values of that (`svd`).  The other methods are the
+published heuristics, in the form that PEFT's ``add_weighted_adapter`` gives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import BASE, Adapter, expand_blocks, with_ranks
+from .config import LoraConfig
+from .delta import balanced_factors, delta_weight, product_svd, scaling_of
+from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
+
+__all__ = [
+    "METHODS",
+    "Combination",
+    "Update",
+    "combine",
+    "faults_of",
+    "interpolate",
+    "resize",
+    "subtract",
+    "updates_of",
+    "with_updates",
+]
+
+# What `combine` can do, and what each is good for.
+METHODS: Mapping[str, str] = {
+    "cat": "the exact weighted sum; the ranks add up",
+    "svd": "the best approximation of that sum of a given rank",
+    "linear": "sums of the factors themselves: fast, and rough, for the factors of different adapters do not belong "
+    "together (task arithmetic, arXiv:2212.04089)",
+    "ties": "keep the largest values, elect a sign, average what agrees (TIES, arXiv:2306.01708), on the factors",
+    "dare_linear": "drop values at random and rescale the others (DARE, arXiv:2311.03099), then sum, on the factors",
+    "dare_ties": "DARE's dropping with TIES's signs, on the factors",
+    "magnitude_prune": "keep the largest values, then sum, on the factors",
+    "ties_svd": "TIES on whole updates, cut to a rank",
+    "dare_linear_svd": "DARE on whole updates, cut to a rank",
+    "dare_ties_svd": "DARE with TIES's signs on whole updates, cut to a rank",
+    "magnitude_prune_svd": "keep the largest values of whole updates, sum, cut to a rank",
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The low-rank update of one module as matrices, whatever kind of layer it is: ``scaling * B A``.
+
+    Attributes:
+        A: (r, in); a convolution's input channels and kernel are one axis.
+        B: (out, r).
+        scaling: see `loralib.delta.scaling_of`.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def r(self) -> int:
+        """The rank of the factors."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Size of the update, (out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the singular value decomposition; see `loralib.delta.product_svd`."""
+        return product_svd(self.A, self.B, self.scaling)
+
+    def norm(self) -> float:
+        """Returns the Frobenius norm, from the factors' Gram matrices."""
+        A, B = self.A.double(), self.B.double()
+        squared = torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)
+        return abs(self.scaling) * float(squared.sqrt())
+
+    def __add__(self, other: Update) -> Update:
+        """Returns the exact sum, of rank r + r, with scaling 1."""
+        return Update(torch.cat([self.A, other.A]), torch.cat([self._scaled_B(), other._scaled_B()], dim=1), 1.0)
+
+    def __mul__(self, weight: float) -> Update:
+        return Update(self.A, self.B, self.scaling * weight)
+
+    def _scaled_B(self) -> Tensor:
+        return self.B.float() * self.scaling
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What combining adapters gave.
+
+    Attributes:
+        adapter: the result, with lora_alpha = r, so that its updates are plain B A.
+        error: how far its updates are from what was asked for, relative to that: ``||result - wanted|| / ||wanted||``
+            over all modules (Frobenius norm).  What is asked for is the weighted sum of the updates; for methods that
+            end in ``_svd``, the merged updates before they are cut.  0 where nothing is lost but rounding.
+        errors: the same for each module.
+    """
+
+    adapter: Adapter
+    error: float
+    errors: Mapping[str, float]
+
+    @property
+    def energy(self) -> float:
+        """The share of the wanted squared norm that is kept, for results that are best approximations."""
+        return 1 - self.error**2
+
+
+def faults_of(adapter: Adapter) -> list[str]:
+    """Lists what is wrong with an adapter's tensors by themselves, before any model is seen."""
+    faults = []
+    for module in adapter.modules:
+        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.tensors else "lora_"
+        A, B = (adapter.tensors.get(f"{module}.{kind}{half}") for half in "AB")
+        if A is None or B is None:
+            faults.append(f"{module}: {kind}{'A' if A is None else 'B'} is missing")
+            continue
+        if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[0, 0].numel() != 1):
+            faults.append(f"{module}: factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together")
+            continue
+        r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
+        expected = r if blocks is None else r * sum(blocks)
+        if A.shape[0] != expected or B.shape[1] != r:
+            said = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
+            faults.append(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {said}")
+        elif blocks is not None and B.shape[0] % sum(blocks):
+            faults.append(f"{module}: B {tuple(B.shape)} does not divide into {sum(blocks)} blocks")
+    for name, tensor in adapter.tensors.items():
+        if tensor.numel() == 0:
+            faults.append(f"{name}: shape {tuple(tensor.shape)} holds no values")
+        elif "lora_" in name and not tensor.is_floating_point():
+            faults.append(f"{name}: {tensor.dtype}, expected floating-point values")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            faults.append(f"{name}: holds NaN or infinite values")
+    if not adapter.modules:
+        faults.append("there are no LoRA factors (names that end in lora_A and lora_B)")
+    return faults
+
+
+def check_sound(adapter: Adapter) -> None:
+    """Raises AdapterError with all of `faults_of`, if there are any."""
+    faults = faults_of(adapter)
+    if faults:
+        raise AdapterError(
+            list_faults("the adapter is damaged", faults, "Copy it again from its source, or train it again.")
+        )
+
+
+def updates_of(adapter: Adapter) -> dict[str, Update]:
+    """Returns the update of each module.
+
+    Args:
+        adapter: fused blocks are written out (`loralib.adapter.expand_blocks`).
+
+    Raises:
+        AdapterError: factors are missing, misshapen or not finite, or the update is more than B A.
+    """
+    check_sound(adapter)
+    more = _more_than_low_rank(adapter)
+    if more:
+        raise AdapterError(
+            list_faults(
+                "the adapter is not a plain sum of base weight and low-rank update",
+                more,
+                "`loralib convert --target peft --base MODEL` makes it one where that is possible.",
+            )
+        )
+    plain = expand_blocks(adapter)
+    updates = {}
+    for module in plain.modules:
+        A, B = factors(plain, module)
+        r, alpha = plain.config.rank_of(module), plain.config.alpha_of(module)
+        updates[module] = Update(A.flatten(1), B.flatten(1), scaling_of(r, alpha, plain.config.use_rslora))
+    return updates
+
+
+def factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """Returns a module's A and B as they are stored."""
+    A = adapter.tensors.get(f"{module}.lora_A")
+    if A is not None:
+        return A, adapter.tensors[f"{module}.lora_B"]
+    return adapter.tensors[f"{module}.lora_embedding_A"], adapter.tensors[f"{module}.lora_embedding_B"]
+
+
+def with_updates(adapter: Adapter, updates: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+    """Returns an adapter with other factors, A (r, in) and B (out, r), and lora_alpha = r, so that its update is B A.
+
+    Args:
+        adapter: says what kind of layer each module is, and all settings but ranks and alphas.
+        updates: new factors; modules that are not named are left out.
+    """
+    tensors = {}
+    for name, (A, B) in updates.items():
+        old_A, old_B = factors(adapter, name)
+        kind = "lora_" if f"{name}.lora_A" in adapter.tensors else "lora_embedding_"
+        tensors[f"{name}.{kind}A"] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
+        tensors[f"{name}.{kind}B"] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
+    ranks = {name: A.shape[0] for name, (A, _) in updates.items()}
+    config = with_ranks(adapter.config.replace(enable_lora={}, use_rslora=False), ranks, dict(ranks))
+    return Adapter(config, tensors, adapter.metadata)
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: str = "svd",
+    *,
+    r: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
+) -> Combination:
+    """Makes one adapter of several of the same base model.
+
+    Args:
+        adapters: a module that some of them lack counts as not updated there.
+        weights: one for each adapter; may be negative.
+        method: one of `METHODS`.
+        r: for methods that end in svd: the rank of the result; default: the largest among the adapters.
+        density: for the methods that drop values: the share that is kept, above 0 up to 1.
+        majority_sign: for TIES: "total" (the sign of the sum) or "frequency" (the sign of most).
+        seed: for DARE.
+
+    Returns:
+        The adapter, and how far it is from what was asked for.
+
+    Raises:
+        AdapterError: an adapter is damaged, or has parts that are not low-rank updates.
+        BaseMismatchError: the adapters belong to different base models.
+        ConfigError: an argument has a value that it cannot have, or ranks differ where they must not.
+
+    >>> one = Adapter(LoraConfig(r=1, lora_alpha=2, target_modules=["q"]),
+    ...               {"q.lora_A": torch.ones(1, 2), "q.lora_B": torch.ones(2, 1)})
+    >>> combine([one, one], [1.0, -0.5], "cat").adapter.tensors["q.lora_B"].tolist()
+    [[2.0, -1.0], [2.0, -1.0]]
+    >>> combine([one, one], [1.0, -0.5], "svd").error < 1e-6
+    True
+    """
+    _check_arguments(adapters, weights, method, r, density, majority_sign)
+    each = [updates_of(adapter) for adapter in adapters]
+    like = _common(adapters)
+    if len(adapters) == 1 and method != "svd":
+        method = "cat"  # one adapter is only scaled
+    generator = torch.Generator().manual_seed(seed)
+    rank = r or max(update.r for updates in each for update in updates.values())
+    results: dict[str, tuple[Tensor, Tensor]] = {}
+    lost: dict[str, tuple[float, float]] = {}
+    for module in dict.fromkeys(name for updates in each for name in updates):
+        present = [
+            (updates[module], weight) for updates, weight in zip(each, weights, strict=True) if module in updates
+        ]
+        parts, share = [update for update, _ in present], [weight for _, weight in present]
+        wanted = _sum([update * weight for update, weight in present])
+        if method == "cat":
+            results[module] = wanted.A.float(), wanted._scaled_B()
+            lost[module] = 0.0, wanted.norm()
+        elif method == "svd":
+            results[module], lost[module] = _cut(*wanted.svd(), rank)
+        elif method.endswith("_svd"):
+            dense = _merge(
+                method.removesuffix("_svd"),
+                [delta_weight(update.A, update.B, update.scaling) for update in parts],
+                share,
+                density,
+                majority_sign,
+                generator,
+            )
+            U, S, Vh = torch.linalg.svd(dense.double(), full_matrices=False)
+            results[module], lost[module] = _cut(U, S, Vh, rank)
+        else:
+            results[module] = _merge_factors(module, method, parts, share, density, majority_sign, generator)
+            difference = Update(*results[module], 1.0) + wanted * -1
+            lost[module] = difference.norm(), wanted.norm()
+    return _combination(with_updates(like, results), lost)
+
+
+def interpolate(start: Adapter, end: Adapter, t: float, r: int | None = None) -> Combination:
+    """Returns the adapter whose updates are ``(1 - t) * start + t * end``.
+
+    Args:
+        start: what t = 0 gives.
+        end: what t = 1 gives.
+        t: any number; outside of 0 to 1 it extrapolates.
+        r: the rank of the result; default: the sum of both, which is exact.
+    """
+    return combine([start, end], [1 - t, t], "svd" if r else "cat", r=r)
+
+
+def subtract(adapter: Adapter, other: Adapter, r: int | None = None) -> Combination:
+    """Returns the adapter whose updates are the difference (negation in task arithmetic, arXiv:2212.04089).
+
+    Args:
+        adapter: from this
+        other: this is taken.
+        r: the rank of the result; default: the sum of both, which is exact.
+    """
+    return combine([adapter, other], [1.0, -1.0], "svd" if r else "cat", r=r)
+
+
+def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
+    """Returns the nearest adapter of another rank: the largest singular values of each update are kept.
+
+    Args:
+        adapter: any plain one.
+        r: the new rank of all modules; a larger one than before adds zeros.
+        energy: instead of r: the share of each update's squared norm to keep; ranks then differ between modules.
+
+    Returns:
+        The adapter; `Combination.energy` is the share of the squared norm that was kept.
+
+    Raises:
+        ConfigError: neither or both of r and energy are given, or are out of range.
+
+    >>> two = Adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q"]),
+    ...               {"q.lora_A": torch.eye(2), "q.lora_B": torch.diag(torch.tensor([3.0, 4.0]))})
+    >>> round(resize(two, 1).energy, 6)
+    0.64
+    """
+    if (r is None) == (energy is None):
+        raise ConfigError("give either r or energy: the new rank, or the share of the squared norm to keep")
+    if r is not None and r < 1:
+        raise ConfigError(f"r is {r}, expected a whole number of at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy is {energy}, expected a share above 0 up to 1")
+    results, lost = {}, {}
+    for module, update in updates_of(adapter).items():
+        U, S, Vh = update.svd()
+        results[module], lost[module] = _cut(U, S, Vh, r or _rank_for(S, energy or 1.0))
+    return _combination(with_updates(_common([adapter]), results), lost)
+
+
+# Parts.
+
+
+def _more_than_low_rank(adapter: Adapter) -> list[str]:
+    """Says what an adapter holds besides low-rank updates of the base weights."""
+    config = adapter.config
+    faults = []
+    if config.use_dora or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors):
+        faults.append("DoRA: it also rescales the rows of the base weight")
+    if config.changes_base:
+        faults.append(f"init_lora_weights {config.init_lora_weights!r}: it belongs to a changed base weight")
+    if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
+        faults.append("lora_bias: B has a bias")
+    return faults
+
+
+def _check_arguments(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: str,
+    r: int | None,
+    density: float | None,
+    majority_sign: str,
+) -> None:
+    faults = []
+    if method not in METHODS:
+        faults.append(f"method is {method!r}, expected one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
+    if not adapters or len(adapters) != len(weights):
+        faults.append(f"there are {len(adapters)} adapters and {len(weights)} weights, expected one for each")
+    if not all(math.isfinite(weight) for weight in weights):
+        faults.append(f"weights are {list(weights)}, expected finite numbers")
+    if r is not None and (not method.endswith("svd") or r < 1):
+        faults.append(f"r is {r}, expected at least 1, and only for methods that end in svd")
+    drops = method.removesuffix("_svd") in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+    if drops and (density is None or not 0 < density <= 1):
+        faults.append(f"density is {density}, expected the share of values to keep, above 0 up to 1")
+    if density is not None and not drops:
+        faults.append(f"density is {density}, but {method} drops no values")
+    if majority_sign not in ("total", "frequency"):
+        faults.append(f"majority_sign is {majority_sign!r}, expected 'total' or 'frequency'")
+    if faults:
+        raise ConfigError(list_faults("these adapters cannot be combined so", faults))
+
+
+def _common(adapters: Sequence[Adapter]) -> Adapter:
+    """Returns an adapter that names all modules of several, with what they agree on."""
+    rest = [
+        f"{name} (adapter {number})"
+        for number, adapter in enumerate(adapters, 1)
+        for name in adapter.tensors
+        if not name.rpartition(".")[2].startswith("lora_")
+    ]
+    if rest:
+        raise AdapterError(
+            list_faults(
+                "only low-rank updates can be combined, but there are modules or biases trained in full",
+                rest,
+                "Merge such adapters into their base instead (`loralib merge`).",
+            )
+        )
+    bases = {adapter.metadata[BASE] for adapter in adapters if BASE in adapter.metadata}
+    if len(bases) > 1:
+        raise BaseMismatchError(
+            f"the adapters belong to different base models (fingerprints {', '.join(sorted(bases))}); "
+            "only adapters of one base can be combined"
+        )
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for adapter in adapters:
+        plain = expand_blocks(adapter)
+        for module in plain.modules:
+            A, B = factors(plain, module)
+            shape = (tuple(A.shape[1:]), (B.shape[0], *B.shape[2:]))
+            if shapes.setdefault(module, shape) != shape:
+                faults.append(f"{module}: {shape[1][0]} x {shape[0]} here, {shapes[module]} before")
+        tensors |= {name: tensor for name, tensor in plain.tensors.items() if name not in tensors}
+    if faults:
+        raise AdapterError(list_faults("the adapters' modules have different sizes", faults))
+    base = {BASE: bases.pop()} if bases else {}
+    return Adapter(_common_config(adapters, tensors), tensors, base)
+
+
+def _common_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
+    config = adapters[0].config
+    names = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
+    same = all(
+        names == (c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern)
+        for c in (adapter.config for adapter in adapters)
+    )
+    if not same:
+        modules = Adapter(config, tensors).modules
+        # nn.MultiheadAttention's out_proj comes with the attention module.
+        chosen = [m for m in modules if not (m.endswith(".out_proj") and m.removesuffix(".out_proj") in modules)]
+        config = config.replace(
+            target_modules=chosen, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
+    return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
+
+
+def _sum(updates: Sequence[Update]) -> Update:
+    total = updates[0]
+    for update in updates[1:]:
+        total = total + update
+    return total
+
+
+def _rank_for(S: Tensor, energy: float) -> int:
+    kept = torch.cumsum(S**2, 0) / (S**2).sum().clamp(min=torch.finfo(S.dtype).tiny)
+    return min(int((kept < energy - 1e-12).sum()) + 1, len(S))
+
+
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
+    """Returns the best factors of rank r, and the norms of what is lost and of what was there."""
+    return balanced_factors(U, S, Vh, r), (float(S[r:].norm()), float(S.norm()))
+
+
+def _combination(adapter: Adapter, lost: Mapping[str, tuple[float, float]]) -> Combination:
+    def ratio(losses: Sequence[float], norms: Sequence[float]) -> float:
+        norm = math.hypot(*norms)
+        return math.hypot(*losses) / norm if norm else math.hypot(*losses)
+
+    errors = {module: ratio([loss], [norm]) for module, (loss, norm) in lost.items()}
+    losses, norms = zip(*lost.values(), strict=True)
+    return Combination(adapter, ratio(losses, norms), errors)
+
+
+def _merge_factors(
+    module: str,
+    method: str,
+    parts: Sequence[Update],
+    weights: Sequence[float],
+    density: float | None,
+    majority_sign: str,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Merges all A and all B; each gets the square root of weight times scaling, A its sign."""
+    ranks = {update.r for update in parts}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"{module} has the ranks {sorted(ranks)} in these adapters, and {method} needs equal ones; use cat or svd"
+        )
+    scales = [update.scaling * weight for update, weight in zip(parts, weights, strict=True)]
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    A = _merge(method, [update.A.float() for update in parts], signed, density, majority_sign, generator)
+    B = _merge(method, [update.B.float() for update in parts], roots, density, majority_sign, generator)
+    return A, B
+
+
+def _merge(
+    method: str,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    density: float | None,
+    majority_sign: str,
+    generator: torch.Generator,
+) -> Tensor:
+    """Merges tensors of one shape by a method of `METHODS` (without ``_svd``)."""
+    thin: Callable[[Tensor], Tensor] = {
+        "linear": lambda tensor: tensor,
+        "ties": lambda tensor: _keep_largest(tensor, density or 1.0),
+        "magnitude_prune": lambda tensor: _keep_largest(tensor, density or 1.0),
+        "dare_linear": lambda tensor: _drop_at_random(tensor, density or 1.0, generator),
+        "dare_ties": lambda tensor: _drop_at_random(tensor, density or 1.0, generator),
+    }[method]
+    stack = torch.stack([thin(tensor) for tensor in tensors])
+    weighted = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *(1 for _ in tensors[0].shape))
+    if not method.endswith("ties"):
+        return weighted.sum(0)
+    # TIES, section 3: the sign with more mass wins; the mean is over those that have it.
+    votes = stack.sum(0) if majority_sign == "total" else stack.sign().sum(0)
+    agrees = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _keep_largest(tensor: Tensor, density: float) -> Tensor:
+    if density == 1:
+        return tensor
+    flat = tensor.flatten()
+    kept = torch.topk(flat.abs(), int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
+
+
+def _drop_at_random(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    if density == 1:
+        return tensor
+    return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
