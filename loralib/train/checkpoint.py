@@ -124,7 +124,7 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
         if metadata.get(_STATE) != about or back.keys() != plain.keys():
             raise OutputError(f"{path} does not read back as it was written; check the disk")
         for name, tensor in plain.items():
-            if not torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8)):
+            if not torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
                 raise OutputError(f"{path}: {name} does not read back as it was written; check the disk")
 
     write_safetensors(path, plain, {_STATE: about}, check)
