@@ -1,0 +1,177 @@
+"""How the next token is chosen from logits: penalties, temperature, top-k, top-p, min-p.  Pure functions on values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, list_faults
+
+__all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
+
+# Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
+_FIRST_CUT: Final = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one request.
+
+    Attributes:
+        max_new_tokens: at most so many tokens are generated.
+        temperature: 0 takes the likeliest token (greedy); else logits are divided by it before one is drawn.
+        top_k: draw among the so many likeliest tokens only; 0: among all.
+        top_p: draw among the likeliest tokens that together reach this probability (Holtzman et al. 2020).
+        min_p: draw among tokens with at least this share of the likeliest token's probability.
+        repetition_penalty: logits of generated tokens are divided by it if positive, else multiplied (Keskar et al.
+            2019, eq. 2); 1: none.
+        no_repeat_ngram_size: no sequence of so many tokens is generated twice; 0: no ban.
+        min_new_tokens: the end token is banned until so many tokens are generated.
+        stop: texts that end the generation; they are not part of the result.
+        seed: of this request alone: what is drawn does not depend on the other requests.
+
+    Repetition penalty and ban look at generated tokens only, never at the prompt: a completion may repeat its names.
+
+    Raises:
+        ConfigError: a setting is out of range; all of them at once.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    stop: str | tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules: dict[str, tuple[bool, str]] = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "a whole number of at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or a positive number (1: as trained)"),
+            "top_k": (self.top_k >= 0, "0 (off) or how many tokens to draw from"),
+            "top_p": (0 < self.top_p <= 1, "a probability above 0 (1: off)"),
+            "min_p": (0 <= self.min_p <= 1, "a share from 0 (off) to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number (1: off)"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or a number of tokens"),
+            "min_new_tokens": (self.min_new_tokens >= 0, "0 (off) or a number of tokens"),
+            "stop": (all(self.stop), "texts that are not empty: an empty one would stop at once"),
+        }
+        faults = [f"{name} is {getattr(self, name)!r}, expected {want}" for name, (ok, want) in rules.items() if not ok]
+        if self.min_new_tokens > self.max_new_tokens >= 1:
+            faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
+        if faults:
+            raise ConfigError(list_faults("generation cannot work with these settings", faults))
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are used as they are, but for the temperature and the cuts."""
+        return self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.min_new_tokens
+
+
+def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
+    """Returns the tokens that would complete a sequence of ``size`` tokens that is there already.
+
+    >>> banned_tokens([1, 2, 3, 1, 2], size=3)
+    [3]
+    >>> banned_tokens([1, 2], size=1)
+    [1, 2]
+    """
+    if size == 0 or len(tokens) < size:
+        return []
+    last = list(tokens[len(tokens) - size + 1 :])
+    return [tokens[at + size - 1] for at in range(len(tokens) - size + 1) if list(tokens[at : at + size - 1]) == last]
+
+
+def penalize(
+    logits: Tensor,
+    tokens: Sequence[int],
+    ends: Sequence[int],
+    *,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+) -> None:
+    """Applies repetition penalty, minimal length and n-gram ban to one row of logits, in place and in this order.
+
+    Args:
+        logits: (V,), before any softmax.
+        tokens: what has been generated so far, without the prompt.
+        ends: the end tokens.
+        repetition_penalty: see `Sampling`.
+        no_repeat_ngram_size: see `Sampling`.
+        min_new_tokens: see `Sampling`.
+
+    >>> logits = torch.tensor([2.0, -2.0, 1.0])
+    >>> penalize(logits, [0, 1], [2], repetition_penalty=2.0, min_new_tokens=3)
+    >>> logits.tolist()
+    [1.0, -4.0, -inf]
+    """
+    if repetition_penalty != 1 and tokens:
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values < 0, values * repetition_penalty, values / repetition_penalty)
+    banned = banned_tokens(tokens, no_repeat_ngram_size)
+    if len(tokens) < min_new_tokens:
+        banned += [end for end in ends if end < len(logits)]
+    if banned:
+        logits[banned] = float("-inf")
+
+
+def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+    """Chooses one token a row.
+
+    A row depends on its own settings and number alone, so a request's result does not depend on its neighbours.
+
+    Args:
+        logits: (R, V), penalties applied.
+        settings: one a row.
+        uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
+
+    Returns:
+        R tokens.
+
+    >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
+    >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
+    [1, 2]
+    """
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for row, (own, uniform) in enumerate(zip(settings, uniforms, strict=True)):
+        if own.temperature > 0:
+            tokens[row] = _draw(logits[row].float() / own.temperature, own, uniform)
+    return tokens
+
+
+def _draw(scores: Tensor, own: Sampling, uniform: float) -> int:
+    probabilities = torch.softmax(scores, -1)
+    if own.top_k == 0 and own.top_p == 1 and own.min_p == 0:
+        return _inverse(probabilities, uniform)
+    count = len(scores) if own.top_k == 0 else min(own.top_k, len(scores))
+    width = min(_FIRST_CUT, count)
+    while True:
+        # As other libraries do it: top-p counts within what top-k left, min-p cuts what both left.
+        best, order = probabilities.topk(width)
+        total = best.sum() if own.top_k and width == count else probabilities.sum()
+        if own.top_k and width < count:
+            width = count
+            continue
+        before = torch.cumsum(best, 0) - best
+        kept = (before < own.top_p * total) & (best >= own.min_p * best[0])
+        if width == count or not bool(kept[-1]):
+            break
+        width = min(width * 16, count)
+    return int(order[_inverse(best * kept, uniform)])
+
+
+def _inverse(weights: Tensor, uniform: float) -> int:
+    """The first index whose cumulative weight exceeds that share of the whole."""
+    cumulative = torch.cumsum(weights.double(), 0)  # in fp32 the last of 50,000 sums would be off by more than a token
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(index, int(weights.nonzero()[-1]))
