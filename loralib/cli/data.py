@@ -77,17 +77,17 @@ def _add_preview(actions: Any) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from ..base import load_tokenizer
     from ..console import say
-    from ..data import load_examples
+    from ..data import load_examples, read_sources
 
+    sources = read_sources(args.paths, args.format)  # first, since faults in data show at once
     tokenizer = load_tokenizer(args.model)
     encoded = load_examples(
-        args.paths,
+        sources,
         tokenizer,
         seq_len=args.seq_len,
         objective=args.objective,
         max_samples=args.max_samples,
         seed=args.seed,
-        format=args.format,
     )
     colour = _is_coloured(args.color)
     for number, (example, text) in enumerate(zip(encoded.examples, encoded.texts, strict=True), 1):

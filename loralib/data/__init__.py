@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .readers import FORMATS, Example, draw, group_by_prompt, parse_source, read_examples
+from .readers import FORMATS, Example, Source, draw, group_by_prompt, parse_source, read_examples, read_sources
 from .tokens import OBJECTIVES, Encoded, TokenExample, encode, load_examples, prompt_ids, tokenize
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "OBJECTIVES",
     "Encoded",
     "Example",
+    "Source",
     "TokenExample",
     "draw",
     "encode",
@@ -18,5 +19,6 @@ __all__ = [
     "parse_source",
     "prompt_ids",
     "read_examples",
+    "read_sources",
     "tokenize",
 ]

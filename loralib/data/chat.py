@@ -36,8 +36,10 @@ def render_chat(example: Example, tokenizer: Any) -> tuple[tuple[str, bool], ...
     segments: list[tuple[str, bool]] = []
     done = 0
     for index, head in heads.items():
-        content = turns[index]["content"].strip()
         start = len(head)
+        content = turns[index]["content"]
+        if content not in whole[start:]:
+            content = content.strip()  # many templates do that
         end = whole.find(content, start)
         if not whole.startswith(head) or end < 0 or start < done:
             raise DataError(
@@ -58,5 +60,6 @@ def _end_token_length(rest: str, tokenizer: Any) -> int:
     """How many characters of ``rest`` the end-of-turn token takes, blanks before it included; 0 if there is none."""
     blanks = len(rest) - len(rest.lstrip())
     special = {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())}
+    special -= {tokenizer.bos_token} - {tokenizer.eos_token}  # a start token belongs to what comes next
     lengths = [len(token) for token in special if rest.startswith(token, blanks)]
     return blanks + max(lengths) if lengths else 0

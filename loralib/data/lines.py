@@ -9,8 +9,12 @@ from ..errors import DataError, did_you_mean, list_faults
 __all__ = ["are_not", "read_bytes", "read_lines", "read_text", "shown"]
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, expected: str = "some text") -> str:
     """Returns the text of a UTF-8 file that is not empty; a byte-order mark is dropped.
+
+    Args:
+        path: the file.
+        expected: what should be in it, for the message that it is empty.
 
     Raises:
         DataError: the file is missing, a directory, empty or not UTF-8 (every line that is not, with byte offset).
@@ -18,20 +22,20 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     raw = read_bytes(path)
     if not raw.strip():
-        raise DataError(f"{path} is empty. Choose a file with examples in it.")
+        raise DataError(f"{path} is empty, expected {expected}. Choose another file.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(_why_not_utf8(path, raw)) from None
 
 
-def read_lines(path: str | Path) -> list[str]:
+def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
     r"""Returns the lines of a UTF-8 file without their ends (\n, \r\n or \r; no other character ends a line).
 
     Raises:
         DataError: as `read_text`.
     """
-    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = read_text(path, expected).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
@@ -54,13 +58,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _why_missing(path: Path) -> str:
-    directory = path.parent
+    directory = path.absolute().parent
     if not directory.is_dir():
-        return f"{path} does not exist, nor does its directory. The path is taken from {Path.cwd()}; check it."
+        return f"{path} does not exist, nor does the directory {directory}. Check the path."
     beside = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
     near = did_you_mean(path.name, beside)
-    there = "" if near or not beside else f" {directory} has: {', '.join(beside[:8])}{', ...' * (len(beside) > 8)}."
-    return f"{path} does not exist.{near}{there} Check the path (it is taken from {Path.cwd()})."
+    listed = ", ".join([*beside[:8], "..."] if len(beside) > 8 else beside) or "no files"
+    return f"{path} does not exist.{near or f' Check the path: {directory} has {listed}.'}"
 
 
 def _why_not_utf8(path: Path, raw: bytes) -> str:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
 from .lines import are_not, read_lines, read_text, shown
@@ -21,17 +21,25 @@ from .published import SEPARATOR, read_rows
 __all__ = [
     "FORMATS",
     "Example",
+    "Source",
     "draw",
     "group_by_prompt",
     "guess_format",
     "parse_source",
     "read_examples",
+    "read_sources",
 ]
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
 
-_E2E_EXPECTED: Final = "expected `meaning representation||text`"
 _RECORDS: Final = "prompt and completion, messages, or text"
+_EXPECTED: Final = {
+    "e2e": "lines of the form `meaning representation||text`",
+    "jsonl": f"a JSON object a line with {_RECORDS}",
+    "text": "text",
+    "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
+    "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
+}
 
 Item = TypeVar("Item")
 
@@ -85,6 +93,27 @@ class Example:
         return max(index for index, (role, _) in enumerate(self.messages) if role == "assistant")
 
 
+class Source(NamedTuple):
+    """The examples of one file, and how often each is shown an epoch."""
+
+    examples: list[Example]
+    weight: float = 1.0
+
+
+def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto") -> list[Source]:
+    """Reads one file or several; a text ``path:weight`` gives a file's weight.
+
+    Raises:
+        DataError: a file cannot be read (see `read_examples`), a weight is none, or there is no file.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    if not paths:
+        raise DataError("no data file given. Give at least one path.")
+    parsed = [parse_source(path) if isinstance(path, str) else (path, 1.0) for path in paths]
+    return [Source(read_examples(path, format), weight) for path, weight in parsed]
+
+
 def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     """Reads one file of examples.
 
@@ -103,7 +132,7 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     Raises:
         DataError: the file is missing, empty, not UTF-8, or has lines that do not fit; all such lines at once.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     if format == "auto":
@@ -115,7 +144,7 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
         reader: dict[str, Callable[[Path], list[Example]]] = {"e2e": _read_e2e, "jsonl": _read_jsonl}
         examples = reader.get(format, _read_plain)(path)
     if not examples:
-        raise DataError(f"{path} holds no examples. Expected {_expected(format)}.")
+        raise DataError(f"{path} holds no examples, expected {_EXPECTED[format]}.")
     return _with_references(examples)
 
 
@@ -205,7 +234,7 @@ def parse_source(text: str) -> tuple[Path, float]:
 
 def _read_e2e(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path):
+    for number, line in _numbered(path, "e2e"):
         fields = line.split(SEPARATOR)
         if len(fields) == 2:
             examples.append(Example.of(_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
@@ -217,13 +246,17 @@ def _read_e2e(path: Path) -> list[Example]:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
             fix += " For a file of plain text choose the format 'text'."
-        raise DataError(list_faults(f"{_E2E_EXPECTED}, but {are_not(len(faults))} of that form", faults, fix))
+        raise DataError(
+            list_faults(
+                f"expected `meaning representation||text`, but {are_not(len(faults))} of that form", faults, fix
+            )
+        )
     return examples
 
 
 def _read_jsonl(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path):
+    for number, line in _numbered(path, "jsonl"):
         where = f"{path}:{number}"
         try:
             examples.append(_from_record(json.loads(line), where))
@@ -252,8 +285,9 @@ def _from_record(record: Any, where: str) -> Example:
         return Example.of(prompt, completion, where)
     if "text" in record:
         return Example(((_text(record, "text"), True),), (), where)
+    known = ("prompt", "completion", "messages", "text")
     keys = ", ".join(map(repr, record)) or "nothing"
-    near = "".join(did_you_mean(key, ("prompt", "completion", "messages", "text")) for key in record)
+    near = "".join(did_you_mean(key, known) for key in record if key not in known)
     raise DataError(f"found {keys}, expected {_RECORDS}.{near}")
 
 
@@ -275,16 +309,6 @@ def _read_plain(path: Path) -> list[Example]:
     return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
 
 
-def _expected(format: str) -> str:
-    return {
-        "e2e": "lines of the form `meaning representation||text`",
-        "jsonl": f"a JSON object a line with {_RECORDS}",
-        "text": "text",
-        "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
-        "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
-    }[format]
-
-
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +328,8 @@ def _with_references(examples: list[Example]) -> list[Example]:
     ]
 
 
-def _numbered(path: Path) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
+def _numbered(path: Path, format: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(read_lines(path, _EXPECTED[format]), 1) if line.strip()]
 
 
 def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:

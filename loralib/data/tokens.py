@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..errors import ConfigError, DataError, did_you_mean
 from .chat import render_chat
-from .readers import Example, draw, parse_source, read_examples
+from .readers import Example, Source, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
@@ -78,7 +78,7 @@ class Encoded:
 
 
 def load_examples(
-    sources: str | Path | Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path] | Sequence[Source],
     tokenizer: Tokenizer,
     *,
     seq_len: int,
@@ -90,8 +90,9 @@ def load_examples(
     """Reads, tokenizes and draws the examples of one or several weighted files.
 
     Args:
-        sources: one path, or several; ``path:weight`` shows each example of a file ``weight`` times an epoch
-            (2: twice; 0.5: half of them, drawn by seed).
+        sources: one path, or several, or what `read_sources` read of them (which is quick, and shows faults before a
+            model is loaded); ``path:weight`` shows each example of a file ``weight`` times an epoch (2: twice; 0.5:
+            half of them, drawn by seed).
         tokenizer: the model's tokenizer.
         seq_len: the most tokens an example may have; longer ones are dropped and counted (plain text is cut into
             windows instead).
@@ -99,20 +100,21 @@ def load_examples(
         max_samples: the most examples in all; drawn by seed after dropping, as many different prompts as possible,
             from several files by weight times size.
         seed: of the draw.
-        format: see `read_examples`.
+        format: of files that are still to be read; see `read_examples`.
 
     Raises:
         DataError: a file cannot be read, or nothing is left of it.
     """
-    if isinstance(sources, (str, Path)):
-        sources = [sources]
-    if not sources:
-        raise DataError("no data file given. Give at least one path.")
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    parsed = [parse_source(source) if isinstance(source, str) else (source, 1.0) for source in sources]
-    parts = [encode(read_examples(path, format), tokenizer, seq_len, objective) for path, _ in parsed]
-    wanted = [max(1, round(weight * len(part))) for (_, weight), part in zip(parsed, parts, strict=True)]
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    paths = [source for source in sources if not isinstance(source, Source)]
+    read = [source for source in sources if isinstance(source, Source)]
+    if paths or not read:
+        read += read_sources(paths, format)
+    parts = [encode(source.examples, tokenizer, seq_len, objective) for source in read]
+    wanted = [max(1, round(source.weight * len(part))) for source, part in zip(read, parts, strict=True)]
     if max_samples is not None and sum(wanted) > max_samples:
         wanted = _shares(wanted, max_samples)
     drawn: list[tuple[Example, TokenExample]] = []
@@ -147,6 +149,7 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
     examples = list(examples)
     segments = [_segments(example, tokenizer) for example in examples]
     ids_of = _token_ids({text for pieces in segments for text, _ in pieces}, tokenizer)
+    start, end = _start_ids(tokenizer), _end_id(tokenizer)
     tokens: list[TokenExample] = []
     texts: list[Example] = []
     dropped: Counter[str] = Counter()
@@ -155,7 +158,7 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
         if not any(text.strip() for text, trained in pieces if trained):
             dropped[_EMPTY] += 1
             continue
-        whole = _join(example, pieces, ids_of, tokenizer, objective)
+        whole = _join(example, pieces, ids_of, start, end, objective)
         windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
         if not windows:
             dropped[_TOO_LONG] += 1
@@ -177,7 +180,8 @@ def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> 
     Each segment is tokenized by itself, so the ids of a prompt are the same in training and in generation.
     """
     pieces = _segments(example, tokenizer)
-    return _join(example, pieces, _token_ids({text for text, _ in pieces}, tokenizer), tokenizer, objective)
+    ids_of = _token_ids({text for text, _ in pieces}, tokenizer)
+    return _join(example, pieces, ids_of, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
@@ -198,24 +202,25 @@ def _join(
     example: Example,
     pieces: Sequence[tuple[str, bool]],
     ids_of: dict[str, list[int]],
-    tokenizer: Tokenizer,
+    start: list[int],
+    end: int,
     objective: str,
 ) -> TokenExample:
-    # A chat's template writes its own start and end tokens; all else gets them here.
-    ids = [] if example.messages else _start_ids(tokenizer)
-    if not example.messages and not _is_plain(example) and not ids and not any(ids_of[t] for t, on in pieces if not on):
-        ids = [_end_id(tokenizer)]  # as in prompt_ids
-    trained = [False] * len(ids)
+    ids: list[int] = []
+    trained: list[bool] = []
+    if not example.messages:  # a chat's template writes its own start and end tokens; all else gets them here
+        is_prompt_empty = not _is_plain(example) and not ids_of[pieces[0][0]]
+        ids += start or ([end] if is_prompt_empty else [])  # as in prompt_ids
+        trained += [False] * len(ids)
     for text, is_trained in pieces:
-        ids = ids + ids_of[text]
+        ids += ids_of[text]
         trained += [is_trained] * len(ids_of[text])
     if not example.messages:
-        ids.append(_end_id(tokenizer))
+        ids.append(end)
         trained.append(True)
     if objective == "jlm":
         trained = [True] * len(ids)
-    trained[0] = False
-    return TokenExample(tuple(ids), tuple(trained))
+    return TokenExample(tuple(ids), (False, *trained[1:]))
 
 
 def _token_ids(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
