@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 # Eager where a function has its module's name: importing that module later would put it in the function's place.
 from .inject import disabled, inject, merge, remove, unmerge
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from .train import TrainConfig, train
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
     from .generate import beam_search, generate
-    from .train import TrainConfig, train
 
 __version__ = "1.0.0"
 
@@ -73,8 +73,6 @@ _LAZY = {
     "save_adapter": "formats",
     "beam_search": "generate",
     "generate": "generate",
-    "TrainConfig": "train",
-    "train": "train",
 }
 
 
