@@ -1,4 +1,9 @@
-"""``loralib data``: look at training data, convert it, fetch it."""
+"""Look at training data before training on it, convert it, fetch it.
+
+loralib data preview train.txt --seq_len 64
+loralib data e2e data/e2e
+loralib data convert dev.json dev.jsonl
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,6 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..data import Encoded, TokenExample
-
-HELP = "preview, convert and fetch training data"
 
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
@@ -120,7 +123,7 @@ def _summary(encoded: Encoded) -> str:
         ("different prompts", len({text.prompt for text in encoded.texts})),
         ("tokens", sum(lengths)),
         ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),
-        ("longest example", f"{max(lengths)} tokens"),
+        ("tokens of the longest", max(lengths)),
         *((f"dropped: {reason}", number) for reason, number in encoded.dropped.items()),
     ]
     return table(rows)
