@@ -318,7 +318,7 @@ def _locate(name: str) -> Path:
     if name == DEFAULT_BASE:
         return _bundled()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "config.json").is_file():
             return path
         if (path / "adapter_config.json").is_file():
@@ -327,10 +327,10 @@ def _locate(name: str) -> Path:
             f"{name} holds no config.json, so it is no model that transformers' save_pretrained wrote. Choose the "
             "directory that has config.json, a tokenizer and *.safetensors in it."
         )
-    if path.exists():
+    if path.is_file():
         raise BaseModelError(f"{name} is a file, expected a directory with config.json, a tokenizer and *.safetensors.")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name):
-        raise BaseModelError(f"there is no directory {name}, and that is no model id of a hub either (as 'gpt2').")
+        raise BaseModelError(f"there is no directory {name!r}, and that is no model id of a hub either (as 'gpt2').")
     return _fetch(name)
 
 
@@ -344,9 +344,13 @@ def _fetch(name: str) -> Path:
     _note(f"looking for {name} on the hub")
     try:
         info = hub.HfApi().model_info(name, timeout=_PATIENCE_S)
-        files = _wanted([file.rfilename for file in info.siblings or []])
-        paths = [hub.hf_hub_download(name, file, revision=info.sha, etag_timeout=_PATIENCE_S) for file in files]
-        return Path(paths[0]).parent
+        first, *others = _wanted([file.rfilename for file in info.siblings or []])
+        path = Path(hub.hf_hub_download(name, first, etag_timeout=_PATIENCE_S)).parent
+        for (
+            file
+        ) in others:  # of the same commit, which the directory is named after: what is there already is not asked for
+            hub.hf_hub_download(name, file, revision=path.name, etag_timeout=_PATIENCE_S)
+        return path
     except hub.errors.GatedRepoError as error:
         raise BaseModelError(
             f"{name!r} is on the hub, but its owners ask for consent: accept the terms on its page, then "
