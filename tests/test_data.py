@@ -164,15 +164,18 @@ def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
         '{"messages": [{"role": "user", "content": "x"}]}',
         '{"messages": [{"role": "assistant", "content": null}]}',
         "[" * 100_000,
+        '{"prompt": "a", "completion": "\\ud800"}',
+        '{"prompt": ' + "1" * 10_000 + "}",
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     with pytest.raises(DataError) as caught:
         read_examples(path)
     message = str(caught.value)
-    assert all(f"{path}:{number}: " in message for number in range(2, 10))
+    assert all(f"{path}:{number}: " in message for number in range(2, 12))
     assert f"{path}:1: " not in message
     assert "Did you mean 'prompt'?" in message
     assert "messages[0].content is null" in message
+    assert "completion is text with half a character" in message
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -209,6 +212,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         ("a.json", '{"entries": [{"1": {"category": "x"}}]}', "'modifiedtripleset' is missing"),
         ("a.json", '{"entries": 3}', "list 'entries'"),
         ("a.json", "[" * 100_000, "is not of that form"),
+        ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "\\udc00"}]}]', "1 of 1 differ"),
+        ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": 3}]}]', "1 of 1 differ"),
+        ("a.xml", '<!DOCTYPE e [<!ENTITY a "aaaa">]><e>&a;</e>', "defines XML entities"),
         ("a.json", '{"a": 1,\n', "not JSON"),
         ("a.xml", "<entry", "is not XML"),
         (

@@ -61,7 +61,7 @@ def _add_preview(actions: Any) -> None:
         "--seq_len",
         type=int,
         default=64,
-        help="the most tokens an example may have; longer ones are dropped, never cut",
+        help="the most tokens of an example; longer ones are dropped, never cut (default: 64)",
     )
     preview.add_argument(
         "--objective", default="clm", help="clm trains completions only, jlm every token (default: clm)"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, TypeVar
 
 from ..errors import DataError, list_faults
-from .lines import are_not, read_lines, shown
+from .lines import are_not, is_text, read_lines, shown
 from .published import Row
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def read_formatted(path: str | Path) -> list[Row]:
 
     def row(record: Any) -> Row:
         found = Row(record["context"], record["completion"], record.get("cate"))
-        if not (isinstance(found.context, str) and isinstance(found.completion, str)):
+        if not (is_text(found.context) and is_text(found.completion)):
             raise TypeError
         return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import DataError, did_you_mean, list_faults
 
-__all__ = ["are_not", "read_bytes", "read_lines", "read_text", "shown"]
+__all__ = ["are_not", "is_text", "read_bytes", "read_lines", "read_text", "shown"]
 
 
 def read_text(path: str | Path, expected: str = "some text") -> str:
@@ -80,6 +80,21 @@ def _why_not_utf8(path: Path, raw: bytes) -> str:
         offset += len(line) + 1
     fix = "Save the file as UTF-8 (many editors: Save As, Encoding), or convert it: iconv -f CP1252 -t UTF-8."
     return list_faults(f"{path} is not UTF-8: {are_not(len(faults))}", faults, fix)
+
+
+def is_text(value: object) -> bool:
+    """Tells whether a value from JSON is text that a tokenizer takes: JSON can smuggle in halves of characters.
+
+    >>> is_text("é"), is_text("\\ud800"), is_text(None)
+    (True, False, False)
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(line: str, width: int = 60) -> str:

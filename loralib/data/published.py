@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from xml.etree import ElementTree
 
 from ..errors import DataError, list_faults
-from .lines import are_not, read_lines, read_text, shown
+from .lines import are_not, is_text, read_lines, read_text, shown
 
 __all__ = ["SEEN_CATEGORIES", "SEPARATOR", "Row", "read_e2e_csv", "read_rows"]
 
@@ -111,7 +111,7 @@ def _read_dart(path: Path) -> list[Row]:
             " : ".join((subject, relation.lower(), object_)) for subject, relation, object_ in entry["tripleset"]
         )
         for annotation in entry["annotations"]:
-            yield _row(context, annotation["text"])
+            yield Row(context, annotation["text"])
 
     return _all_rows(path, entries, rows, "'tripleset' (lists of three texts) and 'annotations' with 'text'")
 
@@ -131,12 +131,14 @@ def _read_webnlg(path: Path) -> list[Row]:
         context = " | ".join(" : ".join(triple) for triple in triples)
         for lexicalisation in entry["lexicalisations"]:
             if lexicalisation["comment"] == "good":
-                yield _row(context, lexicalisation["lex"], entry["category"] in SEEN_CATEGORIES)
+                yield Row(context, lexicalisation["lex"], entry["category"] in SEEN_CATEGORIES)
 
     return _all_rows(path, entries, rows, "'category', 'modifiedtripleset' and 'lexicalisations'")
 
 
 def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
+    if "<!ENTITY" in text:  # a few of them can stand for gigabytes
+        raise DataError(f"{path} defines XML entities, which WebNLG's files do not. Fetch the file again.")
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -147,16 +149,10 @@ def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
         context = " | ".join(" : ".join((subject, relation, object_)) for subject, relation, object_ in triples)
         for lexicalisation in entry.iterfind("lex"):
             if lexicalisation.get("comment") == "good":
-                yield _row(context, lexicalisation.text or "", entry.attrib["category"] in SEEN_CATEGORIES)
+                yield Row(context, lexicalisation.text or "", entry.attrib["category"] in SEEN_CATEGORIES)
 
     expected = "a category, <modifiedtripleset> of <mtriple> as `subject | property | object`, and <lex>"
     return _all_rows(path, list(root.iter("entry")), rows, expected)
-
-
-def _row(context: str, completion: Any, seen: bool | None = None) -> Row:
-    if not isinstance(completion, str):
-        raise TypeError(completion)
-    return Row(context, completion, seen)
 
 
 def _all_rows(path: Path, entries: list[Any], rows: Callable[[Any], Iterator[Row]], expected: str) -> list[Row]:
@@ -165,7 +161,10 @@ def _all_rows(path: Path, entries: list[Any], rows: Callable[[Any], Iterator[Row
     faults = []
     for number, entry in enumerate(entries, 1):
         try:
-            found.extend(list(rows(entry)))
+            made = list(rows(entry))
+            if not all(is_text(row.context) and is_text(row.completion) for row in made):
+                raise TypeError
+            found += made
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             missing = f"{error} is missing" if isinstance(error, KeyError) else "other form"
             faults.append(f"{path}: entry {number}: {missing}")
@@ -181,5 +180,8 @@ def _read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         raise DataError(f"{where}. Fetch or save the file again.") from None
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply. Fetch or save the file again.") from None
+    except DataError:
+        raise
+    except (RecursionError, ValueError):
+        what = "JSON nested too deeply, or with a number of thousands of digits"
+        raise DataError(f"{path}: {what}. Fetch or save the file again.") from None

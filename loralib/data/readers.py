@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
-from .lines import are_not, read_lines, read_text, shown
+from .lines import are_not, is_text, read_lines, read_text, shown
 from .published import SEPARATOR, read_rows
 
 __all__ = [
@@ -262,10 +262,10 @@ def _read_jsonl(path: Path) -> list[Example]:
             examples.append(_from_record(json.loads(line), where))
         except json.JSONDecodeError as error:
             faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(line)}")
-        except RecursionError:
-            faults.append(f"{where}: JSON nested too deeply")
         except DataError as error:
             faults.append(f"{where}: {error}")
+        except (RecursionError, ValueError):
+            faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
     if faults:
         heading = f"expected a JSON object a line with {_RECORDS}, but {are_not(len(faults))} of that form"
         raise DataError(list_faults(heading, faults, "Mend or remove the lines."))
@@ -334,11 +334,17 @@ def _numbered(path: Path, format: str) -> list[tuple[int, str]]:
 
 def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:
     value = record.get(key)
-    if not isinstance(value, str):
+    if not is_text(value):
         raise DataError(f"{prefix}{key} is {_kind(value) if key in record else 'missing'}, expected text")
-    return value
+    return str(value)
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text with half a character (a lone surrogate)",
+        bool: "a truth value",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
