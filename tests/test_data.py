@@ -132,6 +132,7 @@ def test_published_sets(tmp_path: Path) -> None:
     (example,) = read_examples(write(tmp_path / "e.csv", csv))
     assert example.prompt == "name : The Mill | price : £20-25 | family friendly : no\n"
     assert example.completion == 'A "mill", yes.'
+    assert read_examples(tmp_path / "e.csv", "text")[0].completion.startswith("mr,ref")
 
 
 def test_plain_text_must_be_asked_for(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Example:
     Attributes:
         segments: pieces of text in order, each with whether it is trained; prompt and completion are
             ``((prompt, False), (completion, True))``, plain text is ``((text, True),)``.
-        references: all the completions that the file gives for this prompt, in file order.
+        references: all the completions that the file gives for this prompt, in file order (of a chat: none).
         source: ``file:line`` for messages.
         messages: (role, content) turns of a chat; its segments are made by the model's own chat template
             when the example is tokenized, so a chat has no segments of its own.
@@ -137,7 +137,7 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     if format == "auto":
         format = guess_format(path)
-    if format in ("dart", "webnlg") or path.suffix.lower() == ".csv":
+    if format in ("dart", "webnlg") or (format == "e2e" and path.suffix.lower() == ".csv"):
         rows = enumerate(read_rows(path, format), 1)
         examples = [Example.of(_prompt(row.context), row.completion.strip(), f"{path}:{i}") for i, row in rows]
     else:
@@ -246,11 +246,8 @@ def _read_e2e(path: Path) -> list[Example]:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
             fix += " For a file of plain text choose the format 'text'."
-        raise DataError(
-            list_faults(
-                f"expected `meaning representation||text`, but {are_not(len(faults))} of that form", faults, fix
-            )
-        )
+        heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, fix))
     return examples
 
 
@@ -319,13 +316,10 @@ def _prompt(meaning_representation: str) -> str:
 def _with_references(examples: list[Example]) -> list[Example]:
     references: dict[str, list[str]] = defaultdict(list)
     for example in examples:
-        if example.completion and not example.messages and example.prompt:
+        if example.completion and example.prompt and not example.messages:
             references[example.prompt].append(example.completion)
     shared = {prompt: tuple(texts) for prompt, texts in references.items()}
-    return [
-        replace(example, references=shared.get(example.prompt, example.references)) if shared else example
-        for example in examples
-    ]
+    return [replace(example, references=shared.get(example.prompt, ())) for example in examples]
 
 
 def _numbered(path: Path, format: str) -> list[tuple[int, str]]:
