@@ -91,6 +91,11 @@ def _tell(result: TrainResult) -> None:
     if len(result.valid_losses) > 1:
         base, last = result.valid_losses[0][1], result.valid_losses[-1][1]
         say(f"Validation loss {base:.4f} -> {last:.4f} ({last / base:.0%} of the base's)")
+        if last > 0.98 * base:
+            say(
+                "WARNING: that is next to nothing. A frozen base can only lend what it knows: a random one (scratch, "
+                "run-demo) knows nothing. Take a pretrained --model, raise --lr, or train longer."
+            )
     say(f"Adapter: {weights} ({size(weights.stat().st_size)})")
     checkpoint = result.output_dir / "pytorch_model.bin"
     say(f"Checkpoint for Microsoft's loralib: {checkpoint} ({size(checkpoint.stat().st_size)})")

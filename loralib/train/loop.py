@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..console import progress, say, size
@@ -359,8 +359,7 @@ class _Run:
     def _check_loss(self, loss: float) -> None:
         if math.isfinite(loss):
             recent = self.losses[-20:]
-            first = self.losses[: len(recent)]
-            if len(recent) < 20 or sum(recent) / 20 < 2 * sum(first) / 20 + 1:
+            if len(recent) < 20 or sum(recent) / 20 < 2 * self.losses[0] + 1:
                 return
             what = f"the training loss exploded: {sum(recent) / 20:.3g} over the last 20 updates"
         else:
@@ -372,11 +371,11 @@ class _Run:
         )
 
     def _check_learned(self) -> None:
-        same = [name for name, p in self.parameters.items() if torch.equal(p.detach(), self.initial[name])]
-        if len(same) == len(self.parameters):
+        """An adapter whose update lies below fp32's resolution of every base weight changes no output."""
+        if not _has_moved(self.model, self.parameters, self.initial):
             raise NothingLearnedError(
-                f"the adapter ended as it began: none of its {len(same)} tensors changed in {self.progress.step} "
-                f"updates. Raise --lr (now {self.config.lr:g}) and look at metrics.jsonl."
+                f"the adapter ended as it began: its {len(self.parameters)} tensors changed nothing in "
+                f"{self.progress.step} updates. Raise --lr (now {self.config.lr:g}) and look at metrics.jsonl."
             )
 
     # Keeping.
@@ -575,8 +574,24 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def _has_moved(model: nn.Module, parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Tensor]) -> bool:
+    """Whether any weight of the model is now another one, as far as fp32 can tell, than with the initial adapter."""
+    with torch.no_grad():
+        for name, layer in adapted_layers(model):
+            after = layer.delta_weight()
+            now = [parameter.data for parameter in (layer.lora_A, layer.lora_B)]
+            layer.lora_A.data, layer.lora_B.data = initial[f"{name}.lora_A"], initial[f"{name}.lora_B"]
+            before = layer.delta_weight()
+            layer.lora_A.data, layer.lora_B.data = now
+            if (after - before).norm() > torch.finfo(torch.float32).eps * layer.base_weight.float().norm():
+                return True
+    others = [name for name in parameters if not name.endswith(("lora_A", "lora_B"))]
+    return any(not torch.equal(parameters[name].detach(), initial[name]) for name in others)
+
+
 def _checkpoint_gradients(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5
+    enable = enable or getattr(model, "gradient_checkpointing_enable", None)
     if not callable(enable):
         raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not offer it; leave it out")
     enable({"use_reentrant": False})  # the reentrant kind trains nothing below a frozen embedding

@@ -1,0 +1,397 @@
+"""The training loop: it learns, says so when it does not, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import loralib as lora
+from loralib import errors
+from loralib.data import TokenExample
+from loralib.data.order import epoch_order
+from loralib.train.checkpoint import checkpoint_files, last_checkpoint
+from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
+from loralib.train.report import read_metrics
+
+VOCABULARY = 23
+
+
+def tiny_model(dropout: float = 0.0) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.3, **sizes)
+    )
+
+
+def copying_examples(count: int = 24, seed: int = 0) -> list[TokenExample]:
+    """Prompts of three tokens whose completion repeats them: learnable, and several share a prompt."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.randrange(3, VOCABULARY) for _ in range(3)) for _ in range(count // 3)]
+    examples = []
+    for prompt in prompts:
+        for extra in range(3):
+            completion = (*prompt, 3 + extra, 1)
+            examples.append(TokenExample((*prompt, 2, *completion), (False,) * 4 + (True,) * 5))
+    return examples
+
+
+def settings(tmp_path: Path, **changes: Any) -> lora.TrainConfig:
+    values: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"), "lora_dim": 4, "lr": 5e-3, "batch_size": 6, "num_epochs": 3,
+    }  # fmt: skip
+    return lora.TrainConfig(**(values | changes))
+
+
+def train(config: lora.TrainConfig, model: Any = None, **kwargs: Any) -> Any:
+    model = tiny_model() if model is None else model
+    return lora.train(
+        model, copying_examples(), config, valid_data=copying_examples(6, seed=1), verbose=False, **kwargs
+    )
+
+
+# Learning.
+
+
+def test_training_learns_and_leaves_everything_a_user_needs(tmp_path: Path) -> None:
+    model = tiny_model()
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    result = train(settings(tmp_path, num_epochs=12), model)
+    assert result.valid_losses[-1][1] < 0.8 * result.valid_losses[0][1]
+    assert result.train_losses[-1] < 0.5 * result.train_losses[0]
+    for name, p in model.named_parameters():
+        assert name not in frozen or torch.equal(p, frozen[name]), f"{name} is frozen and changed"
+    names = {path.name for path in result.output_dir.iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "metrics.jsonl", "loss.png",
+        "README.md", "checkpoints", "best",
+    }  # fmt: skip
+    fresh = tiny_model()
+    print(lora.load_adapter(fresh, result.output_dir))
+    ids = torch.tensor([copying_examples()[0].ids])
+    assert torch.equal(fresh.eval()(ids).logits, model.eval()(ids).logits)
+    flat = torch.load(result.output_dir / "pytorch_model.bin", weights_only=True)
+    assert flat.keys() == lora.lora_state_dict(model).keys()
+
+
+def test_metrics_have_one_line_an_event_with_the_promised_fields(tmp_path: Path) -> None:
+    result = train(settings(tmp_path))
+    events = list(read_metrics(result.output_dir / "metrics.jsonl"))
+    trained = [event for event in events if event["event"] == "train"]
+    assert [event["step"] for event in trained] == list(range(1, 13))
+    fields = {"event", "step", "epoch", "loss", "lr", "examples", "tokens", "trained_tokens", "step_s"}
+    assert all(event.keys() == fields for event in trained)
+    assert trained[-1]["examples"] == 72 and trained[-1]["trained_tokens"] == 72 * 5
+    assert [e["step"] for e in events if e["event"] == "valid"] == [0, 4, 8, 12]
+
+
+def test_the_loss_does_not_depend_on_how_an_update_is_split(tmp_path: Path) -> None:
+    """Examples of different lengths: averaging over batches would weigh them differently."""
+    examples = [TokenExample(e.ids[:n], e.trained[:n]) for e, n in zip(copying_examples(), (6, 9) * 12, strict=True)]
+    runs = []
+    for number, (batch_size, accumulation) in enumerate([(8, 1), (2, 4)]):
+        config = settings(tmp_path / str(number), batch_size=batch_size, grad_accum=accumulation, shuffle=False)
+        model = tiny_model()
+        result = lora.train(model, examples, config, verbose=False)
+        runs.append((result.losses, [p.detach() for p in model.parameters() if p.requires_grad]))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
+    written = []
+    for number, seed in enumerate((0, 0, 1)):
+        config = settings(tmp_path / str(number), seed=seed, lora_dropout=0.1)
+        written.append((train(config).output_dir / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
+    plain = train(settings(tmp_path / "a"))
+    less_memory = train(settings(tmp_path / "b", gradient_checkpointing=True))
+    assert less_memory.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_a_plain_module_trains_too(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids))
+
+    result = train(settings(tmp_path, target_modules="head"), Net())
+    assert "padded" not in result.note and result.note
+    assert result.train_losses[-1] < result.train_losses[0]
+
+
+def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=40, eval_steps=1, early_stopping=2, lr=0.05)
+    result = train(config)
+    losses = [loss for _, loss in result.valid_losses[1:]]
+    assert result.steps < 160
+    assert min(losses) < min(losses[-2:])
+    model = tiny_model()
+    lora.load_adapter(model, result.output_dir / "best")
+    again = lora.train(
+        model, copying_examples(), config.replace(output_dir=str(tmp_path / "again"), max_steps=1),
+        valid_data=copying_examples(6, seed=1), verbose=False,
+    )  # fmt: skip
+    assert again.valid_losses[0][1] == pytest.approx(min(losses), rel=1e-5)
+
+
+# Learning nothing is an error.
+
+
+class Detached(nn.Module):
+    """A network in which no gradient reaches the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.first, self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+        self.detach = True
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embedded = self.embed(ids)
+        hidden = self.first(embedded)
+        return self.head(embedded + hidden * 0 if self.detach else hidden)
+
+
+def test_a_layer_whose_gradient_is_zero_is_an_error_before_anything_changes(tmp_path: Path) -> None:
+    model = Detached()
+    with pytest.raises(errors.NothingLearnedError, match=r"(?s)1 of 2 adapted layers.*first: its gradient is zero"):
+        train(settings(tmp_path, target_modules="first,head", warmup_steps=3), model)
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_layers_that_never_ran_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Detached()
+    model.detach = False
+    lora.train(model, copying_examples(), settings(tmp_path, target_modules="first,unused,head"))
+    printed = capsys.readouterr().out
+    assert "1 of 3 adapted layers never ran" in printed and "unused" in printed
+
+
+def test_an_adapter_that_ends_as_it_began_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.NothingLearnedError, match=r"ended as it began.*Raise --lr"):
+        train(settings(tmp_path, lr=1e-30, loraplus_lr_ratio=1.0))
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=2, save_steps=1)
+    model = tiny_model()
+    lora.inject(model, config.lora_config())
+
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if len(checkpoint_files(tmp_path / "run" / "checkpoints")) < 2 else output * math.nan
+
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    with pytest.raises(errors.TrainingError, match=r"became nan at update \d+.*is intact.*Lower --lr"):
+        lora.train(model, copying_examples(), config, verbose=False)
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_an_exploding_loss_stops_the_run(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=40, lr=30.0, max_grad_norm=0.0, target_modules="head")
+    with pytest.raises(errors.TrainingError, match=r"exploded.*Lower --lr"):
+        train(config, Detached())
+
+
+# Nothing is lost.
+
+
+def kept(directory: Path) -> dict[str, Any]:
+    """What must be the same however often a run was interrupted: adapter, order and losses of all events."""
+    events = [{k: v for k, v in e.items() if k != "step_s"} for e in read_metrics(directory / "metrics.jsonl")]
+    return {
+        "adapter": (directory / "adapter_model.safetensors").read_bytes(),
+        "best": (directory / "best" / "adapter_model.safetensors").read_bytes(),
+        "config": (directory / "adapter_config.json").read_bytes(),
+        "events": events,
+    }
+
+
+KILLED = {"num_epochs": 4, "save_steps": 2, "eval_steps": 3, "lora_dropout": 0.1, "grad_accum": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("number", range(6))
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
+    """SIGKILL at random moments, again and again until the run gets through."""
+    whole = train(settings(tmp_path / "whole", **KILLED)).output_dir
+    config = settings(tmp_path / "killed", **KILLED)
+    started = time.perf_counter()
+    train(settings(tmp_path / "timing", **KILLED))
+    lasts = time.perf_counter() - started
+    rng = random.Random(number)
+    for attempt in range(200):
+        child = os.fork()
+        if child == 0:  # the child process: run, and leave without pytest's teardown
+            try:
+                unfinished = bool(checkpoint_files(Path(config.output_dir) / "checkpoints"))
+                train(config.replace(resume=unfinished))
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        time.sleep(rng.uniform(0, lasts) if attempt < 20 else 20 * lasts)
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert kept(Path(config.output_dir)) == kept(whole)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, name: str, code: int) -> None:
+    whole = train(settings(tmp_path / "whole", num_epochs=4)).output_dir
+    config = settings(tmp_path / "stopped", num_epochs=4)
+    model = tiny_model()
+    calls = []
+
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 12:
+            signal.raise_signal(getattr(signal, name))
+
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    with pytest.raises(errors.InterruptedRunError, match=rf"{name}: stopped after update .* --resume") as caught:
+        train(config, model)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handlers are given back"
+    train(config.replace(resume=True))
+    assert kept(Path(config.output_dir)) == kept(whole)
+
+
+def test_an_unfinished_run_is_not_buried_by_mistake(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=2, save_steps=1)
+    train(config)
+    train(config)  # a finished run is replaced
+    directory = Path(config.output_dir) / "checkpoints"
+    unfinished = checkpoint_files(directory)
+    for path in unfinished[1:]:
+        path.unlink()
+    with pytest.raises(errors.TrainingError, match=r"holds a run that stopped after 7 updates. Add --resume"):
+        train(config)
+    with pytest.raises(errors.TrainingError, match=r"(?s)other settings.*lr: 0.005 then, 0.01 now"):
+        train(config.replace(resume=True, lr=0.01))
+    assert train(config.replace(overwrite=True)).steps == 8
+
+
+def test_resuming_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.TrainingError, match="no checkpoint to resume from"):
+        train(settings(tmp_path, resume=True))
+
+
+def test_a_finished_run_goes_on_with_more_epochs_only_if_it_is_the_same_run(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1)
+    train(config)
+    with pytest.raises(errors.TrainingError, match="num_epochs: 1 then, 2 now"):
+        train(config.replace(resume=True, num_epochs=2))
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=2, save_steps=1, keep_checkpoints=3)
+    whole = kept(train(config).output_dir)
+    files = checkpoint_files(Path(config.output_dir) / "checkpoints")
+    assert len(files) == 3
+    files[-1].write_bytes(files[-1].read_bytes()[:1000])
+    train(config.replace(resume=True))
+    assert kept(Path(config.output_dir)) == whole
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    from loralib.files import hold_directory
+
+    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="held by another run"):
+        train(settings(tmp_path))
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    train(settings(tmp_path))
+    train(settings(tmp_path))
+    assert (tmp_path / "run" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+# Schedules and optimisers.
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_standard_schedules_rise_peak_and_fall_without_wasting_an_update(schedule: str) -> None:
+    config = lora.TrainConfig(schedule=schedule, warmup_steps=5)
+    factors = [lr_factor(config, step, 20) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1.0 and min(factors) > 0
+    assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
+    if schedule != "constant":
+        assert factors[-1] < 0.1
+
+
+def test_loraplus_gives_b_its_own_rate_but_not_an_embedding_s() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0", "1"]))
+    groups = parameter_groups(model, lora.TrainConfig(lr=1e-3, loraplus_lr_ratio=8.0))
+    rates = {id(p): group["peak"] for group in groups for p in group["params"]}
+    assert rates[id(model[1].lora_B)] == 8e-3
+    assert rates[id(model[1].lora_A)] == rates[id(model[0].lora_A)] == rates[id(model[0].lora_B)] == 1e-3
+
+
+def test_paper_adamw_is_torch_s_where_they_agree() -> None:
+    """With eps near 0 and no decay, the order of eps and bias correction does not matter."""
+    start = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for arithmetic in ("paper", "standard"):
+        parameter = nn.Parameter(start.clone())
+        config = lora.TrainConfig(arithmetic=arithmetic, adam_eps=1e-20, lr=1e-2)
+        optimizer = make_optimizer([{"params": [parameter], "peak": 1e-2}], config)
+        for step in range(10):
+            parameter.grad = torch.sin(start * (step + 1))
+            optimizer.step()
+        ends.append(parameter.detach())
+    assert torch.allclose(ends[0], ends[1], rtol=1e-5)
+
+
+def test_every_bad_setting_is_named_at_once() -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        lora.TrainConfig(lora_dim=0, lr=-1.0, schedule="square", num_epochs=0, batch_size=0)
+    for name in ("lora_dim is 0", "lr is -1.0", "schedule is 'square'", "both 0", "batch_size is 0", "5 settings"):
+        assert name in str(caught.value)
+
+
+# Order.
+
+
+def test_an_epoch_holds_every_example_once_and_keeps_siblings_together() -> None:
+    examples = copying_examples(60)
+    order = epoch_order(examples, 6, seed=3, epoch=0, max_siblings=3)
+    assert sorted(index for batch in order for index in batch) == list(range(60))
+    prompts = [len({examples[index].ids[:4] for index in batch}) for batch in order]
+    assert min(prompts) >= 2, "several prompts in every step"
+    assert sum(prompts) / len(prompts) < 3.5
+    assert order != epoch_order(examples, 6, seed=3, epoch=1, max_siblings=3)
+    uniform = epoch_order(examples, 6, seed=3, epoch=0)
+    assert sum(len({examples[i].ids[:4] for i in batch}) for batch in uniform) / len(uniform) > 4.5
+
+
+def test_metrics_lines_are_json(tmp_path: Path) -> None:
+    result = train(settings(tmp_path))
+    for line in (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        assert isinstance(json.loads(line), dict)
