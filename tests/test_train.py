@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -93,7 +94,8 @@ def test_metrics_have_one_line_an_event_with_the_promised_fields(tmp_path: Path)
     assert [event["step"] for event in trained] == list(range(1, 13))
     fields = {"event", "step", "epoch", "loss", "lr", "examples", "tokens", "trained_tokens", "step_s"}
     assert all(event.keys() == fields for event in trained)
-    assert trained[-1]["examples"] == 72 and trained[-1]["trained_tokens"] == 72 * 5
+    assert trained[-1]["examples"] == 72
+    assert trained[-1]["trained_tokens"] == 72 * 5
     assert [e["step"] for e in events if e["event"] == "valid"] == [0, 4, 8, 12]
 
 
@@ -134,7 +136,8 @@ def test_a_plain_module_trains_too(tmp_path: Path) -> None:
             return self.head(self.embed(ids))
 
     result = train(settings(tmp_path, target_modules="head"), Net())
-    assert "padded" not in result.note and result.note
+    assert "padded" not in result.note
+    assert result.note
     assert result.train_losses[-1] < result.train_losses[0]
 
 
@@ -183,7 +186,8 @@ def test_layers_that_never_ran_are_listed(tmp_path: Path, capsys: pytest.Capture
     model.detach = False
     lora.train(model, copying_examples(), settings(tmp_path, target_modules="first,unused,head"))
     printed = capsys.readouterr().out
-    assert "1 of 3 adapted layers never ran" in printed and "unused" in printed
+    assert "1 of 3 adapted layers never ran" in printed
+    assert "unused" in printed
 
 
 def test_an_adapter_that_ends_as_it_began_is_an_error(tmp_path: Path) -> None:
@@ -339,8 +343,9 @@ def test_standard_schedules_rise_peak_and_fall_without_wasting_an_update(schedul
     config = lora.TrainConfig(schedule=schedule, warmup_steps=5)
     factors = [lr_factor(config, step, 20) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[5] == 1.0 and min(factors) > 0
-    assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
+    assert factors[5] == 1.0
+    assert min(factors) > 0
+    assert all(a >= b for a, b in itertools.pairwise(factors))
     if schedule != "constant":
         assert factors[-1] < 0.1
 

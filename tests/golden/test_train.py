@@ -26,7 +26,8 @@ def base_model(folder: Path) -> Any:
     missing, unexpected = model.transformer.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, strict=False
     )
-    assert not unexpected and not [name for name in missing if not name.endswith("attn.bias")]
+    assert not unexpected
+    assert not [name for name in missing if not name.endswith("attn.bias")]
     model.tie_weights()
     return model
 
