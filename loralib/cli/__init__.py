@@ -72,9 +72,9 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     parser = _Parser(prog=name, description=module.__doc__, formatter_class=_Formatter, allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    debug = "--debug" in argv
+    debug = "--debug" in argv  # wherever it stands, before or behind an action
     try:
-        args = parser.parse(argv)
+        args = parser.parse([word for word in argv if word != "--debug"])
         return int(module.run(args) or 0)
     except LoraError as error:
         if debug:
@@ -116,7 +116,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
                 group.add_argument(f"--{spec.name}", action="store_true", default=None, help=text)
             continue
         shown = "" if default is None else f" (default {default})"
-        several = "Sequence" in str(hints[spec.name]) and spec.name.endswith("_data")
+        several = spec.name in ("adapter", "train_data", "valid_data")
         group.add_argument(
             f"--{spec.name}",
             type=kind,

@@ -36,8 +36,8 @@ def epoch_order(
         The batches, as indices; every example is in one of them.
 
     >>> alike = [TokenExample((7, prompt, end), (False, False, True)) for prompt in (1, 2, 3) for end in (8, 9)]
-    >>> batches = epoch_order(alike, 2, seed=0, epoch=0, max_siblings=2)
-    >>> sorted(sorted(batch) for batch in batches)
+    >>> (batch,) = epoch_order(alike, 6, seed=0, epoch=0, max_siblings=2)
+    >>> sorted(sorted(batch[at : at + 2]) for at in (0, 2, 4))
     [[0, 1], [2, 3], [4, 5]]
     """
     order = list(range(len(examples)))

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base import load_base
 from ..console import duration, say, size
-from ..data import Encoded, load_examples
+from ..data import Encoded, load_examples, read_sources
 from ..errors import ConfigError
 from ..inject import adapted_layers, inject
 from .config import TrainConfig
@@ -33,6 +33,9 @@ def run_job(config: TrainConfig) -> TrainResult:
     """
     if config.train_data is None:
         raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, .jsonl or .txt)")
+    # Data first: a wrong file should show before a model is loaded.
+    sources = read_sources(config.train_data)
+    valid_sources = None if config.valid_data is None else read_sources(config.valid_data)
     say(f"Loading {config.model} ...")
     model, tokenizer = load_base(
         config.model,
@@ -42,11 +45,11 @@ def run_job(config: TrainConfig) -> TrainResult:
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,
     )
-    training = _load(config.train_data, tokenizer, config, config.max_train_samples)
+    training = _load(sources, tokenizer, config, config.max_train_samples)
     say(f"Loaded {len(training):,} training examples{_dropped(training)}")
     valid = None
-    if config.valid_data is not None:
-        valid = _load(config.valid_data, tokenizer, config, config.max_valid_samples)
+    if valid_sources is not None:
+        valid = _load(valid_sources, tokenizer, config, config.max_valid_samples)
         say(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
     _adapt(model, config)
     say()

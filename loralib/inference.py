@@ -1,0 +1,207 @@
+"""What an adapter does, shown: statistics, predictions, text beside the base's, merging, switching between tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, apply_adapter
+from .base import DEFAULT_BASE, load_base
+from .console import duration, say, table
+from .data import draw, group_by_prompt, prompt_ids, read_examples
+from .data.readers import Example
+from .errors import AdapterError, ConfigError
+from .formats import read_adapter
+from .generate import generate
+from .inject import disabled, merge, unmerge
+from .train.report import parameter_table
+
+__all__ = ["InferenceConfig", "run_inference"]
+
+
+def _knob(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "group": "inference", "choices": None})
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """The settings of one showing; see ``run_inference.py --help``."""
+
+    adapter: str | Sequence[str] = _knob("lora_model", "directory of the adapter; several show switching")
+    model: str | None = _knob(None, "base model; default: the one that the adapter names")
+    prompt: str | None = _knob(None, "write text for this prompt instead of the test data")
+    test_data: str | None = _knob(None, "E2E file whose meaning representations are written out")
+    samples: int = _knob(3, "how many meaning representations to write out")
+    max_new_tokens: int = _knob(60, "most tokens to write for each")
+    no_merge: bool = _knob(False, "leave out merging")
+    seed: int = _knob(0, "of the choice of meaning representations")
+    dtype: str = _knob("fp32", "fp32 shows that merging changes nothing; bf16 rounds")
+    device: str | None = _knob(None, "cpu, cuda, mps ...; default: the fastest there is")
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"samples is {self.samples} and max_new_tokens is {self.max_new_tokens}, expected at least 1 of each"
+            )
+
+
+def run_inference(config: InferenceConfig) -> None:
+    """Loads adapters and shows on the console what they do.
+
+    Args:
+        config: which adapters, on which base, with which prompts.
+
+    Raises:
+        LoraError: a directory holds no adapter, or it does not fit the base; with a message for the user.
+    """
+    directories = [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
+    adapters = {directory: read_adapter(directory) for directory in directories}
+    first = adapters[directories[0]]
+    model, tokenizer = _load_base(config, first)
+    say(f"Adapter {directories[0]}: {apply_adapter(model, first)}")
+    model.eval()
+    examples = _examples(config)
+    _show_statistics(model, tokenizer, first, examples)
+    if hasattr(model, "generate"):
+        adapted = _show_texts(model, tokenizer, examples, config)
+    else:
+        adapted = []
+        say("\nThis network sees one token at a time, without attention: it predicts, but writes no text.")
+    if not config.no_merge:
+        _show_merging(model, tokenizer, examples, adapted, config)
+    if len(adapters) > 1:
+        _show_switching(model, tokenizer, adapters, examples[0], config)
+
+
+def _load_base(config: InferenceConfig, adapter: Adapter) -> tuple[nn.Module, Any]:
+    name = config.model or adapter.config.base_model_name_or_path or DEFAULT_BASE
+    say(f"Loading {name} ...")
+    return load_base(name, dtype=config.dtype, device=config.device)
+
+
+def _examples(config: InferenceConfig) -> list[Example]:
+    if config.prompt is not None:
+        return [Example.of(config.prompt if config.prompt.endswith("\n") else config.prompt + "\n", "")]
+    if config.test_data is None:
+        raise AdapterError("nothing to write: give --prompt TEXT or --test_data FILE")
+    return draw(group_by_prompt(read_examples(config.test_data)), config.samples, config.seed, lambda e: e.prompt)
+
+
+def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, examples: Sequence[Example]) -> None:
+    settings = adapter.config
+    say()
+    say(parameter_table(model))
+    say()
+    rows = [
+        ("rank r", settings.r),
+        ("lora_alpha", f"{settings.lora_alpha:g}"),
+        ("adapted modules", len(adapter.modules)),
+        ("tensors", len(adapter.tensors)),
+        ("base model", settings.base_model_name_or_path or "not named"),
+    ]
+    say(table(rows, ("adapter", "")))
+    ids = _batch(tokenizer, examples)
+    with torch.no_grad():
+        logits = _logits(model, ids)
+    predicted = logits[0, :10].argmax(-1).tolist()
+    say()
+    say(f"input  {list(ids.shape)}")
+    say(f"logits {list(logits.shape)}")
+    say(f"first ten predicted tokens: {predicted}")
+    say(f"  as text: {tokenizer.decode(predicted)!r}")
+
+
+def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], config: InferenceConfig) -> list[str]:
+    """Shows the base's and the adapted model's continuations; returns the latter."""
+    prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
+    with disabled(model):
+        base = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+    adapted = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+    for example, before, after in zip(examples, base, adapted, strict=True):
+        say()
+        say(example.prompt.strip())
+        _say_text("base", before.text)
+        _say_text("adapted", after.text)
+        if example.references:
+            _say_text("reference", example.references[0])
+    say()
+    ended = [sum(result.finish_reason == "stop" for result in results) for results in (base, adapted)]
+    say(
+        f"Ended by itself within {config.max_new_tokens} tokens: "
+        f"base {ended[0]}, adapted {ended[1]}, of {len(examples)}"
+    )
+    return [result.text for result in adapted]
+
+
+def _show_merging(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], adapted: Sequence[str], config: InferenceConfig
+) -> None:
+    ids = _batch(tokenizer, examples)
+    with torch.no_grad():
+        apart = _logits(model, ids).float()
+        started = time.perf_counter()
+        merge(model)
+        took = time.perf_counter() - started
+        merged = _logits(model, ids).float()
+    largest = float(apart.abs().max())
+    difference = float((apart - merged).abs().max())
+    # Rounding of a few hundred additions in a row, of the largest logit.
+    dtype = next(p.dtype for p in model.parameters() if p.dtype != torch.float32 or config.dtype == "fp32")
+    tolerance = (
+        256 * torch.finfo(dtype).eps * largest if dtype == torch.float32 else 16 * torch.finfo(dtype).eps * largest
+    )
+    verdict = "they agree" if difference <= tolerance else "THEY DIFFER: report this"
+    say()
+    say(f"Merged W + scaling * B A into every layer in {duration(took)}.")
+    say(f"Logits, merged against unmerged: largest difference {difference:.2g}, tolerance {tolerance:.2g}: {verdict}.")
+    if adapted:
+        prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
+        texts = [result.text for result in generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)]
+        same = sum(a == b for a, b in zip(adapted, texts, strict=True))
+        say(f"The merged model writes the same text for {same} of {len(texts)} prompts:")
+        _say_text("merged", texts[0])
+    unmerge(model)
+
+
+def _show_switching(
+    model: nn.Module, tokenizer: Any, adapters: dict[str, Adapter], example: Example, config: InferenceConfig
+) -> None:
+    say()
+    say(f"Switching between {len(adapters)} adapters on one base; the prompt is {example.prompt.strip()!r}")
+    ids = [prompt_ids(example.prompt, tokenizer)]
+    for directory, adapter in adapters.items():
+        started = time.perf_counter()
+        apply_adapter(model, adapter)
+        took = time.perf_counter() - started
+        _say_text(f"{Path(directory).name} ({duration(took)})", generate(
+            model, tokenizer, ids, max_new_tokens=config.max_new_tokens
+        )[0].text)  # fmt: skip
+
+
+def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:
+    """Returns token ids (2, 32): what the examples say, one after another."""
+    ids = [
+        token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
+    ]
+    return torch.tensor((ids * (rows * width))[: rows * width]).view(rows, width)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(ids.to(next(model.parameters()).device))
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _say_text(label: str, text: str) -> None:
+    first, *more = textwrap.wrap(" ".join(text.split()) or "(nothing)", width=96)
+    say(f"  {label:<10} {first}")
+    for line in more:
+        say(f"  {'':<10} {line}")
