@@ -197,9 +197,9 @@ def with_updates(adapter: Adapter, updates: Mapping[str, tuple[Tensor, Tensor]])
 
     Args:
         adapter: says what kind of layer each module is, and all settings but ranks and alphas.
-        updates: new factors; modules that are not named are left out.
+        updates: new factors; modules that are not named are left out.  What is trained in full stays.
     """
-    tensors = {}
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if not _is_factor(name)}
     for name, (A, B) in updates.items():
         old_A, old_B = factors(adapter, name)
         kind = "lora_" if f"{name}.lora_A" in adapter.tensors else "lora_embedding_"
@@ -336,7 +336,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
     for module, update in updates_of(adapter).items():
         U, S, Vh = update.svd()
         results[module], lost[module] = _cut(U, S, Vh, r or _rank_for(S, energy or 1.0))
-    return _combination(with_updates(_common([adapter]), results), lost)
+    return _combination(with_updates(expand_blocks(adapter), results), lost)
 
 
 # Parts.
@@ -389,7 +389,7 @@ def _common(adapters: Sequence[Adapter]) -> Adapter:
         f"{name} (adapter {number})"
         for number, adapter in enumerate(adapters, 1)
         for name in adapter.tensors
-        if not name.rpartition(".")[2].startswith("lora_")
+        if not _is_factor(name)
     ]
     if rest:
         raise AdapterError(
@@ -437,6 +437,10 @@ def _common_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -
             target_modules=chosen, exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
     return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
+
+
+def _is_factor(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("lora_")
 
 
 def _sum(updates: Sequence[Update]) -> Update:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +85,43 @@ class LoraConfig:
             if isinstance(value, (list, tuple)):
                 object.__setattr__(self, name, tuple(value))
         for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        object.__setattr__(self, "enable_lora", {k: tuple(v) for k, v in self.enable_lora.items()})
-        faults = list(self._faults())
+            value = getattr(self, name)
+            if isinstance(value, Mapping) or value is None:
+                object.__setattr__(self, name, dict(value or {}))
+        faults = self._type_faults()
+        if not faults:
+            object.__setattr__(self, "enable_lora", {key: tuple(blocks) for key, blocks in self.enable_lora.items()})
+            faults = self._faults()
         if faults:
             count = f"{len(faults)} setting{'s' if len(faults) > 1 else ''}"
             raise ConfigError(list_faults(f"{count} of the adapter cannot be used", faults))
+
+    def _type_faults(self) -> list[str]:
+        """Names the fields whose values are not of the kind that the other checks expect."""
+        flag, name, names = ("True or False", _is_flag), ("a text", _is_text), ("a list of names", _is_texts)
+        either = ("a name or a list of names", lambda value: _is_text(value) or _is_texts(value))
+        numbers = ("a whole number or a list of such", _is_ints)
+        keyed = ("values by name", lambda value: isinstance(value, dict) and _is_texts(tuple(value)))
+        start = ("True, False or a name", lambda value: isinstance(value, (bool, str)))
+        kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), flag),
+            **dict.fromkeys(("task_type", "base_model_name_or_path"), name),
+            **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), either),
+            **dict.fromkeys(("rank_pattern", "alpha_pattern", "enable_lora"), keyed),
+            "modules_to_save": names,
+            "layers_to_transform": numbers,
+            "init_lora_weights": start,
+        }
+        values = {field: getattr(self, field) for field in kinds}
+        faults = [
+            f"{field} is {list(value) if isinstance(value, tuple) else value!r}"[:200] + f", expected {kinds[field][0]}"
+            for field, value in values.items()
+            if not kinds[field][1](value)
+        ]
+        if not faults:
+            odd = [key for key, blocks in self.enable_lora.items() if not isinstance(blocks, (list, tuple))]
+            faults += [f"enable_lora[{key!r}] is {self.enable_lora[key]!r}, expected a list of booleans" for key in odd]
+        return faults
 
     def _faults(self) -> list[str]:
         faults = []
@@ -103,13 +139,14 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 faults += _expression_faults(name, value)
-            elif value is not None and not all(isinstance(item, str) and item for item in value):
-                faults.append(f"{name} is {list(value)!r}, expected names of modules")
         if self.target_modules is not None and not self.target_modules:
             faults.append("target_modules is empty, expected at least one name, or 'all-linear'")
         for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
             for key in getattr(self, name):
                 faults += _expression_faults(f"a key of {name}", key)
+        layers = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in layers or ():
+            faults += _expression_faults("layers_pattern", pattern)
         for key, rank in self.rank_pattern.items():
             if not _is_int(rank) or rank < 1:
                 faults.append(f"rank_pattern[{key!r}] is {rank!r}, expected a whole number of at least 1")
@@ -234,25 +271,83 @@ def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
     'layers.1.q_proj'
     """
     for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _ending(key).match(name):
             return key
     return None
 
 
+@functools.cache  # re's own cache holds 512, and a config may name every module of a large model
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
 def _expression_faults(name: str, expression: str) -> list[str]:
+    if len(expression) > 10_000:
+        return [f"{name} has {len(expression):,} characters; give a list of names instead"]
     try:
-        re.compile(expression)
-    except re.error as error:
-        return [f"{name} is {expression!r}, which is no regular expression: {error}"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(expression)
+        endless = _repeats(_parser.parse(expression)) > _MOST_REPEATS
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"{name} is {expression[:80]!r}, which is no regular expression: {error}"]
+    if endless:
+        return [
+            f"{name} is {expression[:80]!r}, which may take forever to match: it repeats what repeats, or repeats more "
+            f"than {_MOST_REPEATS} parts"
+        ]
     return []
+
+
+# Matching tries every way to share a name between the repeats of an expression.
+_MOST_REPEATS = 5
+_parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+
+
+def _repeats(parsed: Any, inside: bool = False) -> float:
+    """Counts the open-ended repeats of a parsed expression along its worst branch; infinite where one holds another."""
+    total = 0.0
+    for kind, value in parsed:
+        parts, many = list[Any](), False
+        if str(kind) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            many = value[1] > 10
+            parts = [value[2]]
+        elif str(kind) == "BRANCH":
+            parts = list(value[1])
+        elif str(kind) == "GROUPREF_EXISTS":
+            parts = [part for part in value[1:] if part is not None]
+        elif str(kind) in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            parts = [value[-1]]
+        elif str(kind) == "ATOMIC_GROUP":
+            parts = [value]
+        if many and inside:
+            return math.inf
+        total += many + max((_repeats(part, inside or many) for part in parts), default=0.0)
+    return total
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return value is None or (isinstance(value, tuple) and all(isinstance(item, str) and item for item in value))
+
+
+def _is_ints(value: object) -> bool:
+    return value is None or _is_int(value) or (isinstance(value, tuple) and all(_is_int(item) for item in value))
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_off(value: object) -> bool:

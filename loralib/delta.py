@@ -184,7 +184,8 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
     moved = weight.to(wide) + delta.to(wide)
-    return moved * (magnitude.to(wide) / torch.linalg.vector_norm(moved, dim=1))[:, None]
+    norms: Tensor = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    return moved * (magnitude.to(wide)[:, None] / norms)
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

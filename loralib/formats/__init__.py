@@ -12,16 +12,30 @@ from ..config import LoraConfig
 from ..errors import AdapterError
 from ..inject import adapted_layers
 from ..layers import LinearPath
+from .gguf import is_gguf, read_gguf, write_gguf
+from .merged import merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
+from .mlx import is_mlx, read_mlx, write_mlx
 from .peft import read_peft, write_peft
+from .portable import Portable, check_portable, export, make_portable, named_modules
 
 __all__ = [
+    "Portable",
+    "check_portable",
+    "export",
     "load_adapter",
+    "make_portable",
+    "merge_into",
     "read_adapter",
+    "read_gguf",
     "read_microsoft",
+    "read_mlx",
     "read_peft",
     "save_adapter",
+    "save_merged",
+    "write_gguf",
     "write_microsoft",
+    "write_mlx",
     "write_peft",
 ]
 
@@ -41,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         OutputError: the directory cannot be written.
     """
     adapter = adapter_of(model)
-    targets = _portable_targets(model, adapter)
+    targets = named_modules(adapter, model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # Readers of Conv1D want to be told that the weight is stored (in, out).
     turned = any(isinstance(m, LinearPath) and m.fan_in_fan_out for _, m in adapted_layers(model))
@@ -62,7 +76,7 @@ def load_adapter(
 
     Args:
         model: the base; an adapter it holds is replaced once the new one is known to fit.
-        path: a PEFT directory, or a Microsoft checkpoint file.
+        path: a PEFT or MLX directory, a GGUF LoRA file, or a Microsoft checkpoint file.
         config: for a Microsoft checkpoint, which does not say its settings.
         allow_base_mismatch: see `loralib.adapter.apply_adapter`.
 
@@ -72,36 +86,41 @@ def load_adapter(
     Raises:
         AdapterError: there is no adapter at the path, or it does not fit; all faults are listed.
     """
-    return apply_adapter(model, read_adapter(path, config=config), allow_base_mismatch=allow_base_mismatch)
+    adapter = read_adapter(path, config=config, model=model)
+    return apply_adapter(model, adapter, allow_base_mismatch=allow_base_mismatch)
 
 
-def read_adapter(path: str | os.PathLike[str], *, config: LoraConfig | None = None) -> Adapter:
-    """Reads an adapter as a value, whichever format it is in; see `load_adapter` for the arguments."""
+def read_adapter(
+    path: str | os.PathLike[str], *, config: LoraConfig | None = None, model: nn.Module | None = None
+) -> Adapter:
+    """Reads an adapter as a value, whichever format it is in.
+
+    Args:
+        path: see `load_adapter`.
+        config: for a Microsoft checkpoint, which does not say its settings.
+        model: for GGUF and MLX, which have names of their own for modules: the base.
+
+    Raises:
+        AdapterError: there is no adapter at the path, or more has to be given to understand it.
+        FormatError: a file is corrupt.
+    """
     path = Path(path)
+    if path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"):
+        path = path.parent
+    gguf = path.is_file() and is_gguf(path)
+    if gguf or is_mlx(path):
+        if model is None:
+            kind = "GGUF" if gguf else "MLX"
+            raise AdapterError(
+                f"{path} is {kind}, which has names of its own for modules; give the base model (--base)"
+            )
+        return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
         return read_peft(path)
-    if path.name in ("adapter_model.safetensors", "adapter_config.json"):
-        return read_peft(path.parent)
     if config is None:
         raise AdapterError(
-            f"{path} is a checkpoint without settings; "
-            "pass config=LoraConfig(r=..., lora_alpha=..., target_modules=...)"
+            f"{path} is a checkpoint without settings; say what they were: "
+            "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) "
+            "(at the command line --lora_dim, --lora_alpha, --target_modules)"
         )
     return read_microsoft(path, config)
-
-
-def _portable_targets(model: nn.Module, adapter: Adapter) -> str | list[str]:
-    """Returns the adapted modules as a list that every reader understands: name endings where they say enough.
-
-    'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
-    """
-    # nn.MultiheadAttention's out_proj comes with the attention module.
-    with_attention = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    adapted = [n for n in adapter.modules if n.rpartition(".")[0] not in with_attention or not n.endswith(".out_proj")]
-    chosen = list[str]()
-    names = [name for name, _ in model.named_modules()]
-    for ending in dict.fromkeys(name.rpartition(".")[2] for name in adapted):
-        fitting = [name for name in names if name == ending or name.endswith(f".{ending}")]
-        mine = [name for name in adapted if name.rpartition(".")[2] == ending]
-        chosen += [ending] if set(fitting) <= set(mine) and not adapter.config.layers_to_transform else mine
-    return chosen

@@ -6,7 +6,6 @@ biases end without ``.weight``.  nn.MultiheadAttention keeps its out_proj under 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError
 from ..files import remove_file, write_json
-from .tensors import read_pickle, read_safetensors, write_safetensors
+from .tensors import parse_json, read_bytes, read_pickle, read_safetensors, write_safetensors
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "write_peft"]
 
@@ -28,7 +27,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
-_MAX_CONFIG = 10_000_000  # bytes; real ones have a few thousand
+_MAX_CONFIG = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
 
 
 def read_peft(directory: str | os.PathLike[str]) -> Adapter:
@@ -55,12 +54,15 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / TENSOR_FILE)
     metadata.pop("format", None)
-    adapter = Adapter(config, {_name_here(name): tensor for name, tensor in tensors.items()}, metadata)
+    named = {_name_here(name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise FormatError(f"{directory} names a tensor twice, in an older and a newer way; copy the adapter again")
+    adapter = Adapter(config, named, metadata)
     if BLOCKS in metadata:
         try:
-            blocks = json.loads(metadata[BLOCKS])
-        except ValueError as error:
-            raise FormatError(f"{directory / TENSOR_FILE}: metadata {BLOCKS!r} is no JSON: {error}") from error
+            blocks = parse_json(metadata[BLOCKS])
+        except FormatError as error:
+            raise FormatError(f"{directory / TENSOR_FILE}: metadata {BLOCKS!r} holds {error}") from error
         return narrow_blocks(adapter, blocks)
     return adapter
 
@@ -82,14 +84,11 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise FormatError(
-                f"{path} has {path.stat().st_size:,} bytes, expected an adapter_config.json of a few thousand"
-            )
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is no JSON: {error}. Copy the adapter again from its source.") from error
+    if path.stat().st_size > _MAX_CONFIG:
+        raise FormatError(
+            f"{path} has {path.stat().st_size:,} bytes, expected an adapter_config.json of a few thousand"
+        )
+    values = read_bytes(path, parse_json)
     if not isinstance(values, dict):
         raise FormatError(f"{path} holds {type(values).__name__}, expected an object of settings")
     return values

@@ -1,0 +1,169 @@
+"""MLX adapters, as mlx-lm writes and reads them: adapters.safetensors and adapter_config.json.
+
+A linear layer has ``lora_a`` (in, r) and ``lora_b`` (r, out), an embedding ``lora_a`` (vocabulary, r) and ``lora_b``
+(r, width): each the transpose of what other tools store.  One scale multiplies all updates.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter import BASE, Adapter, with_ranks
+from ..combine import check_sound, factors
+from ..config import LoraConfig
+from ..errors import AdapterError, FormatError, list_faults
+from ..files import remove_file, write_json
+from .tensors import parse_json, read_bytes, read_safetensors, write_safetensors
+
+__all__ = ["is_mlx", "mlx_names", "read_mlx", "write_mlx"]
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapters.safetensors"
+
+# mlx-lm's models of these kinds call their modules as transformers does; GPT-2's trunk is called `model` there.
+_SAME_NAMES = frozenset(
+    "cohere gemma gemma2 gemma3_text granite llama mistral mixtral olmo2 phi3 qwen2 qwen3 smollm3 starcoder2".split()
+)
+_RENAMED: Mapping[str, tuple[str, str]] = {"gpt2": ("transformer.", "model.")}
+
+
+def is_mlx(directory: str | os.PathLike[str]) -> bool:
+    """Tells whether a directory holds an MLX adapter."""
+    return (Path(directory) / TENSOR_FILE).is_file()
+
+
+def mlx_names(model: nn.Module) -> dict[str, str]:
+    """Returns mlx-lm's names of the linear layers and embeddings of a model.
+
+    Raises:
+        AdapterError: the names of this kind of model are not known.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _SAME_NAMES and kind not in _RENAMED:
+        raise AdapterError(
+            f"mlx-lm's names for {kind or type(model).__name__} are not known here, only those for "
+            f"{', '.join(sorted(_SAME_NAMES | set(_RENAMED)))}. Merge the adapter and convert the model instead."
+        )
+    here, there = _RENAMED.get(str(kind), ("", ""))
+    tied = _tied_head(model)
+    return {
+        name: there + name.removeprefix(here) if name.startswith(here) else name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module is not tied
+    }
+
+
+def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Module) -> None:
+    """Writes an MLX adapter directory: the tensors first, the settings last.
+
+    Args:
+        adapter: a portable one (`loralib.formats.portable`): one rank, one alpha, linear layers and embeddings only.
+        directory: made if needed.
+        model: the base, for its names.
+
+    Raises:
+        AdapterError: the adapter cannot be expressed in the format.
+    """
+    check_sound(adapter)
+    names, config = mlx_names(model), adapter.config
+    faults = [f"{name}: no place for it in mlx-lm" for name in adapter.modules if name not in names]
+    if config.rank_pattern or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
+        faults.append("not one rank and one scale for all modules")
+    if faults:
+        raise AdapterError(list_faults("the adapter cannot be written for MLX", faults, "Make it portable first."))
+    tensors, keys, layers = {}, list[str](), set[int]()
+    for name in adapter.modules:
+        A, B = factors(adapter, name)
+        tensors[f"{names[name]}.lora_a"], tensors[f"{names[name]}.lora_b"] = A.T, B.T
+        inside = re.fullmatch(r".*?\.(\d+)\.(.+)", names[name])
+        keys.append(inside[2] if inside else names[name])
+        layers |= {int(inside[1])} if inside else set()
+    depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    settings = {
+        "fine_tune_type": "lora",
+        # The last so many blocks are adapted; modules among them that have no tensors start, and stay, at zero.
+        "num_layers": depth - min(layers) if layers else 0,
+        "lora_parameters": {
+            "rank": config.r,
+            "scale": config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
+            "dropout": 0.0,
+            "keys": list(dict.fromkeys(keys)),
+        },
+        "model": config.base_model_name_or_path,
+    }
+    if not layers:
+        settings["num_layers"] = 1  # 0 would mean all
+    directory = Path(directory)
+    remove_file(directory / CONFIG_FILE)
+    base = {BASE: adapter.metadata[BASE]} if BASE in adapter.metadata else {}
+    write_safetensors(directory / TENSOR_FILE, tensors, base)
+    write_json(directory / CONFIG_FILE, settings)
+
+
+def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
+    """Reads an MLX adapter directory as a value.
+
+    Args:
+        directory: holds adapters.safetensors and adapter_config.json.
+        model: the base, for its names and to tell embeddings from linear layers.
+
+    Raises:
+        AdapterError: the adapter does not fit the model, or is no LoRA or DoRA.
+        FormatError: a file is corrupt.
+    """
+    directory = Path(directory)
+    settings = read_bytes(directory / CONFIG_FILE, parse_json)
+    parameters = settings.get("lora_parameters") if isinstance(settings, dict) else None
+    if not isinstance(parameters, dict):
+        raise FormatError(f"{directory / CONFIG_FILE} has no lora_parameters; it is no settings file of mlx-lm")
+    kind, scale = settings.get("fine_tune_type", "lora"), parameters.get("scale")
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"{directory} says fine_tune_type {kind!r}, expected 'lora' or 'dora'")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale == 0:
+        raise FormatError(f"{directory / CONFIG_FILE}: scale is {scale!r}, expected a finite number other than 0")
+    stored, metadata = read_safetensors(directory / TENSOR_FILE)
+    modules = {there: here for here, there in mlx_names(model).items()}
+    leaves = {"lora_a": "A", "lora_b": "B"}
+    tensors: dict[str, Tensor] = {}
+    ranks, faults = dict[str, int](), []
+    for name, tensor in stored.items():
+        module, leaf = modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if module is None or leaf not in (*leaves, "m") or tensor.dim() != (1 if leaf == "m" else 2):
+            faults.append(f"{name} {tuple(tensor.shape)}: no such adapter tensor of {type(model).__name__}")
+        elif leaf == "m":
+            tensors[f"{module}.lora_magnitude_vector"] = tensor
+        else:
+            embedding = isinstance(model.get_submodule(module), nn.Embedding)
+            key = "lora_embedding_" if embedding else "lora_"
+            tensors[f"{module}.{key}{leaves[leaf]}"] = tensor.T.contiguous()
+            ranks[module] = tensor.shape[1] if leaf == "lora_a" else tensor.shape[0]
+    if faults or not ranks:
+        raise AdapterError(list_faults(f"{directory} does not fit the base model", faults or ["it holds no tensors"]))
+    if any(rank < 1 for rank in ranks.values()):
+        raise FormatError(f"{directory / TENSOR_FILE} holds tensors without values")
+    named = settings.get("model")
+    config = LoraConfig(
+        target_modules=list(ranks),
+        use_dora=kind == "dora",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=named if isinstance(named, str) else None,
+    )
+    alphas = {module: scale * rank for module, rank in ranks.items()}
+    base: dict[str, Any] = {BASE: metadata[BASE]} if BASE in metadata else {}
+    adapter = Adapter(with_ranks(config, ranks, alphas), tensors, base)
+    check_sound(adapter)
+    return adapter
+
+
+def _tied_head(model: nn.Module) -> nn.Module | None:
+    """Returns the head that shares the embedding's weight: mlx-lm has no module for it."""
+    head, table = (getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("output", "input"))
+    shared = isinstance(head, nn.Module) and isinstance(table, nn.Module) and head.weight is table.weight
+    return head if shared else None

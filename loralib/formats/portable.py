@@ -1,0 +1,474 @@
+"""The form of an adapter that every tool computes alike, and who accepts what.
+
+A portable adapter has one rank, lora_alpha = r (the scaling is in B), no rsLoRA, no patterns, a plain start.  Whatever
+is more than a low-rank update is turned into one by exact algebra where there is any, by the nearest one where a stated
+error allows, and refused with the reason otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapter import Adapter, expand_blocks
+from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
+from ..config import LoraConfig
+from ..delta import balanced_factors, delta_weight, dora_weight, olora_factors, pissa_factors, scaling_of
+from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
+from ..inject import plan
+from ..layers import EmbeddingPath, LinearPath
+from .gguf import gguf_names, read_gguf, write_gguf
+from .mlx import mlx_names, read_mlx, write_mlx
+from .peft import read_peft, write_peft
+
+__all__ = [
+    "TARGETS",
+    "Portable",
+    "base_matrix",
+    "check_portable",
+    "export",
+    "full_delta",
+    "make_portable",
+    "named_modules",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a tool takes besides plain low-rank updates of linear layers.
+
+    Attributes:
+        title: how the tool is called.
+        more: biases, modules trained in full, convolutions, attention modules, weights shared with others.
+    """
+
+    title: str
+    more: bool = False
+
+
+TARGETS: Mapping[str, Target] = {
+    "peft": Target("PEFT", more=True),
+    "vllm": Target("vLLM"),
+    "llamacpp": Target("llama.cpp"),
+    "mlx": Target("MLX"),
+}
+
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max_lora_rank can be
+_LARGEST_RANK = 4  # times the adapter's own: how far the search for a good enough plain form goes
+_MERGE = "`loralib merge` writes the merged model instead, which every tool reads."
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A portable adapter and how it came about.
+
+    Attributes:
+        adapter: the adapter.
+        error: how far its updates are from the original's, relative to those (Frobenius norm); 0: exact.
+        notes: what was changed, and what the user of the target has to know; one sentence each.
+    """
+
+    adapter: Adapter
+    error: float
+    notes: tuple[str, ...]
+
+
+def check_portable(config: LoraConfig, model: nn.Module, target: str) -> None:
+    """Tells before training whether the adapter can be used in a tool afterwards.
+
+    Args:
+        config: what will be trained.
+        model: the base; its weights are not looked at.
+        target: one of `TARGETS`.
+
+    Raises:
+        AdapterError: some of it has no form that the tool computes rightly; all reasons are listed.
+        ConfigError: there is no such target.
+    """
+    _check_target(target)
+    faults = []
+    if config.lora_bias:
+        faults.append("lora_bias: a bias of B has no place in the portable form")
+    if not TARGETS[target].more:
+        faults += _refused_everywhere(config)
+    plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+    faults += _module_faults(plain, model, target)
+    if faults:
+        title = TARGETS[target].title
+        raise AdapterError(list_faults(f"{title} cannot compute this adapter rightly", faults, _MERGE))
+
+
+def make_portable(
+    adapter: Adapter,
+    target: str,
+    model: nn.Module | None = None,
+    *,
+    r: int | None = None,
+    max_error: float = 0.01,
+    initial: Adapter | None = None,
+) -> Portable:
+    """Returns the form of an adapter that a tool computes rightly.
+
+    Args:
+        adapter: any that can be read.
+        target: one of `TARGETS`.
+        model: the base; needed for all targets but "peft" and "vllm", and for what depends on the base weights (DoRA,
+            PiSSA, OLoRA).
+        r: the rank of the result; default: what is exact, or for DoRA the smallest rank within max_error.
+        max_error: the largest relative error that is accepted where r is not given.
+        initial: the adapter as it was before training, for starts that cannot be computed again (CorDA, randomised
+            PiSSA).
+
+    Raises:
+        AdapterError: there is no such form, or not within max_error; the message says why and what to do.
+        ConfigError: there is no such target.
+    """
+    _check_target(target)
+    check_sound(adapter)
+    if model is not None:
+        check_portable(adapter.config, model, target)
+    elif not TARGETS[target].more:
+        faults = _refused_everywhere(adapter.config)
+        if faults:
+            title = TARGETS[target].title
+            raise AdapterError(list_faults(f"{title} cannot compute this adapter rightly", faults, _MERGE))
+    notes = []
+    source = expand_blocks(adapter)
+    if adapter.config.enable_lora:
+        notes.append("fused blocks are written out with a block-diagonal B (exact)")
+    plain, error, why = _as_plain(source, model, r, max_error, initial)
+    notes += why
+    config = plain.config
+    if config.use_rslora or config.lora_alpha != config.r or config.alpha_pattern or config.rank_pattern:
+        notes.append("the scaling is in B now, and lora_alpha = r (exact)")
+    updates = updates_of(plain)
+    rank = max(update.r for update in updates.values())
+    if any(update.r != rank for update in updates.values()):
+        notes.append(f"all modules have rank {rank} now, the smaller ones padded with zeros (exact)")
+    if target == "vllm":
+        limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+        if limit is None:
+            raise AdapterError(
+                f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
+            )
+        notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
+    padded = {name: _padded(update, rank) for name, update in updates.items()}
+    result = with_updates(plain, padded)
+    settings = result.config.replace(
+        target_modules=named_modules(plain, model),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        init_lora_weights=True,
+        lora_dropout=0.0,
+    )
+    tensors = {name: _like(tensor, adapter.tensors.get(name)) for name, tensor in result.tensors.items()}
+    return Portable(Adapter(settings, tensors, result.metadata), error, tuple(notes))
+
+
+def export(
+    portable: Portable,
+    target: str,
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Writes a portable adapter for a tool, reads it back, and compares.
+
+    Args:
+        portable: what `make_portable` gave for the target.
+        target: one of `TARGETS`.
+        path: a directory, or for "llamacpp" a file.
+        model: the base; see `make_portable`.
+        dtype: of the tensors; default: as they are, in GGUF fp32.
+
+    Returns:
+        How much rounding to dtype moved an update at most, relative to it; 0 without dtype.
+
+    Raises:
+        AdapterError: what was read back is not what was written.
+        OutputError: it cannot be written.
+    """
+    written = portable.adapter
+    if target == "llamacpp":
+        dtype = dtype or torch.float32
+    if dtype is not None:
+        written = replace(written, tensors={name: t.to(dtype) for name, t in written.tensors.items()})
+        check_sound(written)  # fp16 ends at 65504
+    if target in ("peft", "vllm"):
+        write_peft(written, path)
+        back = read_peft(path)
+    elif target == "mlx":
+        write_mlx(written, path, _needed(model, target))
+        back = read_mlx(path, _needed(model, target))
+    else:
+        write_gguf(written, path, _needed(model, target), dtype=dtype or torch.float32)
+        back = read_gguf(path, _needed(model, target))
+    faults = _differences(written, back)
+    if faults:
+        raise AdapterError(
+            list_faults(f"{path}, read back, is not what was written", faults, "Is the disk failing? Try another one.")
+        )
+    return 0.0 if dtype is None else _rounding(portable.adapter, written)
+
+
+# Updates as whole matrices.
+
+
+def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter | None = None) -> Tensor:
+    """Returns what an adapter of any kind adds to a module's base weight, as a whole matrix.
+
+    Args:
+        adapter: without fused blocks (`expand_blocks`).
+        module: its name.
+        weight: the base weight as a matrix (out, in); see `base_matrix`.
+        initial: see `make_portable`.
+
+    Returns:
+        (out, in), in at least fp32.
+    """
+    update = _raw_update(adapter, module)
+    delta = delta_weight(update.A, update.B, update.scaling)
+    if adapter.config.changes_base:
+        start = _start(adapter, module, weight, initial)
+        delta = delta - delta_weight(start.A, start.B, start.scaling)
+    magnitude = adapter.tensors.get(f"{module}.lora_magnitude_vector")
+    if magnitude is not None:
+        delta = dora_weight(weight, delta, magnitude.flatten()) - weight.float()
+    return delta
+
+
+def base_matrix(model: nn.Module, module: str) -> Tensor:
+    """Returns a module's base weight as the matrix (out, in) that low-rank updates are added to."""
+    layer: Any = model.get_submodule(module)
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    return turned(layer, weight.detach().flatten(1))
+
+
+def turned(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Turns a matrix from (out, in) to how a layer stores its weight, or back."""
+    stored_in_out = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    return matrix.T if stored_in_out else matrix
+
+
+def _as_plain(
+    adapter: Adapter, model: nn.Module | None, r: int | None, max_error: float, initial: Adapter | None
+) -> tuple[Adapter, float, list[str]]:
+    """Turns an adapter of any kind into a plain one; returns it, its relative error, and what was done."""
+    config = adapter.config
+    dora = any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
+    if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
+        raise AdapterError(f"lora_bias: a bias of B has no place in the portable form. {_MERGE}")
+    if config.use_dora != dora:
+        said = "holds no lora_magnitude_vector" if config.use_dora else "holds lora_magnitude_vector"
+        raise AdapterError(f"use_dora is {config.use_dora}, but the file {said}; copy the adapter again")
+    notes = []
+    if dora or (config.changes_base and initial is None):
+        if model is None:
+            kind = "DoRA" if dora else f"init_lora_weights {config.init_lora_weights!r}"
+            raise AdapterError(f"{kind} needs the weights of the base model to become plain LoRA; give --base MODEL")
+        if dora:
+            return _nearest(adapter, model, r, max_error, initial)
+    if config.changes_base:
+        both = {}
+        for name in adapter.modules:
+            start = _start(adapter, name, None if model is None else base_matrix(model, name), initial)
+            update = _raw_update(adapter, name) + start * -1
+            both[name] = update.A.float(), update.B
+        adapter = with_updates(adapter, both)
+        adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+        notes.append(f"{config.init_lora_weights} became plain LoRA of twice the rank, on the original base (exact)")
+    if r is None:
+        return adapter, 0.0, notes
+    resized = resize(adapter, r)
+    return resized.adapter, resized.error, [*notes, f"the rank is {r} now, off by {resized.error:.2%} of the update"]
+
+
+def _nearest(
+    adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
+) -> tuple[Adapter, float, list[str]]:
+    """Approximates DoRA, whose update has full rank, by the largest singular values of the whole update."""
+    own = max(_raw_update(adapter, name).r for name in adapter.modules)
+    largest = r or _LARGEST_RANK * own
+    left, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
+    for name in adapter.modules:
+        delta = full_delta(adapter, name, base_matrix(model, name), initial)
+        U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        squares = F.pad(S**2, (1, max(0, largest - len(S))))
+        # left[k]: the squared norm beyond rank k.
+        left += (squares.sum() - torch.cumsum(squares, 0)[: largest + 1]).clamp(min=0)
+        total += float(squares.sum())
+        parts[name] = U[:, :largest].clone(), S[:largest].clone(), Vh[:largest].clone()
+    errors = (left / total if total else left).sqrt().tolist()
+    rank = r or next((k for k in range(1, largest + 1) if errors[k] <= max_error), None)
+    if rank is None:
+        raise AdapterError(
+            f"DoRA's update has full rank: plain LoRA of rank {own} would be off by {errors[own]:.1%} of it, of rank "
+            f"{largest} by {errors[largest]:.1%}, and at most {max_error:.1%} is accepted. Choose a rank yourself "
+            f"(--rank) if that is good enough. {_MERGE}"
+        )
+    result = with_updates(adapter, {name: balanced_factors(U, S, Vh, rank) for name, (U, S, Vh) in parts.items()})
+    result = replace(result, config=result.config.replace(use_dora=False, init_lora_weights=True))
+    return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
+
+
+def _raw_update(adapter: Adapter, module: str) -> Update:
+    A, B = factors(adapter, module)
+    config = adapter.config
+    scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
+    return Update(A.flatten(1), B.flatten(1), scaling)
+
+
+def _start(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
+    """Returns the update that an adapter began with, which PEFT took out of the base weight."""
+    kind = str(adapter.config.init_lora_weights).lower()
+    update = _raw_update(adapter, module)
+    if initial is not None:
+        if f"{module}.lora_A" not in initial.tensors:
+            raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
+        return _raw_update(initial, module)
+    if weight is not None and kind == "pissa":
+        return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
+    if weight is not None and kind == "olora":
+        return Update(*olora_factors(weight, update.r), update.scaling)
+    reasons = {
+        "loftq": "LoftQ belongs to a base quantised in a way of its own; no plain LoRA fits the original base.",
+        "pissa": "its start was computed with random numbers, and cannot be computed again exactly.",
+        "corda": "its start was computed from data.",
+    }
+    reason = next(text for name, text in reasons.items() if kind.startswith(name))
+    fix = "" if kind.startswith("loftq") else " Give the adapter that was saved before training (--initial_adapter)."
+    raise AdapterError(f"init_lora_weights {adapter.config.init_lora_weights!r}: {reason}{fix}")
+
+
+# Checks.
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
+
+
+def _refused_everywhere(config: LoraConfig) -> list[str]:
+    """What only PEFT takes, whatever the model."""
+    faults = []
+    if config.modules_to_save:
+        faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
+    if config.bias != "none":
+        faults.append(f"bias {config.bias!r}: trained biases are not loaded")
+    return faults
+
+
+def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[str]:
+    """Names the adapted modules that a tool does not compute rightly."""
+    if TARGETS[target].more:
+        return []
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if target == "vllm" and kind == "gpt2":
+        return ["vLLM takes no adapters on GPT-2"]
+    names: Mapping[str, str] | None = None
+    if target != "vllm":
+        names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
+    faults = []
+    shared = _shared_weights(model)
+    title = TARGETS[target].title
+    for found in plan(model, config):
+        layer = found.module
+        if not issubclass(found.path, (LinearPath, EmbeddingPath)) or isinstance(layer, nn.MultiheadAttention):
+            faults.append(f"{found.name}: {type(layer).__name__} is not adapted by {title}")
+        elif found.name in shared:
+            faults.append(
+                f"{found.name} shares its weight with {shared[found.name]}; {title} keeps one table for both, "
+                "and the update would act in both or fail"
+            )
+        elif names is not None and found.name not in names:
+            faults.append(f"{found.name}: {title} applies no adapters there")
+    return faults
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Returns modules that hold the same parameter as others, with the others' names."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    groups = [names for names in owners.values() if len(names) > 1]
+    return {name: ", ".join(n for n in names if n != name) for names in groups for name in names}
+
+
+def _needed(model: nn.Module | None, target: str) -> nn.Module:
+    if model is None:
+        raise AdapterError(f"{TARGETS[target].title} has names of its own for modules; give the base model (--base)")
+    return model
+
+
+# Small steps.
+
+
+def _padded(update: Update, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - update.r
+    B = update.B.float() * update.scaling
+    return F.pad(update.A.float(), (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
+    """Keeps the narrower dtype that a tensor had where nothing is lost by it."""
+    if original is None or original.dtype not in (torch.float16, torch.bfloat16):
+        return tensor
+    narrow = tensor.to(original.dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str]:
+    """Returns the adapted modules as a list that every reader understands: name endings where they say enough.
+
+    'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
+    """
+    chosen = [
+        name
+        for name in adapter.modules
+        # nn.MultiheadAttention's out_proj comes with the attention module.
+        if not (name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.modules)
+    ]
+    if model is None:
+        return chosen
+    names = [name for name, _ in model.named_modules()]
+    short = list[str]()
+    for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
+        fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
+        mine = [name for name in chosen if name.rpartition(".")[2] == ending]
+        short += [ending] if fitting <= set(mine) else mine
+    return short
+
+
+def _differences(written: Adapter, back: Adapter) -> list[str]:
+    """Names what is not bit for bit the same, in tensors and in scaling."""
+    faults = [f"{name} is missing" for name in written.tensors if name not in back.tensors]
+    faults += [f"{name} is unexpected" for name in back.tensors if name not in written.tensors]
+    if not faults:
+        faults += [f"{name} differs" for name, t in written.tensors.items() if not torch.equal(t, back.tensors[name])]
+    if not faults:
+        ours, theirs = updates_of(written), updates_of(back)
+        faults += [
+            f"{name}: scaling {theirs[name].scaling}, expected {update.scaling}"
+            for name, update in ours.items()
+            if theirs[name].scaling != update.scaling
+        ]
+    return faults
+
+
+def _rounding(exact: Adapter, rounded: Adapter) -> float:
+    """Returns the largest relative difference between updates."""
+    worst, theirs = 0.0, updates_of(rounded)
+    for name, update in updates_of(exact).items():
+        norm, gap = update.norm(), float((update + theirs[name] * -1).svd()[1].norm())
+        worst = max(worst, gap / norm if norm else gap)
+    return worst
