@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .beam import Hypothesis, beam_search
 from .sampling import Sampling
-from .stream import Generation, Piece, generate, stream
+from .stream import Generation, Generator, Piece, generate, stream
 
-__all__ = ["Generation", "Piece", "Sampling", "generate", "stream"]
+__all__ = ["Generation", "Generator", "Hypothesis", "Piece", "Sampling", "beam_search", "generate", "stream"]

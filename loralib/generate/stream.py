@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.tokens import prompt_ids
-from ..errors import DataError, list_faults
-from .decoder import Decoder
+from ..errors import DataError
+from .decoder import Text, evaluating, make_decoder
+from .limits import check_prompts, context_length, end_tokens
 from .sampling import Sampling, choose, penalize
 from .text import TextStream
 
-__all__ = ["Generation", "Piece", "generate", "stream"]
+__all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
 
 Prompt = str | Sequence[int]
 
@@ -61,9 +63,104 @@ class _Request:
     sampling: Sampling
     text: TextStream
     generated: list[int] = field(default_factory=list)
+    decoded: Text | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.sampling.seed)
+
+
+class Generator:
+    """Requests that are generated together: they join at any time, and leave when they are done.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        max_requests: so many are computed together; the others wait.
+        max_prompt_tokens: new requests join with at most so many tokens at once (or one alone), so that those which
+            are generated already do not wait long.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, max_requests: int = 128, max_prompt_tokens: int = 2048
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
+        self._decoder = make_decoder(model)
+        self._ends, self._limit = end_tokens(model, tokenizer), context_length(model)
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def add(self, prompt: Prompt, sampling: Sampling | None = None) -> int:
+        """Adds a request; returns the number that its pieces carry.
+
+        Raises:
+            DataError: the prompt has no tokens, or too many for the model.
+        """
+        own = sampling or Sampling()
+        [ids] = encode_prompts(self._model, self._tokenizer, [prompt])
+        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop)))
+        self._count += 1
+        return self._count - 1
+
+    def cancel(self, number: int) -> None:
+        """Forgets a request: no more pieces of it come."""
+        self._waiting = deque(request for request in self._waiting if request.number != number)
+        for request in self._running:
+            if request.number == number:
+                self._leave(request)
+        self._running = [request for request in self._running if request.number != number]
+
+    def step(self) -> list[Piece]:
+        """Computes one token of every running request."""
+        self._admit()
+        if not self._running:
+            return []
+        with evaluating(self._model):
+            logits = self._decoder.step()
+        requests = sorted(self._running, key=_row)  # the decoder may have moved them
+        for request in requests:
+            if not request.sampling.plain:
+                self._penalize(logits[_row(request)], request)
+        tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
+        pieces = [_advance(*pair, self._ends, self._limit) for pair in zip(requests, tokens, strict=True)]
+        self._running = []
+        for request, piece, token in zip(requests, pieces, tokens, strict=True):
+            if piece.finish_reason is None:
+                assert request.decoded is not None
+                request.decoded.grow([0], [token])
+                self._running.append(request)
+            else:
+                self._leave(request)
+        return pieces
+
+    def _admit(self) -> None:
+        tokens = 0
+        while self._waiting and len(self._running) < self._max_requests:
+            tokens += len(self._waiting[0].ids)
+            if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
+                break
+            request = self._waiting.popleft()
+            request.decoded = self._decoder.open(request.ids)
+            self._running.append(request)
+
+    def _leave(self, request: _Request) -> None:
+        assert request.decoded is not None
+        self._decoder.close(request.decoded)
+
+    def _penalize(self, logits: Tensor, request: _Request) -> None:
+        own = request.sampling
+        penalize(
+            logits,
+            request.generated,
+            self._ends,
+            repetition_penalty=own.repetition_penalty,
+            no_repeat_ngram_size=own.no_repeat_ngram_size,
+            min_new_tokens=own.min_new_tokens,
+        )
 
 
 def stream(
@@ -83,34 +180,12 @@ def stream(
     Raises:
         DataError: prompts are too long for the model; all of them at once.
     """
-    settings = _settings(sampling, len(prompts))
-    ids = _encode(model, tokenizer, prompts)
-    running = [
-        _Request(number, row, own, TextStream(tokenizer, own.stop))
-        for number, (row, own) in enumerate(zip(ids, settings, strict=True))
-    ]
-    decoder, ends, limit = Decoder(model), end_tokens(model, tokenizer), context_length(model)
-    while running:
-        logits = decoder.logits([request.ids + request.generated for request in running])
-        for row, request in zip(logits, running, strict=True):
-            own = request.sampling
-            if not own.plain:
-                penalize(
-                    row,
-                    request.generated,
-                    ends,
-                    repetition_penalty=own.repetition_penalty,
-                    no_repeat_ngram_size=own.no_repeat_ngram_size,
-                    min_new_tokens=own.min_new_tokens,
-                )
-        tokens = choose(logits, [r.sampling for r in running], [r.random.random() for r in running])
-        going = []
-        for token, request in zip(tokens, running, strict=True):
-            piece = _advance(request, token, ends, limit)
-            if piece.finish_reason is None:
-                going.append(request)
-            yield piece
-        running = going
+    generator = Generator(model, tokenizer)
+    rows = encode_prompts(model, tokenizer, prompts)
+    for ids, own in zip(rows, _settings(sampling, len(rows)), strict=True):
+        generator.add(ids, own)
+    while len(generator):
+        yield from generator.step()
 
 
 def generate(
@@ -146,7 +221,7 @@ def generate(
         stop=tuple(stop),
         seed=seed,
     )
-    rows = _encode(model, tokenizer, prompts)
+    rows = encode_prompts(model, tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for piece in stream(model, tokenizer, rows, sampling):
         pieces[piece.request].append(piece)
@@ -161,19 +236,9 @@ def generate(
     ]
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Returns the tokens that end a text: the tokenizer's, and those that the model's own settings name."""
-    found: list[int | None] = []
-    for owner in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
-        value = getattr(owner, "eos_token_id", None)
-        found += value if isinstance(value, list) else [value]
-    return sorted({int(token) for token in found if token is not None})
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Returns how many positions the model has, or None where its config does not say."""
-    value = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return value if isinstance(value, int) else None
+def _row(request: _Request) -> int:
+    assert request.decoded is not None
+    return request.decoded.rows.start
 
 
 def _advance(request: _Request, token: int, ends: Sequence[int], limit: int | None) -> Piece:
@@ -184,33 +249,27 @@ def _advance(request: _Request, token: int, ends: Sequence[int], limit: int | No
     if request.text.stopped:
         reason = "stop"
     elif len(request.generated) == request.sampling.max_new_tokens or (
-        limit is not None and len(request.ids) + len(request.generated) >= limit
+        limit is not None and len(request.ids) + len(request.generated) > limit
     ):
         text += request.text.finish()
         reason = "stop" if request.text.stopped else "length"
     return Piece(request.number, text, (token,), reason)
 
 
-def _encode(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Returns the token ids of prompts.
+
+    Raises:
+        DataError: some have no tokens, or too many for the model; all of them at once.
+    """
     if isinstance(prompts, str):
         raise DataError(f"prompts is one text, {prompts[:40]!r}; expected a list of them. Write [{prompts[:10]!r}...].")
     rows = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    limit = context_length(model)
-    faults = [f"prompt {number} has no tokens" for number, row in enumerate(rows, 1) if not row]
-    faults += [
-        f"prompt {number} has {len(row):,} tokens"
-        for number, row in enumerate(rows, 1)
-        if limit is not None and len(row) >= limit
-    ]
-    if faults:
-        fix = f"Shorten them: the model's context is {limit:,} tokens, for prompt and completion." if limit else ""
-        raise DataError(list_faults("prompts that the model cannot continue", faults, fix))
+    check_prompts(model, rows)
     return rows
 
 
 def _settings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:
-    from dataclasses import replace
-
     if sampling is None or isinstance(sampling, Sampling):
         every = sampling or Sampling()
         return [replace(every, seed=every.seed + number) for number in range(count)]
