@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Eager where a function has its module's name: importing that module later would put it in the function's place.
+from .generate import beam_search, generate
 from .inject import disabled, inject, merge, remove, unmerge
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
 from .train import TrainConfig, train
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
-    from .generate import beam_search, generate
 
 __version__ = "1.0.0"
 
@@ -71,8 +71,6 @@ _LAZY = {
     "load_adapter": "formats",
     "read_adapter": "formats",
     "save_adapter": "formats",
-    "beam_search": "generate",
-    "generate": "generate",
 }
 
 
