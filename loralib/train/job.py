@@ -12,8 +12,9 @@ from ..console import duration, say, size
 from ..data import Encoded, load_examples, read_sources
 from ..errors import ConfigError
 from ..inject import adapted_layers, inject
+from . import train
 from .config import TrainConfig
-from .loop import TrainResult, train
+from .loop import TrainResult
 from .report import parameter_table
 
 __all__ = ["run_job"]

@@ -1,6 +1,6 @@
 """The one training loop.
 
-`train` trains the adapter of a model on examples; the whole job around it (load, inject, train, tell) is in job.py.
+`loralib.train` is its public face; the whole job around it (load, inject, train, tell) is in job.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .optim import lr_factor, make_optimizer, parameter_groups
 from .report import Metrics, memory_estimate, plot_losses, write_card
 from .step import Step, StepStats, make_step
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["Data", "TrainResult", "run"]
 
 Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
 
@@ -78,35 +78,10 @@ class TrainResult:
     note: str = ""
 
 
-def train(
-    model: nn.Module,
-    data: Data,
-    config: TrainConfig | None = None,
-    *,
-    tokenizer: Any = None,
-    valid_data: Data | None = None,
-    verbose: bool = True,
+def run(
+    model: nn.Module, data: Data, config: TrainConfig, tokenizer: Any, valid_data: Data | None, verbose: bool
 ) -> TrainResult:
-    """Trains the adapter of a model and saves it in ``config.output_dir``.
-
-    Args:
-        model: a causal language model.  Without an adapter it is given the one that `config` describes.
-        data: training files, examples, or token examples.
-        config: the settings; see `TrainConfig`.
-        tokenizer: for data that is text.
-        valid_data: as `data`; validated on before, during and after training.
-        verbose: print progress and results.
-
-    Returns:
-        Losses, speed, and where the adapter is.
-
-    Raises:
-        NothingLearnedError: no gradient reaches an adapted layer, or the adapter ends as it began.
-        TrainingError: the loss is not finite or explodes, memory runs out, or an unfinished run is in the way.
-        InterruptedRunError: SIGINT or SIGTERM came; the run saved itself.
-        OutputError: output_dir cannot be written, or another run holds it.
-    """
-    config = config or TrainConfig()
+    """Does what `loralib.train` says."""
     examples = _token_examples(data, tokenizer, config, config.max_train_samples, "training data")
     valid = _token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation data")
     if not adapted_layers(model):
@@ -114,9 +89,9 @@ def train(
         inject(model, config.lora_config())
     unmerge(model)
     with hold_directory(config.output_dir) as directory, _signals() as stop:
-        run = _Run(model, examples, valid, config, directory, stop, verbose)
+        this = _Run(model, examples, valid, config, directory, stop, verbose)
         try:
-            return run.go()
+            return this.go()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(config, directory) from error
         except RuntimeError as error:
@@ -124,7 +99,7 @@ def train(
                 raise _out_of_memory(config, directory) from error
             raise
         finally:
-            run.close()
+            this.close()
 
 
 class _Run:

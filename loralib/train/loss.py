@@ -63,7 +63,7 @@ def head_loss(
             grad -= label_smoothing / grad.shape[-1]
         grad *= state_weights[:, None] * gradient_scale
         grad.index_put_((rows, targets), weights * (-(1 - label_smoothing) * gradient_scale), accumulate=True)
-        logits.backward(grad.to(logits.dtype))  # type: ignore[no-untyped-call]
+        logits.backward(grad.to(logits.dtype))
         if gradient is not None:
             assert part.grad is not None
             gradient[start : start + chunk] = part.grad

@@ -108,7 +108,7 @@ class Step:
             head, states, laid, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
         )
         if gradient is not None:
-            states.backward(gradient)  # type: ignore[no-untyped-call]
+            states.backward(gradient)
         return loss
 
     def _hidden(self, laid: Pack) -> Tensor:
