@@ -152,7 +152,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Returns the dtype of that name, or the one a frozen base should have: bf16 where the device computes fast in it.
+    """Returns the dtype of that name; for None or "auto" what suits a frozen base: bf16 where the device is fast in it.
 
     Raises:
         ConfigError: there is no such dtype.
@@ -160,7 +160,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     >>> pick_dtype("bf16", torch.device("cpu"))
     torch.bfloat16
     """
-    if dtype is None:
+    if dtype is None or dtype == "auto":
         return torch.bfloat16 if _is_fast_in_bf16(device.type) else torch.float32
     chosen = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(dtype.lower().removeprefix("torch."))
     if chosen not in _DTYPES.values():
@@ -399,7 +399,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
                 str(path),
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=False,  # None would ask on the console
                 weights_only=True,
                 output_loading_info=True,
             )
@@ -497,6 +497,10 @@ def _bundled() -> Path:
             shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process may have been first
             aside.rename(place)
+        if not _is_complete(place):
+            raise BaseModelError(f"cannot move the converted model to {place}; remove what is in the way and try again")
+    except BaseModelError:
+        raise
     except OSError as error:
         raise BaseModelError(f"cannot write the converted model to {place.parent}: {error}.") from error
     finally:

