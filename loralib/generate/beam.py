@@ -15,18 +15,22 @@ either.  Dropping such beams, and stopping when none is left, therefore changes 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, list_faults
 from .decoder import Decoder, Text, evaluating, make_decoder
-from .limits import check_prompts, context_length, end_tokens
-from .sampling import penalize
+from .limits import check_prompts, end_tokens, new_tokens
+from .sampling import Sampling, penalize
 
 __all__ = ["Hypothesis", "beam_search"]
+
+
+# More rows than this make a step slower but not a row faster.
+MAX_BRANCHES: Final = 320
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,6 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `beam_search` is asked for."""
-
-    num_beams: int
-    max_new_tokens: int
-    length_penalty: float
-    no_repeat_ngram_size: int
-    repetition_penalty: float
-    min_length: int
-    ends: frozenset[int]
-
-    @property
-    def plain(self) -> bool:
-        """Whether the model's logits are used as they are."""
-        return self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.min_length
-
-
-@dataclass(frozen=True)
 class _Beam:
     ids: tuple[int, ...]
     sum: float
@@ -71,16 +57,16 @@ class _Beam:
 class _Search:
     """The search for one prompt."""
 
-    def __init__(self, number: int, prompt: Sequence[int], limit: int, settings: Settings) -> None:
+    def __init__(self, number: int, prompt: Sequence[int], limit: int, sampling: Sampling) -> None:
         self.number, self.prompt, self.limit = number, prompt, limit
         self.beams = [_Beam((), 0.0)]
         self.best: Hypothesis | None = None
         self.text: Text | None = None
-        self.penalties = [float(length**settings.length_penalty) for length in range(1, limit + 1)]
+        self.penalties = [float(length**sampling.length_penalty) for length in range(1, limit + 1)]
         # The largest penalty from a length on, of those at which a beam may end.
         self.largest = list(self.penalties)
         for length in range(limit - 1, 0, -1):
-            if length <= settings.min_length:
+            if length <= sampling.min_new_tokens:
                 self.largest[length - 1] = self.largest[length]
             else:
                 self.largest[length - 1] = max(self.largest[length - 1], self.largest[length])
@@ -127,7 +113,7 @@ def beam_search(
     repetition_penalty: float = 1.0,
     min_length: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
-    max_branches: int = 320,
+    max_branches: int = MAX_BRANCHES,
 ) -> list[Hypothesis]:
     """Finds the best continuation of each prompt by beam search, with the semantics of the LoRA paper's decoder.
 
@@ -153,60 +139,68 @@ def beam_search(
         ConfigError: settings are out of range; all of them at once.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_length,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
-    settings = Settings(
-        num_beams,
-        max_new_tokens,
-        length_penalty,
-        no_repeat_ngram_size,
-        repetition_penalty,
-        min_length,
-        _ends(model, eos_token_id),
-    )
-    _check(settings, max_branches)
-    check_prompts(model, rows)
-    context = context_length(model)
-    limits = [max_new_tokens if context is None else min(max_new_tokens, context + 1 - len(row)) for row in rows]
-    waiting = deque(
-        _Search(number, row, limit, settings) for number, (row, limit) in enumerate(zip(rows, limits, strict=True))
-    )
-    running: list[_Search] = []
-    found: dict[int, Hypothesis] = {}
-    decoder = make_decoder(model)
-    with evaluating(model):
-        while waiting or running:
-            branches = sum(len(search.beams) for search in running)
-            while waiting and (not branches or branches + num_beams <= max_branches):
-                search = waiting.popleft()
-                search.text = decoder.open(search.prompt)
-                running.append(search)
-                branches += num_beams
-            _step(decoder, running, settings)
-            for search in running:
-                if not search.beams:
-                    assert search.text is not None
-                    decoder.close(search.text)
-                    found[search.number] = search.best or Hypothesis((), float("-inf"), False)
-            running = [search for search in running if search.beams]
+    if eos_token_id is None:
+        eos_token_id = end_tokens(model)
+    ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    found = dict(search(model, rows, sampling, ends, max_branches))
     return [found[number] for number in range(len(rows))]
 
 
-def _step(decoder: Decoder, searches: list[_Search], settings: Settings) -> None:
+def search(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: frozenset[int],
+    max_branches: int = MAX_BRANCHES,
+) -> Iterator[tuple[int, Hypothesis]]:
+    """Yields the number of each prompt and its best hypothesis as the searches end; see `beam_search`."""
+    check_prompts(model, prompts)
+    limits = [new_tokens(model, prompt, sampling.max_new_tokens) for prompt in prompts]
+    waiting = deque(_Search(number, *each, sampling) for number, each in enumerate(zip(prompts, limits, strict=True)))
+    running: list[_Search] = []
+    decoder = make_decoder(model)
+    while waiting or running:
+        branches = sum(len(one.beams) for one in running)
+        while waiting and (not branches or branches + sampling.num_beams <= max_branches):
+            one = waiting.popleft()
+            one.text = decoder.open(one.prompt)
+            running.append(one)
+            branches += sampling.num_beams
+        with evaluating(model):
+            _step(decoder, running, sampling, ends)
+        for one in running:
+            if not one.beams:
+                assert one.text is not None
+                decoder.close(one.text)
+                yield one.number, one.best or Hypothesis((), float("-inf"), False)
+        running = [one for one in running if one.beams]
+
+
+def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: frozenset[int]) -> None:
     """Continues every search by one token."""
     logits = decoder.step()
-    if not settings.plain:
+    if not sampling.plain:
         logits = logits.float()
         for search in searches:
             for row, beam in zip(_rows(search), search.beams, strict=True):
                 penalize(
                     logits[row],
                     beam.ids,
-                    list(settings.ends),
-                    repetition_penalty=settings.repetition_penalty,
-                    no_repeat_ngram_size=settings.no_repeat_ngram_size,
-                    min_new_tokens=settings.min_length,
+                    sorted(ends),
+                    repetition_penalty=sampling.repetition_penalty,
+                    no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+                    min_new_tokens=sampling.min_new_tokens,
                 )
-    gains, tokens = best_tokens(logits, settings.num_beams)  # (R, K)
+    gains, tokens = best_tokens(logits, sampling.num_beams)  # (R, K)
     width = max(len(search.beams) for search in searches)
     order = [row for search in searches for row in _rows(search)]
     places = [number * width + beam for number, search in enumerate(searches) for beam in range(len(search.beams))]
@@ -217,7 +211,7 @@ def _step(decoder: Decoder, searches: list[_Search], settings: Settings) -> None
     grid[places] = sums[:, None] + gains
     of_places = tokens.new_zeros(len(searches) * width, count)
     of_places[places] = tokens
-    totals, chosen = grid.view(len(searches), -1).topk(min(settings.num_beams, width * count))  # (S, K)
+    totals, chosen = grid.view(len(searches), -1).topk(min(sampling.num_beams, width * count))  # (S, K)
     picked = of_places.view(len(searches), -1).gather(1, chosen)
     # In fp32, as the sums are: ties must not depend on digits that the sums do not have.
     lengths = [search.length for search in searches]
@@ -229,7 +223,7 @@ def _step(decoder: Decoder, searches: list[_Search], settings: Settings) -> None
     bounds = totals / torch.tensor(largest, device=totals.device)[:, None]
     results = (totals, scores, bounds, chosen // count, picked)
     for search, *values in zip(searches, *(result.tolist() for result in results), strict=True):
-        search.advance(*values, settings.ends)
+        search.advance(*values, ends)
 
 
 def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -250,32 +244,3 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _rows(search: _Search) -> range:
     assert search.text is not None
     return range(search.text.rows.start, search.text.rows.stop)
-
-
-def _ends(model: nn.Module, given: int | Sequence[int] | None) -> frozenset[int]:
-    if given is None:
-        return frozenset(end_tokens(model, None))
-    return frozenset([given] if isinstance(given, int) else given)
-
-
-def _check(settings: Settings, max_branches: int) -> None:
-    rules = {
-        "num_beams": (settings.num_beams >= 1, settings.num_beams, "a whole number of at least 1"),
-        "max_new_tokens": (settings.max_new_tokens >= 1, settings.max_new_tokens, "a whole number of at least 1"),
-        "length_penalty": (abs(settings.length_penalty) < 100, settings.length_penalty, "a number such as 0.8 or 1"),
-        "no_repeat_ngram_size": (
-            settings.no_repeat_ngram_size >= 0,
-            settings.no_repeat_ngram_size,
-            "0 (off) or a number of tokens",
-        ),
-        "repetition_penalty": (
-            0 < settings.repetition_penalty < float("inf"),
-            settings.repetition_penalty,
-            "a positive number (1: off)",
-        ),
-        "min_length": (settings.min_length >= 0, settings.min_length, "0 (off) or a number of tokens"),
-        "max_branches": (max_branches >= 1, max_branches, "a whole number of at least 1"),
-    }
-    faults = [f"{name} is {value!r}, expected {wanted}" for name, (ok, value, wanted) in rules.items() if not ok]
-    if faults:
-        raise ConfigError(list_faults("beam search cannot work with these settings", faults))

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import DataError, list_faults
 
-__all__ = ["check_prompts", "context_length", "end_tokens"]
+__all__ = ["check_prompts", "context_length", "end_tokens", "new_tokens"]
 
 
 def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
@@ -27,11 +27,18 @@ def context_length(model: nn.Module) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def new_tokens(model: nn.Module, prompt: Sequence[int], wanted: int) -> int:
+    """Returns how many tokens can follow a prompt: as many as are wanted, or fewer where the model's context ends."""
+    limit = context_length(model)
+    # The last token needs no position: nothing is computed from it.
+    return wanted if limit is None else min(wanted, limit + 1 - len(prompt))
+
+
 def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     """Refuses prompts that the model cannot continue.
 
     Raises:
-        DataError: some have no tokens, or as many as the model's context or more; all of them at once.
+        DataError: some have no tokens, or more than the model's context; all of them at once.
     """
     limit = context_length(model)
     faults = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,56 +19,59 @@ __all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
 _FIRST_CUT: Final = 256
 
 
+def _knob(default: Any, text: str, group: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "choices": None})
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one request.
+    """The settings of one request: how long it gets and how each token is chosen.
 
-    Attributes:
-        max_new_tokens: at most so many tokens are generated.
-        temperature: 0 takes the likeliest token (greedy); else logits are divided by it before one is drawn.
-        top_k: draw among the so many likeliest tokens only; 0: among all.
-        top_p: draw among the likeliest tokens that together reach this probability (Holtzman et al. 2020).
-        min_p: draw among tokens with at least this share of the likeliest token's probability.
-        repetition_penalty: logits of generated tokens are divided by it if positive, else multiplied (Keskar et al.
-            2019, eq. 2); 1: none.
-        no_repeat_ngram_size: no sequence of so many tokens is generated twice; 0: no ban.
-        min_new_tokens: the end token is banned until so many tokens are generated.
-        stop: texts that end the generation; they are not part of the result.
-        seed: of this request alone: what is drawn does not depend on the other requests.
-
-    Repetition penalty and ban look at generated tokens only, never at the prompt: a completion may repeat its names.
+    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2.  Penalty and ban look at generated
+    tokens only, never at the prompt: a completion may repeat its names.
 
     Raises:
-        ConfigError: a setting is out of range; all of them at once.
+        ConfigError: one or more settings cannot be used; all are reported together.
+
+    >>> Sampling(temperature=0.7, stop="\n").stop
+    ('\\n',)
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
-    stop: str | tuple[str, ...] = ()
-    seed: int = 0
+    max_new_tokens: int = _knob(128, "tokens to generate at most", "length")
+    min_new_tokens: int = _knob(0, "tokens before which the text may not end", "length")
+    stop: str | Sequence[str] = _knob((), "text that ends the generation and is left out", "length")
+    temperature: float = _knob(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
+    top_k: int = _knob(0, "draw among so many likeliest tokens; 0: all", "choice")
+    top_p: float = _knob(1.0, "draw among the likeliest tokens that together have this probability", "choice")
+    min_p: float = _knob(0.0, "draw among tokens with this share of the likeliest one's probability", "choice")
+    repetition_penalty: float = _knob(1.0, "above 1: makes tokens that were generated before less likely", "choice")
+    no_repeat_ngram_size: int = _knob(0, "generate no sequence of so many tokens twice; 0: off", "choice")
+    seed: int = _knob(0, "of what is drawn; prompt i gets seed + i", "choice")
+    num_beams: int = _knob(1, "above 1: beam search, which keeps so many beginnings", "beam search")
+    length_penalty: float = _knob(1.0, "scores are log-probability / length ** this; below 1: shorter", "beam search")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules: dict[str, tuple[bool, str]] = {
             "max_new_tokens": (self.max_new_tokens >= 1, "a whole number of at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or a positive number (1: as trained)"),
+            "min_new_tokens": (self.min_new_tokens >= 0, "0 (off) or a number of tokens"),
+            "stop": (all(self.stop), "texts that are not empty: an empty one would stop at once"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number (1: as trained)"),
             "top_k": (self.top_k >= 0, "0 (off) or how many tokens to draw from"),
             "top_p": (0 < self.top_p <= 1, "a probability above 0 (1: off)"),
             "min_p": (0 <= self.min_p <= 1, "a share from 0 (off) to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number (1: off)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number (1: off)"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or a number of tokens"),
-            "min_new_tokens": (self.min_new_tokens >= 0, "0 (off) or a number of tokens"),
-            "stop": (all(self.stop), "texts that are not empty: an empty one would stop at once"),
+            "num_beams": (self.num_beams >= 1, "1 (off) or a number of beams"),
+            "length_penalty": (abs(self.length_penalty) <= 100, "a number such as 0.8 or 1"),
         }
         faults = [f"{name} is {getattr(self, name)!r}, expected {want}" for name, (ok, want) in rules.items() if not ok]
-        if self.min_new_tokens > self.max_new_tokens >= 1:
+        if self.min_new_tokens > self.max_new_tokens:
             faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
+        if self.num_beams > 1:
+            drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
+            clashes = [name for name, off in drawn.items() if getattr(self, name) != off]
+            faults += [f"{name} has no meaning in beam search (num_beams is {self.num_beams})" for name in clashes]
         if faults:
             raise ConfigError(list_faults("generation cannot work with these settings", faults))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.tokens import prompt_ids
-from ..errors import DataError
+from ..errors import ConfigError, DataError, did_you_mean, list_faults
+from .beam import search
 from .decoder import Text, evaluating, make_decoder
-from .limits import check_prompts, context_length, end_tokens
+from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, choose, penalize
 from .text import TextStream
 
@@ -31,12 +33,14 @@ class Piece:
         text: may be empty: half a character, or what may become a stop text.
         ids: the new tokens; the end token is not among them.
         finish_reason: None while it goes on; "stop": the end token or a stop text came; "length": the limit did.
+        score: of a beam search, see `Hypothesis`.
     """
 
     request: int
     text: str
     ids: tuple[int, ...]
     finish_reason: str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class Generation:
         ids: its tokens (with those of a stop text).
         finish_reason: "stop" or "length", see `Piece`.
         prompt_tokens: length of the prompt.
+        score: of a beam search, see `Hypothesis`.
     """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
+    score: float | None = None
 
 
 @dataclass
@@ -62,6 +68,7 @@ class _Request:
     ids: list[int]
     sampling: Sampling
     text: TextStream
+    limit: int
     generated: list[int] = field(default_factory=list)
     decoded: Text | None = None
 
@@ -86,7 +93,7 @@ class Generator:
         self._model, self._tokenizer = model, tokenizer
         self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
         self._decoder = make_decoder(model)
-        self._ends, self._limit = end_tokens(model, tokenizer), context_length(model)
+        self._ends = end_tokens(model, tokenizer)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._count = 0
@@ -98,11 +105,15 @@ class Generator:
         """Adds a request; returns the number that its pieces carry.
 
         Raises:
-            DataError: the prompt has no tokens, or too many for the model.
+            ConfigError: the settings ask for a beam search.
+        DataError: the prompt has no tokens, or too many for the model.
         """
         own = sampling or Sampling()
+        if own.num_beams > 1:
+            raise ConfigError("a beam search has no stream of tokens. Call `generate` or `beam_search`.")
         [ids] = encode_prompts(self._model, self._tokenizer, [prompt])
-        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop)))
+        limit = new_tokens(self._model, ids, own.max_new_tokens)
+        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop), limit))
         self._count += 1
         return self._count - 1
 
@@ -126,7 +137,7 @@ class Generator:
             if not request.sampling.plain:
                 self._penalize(logits[_row(request)], request)
         tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
-        pieces = [_advance(*pair, self._ends, self._limit) for pair in zip(requests, tokens, strict=True)]
+        pieces = [_advance(*pair, self._ends) for pair in zip(requests, tokens, strict=True)]
         self._running = []
         for request, piece, token in zip(requests, pieces, tokens, strict=True):
             if piece.finish_reason is None:
@@ -180,77 +191,89 @@ def stream(
     Raises:
         DataError: prompts are too long for the model; all of them at once.
     """
-    generator = Generator(model, tokenizer)
     rows = encode_prompts(model, tokenizer, prompts)
-    for ids, own in zip(rows, _settings(sampling, len(rows)), strict=True):
+    settings = _settings(sampling, len(rows))
+    if any(own.num_beams > 1 for own in settings):
+        yield from _searched(model, tokenizer, rows, settings)
+        return
+    generator = Generator(model, tokenizer)
+    for ids, own in zip(rows, settings, strict=True):
         generator.add(ids, own)
     while len(generator):
         yield from generator.step()
 
 
+def _searched(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]
+) -> Iterator[Piece]:
+    """Yields one piece a prompt: a beam search knows its result only at the end."""
+    own = settings[0]
+    if any(replace(other, seed=own.seed) != own for other in settings):
+        raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
+    ends = frozenset(end_tokens(model, tokenizer))
+    for number, found in search(model, prompts, own, ends):
+        ids = found.ids[: len(found.ids) - found.ended]
+        text = TextStream(tokenizer)
+        pieces = [text.add(token) for token in ids]
+        yield Piece(number, "".join(pieces) + text.finish(), ids, "stop" if found.ended else "length", found.score)
+
+
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    min_new_tokens: int = 0,
-    stop: Sequence[str] = (),
-    seed: int = 0,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling | None = None, **settings: Any
 ) -> list[Generation]:
-    """Generates for many prompts at once; see `Sampling` for the settings and `stream` for the rest.
+    """Generates for many prompts at once.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        prompts: texts, or token ids.
+        sampling: the settings; or
+        **settings: those of `Sampling` by name, as ``max_new_tokens=20, temperature=0.7, seed=1``.
 
     Returns:
         One result a prompt, in order.
+
+    Raises:
+        ConfigError: settings are unknown or out of range; all of them at once.
+        DataError: prompts are empty or too long for the model; all of them at once.
     """
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        min_new_tokens=min_new_tokens,
-        stop=tuple(stop),
-        seed=seed,
-    )
+    if settings:
+        known = [spec.name for spec in dataclasses.fields(Sampling)]
+        faults = [f"{name}.{did_you_mean(name, known)}" for name in settings if name not in known]
+        if faults:
+            raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
+        sampling = replace(sampling or Sampling(), **settings)
     rows = encode_prompts(model, tokenizer, prompts)
-    pieces: list[list[Piece]] = [[] for _ in prompts]
+    pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in stream(model, tokenizer, rows, sampling):
         pieces[piece.request].append(piece)
-    return [
-        Generation(
-            "".join(piece.text for piece in own),
-            tuple(token for piece in own for token in piece.ids),
-            own[-1].finish_reason or "length",
-            len(row),
-        )
-        for own, row in zip(pieces, rows, strict=True)
-    ]
+    return [join(own, row) for own, row in zip(pieces, rows, strict=True)]
+
+
+def join(pieces: Sequence[Piece], prompt: Sequence[int]) -> Generation:
+    """Joins all pieces of one request."""
+    return Generation(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.ids),
+        pieces[-1].finish_reason or "length",
+        len(prompt),
+        pieces[-1].score,
+    )
 
 
 def _row(request: _Request) -> int:
     assert request.decoded is not None
-    return request.decoded.rows.start
+    return int(request.decoded.rows.start)
 
 
-def _advance(request: _Request, token: int, ends: Sequence[int], limit: int | None) -> Piece:
+def _advance(request: _Request, token: int, ends: Sequence[int]) -> Piece:
     if token in ends:
         return Piece(request.number, request.text.finish(), (), "stop")
     request.generated.append(token)
     text, reason = request.text.add(token), None
     if request.text.stopped:
         reason = "stop"
-    elif len(request.generated) == request.sampling.max_new_tokens or (
-        limit is not None and len(request.ids) + len(request.generated) > limit
-    ):
+    elif len(request.generated) == request.limit:
         text += request.text.finish()
         reason = "stop" if request.text.stopped else "length"
     return Piece(request.number, text, (token,), reason)
