@@ -14,18 +14,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .config import LoraConfig
-from .delta import block_diagonal_B
+from .config import LoraConfig, first_match
+from .delta import block_diagonal_B, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .inject import (
     InjectReport,
     adapted_layers,
+    applicable,
     factor_keys,
     fingerprint,
     inject,
     injection_of,
     plan,
     remove,
+    trained_in_full,
 )
 from .layers import FoldedConvPath, LinearPath, LoRALayer
 
@@ -93,19 +95,18 @@ def adapter_of(model: nn.Module) -> Adapter:
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     record = injection_of(model)
-    tensors: dict[str, Tensor] = {}
+    config = record.config if record is not None else _config_of(model, layers)
+    tensors = dict[str, Tensor]()
     for name, layer in layers:
         key_A, key_B = factor_keys(name, type(layer))
         tensors[key_A], tensors[key_B] = _factors_of(name, layer)
-    if record is not None:
-        state = model.state_dict()
-        for saved in record.saved:
-            tensors |= {f"{saved}.{key}": state[f"{saved}.{key}"] for key in model.get_submodule(saved).state_dict()}
-        tensors |= {name: state[name] for name in record.biases}
+    tensors |= trained_in_full(model, config, layers)
+    # What trains in a model built by hand has no original left: nothing says which base it started from.
+    known_base = record is not None or len(tensors) == 2 * len(layers)
     return Adapter(
-        config=record.config if record else _config_of(layers),
+        config=config,
         tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
-        metadata={BASE: fingerprint(model)},
+        metadata={BASE: fingerprint(model)} if known_base else {},
     )
 
 
@@ -127,29 +128,62 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         TargetError: the adapter's target_modules do not fit the model.
     """
     layers = adapted_layers(model)
-    by_hand = bool(layers) and injection_of(model) is None
-    own = {factor_keys(name, type(layer)): layer for name, layer in layers} if by_hand else {}
-    if by_hand:
-        pairs = ((keys, _factors_of(keys[0].rpartition(".")[0], layer)) for keys, layer in own.items())
-        expected = {key: tuple(t.shape) for keys, factors in pairs for key, t in zip(keys, factors, strict=True)}
-    else:
-        expected = {key: shape for t in plan(model, adapter.config) for key, shape in t.shapes().items()}
-        expected |= _shapes_of_saved(model, adapter.config)
+    if layers and injection_of(model) is None:
+        return _fill_layers(model, layers, adapter, allow_base_mismatch)
+    config = applicable(model, adapter.config)
+    targets = plan(model, config)
+    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     checked = _check_base(model, adapter, allow_base_mismatch)
-    report = None
-    if by_hand:
-        for (key_A, key_B), layer in own.items():
-            _fill(layer, adapter.tensors[key_A], adapter.tensors[key_B], key_A)
-    else:
-        if injection_of(model) is not None:
+    previous = adapter_of(model) if injection_of(model) is not None else None
+    try:
+        report = _put_on(model, Adapter(config, adapter.tensors), expected)
+    except BaseException:
+        if previous is not None:
+            _put_on(model, previous, previous.tensors)
+        elif injection_of(model) is not None:
             remove(model)
-        report = inject(model, adapter.config)
-        state = model.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for key in expected:
-                state[_parameter_name(key)].copy_(adapter.tensors[key])
+        raise
     return ApplyReport(applied=len(expected), base_checked=checked, inject=report)
+
+
+def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport:
+    """Injects an adapter that is known to fit, in place of the one that is there."""
+    if injection_of(model) is not None:
+        remove(model)
+    report = inject(model, adapter.config)
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key in keys:
+            state[_parameter_name(key)].copy_(adapter.tensors[key])
+    return report
+
+
+def _fill_layers(
+    model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
+) -> ApplyReport:
+    """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
+    expected = dict[str, tuple[int, ...]]()
+    for name, layer in layers:
+        for key, factor in zip(factor_keys(name, type(layer)), _factors_of(name, layer), strict=True):
+            expected[key] = tuple(factor.shape)
+    in_full = trained_in_full(model, applicable(model, adapter.config), layers)
+    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
+    _check_tensors(model, adapter, expected, allow_base_mismatch)
+    checked = _check_base(model, adapter, allow_base_mismatch)
+    pairs = [(tensor, adapter.tensors[key]) for key, tensor in in_full.items()]
+    for name, layer in layers:
+        key_A, key_B = factor_keys(name, type(layer))
+        A, B = _folded(name, layer, adapter.tensors[key_A], adapter.tensors[key_B])
+        pairs += [(layer.lora_A, A), (layer.lora_B, B)]
+    with torch.no_grad():
+        for _, layer in layers:
+            layer.unmerge()
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+    return ApplyReport(applied=len(expected), base_checked=checked)
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
@@ -227,9 +261,11 @@ def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
     names = list(every)
     pattern: dict[str, Any] = {}
     for name, value in odd.items():
-        ending = name.rpartition(".")[2]
-        same = [n for n in names if n == ending or n.endswith(f".{ending}")]
-        pattern[ending if all(odd.get(n) == value for n in same) else name] = value
+        # "^" for a name that is an ending of others, as "0" is of "block.0".
+        for key in (name.rpartition(".")[2], name, f"^{name}"):
+            if all(odd.get(n) == value for n in names if first_match({key: None}, n)):
+                pattern[key] = value
+                break
     return pattern
 
 
@@ -250,73 +286,90 @@ def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
             f"{name}: a convolution in {conv.groups} groups has no portable form; "
             "save it with torch.save(loralib.lora_state_dict(model), path)"
         )
-    # Row o of the weight, as a matrix, is the a rows B[o*a], ..., B[o*a + a-1] of the folded product side by side:
-    # the same numbers as a plain product of rank r * prod(kernel), with A repeated block-diagonally.
+    return _unfold(A, layer), B.reshape(layer.base_weight.shape[0], -1, *(1 for _ in conv.kernel_size))
+
+
+def _unfold(A: Tensor, layer: LoRALayer) -> Tensor:
+    """Returns the A of PEFT's convolution for Microsoft's.
+
+    Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as a
+    plain product of rank r * prod(kernel), with A repeated block-diagonally.
+    """
     outputs, inputs, *kernel = layer.base_weight.shape
-    repeats = B.shape[0] // outputs
-    wide_A = torch.block_diag(*[A] * repeats).view(-1, inputs, *kernel)
-    return wide_A, B.reshape(outputs, -1, *(1 for _ in kernel))
+    repeated: Tensor = torch.block_diag(*[A] * (layer.lora_B.shape[0] // outputs))
+    return repeated.view(-1, inputs, *kernel)
 
 
-def _fill(layer: LoRALayer, A: Tensor, B: Tensor, key: str) -> None:
-    """Copies an adapter's two tensors into a hand-made layer."""
-    with torch.no_grad():
-        if not isinstance(layer, FoldedConvPath):
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
-            return
-        rows, columns = layer.lora_A.shape
-        before = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-        layer.lora_A.copy_(A.flatten(1)[:rows, :columns])
-        layer.lora_B.copy_(B.reshape(layer.lora_B.shape))
-        if not torch.equal(_factors_of(key, layer)[0], A.to(layer.lora_A.dtype)):
-            layer.lora_A.copy_(before[0])
-            layer.lora_B.copy_(before[1])
-            raise AdapterError(f"{key}: not of Microsoft's folded form; put this adapter on a plain model instead")
+def _folded(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns an adapter's two tensors in a hand-made layer's form: the inverse of `_factors_of`."""
+    if not isinstance(layer, FoldedConvPath):
+        return A, B
+    rows, columns = layer.lora_A.shape
+    narrow = A.flatten(1)[:rows, :columns]
+    if not torch.equal(_unfold(narrow, layer), A):
+        raise AdapterError(f"{name}: not of Microsoft's folded form; put this adapter on a plain model instead")
+    return narrow, B.reshape(layer.lora_B.shape)
 
 
-def _config_of(layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
-    """Returns the settings of a model that was built from loralib's layers."""
-    ranks, alphas, blocks = {}, {}, {}
+def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
+    """Returns the settings of a model that was built from loralib's layers.
+
+    Raises:
+        AdapterError: something trains that an adapter has no place for.
+    """
+    ranks, alphas, blocks = dict[str, int](), dict[str, float](), dict[str, tuple[bool, ...]]()
     for name, layer in layers:
         wide = layer.base_weight[0, 0].numel() if isinstance(layer, FoldedConvPath) else 1
-        ranks[name], alphas[name] = layer.r * wide, layer.lora_alpha * wide
+        plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # not so under rsLoRA
+        ranks[name] = layer.r * wide
+        alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * wide
         if isinstance(layer, LinearPath) and layer.blocks is not None:
             blocks[name] = layer.blocks
+    bias, modules_to_save = _trained_besides(model, layers)
     config = LoraConfig(
-        target_modules=[name for name, _ in layers],
+        target_modules=[name or type(model).__name__ for name, _ in layers],
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
-        enable_lora=blocks,
+        bias=bias,
+        modules_to_save=modules_to_save or None,
+        enable_lora=_as_pattern(blocks, ranks),
     )
     return with_ranks(config, ranks, alphas)
+
+
+def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
+    """Returns `bias` and `modules_to_save` for what trains besides the low-rank factors."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    bias = "none"
+    for mode in ("all", "lora_only"):
+        biases = {name for name, p in trained_in_full(model, LoraConfig(bias=mode), layers).items() if p.requires_grad}
+        every = set(trained_in_full(model, LoraConfig(bias=mode), layers))
+        if every and biases == every:
+            bias, trained = mode, trained - every
+            break
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(trained))
+    adapted = {name for name, _ in layers}
+    homeless = [name for name in sorted(trained) if name.rpartition(".")[0] in adapted | {""}]
+    if homeless:
+        raise AdapterError(
+            list_faults(
+                "these parameters train, and an adapter has no place for them",
+                homeless,
+                "Freeze them with mark_only_lora_as_trainable(model), or save the whole model with torch.save.",
+            )
+        )
+    return bias, list(owners)
 
 
 def _parameter_name(key: str) -> str:
     return key.replace(".lora_embedding_", ".lora_")
 
 
-def _shapes_of_saved(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the tensors that bias and modules_to_save add to an adapter, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    entries = config.modules_to_save or ()
-    for name, module in model.named_modules():
-        if any(name == entry or name.endswith(f".{entry}") for entry in entries):
-            shapes |= {f"{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items() if "lora_" not in key}
-    if config.bias == "all":
-        shapes |= {n: tuple(p.shape) for n, p in model.named_parameters() if "bias" in n and "lora_" not in n}
-    elif config.bias == "lora_only":
-        for target in plan(model, config):
-            bias = target.module._parameters.get("bias")
-            if bias is not None:
-                shapes[f"{target.name}.bias"] = tuple(bias.shape)
-    return shapes
-
-
 def _check_tensors(
     model: nn.Module, adapter: Adapter, expected: Mapping[str, tuple[int, ...]], allow_mismatch: bool
 ) -> None:
     faults = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in adapter.tensors]
-    base = model.state_dict()
+    record = injection_of(model)
+    base = model.state_dict() | (record.originals if record is not None else {})
     for name, tensor in adapter.tensors.items():
         if name not in expected:
             # Some writers carry base weights along (PEFT embeddings, Microsoft whole models): they must be this base's.
@@ -327,7 +380,7 @@ def _check_tensors(
                 faults.append(f"other base  {name} {tuple(tensor.shape)} differs from the model's (trained in full?)")
         elif tuple(tensor.shape) != expected[name]:
             faults.append(f"misshapen   {name} {tuple(tensor.shape)}, expected {expected[name]}")
-        elif not tensor.is_floating_point():
+        elif not tensor.is_floating_point() and (name not in base or base[name].is_floating_point()):
             faults.append(f"not a float {name} of {tensor.dtype}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"not finite  {name} holds NaN or infinite values")

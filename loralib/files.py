@@ -77,9 +77,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def remove_file(path: str | os.PathLike[str]) -> None:
-    """Removes a file if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        Path(path).unlink()
+    """Removes a file if it is there.
+
+    Raises:
+        OutputError: it is there and cannot be removed.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(_why_not_written(Path(path), error)) from error
 
 
 @contextlib.contextmanager

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 
 from .config import ALL_LINEAR, LoraConfig, first_match, matches
 from .errors import TargetError, did_you_mean, list_faults
@@ -44,6 +44,7 @@ __all__ = [
     "injection_of",
     "merge",
     "plan",
+    "put_tensors",
     "remove",
     "unmerge",
 ]
@@ -117,11 +118,8 @@ class Injection:
     """What an injected model remembers: its settings and all that `remove` needs."""
 
     config: LoraConfig
-    base: str  # fingerprint taken before anything was changed
-    report: InjectReport
-    saved: dict[str, nn.Module] = field(default_factory=dict)  # originals of modules_to_save
-    biases: dict[str, Tensor] = field(default_factory=dict)  # originals of trained biases
-    trainable: dict[str, bool] = field(default_factory=dict)  # requires_grad before
+    trainable: dict[str, bool]  # requires_grad before
+    originals: dict[str, Tensor] = field(default_factory=dict)  # what copies train in place of: biases, modules_to_save
 
 
 def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
@@ -144,35 +142,25 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    if injection_of(model) is not None:
+        raise TargetError(
+            f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
+        )
     targets = plan(model, config)
-    record = Injection(
-        config=config,
-        base=fingerprint(model),
-        report=cast(InjectReport, None),
-        trainable={name: p.requires_grad for name, p in model.named_parameters()},
-    )
-    notes = _notes_on_tied_weights(model, targets)
-    for target in targets:
-        _adapt(target, config)
-    mark_only_lora_as_trainable(model, config.bias)
-    if config.bias != "none":
-        record.biases = {name: p.detach().clone() for name, p in _biases(model) if p.requires_grad}
-    for name in _modules_to_save(model, config):
-        record.saved[name] = model.get_submodule(name)
-        # A copy, so that a weight tied to it keeps the base's values.
-        trained = copy.deepcopy(record.saved[name])
-        for parameter in trained.parameters():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
-        _set_submodule(model, name, trained)
-    model.__dict__[_RECORD] = record
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
-    if any(issubclass(target.path, EmbeddingPath) or target.module is _head(model) for target in targets):
-        if hasattr(model, "resize_token_embeddings"):
-            model.__dict__["resize_token_embeddings"] = _refuse_to_resize
-    record.report = _report(model, config, targets, notes)
-    return record.report
+    notes = _notes(model, targets, config)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    record = model.__dict__[_RECORD] = Injection(config, trainable)
+    try:
+        for target in targets:
+            _adapt(target, config)
+        mark_only_lora_as_trainable(model)
+        in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+        record.originals = put_tensors(model, _copies(in_full))
+        _guard_methods(model)
+        return _report(model, targets, notes)
+    except BaseException:
+        remove(model)
+        raise
 
 
 def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -196,17 +184,16 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
         )
     if config.target_modules is None:
         raise TargetError(f"target_modules is not given. {_suggestion(model)}")
-    record = injection_of(model)
-    hand_made = [] if record else [name for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r > 0]
+    hand_made = [] if injection_of(model) else [name for name, _ in adapted_layers(model)]
     if hand_made:
         raise TargetError(
-            f"the model already has LoRA layers of its own ({', '.join(hand_made[:3])}, ...); "
-            "inject() adapts plain layers"
+            f"{type(model).__name__} already has LoRA layers of its own ({', '.join(hand_made[:3])}"
+            f"{', ...' if len(hand_made) > 3 else ''}); inject() adapts plain layers"
         )
-    modules = {name: module for name, module in model.named_modules() if name}
-    matched = _match(model, modules, config)
+    modules = dict(_modules(model))
+    matched = _match(model, config)
     faults = _unmatched(model, modules, matched, config)
-    targets = []
+    targets = list[Target]()
     for name, pattern in matched.items():
         module = modules[name]
         path = _path_for(name, module, modules, config)
@@ -226,6 +213,8 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             output = dataclasses.replace(
                 target, name=f"{name}.out_proj", module=module.out_proj, path=ReadLinearPath, blocks=None
             )
+            if why := _bypass(output.module, output.path._weight_name):
+                faults.append(f"{output.name}: {why}")
             targets.append(output)
     if faults:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
@@ -240,16 +229,13 @@ def remove(model: nn.Module) -> None:
         TargetError: the model holds no adapter that `inject` made.
     """
     record = _need_injection(model)
-    for name, original in record.saved.items():
-        _set_submodule(model, name, _moved_like(original, model.get_submodule(name)))
-    with torch.no_grad():
-        for name, value in record.biases.items():
-            model.get_parameter(name).copy_(value)
-    for _, layer in adapted_layers(model):
-        _restore(layer)
+    put_tensors(model, _moved(model, record.originals))
+    for layer in list(model.modules()):
+        if isinstance(layer, LoRALayer):
+            _restore(layer)
     for name in (_RECORD, "save_pretrained", "resize_token_embeddings"):
         model.__dict__.pop(name, None)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
 
 
@@ -293,30 +279,66 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     record = injection_of(model)
     layers = [layer for _, layer in adapted_layers(model)]
-    were_on, were_merged = [layer.enabled for layer in layers], [layer.merged for layer in layers]
-    trained = {name: model.get_submodule(name) for name in record.saved} if record else {}
-    biases = {name: model.get_parameter(name).detach().clone() for name in record.biases} if record else {}
+    before = [(layer.enabled, layer.merged) for layer in layers]
+    trained = dict[str, Tensor]()
     try:
         for layer in layers:
             layer.unmerge()
             layer.enabled = False
-        if record:
-            for name, original in record.saved.items():
-                _set_submodule(model, name, _moved_like(original, trained[name]))
-            with torch.no_grad():
-                for name, value in record.biases.items():
-                    model.get_parameter(name).copy_(value)
+        if record is not None:
+            trained = put_tensors(model, _moved(model, record.originals))
         yield
     finally:
-        for name, module in trained.items():
-            _set_submodule(model, name, module)
-        with torch.no_grad():
-            for name, value in biases.items():
-                model.get_parameter(name).copy_(value)
-        for layer, on, was_merged in zip(layers, were_on, were_merged, strict=True):
-            layer.enabled = on
-            if was_merged:
+        put_tensors(model, trained)
+        for layer, (enabled, merged) in zip(layers, before, strict=True):
+            layer.enabled = enabled
+            if merged and not (layer.merge_weights and layer.training):  # train() would have unmerged it
                 layer.merge()
+
+
+def trained_in_full(
+    model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
+) -> dict[str, Tensor]:
+    """Returns what a config trains besides low-rank factors, by name: biases, and all that modules_to_save hold.
+
+    Args:
+        model: plain or adapted.
+        config: `bias` and `modules_to_save` count.
+        adapted: the adapted modules with their names, for ``bias="lora_only"``.
+    """
+    chosen = dict[str, Tensor]()
+    if config.bias == "all":
+        parameters = model.named_parameters(remove_duplicate=False)
+        chosen |= {name: p for name, p in parameters if "bias" in name and "lora_" not in name}
+    elif config.bias == "lora_only":
+        biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
+        chosen |= {name: bias for name, bias in biases if bias is not None}
+    for name, module in model.named_modules():
+        if matches(config.modules_to_save, name):
+            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
+            chosen |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return chosen
+
+
+def applicable(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Returns the config of a finished adapter without what says nothing about this model.
+
+    PEFT lets entries that match nothing pass, and writes some itself (``modules_to_save=["classifier", "score"]``).
+    When an adapter is loaded its tensors decide what is adapted, so such entries may go; for `inject` they are errors.
+    """
+    idle = _idle(model, dict(_modules(model)), _match(model, config), config)
+    changes: dict[str, Any] = {}
+    for knob, entries in idle.items():
+        value = getattr(config, knob)
+        if isinstance(value, Mapping):
+            changes[knob] = {key: setting for key, setting in value.items() if key not in entries}
+        elif not isinstance(value, (str, int)) and set(value) - set(entries):
+            changes[knob] = [entry for entry in value if entry not in entries]
+        elif knob not in ("target_modules", "layers_to_transform"):
+            changes[knob] = None
+    if not config.changes_base:  # another start, once trained, is like any other
+        changes["init_lora_weights"] = True
+    return config.replace(**changes)
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -342,37 +364,42 @@ def fingerprint(model: nn.Module) -> str:
     the same base has the same fingerprint in fp32 and in bf16.  LoRA's own parameters do not count.
     """
     record = injection_of(model)
-    if record is not None:
-        return record.base
+    originals = record.originals if record is not None else {}
+    merged = {id(m._parameters[m._weight_name]): m.base_weight for m in model.modules() if isinstance(m, LoRALayer)}
     shapes, values = hashlib.sha256(), hashlib.sha256()
-    kept = {id(m._parameters[m._weight_name]): m.base_weight for m in model.modules() if isinstance(m, LoRALayer)}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in f".{name}":
+    seen = set[int]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter = cast(nn.Parameter, originals.get(name, merged.get(id(parameter), parameter)))
+        if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
-        parameter = kept.get(id(parameter), parameter)
+        seen.add(id(parameter))
         shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        if parameter.device.type != "meta":
+        if not parameter.is_meta:
             flat = parameter.detach().reshape(-1)
             samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-            values.update(samples.view(torch.int16).numpy().tobytes())
+            values.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
 
 
 # Matching.
 
 
-def _match(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if name)
+
+
+def _match(model: nn.Module, config: LoraConfig) -> dict[str, str]:
     """Returns the pattern that fits each matched module."""
     matched: dict[str, str] = {}
     everything = config.target_modules == ALL_LINEAR
     head = _head(model)
     if everything:
         _refuse_expert_weights(model, config)
-    inside_attention = {f"{name}.out_proj" for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
-    for name, module in modules.items():
+    inside_attention = {f"{name}.out_proj" for name, m in _modules(model) if isinstance(m, nn.MultiheadAttention)}
+    for name, module in _modules(model):
         if everything:
-            linear_like = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or _is_conv1d(module)
-            pattern = ALL_LINEAR if linear_like and module is not head and name not in inside_attention else None
+            chosen = _looks_linear(module) and module is not head and name not in inside_attention
+            pattern = ALL_LINEAR if chosen else None
         else:
             pattern = matches(config.target_modules, name)
         if pattern is None or _excluded(name, config):
@@ -393,51 +420,76 @@ def _within_saved(name: str, config: LoraConfig) -> bool:
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
     chosen = config.layers_to_transform
-    numbers = (chosen,) if isinstance(chosen, int) else tuple(chosen or ())
-    patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or (r"[^.]*",):
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if found:
-            return int(found[1]) in numbers
-    return False
+    return _layer_number(name, config) in ((chosen,) if isinstance(chosen, int) else chosen or ())
+
+
+def _layer_number(name: str, config: LoraConfig) -> int | None:
+    """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
+    for pattern in _entries(config.layers_pattern) or (r"[^.]*",):
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1])
+    return None
+
+
+def _idle(
+    model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
+) -> dict[str, list[Any]]:
+    """Returns the entries of each knob that match nothing."""
+
+    def fits(entry: str, knob: str, names: Iterable[str]) -> bool:
+        pattern = entry if isinstance(getattr(config, knob), str) else (entry,)
+        return any(matches(pattern, name) for name in names)
+
+    idle: dict[str, list[Any]] = {}
+    # An entry counts as used also where an earlier one of the list took all its modules.
+    wanted = _entries(config.target_modules)
+    idle["target_modules"] = [e for e in wanted if e != ALL_LINEAR and not fits(e, "target_modules", matched)]
+    if config.target_modules == ALL_LINEAR and not matched:
+        idle["target_modules"] = [ALL_LINEAR]
+    for knob in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        idle[knob] = [key for key in getattr(config, knob) if not any(first_match({key: None}, n) for n in matched)]
+    for knob in ("exclude_modules", "modules_to_save"):
+        idle[knob] = [entry for entry in _entries(getattr(config, knob)) if not fits(entry, knob, modules)]
+    if config.layers_to_transform is not None:
+        chosen = config.layers_to_transform
+        numbers = (chosen,) if isinstance(chosen, int) else chosen
+        used = {_layer_number(name, config) for name in matched}
+        idle["layers_to_transform"] = [number for number in numbers if number not in used]
+    return {knob: entries for knob, entries in idle.items() if entries}
 
 
 def _unmatched(
     model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
 ) -> list[str]:
-    """Names every pattern of the config that fits no module."""
+    """Says of every entry of the config that matches nothing what it might have meant."""
     faults = []
-    wanted = config.target_modules
-    patterns = [wanted] if isinstance(wanted, str) else list(wanted or ())
-    used = set(matched.values())
-    # An entry counts as used also where an earlier one of the list took all its modules.
-    missing = [
-        p
-        for p in patterns
-        if p not in used and not any(matches([p] if not isinstance(wanted, str) else p, name) for name in matched)
-    ]
-    if missing:
-        near = "".join(did_you_mean(p, {name.rsplit(".", 1)[-1] for name in modules}) for p in missing)
-        hidden = " (after exclude_modules, modules_to_save and layers_to_transform)" if _narrowed(config) else ""
-        faults.append(f"target_modules {missing} match nothing{hidden}.{near} {_suggestion(model)}")
-    for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
-        for key in getattr(config, name):
-            if not any(first_match({key: None}, module) for module in matched):
-                faults.append(f"{name}[{key!r}] matches none of the adapted modules")
-    exclude = config.exclude_modules
-    for entry in [exclude] if isinstance(exclude, str) else list(exclude or ()):
-        if not any(matches([entry] if not isinstance(exclude, str) else entry, name) for name in modules):
-            faults.append(f"exclude_modules {entry!r} matches nothing")
-    for entry in config.modules_to_save or ():
-        if not any(name == entry or name.endswith(f".{entry}") for name in modules):
-            faults.append(f"modules_to_save {entry!r} matches nothing")
-    if config.layers_to_transform is not None and matched:
-        chosen = config.layers_to_transform
-        for number in (chosen,) if isinstance(chosen, int) else chosen:
-            only = config.replace(layers_to_transform=[number])
-            if not any(_in_layers(name, only) for name in matched):
-                faults.append(f"layers_to_transform names layer {number}, which has no adapted module")
+    for knob, entries in _idle(model, modules, matched, config).items():
+        if knob == "target_modules":
+            hidden = " (after exclude_modules, modules_to_save and layers_to_transform)" if _narrowed(config) else ""
+            near = "".join(_near(model, entry, modules) for entry in entries)
+            faults.append(f"target_modules {entries} match nothing{hidden}.{near} {_suggestion(model)}")
+        elif knob == "layers_to_transform":
+            if matched:
+                faults += [f"layers_to_transform names layer {n}, which has no adapted module" for n in entries]
+        elif knob in ("exclude_modules", "modules_to_save"):
+            faults += [f"{knob} {entry!r} matches nothing.{_near(model, entry, modules)}" for entry in entries]
+        else:
+            faults += [
+                f"{knob}[{key!r}] matches none of the adapted modules.{_near(model, key, matched)}" for key in entries
+            ]
     return faults
+
+
+def _near(model: nn.Module, entry: str, names: Iterable[str]) -> str:
+    """Returns which module names, cut to as many parts as the entry has, are like it."""
+    if any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_parameters()):
+        return f" {entry!r} is a parameter, not a module, and cannot be adapted."
+    parts = entry.count(".") + 1
+    return did_you_mean(entry, dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+
+
+def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _narrowed(config: LoraConfig) -> bool:
@@ -465,20 +517,29 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return cast("nn.Module | None", get()) if callable(get) else None
+    try:
+        return cast("nn.Module | None", model.get_output_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # no transformers model, or one without a head
+        return None
 
 
 def _refuse_expert_weights(model: nn.Module, config: LoraConfig) -> None:
-    """Mixture-of-experts models keep their experts in 3-D parameters, which no linear layer holds."""
+    """Mixture-of-experts models keep their experts in parameters of their own, which no linear layer holds."""
     experts = [
-        name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name and "lora_" not in name
+        f"{name}.{leaf}"
+        for name, module in _modules(model)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if "expert" in f"{name}.{type(module).__name__}".lower()
+        and parameter.dim() > 1
+        and not isinstance(module, nn.Embedding)
+        and not _looks_linear(module)
+        and not _excluded(name, config)
     ]
-    if experts and not matches(config.exclude_modules, experts[0].rsplit(".", 1)[0]):
+    if experts:
         raise TargetError(
-            f"'all-linear' would miss {len(experts)} expert weights of {type(model).__name__} that are stored as 3-D "
-            f"parameters ({experts[0]}, ...), which cannot be adapted. To adapt the other layers on purpose, name them "
-            "(target_modules=['q_proj', 'v_proj']), or add the experts to exclude_modules."
+            f"'all-linear' would miss {len(experts)} expert weights of {type(model).__name__} ({experts[0]}, ...): "
+            "they are parameters of their own, not linear layers, and cannot be adapted. To adapt the other layers on "
+            "purpose, name them (target_modules=['q_proj', 'v_proj']), or add the experts to exclude_modules."
         )
 
 
@@ -490,34 +551,48 @@ def _path_for(
 ) -> type[LoRALayer] | str:
     """Returns the mixin for a module, or the reason why it cannot be adapted."""
     base = _base_class(module)
-    why = _bypass(module, base)
-    if why:
-        return why
     parent = modules.get(name.rpartition(".")[0])
+    path = _kind(name, module, base, parent, modules)
+    if isinstance(path, str):
+        return path
+    if issubclass(path, AttentionPath) and config.lora_dropout:
+        return f"lora_dropout {config.lora_dropout} cannot act inside nn.MultiheadAttention; set it to 0"
+    return _bypass(module, path._weight_name) or path
+
+
+def _kind(
+    name: str,
+    module: nn.Module,
+    base: type[nn.Module],
+    parent: nn.Module | None,
+    modules: Mapping[str, nn.Module],
+) -> type[LoRALayer] | str:
     if isinstance(module, nn.MultiheadAttention):
         if not module._qkv_same_embed_dim:
             return "attention with kdim or vdim of its own keeps three weights and cannot be adapted"
-        if config.lora_dropout:
-            return f"lora_dropout {config.lora_dropout} cannot act inside nn.MultiheadAttention; set it to 0"
-        return AttentionPath
+        return AttentionPath if base.forward is nn.MultiheadAttention.forward else _own_forward(base)
     if isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(parent, nn.MultiheadAttention):
         attention = name.rpartition(".")[0].rpartition(".")[2]
         return f"nn.MultiheadAttention reads this weight itself; target {attention!r}: in_proj and out_proj are adapted"
-    if _is_conv1d(module) or base.forward is nn.Linear.forward:
-        return ReadLinearPath if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) else LinearPath
+    if _is_conv1d(module):
+        return LinearPath
+    if isinstance(module, nn.Linear):
+        if base.forward is not nn.Linear.forward:
+            return _own_forward(base)
+        return ReadLinearPath if isinstance(parent, nn.TransformerEncoderLayer) else LinearPath
     if isinstance(module, nn.Embedding):
-        if base.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
-            return f"{base.__name__} computes something else than an nn.Embedding"
-        return EmbeddingPath
-    if base.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
-        if cast(nn.Conv2d, module).groups != 1:
+        # What has an embed_scale multiplies the rows with it (Gemma, BART); others do who knows what.
+        scaled = base.forward is not nn.Embedding.forward and hasattr(module, "embed_scale")
+        return EmbeddingPath if scaled or base.forward is nn.Embedding.forward else _own_forward(base)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if base.forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+            return _own_forward(base)
+        if module.groups != 1:
             return (
-                f"a convolution in {cast(nn.Conv2d, module).groups} groups has no low-rank update that can be merged; "
+                f"a convolution in {module.groups} groups has no low-rank update that can be merged; "
                 "build it with loralib.Conv2d instead"
             )
         return ConvPath
-    if isinstance(module, nn.Linear):
-        return f"{base.__name__} has a forward of its own, which an update could not be added to safely"
     inside = [
         child.rpartition(".")[2] for child, m in modules.items() if child.startswith(f"{name}.") and _looks_linear(m)
     ]
@@ -527,28 +602,33 @@ def _path_for(
     )
 
 
-def _bypass(module: nn.Module, base: type[nn.Module]) -> str | None:
-    """Returns why switching the class of this module would silently do nothing, if so."""
-    own = module.__dict__.get("forward")
-    if own is not None and not _is_accelerate_hook(module):
+def _own_forward(base: type[nn.Module]) -> str:
+    return f"{base.__name__} has a forward of its own, which an update could not be added to safely"
+
+
+def _bypass(module: nn.Module, weight_name: str) -> str | None:
+    """Returns why switching the class of this module would silently do nothing, or could not be done, if so."""
+    bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if bound is not None and not _is_own_forward(module, bound):
         return "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
     if hasattr(module, "parametrizations"):
         return "its weight is computed by torch.nn.utils.parametrize; remove the parametrization first"
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            return "its weight is computed by a hook (weight_norm?), not held as a parameter"
-        if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            return (
-                f"its weight is quantised ({type(weight).__name__} of {weight.dtype}), expected a floating-point tensor"
-            )
+    weight = module._parameters.get(weight_name)
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
+    if isinstance(weight, UninitializedParameter):
+        return "it is lazy and has no size yet; run the model once before injecting"
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+        kind = f"{type(weight.data).__name__} of {weight.dtype}"
+        return f"its weight is quantised or of a special kind ({kind}), expected a floating-point tensor"
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        return "its weight is offloaded by accelerate; load the model without offloading this layer"
     return None
 
 
-def _is_accelerate_hook(module: nn.Module) -> bool:
-    """accelerate puts a forward on the instance that calls the kept, bound `_old_forward`."""
-    old = module.__dict__.get("_old_forward")
-    return hasattr(module, "_hf_hook") and getattr(old, "__self__", None) is module
+def _is_own_forward(module: nn.Module, bound: object) -> bool:
+    """Whether a forward kept on the instance is its class's: accelerate leaves such ones, and they can be renewed."""
+    return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
 
 
 def _block_fault(target: Target) -> str | None:
@@ -570,28 +650,31 @@ def _base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _adapt(target: Target, config: LoraConfig) -> None:
-    module, base = target.module, type(target.module)
-    module.__class__ = adapted_class(target.path, base)
-    layer = cast(LoRALayer, module)
-    if issubclass(target.path, LinearPath):
-        layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks  # type: ignore[assignment]
+    layer = cast(LoRALayer, target.module)
+    _switch_class(layer, adapted_class(target.path, type(target.module)))
+    if isinstance(layer, LinearPath):
+        layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks
     layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
-    _rebind_accelerate(layer)
 
 
 def _restore(layer: LoRALayer) -> None:
+    halves = type(layer).__dict__.get("_halves")
+    if halves is None:  # built from loralib's layers, with r = 0
+        return
     layer.unmerge()
     for name in ("lora_A", "lora_B"):
-        delattr(layer, name)
-    for name in ("r", "lora_alpha", "lora_dropout", "scaling", "merge_weights", "enabled", "fan_in_fan_out", "blocks"):
+        layer._parameters.pop(name, None)
+    for name in LoRALayer.__annotations__ | LinearPath.__annotations__:
         layer.__dict__.pop(name, None)
-    layer.__class__ = _base_class(layer)  # type: ignore[assignment]
-    _rebind_accelerate(layer)
+    _switch_class(layer, halves[1])
 
 
-def _rebind_accelerate(module: nn.Module) -> None:
-    if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Makes a module another class's, and renews what accelerate's hooks keep: the forward, bound to the instance."""
+    for name in ("forward", "_old_forward"):
+        if _is_own_forward(module, module.__dict__.get(name)):
+            module.__dict__[name] = cls.forward.__get__(module)
+    module.__class__ = cls
 
 
 def _shadow(target: Target) -> LoRALayer:
@@ -604,27 +687,43 @@ def _shadow(target: Target) -> LoRALayer:
     return twin
 
 
-def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    entries = config.modules_to_save or ()
-    return [name for name, _ in model.named_modules() if any(name == e or name.endswith(f".{e}") for e in entries)]
+# Parameters and buffers by name.
 
 
-def _biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if "lora_" not in name)
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Puts parameters and buffers in their places and returns what was there."""
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors}
+    before = {name: _held(module, leaf) for name, (module, leaf) in places.items()}
+    for name, (module, leaf) in places.items():
+        setattr(module, leaf, tensors[name])
+    return before
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _held(module: nn.Module, leaf: str) -> Tensor:
+    return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
-def _moved_like(original: nn.Module, current: nn.Module) -> nn.Module:
-    """The model may have been moved since; what was set aside follows it."""
-    where = next(current.parameters(), None)
-    return original if where is None else original.to(where.device)
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies that train, so that a weight tied to an original keeps the base's values."""
+    copies = dict[int, Tensor]()  # names of one tensor share one copy
+    for tensor in tensors.values():
+        if id(tensor) not in copies:
+            copy = tensor.detach().clone()
+            trains = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(copy, requires_grad=copy.is_floating_point()) if trains else copy
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _notes_on_tied_weights(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+def _moved(model: nn.Module, originals: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The model may have been moved or cast since: what was set aside follows it."""
+    for name, original in originals.items():
+        now = _held(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        original.data = original.data.to(now.device, now.dtype)
+    return originals
+
+
+def _notes(model: nn.Module, targets: Sequence[Target], config: LoraConfig) -> tuple[str, ...]:
+    """Returns what a user should know about tied weights, and about training in full in half precision."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -632,17 +731,24 @@ def _notes_on_tied_weights(model: nn.Module, targets: Sequence[Target]) -> tuple
                 owners.setdefault(id(parameter), []).append(name)
     notes = []
     for target in targets:
-        weight = target.module._parameters.get("weight")
-        twins = [name for name in owners.get(id(weight), []) if name != target.name]
-        if weight is not None and twins:
+        weight = target.module._parameters.get(target.path._weight_name)
+        twins = [name for name in owners[id(weight)] if name != target.name]
+        if twins:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
                 "(as in PEFT), and merging gives it a weight of its own"
             )
+    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        notes.append(
+            f"{len(half)} tensors ({half[0]}, ...) train in full in {in_full[half[0]].dtype}, where small updates are "
+            "lost: load the base model in fp32 to train them well"
+        )
     return tuple(notes)
 
 
-def _report(model: nn.Module, config: LoraConfig, targets: Sequence[Target], notes: tuple[str, ...]) -> InjectReport:
+def _report(model: nn.Module, targets: Sequence[Target], notes: tuple[str, ...]) -> InjectReport:
     trained = [p for p in model.parameters() if p.requires_grad]
     return InjectReport(
         model=type(model).__name__,
@@ -665,15 +771,35 @@ def _need_injection(model: nn.Module) -> Injection:
 # What transformers' own methods would get wrong on an adapted model.
 
 
-def _save_pretrained(model: nn.Module, save_directory: Any, **kwargs: Any) -> None:
+def _guard_methods(model: nn.Module) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
+    if hasattr(model, "resize_token_embeddings"):
+        model.__dict__["resize_token_embeddings"] = functools.partial(_resize_token_embeddings, model)
+
+
+def _save_pretrained(
+    model: nn.Module, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+) -> None:
     """Saves the adapter, as PEFT's models do; transformers' own would write factors that from_pretrained drops."""
     from loralib import save_adapter  # through the public name, at call time: the formats stand above this module
 
-    save_adapter(model, save_directory)
+    if push_to_hub:
+        raise TargetError("push_to_hub is not done for an adapter; save it, and upload the directory")
+    if is_main_process:
+        save_adapter(model, save_directory)
 
 
-def _refuse_to_resize(*args: Any, **kwargs: Any) -> None:
-    raise TargetError(
-        "the token embeddings (or the head) are adapted, and resizing them would break the adapter: "
-        "remove(model), resize, then inject() again"
-    )
+def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+        if isinstance(table, LoRALayer) or (table is not None and any(p.requires_grad for p in table.parameters())):
+            raise TargetError(
+                "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
+                "remove(model), resize, then inject() again"
+            )
+    resized = type(model).resize_token_embeddings(model, *args, **kwargs)  # type: ignore[attr-defined]
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+        if table is not None:
+            table.requires_grad_(False)  # new tables come trainable
+    return resized

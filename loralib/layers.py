@@ -44,6 +44,7 @@ class LoRALayer(nn.Module):
         lora_alpha: see `loralib.delta.scaling_of`.
         lora_dropout: probability of dropping an input of the low-rank path while training.
         scaling: the factor of the update.
+        merged: whether the weight holds base + update at the moment; `merge` and `unmerge` change it.
         merge_weights: whether ``eval()`` merges and ``train()`` unmerges (Microsoft's default; injected layers: no).
         enabled: False while `loralib.disabled` is in force.
         lora_A, lora_B: the trained factors (absent when r is 0).
@@ -53,6 +54,8 @@ class LoRALayer(nn.Module):
     lora_alpha: float
     lora_dropout: float
     scaling: float
+    # In the instance's dictionary, where torch.compile guards it: a compiled model follows merge() and unmerge().
+    merged: bool = False
     merge_weights: bool
     enabled: bool
     lora_A: Parameter
@@ -71,9 +74,11 @@ class LoRALayer(nn.Module):
         """Gives the layer its settings and, if r > 0, its factors; the base weight must be there already."""
         if r < 0:
             raise ConfigError(f"r is {r}, expected 0 (no adapter) or a positive rank")
+        if not 0 <= lora_dropout <= 1:
+            raise ConfigError(f"lora_dropout is {lora_dropout}, expected a probability from 0 to 1")
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
-        self.merge_weights, self.enabled = merge_weights, True
+        self.merged, self.merge_weights, self.enabled = False, merge_weights, True
         if r > 0:
             shape_A, shape_B = self.factor_shapes(r)
             weight = self.base_weight
@@ -92,6 +97,10 @@ class LoRALayer(nn.Module):
         """Returns the update in the shape of the base weight, in at least fp32."""
         raise NotImplementedError
 
+    def _looked_up(self, base: Tensor) -> Tensor:
+        """Returns the base weight as forward uses it."""
+        return base
+
     def reset_lora_parameters(self) -> None:
         """Draws A as nn.Linear draws its weight and sets B to zero, so that the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -100,15 +109,9 @@ class LoRALayer(nn.Module):
     # State.
 
     @property
-    def merged(self) -> bool:
-        """Whether the weight holds base + update at the moment."""
-        return "_unmerged" in self.__dict__
-
-    @property
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
-        stored = self.__dict__.get("_unmerged")
-        return cast(Parameter, stored if stored is not None else self._parameters[self._weight_name])
+        return cast(Parameter, self.__dict__["_unmerged"] if self.merged else self._parameters[self._weight_name])
 
     @property
     def _active(self) -> bool:
@@ -132,9 +135,10 @@ class LoRALayer(nn.Module):
                     "the adapter holds NaN or infinite values and was not merged; train again or load another"
                 )
             base = self.base_weight
-            merged = Parameter(add_delta(base, delta), requires_grad=base.requires_grad)
+            merged = Parameter(add_delta(self._looked_up(base), delta), requires_grad=base.requires_grad)
         self.__dict__["_unmerged"] = base
         self._parameters[self._weight_name] = merged
+        self.merged = True
 
     def unmerge(self) -> None:
         """Puts the base weight back, bit for bit."""
@@ -142,8 +146,9 @@ class LoRALayer(nn.Module):
             return
         base: Parameter = self.__dict__.pop("_unmerged")
         # Whoever froze or thawed the layer meanwhile meant the weight, not this copy of it.
-        base.requires_grad_(self._parameters[self._weight_name].requires_grad)
+        base.requires_grad_(cast(Parameter, self._parameters[self._weight_name]).requires_grad)
         self._parameters[self._weight_name] = base
+        self.merged = False
 
     def train(self, mode: bool = True) -> LoRALayer:
         super().train(mode)
@@ -157,7 +162,7 @@ class LoRALayer(nn.Module):
     # A state dict holds base weights, and moving a layer moves the base it keeps.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             base = self.base_weight
             destination[prefix + self._weight_name] = base if keep_vars else base.detach()
@@ -167,10 +172,10 @@ class LoRALayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged:
-            with torch.no_grad():
-                self.base_weight.data = fn(self.base_weight.data)
+            # torch knows which moves keep the Parameter and which need another one.
+            self.__dict__["_unmerged"] = nn.ParameterList([self.base_weight])._apply(fn)[0]
         return self
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -254,9 +259,6 @@ class AttentionPath(LinearPath):
         self.register_parameter("in_proj_weight", value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._base_forward(*args, **kwargs)
-
-    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
         return nn.MultiheadAttention.forward(cast(nn.MultiheadAttention, self), *args, **kwargs)
 
 
@@ -274,16 +276,24 @@ class EmbeddingPath(LoRALayer):
     def delta_weight(self) -> Tensor:
         return delta_weight(self.lora_A, self.lora_B, self.scaling).T
 
+    def _looked_up(self, base: Tensor) -> Tensor:
+        table = cast(nn.Embedding, self)
+        return base if table.max_norm is None else torch.renorm(base, table.norm_type, 0, table.max_norm)
+
+    def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Looks rows up without max_norm: it is for the base's rows alone, and rescales what it is given in place."""
+        table = cast(nn.Embedding, self)
+        return F.embedding(
+            x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq, sparse=table.sparse
+        )
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged and cast(nn.Embedding, self).max_norm is not None:
+            return self._rows(cast(Tensor, self.weight), x)
         y = cast(Tensor, super().forward(x))
         if not self._active:
             return y
-        table = cast(nn.Embedding, self)
-        # max_norm stays with the base table: it would rescale the columns of A in place.
-        rows = F.embedding(
-            x, self.lora_A.T, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq, sparse=table.sparse
-        )
-        update = F.linear(rows, self.lora_B) * self.scaling
+        update = F.linear(self._rows(self.lora_A.T, x), self.lora_B) * self.scaling
         # Gemma's table multiplies what it looks up; a merged weight would be multiplied too.
         scale = getattr(self, "embed_scale", None)
         return y + (update if scale is None else update * scale).to(y.dtype)
@@ -330,8 +340,10 @@ class FoldedConvPath(LoRALayer):
         conv = cast(nn.Conv2d, self)
         delta = self.delta_weight()
         if self.lora_dropout and self.training:
-            return cast(Tensor, super().forward(x)) + conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
-        return conv._conv_forward(x, add_delta(self.base_weight, delta), conv.bias)
+            dropped: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
+            return cast(Tensor, super().forward(x)) + dropped
+        moved: Tensor = conv._conv_forward(x, add_delta(self.base_weight, delta), conv.bias)
+        return moved
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # loralib 0.1.2 wrote base weights twice, as `weight` and as `conv.weight`.
@@ -389,6 +401,7 @@ class Linear(LinearPath, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws the base weight and, where there is an adapter, starts it anew."""
+        self.unmerge()
         nn.Linear.reset_parameters(self)
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
@@ -476,6 +489,7 @@ class Embedding(EmbeddingPath, nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draws the base table and, where there is an adapter, starts it anew."""
+        self.unmerge()
         nn.Embedding.reset_parameters(self)
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
@@ -502,6 +516,7 @@ class _Conv(FoldedConvPath):
 
     def reset_parameters(self) -> None:
         """Draws the base weight and, where there is an adapter, starts it anew."""
+        self.unmerge()
         super().reset_parameters()  # type: ignore[misc]
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
