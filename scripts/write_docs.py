@@ -1,0 +1,171 @@
+"""Writes the generated parts of the docs: `python scripts/write_docs.py`, in the project's environment.
+
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; `PARTS` says what is where.  A test fails when
+one is out of date.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = "data/e2e"  # beside the two scripts
+_MADE = frozenset({"__pycache__", "build", "dist", "lora_model"})  # folders that a checkout may grow
+_WIDEST = 100  # characters of what is said about a file
+
+
+def files() -> list[str]:
+    """The files of the repository: those that git tracks, or all that look like it where git is not in charge."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    found = listed.stdout.splitlines() if listed.returncode == 0 else []
+    if not found:
+        walked = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        found = [path.as_posix() for path in walked if not any(_is_made(part) for part in path.parts)]
+    return sorted(name for name in found if (ROOT / name).is_file())
+
+
+def tree() -> str:
+    """The files as an indented tree, each with the first words of what it says about itself."""
+    lines: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for name in sorted(files(), key=lambda name: [(part != last, part) for part, last in _parts(name)]):
+        *folders, leaf = name.split("/")
+        for depth in range(len(folders)):
+            folder = "/".join(folders[: depth + 1])
+            if folder not in seen:
+                seen.add(folder)
+                lines.append((f"{'  ' * depth}{folders[depth]}/", ""))
+        lines.append((f"{'  ' * len(folders)}{leaf}", _about(ROOT / name)))
+    width = max(len(entry) for entry, _ in lines)
+    return "```\n" + "".join(f"{entry:<{width}}  {about}".rstrip() + "\n" for entry, about in lines) + "```"
+
+
+def import_order() -> str:
+    """Which module may import which, from the test that holds the order."""
+    source = (ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8")
+    (rows,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS"
+    )
+    here = [[name for name in row if _is_module(name)] for row in rows]
+    shown = "\n-> ".join(", ".join(row) for row in here if row)
+    return f"```\n{shown}\n```"
+
+
+def flags(config: str) -> str:
+    """The settings of a dataclass as tables of flags, one a group."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for spec in dataclasses.fields(_config(config)):
+        on = spec.default is True
+        flag = f"`--{'no_' if on else ''}{spec.name}`"
+        text = str(spec.metadata["help"])
+        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), f"do not {text}" if on else text))
+    header = ("flag", "default", "meaning")
+    titles = [f"**{title.capitalize()}**\n\n" if len(groups) > 1 else "" for title in groups]
+    return "\n\n".join(title + table(header, rows) for title, rows in zip(titles, groups.values(), strict=True))
+
+
+def commands() -> str:
+    """The commands of the command line that are there, as a table."""
+    from loralib.cli import COMMANDS
+
+    here = [(f"`loralib {name}`", about) for name, about in COMMANDS.items() if _is_module(f"cli/{name}")]
+    return table(("command", "what it does"), here)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"commands": commands},
+    "docs/architecture.md": {"tree": tree, "import order": import_order},
+    "examples/NLG/RUN_DEMO.md": {
+        "training flags": lambda: flags("TrainConfig"),
+        "inference flags": lambda: flags("InferenceConfig"),
+    },
+}
+
+
+def updated(name: str) -> str:
+    """Returns a document with its generated parts as they should be."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for part, make in PARTS[name].items():
+        pattern = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- /{part} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"{name} has no part between <!-- {part} --> and <!-- /{part} -->, or more than one")
+        made = make()
+        text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
+def _config(name: str) -> Any:
+    from loralib.inference import InferenceConfig
+    from loralib.train import TrainConfig
+
+    return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]
+
+
+def _default(spec: Any) -> str:
+    """What a setting is if not given, to the two scripts of examples/NLG."""
+    if spec.name.endswith("_data"):
+        return f"`{SAMPLE}/{spec.name.removesuffix('_data')}.txt`"
+    if spec.default is None or isinstance(spec.default, bool):
+        return ""
+    return f"`{spec.default:g}`" if isinstance(spec.default, float) else f"`{spec.default}`"
+
+
+def _parts(name: str) -> Iterable[tuple[str, str]]:
+    *folders, leaf = name.split("/")
+    return [(folder, "") for folder in folders] + [(leaf, leaf)]
+
+
+def _is_made(part: str) -> bool:
+    return part in _MADE or part.endswith((".egg-info", ".pyc")) or (part.startswith(".") and part not in _HIDDEN)
+
+
+_HIDDEN = frozenset({".ci", ".gitignore"})
+
+
+def _is_module(name: str) -> bool:
+    place = ROOT / "loralib" / name
+    return place.with_name(place.name + ".py").is_file() or (place / "__init__.py").is_file()
+
+
+def _about(path: Path) -> str:
+    """The first sentence of a module's docstring, or the title of a document, cut to what fits a line."""
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    elif path.suffix == ".md":
+        text = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    else:
+        return ""
+    paragraph = " ".join(text.partition("\n\n")[0].split()).replace("`", "")
+    sentence = re.split(r"\.\s+(?=[A-Z])", paragraph)[0].rstrip(".")
+    if len(sentence) <= _WIDEST:
+        return sentence
+    breaks = [found.start() for found in re.finditer(r"[:;,] ", sentence[:_WIDEST])]
+    return sentence[: breaks[-1]] if breaks else sentence
+
+
+def main() -> None:
+    for name in PARTS:
+        text = updated(name)
+        if text != (ROOT / name).read_text(encoding="utf-8"):
+            (ROOT / name).write_bytes(text.encode("utf-8"))
+            print(f"{name}: written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
