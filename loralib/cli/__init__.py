@@ -109,7 +109,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
         if kind is bool:
             if default:
                 group.add_argument(
-                    f"--no_{spec.name}", dest=spec.name, action="store_false", default=None, help=f"not: {text}"
+                    f"--no_{spec.name}", dest=spec.name, action="store_false", default=None, help=f"do not {text}"
                 )
                 group.add_argument(f"--{spec.name}", dest=spec.name, action="store_true", help=argparse.SUPPRESS)
             else:

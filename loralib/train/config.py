@@ -84,7 +84,9 @@ class TrainConfig:
     beta1: float = _knob(0.9, "AdamW's decay of the mean gradient", "optimiser")
     beta2: float = _knob(0.999, "AdamW's decay of the mean square", "optimiser")
     adam_eps: float = _knob(1e-8, "AdamW's epsilon", "optimiser")
-    correct_bias: bool = _knob(True, "AdamW's bias correction (always on with --arithmetic standard)", "optimiser")
+    correct_bias: bool = _knob(
+        True, "correct AdamW's moments for their start at zero (always done with --arithmetic standard)", "optimiser"
+    )
     max_grad_norm: float = _knob(1.0, "clip the gradient to this norm; 0: never", "optimiser")
     label_smoothing: float = _knob(0.0, "share of the target spread over the vocabulary", "optimiser")
     arithmetic: str = _knob(
@@ -96,7 +98,9 @@ class TrainConfig:
     )
 
     # The engine.
-    packing: bool = _knob(True, "no padding: examples of a step in one row, each seeing only itself", "engine")
+    packing: bool = _knob(
+        True, "lay the examples of a step out in one row without padding, each seeing only itself", "engine"
+    )
     share_prompts: bool = _knob(True, "compute a prompt once for the examples of a step that share it", "engine")
     max_siblings: int = _knob(4, "examples of one prompt drawn into a step together, at most", "engine")
     shuffle: bool = _knob(True, "draw the examples in a new order each epoch", "engine")
