@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import BASE, Adapter, expand_blocks, with_ranks
+from .adapter import BASE, BLOCKS, Adapter, expand_blocks, with_ranks
 from .config import LoraConfig
 from .delta import balanced_factors, delta_weight, product_svd, scaling_of
 from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
@@ -207,7 +207,7 @@ def with_updates(adapter: Adapter, updates: Mapping[str, tuple[Tensor, Tensor]])
         tensors[f"{name}.{kind}B"] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
     ranks = {name: A.shape[0] for name, (A, _) in updates.items()}
     config = with_ranks(adapter.config.replace(enable_lora={}, use_rslora=False), ranks, dict(ranks))
-    return Adapter(config, tensors, adapter.metadata)
+    return Adapter(config, tensors, {key: text for key, text in adapter.metadata.items() if key != BLOCKS})
 
 
 def combine(

@@ -41,10 +41,10 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise FormatError(f"{path} holds {type(state).__name__}, expected a mapping of names to tensors")
     tensors = {
-        name.removeprefix("module."): value
+        _RENAMED.sub(lambda found: _RENAMES[found[0]], name.removeprefix("module.")): value
         for name, value in state.items()
-        # GPT-2's causal mask was a buffer in old files.
-        if isinstance(value, Tensor) and not name.endswith((".attn.bias", ".attn.masked_bias"))
+        # GPT-2's causal mask was a buffer in old files; convolutions were written twice, a second time as conv.conv.
+        if isinstance(value, Tensor) and not name.endswith((".attn.bias", ".attn.masked_bias")) and not _is_twin(name, state)
     }
     if not any(name.endswith(("lora_A", "lora_B")) for name in tensors):
         raise FormatError(f"{path} holds no LoRA tensors (names that end in lora_A or lora_B)")
