@@ -68,17 +68,21 @@ class ApplyReport:
 
     Attributes:
         applied: how many tensors were copied.
-        base_checked: whether the adapter said which base it belongs to, and this is it.
+        base: 'checked', 'unknown' (the adapter does not say which base it belongs to) or 'other' (as allowed).
         inject: what was adapted; None where the model had LoRA layers of its own.
     """
 
     applied: int
-    base_checked: bool
+    base: str
     inject: InjectReport | None = None
 
     def __str__(self) -> str:
-        checked = "base model checked" if self.base_checked else "the adapter does not say for which base: not checked"
-        return f"{self.applied} of {self.applied} tensors applied ({checked})"
+        bases = {
+            "checked": "base model checked",
+            "unknown": "the adapter does not say for which base: not checked",
+            "other": "trained on a base model with other values, as allowed",
+        }
+        return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -136,7 +140,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
-    checked = _check_base(model, adapter, allow_base_mismatch)
+    base = _check_base(model, adapter, allow_base_mismatch)
     previous = adapter_of(model) if injection_of(model) is not None else None
     try:
         report = _put_on(model, Adapter(config, adapter.tensors), expected)
@@ -146,7 +150,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         elif injection_of(model) is not None:
             remove(model)
         raise
-    return ApplyReport(applied=len(expected), base_checked=checked, inject=report)
+    return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
 def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport:
@@ -172,7 +176,7 @@ def _fill_layers(
     in_full = trained_in_full(model, applicable(model, adapter.config), layers)
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
-    checked = _check_base(model, adapter, allow_base_mismatch)
+    base = _check_base(model, adapter, allow_base_mismatch)
     pairs = [(tensor, adapter.tensors[key]) for key, tensor in in_full.items()]
     for name, layer in layers:
         key_A, key_B = factor_keys(name, type(layer))
@@ -183,7 +187,7 @@ def _fill_layers(
             layer.unmerge()
         for ours, theirs in pairs:
             ours.copy_(theirs)
-    return ApplyReport(applied=len(expected), base_checked=checked)
+    return ApplyReport(applied=len(expected), base=base)
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
@@ -401,11 +405,11 @@ def _same_values(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours - theirs).abs() <= 2**-7 * theirs.abs() + 1e-6).all())
 
 
-def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> bool:
-    """Compares fingerprints; returns whether there was one to compare."""
+def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
+    """Compares fingerprints; returns what `ApplyReport.base` says."""
     theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
     if theirs is None:
-        return False
+        return "unknown"
     if theirs.partition(":")[0] != ours.partition(":")[0]:
         raise BaseMismatchError(
             f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
@@ -418,7 +422,7 @@ def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> boo
             f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}, or pass "
             "allow_base_mismatch=True if you mean it."
         )
-    return theirs == ours
+    return "checked" if theirs == ours else "other"
 
 
 def _named(name: str | None) -> str:

@@ -44,7 +44,6 @@ __all__ = [
     "injection_of",
     "merge",
     "plan",
-    "put_tensors",
     "remove",
     "unmerge",
 ]
@@ -155,7 +154,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             _adapt(target, config)
         mark_only_lora_as_trainable(model)
         in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
-        record.originals = put_tensors(model, _copies(in_full))
+        record.originals = _put(model, _copies(in_full))
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
@@ -229,7 +228,7 @@ def remove(model: nn.Module) -> None:
         TargetError: the model holds no adapter that `inject` made.
     """
     record = _need_injection(model)
-    put_tensors(model, _moved(model, record.originals))
+    _put(model, _moved(model, record.originals))
     for layer in list(model.modules()):
         if isinstance(layer, LoRALayer):
             _restore(layer)
@@ -286,10 +285,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.unmerge()
             layer.enabled = False
         if record is not None:
-            trained = put_tensors(model, _moved(model, record.originals))
+            trained = _put(model, _moved(model, record.originals))
         yield
     finally:
-        put_tensors(model, trained)
+        _put(model, trained)
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged and not (layer.merge_weights and layer.training):  # train() would have unmerged it
@@ -690,7 +689,7 @@ def _shadow(target: Target) -> LoRALayer:
 # Parameters and buffers by name.
 
 
-def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
     places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors}
     before = {name: _held(module, leaf) for name, (module, leaf) in places.items()}

@@ -40,15 +40,25 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
         state = state["model_state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise FormatError(f"{path} holds {type(state).__name__}, expected a mapping of names to tensors")
-    tensors = {
-        _RENAMED.sub(lambda found: _RENAMES[found[0]], name.removeprefix("module.")): value
-        for name, value in state.items()
-        # GPT-2's causal mask was a buffer in old files; convolutions were written twice, a second time as conv.conv.
-        if isinstance(value, Tensor) and not name.endswith((".attn.bias", ".attn.masked_bias")) and not _is_twin(name, state)
-    }
+    tensors = {_name_here(name, state): value for name, value in state.items() if _counts(name, value, state)}
     if not any(name.endswith(("lora_A", "lora_B")) for name in tensors):
         raise FormatError(f"{path} holds no LoRA tensors (names that end in lora_A or lora_B)")
     return Adapter(config, tensors)
+
+
+def _counts(name: str, value: object, state: Mapping[str, object]) -> bool:
+    """Whether an entry is part of the model: old files hold GPT-2's causal mask, and convolutions' weights twice."""
+    mask = name.endswith((".attn.bias", ".attn.masked_bias")) and isinstance(value, Tensor) and value.dim() != 1
+    owner, _, leaf = name.rpartition(".")
+    twin = owner.endswith(".conv") and f"{owner.removesuffix('.conv')}.{leaf}" in state
+    return isinstance(value, Tensor) and not mask and not twin
+
+
+def _name_here(name: str, state: Mapping[str, object]) -> str:
+    """Microsoft's name of a tensor -> ours; their GPT-2 calls its head otherwise than transformers does."""
+    name = name.removeprefix("module.")
+    gpt2 = "module.transformer.wte.weight" in state or "transformer.wte.weight" in state
+    return "lm_head.weight" if gpt2 and name == "lm_head.decoder.weight" else name
 
 
 def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
