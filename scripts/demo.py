@@ -1,6 +1,7 @@
 """From a fresh machine to a language model that has learned, with one command: python scripts/demo.py.
 
-Makes .venv if needed, then trains an adapter (into lora_model) and writes text with it.
+Makes .venv if needed, trains an adapter and writes text with it.  Further flags go to run_training.py, as in:
+python scripts/demo.py --num_epochs 3
 """
 
 import sys
@@ -10,17 +11,15 @@ if sys.version_info < (3, 10):  # noqa: UP036  so this file keeps to what the ol
 
 from environment import ensure, parser, run
 
-JOBS = ("examples/NLG/run_training.py", "examples/NLG/run_inference.py")
-
 
 def main():
-    arguments = parser(__doc__).parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--output_dir", "--output-dir", default="lora_model", help="where the adapter goes")
+    arguments, for_training = flags.parse_known_args()
     ensure("run", arguments.torch_index)
-    for job in JOBS:
-        code = run([job])
-        if code:
-            return code
-    return 0
+    training = ["examples/NLG/run_training.py", "--output_dir", arguments.output_dir]
+    inference = ["examples/NLG/run_inference.py", "--adapter", arguments.output_dir]
+    return run(training + for_training) or run(inference)
 
 
 if __name__ == "__main__":

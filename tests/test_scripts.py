@@ -182,16 +182,20 @@ def test_all_checks_run_and_any_failure_counts(
 
 @pytest.mark.parametrize("failing", [None, "run_training.py", "run_inference.py"])
 def test_demo_trains_then_writes_and_stops_where_it_fails(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+    done: list[list[str]] = []
 
     def run(command: list[str]) -> int:
         assert (ROOT / command[0]).is_file()
-        done.append(Path(command[0]).name)
-        return 2 if done[-1] == failing else 0
+        done.append([Path(command[0]).name, *command[1:]])
+        return 2 if done[-1][0] == failing else 0
 
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--num_epochs", "3", "--output_dir", "here"])
     assert script("demo", run, monkeypatch)() == (2 if failing else 0)
-    assert done == (["run_training.py"] if failing == "run_training.py" else ["run_training.py", "run_inference.py"])
+    expected = [
+        ["run_training.py", "--output_dir", "here", "--num_epochs", "3"],
+        ["run_inference.py", "--adapter", "here"],
+    ]
+    assert done == (expected[:1] if failing == "run_training.py" else expected)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="CI's entry is a bash script")
