@@ -191,12 +191,12 @@ class CachedDecoder:
         if max(len(text.tokens) for text in growing) == 1 or growing[0].length % 8:  # looked at now and then
             return False
         used = max(text.columns for text in growing)
-        alive = int(self._sees[: len(self._texts)].any(1).sum(1).max())
+        alive = int(self._sees.any(1).sum(1).max())
         return alive < used * (1 - _TIDY_SHARE)
 
     def _tidy(self, growing: list[Text]) -> None:
         """Moves the columns that some branch sees to the front of each text."""
-        texts = len(self._texts)
+        texts = 1 + max(text.row for text in growing)
         alive = self._sees[:texts].any(1)  # (S, C)
         counts = alive.sum(1).tolist()
         order = torch.argsort(~alive, dim=1, stable=True)[:, : max(counts)]

@@ -1,0 +1,539 @@
+"""Generation: every way of computing it gives what the model alone would, token by token."""
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from loralib.config import LoraConfig
+from loralib.errors import ConfigError, DataError
+from loralib.generate import Generator, Piece, Sampling, beam_search, generate, stream
+from loralib.generate.decoder import CachedDecoder, PlainDecoder, make_decoder
+from loralib.generate.sampling import banned_tokens, choose
+from loralib.generate.text import TextStream
+from loralib.inject import inject, merge
+
+VOCABULARY = 61
+END = 1
+WINDOW = 6
+
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": END, "pad_token_id": 2}
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **_SPECIAL,
+}
+_WINDOWED = {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW}
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_SPECIAL}
+MODELS = {
+    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, **_SPECIAL),
+    "llama": transformers.LlamaConfig(**_LLAMA),
+    "qwen2": transformers.Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
+    "gemma2": transformers.Gemma2Config(**_WINDOWED, attn_logit_softcapping=4.0, final_logit_softcapping=3.0),
+    "gemma3": transformers.Gemma3TextConfig(
+        **_WINDOWED, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**_SMALL, intermediate_size=48, max_position_embeddings=64),
+}
+# They do not ask transformers' attention interface, so nothing is cached.
+PLAIN_MODELS = {
+    "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_SPECIAL),
+    "mamba": transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, **_SPECIAL),
+}
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 21, 22, 23]]
+
+
+def make(config: Any) -> Any:
+    """A small model whose next tokens are neither certain nor all alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.3)
+    model.generation_config.eos_token_id = END
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return make(MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make(MODELS["llama"])
+
+
+class Letters:
+    """A tokenizer: one letter a token, and a space for the end."""
+
+    eos_token_id = END
+    bos_token_id = None
+
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, Any]:
+        rows = [text] if isinstance(text, str) else text
+        ids = [[ord(letter) - 60 for letter in row] for row in rows]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(token + 60) for token in ids)
+
+
+LETTERS = Letters()
+
+
+def alone(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding as plainly as can be."""
+    ids: list[int] = []
+    while len(ids) < count:
+        with torch.no_grad():
+            token = int(model(torch.tensor([prompt + ids])).logits[0, -1].argmax())
+        ids.append(token)
+        if token == END:
+            break
+    return ids
+
+
+# --- the model's side ----------------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_likeliest_token_each_time(model: Any) -> None:
+    assert isinstance(make_decoder(model), CachedDecoder)
+    for prompt, result in zip(PROMPTS, generate(model, LETTERS, PROMPTS, max_new_tokens=20), strict=True):
+        expected = alone(model, prompt, 20)
+        assert list(result.ids) == [token for token in expected if token != END]
+        assert result.finish_reason == ("stop" if END in expected else "length")
+        assert result.prompt_tokens == len(prompt)
+
+
+def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
+    """Texts open and close at different times, branches part and die; columns are moved to where there is room."""
+    cached, plain = CachedDecoder(model), PlainDecoder(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(high: int, count: int) -> list[int]:
+        return torch.randint(high, (count,), generator=generator).tolist()
+
+    pairs: list[tuple[Any, Any]] = []
+    for step in range(30):
+        if step % 4 == 0:
+            prompt = some(VOCABULARY, 1 + step % 7)
+            pairs.append((cached.open(prompt), plain.open(prompt)))
+        ours, theirs = cached.step(), plain.step()
+        for one, other in pairs:
+            torch.testing.assert_close(ours[one.rows], theirs[other.rows], rtol=1e-4, atol=1e-4)
+        if len(pairs) > 3:
+            gone = pairs.pop(some(len(pairs), 1)[0])
+            cached.close(gone[0])
+            plain.close(gone[1])
+        for one, other in pairs:
+            count = some(6, 1)[0] + 1
+            parents, tokens = some(one.rows.stop - one.rows.start, count), some(VOCABULARY, count)
+            one.grow(parents, tokens)
+            other.grow(parents, tokens)
+
+
+def test_half_precision_stays_close(model: Any) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert isinstance(make_decoder(half), CachedDecoder)
+
+
+@pytest.mark.parametrize("name", PLAIN_MODELS)
+@pytest.mark.filterwarnings("ignore")
+def test_models_without_the_interface_work_too(name: str) -> None:
+    model = make(PLAIN_MODELS[name])
+    assert isinstance(make_decoder(model), PlainDecoder)
+    for prompt, result in zip(PROMPTS, generate(model, LETTERS, PROMPTS, max_new_tokens=6), strict=True):
+        assert list(result.ids) == [token for token in alone(model, prompt, 6) if token != END]
+
+
+def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> None:
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if "work" in kwargs:
+                output.logits = output.logits.roll(1, -1)
+            return output
+
+    model = copy.deepcopy(llama)
+    model.__class__ = Odd
+    assert isinstance(make_decoder(model), PlainDecoder)
+
+
+def test_adapted_model_merged_or_not(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    model.train()  # dropout must not reach generation
+    expected = [alone(copy.deepcopy(model).eval(), prompt, 12) for prompt in PROMPTS]
+    results = [list(result.ids) for result in generate(model, LETTERS, PROMPTS, max_new_tokens=12)]
+    assert results == [[token for token in ids if token != END] for ids in expected]
+    assert results != [list(result.ids) for result in generate(llama, LETTERS, PROMPTS, max_new_tokens=12)]
+    assert all(module.training for module in model.modules())
+    assert model.config._attn_implementation == "eager"
+    merge(model)
+    assert results == [list(result.ids) for result in generate(model, LETTERS, PROMPTS, max_new_tokens=12)]
+
+
+# --- the stream ----------------------------------------------------------------------------------------------------
+
+
+def test_drawn_tokens_depend_on_the_request_alone(llama: Any) -> None:
+    own = Sampling(max_new_tokens=15, temperature=1.0, top_p=0.95, seed=7)
+    [expected] = [result.ids for result in generate(llama, LETTERS, [PROMPTS[2]], own)]
+    generator = Generator(llama, LETTERS, max_requests=3)
+    for number, prompt in enumerate(PROMPTS[:2] + PROMPTS[3:]):
+        generator.add(prompt, Sampling(max_new_tokens=5 + number, temperature=0.5 * number, seed=number))
+    pieces: list[Piece] = generator.step()
+    wanted = generator.add(PROMPTS[2], own)
+    while len(generator):
+        pieces += generator.step()
+    assert tuple(token for piece in pieces if piece.request == wanted for token in piece.ids) == expected
+    other = generate(llama, LETTERS, [PROMPTS[2]], own, seed=8)
+    assert other[0].ids != expected
+    twice = generate(llama, LETTERS, [PROMPTS[2], PROMPTS[2]], own)
+    assert twice[0].ids == expected
+    assert twice[1].ids == other[0].ids  # prompt i gets seed + i
+
+
+def test_cancelled_request_sends_no_more_and_disturbs_nobody(llama: Any) -> None:
+    expected = [result.ids for result in generate(llama, LETTERS, PROMPTS, max_new_tokens=9)]
+    generator = Generator(llama, LETTERS)
+    for prompt in PROMPTS:
+        generator.add(prompt, Sampling(max_new_tokens=9))
+    pieces = generator.step()
+    generator.cancel(1)
+    while len(generator):
+        pieces += generator.step()
+    joined = [tuple(token for piece in pieces if piece.request == number for token in piece.ids) for number in range(5)]
+    assert joined == [expected[0], expected[1][:1], *expected[2:]]
+
+
+def test_pieces_join_to_the_result_and_end_once(llama: Any) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, stop="Z")
+    pieces = list(stream(llama, LETTERS, PROMPTS, sampling))
+    for number, result in enumerate(generate(llama, LETTERS, PROMPTS, sampling)):
+        own = [piece for piece in pieces if piece.request == number]
+        assert "".join(piece.text for piece in own) == result.text
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [result.finish_reason]
+        assert "Z" not in result.text
+
+
+def test_penalty_ban_and_minimum_hold_for_generated_tokens(llama: Any) -> None:
+    for result in generate(llama, LETTERS, PROMPTS, max_new_tokens=40, no_repeat_ngram_size=2):
+        pairs = list(itertools.pairwise(result.ids))
+        assert len(pairs) == len(set(pairs))
+    for result in generate(llama, LETTERS, PROMPTS, max_new_tokens=20, repetition_penalty=1e6):
+        assert len(result.ids) == len(set(result.ids))
+    free = generate(llama, LETTERS, PROMPTS, max_new_tokens=30)
+    held = generate(llama, LETTERS, PROMPTS, max_new_tokens=30, min_new_tokens=25)
+    assert min(len(result.ids) for result in free) < 25 <= min(len(result.ids) for result in held)
+
+
+def test_a_prompt_may_fill_the_context_and_no_more(llama: Any) -> None:
+    [result] = generate(llama, LETTERS, [[5] * 64], max_new_tokens=5, min_new_tokens=5)
+    assert (len(result.ids), result.finish_reason) == (1, "length")
+    [result] = generate(llama, LETTERS, [[5] * 62], max_new_tokens=5, min_new_tokens=5)
+    assert (len(result.ids), result.finish_reason) == (3, "length")
+    with pytest.raises(DataError, match=r"(?s)prompt 2 has 65 tokens.* has 64.*prompt 3 has no tokens"):
+        generate(llama, LETTERS, [[5], [5] * 65, []])
+    with pytest.raises(DataError, match="prompt 1 has 65 tokens"):
+        beam_search(llama, [[5] * 65])
+    [found] = beam_search(llama, [[5] * 62], num_beams=3, eos_token_id=[])
+    assert len(found.ids) == 3
+
+
+def test_no_prompts_give_no_results(llama: Any) -> None:
+    assert generate(llama, LETTERS, []) == []
+    assert beam_search(llama, []) == []
+    assert list(stream(llama, LETTERS, [])) == []
+
+
+def test_wrong_settings_are_named_all_at_once(llama: Any) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)stop is \('',\).*temperature is -1.*top_p is 0"):
+        generate(llama, LETTERS, ["HELLO"], temperature=-1, top_p=0, stop="")
+    with pytest.raises(ConfigError, match=r"temprature.* Did you mean 'temperature'"):
+        generate(llama, LETTERS, ["HELLO"], temprature=1)
+    with pytest.raises(ConfigError, match=r"min_new_tokens is 9, more than max_new_tokens, 5"):
+        Sampling(min_new_tokens=9, max_new_tokens=5)
+    with pytest.raises(ConfigError, match=r"(?s)temperature has no meaning in beam search.*stop has no meaning"):
+        Sampling(num_beams=3, temperature=1, stop="x")
+    with pytest.raises(ConfigError, match="num_beams is 0"):
+        beam_search(llama, PROMPTS, num_beams=0)
+    with pytest.raises(DataError, match="expected a list"):
+        generate(llama, LETTERS, "HELLO")
+    with pytest.raises(ConfigError, match="beam search has no stream"):
+        Generator(llama, LETTERS).add("HELLO", Sampling(num_beams=2))
+
+
+# --- the choice of a token -----------------------------------------------------------------------------------------
+
+
+def brute_force_ban(tokens: list[int], size: int) -> set[int]:
+    grams = {tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)}
+    return {token for token in range(4) if (*tokens[len(tokens) - size + 1 :], token) in grams}
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4))
+def test_banned_tokens_are_those_that_would_repeat(tokens: list[int], size: int) -> None:
+    expected = brute_force_ban(tokens, size) if len(tokens) >= size - 1 else set()
+    assert set(banned_tokens(tokens, size)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0.3, 3),
+    st.sampled_from([0, 1, 3, 400]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.05]),
+    st.sampled_from([0.0, 0.02, 0.4, 1.0]),
+)
+def test_draws_follow_the_distribution_that_is_left(
+    seed: int, heat: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Compared with transformers' warpers: uniform numbers must fall to tokens in proportion to what these leave."""
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(seed)) * 4
+    left = TemperatureLogitsWarper(heat)(None, logits)
+    for wanted, warper in (
+        (top_k, lambda: TopKLogitsWarper(top_k)),
+        (top_p < 1, lambda: TopPLogitsWarper(top_p)),
+        (min_p, lambda: MinPLogitsWarper(min_p)),
+    ):
+        left = warper()(None, left) if wanted else left
+    expected = torch.softmax(left[0].double(), -1)
+    own = Sampling(temperature=heat, top_k=top_k, top_p=top_p, min_p=min_p)
+    steps = 400
+    drawn = choose(logits.expand(steps, -1), [own] * steps, [(step + 0.5) / steps for step in range(steps)])
+    counts = torch.bincount(torch.tensor(drawn), minlength=1000) / steps
+    assert ((counts - expected).abs() <= 1.01 / steps).all()
+
+
+def test_choice_at_the_ends_of_the_unit_interval() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]])
+    for own in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3), Sampling(temperature=1.0, top_p=0.99)):
+        for uniform in (0.0, 1 - 2**-53):
+            assert choose(logits, [own], [uniform])[0] in (0, 2)
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer of bytes: characters may take several tokens."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=3))
+def test_streamed_text_is_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
+    stream_of_text = TextStream(Bytes(), stops)
+    pieces = []
+    for token in text.encode("utf-8"):
+        pieces.append(stream_of_text.add(token))
+        if stream_of_text.stopped:
+            break
+    pieces.append(stream_of_text.finish())
+    ends = [text.find(stop) for stop in stops if stop in text]
+    # Of two stops the one that is complete first counts.
+    if ends:
+        done = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        cut = min(place for place in ends if place <= done)
+        assert stream_of_text.stopped
+        assert "".join(pieces) in {text[:place] for place in ends if place <= cut or place < done}
+    else:
+        assert "".join(pieces) == text
+
+
+def test_real_tokenizer_streams_what_it_decodes(smollm2: Any) -> None:
+    _, tokenizer = smollm2
+    text = "Héllo 语 wörld 🎉🎉, don't  stop . now\n\n end"
+    stream_of_text = TextStream(tokenizer)
+    pieces = [stream_of_text.add(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) + stream_of_text.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+# --- beam search ---------------------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """A model without any structure: the logits of each text are random numbers of its own."""
+
+    def __init__(self, seed: int, vocabulary: int, spread: float) -> None:
+        super().__init__()
+        self.seed, self.vocabulary, self.spread = seed, vocabulary, spread
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def logits_of(self, ids: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, ids)) % 2**31)
+        return torch.randn(self.vocabulary, generator=generator) * self.spread
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        rows = [[self.logits_of(tuple(row[: at + 1])) for at in range(len(row))] for row in ids.tolist()]
+        return SimpleNamespace(logits=torch.stack([torch.stack(row) for row in rows]))
+
+
+def paper_search(model: Table, prompt: list[int], beams: int, limit: int, power: float, minimum: int) -> Any:
+    """The decoder as the paper's code does it: nothing is left out, nothing stops before the limit."""
+    live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    best: tuple[float, tuple[int, ...]] = (-math.inf, ())
+    for length in range(1, limit + 1):
+        options = []
+        for total, ids in live:
+            logits = model.logits_of((*prompt, *ids)).clone()
+            if length - 1 < minimum:
+                logits[END] = -math.inf
+            gains = torch.log_softmax(logits, -1)
+            options += [(float(torch.tensor(total) + gain), (*ids, token)) for token, gain in enumerate(gains)]
+        options = sorted(options, key=lambda each: -each[0])[:beams]
+        ended = [each for each in options if each[1][-1] == END]
+        live = [each for each in options if each[1][-1] != END]
+        for total, ids in ended + (live if length == limit else []):
+            score = float(torch.tensor(total) / length**power)
+            if score > best[0]:
+                best = score, ids
+    return best
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    beams=st.integers(1, 5),
+    limit=st.integers(1, 7),
+    power=st.sampled_from([-1.5, -0.3, 0.0, 0.5, 0.8, 1.0, 2.0]),
+    minimum=st.integers(0, 4),
+    spread=st.sampled_from([0.3, 1.5, 4.0]),
+)
+def test_leaving_out_what_cannot_win_changes_nothing(
+    seed: int, beams: int, limit: int, power: float, minimum: int, spread: float
+) -> None:
+    model = Table(seed, 6, spread)
+    prompts = [[2], [3, 4], [5, 2, 3]]
+    minimum = min(minimum, limit)
+    found = beam_search(
+        model,
+        prompts,
+        num_beams=beams,
+        max_new_tokens=limit,
+        length_penalty=power,
+        min_length=minimum,
+        eos_token_id=END,
+        max_branches=2 * beams,
+    )
+    for prompt, ours in zip(prompts, found, strict=True):
+        score, ids = paper_search(model, prompt, beams, limit, power, minimum)
+        assert ours.ids == ids
+        assert ours.score == pytest.approx(score, rel=1e-5)
+        assert ours.ended == (ids[-1] == END)
+
+
+def test_wide_search_finds_the_best_of_all_texts() -> None:
+    model = Table(5, 4, 1.0)
+    limit, power = 4, 0.7
+    best = (-math.inf, ())
+    for length in range(1, limit + 1):
+        for ids in itertools.product(range(4), repeat=length):
+            if END in ids[:-1] or (ids[-1] != END and length < limit):
+                continue
+            total = sum(float(torch.log_softmax(model.logits_of((2, *ids[:at])), -1)[ids[at]]) for at in range(length))
+            best = max(best, (total / length**power, ids))
+    [found] = beam_search(
+        model, [[2]], num_beams=4**limit, max_new_tokens=limit, length_penalty=power, eos_token_id=END, max_branches=1
+    )
+    assert found.ids == best[1]
+    assert found.score == pytest.approx(best[0], rel=1e-5)
+
+
+class Fixed(nn.Module):
+    """A model with given probabilities, and a count of the rows that it computed."""
+
+    def __init__(self, probabilities: dict[tuple[int, ...], list[float]]) -> None:
+        super().__init__()
+        self.probabilities = probabilities
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.computed: list[tuple[int, ...]] = []
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        logits = torch.zeros(*ids.shape, 4)
+        for row, values in enumerate(ids.tolist()):
+            self.computed.append(tuple(values))
+            for at in range(len(values)):
+                logits[row, at] = torch.tensor(self.probabilities.get(tuple(values[: at + 1]), [1.0] * 4)).log()
+        return SimpleNamespace(logits=logits)
+
+
+def test_older_hypothesis_wins_a_tie_and_the_search_ends_there() -> None:
+    # [3] goes on to an end with certainty, so both score log(1/2) without a length penalty.
+    model = Fixed({(2,): [0, 0.5, 0, 0.5], (2, 3): [0, 1, 0, 0]})
+    [found] = beam_search(model, [[2]], num_beams=2, max_new_tokens=50, length_penalty=0.0, eos_token_id=END)
+    assert found.ids == (END,)
+    assert found.ended
+    assert model.computed == [(2,)]  # (2, 3) cannot win any more
+    # With one, the longer is better.
+    [found] = beam_search(model, [[2]], num_beams=2, max_new_tokens=2, length_penalty=1.0, eos_token_id=END)
+    assert found.ids == (3, END)
+    assert found.score == pytest.approx(math.log(0.5) / 2)
+
+
+def test_search_stops_as_soon_as_no_beam_can_win() -> None:
+    """Counted in rows that the model computes: the search for every prompt ends when its own bound says so."""
+    model = Fixed({(2,): [0.05, 0.9, 0.0, 0.05]})
+    [found] = beam_search(model, [[2]], num_beams=3, max_new_tokens=9, length_penalty=0.0, eos_token_id=END)
+    assert found.ids == (END,)
+    assert len(model.computed) == 1
+    # Below 0 the penalty favours short texts even more.
+    [found] = beam_search(model, [[2]], num_beams=3, max_new_tokens=9, length_penalty=-1.0, eos_token_id=END)
+    assert len(model.computed) == 2
+    # log(0.9) is beaten by log(0.05) / 9 ** 2: with that power, it has to go on.
+    beam_search(model, [[2]], num_beams=3, max_new_tokens=9, length_penalty=2.0, eos_token_id=END)
+    assert len(model.computed) > 3
+
+
+def test_prompt_after_which_nothing_is_possible_has_no_continuation() -> None:
+    model = Fixed({(2,): [0, 1, 0, 0]})
+    found = beam_search(model, [[2], [3]], num_beams=2, max_new_tokens=3, min_length=2, eos_token_id=END)
+    assert (found[0].ids, found[0].score, found[0].ended) == ((), -math.inf, False)
+    assert len(found[1].ids) == 3
+
+
+def test_beam_search_through_generate(model: Any) -> None:
+    found = beam_search(model, PROMPTS, num_beams=4, max_new_tokens=10, length_penalty=0.8)
+    results = generate(model, LETTERS, PROMPTS, num_beams=4, max_new_tokens=10, length_penalty=0.8)
+    for result, hypothesis in zip(results, found, strict=True):
+        assert result.ids == tuple(token for token in hypothesis.ids if token != END)
+        assert result.score == hypothesis.score
+        assert result.finish_reason == ("stop" if hypothesis.ended else "length")
+        assert result.text == LETTERS.decode(result.ids)
+    tensor = torch.tensor([PROMPTS[0], PROMPTS[0]])
+    assert beam_search(model, tensor, num_beams=4, max_new_tokens=10, length_penalty=0.8)[1].ids == found[0].ids
+
+
+def test_one_beam_is_greedy(llama: Any) -> None:
+    found = beam_search(llama, PROMPTS, num_beams=1, max_new_tokens=8)
+    assert [list(hypothesis.ids) for hypothesis in found] == [alone(llama, prompt, 8) for prompt in PROMPTS]
