@@ -1,0 +1,282 @@
+"""The front door: run_training.py and run_inference.py, what they print, what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import loralib as lora
+from loralib.cli import main, run_command
+
+NLG = Path(__file__).resolve().parent.parent / "examples" / "NLG"
+TINY = ["--model", "scratch", "--hidden_dim", "32", "--num_layers", "1", "--max_train_samples", "8"]
+TINY += ["--max_valid_samples", "4", "--lora_dim", "2"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, NLG / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script or a command in an empty directory; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *argv: str) -> tuple[int, str, str]:
+        try:
+            code = run_command(script(name), f"{name}.py", argv) if name.startswith("run_") else main([name, *argv])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny scratch model, trained by the script."""
+    directory = tmp_path_factory.mktemp("trained") / "lora_model"
+    assert run_command(script("run_training"), "run_training.py", [*TINY, "--output_dir", str(directory)]) == 0
+    return directory
+
+
+# What it does.
+
+
+def test_the_flags_of_the_guide_and_their_defaults() -> None:
+    config = lora.TrainConfig()
+    assert (config.num_epochs, config.batch_size, config.lora_dim, config.lr, config.seq_len) == (2, 4, 16, 1e-4, 64)
+    assert (config.max_train_samples, config.max_valid_samples, config.output_dir) == (100, 64, "lora_model")
+    assert (config.alpha, config.target_modules, config.model) == (32, "all-linear", "smollm2-135m")
+
+
+def test_training_tells_what_a_learner_wants_to_see(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("run_training", *TINY)
+    assert code == 0, err
+    for line in (
+        r"Loaded 8 training examples",
+        r"Loaded 4 validation examples",
+        r"Total +[\d,]+ +100.00%",
+        r"Trainable +[\d,]+ +\d+\.\d\d%",
+        r"Frozen +[\d,]+ +\d+\.\d\d%",
+        r"Before training: validation loss \d+\.\d{4} \(the base model\)",
+        r"Epoch 2: average training loss \d+\.\d{4}, validation loss \d+\.\d{4}",
+        r"Adapter: .*adapter_model.safetensors \(\d",
+        r"can hardly learn",
+    ):
+        assert re.search(line, out + err), line
+    assert (tmp_path / "lora_model" / "adapter_config.json").exists(), "output_dir is relative to where it is started"
+
+
+def test_inference_shows_statistics_predictions_texts_and_merging(run: Run, tiny_adapter: Path) -> None:
+    code, out, err = run("run_inference", "--adapter", str(tiny_adapter), "--max_new_tokens", "8", "--samples", "2")
+    assert code == 0, err
+    for line in (
+        r"of \d+ tensors applied \(base model checked\)",
+        r"Total +[\d,]+",
+        r"input +\[2, 32\]",
+        r"logits +\[2, 32, 50257\]",
+        r"first ten predicted tokens: \[(\d+, ){9}\d+\]",
+        r"  base  ",
+        r"  adapted  ",
+        r"  reference  ",
+        r"they agree\.",
+        r"writes the same text for 2 of 2 prompts",
+    ):
+        assert re.search(line, out), line
+
+
+def test_several_adapters_show_switching(run: Run, tiny_adapter: Path) -> None:
+    code, out, _ = run(
+        "run_inference", "--adapter", str(tiny_adapter), str(tiny_adapter / "best"), "--prompt", "name : X",
+        "--max_new_tokens", "4", "--no_merge",
+    )  # fmt: skip
+    assert code == 0
+    assert "Switching between 2 adapters" in out
+    assert re.search(r"best \(\d+(\.\d)? m?s\)", out)
+    assert "Merged" not in out
+
+
+def test_the_historical_demo_network(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(
+        "run_training", "--model", "run-demo", "--max_train_samples", "4", "--max_valid_samples", "2",
+        "--num_epochs", "1", "--output_dir", "demo",
+    )  # fmt: skip
+    assert code == 0, err
+    assert re.search(r"Total +87,752,033", out)
+    assert re.search(r"Trainable +1,062,160 +1\.21%", out)
+    assert re.search(r"Frozen +86,689,873 +98\.79%", out)
+    assert "pytorch_model.bin (4.06 MB)" in out
+    code, out, err = run("run_inference", "--adapter", "demo")
+    assert code == 0, err
+    assert re.search(r"input +\[2, 32\]\nlogits +\[2, 32, 50257\]", out)
+    assert re.search(r"predicted tokens: \[(\d+, ){9}\d+\]", out)
+
+
+def test_running_again_replaces_our_files_and_leaves_others(run: Run, tmp_path: Path) -> None:
+    assert run("run_training", *TINY)[0] == 0
+    ours = tmp_path / "lora_model" / "adapter_model.safetensors"
+    before = ours.read_bytes()
+    (tmp_path / "lora_model" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert run("run_training", *TINY, "--seed", "1")[0] == 0
+    assert ours.read_bytes() != before
+    assert (tmp_path / "lora_model" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert not [path for path in (tmp_path / "lora_model").iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        'model = "scratch"\nhidden_dim = 32\nnum_layers = 1\nlora_dim = 3\n', encoding="utf-8"
+    )
+    code, out, err = run(
+        "run_training", "--config", "run.toml", "--max_train_samples", "4", "--num_epochs", "1", "--lora-dim", "2"
+    )
+    assert code == 0, err
+    assert "r=2, lora_alpha=4" in out
+    (tmp_path / "bad.toml").write_text("lora_rank = 3\n", encoding="utf-8")
+    code, _, err = run("run_training", "--config", "bad.toml")
+    assert code == 2
+    assert "lora_rank" in err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii"])
+def test_consoles_that_are_not_utf8_never_crash(encoding: str, tiny_adapter: Path, tmp_path: Path) -> None:
+    """Redirected, in another code page, with text that the page lacks."""
+    done = subprocess.run(
+        [
+            sys.executable, str(NLG / "run_inference.py"), "--adapter", str(tiny_adapter), "--max_new_tokens", "4",
+            "--prompt", "name : Phở Hà Nội | price : £20 → 25 | rating : ★★★ 语言 🎉",
+        ],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(NLG.parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode(encoding, "replace")
+    assert b"logits" in done.stdout
+
+
+# What it refuses: one message, exit code 2, no traceback, nothing half-written.
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    assert code == 2, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, (part, err)
+
+
+def test_bad_training_files(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "lines.txt").write_text("name : A||A is a pub .\nno bars here\n\nnor here\n", encoding="utf-8")
+    (tmp_path / "bytes.txt").write_bytes("name : Café||Café .\n".encode("latin-1"))
+    refused(run("run_training", *TINY, "--train_data", "missing.txt"), "missing.txt")
+    refused(run("run_training", *TINY, "--train_data", "empty.txt"), "empty.txt", "empty")
+    refused(run("run_training", *TINY, "--train_data", "lines.txt"), "lines.txt", "2", "4", "||")
+    refused(run("run_training", *TINY, "--train_data", "bytes.txt"), "bytes.txt", "UTF-8")
+    assert not (tmp_path / "lora_model").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_a_rank_below_one(run: Run, tmp_path: Path, value: str) -> None:
+    refused(run("run_training", *TINY[:-2], "--lora_dim", value), f"lora_dim is {value}", "at least 1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    refused(run("run_training", *TINY, "--output_dir", "file"), "cannot write", "file")
+    refused(run("run_training", *TINY, "--output_dir", "file/below"), "cannot write")
+
+
+def test_sizes_with_a_pretrained_model(run: Run) -> None:
+    refused(run("run_training", "--hidden_dim", "64"), "hidden_dim", "pretrained")
+
+
+def test_wrong_flags_and_commands_are_told_what_they_may_have_meant(run: Run) -> None:
+    refused(run("run_training", "--lora_dmi", "8", "--batchsize", "3"), "--lora_dim", "--batch_size")
+    refused(run("tarin"), "Did you mean 'train'?")
+    refused(run("run_training", "--lr", "fast"), "--lr")
+
+
+def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    refused(run("run_inference", "--adapter", "nothing"), "nothing", "holds no adapter", "adapter_config.json")
+    refused(run("run_inference", "--adapter", "nowhere"), "does not exist")
+
+
+def test_an_adapter_for_another_base(run: Run, tiny_adapter: Path) -> None:
+    refused(run("run_inference", "--adapter", str(tiny_adapter), "--model", "run-demo"))
+
+
+def copied(adapter: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).write_bytes((adapter / name).read_bytes())
+    return directory
+
+
+def test_a_truncated_file(run: Run, tiny_adapter: Path, tmp_path: Path) -> None:
+    weights = copied(tiny_adapter, tmp_path / "cut") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(run("run_inference", "--adapter", "cut"), "adapter_model.safetensors", "truncated")
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("broken_into",)
+
+
+def test_a_hostile_pickle_runs_nothing(run: Run, tiny_adapter: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_adapter, tmp_path / "hostile")
+    (directory / "adapter_model.safetensors").unlink()
+    torch.save({"a.lora_A": Hostile()}, directory / "adapter_model.bin", pickle_module=pickle)
+    refused(run("run_inference", "--adapter", "hostile"), "adapter_model.bin", "code")
+    assert not (tmp_path / "broken_into").exists()
+
+
+def test_a_hub_that_cannot_be_reached(run: Run) -> None:
+    refused(run("run_training", "--model", "nobody/nothing-here", "--max_train_samples", "4"), "nobody/nothing-here")
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    with pytest.raises(lora.LoraError):
+        run("run_inference", "--adapter", "nowhere", "--debug")
+
+
+# It really learns: the default base, the default flags.
+
+
+def test_the_default_run_learns(run: Run, tmp_path: Path) -> None:
+    """The loss falls and texts end by themselves; benchmarks/learns.py holds the whole claim."""
+    code, out, err = run("run_training", "--dtype", "fp32")
+    assert code == 0, err
+    events = [json.loads(line) for line in (tmp_path / "lora_model/metrics.jsonl").read_text("utf-8").splitlines()]
+    valid = [event["loss"] for event in events if event["event"] == "valid"]
+    assert valid[-1] <= 0.65 * valid[0]
+    code, out, err = run("run_inference", "--samples", "10", "--no_merge")
+    assert code == 0, err
+    ended = re.search(r"base (\d+), adapted (\d+), of 10", out)
+    assert ended is not None
+    assert int(ended[2]) >= 9
