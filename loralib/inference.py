@@ -22,6 +22,7 @@ from .errors import AdapterError, ConfigError
 from .formats import read_adapter
 from .generate import generate
 from .inject import disabled, merge, unmerge
+from .metrics.slots import parse_meaning, slot_error_rate
 from .train.report import parameter_table
 
 __all__ = ["InferenceConfig", "run_inference"]
@@ -138,6 +139,11 @@ def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], c
         f"Ended by itself within {config.max_new_tokens} tokens: "
         f"base {ended[0]}, adapted {ended[1]}, of {len(examples)}"
     )
+    meanings = [example.prompt for example in examples]
+    if all(parse_meaning(meaning) for meaning in meanings):
+        left_out = [slot_error_rate(meanings, [result.text for result in results]) for results in (base, adapted)]
+        say(f"Values of the meaning left out: base {left_out[0].errors}, adapted {left_out[1].errors}, "
+            f"of {left_out[0].slots}")  # fmt: skip
     return [result.text for result in adapted]
 
 
