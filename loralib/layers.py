@@ -281,11 +281,9 @@ class EmbeddingPath(LoRALayer):
         return base if table.max_norm is None else torch.renorm(base, table.norm_type, 0, table.max_norm)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Looks rows up without max_norm: it is for the base's rows alone, and rescales what it is given in place."""
+        """Looks rows up without the base's max_norm, which rescales in place, and with a dense gradient, which A's is."""
         table = cast(nn.Embedding, self)
-        return F.embedding(
-            x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq, sparse=table.sparse
-        )
+        return F.embedding(x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged and cast(nn.Embedding, self).max_norm is not None:
