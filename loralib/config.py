@@ -21,9 +21,8 @@ ALL_LINEAR = "all-linear"
 
 # Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
 _HARMLESS = frozenset(
-    """arrow_config auto_mapping corda_config eva_config inference_mode loftq_config megatron_config megatron_core
-    peft_type peft_version revision runtime_config qalora_group_size ensure_weight_tying velora_config
-    lora_ga_config task_type""".split()
+    """auto_mapping corda_config eva_config inference_mode loftq_config lora_ga_config megatron_config megatron_core
+    peft_type peft_version qalora_group_size revision runtime_config velora_config""".split()
 )
 
 
@@ -83,7 +82,8 @@ class LoraConfig:
             if isinstance(value, (set, frozenset)):  # a set has no order of its own
                 value = sorted(value)
             if isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, tuple(value))
+                # PEFT writes empty lists for what is not used; without a target there is nothing to adapt, though.
+                object.__setattr__(self, name, tuple(value) if value or name == "target_modules" else None)
         for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
             value = getattr(self, name)
             if isinstance(value, Mapping) or value is None:
@@ -147,6 +147,8 @@ class LoraConfig:
         layers = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
         for pattern in layers or ():
             faults += _expression_faults("layers_pattern", pattern)
+        if layers and self.layers_to_transform is None:
+            faults.append(f"layers_pattern is {list(layers)!r}, which says nothing without layers_to_transform")
         for key, rank in self.rank_pattern.items():
             if not _is_int(rank) or rank < 1:
                 faults.append(f"rank_pattern[{key!r}] is {rank!r}, expected a whole number of at least 1")
@@ -175,12 +177,12 @@ class LoraConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start belongs to another base weight than the model's (PiSSA, OLoRA, CorDA, LoftQ).
+        """Whether the start belongs to another base weight than the model's (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
 
         The other starts only choose A and B: once trained, they are all alike.
         """
         start = self.init_lora_weights
-        return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
+        return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
     def replace(self, **changes: Any) -> LoraConfig:
         """Returns a copy with other values."""

@@ -281,7 +281,7 @@ class EmbeddingPath(LoRALayer):
         return base if table.max_norm is None else torch.renorm(base, table.norm_type, 0, table.max_norm)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Looks rows up without the base's max_norm, which rescales in place, and with a dense gradient, which A's is."""
+        """Looks rows up without max_norm, which rescales in place, and with a dense gradient, which A's is."""
         table = cast(nn.Embedding, self)
         return F.embedding(x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
 
