@@ -1,0 +1,122 @@
+"""Files appear whole or not at all, and a directory belongs to one run at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loralib.errors import LoraError, OutputError
+from loralib.files import hold_directory, read_text, remove_file, write_json, write_text, write_whole
+
+
+def test_text_and_json_are_utf8_with_plain_line_ends(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "a.txt", "xin chào\n£\n")
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == "xin chào\n£\n".encode()
+    write_json(tmp_path / "a.json", {"b": "é", "a": [1]})
+    assert json.loads(read_text(tmp_path / "a.json")) == {"b": "é", "a": [1]}
+    assert "é" in read_text(tmp_path / "a.json")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfx")
+    assert read_text(tmp_path / "bom.txt") == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "a.json", "bom.txt"}
+
+
+@pytest.mark.parametrize("stage", ["write", "check"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, stage: str) -> None:
+    path = tmp_path / "a.bin"
+    write_text(path, "old")
+
+    def fails(temporary: Path) -> None:
+        raise KeyboardInterrupt
+
+    def writes(temporary: Path) -> None:
+        temporary.write_text("new", encoding="utf-8")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fails if stage == "write" else writes, fails if stage == "check" else None)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_values_json_cannot_hold_leave_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert read_text(tmp_path / "a.json") == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, "the disk is full. Free some space"),
+        (errno.EACCES, "Choose a directory that you may write to"),
+        (errno.EROFS, "Choose a directory that you may write to"),
+        (errno.EIO, "cannot write"),
+    ],
+)
+def test_what_goes_wrong_is_said_with_the_fix(tmp_path: Path, number: int, expected: str) -> None:
+    def fails(temporary: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OutputError, match=expected) as refused:
+        write_whole(tmp_path / "a", fails)
+    assert isinstance(refused.value, LoraError)
+    assert isinstance(refused.value, OSError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_directories_in_the_way(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="a file is in the way"):
+        write_text(tmp_path / "file" / "b", "x")
+    with pytest.raises(OutputError, match="directory"):
+        write_text(tmp_path / "folder", "x")
+    with pytest.raises(OutputError, match="a file is in the way"), hold_directory(tmp_path / "file"):
+        pass
+    with pytest.raises(OutputError):
+        remove_file(tmp_path / "folder")
+    remove_file(tmp_path / "absent")
+    remove_file(tmp_path / "nowhere" / "absent")
+    remove_file(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_files_get_the_mode_that_open_would_give(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x", encoding="utf-8")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
+HOLD = """
+import sys
+from loralib.files import hold_directory
+with hold_directory(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as first:
+        assert first.stdout is not None
+        assert first.stdin is not None
+        assert first.stdout.readline().strip() == "held"
+        with pytest.raises(OutputError, match="held by another run"), hold_directory(tmp_path / "out"):
+            pass
+        first.kill()  # the lock is the operating system's: a killed run leaves none
+        first.wait()
+    with hold_directory(tmp_path / "out") as path:
+        assert path == tmp_path / "out"
+        assert path.is_absolute()
+    assert not list((tmp_path / "out").iterdir())
+    with hold_directory(tmp_path / "out"):
+        pass
