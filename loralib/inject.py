@@ -580,6 +580,10 @@ def _kind(
             return _own_forward(base)
         return ReadLinearPath if isinstance(parent, nn.TransformerEncoderLayer) else LinearPath
     if isinstance(module, nn.Embedding):
+        twins = [n for n, m in modules.items() if m is not module and _same_table(m, module)]
+        if twins and name.rpartition(".")[2] == "shared":  # T5, BART and their like
+            ends = sorted({twin.rpartition(".")[2] for twin in twins})
+            return f"it only holds the weight of {', '.join(twins)}, which look rows up: target {ends} instead"
         # What has an embed_scale multiplies the rows with it (Gemma, BART); others do who knows what.
         scaled = base.forward is not nn.Embedding.forward and hasattr(module, "embed_scale")
         return EmbeddingPath if scaled or base.forward is nn.Embedding.forward else _own_forward(base)
@@ -599,6 +603,10 @@ def _kind(
     return (
         f"{base.__name__} cannot be adapted (Linear, Conv1D, Embedding, Conv1d/2d/3d and MultiheadAttention can){hint}"
     )
+
+
+def _same_table(one: nn.Module, other: nn.Module) -> bool:
+    return isinstance(one, nn.Embedding) and one._parameters.get("weight") is other._parameters.get("weight")
 
 
 def _own_forward(base: type[nn.Module]) -> str:
