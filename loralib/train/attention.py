@@ -6,10 +6,10 @@ use; `packed_attention` is the function that transformers' attention interface c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,13 @@ class Tiles:
 
     Attributes:
         tiles: (n,) their numbers.
-        keys: (n, K) the keys that each sees.
-        mask: (n, tile, K) which query sees which of them.
+        keys: (n * K,) the keys that each sees, K for each tile.
+        hidden: (n, tile, K) minus infinity where a query does not see the key, else 0.
     """
 
     tiles: Tensor
     keys: Tensor
-    mask: Tensor
+    hidden: Tensor
 
 
 @dataclass
@@ -91,16 +91,17 @@ class Plan:
         waiting = sorted(range(len(tiles)), key=lambda number: len(tiles[number][0]))
         while waiting:
             widest = len(tiles[waiting[-1]][0])
-            chosen = [number for number in waiting if len(tiles[number][0]) * 4 >= widest * 3]
+            chosen = [number for number in waiting if len(tiles[number][0]) * 2 >= widest]
             waiting = waiting[: -len(chosen)]
+            chosen.sort()
             keys = self.ends.new_zeros(len(chosen), widest)
-            mask = torch.zeros(len(chosen), self.tile, widest, dtype=torch.bool, device=self.ends.device)
+            hidden = torch.full((len(chosen), self.tile, widest), float("-inf"), device=self.ends.device)
             for row, number in enumerate(chosen):
                 index, seen = tiles[number]
                 keys[row, : len(index)] = index
-                mask[row, : seen.shape[0], : seen.shape[1]] = seen
-            mask[..., 0] |= ~mask.any(-1)  # queries past the row's end see something, so that no softmax is 0 / 0
-            yield Tiles(torch.tensor(chosen, device=self.ends.device), keys, mask)
+                hidden[row, : seen.shape[0], : seen.shape[1]].masked_fill_(seen, 0.0)
+                hidden[row, seen.shape[0] :, 0] = 0.0  # queries past the row's end see something: no softmax is 0 / 0
+            yield Tiles(torch.tensor(chosen, device=self.ends.device), keys.flatten(), hidden)
 
 
 def packed_attention(
@@ -139,42 +140,123 @@ def packed_attention(
     """
     _refuse_unknown(module, query, attention_mask, sliding_window, plan, others)
     assert plan is not None
-    out = _attend(
-        query[0], key[0], value[0], plan, scaling or query.shape[-1] ** -0.5, softcap, sliding_window, dropout
-    )
-    return out[None], None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    tiles = plan.tiles(sliding_window)
+    attend = cast(Callable[..., Tensor], _TileAttention.apply)
+    return attend(*rows, tiles, plan.tile, scaling, softcap, dropout)[None], None
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
-    heads, total, width = q.shape
-    groups = heads // k.shape[0]
-    tile = plan.tile
+class _TileAttention(torch.autograd.Function):
+    """Attention of q (T, H, D) over k and v (T, H / groups, D), with the backward pass written out.
+
+    Scores are rounded to the dtype of q where it is narrower than fp32; they are scaled before that, and the softmax is
+    computed in fp32.  Weights are kept for the backward pass while they are small, and made again where they are not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        parts: list[Tiles],
+        tile: int,
+        scaling: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        shape = q.shape
+        q, k, v = _to_tiles(q, tile, k.shape[1]), k.flatten(1), v.flatten(1)
+        ctx.shape, ctx.parts, ctx.tile, ctx.scaling, ctx.softcap = shape, parts, tile, scaling, softcap
+        ctx.weights, ctx.kept = [], []  # kept: which weights dropout kept, times 1 / (1 - dropout)
+        out = torch.empty_like(q)
+        for part in parts:
+            queries = _pick(q, part)
+            weights = _weights(queries, _gather(k, part, queries), part, scaling, softcap)[0]
+            kept = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
+            used = weights if kept is None else weights * kept
+            out[part.tiles] = torch.bmm(used, _gather(v, part, queries)).view(queries.shape)
+            ctx.weights.append(weights if weights.numel() <= 4 * queries.numel() else None)
+            ctx.kept.append(kept)
+        ctx.save_for_backward(q, k, v)
+        return _from_tiles(out, tile, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        grad_tiles = _to_tiles(grad_out, ctx.tile, q.shape[1])
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part, weights, kept in zip(ctx.parts, ctx.weights, ctx.kept, strict=True):
+            queries = _pick(q, part)
+            keys, values = _gather(k, part, queries), _gather(v, part, queries)
+            slope = None
+            if weights is None or ctx.softcap is not None:
+                weights, slope = _weights(queries, keys, part, ctx.scaling, ctx.softcap)
+            grad = _pick(grad_tiles, part).flatten(0, 1)
+            _scatter(grad_v, part, torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), grad))
+            grad = torch.bmm(grad, values.transpose(1, 2))
+            if kept is not None:
+                grad *= kept
+            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+            grad *= ctx.scaling if slope is None else slope * ctx.scaling
+            grad_q[part.tiles] = torch.bmm(grad, keys).view(queries.shape)
+            _scatter(grad_k, part, torch.bmm(grad.transpose(1, 2), queries.flatten(0, 1)))
+        of_keys = (len(k), -1, ctx.shape[-1])
+        grads = (_from_tiles(grad_q, ctx.tile, ctx.shape), grad_k.view(of_keys), grad_v.view(of_keys))
+        return (*grads, None, None, None, None, None)
+
+
+def _weights(
+    queries: Tensor, keys: Tensor, part: Tiles, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The attention weights (n * heads, groups * tile, K), and the slope of the soft-capping."""
+    count, heads, rows, _ = queries.shape
+    tile, width = part.hidden.shape[1:]
+    hidden = part.hidden.to(queries.dtype)[:, None, None].expand(count, heads, rows // tile, tile, width)
+    hidden = hidden.reshape(count * heads, rows, width)
+    queries, keys = queries.flatten(0, 1), keys.transpose(1, 2)
+    if softcap is None:
+        return torch.softmax(torch.baddbmm(hidden, queries, keys, alpha=scaling), -1), None
+    bent = torch.bmm(queries, keys).float().mul_(scaling / softcap).tanh_()
+    weights = torch.softmax((bent * softcap).add_(hidden), -1).to(queries.dtype)
+    return weights, bent.square_().neg_().add_(1.0).to(queries.dtype)
+
+
+def _to_tiles(x: Tensor, tile: int, heads: int) -> Tensor:
+    """(T, H, D) to (n, heads, H / heads * tile, D): the query heads that share a key head stand below one another."""
+    total, all_heads, width = x.shape
     count = -(-total // tile)
-    # Heads that share keys go below one another: (n, H / groups, groups * tile, D).
-    q = F.pad(q, (0, 0, 0, count * tile - total)).view(k.shape[0], groups, count, tile, width)
-    q = q.permute(2, 0, 1, 3, 4).reshape(count, k.shape[0], groups * tile, width)
-    out = torch.empty_like(q)
-    for part in plan.tiles(window):
-        keys = k[:, part.keys].transpose(0, 1)
-        values = v[:, part.keys].transpose(0, 1)
-        scores = (q[part.tiles] @ keys.transpose(-1, -2)).float() * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        hidden = ~part.mask.repeat(1, groups, 1)[:, None]
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).to(q.dtype)
-        weights = F.dropout(weights, dropout)
-        out = out.index_copy(0, part.tiles, weights @ values)
-    out = out.view(count, k.shape[0], groups, tile, width).permute(0, 3, 1, 2, 4)
-    return out.reshape(count * tile, heads, width)[:total]
+    if total < count * tile:
+        x = F.pad(x, (0, 0, 0, 0, 0, count * tile - total))
+    x = x.reshape(count, tile, heads, all_heads // heads, width).permute(0, 2, 3, 1, 4)
+    return x.reshape(count, heads, all_heads // heads * tile, width).contiguous()
+
+
+def _from_tiles(x: Tensor, tile: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_to_tiles`."""
+    total, all_heads, width = shape
+    count, heads = x.shape[:2]
+    x = x.view(count, heads, -1, tile, width).permute(0, 3, 1, 2, 4)
+    return x.reshape(count * tile, all_heads, width)[:total]
+
+
+def _pick(tiles: Tensor, part: Tiles) -> Tensor:
+    return tiles if len(tiles) == len(part.tiles) else tiles[part.tiles]
+
+
+def _gather(x: Tensor, part: Tiles, queries: Tensor) -> Tensor:
+    """The rows (n * heads, K, D) of the keys that each tile sees, from x (T, heads * D)."""
+    count, heads, _, width = queries.shape
+    rows = x.index_select(0, part.keys).view(count, -1, heads, width).transpose(1, 2)
+    return rows.reshape(count * heads, -1, width)
+
+
+def _scatter(into: Tensor, part: Tiles, rows: Tensor) -> None:
+    """Adds rows (n * heads, K, D) to where `_gather` took them from."""
+    count = len(part.tiles)
+    rows = rows.view(count, -1, *rows.shape[1:]).transpose(1, 2)
+    into.index_add_(0, part.keys, rows.reshape(len(part.keys), -1))
 
 
 def _refuse_unknown(

@@ -11,6 +11,8 @@ from ..data.packing import Pack
 
 __all__ = ["head_loss"]
 
+_BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
+
 
 def head_loss(
     head: Callable[[Tensor], Tensor],
@@ -50,21 +52,50 @@ def head_loss(
         with torch.set_grad_enabled(gradient_scale is not None):
             part.requires_grad_(gradient is not None)
             logits = head(part)
-        log_p = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)
-        loss = -(1 - label_smoothing) * torch.dot(log_p[rows, targets], weights)
-        if label_smoothing:
-            loss -= label_smoothing * torch.dot(log_p.mean(-1), state_weights)
-        total += loss
-        if gradient_scale is None or not logits.requires_grad:
-            continue
-        # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where log p was.
-        grad = log_p.exp_()
-        if label_smoothing:
-            grad -= label_smoothing / grad.shape[-1]
-        grad *= state_weights[:, None] * gradient_scale
-        grad.index_put_((rows, targets), weights * (-(1 - label_smoothing) * gradient_scale), accumulate=True)
-        logits.backward(grad.to(logits.dtype))
+        grad = torch.empty_like(logits) if logits.requires_grad else None
+        for first in range(0, len(part), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            of = slice(*torch.searchsorted(rows, torch.tensor([first, first + _BLOCK], device=rows.device)).tolist())
+            loss, slope = _loss_and_slope(
+                logits.detach()[block],
+                rows[of] - first,
+                targets[of],
+                weights[of],
+                state_weights[block],
+                label_smoothing,
+                1.0 if gradient_scale is None else gradient_scale,
+            )
+            total += loss
+            if grad is not None:
+                grad[block] = slope
+        if grad is not None:
+            torch.autograd.backward(logits, grad)
         if gradient is not None:
             assert part.grad is not None
             gradient[start : start + chunk] = part.grad
     return float(total), gradient
+
+
+def _loss_and_slope(
+    logits: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    state_weights: Tensor,
+    label_smoothing: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of some rows of logits, and the gradient of scale * loss in them, (C, V), in fp32."""
+    wide = logits.float()
+    slope = torch.softmax(wide, -1)
+    log_p = slope[rows, targets].log_()
+    if not bool(torch.isfinite(log_p).all()):  # a probability that underflows: seldom, so not paid for always
+        log_p = torch.log_softmax(wide, -1)[rows, targets]
+    loss = -(1 - label_smoothing) * torch.dot(log_p, weights)
+    # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.
+    if label_smoothing:
+        loss -= label_smoothing * torch.dot(torch.log_softmax(wide, -1).mean(-1), state_weights)
+        slope -= label_smoothing / slope.shape[-1]
+    slope *= state_weights[:, None] * scale
+    slope.index_put_((rows, targets), weights * ((label_smoothing - 1) * scale), accumulate=True)
+    return loss, slope

@@ -240,7 +240,7 @@ def _head(model: nn.Module, states: Tensor) -> Tensor:
     body = model._modules[name]
     model._modules[name] = _Done(states[None])
     try:
-        return _logits(model(use_cache=False))[0]
+        return _logits(model(use_cache=False)).flatten(0, 1)
     finally:
         model._modules[name] = body
 
