@@ -13,18 +13,20 @@ from ..errors import AdapterError
 from ..inject import adapted_layers
 from ..layers import LinearPath
 from .gguf import is_gguf, read_gguf, write_gguf
-from .merged import merge_into, save_merged
+from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
 from .peft import read_peft, write_peft
 from .portable import Portable, check_portable, export, make_portable, named_modules
 
 __all__ = [
+    "MergeReport",
     "Portable",
     "check_portable",
     "export",
     "load_adapter",
     "make_portable",
+    "merge_and_compare",
     "merge_into",
     "read_adapter",
     "read_gguf",
@@ -59,7 +61,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # Readers of Conv1D want to be told that the weight is stored (in, out).
     turned = any(isinstance(m, LinearPath) and m.fan_in_fan_out for _, m in adapted_layers(model))
-    config = adapter.config.replace(target_modules=targets, base_model_name_or_path=name, fan_in_fan_out=turned)
+    config = adapter.config.replace(
+        target_modules=targets,  # which says it all
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_model_name_or_path=name,
+        fan_in_fan_out=turned,
+    )
     adapter = Adapter(config, adapter.tensors, adapter.metadata)
     write_peft(adapter, directory)
     return adapter

@@ -8,6 +8,7 @@ error allows, and refused with the reason otherwise.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from ..adapter import Adapter, expand_blocks
 from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
-from ..config import LoraConfig
+from ..config import LoraConfig, matches
 from ..delta import balanced_factors, delta_weight, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..inject import plan
@@ -427,8 +428,10 @@ def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str]:
+def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     """Returns the adapted modules as a list that every reader understands: name endings where they say enough.
+
+    A list cannot tell "0" from "block.0", though: where only one of them is adapted, an expression must.
 
     'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
     """
@@ -446,7 +449,9 @@ def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str]:
         fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
         mine = [name for name in chosen if name.rpartition(".")[2] == ending]
         short += [ending] if fitting <= set(mine) else mine
-    return short
+    if {name for name in names if matches(short, name)} == set(chosen):
+        return short
+    return "|".join(re.escape(name) for name in chosen)
 
 
 def _differences(written: Adapter, back: Adapter) -> list[str]:
