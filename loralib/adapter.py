@@ -28,6 +28,7 @@ from .inject import (
     plan,
     remove,
     trained_in_full,
+    unmerge,
 )
 from .layers import FoldedConvPath, LinearPath, LoRALayer
 
@@ -69,7 +70,7 @@ class ApplyReport:
     Attributes:
         applied: how many tensors were copied.
         base: 'checked', 'unknown' (the adapter does not say which base it belongs to) or 'other' (as allowed).
-        inject: what was adapted; None where the model had LoRA layers of its own.
+        inject: what was adapted; None where the layers were there already.
     """
 
     applied: int
@@ -153,11 +154,15 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
-def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport:
+def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport | None:
     """Injects an adapter that is known to fit, in place of the one that is there."""
-    if injection_of(model) is not None:
-        remove(model)
-    report = inject(model, adapter.config)
+    record, report = injection_of(model), None
+    if record is not None and record.config == adapter.config:
+        unmerge(model)  # the same layers with other numbers: switching is copying
+    else:
+        if record is not None:
+            remove(model)
+        report = inject(model, adapter.config)
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for key in keys:

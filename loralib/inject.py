@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .config import ALL_LINEAR, LoraConfig, first_match, matches
+from .console import size
 from .errors import TargetError, did_you_mean, list_faults
 from .layers import (
     AttentionPath,
@@ -107,7 +108,7 @@ class InjectReport:
             f"  trainable parameters  {self.trainable:>15,}  ({share:.2f}%)",
             f"  frozen parameters     {self.frozen:>15,}  ({100 - share:.2f}%)",
             f"  total parameters      {self.total:>15,}",
-            f"  adapter size          {self.adapter_bytes / 1e6:>12,.2f} MB",
+            f"  adapter size          {size(self.adapter_bytes):>15}",
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
