@@ -25,7 +25,7 @@ ROWS = [
     ["formats", "bank", "quant", "base", "data"],
     ["generate"],
     ["train"],
-    ["evaluate", "inference", "plan"],
+    ["evaluate", "inference", "inspection", "plan"],
     ["serve"],
     ["__init__"],
     ["cli"],
@@ -45,7 +45,8 @@ OUTSIDE = {
     "gguf": {"base", "formats.gguf"},
     "safetensors": {"formats.tensors"},
     "numpy": {"formats.gguf"},
-    "matplotlib": {"train.report"},
+    "matplotlib": {"inspection", "train.report"},
+    "sacrebleu": {"metrics.sacre"},
     "tqdm": {"console"},
     "tomli": {"cli.__init__"},  # Python 3.10 only
 }
