@@ -400,3 +400,13 @@ def test_metrics_lines_are_json(tmp_path: Path) -> None:
     result = train(settings(tmp_path))
     for line in (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+@pytest.mark.filterwarnings("default")  # tensorboard's own
+def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
+    result = train(settings(tmp_path, report_to="tensorboard", num_epochs=1))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(result.output_dir / "tensorboard")).Reload()
+    assert [scalar.value for scalar in events.Scalars("train/loss")] == pytest.approx(result.losses, rel=1e-6)
+    assert len(events.Scalars("valid/loss")) == 2
