@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .config import ALL_LINEAR, LoraConfig, first_match, matches
 from .console import size
-from .errors import TargetError, did_you_mean, list_faults
+from .errors import MergeError, TargetError, did_you_mean, list_faults
 from .layers import (
     AttentionPath,
     ConvPath,
@@ -243,15 +243,21 @@ def merge(model: nn.Module) -> None:
     """Merges every LoRA layer into its base weight (fp32 arithmetic); see `LoRALayer.merge`.
 
     Raises:
-        MergeError: an adapter holds NaN or infinite values; nothing stays merged.
+        MergeError: adapters hold NaN or infinite values, or are switched off by `disabled`; nothing stays merged.
         TargetError: the model has no LoRA layer.
     """
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; inject() or load_adapter() first")
+    faults = []
     try:
-        for _, layer in layers:
-            layer.merge()
+        for name, layer in layers:
+            try:
+                layer.merge()
+            except MergeError as error:
+                faults.append(f"{name}: {error}")
+        if faults:
+            raise MergeError(list_faults(f"{len(faults)} of {len(layers)} layers cannot be merged; none was", faults))
     except BaseException:
         unmerge(model)
         raise
@@ -485,6 +491,8 @@ def _near(model: nn.Module, entry: str, names: Iterable[str]) -> str:
     if any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_parameters()):
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     parts = entry.count(".") + 1
+    if any(matches((entry,), name) for name in names):
+        return ""  # it is there, and left out by another setting
     return did_you_mean(entry, dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
 
 

@@ -124,10 +124,12 @@ class LoRALayer(nn.Module):
         The merged weight is another Parameter: modules that share the base weight (a tied head) keep the base's values.
 
         Raises:
-            MergeError: the update holds NaN or infinite values.
+            MergeError: the update holds NaN or infinite values, or is switched off.
         """
         if self.merged or self.r == 0:
             return
+        if not self.enabled:
+            raise MergeError("the adapter is switched off by disabled() and was not merged; merge after the with block")
         with torch.no_grad():
             delta = self.delta_weight()
             if not torch.isfinite(delta).all():
