@@ -23,7 +23,10 @@ __all__ = [
     "METHODS",
     "Combination",
     "Update",
+    "check_sound",
     "combine",
+    "depends_on_base",
+    "factors",
     "faults_of",
     "interpolate",
     "resize",
@@ -340,6 +343,11 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
 
 
 # Parts.
+
+
+def depends_on_base(adapter: Adapter) -> bool:
+    """Tells whether the update depends on the base weights (DoRA, PiSSA and its kin), so that layers cannot add it."""
+    return adapter.config.changes_base or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
 
 
 def _more_than_low_rank(adapter: Adapter) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, apply_adapter, expand_blocks
+from ..combine import depends_on_base
 from ..delta import add_delta
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_whole
@@ -124,7 +125,7 @@ def merge_and_compare(
         MergeError: a weight would be NaN or infinite in that dtype.
     """
     reference = None
-    if not _special(adapter):  # other kinds can only be computed merged
+    if not depends_on_base(adapter):  # other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
             reference = _logits(model, inputs)
     modules = merge_into(model, adapter, initial=initial, allow_base_mismatch=allow_base_mismatch)
@@ -208,11 +209,6 @@ def save_merged(
     return tuple(names)
 
 
-def _special(adapter: Adapter) -> bool:
-    """Whether an adapter is more than layers with low-rank factors can compute."""
-    return adapter.config.changes_base or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
-
-
 @contextmanager
 def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[None]:
     """Puts the low-rank part of an adapter on a model for a while; that checks that everything fits."""
@@ -234,7 +230,7 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     for name, layer in adapted_layers(model):
         weight = layer.base_weight.detach()
         with torch.no_grad():
-            if not _special(adapter):
+            if not depends_on_base(adapter):
                 delta = layer.delta_weight()
             else:
                 delta = turned(layer, full_delta(plain, name, base_matrix(model, name), initial)).reshape(weight.shape)

@@ -22,13 +22,21 @@ from torch import Tensor
 from ..errors import AdapterError, FormatError
 from ..files import write_whole
 
-__all__ = ["parse_json", "read_bytes", "read_pickle", "read_safetensors", "write_pickle", "write_safetensors"]
+__all__ = [
+    "parse_json",
+    "parse_pickle",
+    "parse_safetensors",
+    "parsed",
+    "read_bytes",
+    "read_pickle",
+    "read_safetensors",
+    "write_pickle",
+    "write_safetensors",
+]
 
 
 _MAX_FILE = 32 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
-
-_COPY_AGAIN = "The file is truncated, corrupt or of another kind; copy it again from its source."
 
 _T = TypeVar("_T")
 
@@ -40,21 +48,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         AdapterError: there is no such file.
         FormatError: the file is truncated, corrupt, or names something twice.
     """
-    from safetensors import safe_open
+    return read_bytes(path, parse_safetensors)
 
-    path = _existing(path)
-    try:
-        with path.open("rb") as file:
-            # The library keeps the last of two equal names, and reads a header of any size.
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MAX_HEADER:
-                raise FormatError(f"its header claims {size:,} bytes, expected at most {_MAX_HEADER:,}")
-            parse_json(file.read(size))
-        with safe_open(str(path), framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return tensors, dict(opened.metadata() or {})
-    except Exception as error:  # whatever a hostile file brings the library to raise
-        raise FormatError(f"{path} cannot be read as safetensors: {_first_line(error)}. {_COPY_AGAIN}") from error
+
+def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the metadata of a safetensors file; see `read_safetensors`."""
+    from safetensors.torch import load
+
+    # The library keeps the last of two equal names, and reads a header of any size.
+    size = int.from_bytes(data[:8], "little")
+    if size > _MAX_HEADER:
+        raise FormatError(f"its header claims {size:,} bytes, expected at most {_MAX_HEADER:,}")
+    header = parse_json(data[8 : 8 + size])
+    return load(data), dict(header.get("__metadata__", {}))
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -87,23 +93,41 @@ def parse_json(data: bytes | str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"no JSON: {_first_line(error)}") from error
+        raise FormatError(f"no JSON: {_reason(error)}") from error
 
 
 def read_bytes(path: str | os.PathLike[str], parse: Callable[[bytes], _T]) -> _T:
-    """Reads a whole file and parses it; the parser's complaints get the path.
+    """Reads a whole file and parses it.
 
     Raises:
         AdapterError: there is no such file.
-        FormatError: the parser could not make sense of it.
+        FormatError: the parser cannot make sense of it.
     """
-    path = _existing(path)
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterError(f"there is no file {path}; check the path")
     try:
-        return parse(path.read_bytes())
+        if path.stat().st_size > _MAX_FILE:
+            raise FormatError(f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_FILE:,}")
+        data = path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parsed(data, parse, path)
+
+
+def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
+    """Parses the content of a file that may be hostile; `name` is what the file is called in messages.
+
+    Raises:
+        FormatError: whatever the file brought the parser to raise.
+    """
+    try:
+        return parse(data)
     except Exception as error:
-        raise FormatError(f"{path} cannot be read: {_first_line(error)}. {_COPY_AGAIN}") from error
+        raise FormatError(
+            f"{name} cannot be read: {_reason(error)}. The file is truncated, corrupt or of another kind; "
+            "copy it again from its source."
+        ) from error
 
 
 def write_safetensors(
@@ -123,7 +147,7 @@ def write_safetensors(
             save_file(plain, str(temporary), {"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # an OSError in other clothes: "... (os error 28)"
             number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, _first_line(error)) from error
+            raise OSError(int(number[1]) if number else errno.EIO, _reason(error)) from error
         _sort_metadata(temporary)
 
     write_whole(path, write, check)
@@ -148,24 +172,24 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         AdapterError: there is no such file.
         FormatError: the file is truncated, corrupt, or holds objects other than tensors and plain values.
     """
-    path = _existing(path)
+    return read_bytes(path, parse_pickle)
+
+
+def parse_pickle(data: bytes) -> Any:
+    """Reads what torch.save wrote; see `read_pickle`."""
+    _check_archive(data)
     try:
-        _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of old files does not help their readers
-            value = torch.load(path, map_location="cpu", weights_only=True)
-        for name, tensor in _tensors_in(value):
-            _check_storage(name, tensor)
-        return value
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(
-            f"{path} was not read: besides tensors it holds objects that loading would run as code "
-            f"({_first_line(error)}). Ask for a safetensors file instead."
+            "besides tensors it holds objects that loading would run as code, so it was not loaded "
+            f"({str(error).splitlines()[0][:100]}); ask for a safetensors file"
         ) from error
-    except Exception as error:  # whatever a hostile file brings the library to raise
-        raise FormatError(
-            f"{path} cannot be read as a torch checkpoint: {_first_line(error)}. {_COPY_AGAIN}"
-        ) from error
+    for name, tensor in _tensors_in(value):
+        _check_storage(name, tensor)
+    return value
 
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
@@ -175,27 +199,26 @@ def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise AdapterError(f"there is no file {path}; check the path")
-    if path.stat().st_size > _MAX_FILE:
-        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_FILE:,} for an adapter")
-    return path
+def _check_archive(data: bytes) -> None:
+    """Refuses archives that would grow when they are unpacked, or are not what their checksums say.
 
-
-def _check_archive(path: Path) -> None:
-    """Refuses archives that would grow when they are unpacked; torch.save never compresses."""
-    if not zipfile.is_zipfile(path):  # the form before torch 1.6
+    torch.save does not compress.  torch.load looks neither at checksums nor whether the two sizes of a part agree, and
+    gives memory as it finds it for a part that is marked as a folder.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # the form before torch 1.6
         return
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise FormatError("a name stands twice in the archive")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise FormatError("it is compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise FormatError("its parts claim to be larger than the file")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise FormatError("a name stands twice in the archive")
+        if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries):
+            raise FormatError("it is compressed, which torch.save does not do")
+        if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):
+            raise FormatError("it holds a folder, which torch.save does not write")
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise FormatError("its parts claim to be larger than the file")
+        if broken := archive.testzip():
+            raise FormatError(f"the checksum of {broken[:80]!r} is wrong")
 
 
 def _tensors_in(value: Any, name: str = "the file", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -217,5 +240,5 @@ def _check_storage(name: str, tensor: Tensor) -> None:
         raise FormatError(f"{name[:80]} {tuple(tensor.shape)} is larger than what the file stores for it")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
