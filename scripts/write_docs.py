@@ -102,10 +102,10 @@ def updated(name: str) -> str:
     """Returns a document with its generated parts as they should be."""
     text = (ROOT / name).read_text(encoding="utf-8")
     for part, make in PARTS[name].items():
-        pattern = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- /{part} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {part} -->\n)(?:.*?\n)?(<!-- /{part} -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"{name} has no part between <!-- {part} --> and <!-- /{part} -->, or more than one")
-        made = make()
+        made = make() + "\n"
         text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
 
