@@ -4,7 +4,7 @@
 
     model, tokenizer = lora.load_base("smollm2-135m")
     print(lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")))
-    result = lora.train(model, "train.txt", lora.TrainConfig(output_dir="lora_model"))
+    result = lora.train(model, "train.txt", lora.TrainConfig(output_dir="lora_model"), tokenizer=tokenizer)
 
 The layers and helpers are Microsoft's loralib, drop-in; whatever is heavier than torch is imported when first used.
 """
