@@ -23,8 +23,10 @@ _WIDEST = 100  # characters of what is said about a file
 
 def files() -> list[str]:
     """The files of the repository: those that git tracks, or all that look like it where git is not in charge."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8")
-    found = listed.stdout.splitlines() if listed.returncode == 0 else []
+    try:
+        found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
+    except OSError:  # no git
+        found = []
     if not found:
         walked = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
         found = [path.as_posix() for path in walked if not any(_is_made(part) for part in path.parts)]
