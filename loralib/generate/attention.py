@@ -40,26 +40,19 @@ class Unsupported(Exception):
 
 @dataclass
 class Cache:
-    """Keys and values of all layers: (texts, H_kv, columns, D) each, made when a layer first writes."""
+    """Keys and values of all layers: (rows, H_kv, columns, D) each, made when a layer first writes."""
 
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
     rows: int = 0
     columns: int = 0
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
 
-    def reserve(self, rows: int, columns: int) -> None:
-        """Makes room for so many texts and tokens a text; what is there stays."""
-        if rows <= self.rows and columns <= self.columns:
-            return
-        if columns > self.columns:  # room for what follows, so that growing costs little on the whole
-            self.columns = max(columns + 32, self.columns * 5 // 4) // 32 * 32 + 32
-        self.rows = max(rows, self.rows)
+    def resize(self, rows: int, columns: int) -> None:
+        """Makes room for so many texts and tokens a text, or gives room back; what fits stays."""
+        self.rows, self.columns = rows, columns
         for store in (self.keys, self.values):
-            for layer, old in store.items():
-                # Zeros, since a weight of 0 does not silence what an unwritten column might hold, as NaN.
-                new = old.new_zeros(self.rows, old.shape[1], self.columns, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                store[layer] = new
+            for layer, tensor in store.items():
+                store[layer] = resized(tensor, (rows, tensor.shape[1], columns, tensor.shape[3]))
 
     def of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the store of a layer whose new keys and values are (1, H_kv, T, D)."""
@@ -68,23 +61,25 @@ class Cache:
                 store[layer] = like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
         return self.keys[layer], self.values[layer]
 
-    def move(self, source: int, target: int, columns: int) -> None:
+    def move(self, source: int, target: int) -> None:
         """Copies a text to another row."""
         for store in (self.keys, self.values):
             for tensor in store.values():
-                tensor[target, :, :columns] = tensor[source, :, :columns]
+                tensor[target] = tensor[source]
 
-    def select(self, columns: Tensor) -> None:
-        """Keeps some columns of each text, in their order.
 
-        Args:
-            columns: (texts, n) which.
-        """
-        texts, count = columns.shape
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                index = columns[:, None, :, None].expand(texts, tensor.shape[1], count, tensor.shape[3])
-                tensor[:texts, :, :count] = tensor[:texts].gather(2, index)
+def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns a copy of another size, filled up with zeros.
+
+    Zeros, since a weight of 0 does not silence what else an unwritten key might hold, as NaN.
+
+    >>> resized(torch.ones(2, 2, dtype=torch.long), (1, 3)).tolist()
+    [[1, 1, 0]]
+    """
+    new = tensor.new_zeros(tuple(shape))
+    common = tuple(slice(min(pair)) for pair in zip(tensor.shape, shape, strict=True))
+    new[common] = tensor[common]
+    return new
 
 
 @dataclass
@@ -112,18 +107,29 @@ class Work:
     branch_positions: Tensor
     positions: Tensor
     prompts: list[tuple[int, int]]
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """Returns (S, 1, N, 1, C): 0 where a branch sees a column, a very negative number where not."""
-        if window not in self._masks:
+    def mask(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
+        """Returns (S * kv_heads, N * group, C): 0 where a branch sees a column, a very negative number where not.
+
+        Args:
+            window: a branch sees only columns less than this many places before it; None: all.
+            kv_heads: heads of keys.
+            group: heads of queries that share one.
+            dtype: of the result.
+        """
+        wanted = (window, kv_heads, group, dtype)
+        if wanted not in self._masks:
             sees = self.sees
             if window is not None:
                 sees = sees & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
             # Not -inf: the grid's empty places see nothing, and 0 / 0 would be slow to compute with.
-            hidden = torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, -1e30)
-            self._masks[window] = hidden[:, None, :, None]
-        return self._masks[window]
+            hidden = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+            hidden.masked_fill_(~sees, max(-1e30, torch.finfo(dtype).min / 2))
+            texts, branches, columns = sees.shape
+            spread = hidden[:, None, :, None].expand(texts, kv_heads, branches, group, columns)
+            self._masks[wanted] = spread.reshape(texts * kv_heads, branches * group, columns)
+        return self._masks[wanted]
 
 
 def attend(
@@ -187,20 +193,22 @@ def _branches(
     q: Tensor, keys: Tensor, values: Tensor, work: Work, scaling: float, softcap: float | None, window: int | None
 ) -> Tensor:
     """Attention of the branches (R, H, D): for each text one product of all its branches and all its keys."""
-    texts, branches, columns = work.sees.shape
+    texts, branches, _ = work.sees.shape
     kv_heads, heads, width = keys.shape[1], *q.shape[1:]
     grid = q if work.place is None else q.new_zeros(texts * branches, heads, width).index_copy_(0, work.place, q)
+    group = heads // kv_heads
     # Heads that share keys go below one another: (S * H_kv, N * group, D).
-    grid = grid.view(texts, branches, kv_heads, heads // kv_heads, width).permute(0, 2, 1, 3, 4)
-    grid = grid.reshape(texts * kv_heads, -1, width)
-    keys, values = keys[:texts].flatten(0, 1)[:, :columns], values[:texts].flatten(0, 1)[:, :columns]
-    scores = (grid @ keys.transpose(1, 2)).float()
-    scores = scores.view(texts, kv_heads, branches, -1, columns).mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    weights = torch.softmax(scores.add_(work.mask(window)), -1).to(values.dtype)
-    out = weights.view(texts * kv_heads, -1, columns) @ values
-    out = out.view(texts, kv_heads, branches, -1, out.shape[-1]).permute(0, 2, 1, 3, 4)
+    grid = grid.view(texts, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
+    grid = grid.reshape(texts * kv_heads, branches * group, width)
+    # All columns, also those that nobody sees: a product with a part of them would first copy that part.
+    keys, values = keys[:texts].flatten(0, 1), values[:texts].flatten(0, 1)
+    mask = work.mask(window, kv_heads, group, q.dtype)
+    if softcap is None:
+        scores = torch.baddbmm(mask, grid, keys.transpose(1, 2), alpha=scaling)
+    else:
+        scores = softcap * torch.tanh((grid @ keys.transpose(1, 2)).float() * (scaling / softcap)) + mask
+    out = torch.softmax(scores, -1).to(values.dtype) @ values  # softmax computes in fp32, whatever the dtype
+    out = out.view(texts, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
     out = out.reshape(texts * branches, heads, -1)
     return out if work.place is None else out[work.place]
 

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from .decoder import Decoder, Text, evaluating, make_decoder
+from .decoder import Decoder, Text, make_decoder
 from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, penalize
 
@@ -31,6 +31,9 @@ __all__ = ["Hypothesis", "beam_search"]
 
 # More rows than this make a step slower but not a row faster.
 MAX_BRANCHES: Final = 320
+# Logits are looked at so many rows at a time, which a processor's cache can hold in fp32.
+_ROWS: Final = 8
+_GROUP: Final = 64
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,7 @@ def search(
             one.text = decoder.open(one.prompt)
             running.append(one)
             branches += sampling.num_beams
-        with evaluating(model):
-            _step(decoder, running, sampling, ends)
+        _step(decoder, running, sampling, ends)
         for one in running:
             if not one.beams:
                 assert one.text is not None
@@ -237,8 +239,23 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     >>> tokens.tolist(), [round(value, 4) for value in gains[0].tolist()]
     ([[1, 0]], [-0.4076, -1.4076])
     """
-    gains, tokens = torch.log_softmax(logits, -1, dtype=torch.float32).topk(min(count, logits.shape[1]))
-    return gains, tokens
+    count = min(count, logits.shape[1])
+    parts = [_best_of(part, count) for part in logits.split(_ROWS)]
+    return torch.cat([gains for gains, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+
+def _best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    gains = torch.log_softmax(logits, -1, dtype=torch.float32)
+    rows, vocabulary = gains.shape
+    groups = vocabulary // _GROUP
+    if groups < 4 * count or vocabulary % _GROUP:
+        best, tokens = gains.topk(count)
+        return best, tokens
+    # The best are in the groups with the best maxima, and a maximum is much cheaper than a selection.
+    of_groups = gains.view(rows, groups, _GROUP)
+    chosen = of_groups.amax(-1).topk(count).indices  # (R, K)
+    best, places = of_groups.gather(1, chosen[:, :, None].expand(rows, count, _GROUP)).flatten(1).topk(count)
+    return best, chosen.gather(1, places // _GROUP) * _GROUP + places % _GROUP
 
 
 def _rows(search: _Search) -> range:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Cache, Unsupported, Work, configs_of, using
+from .attention import Cache, Unsupported, Work, configs_of, resized, using
 
 __all__ = ["Decoder", "Text", "make_decoder"]
 
-# The cache is tidied when so many of its columns are seen by no branch any more.
-_TIDY_SHARE = 0.3
+# The cache grows by so many columns.
+_COLUMNS: Final = 32
 
 
 @dataclass(eq=False)
@@ -33,7 +33,6 @@ class Text:
         length: tokens from the prompt's first to a branch's newest; all branches are equally long.
         rows: the rows of the logits of the last step that belong to it, one a branch.
         row: where the text lies in the cache.
-        columns: how many columns of the cache it has used.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
         paths: the tokens of each branch, where there is no cache.
     """
@@ -42,7 +41,6 @@ class Text:
     length: int = 0
     rows: slice = field(default_factory=lambda: slice(0, 0))
     row: int = 0
-    columns: int = 0
     parents: Sequence[int] = ()
     tokens: Sequence[int] = ()
     paths: list[tuple[int, ...]] = field(default_factory=list)
@@ -70,10 +68,12 @@ class CachedDecoder:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._modules = list(model.modules())
         self._configs = configs_of(model)
         self._device = next(model.parameters()).device
         self._cache = Cache()
         self._texts: list[Text] = []
+        # The columns that each branch of each text sees (rows, N, C), and which token of the text is where (rows, C).
         self._sees = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
 
@@ -84,32 +84,31 @@ class CachedDecoder:
 
     def close(self, text: Text) -> None:
         last = self._texts.pop()
-        if last is text:
-            return
-        # The last text takes the place, so that the texts in use are always the first rows of the cache.
-        if last.length:
-            self._cache.move(last.row, text.row, last.columns)
-            self._sees[text.row] = self._sees[last.row]
-            self._positions[text.row] = self._positions[last.row]
-        last.row = text.row
-        self._texts[text.row] = last
+        if last is not text:
+            # The last text takes the place, so that the texts in use are always the first rows of the cache.
+            if last.length:
+                self._cache.move(last.row, text.row)
+                self._sees[text.row] = self._sees[last.row]
+                self._positions[text.row] = self._positions[last.row]
+            last.row = text.row
+            self._texts[text.row] = last
 
     @torch.no_grad()
     def step(self) -> Tensor:
         growing = [text for text in self._texts if text.length]
         fresh = [text for text in self._texts if not text.length]
-        self._make_room(growing, fresh)
-        work, ids, positions = self._lay_out(growing, fresh)
+        ids = [token for text in growing for token in text.tokens]
+        positions = [text.length for text in growing for _ in text.tokens]
+        wanted = list(range(len(ids)))
+        work = self._lay_out(growing, fresh)
         for text in growing:
-            text.columns += len(text.tokens)
             text.length += 1
         for text in fresh:
-            text.columns = text.length = len(text.prompt)
-        branches = sum(len(text.tokens) for text in growing)
-        wanted = list(range(branches))
-        for text in fresh:
-            wanted.append((wanted[-1] if len(wanted) > branches else branches - 1) + len(text.prompt))
-        with using(self._configs):
+            text.length = len(text.prompt)
+            ids += text.prompt
+            positions += range(text.length)
+            wanted.append(len(ids) - 1)
+        with evaluating(self._modules), using(self._configs):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],
@@ -118,96 +117,82 @@ class CachedDecoder:
                 work=work,
             )
         logits: Tensor = output.logits[0]
-        if logits.shape[0] != len(wanted) or len(work.cache.keys) == 0:
+        if logits.shape[0] != len(wanted) or not self._cache.keys:
             raise Unsupported(f"{type(self._model).__name__} does not hand its work through")
         return logits
 
-    def _make_room(self, growing: list[Text], fresh: list[Text]) -> None:
-        used = max([text.columns for text in growing], default=0)
-        if growing and self._is_untidy(growing):
-            self._tidy(growing)
-            used = max(text.columns for text in growing)
-        columns = max([used + max([len(text.tokens) for text in growing], default=0), *(len(t.prompt) for t in fresh)])
-        self._cache.reserve(len(self._texts), columns)
-        texts, branches, before = self._sees.shape
-        if self._cache.rows > texts or self._cache.columns > before:
-            sees = self._sees.new_zeros(self._cache.rows, branches, self._cache.columns)
-            sees[:texts, :, :before] = self._sees
-            positions = self._positions.new_zeros(self._cache.rows, self._cache.columns)
-            positions[:texts, :before] = self._positions
-            self._sees, self._positions = sees, positions
-
-    def _lay_out(self, growing: list[Text], fresh: list[Text]) -> tuple[Work, list[int], list[int]]:
-        """Builds the work of a pass, and brings bits and positions to where the pass will leave the cache."""
-        text: list[int] = []
-        column: list[int] = []
-        place: list[int] = []
-        parent: list[int] = []
-        ids: list[int] = []
-        positions: list[int] = []
-        texts, widest = len(self._texts), max([len(t.tokens) for t in growing], default=0)
-        for grown in growing:
-            count = len(grown.tokens)
-            grown.rows = slice(len(ids), len(ids) + count)
-            text += [grown.row] * count
-            column += range(grown.columns, grown.columns + count)
-            place += range(grown.row * widest, grown.row * widest + count)
-            parent += grown.parents
-            ids += grown.tokens
-            positions += [grown.length] * count
-        at_text, at_column, at_place = self._tensor(text), self._tensor(column), self._tensor(place)
-        at_position = self._tensor(positions)
-        kept = self._sees[at_text, self._tensor(parent)]  # (R, C)
-        kept[torch.arange(len(ids), device=self._device), at_column] = True
-        sees = self._sees.new_zeros(self._cache.rows, max(widest, 1), self._cache.columns)
-        sees.view(-1, self._cache.columns)[at_place] = kept
-        branch_positions = torch.zeros(texts * widest, dtype=torch.long, device=self._device)
-        branch_positions[at_place] = at_position
-        self._positions[at_text, at_column] = at_position
-        rows = len(ids)
-        for new in fresh:
-            sees[new.row, 0, : len(new.prompt)] = True
-            self._positions[new.row, : len(new.prompt)] = torch.arange(len(new.prompt), device=self._device)
-            new.rows = slice(rows, rows + 1)
+    def _lay_out(self, growing: list[Text], fresh: list[Text]) -> Work:
+        """Says what the pass computes, and notes down what branches will see after it."""
+        branches = max([len(text.tokens) for text in growing], default=0)
+        texts: list[int] = []
+        parents: list[int] = []
+        places: list[int] = []
+        rows = 0
+        for text in growing:
+            count = len(text.tokens)
+            texts += [text.row] * count
+            parents += text.parents
+            places += range(text.row * branches, text.row * branches + count)
+            text.rows = slice(rows, rows + count)
+            rows += count
+        for text in fresh:
+            text.rows = slice(rows, rows + 1)
             rows += 1
-            ids += new.prompt
-            positions += range(len(new.prompt))
-        self._sees = sees
-        columns = max([t.columns + len(t.tokens) for t in growing], default=0)
+        at_text, at_place = self._tensor(texts), self._tensor(places)
+        seen = self._sees[at_text, self._tensor(parents)]  # (R, C)
+        sees = self._grid(at_place, seen, branches)
+        alive = sees.any(1)  # (rows, C): the others are free, those of branches that were given up among them
+        needed = max([*(int(number) for number in (alive.sum(1) + branches).tolist()), *(len(t.prompt) for t in fresh)])
+        if self._fit(needed, alive):
+            seen = resized(seen, (len(texts), self._cache.columns))
+            sees = self._grid(at_place, seen, branches)
+            alive = sees.any(1)
+        free = torch.argsort(alive.to(torch.uint8), dim=1, stable=True)[:, :branches]  # (rows, N)
+        at_column = free.reshape(-1)[at_place]
+        sees.view(-1, self._cache.columns)[at_place, at_column] = True
+        at_position = self._tensor([text.length for text in growing for _ in text.tokens])
+        self._positions[at_text, at_column] = at_position
+        branch_positions = self._positions.new_zeros(len(self._texts) * branches)
+        branch_positions[at_place] = at_position
         work = Work(
             cache=self._cache,
             text=at_text,
             column=at_column,
-            place=None if len(text) == texts * widest else at_place,
-            sees=sees[:texts, :widest, :columns],
-            branch_positions=branch_positions.view(texts, widest),
-            positions=self._positions[:texts, :columns],
-            prompts=[(new.row, len(new.prompt)) for new in fresh],
+            place=None if len(texts) == len(self._texts) * branches else at_place,
+            sees=sees[: len(self._texts)],
+            branch_positions=branch_positions.view(len(self._texts), branches),
+            positions=self._positions[: len(self._texts)],
+            prompts=[(text.row, len(text.prompt)) for text in fresh],
         )
-        return work, ids, positions
+        self._sees = sees if branches else self._sees.new_zeros(self._cache.rows, 1, self._cache.columns)
+        for text in fresh:
+            length = len(text.prompt)
+            self._sees[text.row, 0, :length] = True
+            self._positions[text.row, :length] = torch.arange(length, device=self._device)
+        return work
 
-    def _is_untidy(self, growing: list[Text]) -> bool:
-        """Whether many columns are dead: those of branches that no later branch came from."""
-        if max(len(text.tokens) for text in growing) == 1 or growing[0].length % 8:  # looked at now and then
+    def _grid(self, places: Tensor, seen: Tensor, branches: int) -> Tensor:
+        """Spreads what branches see (R, C) over texts and their branches (rows, N, C)."""
+        grid = seen.new_zeros(self._cache.rows * branches, seen.shape[1])
+        grid[places] = seen
+        return grid.view(self._cache.rows, branches, seen.shape[1])
+
+    def _fit(self, needed: int, alive: Tensor) -> bool:
+        """Gives the cache as many rows and columns as are needed, and not many more; tells whether it changed."""
+        rows, columns = self._cache.rows, self._cache.columns
+        if len(self._texts) > rows:
+            rows = max(len(self._texts), min(2 * rows, rows + 8))
+        wanted = -(-needed // _COLUMNS) * _COLUMNS
+        if needed > columns:
+            columns = wanted
+        elif wanted * 2 <= columns:  # a long text has gone
+            last = int(alive.any(0).nonzero().max()) + 1 if bool(alive.any()) else 0
+            columns = max(wanted, -(-last // _COLUMNS) * _COLUMNS)
+        if (rows, columns) == (self._cache.rows, self._cache.columns):
             return False
-        used = max(text.columns for text in growing)
-        alive = int(self._sees.any(1).sum(1).max())
-        return alive < used * (1 - _TIDY_SHARE)
-
-    def _tidy(self, growing: list[Text]) -> None:
-        """Moves the columns that some branch sees to the front of each text."""
-        texts = 1 + max(text.row for text in growing)
-        alive = self._sees[:texts].any(1)  # (S, C)
-        counts = alive.sum(1).tolist()
-        order = torch.argsort(~alive, dim=1, stable=True)[:, : max(counts)]
-        self._cache.select(order)
-        width = order.shape[1]
-        branches = self._sees.shape[1]
-        self._sees[:texts, :, :width] = self._sees[:texts].gather(2, order[:, None].expand(texts, branches, width))
-        self._sees[:texts, :, width:] = False
-        self._positions[:texts, :width] = self._positions[:texts].gather(1, order)
-        for text in growing:
-            text.columns = counts[text.row]
+        self._cache.resize(rows, columns)
+        self._positions = resized(self._positions, (rows, columns))
+        return True
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
@@ -247,7 +232,8 @@ class PlainDecoder:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
-        output = self._model(ids.to(self._device))
+        with evaluating(self._model.modules()):
+            output = self._model(ids.to(self._device))
         logits: Tensor = getattr(output, "logits", output)
         return logits[torch.arange(len(rows), device=self._device), last]
 
@@ -267,9 +253,9 @@ def make_decoder(model: nn.Module) -> Decoder:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Switches dropout off, module by module back as it was: parts of a model may be in different modes."""
-    trained = [module for module in model.modules() if module.training]
+    trained = [module for module in modules if module.training]
     for module in trained:
         module.training = False
     try:
@@ -288,22 +274,21 @@ def _why_not_cached(model: nn.Module) -> str:
     vocabulary = embeddings.weight.shape[0]
     prompts = [[rng.randrange(vocabulary) for _ in range(length)] for length in (7, 4)]
     steps = [([0, 0], 2), ([1, 0, 1], 3)]
-    with evaluating(model):
-        try:
-            plain, cached = PlainDecoder(model), CachedDecoder(model)
-            theirs = [plain.open(prompt) for prompt in prompts]
-            ours = [cached.open(prompt) for prompt in prompts]
-            for parents, count in [([], 0), *steps]:
-                for pair in zip(theirs, ours, strict=True):
-                    tokens = [rng.randrange(vocabulary) for _ in range(count)]
-                    for text in pair:
-                        text.grow(parents, tokens)
-                expected, got = plain.step().float(), cached.step().float()
-                apart = float((got - expected).square().mean().sqrt() / expected.std())
-                if not apart < max(1e-3, 16 * torch.finfo(embeddings.weight.dtype).eps):
-                    return f"{type(model).__name__} computes other logits with the cache (off by {apart:.1%})"
-        except Unsupported as error:
-            return str(error)
-        except Exception as error:  # whatever a model does that the cache did not think of, the plain way remains
-            return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"
+    try:
+        plain, cached = PlainDecoder(model), CachedDecoder(model)
+        theirs = [plain.open(prompt) for prompt in prompts]
+        ours = [cached.open(prompt) for prompt in prompts]
+        for parents, count in [([], 0), *steps]:
+            for pair in zip(theirs, ours, strict=True):
+                tokens = [rng.randrange(vocabulary) for _ in range(count)]
+                for text in pair:
+                    text.grow(parents, tokens)
+            expected, got = plain.step().float(), cached.step().float()
+            apart = float((got - expected).square().mean().sqrt() / expected.std())
+            if not apart < max(1e-3, 16 * torch.finfo(embeddings.weight.dtype).eps):
+                return f"{type(model).__name__} computes other logits with the cache (off by {apart:.1%})"
+    except Unsupported as error:
+        return str(error)
+    except Exception as error:  # whatever a model does that the cache did not think of, the plain way remains
+        return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"
     return ""

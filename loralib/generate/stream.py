@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
-from .decoder import Text, evaluating, make_decoder
+from .decoder import Text, make_decoder
 from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, choose, penalize
 from .text import TextStream
@@ -130,8 +130,7 @@ class Generator:
         self._admit()
         if not self._running:
             return []
-        with evaluating(self._model):
-            logits = self._decoder.step()
+        logits = self._decoder.step()
         requests = sorted(self._running, key=_row)  # the decoder may have moved them
         for request in requests:
             if not request.sampling.plain:
