@@ -33,8 +33,8 @@ class Sampling:
     Raises:
         ConfigError: one or more settings cannot be used; all are reported together.
 
-    >>> Sampling(temperature=0.7, stop="\n").stop
-    ('\\n',)
+    >>> Sampling(temperature=0.7, stop="END").stop
+    ('END',)
     """
 
     max_new_tokens: int = _knob(128, "tokens to generate at most", "length")
