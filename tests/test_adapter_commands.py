@@ -1,0 +1,220 @@
+"""loralib inspect, convert, merge and combine, as they are typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import loralib as lora
+from loralib.cli import main
+from loralib.config import LoraConfig
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+
+
+def logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor([[5, 9, 20, 33]])).logits[0].float()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small base model with a tokenizer, in a directory."""
+    path = tmp_path_factory.mktemp("base")
+    words = ["<unk>", "<end>", "<pad>", *(chr(number) for number in range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(words), tie_word_embeddings=True, **SIZES)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path) -> Any:
+    model, _ = lora.load_base(base, dtype="fp32", device="cpu")
+    lora.inject(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=True))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("adapter")
+    lora.save_adapter(adapted, path)
+    return str(path)
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def fresh(base: Path) -> Any:
+    return lora.load_base(base, dtype="fp32", device="cpu")[0]
+
+
+def test_inspect(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", adapter, "--layers", "--plot", tmp_path / "norms.png") == 0
+    shown = capsys.readouterr().out
+    assert "use_rslora" in shown
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert (tmp_path / "norms.png").stat().st_size > 1000
+
+
+def test_inspect_verify(adapter: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", adapter, "--verify", base, "--prompt", "one two") == 0
+    shown = capsys.readouterr().out
+    assert "Nothing is wrong." in shown
+    assert "this is the base that the adapter was trained on" in shown
+    model = fresh(base)
+    lora.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_adapter(model, tmp_path)
+    assert run("inspect", tmp_path, "--verify", base) == 1
+    assert "nothing was learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm", "llamacpp", "mlx"])
+def test_convert(target: str, adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / ("a.gguf" if target == "llamacpp" else "out")
+    assert run("convert", adapter, path, "--target", target, "--base", base) == 0
+    assert "read back and compared: exact" in capsys.readouterr().out
+    lora.load_adapter(model := fresh(base), path)
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
+    # And back to PEFT's form.
+    assert run("convert", path, tmp_path / "back", "--base", base) == 0
+    lora.load_adapter(model, tmp_path / "back")
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_convert_without_the_base_where_it_is_not_needed(adapter: str, tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", adapter, tmp_path / "a", "--target", "vllm", "--rank", 2, "--dtype", "bf16") == 0
+    shown = capsys.readouterr().out
+    assert "Loading" not in shown
+    assert "base was not looked at" in shown
+    assert "off by" in shown
+    assert "rounding to bf16" in shown
+    config = lora.read_adapter(tmp_path / "a").config
+    assert (config.r, config.lora_alpha, config.use_rslora) == (2, 2, False)
+
+
+def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
+    """The GPT-2 form nested and with a prefix, the NLU form flat with a trained classifier."""
+    tensors = {
+        "transformer.h.0.attn.c_attn.lora_A": torch.randn(8, 6),
+        "transformer.h.0.attn.c_attn.lora_B": torch.randn(12, 4),
+    }
+    torch.save({"model_state_dict": {f"module.{name}": t for name, t in tensors.items()}}, tmp_path / "gpt2.bin")
+    how = ("--lora_dim", 4, "--lora_alpha", 32, "--target_modules", "c_attn", "--enable_lora", "1,0,1")
+    assert run("convert", tmp_path / "gpt2.bin", tmp_path / "gpt2", *how) == 0
+    wide = lora.read_adapter(tmp_path / "gpt2").tensors["transformer.h.0.attn.c_attn.lora_B"]
+    narrow = tensors["transformer.h.0.attn.c_attn.lora_B"]
+    torch.testing.assert_close(wide[:6, :4], 8 * narrow[:6])
+    torch.testing.assert_close(wide[12:, 4:], 8 * narrow[6:])
+    assert not wide[6:12].any()
+    nlu = {
+        "roberta.encoder.layer.0.attention.self.query.lora_A": torch.randn(2, 6),
+        "roberta.encoder.layer.0.attention.self.query.lora_B": torch.randn(6, 2),
+        "classifier.dense.weight": torch.randn(6, 6),
+        "classifier.out_proj.bias": torch.randn(3),
+    }
+    torch.save(nlu, tmp_path / "nlu.bin")
+    how = ("--lora_dim", 2, "--lora_alpha", 2, "--target_modules", "query", "--modules_to_save", "classifier")
+    assert run("convert", tmp_path / "nlu.bin", tmp_path / "nlu", *how) == 0
+    back = lora.read_adapter(tmp_path / "nlu")
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in nlu.items())
+    assert list(back.config.modules_to_save or ()) == ["classifier"]
+    assert run("convert", tmp_path / "nlu", tmp_path / "again.bin", "--target", "microsoft") == 0
+    again = torch.load(tmp_path / "again.bin", weights_only=True)
+    assert all(torch.equal(again[name], tensor) for name, tensor in nlu.items())
+    capsys.readouterr()
+    assert run("convert", tmp_path / "nlu", tmp_path / "no", "--target", "vllm") == 2
+    assert "modules trained in full are not loaded" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("merge", adapter, tmp_path / "m", "--dtype", "fp32", "--max_shard_size", "10KB") == 0
+    shown = capsys.readouterr().out
+    assert "rounding explains it" in shown
+    assert "equal, bit for bit" in shown
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
+    half = ("-o", tmp_path / "half", "--weights", 0.25, 0.25)
+    assert run("combine", adapter, adapter, *half) == 0
+    assert "rank 8" in capsys.readouterr().out
+    assert run("combine", tmp_path / "half", tmp_path / "half", "-o", tmp_path / "whole", "--rank", 4) == 0
+    lora.load_adapter(model := fresh(base), tmp_path / "whole")
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-4)
+    assert run("combine", adapter, tmp_path / "half", "-o", tmp_path / "rest", "--subtract", "--rank", 4) == 0
+    assert run("combine", tmp_path / "rest", tmp_path / "half", "-o", tmp_path / "sum") == 0
+    lora.load_adapter(model, tmp_path / "sum")
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-4)
+    assert run("combine", adapter, "-o", tmp_path / "small", "--energy", 0.8) == 0
+    assert "of the squared norm kept" in capsys.readouterr().out
+    assert run("combine", adapter, adapter, "-o", tmp_path / "t", "--method", "ties", "--density", 0.5) == 0
+    assert run("combine", adapter, tmp_path / "half", "-o", tmp_path / "i", "--interpolate", 0.5) == 0
+
+
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    (("inspect", "nowhere"), "nowhere does not exist"),
+    (("convert", "nowhere", "out"), "nowhere does not exist"),
+    (("convert", "ADAPTER", "out", "--rank", "0"), "--rank is 0"),
+    (("convert", "ADAPTER", "out", "--target", "mlx", "--base", "nowhere/at/all"), "nowhere/at/all"),
+    (("combine", "ADAPTER", "-o", "out", "--energy", "2"), "energy is 2"),
+    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--method", "ties"), "density is None"),
+    (("combine", "ADAPTER", "-o", "out", "--subtract"), "take two adapters"),
+    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--energy", "0.5"), "resizes one adapter"),
+    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1"), "2 adapters and 1 weights"),
+    (("convert", "FILE", "out"), "--lora_dim, --lora_alpha, --target_modules"),
+    (("convert", "FILE", "out", "--lora_dim", "4"), "goes with --lora_alpha and --target_modules"),
+    (
+        ("convert", "FILE", "o", "--lora_dim", "4", "--lora_alpha", "4", "--target_modules", "q", "--enable_lora", "2"),
+        "expected as many of 1 and 0 as blocks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES)
+def test_mistakes_get_one_message(
+    words: tuple[str, ...], expected: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"q.lora_A": torch.ones(4, 2), "q.lora_B": torch.ones(2, 4)}, "x.bin")
+    assert run(*({"ADAPTER": adapter, "FILE": "x.bin"}.get(word, word) for word in words)) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert "Traceback" not in told
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "combine"])
+def test_help_teaches(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    shown = capsys.readouterr().out
+    assert f"loralib {command}" in shown
+    assert "--base" in shown
