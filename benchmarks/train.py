@@ -1,0 +1,400 @@
+"""Training speed and memory beside PEFT: both in one process, step by step in turn, on the same examples.
+
+python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; about half an hour
+python benchmarks/train.py memory         peak memory at 8 sequences of 512 tokens, a process each
+python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; hours
+                                          (--examples 400 --seeds 1 for a look)
+
+Results go to benchmarks/train_<what>.json.  Peers train as they would be used, with a uniform shuffle and padding to
+the longest of a batch: "peft fp32" as it comes, "peft autocast" and "peft bf16" with what makes it fastest on a CPU.
+A step is forward, backward, clipping and fused AdamW.  Machines are shared: minima, and medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import loralib as lora
+from loralib.console import say
+from loralib.data import TokenExample, encode, read_examples
+from loralib.data.order import epoch_order
+from loralib.data.packing import pack
+from loralib.train.step import make_step
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
+SEED = 0
+SIBLINGS = 4
+TARGETS: dict[str, dict[str, Any]] = {
+    "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "gpt2": {"r": 4, "lora_alpha": 32, "target_modules": ["c_attn"]},
+}
+BATCHES = {"smollm2": (8, 32), "gpt2": (8, 32)}
+
+
+# What is trained.
+
+
+def base(name: str, dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M, or GPT-2 124M's shape with random weights, which cost the same."""
+    if name == "smollm2":
+        model, _ = lora.load_base("smollm2-135m", dtype=dtype)
+        return model
+    torch.manual_seed(SEED)
+    config = transformers.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    return transformers.GPT2LMHeadModel(config).to(dtype)
+
+
+def ours(name: str) -> nn.Module:
+    model = base(name, torch.bfloat16)
+    lora.inject(model, lora.LoraConfig(**TARGETS[name]))
+    return model.train()
+
+
+def peers(name: str, dtype: torch.dtype) -> nn.Module:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", **TARGETS[name])
+    return peft.get_peft_model(base(name, dtype), config).train()
+
+
+def optimizer(model: nn.Module, lr: float = 5e-4) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+
+
+def apply(model: nn.Module, steps: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    steps.step()
+    steps.zero_grad()
+
+
+def collate(batch: Sequence[TokenExample]) -> dict[str, torch.Tensor]:
+    """Pads to the longest, as transformers' collators do."""
+    width = max(len(example) for example in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, example in enumerate(batch):
+        count = len(example)
+        ids[row, :count] = torch.tensor(example.ids)
+        mask[row, :count] = 1
+        labels[row, :count] = torch.where(torch.tensor(example.trained), ids[row, :count], -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def peer_step(model: nn.Module, steps: torch.optim.Optimizer, autocast: bool) -> Callable[[list[TokenExample]], None]:
+    def step(batch: list[TokenExample]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**collate(batch)).loss
+        loss.backward()
+        apply(model, steps)
+
+    return step
+
+
+def our_step(model: nn.Module, steps: torch.optim.Optimizer, share: bool) -> Callable[[list[TokenExample]], None]:
+    engine = make_step(model, share_prompts=share)
+    assert engine.packing, engine.note
+
+    def step(batch: list[TokenExample]) -> None:
+        trained = sum(sum(example.trained) for example in batch)
+        engine.forward_backward(batch, loss_scale=1 / trained)
+        apply(model, steps)
+
+    return step
+
+
+# The data.
+
+
+def tokenizer() -> Any:
+    return lora.load_base("smollm2-135m")[1]
+
+
+def e2e(split: str, count: int | None = None) -> list[TokenExample]:
+    return list(encode(read_examples(DATA / f"{split}.txt"), tokenizer(), 1024, "clm").examples)[:count]
+
+
+def mixed_lengths(count: int) -> list[TokenExample]:
+    """Examples of 32 to 1,024 tokens without a common beginning, half of each trained; short ones are more common."""
+    rng = random.Random(SEED)
+    examples = []
+    for _ in range(count):
+        length = int(32 * 32 ** rng.random())
+        ids = tuple(rng.randrange(49152) for _ in range(length))
+        examples.append(TokenExample(ids, tuple(place >= length // 2 for place in range(length))))
+    return examples
+
+
+def batches(examples: list[TokenExample], size: int, siblings: int, epoch: int = 0) -> list[list[TokenExample]]:
+    order = epoch_order(examples, size, seed=SEED, epoch=epoch, max_siblings=siblings)
+    return [[examples[index] for index in batch] for batch in order if len(batch) == size]
+
+
+# What the machine can do, and what a step asks of it.
+
+
+def linears(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Name, inputs and outputs of every linear of the body."""
+    found = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding) and name != "lm_head":
+            transposed = type(module).__mro__[-2].__name__ == "Conv1D" or hasattr(module, "nf")
+            found.append((name, *(weight.shape if transposed else weight.shape[::-1])))
+    return found
+
+
+def flops(model: nn.Module, batch: list[TokenExample], share: bool) -> float:
+    """Multiply-adds, doubled, of the base's linears on the tokens that a step processes.
+
+    Forward and the gradient of inputs: no weight gradients, since weights are frozen, and no gradient of the first
+    layer's inputs, below which nothing is trained.  LoRA's own products and attention are left out.
+    """
+    row = pack(batch, share=share)
+    shapes = linears(model)
+    first = min(name.split(".")[2] for name, _, _ in shapes)
+    attention = [
+        i * o
+        for name, i, o in shapes
+        if f".{first}." in name and name.endswith(("q_proj", "k_proj", "v_proj", "c_attn"))
+    ]
+    body = sum(i * o for _, i, o in shapes)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    return 2.0 * row.processed_tokens * (2 * body - sum(attention)) + 4.0 * len(row.states) * vocabulary * width
+
+
+def gemm_rate(model: nn.Module, tokens: int) -> float:
+    """The best FLOP/s of plain bf16 products: 2048 cubed, and the model's own shapes."""
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    shapes = {(2048, 2048, 2048), (tokens, width, vocabulary), *((tokens, i, o) for _, i, o in linears(model))}
+    best = 0.0
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+        for _ in range(10):
+            start = time.perf_counter()
+            nn.functional.linear(a, b)
+            best = max(best, 2.0 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+# Measuring.
+
+
+def interleaved(
+    runners: dict[str, tuple[Callable[[list[TokenExample]], None], list[list[TokenExample]]]], rounds: int
+) -> dict[str, list[list[float]]]:
+    """Seconds of every step, [contender][round][step]; in each round every contender takes all its steps."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in runners}
+    for number in range(rounds + 1):
+        for name, (step, work) in runners.items():
+            taken = []
+            for batch in work:
+                start = time.perf_counter()
+                step(batch)
+                taken.append(time.perf_counter() - start)
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+        gc.collect()
+    return seconds
+
+
+def best_step(rounds: list[list[float]]) -> float:
+    """Mean over a contender's batches of each batch's fastest round."""
+    return statistics.mean(min(times) for times in zip(*rounds, strict=True))
+
+
+def median_ratio(a: list[list[float]], b: list[list[float]]) -> float:
+    """Median over rounds of how many times longer a took than b."""
+    return statistics.median(sum(x) / sum(y) for x, y in zip(a, b, strict=True))
+
+
+def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+    examples, mixed = e2e("train"), mixed_lengths(200)
+    for name in models:
+        adapted = ours(name)
+        contenders = {"peft fp32": peers(name, torch.float32), "peft bf16": peers(name, torch.bfloat16)}
+        contenders["peft autocast"] = contenders["peft fp32"]
+        work: list[tuple[str, int, int]] = [("e2e", size, SIBLINGS) for size in sizes if size in BATCHES[name]]
+        for data, size, siblings in [*work, ("mixed", 8, 1)]:
+            source = examples if data == "e2e" else mixed
+            plain = batches(source, size, 1)[:steps]
+            runners: dict[str, Any] = {}
+            if siblings > 1:
+                shared = batches(source, size, siblings)[:steps]
+                runners["ours, sharing"] = (our_step(adapted, optimizer(adapted), True), shared)
+            runners["ours"] = (our_step(adapted, optimizer(adapted), False), plain)
+            for peer, model in contenders.items():
+                runners[peer] = (peer_step(model, optimizer(model), peer == "peft autocast"), plain)
+            seconds = interleaved(runners, rounds)
+            rate = gemm_rate(adapted, 512)
+            best_peer = min(("peft bf16", "peft autocast"), key=lambda peer: best_step(seconds[peer]))
+            for way in [way for way in runners if way.startswith("ours")]:
+                needed = statistics.mean(flops(adapted, batch, "sharing" in way) for batch in runners[way][1])
+                yield {
+                    "model": name,
+                    "data": data,
+                    "batch": size,
+                    "way": way,
+                    "step_s": {k: best_step(v) for k, v in seconds.items()},
+                    "median_step_s": {k: statistics.median(sum(r) / len(r) for r in v) for k, v in seconds.items()},
+                    "best_tuned": best_peer,
+                    "times_as_users_get_it": best_step(seconds["peft fp32"]) / best_step(seconds[way]),
+                    "times_best_tuned": best_step(seconds[best_peer]) / best_step(seconds[way]),
+                    "median_times_as_users_get_it": median_ratio(seconds["peft fp32"], seconds[way]),
+                    "median_times_best_tuned": median_ratio(seconds[best_peer], seconds[way]),
+                    "gemm_flops": rate,
+                    "share_of_gemm_rate": needed / best_step(seconds[way]) / rate,
+                }
+
+
+def memory_of(contender: str, name: str) -> int:
+    """Peak bytes of this process after three steps on 8 sequences of 512 tokens, half of each trained."""
+    rng = random.Random(SEED)
+    flags = tuple(place >= 256 for place in range(512))
+    batch = [TokenExample(tuple(rng.randrange(49152) for _ in flags), flags) for _ in range(8)]
+    if contender == "ours":
+        model = ours(name)
+        step = our_step(model, optimizer(model), True)
+    else:
+        model = peers(name, torch.float32 if contender != "peft bf16" else torch.bfloat16)
+        step = peer_step(model, optimizer(model), contender == "peft autocast")
+    for _ in range(3):
+        step(batch)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for name in models:
+        peak = {}
+        for contender in ("ours", "peft fp32", "peft bf16", "peft autocast"):
+            command = [sys.executable, __file__, "memory", "--of", contender, "--models", name]
+            peak[contender] = int(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+            )
+        best = min(peak["peft bf16"], peak["peft autocast"])
+        yield {"model": name, "peak_bytes": peak, "share_of_best_tuned": peak["ours"] / best}
+
+
+def validation_loss(model: nn.Module, examples: list[TokenExample]) -> float:
+    engine = make_step(model)
+    model.eval()
+    done = [engine.loss(examples[at : at + 16]) for at in range(0, len(examples), 16)]
+    model.train()
+    return sum(stats.loss_sum for stats in done) / sum(stats.trained_tokens for stats in done)
+
+
+def peer_validation_loss(model: nn.Module, examples: list[TokenExample]) -> float:
+    model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for at in range(0, len(examples), 16):
+            padded = collate(examples[at : at + 16])
+            trained = int((padded["labels"][:, 1:] != -100).sum())
+            total += model(**padded).loss.item() * trained
+            count += trained
+    model.train()
+    return total / count
+
+
+def to_loss(seeds: int, count: int | None) -> Iterator[dict[str, Any]]:
+    """PEFT with a bf16 base takes one epoch; we train until we are where it is.  Validation is not timed."""
+    examples, valid = e2e("train", count), e2e("valid", 200)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = peers("smollm2", torch.bfloat16)
+        step = peer_step(model, optimizer(model), False)
+        peer_s = 0.0
+        for batch in batches(examples, 8, 1, epoch=seed):
+            start = time.perf_counter()
+            step(batch)
+            peer_s += time.perf_counter() - start
+        goal = peer_validation_loss(model, valid)
+        torch.manual_seed(seed)
+        model = ours("smollm2")
+        step = our_step(model, optimizer(model), True)
+        our_s, loss, number = 0.0, float("inf"), 0
+        for epoch in range(2):
+            for batch in batches(examples, 8, SIBLINGS, epoch=seed + seeds * epoch):
+                start = time.perf_counter()
+                step(batch)
+                our_s += time.perf_counter() - start
+                number += 1
+                if number % 20 == 0 and (loss := validation_loss(model, valid)) <= goal:
+                    break
+            if loss <= goal:
+                break
+        yield {"seed": seed, "goal": goal, "loss": loss, "steps": number, "ours_s": our_s, "peft_s": peer_s}
+        say(
+            f"seed {seed}: PEFT {goal:.4f} in {peer_s:.0f} s; ours {loss:.4f} in {our_s:.0f} s, {our_s / peer_s:.2f} of it"
+        )
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "seed": SEED,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory", "loss"])
+    parser.add_argument("--models", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="different batches a contender takes in each round")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--examples", type=int, help="train on fewer examples (loss)")
+    parser.add_argument("--of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="where the results go")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    if args.of:
+        say(str(memory_of(args.of, args.models[0])))
+        return
+    found: list[dict[str, Any]] = []
+    if args.what == "speed":
+        for row in speed(args.rounds, args.steps, args.models, args.batch_sizes):
+            found.append(row)
+            say(
+                f"{row['model']} {row['data']} batch {row['batch']}, {row['way']}: {row['step_s'][row['way']]:.3f} s, "
+                f"{row['times_as_users_get_it']:.2f} times PEFT as it comes, {row['times_best_tuned']:.2f} times "
+                f"{row['best_tuned']} (medians {row['median_times_as_users_get_it']:.2f}, "
+                f"{row['median_times_best_tuned']:.2f}), "
+                f"{row['share_of_gemm_rate']:.0%} of {row['gemm_flops'] / 1e9:.0f} GFLOP/s"
+            )
+    elif args.what == "memory":
+        for row in memory(args.models):
+            found.append(row)
+            peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in row["peak_bytes"].items())
+            say(f"{row['model']}: {peaks}; ours is {row['share_of_best_tuned']:.2f} of the best-tuned")
+    else:
+        found = list(to_loss(args.seeds, args.examples))
+    out = args.out or HERE / f"train_{args.what}.json"
+    out.write_text(json.dumps({"machine": machine(), "results": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
