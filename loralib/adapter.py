@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import LoraConfig, first_match
 from .delta import block_diagonal_B, scaling_of
@@ -99,6 +100,8 @@ def adapter_of(model: nn.Module) -> Adapter:
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
+    if layers[0][0] == "":
+        raise AdapterError(f"a {type(model).__name__} on its own has no name to save it under; put it into a model")
     record = injection_of(model)
     config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
@@ -208,11 +211,18 @@ def expand_blocks(adapter: Adapter) -> Adapter:
     tensors = dict(adapter.tensors)
     ranks, alphas = dict[str, int](), dict[str, float]()
     for module in adapter.modules:
+        if module in ranks:
+            continue
         blocks = config.blocks_of(module)
         r, alpha = config.rank_of(module), config.alpha_of(module)
         if blocks is not None:
             k = sum(blocks)
             tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
+            # nn.MultiheadAttention: PEFT has one rank for both projections.
+            if (inner := f"{module}.out_proj") in adapter.modules:
+                tensors[f"{inner}.lora_A"] = F.pad(tensors[f"{inner}.lora_A"], (0, 0, 0, r * (k - 1)))
+                tensors[f"{inner}.lora_B"] = F.pad(tensors[f"{inner}.lora_B"], (0, r * (k - 1)))
+                ranks[inner], alphas[inner] = r * k, alpha * (k**0.5 if config.use_rslora else k)
             r, alpha = r * k, alpha * (k**0.5 if config.use_rslora else k)
         ranks[module], alphas[module] = r, alpha
     noted = {key: [bool(on) for on in blocks] for key, blocks in config.enable_lora.items()}
@@ -230,6 +240,8 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
+        if module in ranks:
+            continue
         blocks = config.blocks_of(module)
         r, alpha = adapter.config.rank_of(module), adapter.config.alpha_of(module)
         if blocks is not None:
@@ -245,6 +257,12 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
                 continue
             tensors[f"{module}.lora_B"] = narrow
             alpha = alpha / (k**0.5 if adapter.config.use_rslora else k)
+            if (inner := f"{module}.out_proj") in adapter.modules:
+                A, B = tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"]
+                if A[r:].any() or B[:, r:].any():
+                    faults.append(f"{inner}: has a rank above {r}, which it shares with {module}")
+                tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"] = A[:r].clone(), B[:, :r].clone()
+                ranks[inner], alphas[inner] = r, alpha
         ranks[module], alphas[module] = r, alpha
     if faults:
         raise AdapterError(list_faults("the fused blocks noted in the file do not fit its tensors", faults))
@@ -270,6 +288,8 @@ def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
     names = list(every)
     pattern: dict[str, Any] = {}
     for name, value in odd.items():
+        if odd.get(name.removesuffix(".out_proj")) == value and name.endswith(".out_proj"):
+            continue  # what is said of an attention holds for its out_proj
         # "^" for a name that is an ending of others, as "0" is of "block.0".
         for key in (name.rpartition(".")[2], name, f"^{name}"):
             if all(odd.get(n) == value for n in names if first_match({key: None}, n)):
@@ -336,7 +356,7 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
             blocks[name] = layer.blocks
     bias, modules_to_save = _trained_besides(model, layers)
     config = LoraConfig(
-        target_modules=[name or type(model).__name__ for name, _ in layers],
+        target_modules=[name for name, _ in layers],
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
         bias=bias,
         modules_to_save=modules_to_save or None,

@@ -162,18 +162,22 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """Returns r for the module of that dotted name."""
-        key = first_match(self.rank_pattern, name)
+        key = _first_match_of_layer(self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, name: str) -> float:
         """Returns lora_alpha for the module of that dotted name."""
-        key = first_match(self.alpha_pattern, name)
+        key = _first_match_of_layer(self.alpha_pattern, name)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def blocks_of(self, name: str) -> tuple[bool, ...] | None:
         """Returns which output blocks of the module are adapted, or None for a plain (not fused) one."""
         key = first_match(self.enable_lora, name)
         return None if key is None else tuple(self.enable_lora[key])
+
+    def saves(self, name: str) -> bool:
+        """Whether modules_to_save holds the module: any name that ends so, with or without a dot (PEFT's rule)."""
+        return any(name.endswith(entry) for entry in self.modules_to_save or ())
 
     @property
     def changes_base(self) -> bool:
@@ -276,6 +280,12 @@ def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
         if _ending(key).match(name):
             return key
     return None
+
+
+def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
+    """As `first_match`; the out_proj of an nn.MultiheadAttention takes what is said of the attention (PEFT's rule)."""
+    key = first_match(patterns, name)
+    return first_match(patterns, name.removesuffix(".out_proj")) if key is None else key
 
 
 @functools.cache  # re's own cache holds 512, and a config may name every module of a large model

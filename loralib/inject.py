@@ -210,8 +210,13 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
         targets.append(target)
         if isinstance(module, nn.MultiheadAttention):
             # in_proj and out_proj belong together, as in PEFT.
-            output = dataclasses.replace(
-                target, name=f"{name}.out_proj", module=module.out_proj, path=ReadLinearPath, blocks=None
+            output = Target(
+                name=(inner := f"{name}.out_proj"),
+                module=module.out_proj,
+                path=ReadLinearPath,
+                r=config.rank_of(inner),
+                lora_alpha=config.alpha_of(inner),
+                pattern=pattern,
             )
             if why := _bypass(output.module, output.path._weight_name):
                 faults.append(f"{output.name}: {why}")
@@ -314,13 +319,15 @@ def trained_in_full(
     """
     chosen = dict[str, Tensor]()
     if config.bias == "all":
+        # PEFT leaves out in_proj_bias where it adapts the attention.
+        left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
         parameters = model.named_parameters(remove_duplicate=False)
-        chosen |= {name: p for name, p in parameters if "bias" in name and "lora_" not in name}
+        chosen |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
     elif config.bias == "lora_only":
         biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
         chosen |= {name: bias for name, bias in biases if bias is not None}
     for name, module in model.named_modules():
-        if matches(config.modules_to_save, name):
+        if config.saves(name):
             state = module.state_dict(prefix=f"{name}.", keep_vars=True)
             chosen |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     return chosen
@@ -421,7 +428,8 @@ def _excluded(name: str, config: LoraConfig) -> bool:
 
 
 def _within_saved(name: str, config: LoraConfig) -> bool:
-    return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in config.modules_to_save or ())
+    parts = name.split(".")
+    return any(config.saves(".".join(parts[: i + 1])) for i in range(len(parts)))
 
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
@@ -454,8 +462,8 @@ def _idle(
         idle["target_modules"] = [ALL_LINEAR]
     for knob in ("rank_pattern", "alpha_pattern", "enable_lora"):
         idle[knob] = [key for key in getattr(config, knob) if not any(first_match({key: None}, n) for n in matched)]
-    for knob in ("exclude_modules", "modules_to_save"):
-        idle[knob] = [entry for entry in _entries(getattr(config, knob)) if not fits(entry, knob, modules)]
+    idle["exclude_modules"] = [e for e in _entries(config.exclude_modules) if not fits(e, "exclude_modules", modules)]
+    idle["modules_to_save"] = [e for e in config.modules_to_save or () if not any(n.endswith(e) for n in modules)]
     if config.layers_to_transform is not None:
         chosen = config.layers_to_transform
         numbers = (chosen,) if isinstance(chosen, int) else chosen
@@ -754,6 +762,12 @@ def _notes(model: nn.Module, targets: Sequence[Target], config: LoraConfig) -> t
                 f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
                 "(as in PEFT), and merging gives it a weight of its own"
             )
+    attention = [target.name for target in targets if issubclass(target.path, AttentionPath)]
+    if attention:
+        notes.append(
+            f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
+            "adapter exchanged with it must not forget; here it is applied once"
+        )
     in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
     if half:

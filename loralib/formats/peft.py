@@ -105,9 +105,9 @@ def _name_here(name: str) -> str:
 def _name_there(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Our name of a tensor -> PEFT's."""
     module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts
+        leaf = "base_layer.bias"
     parent = module.removesuffix(".out_proj")
     if parent != module and f"{parent}.lora_A" in tensors:  # nn.MultiheadAttention
         module = f"{parent}.base_layer.out_proj"
-    if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts
-        leaf = "base_layer.bias"
     return f"{_PREFIX}{module}.{leaf}" + (".weight" if leaf in ("lora_A", "lora_B") else "")
