@@ -118,7 +118,7 @@ def stir(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3 if "lora" in name else 0.1)
+                parameter.add_(torch.randn_like(parameter), alpha=0.15 if "lora" in name else 0.05)
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
