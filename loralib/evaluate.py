@@ -309,5 +309,5 @@ def _why_not_as_many(
     if len(hypotheses) == sum(map(len, references)):
         return f"{message} That is one for each reference: write one text for each input."
     if len(hypotheses) - blank <= len(references) < len(hypotheses):
-        return f"{message} Its last {blank} lines are blank: remove what is too much."
+        return f"{message} Blank lines at its end: {blank}, and each counts as a text: remove what is too much."
     return f"{message} Write one text a line for each input, in the same order."

@@ -64,10 +64,12 @@ def _run(questions: Sequence[str]) -> list[float]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8", bufsize=1
         ) as process,
     ):
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
 
         def answer() -> str:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+            line = stdout.readline()
             if not line:
                 complaints.seek(0)
                 reason = complaints.read().decode("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
@@ -75,9 +77,8 @@ def _run(questions: Sequence[str]) -> list[float]:
             return line
 
         def ask(question: str) -> None:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-                process.stdin.write(f"{question}\n")
+            with contextlib.suppress(OSError):  # the program is gone: then there is no answer either
+                stdin.write(f"{question}\n")
 
         try:
             statistics = []
@@ -88,6 +89,8 @@ def _run(questions: Sequence[str]) -> list[float]:
             return [float(answer()) for _ in range(len(questions) + 1)]
         finally:
             process.kill()  # it waits for more input
+            with contextlib.suppress(OSError):  # what was not written yet has no reader
+                stdin.close()
 
 
 def _jar() -> Path:
