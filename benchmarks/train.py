@@ -339,10 +339,8 @@ def to_loss(seeds: int, count: int | None) -> Iterator[dict[str, Any]]:
                     break
             if loss <= goal:
                 break
+        say(f"seed {seed}: PEFT {goal:.4f} in {peer_s:.0f} s; ours {loss:.4f} in {our_s:.0f} s: {our_s / peer_s:.2f}")
         yield {"seed": seed, "goal": goal, "loss": loss, "steps": number, "ours_s": our_s, "peft_s": peer_s}
-        say(
-            f"seed {seed}: PEFT {goal:.4f} in {peer_s:.0f} s; ours {loss:.4f} in {our_s:.0f} s, {our_s / peer_s:.2f} of it"
-        )
 
 
 def machine() -> dict[str, Any]:

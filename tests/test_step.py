@@ -374,3 +374,23 @@ def test_the_models_own_attention_is_back_after_a_step():
 def test_settings_out_of_range(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .*, expected"):
         make_step(built(llama), **wrong)
+
+
+def test_the_models_own_activation_is_back_after_a_step():
+    model = built(gpt2)
+    before = [dict(module.__dict__) for module in model.modules()]
+    make_step(model).forward_backward(random_batch(0, [3]), loss_scale=1.0)
+    assert [module.__dict__.keys() for module in model.modules()] == [old.keys() for old in before]
+    gelu = model.transformer.h[0].mlp.act
+    x = torch.linspace(-8, 8, 1001)
+    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_gpt2_shapes_saves_no_parts_of_the_activation():
+    """The eight operators of the tanh GELU would keep several tensors of the MLP's width for the backward pass."""
+    model, kept = built(gpt2), []
+    width = model.config.n_embd * 4
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[-1] == width) or t, lambda t: t):
+        make_step(model).forward_backward(random_batch(0, [9, 4]), loss_scale=1.0)
+    # per layer: GELU's input, and its output, which the next linear's low-rank path needs
+    assert sum(kept) <= 4 * model.config.n_layer
