@@ -289,6 +289,7 @@ def test_llama_cpp_on_smollm2(smollm2: Any, tmp_path: Path) -> None:
 
 PEFT_CASES: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     "embedding of a tied model": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "head of a tied model": ("qwen2", {"target_modules": ["lm_head", "v_proj"]}),
     "biases": ("qwen2", {"bias": "lora_only"}),
     "head trained in full": ("llama", {"modules_to_save": ["lm_head"], "alpha_pattern": {"q_proj": 3}}),
     "tied head trained in full": ("qwen2", {"modules_to_save": ["lm_head"], "use_rslora": True}),
@@ -413,6 +414,28 @@ def test_starts_that_cannot_be_computed_again_need_the_adapter_from_before(tmp_p
     portable = make_portable(read_adapter(tmp_path / "after"), "peft", base, initial=initial)
     export(portable, "peft", tmp_path / "to", base)
     torch.testing.assert_close(logits(in_peft(base, tmp_path / "to")), expected, rtol=0, atol=1e-4)
+
+
+NOT_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "token rows": ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices"),
+    "loftq": ({"init_lora_weights": "loftq"}, "quantised in a way of its own"),
+    "corda": ({"init_lora_weights": "corda"}, "computed from data.*--initial_adapter"),
+}
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm", "llamacpp", "mlx"])
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_what_has_no_plain_form_is_refused_with_the_reason(case: str, target: str, tmp_path: Path) -> None:
+    settings, expected = NOT_PLAIN[case]
+    start = settings.get("init_lora_weights")
+    trained_in_peft("llama", tmp_path, target_modules=["q_proj"], **({} if start else settings))
+    if start:  # PEFT wants calibration data or bitsandbytes to make these; reading them needs neither
+        path = tmp_path / "adapter_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**written, **settings}), encoding="utf-8")
+    with pytest.raises(AdapterError, match=f"(?s){expected}"):
+        make_portable(read_adapter(tmp_path), target, base_of("llama"))
 
 
 def test_peft_takes_adapters_combined_here(tmp_path: Path) -> None:

@@ -38,7 +38,15 @@ from loralib.formats import (
     write_peft,
 )
 from loralib.formats.gguf import parse_gguf
-from loralib.formats.tensors import parse_json, parse_safetensors, parsed, read_pickle, read_safetensors
+from loralib.formats.mlx import parse_settings
+from loralib.formats.tensors import (
+    parse_json,
+    parse_pickle,
+    parse_safetensors,
+    parsed,
+    read_pickle,
+    read_safetensors,
+)
 from loralib.inspection import inspect_adapter
 
 FILES = 20_000
@@ -220,6 +228,19 @@ def test_peft_settings(tmp_path: Path) -> None:
     fuzz(seeds, load, check, 2)
 
 
+def test_mlx_settings() -> None:
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    whole = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters, "model": "some/model"}
+    seeds = [json.dumps(whole, indent=4).encode(), json.dumps({"lora_parameters": {"scale": 2}}).encode()]
+
+    def check(data: bytes, read: tuple[bool, float, str | None]) -> None:
+        stated = json.loads(data)
+        assert read[0] is (stated.get("fine_tune_type") == "dora")
+        assert read[1] == stated["lora_parameters"]["scale"]
+
+    fuzz(seeds, lambda data: parsed(data, parse_settings, "x"), check, 7)
+
+
 def test_microsoft_checkpoints(tmp_path: Path) -> None:
     tensors = {"layers.0.q.lora_A": torch.randn(2, 3), "layers.0.q.lora_B": torch.randn(4, 2)}
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
@@ -230,20 +251,27 @@ def test_microsoft_checkpoints(tmp_path: Path) -> None:
     seeds = [(tmp_path / "flat.bin").read_bytes(), whole.getvalue(), old.getvalue()]
     path = tmp_path / "fuzzed.bin"
 
-    def load(data: bytes) -> Adapter:
-        path.write_bytes(data)
-        return read_microsoft(path, config)
+    def load(data: bytes) -> Any:
+        return parsed(data, parse_pickle, "x")
 
-    def check(data: bytes, read: Adapter) -> None:
-        for tensor in read.tensors.values():
+    def load_whole(data: bytes) -> dict[str, Tensor]:
+        path.write_bytes(data)
+        return dict(read_microsoft(path, config).tensors)
+
+    def check(data: bytes, read: Any) -> None:
+        read = read if isinstance(read, dict) else {}
+        read = [t for part in (read, *read.values()) if isinstance(part, dict) for t in part.values()]
+        read = [tensor for tensor in read if isinstance(tensor, Tensor)]
+        for tensor in read:
             assert tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes() <= len(data)
             tensor.double().sum()  # memory that is not there would crash
         if zipfile.is_zipfile(io.BytesIO(data)):
             # What is stored is checked by checksums, so whatever loads holds the bytes that were saved.
             stored = {bits(tensor) for tensor in tensors.values()}
-            assert all(bits(t) in stored for t in read.tensors.values() if t.dtype == torch.float32 and t.dim() == 2)
+            assert all(bits(t) in stored for t in read if t.dtype == torch.float32 and t.dim() == 2)
 
     fuzz(seeds, load, check, 3)
+    fuzz(seeds, load_whole, check, 6, files=500)
 
 
 def gguf_seed(version: int, tensors: Mapping[str, tuple[tuple[int, ...], int, bytes]]) -> bytes:
@@ -347,8 +375,7 @@ def test_whole_readers(tmp_path: Path, kind: str, damaged: str) -> None:
         file.write_bytes(data)
         return read_adapter(path, model=base)
 
-    files = FILES if damaged == "adapter_config.json" and kind == "mlx" else 1_000
-    fuzz([file.read_bytes()], load, lambda data, adapter: str(inspect_adapter(adapter)) and None, 5, files)
+    fuzz([file.read_bytes()], load, lambda data, adapter: str(inspect_adapter(adapter)) and None, 5, files=500)
 
 
 # Well-formed nonsense.
@@ -471,6 +498,16 @@ def test_headers_that_claim_terabytes(tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError):
             parse_gguf(data)
+
+
+def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loralib.formats import tensors
+
+    monkeypatch.setattr(tensors, "_MAX_FILE", 1000)
+    (tmp_path / "x.gguf").write_bytes(bytes(1001))
+    for read in (read_safetensors, read_pickle):
+        with pytest.raises(FormatError, match="has 1,001 bytes, expected at most 1,000"):
+            read(tmp_path / "x.gguf")
 
 
 def test_names_and_numbers_that_stand_twice(tmp_path: Path) -> None:

@@ -119,15 +119,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
-    settings = read_bytes(directory / CONFIG_FILE, parse_json)
-    parameters = settings.get("lora_parameters") if isinstance(settings, dict) else None
-    if not isinstance(parameters, dict):
-        raise FormatError(f"{directory / CONFIG_FILE} has no lora_parameters; it is no settings file of mlx-lm")
-    kind, scale = settings.get("fine_tune_type", "lora"), parameters.get("scale")
-    if kind not in ("lora", "dora"):
-        raise AdapterError(f"{directory} says fine_tune_type {kind!r}, expected 'lora' or 'dora'")
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale == 0:
-        raise FormatError(f"{directory / CONFIG_FILE}: scale is {scale!r}, expected a finite number other than 0")
+    dora, scale, named = read_bytes(directory / CONFIG_FILE, parse_settings)
     stored, metadata = read_safetensors(directory / TENSOR_FILE)
     modules = {there: here for here, there in mlx_names(model).items()}
     leaves = {"lora_a": "A", "lora_b": "B"}
@@ -148,18 +140,35 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
         raise AdapterError(list_faults(f"{directory} does not fit the base model", faults or ["it holds no tensors"]))
     if any(rank < 1 for rank in ranks.values()):
         raise FormatError(f"{directory / TENSOR_FILE} holds tensors without values")
-    named = settings.get("model")
     config = LoraConfig(
         target_modules=list(ranks),
-        use_dora=kind == "dora",
+        use_dora=dora,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=named if isinstance(named, str) else None,
+        base_model_name_or_path=named,
     )
     alphas = {module: scale * rank for module, rank in ranks.items()}
     base: dict[str, Any] = {BASE: metadata[BASE]} if BASE in metadata else {}
     adapter = Adapter(with_ranks(config, ranks, alphas), tensors, base)
     check_sound(adapter)
     return adapter
+
+
+def parse_settings(data: bytes) -> tuple[bool, float, str | None]:
+    """Reads mlx-lm's adapter_config.json: whether it is DoRA, the scale, and the name of the base model.
+
+    Raises:
+        FormatError: it is no such file, or of another kind of training.
+    """
+    settings = parse_json(data)
+    parameters = settings.get("lora_parameters") if isinstance(settings, dict) else None
+    if not isinstance(parameters, dict):
+        raise FormatError("it has no lora_parameters, as settings of mlx-lm have")
+    kind, scale, named = settings.get("fine_tune_type", "lora"), parameters.get("scale"), settings.get("model")
+    if kind not in ("lora", "dora"):
+        raise FormatError(f"it says fine_tune_type {kind!r}, expected 'lora' or 'dora'")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < abs(scale) < 1e30:
+        raise FormatError(f"scale is {scale!r}, expected a finite number other than 0")
+    return kind == "dora", float(scale), named if isinstance(named, str) else None
 
 
 def _tied_head(model: nn.Module) -> nn.Module | None:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-_MAX_FILE = 32 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
+_MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
 
 _T = TypeVar("_T")
