@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from ..adapter import adapter_of
 from ..console import count, percent, size, table
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
@@ -200,6 +201,10 @@ def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
 def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Mapping[str, str]) -> None:
     """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned."""
     base = getattr(model, "name_or_path", "") or config.model
+    adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
+    targets = (
+        adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
+    )
     norms = sorted(learned_norms(model).items(), key=lambda item: -item[1][1])
     shown = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for name, (delta, share) in norms[:10])
     told = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -214,7 +219,7 @@ tags: [lora, loralib]
 
 # LoRA adapter for {base}
 
-Rank {config.lora_dim}, lora_alpha {config.alpha:g}, on `{config.target_modules}`.
+Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
 {picture}
 | | |
 |---|---|
