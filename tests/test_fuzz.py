@@ -500,6 +500,30 @@ def test_headers_that_claim_terabytes(tmp_path: Path) -> None:
             parse_gguf(data)
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_fused_blocks_without_one_factor(tmp_path: Path, half: str) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    write_peft(small_adapters()[1], tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = dict(opened.metadata())
+    save_file({name: t for name, t in load_file(file).items() if half not in name}, file, metadata)
+    with pytest.raises(FormatError, match=r"(?s)factors are missing.*h\.0\.c_attn"):
+        read_peft(tmp_path)
+
+
+def test_fused_blocks_beside_an_embedding(tmp_path: Path) -> None:
+    fused = small_adapters()[1]
+    table = {"wte.lora_embedding_A": torch.randn(1, 5), "wte.lora_embedding_B": torch.randn(3, 1)}
+    both = Adapter(fused.config.replace(target_modules=["c_attn", "wte"]), {**fused.tensors, **table})
+    write_peft(both, tmp_path)
+    back = read_peft(tmp_path)
+    assert set(back.tensors) == set(both.tensors)
+    assert all(torch.equal(tensor, back.tensors[name]) for name, tensor in both.tensors.items())
+
+
 def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from loralib.formats import tensors
 

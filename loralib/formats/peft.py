@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks
 from ..config import LoraConfig
-from ..errors import AdapterError, FormatError
+from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
 from .tensors import parse_json, read_bytes, read_pickle, read_safetensors, write_safetensors
 
@@ -54,7 +54,7 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / TENSOR_FILE)
     metadata.pop("format", None)
-    named = {_name_here(name): tensor for name, tensor in tensors.items()}
+    named = {_name_here(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
         raise FormatError(f"{directory} names a tensor twice, in an older and a newer way; copy the adapter again")
     adapter = Adapter(config, named, metadata)
@@ -63,6 +63,10 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
             blocks = parse_json(metadata[BLOCKS])
         except FormatError as error:
             raise FormatError(f"{directory / TENSOR_FILE}: metadata {BLOCKS!r} holds {error}") from error
+        fused = [name for name in adapter.modules if f"{name}.lora_embedding_A" not in named]
+        lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(named)]
+        if lone:
+            raise FormatError(list_faults(f"{directory}: factors are missing for", lone, "Copy the adapter again."))
         return narrow_blocks(adapter, blocks)
     return adapter
 
