@@ -179,8 +179,11 @@ def _fill_layers(
     """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
-        for key, factor in zip(factor_keys(name, type(layer)), _factors_of(name, layer), strict=True):
-            expected[key] = tuple(factor.shape)
+        key_A, key_B = factor_keys(name, type(layer))
+        # lora_state_dict writes Microsoft's folded convolutions as they are.
+        as_is = key_A in adapter.tensors and adapter.tensors[key_A].shape == layer.lora_A.shape
+        factors = (layer.lora_A, layer.lora_B) if as_is else _factors_of(name, layer)
+        expected[key_A], expected[key_B] = tuple(factors[0].shape), tuple(factors[1].shape)
     in_full = trained_in_full(model, applicable(model, adapter.config), layers)
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
@@ -331,7 +334,7 @@ def _unfold(A: Tensor, layer: LoRALayer) -> Tensor:
 
 def _folded(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Returns an adapter's two tensors in a hand-made layer's form: the inverse of `_factors_of`."""
-    if not isinstance(layer, FoldedConvPath):
+    if A.shape == layer.lora_A.shape:
         return A, B
     rows, columns = layer.lora_A.shape
     narrow = A.flatten(1)[:rows, :columns]
