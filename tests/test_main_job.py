@@ -270,7 +270,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 def test_the_default_run_learns(run: Run, tmp_path: Path) -> None:
     """The loss falls and texts end by themselves; benchmarks/learns.py holds the whole claim."""
-    code, out, err = run("run_training", "--dtype", "fp32")
+    code, out, err = run("run_training")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "lora_model/metrics.jsonl").read_text("utf-8").splitlines()]
     valid = [event["loss"] for event in events if event["event"] == "valid"]

@@ -345,7 +345,7 @@ def test_standard_schedules_rise_peak_and_fall_without_wasting_an_update(schedul
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1.0
     assert min(factors) > 0
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[5:]))
     if schedule != "constant":
         assert factors[-1] < 0.1
 
