@@ -220,6 +220,13 @@ def test_wrong_flags_and_commands_are_told_what_they_may_have_meant(run: Run) ->
     refused(run("run_training", "--lr", "fast"), "--lr")
 
 
+def test_what_the_declared_tool_could_not_compute_is_refused_before_training(run: Run, tmp_path: Path) -> None:
+    tied_head = ("--target_modules", "wte,c_attn", "--target", "llamacpp")
+    refused(run("run_training", *TINY, *tied_head), "llama.cpp cannot compute this adapter rightly", "wte")
+    assert not (tmp_path / "lora_model").exists()
+    assert run("run_training", *TINY, "--target", "llamacpp", "--num_epochs", "1")[0] == 0
+
+
 def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     refused(run("run_inference", "--adapter", "nothing"), "nothing", "holds no adapter", "adapter_config.json")

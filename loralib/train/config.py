@@ -68,6 +68,12 @@ class TrainConfig:
     )
     use_rslora: bool = _knob(False, "scale by lora_alpha / sqrt(r)", "adapter")
     bias: str = _knob("none", "biases to train as well", "adapter", ("none", "all", "lora_only"))
+    target: str = _knob(
+        "none",
+        "the tool that will use the adapter: what it could not compute rightly is refused before training",
+        "adapter",
+        ("none", "peft", "vllm", "llamacpp", "mlx"),
+    )
 
     # The optimiser.
     num_epochs: int = _knob(2, "times through the data", "optimiser")

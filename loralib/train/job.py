@@ -11,6 +11,7 @@ from ..base import load_base
 from ..console import duration, say, size
 from ..data import Encoded, load_examples, read_sources
 from ..errors import ConfigError
+from ..formats import check_portable
 from ..inject import adapted_layers, inject
 from . import train
 from .config import TrainConfig
@@ -80,6 +81,8 @@ def _adapt(model: nn.Module, config: TrainConfig) -> None:
     if adapted_layers(model):  # run-demo is built from LoRA layers
         say("The network is built from LoRA layers of its own; --lora_dim and --target_modules do not apply.")
         return
+    if config.target != "none":
+        check_portable(config.lora_config(), model, config.target)
     torch.manual_seed(config.seed)
     report = inject(model, config.lora_config())
     matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())

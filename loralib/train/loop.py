@@ -47,7 +47,7 @@ Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
 
 # Settings that may differ when a run goes on: they change what is kept and shown, not what is computed.
 _FREE = frozenset(
-    "output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data".split()
+    "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data".split()
 )
 
 
