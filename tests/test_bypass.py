@@ -122,11 +122,11 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "mistral": (lambda: text(hf.MistralForCausalLM, hf.MistralConfig), LINEAR),
     "gemma2": (
         lambda: text(hf.Gemma2ForCausalLM, hf.Gemma2Config, num_hidden_layers=2),
-        r".*(q_proj|down_proj|embed_tokens)",
+        r".*(q_proj|embed_tokens)",
     ),
     "gemma3": (
         lambda: text(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, num_hidden_layers=2),
-        r".*(o_proj|up_proj|embed_tokens)",
+        r".*(down_proj|embed_tokens)",
     ),
     "opt": (
         lambda: text(hf.OPTForCausalLM, hf.OPTConfig, ffn_dim=24, word_embed_proj_dim=16, without=["head_dim"]),
