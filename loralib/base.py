@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -527,6 +528,8 @@ def _convert(source: Path, directory: Path) -> None:
         import gguf  # noqa: F401  transformers reads the file with it
     except ImportError as error:
         raise _needs("gguf") from error
+    if importlib.util.find_spec("accelerate") is None:  # transformers asks for it, and says so in the midst of reading
+        raise _needs("accelerate")
     from tokenizers import pre_tokenizers
 
     try:

