@@ -129,35 +129,52 @@ class LoraConfig:
             faults.append(
                 f"r is {self.r!r}, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)"
             )
+        elif self.r > _MOST_R:
+            faults.append(f"r is above {_MOST_R:,}, wider than any layer")
         if not _is_number(self.lora_alpha) or self.lora_alpha == 0:
             faults.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number other than 0 (often 2 * r)")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             faults.append(f"lora_dropout is {self.lora_dropout!r}, expected a probability from 0 to below 1")
         if self.bias not in ("none", "all", "lora_only"):
             faults.append(f"bias is {self.bias!r}, expected 'none', 'all' or 'lora_only'")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                faults += _expression_faults(name, value)
         if self.target_modules is not None and not self.target_modules:
             faults.append("target_modules is empty, expected at least one name, or 'all-linear'")
-        for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
-            for key in getattr(self, name):
-                faults += _expression_faults(f"a key of {name}", key)
         layers = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        for pattern in layers or ():
-            faults += _expression_faults("layers_pattern", pattern)
+        faults += self._pattern_faults(layers or ())
         if layers and self.layers_to_transform is None:
             faults.append(f"layers_pattern is {list(layers)!r}, which says nothing without layers_to_transform")
         for key, rank in self.rank_pattern.items():
-            if not _is_int(rank) or rank < 1:
-                faults.append(f"rank_pattern[{key!r}] is {rank!r}, expected a whole number of at least 1")
+            if not _is_int(rank) or not 1 <= rank <= _MOST_R:
+                faults.append(f"rank_pattern[{key!r}] is {str(rank)[:80]}, expected a whole number of at least 1")
         for key, alpha in self.alpha_pattern.items():
             if not _is_number(alpha) or alpha == 0:
                 faults.append(f"alpha_pattern[{key!r}] is {alpha!r}, expected a finite number other than 0")
         for key, blocks in self.enable_lora.items():
             if not blocks or not all(isinstance(block, bool) for block in blocks) or not any(blocks):
                 faults.append(f"enable_lora[{key!r}] is {list(blocks)!r}, expected booleans, at least one of them True")
+        return faults
+
+    def _pattern_faults(self, layers: Sequence[str]) -> list[str]:
+        """Names lists and expressions that would take too long to match: a file from elsewhere may hold them."""
+        keyed = ("rank_pattern", "alpha_pattern", "enable_lora")
+        counted = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", *keyed)
+        faults = [
+            f"{name} has {len(value):,} entries, expected at most {_MOST_ENTRIES:,}"
+            for name, value in ((name, getattr(self, name)) for name in counted)
+            if isinstance(value, (tuple, dict)) and len(value) > _MOST_ENTRIES
+        ]
+        if faults or len(layers) > _MOST_ENTRIES:
+            return faults or ["layers_pattern has too many entries"]
+        named = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules"))
+        found = [(name, value, 1) for name, value in named if isinstance(value, str)]
+        # Keys are matched behind a `(.*\.)?` of their own.
+        found += [(f"a key of {name}", key, _OPEN) for name in keyed for key in getattr(self, name)]
+        found += [("layers_pattern", pattern, _OPEN) for pattern in layers]
+        left = float(_MOST_WAYS)
+        for name, expression, times in found:
+            more, ways = _expression_faults(name, expression, left / times)
+            faults += more
+            left -= ways * times
         return faults
 
     def rank_of(self, name: str) -> int:
@@ -293,49 +310,68 @@ def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _expression_faults(name: str, expression: str) -> list[str]:
+def _expression_faults(name: str, expression: str, most: float) -> tuple[list[str], float]:
+    """Returns what is wrong with a regular expression, and how many ways of matching a name may have to be tried."""
+    if _PLAIN.fullmatch(expression):  # thousands of modules may be named one by one
+        return [], 1
     if len(expression) > 10_000:
-        return [f"{name} has {len(expression):,} characters; give a list of names instead"]
+        return [f"{name} has {len(expression):,} characters; give a list of names instead"], 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(expression)
-        endless = _repeats(_parser.parse(expression)) > _MOST_REPEATS
+        ways = _ways(_parser.parse(expression))
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} is {expression[:80]!r}, which is no regular expression: {error}"]
-    if endless:
+        return [f"{name} is {expression[:80]!r}, which is no regular expression: {error}"], 0
+    if ways > most:
         return [
-            f"{name} is {expression[:80]!r}, which may take forever to match: it repeats what repeats, or repeats more "
-            f"than {_MOST_REPEATS} parts"
-        ]
-    return []
+            f"{name} is {expression[:80]!r}, which may take forever to match: it repeats what can match in several "
+            "ways, or has too many open ends; give a list of names, or use .* less often"
+        ], 0
+    return [], ways
 
 
-# Matching tries every way to share a name between the repeats of an expression.
-_MOST_REPEATS = 5
+# Matching tries every way to share a name between the open parts of an expression.
+_OPEN = 32  # where `.*` may end, as far as it adds up: n of them share 64 letters in about 32**n ways
+_MOST_WAYS = _OPEN**5  # of all expressions of a config together
+_MOST_ENTRIES = 20_000
+_MOST_R = 1_000_000
+_PLAIN = re.compile(r"[\w.-]{1,1000}")
 _parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 
-def _repeats(parsed: Any, inside: bool = False) -> float:
-    """Counts the open-ended repeats of a parsed expression along its worst branch; infinite where one holds another."""
-    total = 0.0
+def _ways(parsed: Any) -> float:
+    """Bounds in how many ways a parsed expression can match the beginning of a name."""
+    ways = 1.0
     for kind, value in parsed:
-        parts, many = list[Any](), False
         if str(kind) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            many = value[1] > 10
-            parts = [value[2]]
+            least, most, inner = value
+            ways *= _ways_of_repeat(min(least, _OPEN), min(most, _OPEN), _ways(inner))
         elif str(kind) == "BRANCH":
-            parts = list(value[1])
+            # Of branches that begin with different letters one at most fits.
+            beginning = dict.fromkeys(map(_first_letter, value[1]), 0.0)
+            for branch in value[1]:
+                beginning[_first_letter(branch)] += _ways(branch)
+            ways *= beginning.pop(None, 0) + max(beginning.values(), default=0)
         elif str(kind) == "GROUPREF_EXISTS":
-            parts = [part for part in value[1:] if part is not None]
+            ways *= sum(_ways(part) for part in value[1:] if part is not None)
         elif str(kind) in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-            parts = [value[-1]]
+            ways *= _ways(value[-1])
         elif str(kind) == "ATOMIC_GROUP":
-            parts = [value]
-        if many and inside:
-            return math.inf
-        total += many + max((_repeats(part, inside or many) for part in parts), default=0.0)
-    return total
+            ways *= _ways(value)
+    return ways
+
+
+def _ways_of_repeat(least: int, most: int, inner: float) -> float:
+    if inner == 1:
+        return min(most - least + 1, _OPEN)
+    # least to most times, each in any way; more than enough is enough.
+    return sum(min(inner**times, 1e18) for times in range(least, most + 1)) if inner < 1e18 else math.inf
+
+
+def _first_letter(parsed: Any) -> str | None:
+    kind, value = next(iter(parsed), (None, None))
+    return chr(value).casefold() if str(kind) == "LITERAL" else None
 
 
 def _is_int(value: object) -> bool:

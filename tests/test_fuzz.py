@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.adapter import Adapter, adapter_of
-from loralib.config import LoraConfig
+from loralib.config import LoraConfig, matches
 from loralib.errors import AdapterError, ConfigError, FormatError, LoraError
 from loralib.formats import (
     export,
@@ -568,7 +568,20 @@ def test_a_settings_file_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["(a+)+$", r"(\w+\.)*q_proj", ".*.*.*.*.*.*x", "(?:(?:a*)b)*", "x" * 20_000, "(" * 5_000]
+    "expression",
+    [
+        "(a+)+$",
+        r"(\w+\.)*q_proj",
+        ".*.*.*.*.*.*x",
+        "(?:(?:a*)b)*",
+        "(?:..?)*x",
+        "(?:.|..)*x",
+        "(?:.{1,10}){1,10}x",
+        ".?" * 40 + "x",
+        "(?i)(?:mo|MO)*x",
+        "x*" * 10_000,
+        "(" * 5_000,
+    ],
 )
 def test_expressions_that_never_end(expression: str) -> None:
     for settings_ in (
@@ -578,6 +591,36 @@ def test_expressions_that_never_end(expression: str) -> None:
     ):
         with pytest.raises(ConfigError):
             LoraConfig(**settings_)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"model\.layers\.(1[0-9]|2[0-3]|[0-9])\.self_attn\.(q|k|v|o)_proj",
+        ".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        r"^(?!.*vision).*layers\.\d+\..*(q_proj|v_proj)$",
+        r"(?:.*?(?:language|text).*?(?:attention|attn|mlp|ffn|dense).*?(?:q_proj|out_proj|o_proj|up_proj).*?)",
+    ],
+)
+def test_expressions_that_people_use(expression: str) -> None:
+    config = LoraConfig(target_modules=expression)
+    started = time.perf_counter()
+    for number in range(200):
+        matches(config.target_modules, f"base.language_model.decoder.layers.{number}.attention.output.out_projection")
+    assert time.perf_counter() - started < 20
+
+
+def test_more_patterns_than_any_model_has() -> None:
+    for field, value in (
+        ("target_modules", ["x"] * 20_001),
+        ("rank_pattern", {f"x{n}": 2 for n in range(20_001)}),
+        ("rank_pattern", {f".*.*.*x{n}": 2 for n in range(100)}),
+        ("r", 10**400),
+        ("rank_pattern", {"x": 10**400}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            LoraConfig(**{field: value})
+        assert len(str(caught.value)) < 10_000
 
 
 def test_many_patterns_are_matched_in_time() -> None:
