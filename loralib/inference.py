@@ -25,7 +25,7 @@ from .inject import disabled, merge, unmerge
 from .metrics.slots import parse_meaning, slot_error_rate
 from .train.report import parameter_table
 
-__all__ = ["InferenceConfig", "run_inference"]
+__all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -52,6 +52,45 @@ class InferenceConfig:
             raise ConfigError(
                 f"samples is {self.samples} and max_new_tokens is {self.max_new_tokens}, expected at least 1 of each"
             )
+
+
+def base_of(adapter: Adapter | None, name: str | None = None) -> str:
+    """Returns which base model to load: the given one, else the one that the adapter names, else the default."""
+    return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
+
+
+def load_adapted(
+    adapter: str | None = None,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    merged: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Loads a base model and its tokenizer, and puts an adapter on it.
+
+    Args:
+        adapter: directory of the adapter; None: the base alone.
+        model: the base model; default: the one that the adapter names, else the default base.
+        dtype: of the base, see `load_base`.
+        device: see `load_base`.
+        merged: merge the adapter into the weights.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        AdapterError: the directory holds no adapter, or it does not fit the base.
+        BaseModelError: there is no such model.
+        ConfigError: dtype or device are not to be had.
+    """
+    value = None if adapter is None else read_adapter(adapter)
+    found, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
+    if value is not None:
+        apply_adapter(found, value)
+        if merged:
+            merge(found)
+    return found.eval(), tokenizer
 
 
 def run_inference(config: InferenceConfig) -> None:
@@ -83,7 +122,7 @@ def run_inference(config: InferenceConfig) -> None:
 
 
 def _load_base(config: InferenceConfig, adapter: Adapter) -> tuple[nn.Module, Any]:
-    name = config.model or adapter.config.base_model_name_or_path or DEFAULT_BASE
+    name = base_of(adapter, config.model)
     say(f"Loading {name} ...")
     return load_base(name, dtype=config.dtype, device=config.device)
 

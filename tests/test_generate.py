@@ -21,11 +21,12 @@ from transformers.generation.logits_process import (
 
 from loralib.config import LoraConfig
 from loralib.errors import ConfigError, DataError
-from loralib.generate import Generator, Piece, Sampling, beam_search, generate, stream
+from loralib.generate import Generator, Piece, Sampling, beam_search, decoder, generate, stream
 from loralib.generate.decoder import CachedDecoder, PlainDecoder, make_decoder
+from loralib.generate.packed import packed, using_packed
 from loralib.generate.sampling import banned_tokens, choose
 from loralib.generate.text import TextStream
-from loralib.inject import inject, merge
+from loralib.inject import inject, merge, unmerge
 
 VOCABULARY = 61
 END = 1
@@ -180,6 +181,34 @@ def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> 
     model = copy.deepcopy(llama)
     model.__class__ = Odd
     assert isinstance(make_decoder(model), PlainDecoder)
+
+
+def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed from the first step on; on processors without bf16 units nothing is packed, and nothing differs."""
+    model = copy.deepcopy(llama).to(torch.bfloat16)
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    plain = [module.__dict__.copy() for module in model.modules()]
+    products = packed(model.modules())
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.no_grad(), using_packed(products):
+        assert not products or "_base_forward" in layer.__dict__
+        got = layer(x)
+        merge(model)
+        merged = layer(x)
+        head = model.lm_head(x)
+    assert [module.__dict__.keys() - {"_unmerged"} for module in model.modules()] == [own.keys() for own in plain]
+    torch.testing.assert_close(head, model.lm_head(x), rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(merged, layer(x), rtol=2**-7, atol=2**-7)
+    unmerge(model)
+    torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=2**-7)
+    monkeypatch.setattr(decoder, "PACK_AFTER", 0)
+    assert isinstance(make_decoder(model), CachedDecoder)
+    assert len(generate(model, LETTERS, PROMPTS, max_new_tokens=12)) == len(PROMPTS)
 
 
 def test_adapted_model_merged_or_not(llama: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Cache, Unsupported, Work, configs_of, resized, using
+from .packed import PACK_AFTER, Product, packed, using_packed
 
 __all__ = ["Decoder", "Text", "make_decoder"]
 
@@ -73,6 +74,8 @@ class CachedDecoder:
         self._device = next(model.parameters()).device
         self._cache = Cache()
         self._texts: list[Text] = []
+        self._rows = 0  # that were computed
+        self._products: dict[nn.Module, Product] | None = None
         # The columns that each branch of each text sees (rows, N, C), and which token of the text is where (rows, C).
         self._sees = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
@@ -108,7 +111,10 @@ class CachedDecoder:
             ids += text.prompt
             positions += range(text.length)
             wanted.append(len(ids) - 1)
-        with evaluating(self._modules), using(self._configs):
+        if self._products is None and self._rows >= PACK_AFTER:
+            self._products = packed(self._modules)
+        self._rows += len(ids)
+        with evaluating(self._modules), using(self._configs), using_packed(self._products or {}):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],

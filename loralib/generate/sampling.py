@@ -147,7 +147,7 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
     >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
     [1, 2]
     """
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens: list[int] = logits.max(-1).indices.tolist()  # argmax is four times as slow in bf16
     for row, (own, uniform) in enumerate(zip(settings, uniforms, strict=True)):
         if own.temperature > 0:
             tokens[row] = _draw(logits[row].float() / own.temperature, own, uniform)

@@ -106,7 +106,7 @@ class Generator:
 
         Raises:
             ConfigError: the settings ask for a beam search.
-        DataError: the prompt has no tokens, or too many for the model.
+            DataError: the prompt has no tokens, or too many for the model.
         """
         own = sampling or Sampling()
         if own.num_beams > 1:
