@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
+import loralib as lora
+from loralib.base import load_tokenizer
 from loralib.cli import main
+from loralib.data.chat import render_chat
+from loralib.data.readers import Example
 
 TINY = ["--model", "scratch-32x1-seed0", "--max_new_tokens", "4"]
 E2E = Path(__file__).resolve().parent.parent / "examples" / "NLG" / "data" / "e2e" / "test.txt"
 
 
-def lines_of(path: Path) -> list[dict[str, str]]:
+def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small model with the default base's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer()
+    size = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def test_prompts_on_the_command_line_and_from_standard_input(
@@ -24,9 +47,30 @@ def test_prompts_on_the_command_line_and_from_standard_input(
     assert main(["generate", "Once upon", *TINY]) == 0
     first = capsys.readouterr().out
     assert first.strip()
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nOnce upon\n"))
     assert main(["generate", *TINY]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["generate", *TINY]) == 2
+    assert "standard input is no utf-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["terminal", "pipe"])
+def test_several_prompts_are_printed_in_order_and_drawn_with_seeds_of_their_own(
+    watched: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = ["--temperature", "1", *TINY]
+    texts = []
+    for seed in ("5", "6"):
+        assert main(["generate", "Once upon", *drawn, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: watched, raising=False)
+    assert main(["generate", "Once upon", "Once upon", *drawn, "--seed", "5"]) == 0
+    assert capsys.readouterr().out == "\n".join(texts)
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("choice", [[], ["--temperature", "1.0", "--seed", "3"]], ids=["greedy", "sampled"])
@@ -43,15 +87,119 @@ def test_a_run_over_a_file_goes_on_where_it_was_killed(tmp_path: Path, choice: l
         assert lines_of(tmp_path / "cut.jsonl") == lines_of(tmp_path / "whole.jsonl")
 
 
-def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_process_that_is_killed_leaves_whole_lines_and_the_next_one_goes_on(tmp_path: Path, tiny: Path) -> None:
+    output = tmp_path / "texts.jsonl"
+    rest = [
+        "--input",
+        str(E2E),
+        "--batch",
+        "1",
+        "--model",
+        str(tiny),
+        "--max_new_tokens",
+        "24",
+        "--output",
+        str(output),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "loralib", "generate", *rest], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (output.exists() and output.read_bytes().count(b"\n") >= 3):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    before = output.read_bytes()
+    assert main(["generate", *rest]) == 0
+    assert output.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    prompts = [line["prompt"] for line in lines_of(output)]
+    meanings = {line.split("||")[0] + "\n" for line in E2E.read_text(encoding="utf-8").splitlines()}
+    assert before.count(b"\n") < len(prompts) == len(set(prompts)) == len(meanings)
+
+
+def test_a_run_with_other_settings_does_not_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "texts.jsonl"
+    command = ["generate", "Once", "upon", *TINY, "--output", str(output)]
+    assert main(command) == 0
+    whole = output.read_bytes()
+    for content in (whole, whole[:-5]):
+        output.write_bytes(content)
+        assert main([*command, "--top_k", "3", "--temperature", "0.5"]) == 2
+        error = capsys.readouterr().err
+        assert "temperature: the default there, 0.5 now" in error
+        assert "top_k: the default there, 3 now" in error
+        assert output.read_bytes() == content
+    assert main([*command, "--batch", "1"]) == 0
+    assert output.read_bytes() == whole
+
+
+def test_an_adapter_that_was_trained_again_is_another_setting(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = lora.load_base(str(tiny), dtype="fp32")
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
+    lora.save_adapter(model, tmp_path / "adapter")
+    output = tmp_path / "texts.jsonl"
+    command = ["generate", "Once", "upon", "--model", str(tiny), "--adapter", str(tmp_path / "adapter")]
+    command += ["--max_new_tokens", "2", "--output", str(output)]
+    assert main(command) == 0
+    whole = output.read_bytes()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1.0)
+    lora.save_adapter(model, tmp_path / "adapter")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "adapter: " in capsys.readouterr().err
+    assert output.read_bytes() == whole
+
+
+def test_a_chat_is_continued_where_its_last_answer_began(tmp_path: Path, tiny: Path) -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?"), ("assistant", "There.")]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    rest = ["--model", str(tiny), "--dtype", "fp32", "--max_new_tokens", "6"]
+    output = tmp_path / "texts.jsonl"
+    assert main(["generate", "--input", str(tmp_path / "chat.jsonl"), *rest, "--output", str(output)]) == 0
+    model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
+    pieces = render_chat(Example(messages=tuple(turns)), tokenizer)
+    ids = tokenizer("".join(text for text, _ in pieces[:-1]), add_special_tokens=False)["input_ids"]
+    [expected] = lora.generate(model, tokenizer, [ids], max_new_tokens=6)
+    assert lines_of(output)[0]["text"] == expected.text
+
+
+def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = lora.load_base("scratch-32x1-seed0", dtype="fp32")
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
+    lora.save_adapter(model, tmp_path / "adapter")
     (tmp_path / "notes.jsonl").write_text("mine\n", encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}', encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time"}\n', encoding="utf-8")
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"prompt": "word " * n, "completion": "x"}) + "\n" for n in (1, 2, 500)), encoding="utf-8"
+    )
+    output = ["--output", str(tmp_path / "out.jsonl")]
     for command, words in (
-        (["generate", "x", *TINY, "--output", str(tmp_path / "notes.jsonl")], "not written by this command"),
-        (["generate", "--input", str(tmp_path / "none.txt"), *TINY], "none.txt"),
-        (["generate", "x", "--adapter", str(tmp_path), *TINY], "holds no adapter"),
-        (["generate", "x", *TINY, "--temperature", "-1"], "temperature"),
-        (["generate", "x " * 2000, *TINY], "tokens"),
+        (["x", *TINY, "--output", str(tmp_path / "notes.jsonl")], "not written by this command"),
+        (["x", *TINY, "--output", str(tmp_path / "data.jsonl")], "not written by this command"),
+        (["x", *TINY, "--output", str(tmp_path)], "cannot go on with"),
+        (["x", *TINY, "--output", str(tmp_path / "notes.jsonl" / "out.jsonl")], "cannot"),
+        (["--input", str(tmp_path / "none.txt"), *TINY, *output], "none.txt"),
+        (["--input", str(tmp_path / "text.jsonl"), *TINY, *output], "text.jsonl:1 has no prompt"),
+        (["--input", str(tmp_path / "long.jsonl"), "--model", str(tiny), "--batch", "1", *output], "prompt 3 has 50"),
+        (["x", "--adapter", str(tmp_path), *TINY, *output], "holds no adapter"),
+        (["x", "--adapter", str(tmp_path / "adapter"), "--model", str(tiny), *output], "c_attn"),
+        (["x", *TINY, "--temperature", "-1", *output], "temperature"),
+        (["x", *TINY, "--merge", *output], "--merge needs an --adapter"),
+        (["x", "", *TINY, *output], "prompt 2 is empty"),
+        (["x " * 2000, *TINY, *output], "tokens"),
     ):
-        assert main(command) == 2, command
-        assert words in capsys.readouterr().err
-    assert (tmp_path / "notes.jsonl").read_text(encoding="utf-8") == "mine\n"
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert main(["generate", *command]) == 2, command
+        error = capsys.readouterr().err
+        assert words in error, command
+        assert "Traceback" not in error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

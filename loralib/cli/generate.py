@@ -5,22 +5,25 @@
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
 Prompts come from the command line, from a file (E2E lines, .jsonl, DART or WebNLG) or from standard input, one a line.
-With --output, every text is one JSON line; a run that was killed goes on behind the last whole line.
+With --output, every text is one JSON line, with what it was made with; a run that was killed goes on behind the last
+whole line, and only with the same prompts and settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..console import progress, say
-from ..errors import ConfigError, DataError, OutputError
+from ..errors import ConfigError, DataError, OutputError, list_faults
 from . import add_fields, from_args
 
 
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
     parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="prompts at once (default 16)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
     add_fields(parser, Sampling)
@@ -44,56 +47,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes texts to the terminal, or to a file."""
     from ..generate import Sampling
+    from ..generate.stream import encode_prompts
+    from ..inference import load_adapted
 
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, expected at least 1")
+    if args.merge and args.adapter is None:
+        raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
     prompts = _prompts(args)
-    if args.output is None:
-        model, tokenizer = load(args)
-        for number, prompt in enumerate(prompts):
-            if number:
-                say()
-            _print(model, tokenizer, prompt, sampling)
-        return
-    done = _resume(Path(args.output), prompts)
-    if done:
-        say(f"{args.output} has {done} of {len(prompts)} texts already; going on behind them")
+    done = 0
+    if args.output is not None:
+        settings = made_with(args, sampling)
+        done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
+        if done:
+            say(f"{args.output} has {done} of {len(prompts)} texts already; going on behind them")
     if done < len(prompts):
-        model, tokenizer = load(args)
-        _write(model, tokenizer, prompts, done, sampling, args)
+        model, tokenizer = load_adapted(
+            args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
+        )
+        # All at once: what cannot be continued is said before anything is written.
+        rows = encode_prompts(model, tokenizer, [_ids(prompt, tokenizer) for prompt in prompts])
+        if args.output is None:
+            _print(model, tokenizer, rows, sampling, args.batch)
+            return
+        lines = (
+            {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
+            for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch)
+        )
+        with progress(total=len(prompts), description="writing", unit="text") as bar:
+            bar.update(done)
+            append(Path(args.output), lines, bar.update)
     say(f"{len(prompts)} texts in {args.output}")
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Loads the base model and puts the adapter on it, as the flags say."""
-    from ..adapter import apply_adapter
-    from ..base import DEFAULT_BASE, load_base
-    from ..formats import read_adapter
-    from ..inject import merge
-
-    adapter = read_adapter(args.adapter) if args.adapter else None
-    name = args.model or (adapter.config.base_model_name_or_path if adapter else None) or DEFAULT_BASE
-    model, tokenizer = load_base(name, dtype=args.dtype, device=args.device)
-    if adapter is not None:
-        apply_adapter(model, adapter)
-        if args.merge:
-            merge(model)
-    return model.eval(), tokenizer
+# Prompts.
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    """Returns texts, or chats as examples: these are written as text by the model's own template."""
     from ..data import group_by_prompt, read_examples
 
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        return [example.prompt for example in group_by_prompt(read_examples(args.input, args.format))]
-    prompts = args.prompts or ([] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines())
-    prompts = [_as_trained(prompt) for prompt in prompts if prompt.strip()]
+        examples = group_by_prompt(read_examples(args.input, args.format))
+        faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
+        if faults:
+            raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines, or give prompts."))
+        return [example if example.messages else example.prompt for example in examples]
+    if args.prompts:
+        faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
+        if faults:
+            raise DataError(list_faults("there is nothing to continue", faults, "Write some text, or leave them out."))
+        return [_as_trained(prompt) for prompt in args.prompts]
+    prompts = [_as_trained(line) for line in _standard_input().splitlines() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it behind the command, name --input FILE, or pipe lines in")
     return prompts
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is no {error.encoding} text: {error.reason}; pipe in UTF-8") from error
 
 
 def _as_trained(prompt: str) -> str:
@@ -101,66 +121,148 @@ def _as_trained(prompt: str) -> str:
     return prompt + "\n" if " : " in prompt and not prompt.endswith("\n") else prompt
 
 
-def _print(model: Any, tokenizer: Any, prompt: str, sampling: Any) -> None:
-    """Prints a continuation as it comes."""
-    from ..data import prompt_ids
+def _shown(prompt: Any) -> str:
+    """The text of a prompt."""
+    return prompt if isinstance(prompt, str) else str(prompt.prompt)
+
+
+def _ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """The token ids of a prompt; those of a chat end where its last answer begins."""
+    from ..data import prompt_ids, tokenize
+
+    if isinstance(prompt, str):
+        return prompt_ids(prompt, tokenizer)
+    whole = tokenize(prompt, tokenizer)
+    last = max(place for place, trained in enumerate(whole.trained) if trained)
+    while last and whole.trained[last - 1]:
+        last -= 1
+    return list(whole.ids[:last])
+
+
+# Texts.
+
+
+def _texts(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
+) -> Iterator[tuple[int, str, str]]:
+    """Yields number, text and finish_reason of each prompt from `start` on, in order, computed some at a time."""
+    from ..generate import generate
+
+    for at in range(start, len(rows), batch):
+        # Prompt i gets the seed of prompt i, wherever the run was taken up.
+        own = dataclasses.replace(sampling, seed=sampling.seed + at)
+        for number, text in enumerate(generate(model, tokenizer, rows[at : at + batch], own), at):
+            yield number, text.text, text.finish_reason
+
+
+def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
+    """Prints continuations with a blank line between them; where someone watches, each as it comes."""
     from ..generate import stream
 
-    for piece in stream(model, tokenizer, [prompt_ids(prompt, tokenizer)], sampling):
-        say(piece.text, end="")
-    say()
+    if sys.stdout is None or not sys.stdout.isatty():
+        for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch):
+            say(text if number == 0 else f"\n{text}")
+        return
+    for number, ids in enumerate(rows):
+        if number:
+            say()
+        for piece in stream(model, tokenizer, [ids], dataclasses.replace(sampling, seed=sampling.seed + number)):
+            say(piece.text, end="")
+        say()
 
 
-def _resume(path: Path, prompts: Sequence[str]) -> int:
-    """Counts the texts that an earlier run finished; a last line that it left half-written is cut off."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.splitlines()
+# The file of texts.
+
+
+def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
+    """Returns what the texts depend on besides their prompts: model, adapter, and the settings that were chosen."""
+    from ..formats import read_adapter
+    from ..generate import Sampling
+    from ..inference import base_of
+
+    found: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if args.adapter else None, args.model)}
+    if args.adapter:
+        path = Path(args.adapter)
+        files = [path] if path.is_file() else sorted(path.glob("adapter*.*"))
+        found["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    found |= {name: getattr(args, name) for name in ("merge", "dtype") if getattr(args, name)}
+    plain = dataclasses.asdict(Sampling())
+    chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
+    return found | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
+    """Counts the texts that an earlier run finished; a last line that it left half-written is cut off.
+
+    Args:
+        path: the file of texts; need not be there.
+        prompts: of all texts, in order.
+        settings: what they are made with; every line has to say the same.
+
+    Raises:
+        OutputError: the file is something else, or holds texts for other prompts or made with other settings.
+    """
     try:
-        earlier = [json.loads(line)["prompt"] for line in lines]
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"cannot go on with {path}: {error.strerror}. Choose another --output.") from error
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        earlier = [(line["prompt"], line["made_with"]) for line in map(json.loads, whole.splitlines())]
+        if not _may_be_ours(content[len(whole) :]):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is there and was not written by this command; choose another --output") from error
-    if earlier != list(prompts[: len(earlier)]):
+    if [prompt for prompt, _ in earlier] != list(prompts[: len(earlier)]):
         raise OutputError(f"{path} holds texts for other prompts; remove it or choose another --output")
+    other = next((made for _, made in earlier if made != settings), None)
+    if other is not None:
+        names = [name for name in {**other, **settings} if other.get(name) != settings.get(name)]
+        faults = [f"{n}: {other.get(n, 'the default')} there, {settings.get(n, 'the default')} now" for n in names]
+        raise OutputError(
+            list_faults(f"{path} holds texts made with other settings", faults, "Remove it or choose another --output.")
+        )
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return len(earlier)
 
 
-def _write(
-    model: Any, tokenizer: Any, prompts: Sequence[str], done: int, sampling: Any, args: argparse.Namespace
-) -> None:
-    from dataclasses import replace
+def _may_be_ours(rest: bytes) -> bool:
+    """Tells whether this may be the beginning of a line that `append` did not come to the end of."""
+    start = b'{"prompt": "'
+    if not rest.startswith(start[: len(rest)]):
+        return False
+    try:
+        return "made_with" in json.loads(rest)
+    except ValueError:
+        return True
 
-    from ..data import prompt_ids
-    from ..generate import generate
 
-    with _append(Path(args.output)) as file, progress(total=len(prompts), description="writing", unit="text") as bar:
-        bar.update(done)
-        for at in range(done, len(prompts), args.batch):
-            part = prompts[at : at + args.batch]
-            # Prompt i gets the seed of prompt i, wherever the run was taken up.
-            own = replace(sampling, seed=sampling.seed + at)
-            for prompt, text in zip(
-                part, generate(model, tokenizer, [prompt_ids(p, tokenizer) for p in part], own), strict=True
-            ):
-                line = {"prompt": prompt, "text": text.text, "finish_reason": text.finish_reason}
+def append(path: Path, lines: Iterable[dict[str, Any]], written: Any) -> None:
+    """Appends lines of JSON as they come, each synced before `written` is called.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
+        for line in lines:
+            with _explained(path):
                 file.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(part))
+                file.flush()
+                os.fsync(file.fileno())
+            written()
 
 
 @contextmanager
-def _append(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file for appending, with an error that a user understands."""
+def _explained(path: Path) -> Iterator[None]:
+    """Turns an error of the file system into one that a user understands."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        yield
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        yield file
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}. Free some space, then run this again; or choose another --output."
+        ) from error

@@ -1,0 +1,219 @@
+"""Talk to a base model and, if given, an adapter.
+
+  loralib chat --adapter lora_model
+  loralib chat --model ./my-model --system "Answer in one sentence." --temperature 0
+
+Turns are written with the model's own chat template; --plain writes them as simple text for a model without one.  When
+the talk outgrows the model's context, its oldest turns are forgotten, and that is said.  Ctrl-C stops an answer; /exit,
+or the end of the input, leaves.  Lines may be piped in: each gets its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..console import say
+from ..errors import ConfigError, DataError, did_you_mean
+from . import add_fields, from_args
+
+_DEFAULTS: Final = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9}
+_COMMANDS: Final = {
+    "/reset": "forget everything said so far",
+    "/retry": "answer the last question once more",
+    "/help": "show these commands",
+    "/exit": "leave",
+}
+# An answer has room for so much of the context, or for max_new_tokens if that is less.
+_ROOM: Final = 1 / 4
+
+Turn = dict[str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, what it is told first, and a flag for every setting of `Sampling`."""
+    from ..generate import Sampling
+
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
+    parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
+    parser.add_argument("--plain", action="store_true", help="write turns as 'User: ...' without a chat template")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
+    add_fields(parser, Sampling, _DEFAULTS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers one line after the other until there are no more."""
+    from ..generate import Sampling
+    from ..inference import load_adapted
+
+    sampling = from_args(Sampling, args, _DEFAULTS)
+    if sampling.num_beams > 1:
+        raise ConfigError(
+            "a beam search knows its text only at the end; leave --num_beams out, or use loralib generate"
+        )
+    model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=True)
+    if not args.plain and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so the model was not made for talking. "
+            "Choose an instruct model, add --plain for turns in simple text, or continue a text with loralib generate."
+        )
+    talk = Talk(model, tokenizer, sampling, system=args.system, plain=args.plain)
+    watched = sys.stdin is not None and sys.stdin.isatty()
+    with contextlib.suppress(AttributeError, OSError):  # absent where the stream has been replaced; too late once read
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if watched:
+        say("Ctrl-C stops an answer, /help shows commands, /exit leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = _read_line(watched)
+        except KeyboardInterrupt:
+            say("\n(/exit leaves)", file=sys.stderr)
+            continue
+        if line is None or line in ("/exit", "/quit"):
+            return
+        _react(talk, line)
+
+
+def _react(talk: Talk, line: str) -> None:
+    """Does what a line asks for."""
+    if line == "/reset":
+        talk.reset()
+        say("(forgotten)", file=sys.stderr)
+    elif line == "/help":
+        for name, about in _COMMANDS.items():
+            say(f"{name:<8} {about}", file=sys.stderr)
+    elif line == "/retry":
+        question = talk.take_back()
+        if question is None:
+            say("(nothing was asked yet)", file=sys.stderr)
+        else:
+            talk.answer(question)
+    elif line.startswith("/"):
+        say(
+            f"There is no command {line.split()[0]!r}.{did_you_mean(line, _COMMANDS)} /help shows all.", file=sys.stderr
+        )
+    elif line:
+        talk.answer(line)
+
+
+def _read_line(watched: bool) -> str | None:
+    """The next line without blanks around it, or None at the end of the input."""
+    if sys.stdin is None:
+        return None
+    if watched:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() edits lines with it
+        try:
+            return input("> ").strip()
+        except EOFError:
+            say()
+            return None
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+class Talk:
+    """What was said, and the model that answers.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        sampling: settings; answer i gets the seed ``seed + i``.
+        system: what comes before the first turn.
+        plain: write turns as simple text instead of with the tokenizer's chat template.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, sampling: Any, system: str | None = None, plain: bool = False
+    ) -> None:
+        self._model, self._tokenizer, self._plain = model, tokenizer, plain
+        self._sampling = dataclasses.replace(sampling, stop=(*sampling.stop, "\nUser:")) if plain else sampling
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._answers = 0
+        self.turns: list[Turn] = []
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.turns = []
+
+    def take_back(self) -> str | None:
+        """Forgets the last question and its answer; returns the question."""
+        if not self.turns:
+            return None
+        question = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        return question
+
+    def answer(self, question: str) -> None:
+        """Prints an answer as it comes and remembers it; Ctrl-C ends it early."""
+        from ..generate import Generator
+
+        asked = [*self.turns, {"role": "user", "content": question}]
+        try:
+            asked, ids = self._fit(asked)
+        except DataError as error:
+            say(str(error), file=sys.stderr)
+            return
+        own = dataclasses.replace(self._sampling, seed=self._sampling.seed + self._answers)
+        self._answers += 1
+        said: list[str] = []
+        try:
+            generator = Generator(self._model, self._tokenizer)
+            generator.add(ids, own)
+            while len(generator):
+                for piece in generator.step():
+                    # The space after "Assistant:" comes from the model.
+                    text = piece.text if said or not self._plain else piece.text.lstrip()
+                    if text:
+                        said.append(text)
+                        say(text, end="")
+        except KeyboardInterrupt:
+            say(" ...", end="")
+        say()
+        self.turns = [*asked, {"role": "assistant", "content": "".join(said)}]
+
+    def _fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
+        """Returns the turns that the context has room for, the newest, and their tokens.
+
+        Raises:
+            DataError: not even the last one fits, or the chat template refuses it.
+        """
+        from ..generate.limits import context_length
+
+        turns, forgotten = list(turns), 0
+        ids = self._ids(turns)
+        limit = context_length(self._model)
+        room = 0 if limit is None else min(self._sampling.max_new_tokens, int(limit * _ROOM))
+        while limit is not None and len(ids) + room > limit and len(turns) > 1:
+            turns, forgotten = turns[2:], forgotten + 2  # a question and its answer
+            ids = self._ids(turns)
+        if limit is not None and len(ids) > limit:
+            raise DataError(
+                f"That has {len(ids):,} tokens, the model's context has {limit:,}. It was left out; say it shorter."
+            )
+        if forgotten:
+            say(
+                f"(The oldest {forgotten} turns were forgotten: the model's context has {limit:,} tokens.)",
+                file=sys.stderr,
+            )
+        return turns, ids
+
+    def _ids(self, turns: Sequence[Turn]) -> list[int]:
+        from ..data import prompt_ids
+
+        said = [*self._system, *turns]
+        if self._plain:
+            names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+            text = "\n".join(names[turn["role"]] + turn["content"].strip() for turn in said) + "\nAssistant:"
+            return prompt_ids(text, self._tokenizer)
+        try:
+            text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs and raise their own errors, jinja2's among them
+            raise DataError(f"The model's chat template refuses this: {error}") from None
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the start token
