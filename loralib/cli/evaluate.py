@@ -3,6 +3,9 @@
 loralib evaluate references.txt texts.txt
 loralib evaluate data/e2e/test.txt texts.txt --json
 loralib evaluate webnlg/references texts.txt --source webnlg/test.json
+loralib evaluate data/e2e/test.txt --perplexity --adapter lora_model
+
+With --perplexity, a model is scored: how well it foretells the texts of REF, a data file, each after its prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
+    from ..perplexity import Perplexity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of files reference0, reference1, ... in step (DART, WebNLG); or a data file as published (lines `meaning "
         "representation||text`, E2E's CSV, DART's JSON, WebNLG's JSON or XML) or converted (JSONL)",
     )
-    parser.add_argument("hypothesis", metavar="HYP", help="the texts to score, one a line, in the order of the inputs")
+    parser.add_argument(
+        "hypothesis",
+        metavar="HYP",
+        nargs="?",
+        help="the texts to score, one a line, in the order of the inputs (not needed with --perplexity)",
+    )
     parser.add_argument(
         "--layout", default="auto", help="of REF: groups, directory or data (default: auto, which looks what is there)"
     )
@@ -49,22 +58,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "longest, METEOR needs Java)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    model = parser.add_argument_group("perplexity")
+    model.add_argument("--perplexity", action="store_true", help="of a model on REF's texts, a token and a word")
+    model.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    model.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
+    model.add_argument("--format", help="of REF: auto, e2e, jsonl, text, dart or webnlg (default auto)")
+    model.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    model.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Scores and prints."""
     from ..console import say
-    from ..evaluate import evaluate, metric_names, read_texts
+    from ..evaluate import Evaluation, evaluate, metric_names, read_texts
 
+    _check(args)
     metrics = metric_names(args.metrics) if args.metrics else None
-    texts = read_texts(args.reference, args.hypothesis, args.layout, args.source).subset(args.subset)
-    done = evaluate(texts, metrics)
+    if args.hypothesis is not None:
+        texts = read_texts(args.reference, args.hypothesis, args.layout, args.source).subset(args.subset)
+        done = evaluate(texts, metrics)
+    else:
+        done = Evaluation({}, 0)
+    measured = _perplexity(args) if args.perplexity else None
     if done.empty:
         say(_about_empty(done), file=sys.stderr)
     if args.json:
-        say(json.dumps(done.as_json(), indent=2, ensure_ascii=True))
-    else:
+        value = done.as_json() if args.hypothesis is not None else {"signatures": {}}
+        if measured is not None:
+            scores = measured.scores
+            value |= {name: score.value for name, score in scores.items()}
+            value |= {"loss": measured.loss, "tokens": measured.tokens, "words": measured.words}
+            value |= {"texts": measured.texts, "dropped": measured.dropped}
+            value["signatures"] |= {name: score.signature for name, score in scores.items()}
+        say(json.dumps(value, indent=2, ensure_ascii=True))
+        return
+    if args.hypothesis is not None:
         say(_table(done))
+    if measured is not None:
+        say(("\n" if args.hypothesis is not None else "") + _perplexity_table(measured))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses flags that would change nothing."""
+    from ..errors import ConfigError, list_faults
+
+    if args.hypothesis is None and not args.perplexity:
+        raise ConfigError("no texts to score: give HYP, a file with one text a line, or --perplexity to score a model.")
+    if args.perplexity and args.hypothesis is None:
+        without = {"layout": "auto", "source": None, "subset": "all", "metrics": None}
+        faults = [f"--{name} needs HYP" for name, default in without.items() if getattr(args, name) != default]
+    else:
+        names = ("model", "adapter", "format", "dtype", "device")
+        faults = [f"--{name} needs --perplexity" for name in names if getattr(args, name) and not args.perplexity]
+    if faults:
+        raise ConfigError(list_faults("these flags would change nothing", faults, "Leave them out, or give the rest."))
+
+
+def _perplexity(args: argparse.Namespace) -> Perplexity:
+    from ..adapter import apply_adapter
+    from ..base import DEFAULT_BASE, load_base
+    from ..data import read_examples
+    from ..formats import read_adapter
+    from ..perplexity import perplexity
+
+    examples = read_examples(args.reference, args.format or "auto")  # first, since faults in data show at once
+    adapter = read_adapter(args.adapter) if args.adapter else None
+    name = args.model or (adapter.config.base_model_name_or_path if adapter else None) or DEFAULT_BASE
+    model, tokenizer = load_base(name, dtype=args.dtype, device=args.device)
+    if adapter is not None:
+        apply_adapter(model, adapter)
+    return perplexity(model, tokenizer, examples)
+
+
+def _perplexity_table(done: Perplexity) -> str:
+    from ..console import table
+
+    rows = [[name, f"{score.value:.4f}", "lower", score.signature] for name, score in done.scores.items()]
+    numbers = f"{done.texts:,} texts, {done.tokens:,} tokens, {done.words:,} words, loss {done.loss:.4f} nats a token"
+    left = f"; left out: {done.dropped:,} longer than the model's context, or empty" if done.dropped else ""
+    return f"{numbers}{left}\n\n" + table(rows, ["metric", "score", "better", "how it was made"])
 
 
 def _about_empty(done: Evaluation) -> str:

@@ -1,0 +1,74 @@
+"""Do what the LoRA paper did, in one command: train, decode each input of the test set once, score, report.
+
+loralib reproduce e2e
+loralib reproduce e2e --data data/e2e --model gpt2-medium
+loralib reproduce webnlg --model gpt2-large --output_dir webnlg_large --set train.num_epochs=1
+
+Run it again to go on after an interruption: a stage whose result belongs to the same settings and data is skipped, and
+after a change only what depends on it is made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..console import say
+from ..errors import ConfigError, did_you_mean
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the data set, the model, the recipe and changes of it."""
+    parser.add_argument("dataset", metavar="e2e|dart|webnlg", help="which data set")
+    parser.add_argument("--model", default="smollm2-135m", help="base model (default smollm2-135m)")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="holds the training, validation and test file as published (default: data/NAME, and for e2e the sample in "
+        "examples/NLG/data/e2e)",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE.toml",
+        help="how to train and decode: a file, or one that comes with loralib by name (default: the one for data set "
+        "and model, else smollm2-135m)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change settings of the recipe, as train.lr=1e-4 decode.num_beams=4 max_inputs=50",
+    )
+    parser.add_argument("--output_dir", metavar="DIR", help="where everything goes (default: reproduced/NAME-MODEL)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of training (default: the recipe's)")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="of the base (default: the recipe's)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
+    parser.add_argument("--print_recipe", action="store_true", help="print the recipe as TOML, to start one's own from")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reproduces, or prints the recipe."""
+    from ..reproduce import DATASETS, choose_recipe, find_files, load_recipe, recipe_names, recipe_text, reproduce
+
+    if args.dataset not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise ConfigError(
+            f"there is no data set {args.dataset!r}.{did_you_mean(args.dataset, DATASETS)} Known: {known}."
+        )
+    name = choose_recipe(args.dataset, args.model, args.recipe)
+    if args.print_recipe:
+        say(recipe_text(name), end="")
+        return
+    given = {"seed": args.seed, "dtype": args.dtype, "device": args.device}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = load_recipe(name, args.changes, model=args.model, **given)
+    files = find_files(args.dataset, args.data)
+    last = Path(args.model).name or "model"
+    output = args.output_dir or str(Path("reproduced") / f"{args.dataset}-{last}")
+    if args.recipe is None and recipe.name not in (last, f"{args.dataset}-{last}"):
+        say(f"There is no recipe for {args.dataset} with {args.model}: taking that of {recipe.name} "
+            f"(--recipe takes another: {', '.join(recipe_names())})")  # fmt: skip
+    say(f"{args.dataset} with {args.model}, recipe {recipe.name}, data {files.train.parent}")
+    reproduce(args.dataset, recipe, files, output)

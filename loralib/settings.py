@@ -1,0 +1,97 @@
+"""Settings in TOML: read with errors that name the file, every unknown key and every value of another kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, did_you_mean
+
+__all__ = ["parse_toml", "read_toml", "setting_faults"]
+
+
+def read_toml(path: Path, name: str) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Args:
+        path: the file.
+        name: what messages call it, for instance ``--config run.toml``.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), name)
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is no TOML: {error}") from error
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """Reads TOML.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> parse_toml("lr = 2e-4", "an example")
+    {'lr': 0.0002}
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return dict(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is no TOML: {error}") from error
+
+
+def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> list[str]:
+    """Says which keys a settings dataclass does not have, and which values are of another kind than its fields.
+
+    Args:
+        config: a dataclass.
+        values: what would be given to it.
+        where: what stands before a key in a message.
+
+    Returns:
+        One line a fault.
+
+    >>> from .config import LoraConfig
+    >>> setting_faults(LoraConfig, {"lora_alhpa": 16, "r": "8"})
+    ["lora_alhpa is no setting. Did you mean 'lora_alpha'?", "r is '8', expected a whole number"]
+    """
+    hints = typing.get_type_hints(config)
+    known = [spec.name for spec in dataclasses.fields(config)]
+    faults = []
+    for name, value in values.items():
+        if name not in known:
+            faults.append(f"{where}{name} is no setting.{did_you_mean(name, known)}")
+            continue
+        wanted = [kind for kind in _kinds(hints[name]) if kind in _SCALARS]
+        if wanted and not any(_is(value, kind) for kind in _kinds(hints[name])):
+            faults.append(f"{where}{name} is {value!r}, expected {' or '.join(_SCALARS[kind] for kind in wanted)}")
+    return faults
+
+
+_SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that an annotation allows; of a sequence or a mapping, what it is made of."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [typing.get_origin(option) or option for option in options]
+
+
+def _is(value: object, kind: Any) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind) if isinstance(kind, type) else True
