@@ -9,15 +9,17 @@ import argparse
 import dataclasses
 import importlib
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from ..console import ensure_safe, say, table
 from ..errors import ConfigError, LoraError, did_you_mean, list_faults
+from ..settings import read_toml
 
 __all__ = ["COMMANDS", "add_fields", "from_args", "main", "run_command"]
 
@@ -26,6 +28,7 @@ COMMANDS = {
     "generate": "write text with a model and an adapter",
     "chat": "talk to a model in the terminal",
     "evaluate": "score texts against references",
+    "reproduce": "train, write and score as the LoRA paper did",
     "data": "look at, convert and fetch data",
     "inspect": "look at an adapter, and verify it",
     "convert": "turn an adapter into another format",
@@ -133,11 +136,11 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     Raises:
         ConfigError: the TOML file cannot be read or has unknown keys, or a value is out of range.
     """
-    known = {spec.name for spec in dataclasses.fields(config)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(config)
     values = dict(defaults or {})
     if args.config is not None:
-        values |= _read_toml(Path(args.config), known)
-    values |= {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
+        values |= _read_toml(Path(args.config), hints)
+    values |= {name: getattr(args, name) for name in hints if getattr(args, name, None) is not None}
     return config(**values)
 
 
@@ -146,25 +149,48 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 def _scalar(hint: Any) -> Any:
     """The type of one flag for a field's annotation: the first plain type in it."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if option in (bool, int, float, str)), str)
+    return next((option for option in _options(hint) if option in (bool, int, float, str)), str)
 
 
-def _read_toml(path: Path, known: set[str]) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is no TOML: {error}") from error
-    faults = [f"{name}.{did_you_mean(name, known)}" for name in values if name not in known]
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _read_toml(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+    values = read_toml(path, f"--config {path}")
+    unknown = [f"{name}.{did_you_mean(name, hints)}" for name in values if name not in hints]
+    if unknown:
+        raise ConfigError(list_faults(f"--config {path} has keys that are no settings", unknown))
+    faults = []
+    for name, value in values.items():
+        kinds = [kind for kind in _options(hints[name]) if kind is not types.NoneType]
+        if not any(_fits(value, kind) for kind in kinds):
+            expected = " or ".join(_KINDS[typing.get_origin(kind) or kind] for kind in kinds)
+            faults.append(f"{name} is {value!r}, expected {expected}")
     if faults:
-        raise ConfigError(list_faults(f"--config {path} has keys that are no settings", faults))
+        raise ConfigError(list_faults(f"--config {path} has values of another kind", faults))
     return values
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Sequence: "a list of texts",
+    Mapping: "a table of lists",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a TOML value is of a kind that a setting may have; true and false are no numbers."""
+    if typing.get_origin(kind) is Sequence:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if typing.get_origin(kind) is Mapping:
+        return isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _available() -> dict[str, str]:
@@ -192,7 +218,23 @@ class _Parser(argparse.ArgumentParser):
         say(f"{self.prog}: {message}\n(see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), known)
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(known)}.{hint}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)  # type: ignore[misc]
+        except argparse.ArgumentError:
+            expected = {int: "a whole number", float: "a number"}.get(cast(Any, action.type), "another value")
+            raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
+
 
 def _with_underscores(word: str) -> str:
     flag, equals, value = word.partition("=")
-    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") and len(flag) > 2 else word
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if _FLAG.fullmatch(flag) else word
+
+
+_FLAG = re.compile(r"--[A-Za-z][\w-]*")
