@@ -108,6 +108,7 @@ def load_base(
             raise ConfigError(
                 f"{' and '.join(given)} cannot be chosen for the pretrained model {name!r}: its weights have the sizes "
                 "they were trained with. Leave the sizes out, or use --model scratch for random weights of any size."
+                f"{did_you_mean(name, ['scratch', 'run-demo'])}"
             )
         path = _locate(name)
         model = _read_model(path, name, pick_dtype(dtype, device))
@@ -266,6 +267,8 @@ def _make_up(kind: str, hidden_dim: int, num_layers: int, seed: int) -> Any:
         for key, value in {"hidden_dim": hidden_dim, "num_layers": num_layers}.items()
         if value < 1
     ]
+    if not 0 <= seed < 2**63:
+        faults.append(f"seed is {seed}, expected a whole number from 0 to below 2**63")
     if faults:
         raise ConfigError(list_faults(f"{kind} cannot be built", faults))
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were

@@ -109,6 +109,8 @@ def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         lock = (path / _LOCK).open("a+b")
     except OSError as error:
         raise OutputError(_why_not_written(path, error)) from error
+    except ValueError as error:  # a NUL in the name
+        raise OutputError(f"{str(directory)!r} cannot be the name of a directory: {error}.") from error
     with lock:
         if not _lock(lock):
             raise OutputError(

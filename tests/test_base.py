@@ -245,6 +245,10 @@ def test_run_demo_keeps_lora_in_fp32_whatever_the_base() -> None:
 def test_impossible_sizes_are_told_together() -> None:
     with pytest.raises(ConfigError, match=r"(?s)hidden_dim is 0.*num_layers is -1"):
         load_base("scratch", hidden_dim=0, num_layers=-1)
+    with pytest.raises(ConfigError, match=r"(?s)num_layers is 0.*seed is -1"):
+        load_base("run-demo", num_layers=0, seed=-1)
+    with pytest.raises(ConfigError, match="Did you mean 'scratch'"):
+        load_base("scrach", hidden_dim=64)
     with pytest.raises(ConfigError, match="contradict"):
         load_base("scratch-64x1-seed5", hidden_dim=128)
 

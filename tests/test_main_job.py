@@ -153,9 +153,32 @@ def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> N
     assert code == 0, err
     assert "r=2, lora_alpha=4" in out
     (tmp_path / "bad.toml").write_text("lora_rank = 3\n", encoding="utf-8")
-    code, _, err = run("run_training", "--config", "bad.toml")
-    assert code == 2
-    assert "lora_rank" in err
+    refused(run("run_training", "--config", "bad.toml"), "lora_rank")
+
+
+def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None:
+    """A text where a switch is expected would else count as on."""
+    (tmp_path / "bad.toml").write_text(
+        'packing = "no"\nseed = 1.5\nlr = true\nmodel = 3\noutput_dir = ["here"]\nenable_lora = 3\ntrain_data = [1]\n',
+        encoding="utf-8",
+    )
+    lines = [
+        "packing is 'no', expected true or false",
+        "seed is 1.5, expected a whole number",
+        "lr is True, expected a number",
+        "model is 3, expected a text in quotes",
+        "output_dir is ['here'], expected a text in quotes",
+        "enable_lora is 3, expected a text in quotes or a table of lists",
+        "train_data is [1], expected a text in quotes or a list of texts",
+    ]
+    refused(run("run_training", "--config", "bad.toml"), *lines)
+    (tmp_path / "good.toml").write_text(
+        'lr = 1\ntarget_modules = ["c_attn"]\nenable_lora = {c_attn = [true, false, true]}\npacking = false\n',
+        encoding="utf-8",
+    )
+    code, out, err = run("run_training", *TINY, "--num_epochs", "1", "--config", "good.toml")
+    assert code == 0, err
+    assert "LoRA on c_attn (1 modules)" in out
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii"])
@@ -204,10 +227,16 @@ def test_a_rank_below_one(run: Run, tmp_path: Path, value: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", ["-1", str(2**63)])
+def test_a_seed_that_no_generator_takes(run: Run, value: str) -> None:
+    refused(run("run_training", *TINY, "--seed", value), f"seed is {value}", "from 0 to below")
+
+
 def test_an_output_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     refused(run("run_training", *TINY, "--output_dir", "file"), "cannot write", "file")
     refused(run("run_training", *TINY, "--output_dir", "file/below"), "cannot write")
+    refused(run("run_training", *TINY, "--output_dir", "a\0b"), "cannot be the name of a directory")
 
 
 def test_sizes_with_a_pretrained_model(run: Run) -> None:
@@ -217,7 +246,16 @@ def test_sizes_with_a_pretrained_model(run: Run) -> None:
 def test_wrong_flags_and_commands_are_told_what_they_may_have_meant(run: Run) -> None:
     refused(run("run_training", "--lora_dmi", "8", "--batchsize", "3"), "--lora_dim", "--batch_size")
     refused(run("tarin"), "Did you mean 'train'?")
-    refused(run("run_training", "--lr", "fast"), "--lr")
+    refused(run("run_training", "--lr", "fast"), "--lr", "'fast'", "expected a number")
+    refused(run("run_training", "--dtype", "bf61"), "--dtype", "auto, fp32", "Did you mean 'bf16'?")
+    refused(run("data", "prewiev", "x.txt"), "preview, convert", "Did you mean 'preview'?")
+
+
+def test_a_value_that_looks_like_a_flag_stays_as_it_is(run: Run, tiny_adapter: Path) -> None:
+    adapter = ("--adapter", str(tiny_adapter), "--max_new_tokens", "1", "--no-merge")
+    code, out, err = run("run_inference", *adapter, "--prompt", "-- a well-known place --")
+    assert code == 0, err
+    assert "-- a well-known place --" in out
 
 
 def test_what_the_declared_tool_could_not_compute_is_refused_before_training(run: Run, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:
-            return super()._get_value(action, text)  # type: ignore[misc]
+            return super()._get_value(action, text)
         except argparse.ArgumentError:
             expected = {int: "a whole number", float: "a number"}.get(cast(Any, action.type), "another value")
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None

@@ -140,6 +140,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 faults.append(f"{name} is {value!r}, expected a whole number of at least {least}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            faults.append(f"seed is {self.seed!r}, expected a whole number from 0 to below 2**63")
         for name in ("lr", "adam_eps", "loraplus_lr_ratio"):
             value = getattr(self, name)
             if not _is_finite(value) or value <= 0:
