@@ -156,6 +156,29 @@ def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
             other.grow(parents, tokens)
 
 
+def test_nothing_is_padded_and_a_prompt_is_computed_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in tokens that the model sees, and in columns of the cache."""
+    seen: list[int] = []
+    columns: list[int] = []
+    step = CachedDecoder.step
+
+    def counted(self: CachedDecoder) -> torch.Tensor:
+        logits = step(self)
+        columns.append(self._cache.columns)
+        return logits
+
+    monkeypatch.setattr(CachedDecoder, "step", counted)
+    make_decoder(llama)  # whose check is not counted
+    columns.clear()
+    hook = llama.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    beam_search(llama, PROMPTS, num_beams=4, max_new_tokens=5, eos_token_id=[])
+    generate(llama, LETTERS, PROMPTS, max_new_tokens=5, min_new_tokens=5)
+    hook.remove()
+    prompts = sum(map(len, PROMPTS))
+    assert seen == [prompts, *[4 * len(PROMPTS)] * 4, prompts, *[len(PROMPTS)] * 4]
+    assert max(columns) == 32  # prompts and what follows them have up to 13 tokens, and 4 beams' branches 9 + 16
+
+
 def test_half_precision_stays_close(model: Any) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert isinstance(make_decoder(half), CachedDecoder)
@@ -316,6 +339,8 @@ def test_wrong_settings_are_named_all_at_once(llama: Any) -> None:
         beam_search(llama, PROMPTS, num_beams=0)
     with pytest.raises(DataError, match="expected a list"):
         generate(llama, LETTERS, "HELLO")
+    with pytest.raises(ConfigError, match="2 settings for 5 prompts"):
+        list(stream(llama, LETTERS, PROMPTS, [Sampling(), Sampling()]))
     with pytest.raises(ConfigError, match="beam search has no stream"):
         Generator(llama, LETTERS).add("HELLO", Sampling(num_beams=2))
 

@@ -157,6 +157,24 @@ def test_an_adapter_that_was_trained_again_is_another_setting(
     assert output.read_bytes() == whole
 
 
+def test_triples_of_dart_and_webnlg(tmp_path: Path, tiny: Path) -> None:
+    triple = {"subject": "Wharf", "property": "area", "object": "harbour"}
+    text = {"lex": "It is there.", "comment": "good"}
+    entry = {"category": "Food", "modifiedtripleset": [triple], "lexicalisations": [text]}
+    files = {
+        "dart": [{"tripleset": [["Wharf", "AREA", "harbour"]], "annotations": [{"source": "x", "text": "There."}]}],
+        "webnlg": {"entries": [{"1": entry}]},
+    }
+    for name, content in files.items():
+        source, output = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        source.write_text(json.dumps(content), encoding="utf-8")
+        command = ["generate", "--input", str(source), "--format", name, "--model", str(tiny), "--num_beams", "2"]
+        assert main([*command, "--max_new_tokens", "3", "--output", str(output)]) == 0
+        [line] = lines_of(output)
+        assert "Wharf : area : harbour" in line["prompt"]
+        assert line["made_with"] == {"model": str(tiny), "max_new_tokens": 3, "num_beams": 2}
+
+
 def test_a_chat_is_continued_where_its_last_answer_began(tmp_path: Path, tiny: Path) -> None:
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?"), ("assistant", "There.")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -132,9 +132,11 @@ class Generator:
             return []
         logits = self._decoder.step()
         requests = sorted(self._running, key=_row)  # the decoder may have moved them
-        for request in requests:
-            if not request.sampling.plain:
-                self._penalize(logits[_row(request)], request)
+        changed = [request for request in requests if not request.sampling.plain]
+        if changed:
+            logits = logits.float()  # half precision would make ties of what a penalty sets apart
+        for request in changed:
+            self._penalize(logits[_row(request)], request)
         tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
         pieces = [_advance(*pair, self._ends) for pair in zip(requests, tokens, strict=True)]
         self._running = []
@@ -188,7 +190,8 @@ def stream(
         Pieces, of all prompts in turn; the last one of a prompt has a finish_reason.
 
     Raises:
-        DataError: prompts are too long for the model; all of them at once.
+        ConfigError: there are not as many settings as prompts, or beam searches differ in theirs.
+        DataError: prompts are empty or too long for the model; all of them at once.
     """
     rows = encode_prompts(model, tokenizer, prompts)
     settings = _settings(sampling, len(rows))
@@ -295,4 +298,8 @@ def _settings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> lis
     if sampling is None or isinstance(sampling, Sampling):
         every = sampling or Sampling()
         return [replace(every, seed=every.seed + number) for number in range(count)]
+    if len(sampling) != count:
+        raise ConfigError(
+            f"sampling has {len(sampling)} settings for {count} prompts; give one a prompt, or one for all"
+        )
     return list(sampling)

@@ -1,0 +1,264 @@
+"""Generation beside transformers' `generate` on a PEFT model: both in one process, in turn, on the same prompts.
+
+python benchmarks/generate.py                     all cases: beam 10, greedy, first token; about 7 minutes
+python benchmarks/generate.py --cases greedy      one of them
+python benchmarks/generate.py --clock cpu --threads 1     processor time, where others use the machine too
+
+Results go to benchmarks/generate.json.  SmolLM2-135M gets an adapter trained for a minute on E2E, so that texts end by
+themselves.  The peer is given what makes it fast on a CPU: a bf16 base, the adapter merged, prompts sorted by length,
+and of several batch sizes and ways to stop the one that is fastest here; that choice is made in a round of its own.
+Both sides' texts are scored by one fp32 model.  Machines are shared: minima, and medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import loralib as lora
+from loralib.console import say, table
+from loralib.data import group_by_prompt, prompt_ids, read_examples
+from loralib.inference import load_adapted
+from loralib.metrics import bleu
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
+SEED = 0
+BEAMS = 10
+MAX_NEW_TOKENS = 64
+TRIED = 32  # prompts on which the peer's way of beam search is chosen
+LONG_PROMPT = 1000
+
+Ids = Sequence[int]
+# What is timed: continues all prompts, and returns the tokens of each, the end token included.
+Contender = Callable[[Sequence[Ids]], list[list[int]]]
+
+
+# Who runs.
+
+
+def train_adapter(directory: str, steps: int) -> None:
+    """Trains an adapter long enough that its texts end by themselves."""
+    config = lora.TrainConfig(
+        max_train_samples=8 * steps,
+        max_steps=steps,
+        batch_size=8,
+        seq_len=128,
+        lr=5e-4,
+        seed=SEED,
+        output_dir=directory,
+    )
+    model, tokenizer = lora.load_base("smollm2-135m")
+    lora.inject(model, lora.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    lora.train(model, DATA / "train.txt", config, tokenizer=tokenizer)
+
+
+def peers(directory: str) -> nn.Module:
+    base, _ = lora.load_base("smollm2-135m", dtype="bf16")
+    return peft.PeftModel.from_pretrained(base, directory).merge_and_unload().eval()
+
+
+def in_batches(model: Any, prompts: Sequence[Ids], size: int, ends: Sequence[int], **settings: Any) -> list[list[int]]:
+    """transformers' `generate` as it is used well: batches of prompts of like lengths, padded on the left."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    found: list[list[int]] = [[] for _ in prompts]
+    for at in range(0, len(order), size):
+        numbers = order[at : at + size]
+        width = max(len(prompts[number]) for number in numbers)
+        ids = torch.full((len(numbers), width), ends[0])
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(numbers):
+            ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
+            mask[row, width - len(prompts[number]) :] = 1
+        with torch.inference_mode():
+            rows = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=ends[0], **settings)
+        for number, row in zip(numbers, rows[:, width:].tolist(), strict=True):
+            stop = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+            found[number] = row[: stop + 1]
+    return found
+
+
+# What is compared besides time.
+
+
+def mean_score(model: nn.Module, prompts: Sequence[Ids], found: Sequence[Ids]) -> float:
+    """Mean over prompts of the sum of log-probabilities / length, the score that both searches maximise."""
+    scores = []
+    for prompt, ids in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+        gains = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])
+        scores.append(float(gains.mean()))
+    return statistics.mean(scores)
+
+
+# Measuring.
+
+
+def rounds_of(
+    contenders: dict[str, Contender], prompts: Sequence[Ids], rounds: int, clock: Callable[[], float]
+) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
+    """Seconds of every round, and what was generated in the last one."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[list[int]]] = {}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            start = clock()
+            found[name] = contender(prompts)
+            seconds[name].append(clock() - start)
+    return seconds, found
+
+
+def compare(
+    ours: Contender,
+    ways: dict[str, Contender],
+    prompts: Sequence[Ids],
+    rounds: int,
+    clock: Callable[[], float],
+    tried: int | None = None,
+) -> tuple[dict[str, Any], dict[str, list[list[int]]], dict[str, list[list[int]]]]:
+    """Finds the peer's fastest way on the first prompts, then takes turns with it on all.
+
+    Returns:
+        Times; what both generated; and what the peer generated for the first prompts in each way.
+    """
+    ours(prompts[:tried])  # warms up
+    trials, tried_found = rounds_of(ways, prompts[:tried], 1, clock)
+    best = min(trials, key=lambda way: trials[way][0])
+    seconds, found = rounds_of({"ours": ours, "peer": ways[best]}, prompts, rounds, clock)
+    row = {
+        "peer": best,
+        "peer_ways_s": {way: times[0] for way, times in trials.items()},
+        "ours_s": min(seconds["ours"]),
+        "peer_s": min(seconds["peer"]),
+        "times": min(seconds["peer"]) / min(seconds["ours"]),
+        "median_times": statistics.median(b / a for a, b in zip(seconds["ours"], seconds["peer"], strict=True)),
+        "rounds_s": seconds,
+    }
+    return row, found, tried_found
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "seed": SEED,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["beam", "greedy", "first"], choices=["beam", "greedy", "first"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 32], help="the peer's batch sizes (beam)")
+    parser.add_argument("--prompts", type=int, help="fewer prompts, for a look")
+    parser.add_argument("--adapter", help="an adapter to use, instead of training one")
+    parser.add_argument("--steps", type=int, default=60, help="updates of the adapter's training")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
+    parser.add_argument("--out", type=Path, default=HERE / "generate.json", help="where the results go")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = args.adapter or temporary
+        if not args.adapter:
+            train_adapter(directory, args.steps)
+        results = [run(case, directory, args, clock) for case in args.cases]
+    say()
+    say(table([summary(row) for row in results], ["case", "ours", "peer", "times", "median", "BLEU", "mean score"]))
+    say("\nBLEU and mean score: ours / peer's")
+    report = {"machine": machine(), "clock": args.clock, "results": results}
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def run(case: str, directory: str, args: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+    model, tokenizer = load_adapted(directory, dtype="bf16", merged=True)
+    other = peers(directory)
+    examples = group_by_prompt(read_examples(DATA / "test.txt"))[: args.prompts]
+    prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
+    ends = [int(tokenizer.eos_token_id)]
+
+    def peer(size: int, **settings: Any) -> Contender:
+        return lambda these: in_batches(other, these, size, ends, **settings)
+
+    if case == "first":
+        text = "\n".join(example.completion for example in read_examples(DATA / "train.txt")[:100])
+        prompts = [prompt_ids(text, tokenizer)[:LONG_PROMPT]]
+        row, found, _ = compare(
+            lambda these: [list(text.ids) for text in lora.generate(model, tokenizer, these, max_new_tokens=1)],
+            {"batch 1": peer(1, max_new_tokens=1)},
+            prompts,
+            5 * args.rounds,
+            clock,
+        )
+        return {"case": "first of 1,000", **row, "same_token": found["ours"] == found["peer"]}
+    if case == "greedy":
+        row, found, by_way = compare(
+            lambda these: [
+                [*text.ids, *(ends if text.finish_reason == "stop" else [])]
+                for text in lora.generate(model, tokenizer, these, max_new_tokens=MAX_NEW_TOKENS)
+            ],
+            {f"batch {size}": peer(size, max_new_tokens=MAX_NEW_TOKENS) for size in (16, 32, 64)},
+            prompts,
+            args.rounds,
+            clock,
+        )
+    else:
+        # transformers' own default goes on while a beam might still win; stopping early is faster and finds less.
+        ways = {(size, True): f"batch {size}, stopping early" for size in args.batches}
+        ways[args.batches[0], False] = f"batch {args.batches[0]}"
+        searching = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": BEAMS}
+        row, found, by_way = compare(
+            lambda these: [list(text.ids) for text in lora.beam_search(model, these, eos_token_id=ends, **searching)],
+            {name: peer(size, early_stopping=early, **searching) for (size, early), name in ways.items()},
+            prompts,
+            max(1, args.rounds - 1),
+            clock,
+            tried=TRIED,
+        )
+    judge, _ = load_adapted(directory, dtype="fp32")
+    texts = {side: [tokenizer.decode(ids, skip_special_tokens=True) for ids in of] for side, of in found.items()}
+    scored = {**by_way, "ours": found["ours"]}
+    return {
+        "case": f"beam {BEAMS}" if case == "beam" else case,
+        "prompts": len(prompts),
+        "tokens": {side: sum(map(len, of)) for side, of in found.items()},
+        **row,
+        "bleu": {side: 100 * bleu([e.references for e in examples], of).value for side, of in texts.items()},
+        "mean_score": {side: mean_score(judge, prompts, of) for side, of in found.items()},
+        f"mean_score_of_first_{TRIED}": {
+            way: mean_score(judge, prompts[:TRIED], of[:TRIED]) for way, of in scored.items()
+        },
+    }
+
+
+def summary(row: dict[str, Any]) -> list[str]:
+    both = [f"{row[what]['ours']:.{digits}f} / {row[what]['peer']:.{digits}f}" if what in row else ""
+            for what, digits in (("bleu", 2), ("mean_score", 4))]  # fmt: skip
+    times = [f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s ({row['peer']})"]
+    return [row["case"], *times, f"{row['times']:.2f}", f"{row['median_times']:.2f}", *both]
+
+
+if __name__ == "__main__":
+    main()
