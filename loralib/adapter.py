@@ -414,7 +414,7 @@ def _check_tensors(
             faults.append(f"misshapen   {name} {tuple(tensor.shape)}, expected {expected[name]}")
         elif not tensor.is_floating_point() and (name not in base or base[name].is_floating_point()):
             faults.append(f"not a float {name} of {tensor.dtype}")
-        elif not torch.isfinite(tensor).all():
+        elif not all_finite(tensor):
             faults.append(f"not finite  {name} holds NaN or infinite values")
     if faults:
         raise AdapterError(
@@ -425,6 +425,11 @@ def _check_tensors(
                 "and name what was trained in full in modules_to_save.",
             )
         )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tells whether a tensor holds neither NaN nor infinite values; PyTorch does not say so of 8-bit floats."""
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:

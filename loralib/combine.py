@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import BASE, BLOCKS, Adapter, expand_blocks, with_ranks
+from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks, with_ranks
 from .config import LoraConfig
 from .delta import balanced_factors, delta_weight, product_svd, scaling_of
 from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
@@ -143,7 +143,7 @@ def faults_of(adapter: Adapter) -> list[str]:
             faults.append(f"{name}: shape {tuple(tensor.shape)} holds no values")
         elif "lora_" in name and not tensor.is_floating_point():
             faults.append(f"{name}: {tensor.dtype}, expected floating-point values")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not all_finite(tensor):
             faults.append(f"{name}: holds NaN or infinite values")
     if not adapter.modules:
         faults.append("there are no LoRA factors (names that end in lora_A and lora_B)")

@@ -383,11 +383,13 @@ def _is_flag(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return value is None or isinstance(value, str)
+    return value is None or (isinstance(value, str) and value.isprintable())
 
 
 def _is_texts(value: object) -> bool:
-    return value is None or (isinstance(value, tuple) and all(isinstance(item, str) and item for item in value))
+    return value is None or (
+        isinstance(value, tuple) and all(item and isinstance(item, str) and item.isprintable() for item in value)
+    )
 
 
 def _is_ints(value: object) -> bool:

@@ -34,6 +34,8 @@ from .inject import fingerprint, injection_of, merge, remove, unmerge
 
 __all__ = ["Finding", "Inspection", "LayerView", "inspect_adapter", "plot", "verify"]
 
+_MOST_FAULTS = 20  # spelled out
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -154,9 +156,10 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
         What it is; `Inspection.findings` names what is wrong.
     """
     faults = faults_of(adapter)
-    findings = [
-        Finding("fault", fault, "copy the adapter again from its source, or train it again") for fault in faults
-    ]
+    again = "copy the adapter again from its source, or train it again"
+    findings = [Finding("fault", fault, again) for fault in faults[:_MOST_FAULTS]]
+    if len(faults) > _MOST_FAULTS:
+        findings.append(Finding("fault", f"and {len(faults) - _MOST_FAULTS:,} more faults of this kind", again))
     broken = {fault.partition(":")[0] for fault in faults}
     broken |= {name.rpartition(".")[0] for name in broken}
     layers = (

@@ -26,7 +26,7 @@ from ..combine import check_sound, factors
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, MissingDependencyError, list_faults
 from ..files import write_whole
-from .tensors import read_bytes
+from .tensors import check_names, read_bytes
 
 __all__ = ["gguf_names", "is_gguf", "parse_gguf", "read_gguf", "write_gguf"]
 
@@ -269,6 +269,7 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
             raise FormatError(f"{name}: {axes} axes, expected at most 4")
         shape = tuple(reversed([reader.number("<Q") for _ in range(axes)]))
         places[name] = shape, reader.number("<I"), reader.number("<Q")
+    check_names([*fields, *places])
     start = -(-reader.at // alignment) * alignment
     spans = []
     for name, (shape, kind, offset) in places.items():

@@ -8,13 +8,14 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..errors import AdapterError, FormatError
 from ..files import write_whole
 
 __all__ = [
+    "check_names",
     "parse_json",
     "parse_pickle",
     "parse_safetensors",
@@ -38,6 +40,9 @@ __all__ = [
 _MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
 
+_LONGEST_NAME = 1000  # characters
+_MOST_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
+
 _T = TypeVar("_T")
 
 
@@ -48,19 +53,49 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         AdapterError: there is no such file.
         FormatError: the file is truncated, corrupt, or names something twice.
     """
-    return read_bytes(path, parse_safetensors)
+    return read_bytes(path, parse_safetensors, _parse_header)
 
 
 def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads the tensors and the metadata of a safetensors file; see `read_safetensors`."""
     from safetensors.torch import load
 
-    # The library keeps the last of two equal names, and reads a header of any size.
-    size = int.from_bytes(data[:8], "little")
-    if size > _MAX_HEADER:
-        raise FormatError(f"its header claims {size:,} bytes, expected at most {_MAX_HEADER:,}")
-    header = parse_json(data[8 : 8 + size])
-    return load(data), dict(header.get("__metadata__", {}))
+    header = _parse_header(data, len(data))
+    try:
+        return load(data), dict(header.get("__metadata__", {}))
+    except KeyError as error:
+        raise FormatError(f"tensors of type {error} are not known") from error
+
+
+def _parse_header(data: bytes, size: int) -> dict[str, Any]:
+    """Parses the header of a file of that size: the library keeps the last of two equal names, and takes any length."""
+    length = int.from_bytes(data[:8], "little")
+    if length > _MAX_HEADER:
+        raise FormatError(f"its header claims {length:,} bytes, expected at most {_MAX_HEADER:,}")
+    header = parse_json(data[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise FormatError("its header is no list of tensors")
+    check_names(header)
+    for text in header.get("__metadata__", {}).values():
+        if not all(char.isprintable() or char.isspace() for char in text):
+            raise FormatError("its metadata holds control characters")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if max(ends, default=0) != size - 8 - length:
+        raise FormatError(
+            f"its header states {max(ends, default=0):,} bytes of data, and there are {size - 8 - length:,}"
+        )
+    return header
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names that could not be shown: over-long ones, and such as would steer a terminal.
+
+    Raises:
+        FormatError: there is such a name.
+    """
+    for name in names:
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise FormatError(f"a name of {len(name):,} characters, or with control characters: {name[:80]!a}")
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -96,8 +131,17 @@ def parse_json(data: bytes | str) -> Any:
         raise FormatError(f"no JSON: {_reason(error)}") from error
 
 
-def read_bytes(path: str | os.PathLike[str], parse: Callable[[bytes], _T]) -> _T:
+def read_bytes(
+    path: str | os.PathLike[str],
+    parse: Callable[[bytes], _T],
+    check_start: Callable[[bytes, int], object] | None = None,
+) -> _T:
     """Reads a whole file and parses it.
+
+    Args:
+        path: the file.
+        parse: makes sense of its content.
+        check_start: called first with the beginning of the file and its size; what it refuses is not read to the end.
 
     Raises:
         AdapterError: there is no such file.
@@ -107,11 +151,17 @@ def read_bytes(path: str | os.PathLike[str], parse: Callable[[bytes], _T]) -> _T
     if not path.is_file():
         raise AdapterError(f"there is no file {path}; check the path")
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise FormatError(f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_FILE:,}")
+        size = path.stat().st_size
+        if size > _MAX_FILE:
+            raise FormatError(f"{path} has {size:,} bytes, expected at most {_MAX_FILE:,}")
+        if check_start is not None:
+            with path.open("rb") as file:
+                parsed(file.read(8 + _MAX_HEADER), lambda start: check_start(start, size), path)
         data = path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise AdapterError(f"{path} has {size:,} bytes, more than there is memory for") from error
     return parsed(data, parse, path)
 
 
@@ -177,16 +227,14 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 def parse_pickle(data: bytes) -> Any:
     """Reads what torch.save wrote; see `read_pickle`."""
-    _check_archive(data)
+    for program in _programs(data):
+        _check_program(program)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of old files does not help their readers
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise FormatError(
-            "besides tensors it holds objects that loading would run as code, so it was not loaded "
-            f"({str(error).splitlines()[0][:100]}); ask for a safetensors file"
-        ) from error
+        raise FormatError(f"{_CODE} ({_reason(error)[:100]})") from error
     for name, tensor in _tensors_in(value):
         _check_storage(name, tensor)
     return value
@@ -199,17 +247,29 @@ def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-def _check_archive(data: bytes) -> None:
-    """Refuses archives that would grow when they are unpacked, or are not what their checksums say.
+_CODE = (
+    "besides tensors it holds objects that loading would run as code, so it was not loaded; ask for a safetensors file"
+)
+# What torch.save names where it writes tensors and plain values.
+_HARMLESS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
+    r"|torch (Size|device|bool|(b?float|u?int|complex)\w+)"
+)
+
+
+def _programs(data: bytes) -> Iterator[IO[bytes]]:
+    """Yields what the unpickler will run; refuses archives that would grow, or are not what their checksums say.
 
     torch.save does not compress.  torch.load looks neither at checksums nor whether the two sizes of a part agree, and
     gives memory as it finds it for a part that is marked as a folder.
     """
-    if not zipfile.is_zipfile(io.BytesIO(data)):  # the form before torch 1.6
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # the form before torch 1.6: five pickles, then the numbers
+        stream = io.BytesIO(data)
+        yield from (stream for _ in range(5))
         return
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
-        if len({entry.filename for entry in entries}) < len(entries):
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
             raise FormatError("a name stands twice in the archive")
         if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries):
             raise FormatError("it is compressed, which torch.save does not do")
@@ -219,17 +279,48 @@ def _check_archive(data: bytes) -> None:
             raise FormatError("its parts claim to be larger than the file")
         if broken := archive.testzip():
             raise FormatError(f"the checksum of {broken[:80]!r} is wrong")
+        programs = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(programs) != 1:
+            raise FormatError(f"it holds {len(programs)} parts named data.pkl, expected one")
+        yield io.BytesIO(archive.read(programs[0]))
 
 
-def _tensors_in(value: Any, name: str = "the file", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Walks through what was loaded; a pickle may hold itself."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif depth > 8:
-        raise FormatError(f"{name[:80]} is nested too deeply")
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _tensors_in(inner, str(key), depth + 1)
+def _check_program(stream: IO[bytes]) -> None:
+    """Looks through one pickle for what is no tensor or plain value, without running it.
+
+    torch runs no foreign code, but some of its own that gives as much memory as it is asked for, or doubles a text
+    again and again.  And a tuple that holds the same tuple twice, which holds the same twice, takes forever to hash.
+    """
+    kept, tuple_on_top = set[object](), False
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        name = opcode.name
+        if count > _MOST_STEPS:
+            raise FormatError(f"it takes more than {_MOST_STEPS:,} steps to load")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            kept |= {argument} if tuple_on_top else set()
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            if argument in kept:
+                raise FormatError("a tuple stands in it more than once, which torch.save does not write")
+            tuple_on_top = False
+        elif name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
+            raise FormatError(f"{_CODE} ({str(argument)[:100]})")
+        elif name in ("MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "POP", "POP_MARK", "DUP"):
+            raise FormatError(f"{_CODE} ({name})")
+        elif name not in ("PROTO", "FRAME"):
+            tuple_on_top = name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+
+
+def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Walks through what was loaded, each part once: a pickle may hold itself, or the same a million times."""
+    seen, waiting = set[int](), [("the file", value)]
+    while waiting:
+        name, inner = waiting.pop()
+        if isinstance(inner, Tensor):
+            yield name, inner
+        elif isinstance(inner, Mapping) and id(inner) not in seen:
+            seen.add(id(inner))
+            check_names(key for key in inner if isinstance(key, str))
+            waiting += [(str(key)[:80], part) for key, part in inner.items()]
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:
