@@ -231,9 +231,15 @@ def remove(model: nn.Module) -> None:
     """Takes the adapter off again: the model is bit for bit what it was before `inject`.
 
     Raises:
-        TargetError: the model holds no adapter that `inject` made.
+        TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
     record = _need_injection(model)
+    wrapped = [n for n, m in adapted_layers(model) if "_halves" not in type(m).__dict__]
+    if wrapped:
+        raise TargetError(
+            f"{', '.join(wrapped)}: torch.nn.utils.parametrize has changed the class since inject(); "
+            "remove_parametrizations() first"
+        )
     _put(model, _moved(model, record.originals))
     for layer in list(model.modules()):
         if isinstance(layer, LoRALayer):
@@ -516,6 +522,8 @@ def _suggestion(model: nn.Module) -> str:
     """Names what could be adapted, with counts, and something to try."""
     head = _head(model)
     linear = [name for name, m in model.named_modules() if name and m is not head and _looks_linear(m)]
+    if _looks_linear(model):
+        return "It is a layer itself: inject() adapts what is inside a model, as nn.Sequential(layer)."
     if not linear:
         return "The model has no linear-like module."
     counts = Counter(name.rsplit(".", 1)[-1] for name in linear)

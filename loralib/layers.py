@@ -124,12 +124,14 @@ class LoRALayer(nn.Module):
         The merged weight is another Parameter: modules that share the base weight (a tied head) keep the base's values.
 
         Raises:
-            MergeError: the update holds NaN or infinite values, or is switched off.
+            MergeError: the update holds NaN or infinite values or is switched off, or the weight is computed.
         """
         if self.merged or self.r == 0:
             return
         if not self.enabled:
             raise MergeError("the adapter is switched off by disabled() and was not merged; merge after the with block")
+        if self._parameters.get(self._weight_name) is None:
+            raise MergeError("its weight is computed (pruned or parametrized meanwhile); undo that before merging")
         with torch.no_grad():
             delta = self.delta_weight()
             if not torch.isfinite(delta).all():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import loralib as lora
-from loralib.errors import TargetError
+from loralib.errors import MergeError, TargetError
 from loralib.inject import adapted_layers
 from loralib.layers import EmbeddingPath
 
@@ -208,6 +208,39 @@ def test_gradients_reach_every_layer_of_the_fast_path_models() -> None:
             for path, layer in adapted_layers(model):
                 assert layer.lora_A.grad.abs().sum() > 0, path
                 assert layer.lora_B.grad.abs().sum() > 0, path
+
+
+# What comes on top of an adapter.
+
+
+def test_pruning_on_top_of_an_adapter_cannot_be_merged_but_undone() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), noise(2, 4).float()
+    before = model(x)
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(MergeError, match="its weight is computed"):
+        lora.merge(model)
+    prune.remove(model[0], "weight")
+    lora.merge(model)
+    lora.unmerge(model)
+    lora.remove(model)
+    assert type(model[0]) is nn.Linear
+    assert not torch.equal(model(x), before), "what pruning removed stays away"
+
+
+def test_a_parametrization_on_top_of_an_adapter_comes_off_first() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), noise(2, 4).float()
+    before = model(x)
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]))
+    parametrizations.orthogonal(model[0])
+    with pytest.raises(MergeError, match="its weight is computed"):
+        lora.merge(model)
+    with pytest.raises(TargetError, match=r"0: .* changed the class since inject"):
+        lora.remove(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+    lora.remove(model)
+    assert type(model[0]) is nn.Linear
+    assert model(x).shape == before.shape
 
 
 # accelerate's hooks, which put a forward on the instance.

@@ -255,6 +255,7 @@ def test_a_pattern_that_matches_nothing() -> None:
     assert "Did you mean" in fault(llama(), "q_porj")
     assert "match nothing (after exclude_modules" in fault(llama(), ["q_proj"], exclude_modules=["q_proj"])
     assert "no linear-like module" in fault(nn.Sequential(nn.ReLU()), "all-linear")
+    assert "It is a layer itself" in fault(nn.Linear(4, 4), "all-linear")
     assert "target_modules is not given" in fault(Net(), None)
 
 
