@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +23,9 @@ from torch import nn
 
 import loralib as lora
 from loralib import errors
-from loralib.data import TokenExample
+from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
-from loralib.train.checkpoint import checkpoint_files, last_checkpoint
+from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.train.report import read_metrics
 
@@ -93,8 +97,8 @@ def test_metrics_have_one_line_an_event_with_the_promised_fields(tmp_path: Path)
     events = list(read_metrics(result.output_dir / "metrics.jsonl"))
     trained = [event for event in events if event["event"] == "train"]
     assert [event["step"] for event in trained] == list(range(1, 13))
-    fields = {"event", "step", "epoch", "loss", "lr", "examples", "tokens", "trained_tokens", "step_s"}
-    assert all(event.keys() == fields for event in trained)
+    fields = ["event", "step", "epoch", "loss", "lr", "examples", "tokens", "trained_tokens", "step_s"]
+    assert all(list(event) == fields for event in events)
     assert trained[-1]["examples"] == 72
     assert trained[-1]["trained_tokens"] == 72 * 5
     assert [e["step"] for e in events if e["event"] == "valid"] == [0, 4, 8, 12]
@@ -121,10 +125,96 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     assert written[0] == written[1] != written[2]
 
 
-def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
-    plain = train(settings(tmp_path / "a"))
-    less_memory = train(settings(tmp_path / "b", gradient_checkpointing=True))
-    assert less_memory.losses == pytest.approx(plain.losses, rel=1e-5)
+def test_gradient_checkpointing_gives_the_same_losses_and_computes_twice(tmp_path: Path) -> None:
+    losses, calls = [], []
+    for number, checkpointing in enumerate((False, True)):
+        model = tiny_model()
+        counted: list[bool] = []
+        norm = model.model.layers[0].input_layernorm  # the second pass ends where nothing more is needed
+        norm.register_forward_hook(lambda *_, seen=counted: seen.append(torch.is_grad_enabled()))
+        config = settings(tmp_path / str(number), gradient_checkpointing=checkpointing, lora_dropout=0.1, num_epochs=1)
+        losses.append(train(config, model).losses)
+        calls.append(sum(counted))
+        assert not model.is_activation_checkpointing, "the model is given back as it was"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert calls == [4, 8]
+
+
+def test_no_gradient_is_computed_below_the_first_adapted_layer(tmp_path: Path) -> None:
+    model = tiny_model()
+    wanted: dict[str, set[bool]] = {"embedding": set(), "first": set(), "second": set()}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                wanted[name].add((output if isinstance(output, torch.Tensor) else output[0]).requires_grad)
+
+        return hook
+
+    model.model.embed_tokens.register_forward_hook(remember("embedding"))
+    for name, layer in zip(("first", "second"), model.model.layers, strict=True):
+        layer.register_forward_hook(remember(name))
+    train(settings(tmp_path, target_modules=r".*layers\.1\..*_proj"), model)
+    assert wanted == {"embedding": {False}, "first": {False}, "second": {True}}
+
+
+def test_validation_losses_are_not_smoothed(tmp_path: Path) -> None:
+    plain = train(settings(tmp_path / "a", num_epochs=1))
+    smoothed = train(settings(tmp_path / "b", num_epochs=1, label_smoothing=0.2))
+    assert smoothed.valid_losses[0] == plain.valid_losses[0]
+    assert smoothed.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
+
+
+def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
+    """--max_steps may end it within an epoch, or between two validations."""
+    result = train(settings(tmp_path / "a", max_steps=6))
+    assert [step for step, _ in result.valid_losses] == [0, 4, 6]
+    again = train(settings(tmp_path / "a", max_steps=6, resume=True))
+    assert (again.valid_losses, again.train_losses) == (result.valid_losses, result.train_losses)
+    assert [step for step, _ in train(settings(tmp_path / "b", max_steps=5, eval_steps=3)).valid_losses] == [0, 3, 5]
+
+
+def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
+    from loralib.train.loop import evaluate_loss
+    from loralib.train.step import make_step
+
+    model, examples = tiny_model(), copying_examples()
+    step, sizes = make_step(model), []
+    whole = evaluate_loss(step, model, examples)
+    measure = step.loss
+    step.loss = lambda batch: sizes.append(sum(map(len, batch))) or measure(batch)  # type: ignore[method-assign]
+    assert evaluate_loss(step, model, examples, max_tokens=30) == pytest.approx(whole, rel=1e-6)
+    assert max(sizes) <= 30
+    assert sum(sizes) == sum(map(len, examples))
+
+
+def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
+    tmp_path: Path, smollm2: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, num_epochs=1)
+    with pytest.raises(errors.DataError, match="training data holds TokenExample and dict, expected Example"):
+        lora.train(tiny_model(), [copying_examples()[0], {"prompt": "a", "completion": "b"}], config)  # type: ignore[list-item]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm2[1]), **sizes))
+    texts = [Example.of("name : X\n", "X it is."), Example.of("name : Y\n", "Y " * 100)]
+    lora.train(model, texts, config, tokenizer=smollm2[1])
+    assert "Training data: dropped 1 example: 1 longer than seq_len" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", ["early_stopping", "eval_steps"])
+def test_validations_without_validation_data_are_refused(tmp_path: Path, asked: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{asked} is 2, but there is no validation data"):
+        lora.train(tiny_model(), copying_examples(), settings(tmp_path, **{asked: 2}))
+
+
+def test_logs_get_a_line_now_and_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("loralib.train.loop"), "_SILENCE", 0.0)
+    lora.train(tiny_model(), copying_examples(), settings(tmp_path, num_epochs=1))
+    assert re.search(r"Update 2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s, .* left", capsys.readouterr().out)
 
 
 def test_a_plain_module_trains_too(tmp_path: Path) -> None:
@@ -155,6 +245,28 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path) -> None:
         valid_data=copying_examples(6, seed=1), verbose=False,
     )  # fmt: skip
     assert again.valid_losses[0][1] == pytest.approx(min(losses), rel=1e-5)
+    assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
+    assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
+        result.output_dir / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_the_best_adapter_of_an_earlier_run_does_not_stay_beside_another(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1)
+    assert (train(config).output_dir / "best" / "adapter_config.json").exists()
+    result = lora.train(tiny_model(), copying_examples(), config, verbose=False)
+    assert result.best is None
+    assert not (result.output_dir / "best").exists()
+
+
+def test_only_an_untrained_adapter_is_called_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    for number, told in enumerate(("(the base model)", "of the one before")):
+        config = settings(tmp_path / str(number), num_epochs=1)
+        lora.train(model, copying_examples(), config, valid_data=copying_examples(6, seed=1))
+        out = capsys.readouterr().out
+        assert told in out
+    assert "the base" not in out
 
 
 # Learning nothing is an error.
@@ -215,6 +327,57 @@ def test_an_exploding_loss_stops_the_run(tmp_path: Path) -> None:
     config = settings(tmp_path, num_epochs=40, lr=30.0, max_grad_norm=0.0, target_modules="head")
     with pytest.raises(errors.TrainingError, match=r"exploded.*Lower --lr"):
         train(config, Detached())
+
+
+def saved_parameters(directory: Path) -> list[torch.Tensor]:
+    found = last_checkpoint(directory / "checkpoints")
+    assert found is not None
+    return list(found[0].parameters.values())
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
+    """The loss may be finite all the same; one update later every weight would be NaN, and so would a checkpoint."""
+    config = settings(tmp_path, save_steps=1, max_grad_norm=0.0)
+    model = tiny_model()
+    lora.inject(model, config.lora_config())
+    calls: list[int] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient if len(calls) < 4 else gradient * math.nan
+
+    model.model.layers[0].mlp.up_proj.lora_B.register_hook(spoil)
+    with pytest.raises(errors.TrainingError, match=r"gradient became nan at update 4.*of update 3 is intact"):
+        lora.train(model, copying_examples(), config, verbose=False)
+    assert all(bool(p.isfinite().all()) for p in saved_parameters(tmp_path / "run"))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("spoilt", "told"), [(1, "before training: the model itself"), (3, "after update 4. .*best")])
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path, spoilt: int, told: str) -> None:
+    model = tiny_model()
+    seen: list[int] = []
+
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training and output.shape[1] > 30:  # more than the check at the start takes
+            seen.append(1)
+        return output * math.nan if not module.training and len(seen) == spoilt else output
+
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    with pytest.raises(errors.TrainingError, match=rf"validation loss is nan {told}"):
+        lora.train(
+            model, copying_examples(), settings(tmp_path, eval_steps=2), valid_data=copying_examples(15), verbose=False
+        )
+
+
+def test_memory_that_runs_out_is_a_message(tmp_path: Path) -> None:
+    config = settings(tmp_path, save_steps=1)
+    model = tiny_model()
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda *_: torch.empty(2**60) if len(checkpoint_files(tmp_path / "run" / "checkpoints")) == 2 else None
+    )
+    with pytest.raises(errors.TrainingError, match=r"memory ran out. The checkpoint of update 2 is intact.*batch_size"):
+        train(config, model)
 
 
 # Nothing is lost.
@@ -323,12 +486,165 @@ def test_a_finished_run_goes_on_with_more_epochs_only_if_it_is_the_same_run(tmp_
         train(config.replace(resume=True, num_epochs=2))
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = settings(tmp_path, num_epochs=2, save_steps=1, keep_checkpoints=3)
     whole = kept(train(config).output_dir)
     files = checkpoint_files(Path(config.output_dir) / "checkpoints")
     assert len(files) == 3
-    files[-1].write_bytes(files[-1].read_bytes()[:1000])
+    content = bytearray(files[-1].read_bytes())
+    content[-5] ^= 1
+    files[-1].write_bytes({"cut": content[:1000], "flipped": content, "emptied": b""}[damage])
+    valid = copying_examples(6, seed=1)
+    lora.train(tiny_model(), copying_examples(), config.replace(resume=True), valid_data=valid)
+    assert re.search(r"WARNING: .*step-00000008.*; going back to step-00000007", capsys.readouterr().out)
+    assert kept(Path(config.output_dir)) == whole
+
+
+def test_where_no_checkpoint_can_be_read_overwrite_helps(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=2)
+    train(config)
+    files = checkpoint_files(Path(config.output_dir) / "checkpoints")
+    for path in files:
+        path.write_bytes(b"x" * 100)
+    for changes in ({}, {"resume": True}):
+        with pytest.raises(
+            errors.FormatError, match=rf"(?s)no checkpoint .*{files[1].name}.*{files[0].name}.*overwrite"
+        ):
+            train(config.replace(**changes))
+    assert train(config.replace(overwrite=True)).steps == 8
+
+
+def test_a_new_checkpoint_outlasts_later_ones_that_could_not_be_read(tmp_path: Path) -> None:
+    """With --keep_checkpoints 1 the one just written would be the first to go."""
+    config = settings(tmp_path, num_epochs=1, save_steps=1, keep_checkpoints=1)
+    train(config)
+    directory = Path(config.output_dir) / "checkpoints"
+    (last,) = checkpoint_files(directory)
+    found = last_checkpoint(directory)
+    assert found is not None
+    found[0].progress.step = 2
+    last.write_bytes(b"damaged")
+    save_checkpoint(directory, found[0], keep=1)
+    assert [path.name for path in checkpoint_files(directory)] == ["step-00000002.safetensors"]
+
+
+def test_another_base_or_adapter_is_not_gone_on_with(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1)
+    train(config)
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.neg_()
+    with pytest.raises(errors.TrainingError, match=r"base model: 'float32 .* then, 'float32 .* now"):
+        train(config.replace(resume=True), other)
+    with pytest.raises(errors.TrainingError, match=r"base model: 'float32 .* then, 'bfloat16 .* now"):
+        train(config.replace(resume=True), tiny_model().bfloat16())
+    other = tiny_model()
+    lora.inject(other, lora.LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(
+        errors.TrainingError, match=r"(?s)another adapter.*q_proj.lora_A: \(4, 16\) then, \(2, 16\) now"
+    ):
+        train(config.replace(resume=True), other)
+    with pytest.raises(errors.TrainingError, match="validation data: "):
+        lora.train(tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(9))
+
+
+def test_what_killed_writes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1)
+    run = train(config).output_dir
+    left = [
+        run / ".adapter_model.safetensors.abc.tmp",
+        run / "checkpoints" / ".step-00000004.safetensors.x1.tmp",
+        run / "best" / ".adapter_config.json.y.tmp",
+    ]
+    mine = [run / ".notes.tmp", run / "checkpoints" / "step-x.tmp"]
+    for path in left + mine:
+        path.write_bytes(b"")
+    train(config)
+    assert [path.exists() for path in left + mine] == [False] * 3 + [True] * 2
+
+
+def test_a_log_that_was_cut_is_gone_on_with_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(tmp_path, num_epochs=2)
+    train(config)
+    log = Path(config.output_dir) / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    lora.train(
+        tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(6, seed=1)
+    )  # fmt: skip
+    assert "lacks lines of the run that goes on" in capsys.readouterr().out
+    assert [event["step"] for event in read_metrics(log)] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+
+
+def test_a_signal_does_not_wait_for_the_validation(tmp_path: Path) -> None:
+    """The run that goes on makes up for it, and nothing differs."""
+    values: dict[str, Any] = {"eval_steps": 2, "save_steps": 3, "lora_dropout": 0.1}
+    whole = train(settings(tmp_path / "whole", **values)).output_dir
+    config = settings(tmp_path / "stopped", **values)
+    for stopped in range(3):
+        model = tiny_model()
+        seen: list[int] = []
+
+        def hook(module: nn.Module, *_: Any, after: int = stopped, seen: list[int] = seen) -> None:
+            """In the first, second and third validation of this process."""
+            log = tmp_path / "stopped" / "run" / "metrics.jsonl"
+            if not module.training and log.exists() and not seen:
+                if sum(event["event"] == "valid" for event in read_metrics(log)) == after:
+                    seen.append(1)
+                    signal.raise_signal(signal.SIGTERM)
+
+        model.model.layers[0].register_forward_hook(hook)
+        with pytest.raises(errors.InterruptedRunError):
+            lora.train(
+                model, copying_examples(), config.replace(resume=stopped > 0),
+                valid_data=copying_examples(24, seed=1), verbose=False,
+            )  # fmt: skip
+    result = lora.train(
+        tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(24, seed=1),
+        verbose=False,
+    )  # fmt: skip
+    assert [step for step, _ in result.valid_losses] == [0, 2, 4, 6, 8, 10, 12]
+    assert whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for half a run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=False).returncode
+    ):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("room", [4096, 60_000, 110_000])
+def test_a_full_disk_is_a_message_and_the_run_goes_on_when_there_is_space(small_disk: Path, room: int) -> None:
+    config = settings(small_disk, save_steps=1, keep_checkpoints=2)
+    whole = kept(train(settings(small_disk.parent / "elsewhere", save_steps=1)).output_dir)
+    filler = small_disk / "filler"
+    model = tiny_model()
+    once: list[int] = []
+
+    def fill(*_: Any) -> None:
+        if not once and len(checkpoint_files(small_disk / "run" / "checkpoints")) == 2:
+            once.append(1)
+            filler.write_bytes(b"x" * max(0, shutil.disk_usage(small_disk).free - room))
+
+    model.model.layers[0].register_forward_hook(fill)
+    with pytest.raises(errors.OutputError, match=r"cannot write .*(the disk is full|No space left)"):
+        train(config, model)
+    filler.unlink()
+    found = last_checkpoint(small_disk / "run" / "checkpoints")
+    assert found is not None
+    assert found[0].progress.step >= 2
+    assert not list(small_disk.rglob("*.tmp"))
     train(config.replace(resume=True))
     assert kept(Path(config.output_dir)) == whole
 
@@ -416,10 +732,34 @@ def test_metrics_lines_are_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # tensorboard's own
-def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
-    result = train(settings(tmp_path, report_to="tensorboard", num_epochs=1))
+def test_tensorboard_gets_each_loss_once(tmp_path: Path) -> None:
+    """After a resume, and after another run in the same place, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(result.output_dir / "tensorboard")).Reload()
-    assert [scalar.value for scalar in events.Scalars("train/loss")] == pytest.approx(result.losses, rel=1e-6)
-    assert len(events.Scalars("valid/loss")) == 2
+    config = settings(tmp_path, report_to="tensorboard", num_epochs=2)
+    result = train(config)
+    checkpoint_files(result.output_dir / "checkpoints")[-1].unlink()
+    train(config.replace(resume=True))
+    for _ in range(2):
+        events = EventAccumulator(str(result.output_dir / "tensorboard")).Reload()
+        scalars = events.Scalars("train/loss")
+        assert [scalar.step for scalar in scalars] == list(range(1, 9))
+        assert [scalar.value for scalar in scalars] == pytest.approx(result.losses, rel=1e-6)
+        assert [scalar.step for scalar in events.Scalars("valid/loss")] == [0, 4, 8]
+        assert len(events.Scalars("train/lr")) == 8
+        train(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Dropout draws from the GPU's own generator, whose state is kept too."""
+    values: dict[str, Any] = {"lora_dropout": 0.1, "num_epochs": 2, "save_steps": 3}
+    whole = train(settings(tmp_path / "whole", **values), tiny_model().cuda())
+    assert whole.train_losses[-1] < whole.train_losses[0]
+    config = settings(tmp_path / "stopped", **values)
+    stopped = train(config, tiny_model().cuda()).output_dir
+    checkpoint_files(stopped / "checkpoints")[-1].unlink()
+    torch.cuda.manual_seed(1)
+    train(config.replace(resume=True), tiny_model().cuda())
+    assert kept(stopped) == kept(whole.output_dir)

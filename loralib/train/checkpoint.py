@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, OutputError, TrainingError, list_faults
+from ..errors import AdapterError, FormatError, OutputError, TrainingError, list_faults
 from ..files import remove_file
 from ..formats.tensors import read_safetensors, write_safetensors
 
-__all__ = ["Checkpoint", "Progress", "checkpoint_files", "last_checkpoint", "remove_checkpoints", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Progress",
+    "checkpoint_files",
+    "last_checkpoint",
+    "remove_checkpoints",
+    "remove_leftovers",
+    "save_checkpoint",
+]
 
 _STATE = "loralib.checkpoint"
+_DIGEST = "loralib.sha256"  # safetensors has no checksum of its own: a flipped bit would go unnoticed
 
 
 @dataclass
@@ -95,6 +105,24 @@ class Checkpoint:
                 )
             )
 
+    def require_fitting(self, parameters: Mapping[str, Tensor], path: Path) -> None:
+        """Refuses to go on with a model whose adapter is another one.
+
+        Raises:
+            TrainingError: names every parameter that differs.
+        """
+        theirs = {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}
+        ours = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        faults = [
+            f"{name}: {theirs.get(name, 'absent')} then, {ours.get(name, 'absent')} now"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if faults:
+            raise TrainingError(
+                list_faults(f"{path} belongs to a model with another adapter", faults, "Inject the one of then.")
+            )
+
 
 def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
     """Writes a checkpoint and removes all but the last `keep`.
@@ -118,34 +146,53 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
         tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in values.items()}
     about = json.dumps({"progress": asdict(state.progress), "settings": dict(state.settings)})
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = _digest(about, plain)
 
     def check(temporary: Path) -> None:
         back, metadata = read_safetensors(temporary)
         if metadata.get(_STATE) != about or back.keys() != plain.keys():
             raise OutputError(f"{path} does not read back as it was written; check the disk")
         for name, tensor in plain.items():
-            if not torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
+            if not torch.equal(_bytes(back[name]), _bytes(tensor)):
                 raise OutputError(f"{path}: {name} does not read back as it was written; check the disk")
 
-    write_safetensors(path, plain, {_STATE: about}, check)
-    for old in checkpoint_files(directory)[:-keep]:
-        remove_file(old)
+    write_safetensors(path, plain, {_STATE: about, _DIGEST: digest}, check)
+    files = checkpoint_files(directory)
+    # What is later than this one could not be read when the run went on from an earlier one: it must neither count
+    # among the last few, nor come first when the run goes on again.
+    later = files[files.index(path) + 1 :]
+    for other in (*later, *files[: files.index(path) + 1][:-keep]):
+        remove_file(other)
     return path
 
 
-def last_checkpoint(directory: Path) -> tuple[Checkpoint, Path] | None:
-    """Reads the newest checkpoint of a directory, or None if there is none.
+def last_checkpoint(directory: Path, tell: Callable[[str], None] | None = None) -> tuple[Checkpoint, Path] | None:
+    """Reads the newest checkpoint of a directory that can be read, or None if there is none.
+
+    Args:
+        directory: where checkpoints live.
+        tell: called with a line about each newer one that cannot be read.
 
     Raises:
-        FormatError: none of the files can be read.
+        AdapterError: there are files, and none can be read; all are named.
     """
-    files = checkpoint_files(directory)
-    for path in reversed(files):
+    faults = []
+    for path in reversed(checkpoint_files(directory)):
         try:
-            return _read(path), path
-        except FormatError:
-            if path == files[0]:
-                raise
+            found = _read(path)
+        except AdapterError as error:
+            faults.append(str(error))
+            continue
+        if tell is not None:
+            for fault in faults:
+                tell(f"{fault}; going back to {path.name}")
+        return found, path
+    if faults:
+        raise FormatError(
+            list_faults(
+                f"no checkpoint in {directory} can be read", faults, "Start anew with --overwrite, or restore one."
+            )
+        )
     return None
 
 
@@ -162,9 +209,37 @@ def remove_checkpoints(directory: Path) -> None:
         os.rmdir(directory)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Removes what a run that was killed while it wrote left of unfinished files; only for who holds the directory."""
+    for folder in (directory, directory / "checkpoints", directory / "best"):
+        for path in folder.glob(".*.tmp"):
+            if path.name.startswith(_WRITTEN):
+                remove_file(path)
+
+
+_WRITTEN = tuple(
+    f".{name}"
+    for name in ("step-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md.")
+)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        digest.update(f"\n{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
+        digest.update(_bytes(tensors[name]).numpy().data)
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
     try:
+        if metadata[_DIGEST] != _digest(metadata[_STATE], tensors):
+            raise FormatError(f"{path} is damaged: its content does not have the checksum that it was written with")
         about = json.loads(metadata[_STATE])
         progress, settings = Progress(**about["progress"]), about["settings"]
     except (KeyError, TypeError, ValueError) as error:

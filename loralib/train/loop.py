@@ -5,26 +5,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import progress, say, size
+from ..console import duration, progress, say, size
 from ..data import Example, TokenExample, encode, load_examples
 from ..data.order import epoch_order
 from ..errors import (
+    AdapterError,
     ConfigError,
     DataError,
     InterruptedRunError,
@@ -32,10 +34,17 @@ from ..errors import (
     TrainingError,
     list_faults,
 )
-from ..files import hold_directory
+from ..files import hold_directory, remove_file
 from ..formats import save_adapter, write_microsoft
 from ..inject import adapted_layers, inject, unmerge
-from .checkpoint import Checkpoint, Progress, last_checkpoint, remove_checkpoints, save_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    Progress,
+    last_checkpoint,
+    remove_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
 from .config import TrainConfig
 from .optim import lr_factor, make_optimizer, parameter_groups
 from .report import Metrics, memory_estimate, plot_losses, write_card
@@ -49,6 +58,7 @@ Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
 _FREE = frozenset(
     "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data".split()
 )
+_SILENCE = 30.0  # seconds without a word where no progress bar is drawn
 
 
 @dataclass(frozen=True)
@@ -77,29 +87,42 @@ class TrainResult:
     adapter_bytes: int
     note: str = ""
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(update, loss) of the best adapter, which is in ``output_dir/best``; None without validation data."""
+        return _best(self.valid_losses)
+
 
 def run(
     model: nn.Module, data: Data, config: TrainConfig, tokenizer: Any, valid_data: Data | None, verbose: bool
 ) -> TrainResult:
     """Does what `loralib.train` says."""
-    examples = _token_examples(data, tokenizer, config, config.max_train_samples, "training data")
-    valid = _token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation data")
+    tell: Callable[..., None] = say if verbose else lambda *_, **__: None
+    examples = _token_examples(data, tokenizer, config, config.max_train_samples, "training data", tell)
+    valid = _token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation data", tell)
+    if not valid and (config.early_stopping or config.eval_steps):
+        asked = "early_stopping" if config.early_stopping else "eval_steps"
+        raise ConfigError(
+            f"{asked} is {getattr(config, asked)}, but there is no validation data: give it, or leave it out"
+        )
     if not adapted_layers(model):
         torch.manual_seed(config.seed)
         inject(model, config.lora_config())
     unmerge(model)
-    with hold_directory(config.output_dir) as directory, _signals() as stop:
-        this = _Run(model, examples, valid, config, directory, stop, verbose)
+    with hold_directory(config.output_dir) as directory, _signals() as stop, ExitStack() as last:
         try:
+            this = _Run(model, examples, valid, config, directory, stop, verbose, last)
             return this.go()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(config, directory) from error
         except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            if any(words in str(error) for words in _NO_MEMORY):
                 raise _out_of_memory(config, directory) from error
             raise
-        finally:
-            this.close()
+
+
+# How allocators say it that raise nothing more special: PyTorch's on Linux and macOS, on Windows, MPS, cuBLAS.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 class _Run:
@@ -114,6 +137,7 @@ class _Run:
         directory: Path,
         stop: _Stop,
         verbose: bool,
+        last: ExitStack,
     ) -> None:
         self.model, self.examples, self.valid = model, examples, valid
         self.config, self.directory, self.stop = config, directory, stop
@@ -121,12 +145,30 @@ class _Run:
         self.verbose = verbose
         self.checkpoints = directory / "checkpoints"
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.settings = _settings(config, examples)
+        self.settings = _settings(model, config, examples, valid)
         self.per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
         self.total = config.max_steps or config.num_epochs * self.per_epoch
-        self.metrics: Metrics | None = None
         self.losses: list[float] = []
         self.seconds, self.tokens_timed = 0.0, 0
+        self.told = time.monotonic()
+
+        remove_leftovers(directory)
+        if config.gradient_checkpointing:
+            last.callback(_checkpoint_gradients(model))
+        self.step: Step = make_step(
+            model,
+            packing=config.packing,
+            share_prompts=config.share_prompts,
+            label_smoothing=config.label_smoothing,
+        )
+        # Losses are compared, and exp of one is a perplexity, only if nothing is smoothed.
+        self.measure = (
+            make_step(model, packing=self.step.packing, share_prompts=self.step.share_prompts)
+            if config.label_smoothing
+            else self.step
+        )
+        # Common beginnings cost once only where they are shared; elsewhere a uniform shuffle is the better order.
+        self.siblings = config.max_siblings if self.step.share_prompts else 1
 
         self.progress = Progress()
         found = self._found()
@@ -136,21 +178,14 @@ class _Run:
             self._restore(found)
         else:
             torch.manual_seed(config.seed)
-        self.metrics = Metrics(directory, self.progress.metrics_bytes, config.report_to == "tensorboard")
-        if config.gradient_checkpointing:
-            _checkpoint_gradients(model)
-        self.step: Step = make_step(
-            model,
-            packing=config.packing,
-            share_prompts=config.share_prompts,
-            label_smoothing=config.label_smoothing,
+        self.from_base = _is_base(self.initial)
+        self.metrics = Metrics(
+            directory,
+            self.progress.metrics_bytes,
+            config.report_to == "tensorboard",
+            first_step=self.progress.step + bool(self.progress.valid_losses or self.progress.step),
         )
-        # Common beginnings cost once only where they are shared; elsewhere a uniform shuffle is the better order.
-        self.siblings = config.max_siblings if self.step.share_prompts else 1
-
-    def close(self) -> None:
-        if self.metrics is not None:
-            self.metrics.close()
+        last.callback(self.metrics.close)
 
     # The loop.
 
@@ -158,10 +193,16 @@ class _Run:
         """Trains from where the run stands to its end."""
         if self.step.note:
             self.say(f"Batches are padded: {self.step.note}.")
+        if self.metrics.note:
+            self.say(f"WARNING: {self.metrics.note}.")
+        if self._peak_is_out_of_reach():
+            self.say(f"WARNING: --warmup_steps {self.config.warmup_steps} outlasts the run: --lr is never reached.")
         self._say_memory()
         state = self.progress
-        if not state.valid_losses:
+        if self._owes_validation():
             self._validate()
+            if self.stop.signal_number:
+                raise self._interrupted()
         was_training = self.model.training
         self.model.train()
         bar = progress(total=self.total, description="training", unit="step") if self.verbose else None
@@ -174,20 +215,19 @@ class _Run:
                     self._update(batches, bar)
                     if state.update == self.per_epoch:
                         self._end_epoch()
-                    ends_epoch = state.update == 0
-                    if self._due(self.config.eval_steps, ends_epoch):
+                    if self._due(self.config.eval_steps):
                         self._validate()
-                    if self._due(self.config.save_steps, ends_epoch) and state.step < self.total:
-                        self._save()
                     if self.stop.signal_number:
                         raise self._interrupted()
+                    if self._due(self.config.save_steps) and state.step < self.total:
+                        self._save()
                     if state.step == self.total or self._stopped_early():
                         break
         finally:
             if bar is not None:
                 bar.close()
             self.model.train(was_training)
-        if state.update:  # stopped within an epoch
+        if state.epoch_weight:  # stopped within an epoch
             self._end_epoch(whole=False)
         return self._finish()
 
@@ -230,8 +270,9 @@ class _Run:
             group["lr"] = group["peak"] * factor
         if factor > 0 and not self._checked_gradients:
             self._check_gradients()
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf))
+        if not math.isfinite(norm):  # a finite loss can have such a gradient; the update would spoil every weight
+            raise self._went_wrong(f"the gradient became {norm} at update {state.step + 1}")
         self.optimizer.step()
         elapsed = time.perf_counter() - started
 
@@ -243,24 +284,37 @@ class _Run:
         state.epoch_loss, state.epoch_weight = state.epoch_loss + loss * weight, state.epoch_weight + weight
         self.losses.append(loss)
         self.seconds, self.tokens_timed = self.seconds + elapsed, self.tokens_timed + tokens
-        self._log("train", loss=loss, lr=config.lr * factor, step_s=round(elapsed, 4))
+        self._log("train", loss, config.lr * factor, elapsed)
         if bar is not None:
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
             bar.update()
+            if bar.disable and time.monotonic() - self.told > _SILENCE:
+                self._say_progress(loss)
 
     _checked_gradients = False
 
-    def _log(self, event: str, **values: Any) -> None:
+    def _log(self, event: str, loss: float, lr: float, seconds: float) -> None:
         state = self.progress
-        assert self.metrics is not None
         self.metrics.add(
             event,
             state.step,
             epoch=round(state.epoch + state.update / self.per_epoch, 4),
-            **values,
+            loss=loss,
+            lr=lr,
             examples=state.examples,
             tokens=state.tokens,
             trained_tokens=state.trained_tokens,
+            step_s=round(seconds, 4),
+        )
+
+    def _say_progress(self, loss: float) -> None:
+        """A line for logs, in which no progress bar is drawn."""
+        self.told = time.monotonic()
+        left = (self.total - self.progress.step) * self.seconds / len(self.losses)
+        speed = self.tokens_timed / self.seconds
+        self.say(
+            f"Update {self.progress.step:,} of {self.total:,}: loss {loss:.3f}, {speed:,.0f} tokens/s, "
+            f"{duration(left)} left"
         )
 
     def _end_epoch(self, whole: bool = True) -> None:
@@ -277,23 +331,41 @@ class _Run:
 
     _say_epoch = ""
 
-    def _due(self, every: int, ends_epoch: bool) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.total if every else ends_epoch
+    def _due(self, every: int) -> bool:
+        state = self.progress
+        return state.step == self.total or (state.step % every == 0 if every else state.update == 0)
+
+    def _owes_validation(self) -> bool:
+        """At the start; and where a signal came before the validation of the last update was done."""
+        state = self.progress
+        if not state.valid_losses:
+            return state.step == 0
+        return state.valid_losses[-1][0] < state.step and self._due(self.config.eval_steps)
 
     def _validate(self) -> None:
-        """Measures the loss on the validation data; keeps the best adapter."""
+        """Measures the loss on the validation data, unless a signal comes; keeps the best adapter."""
         if not self.valid:
             return
         state = self.progress
-        loss = evaluate_loss(self.step, self.model, self.valid)
-        state.valid_losses.append([state.step, loss])
-        self._log("valid", loss=loss)
-        if state.step == 0:
-            self.say(f"Before training: validation loss {loss:.4f} (the base model)")
+        started = time.perf_counter()
+        most = max(2048, self.config.batch_size * max(map(len, self.examples)))  # no more memory than training takes
+        loss = evaluate_loss(self.measure, self.model, self.valid, max_tokens=most, stop=self.stop)
+        if loss is None:
             return
-        base = state.valid_losses[0][1]
+        if not math.isfinite(loss):
+            when = f"after update {state.step}" if state.step else "before training"
+            raise self._went_wrong(f"the validation loss is {loss} {when}")
+        state.valid_losses.append([state.step, loss])
+        self._log(
+            "valid", loss, self.optimizer.param_groups[0]["lr"] if state.step else 0.0, time.perf_counter() - started
+        )
+        if state.step == 0:
+            self.say(f"Before training: validation loss {loss:.4f}{' (the base model)' if self.from_base else ''}")
+            return
+        first = state.valid_losses[0][1]
         told = f"{self._say_epoch}, " if self._say_epoch else f"Update {state.step}: "
-        self.say(f"{told}validation loss {loss:.4f} ({loss / base:.0%} of the base's)")
+        of = "the base's" if self.from_base else "the one before"
+        self.say(f"{told}validation loss {loss:.4f} ({loss / first:.0%} of {of})")
         self._say_epoch = ""
         if state.best is None or loss < state.best:
             state.best, state.bad = loss, 0
@@ -339,9 +411,20 @@ class _Run:
             what = f"the training loss exploded: {sum(recent) / 20:.3g} over the last 20 updates"
         else:
             what = f"the training loss became {loss} at update {self.progress.step + 1}"
-        raise TrainingError(
-            f"{what}. {_kept(self.checkpoints)} Lower --lr (now {self.config.lr:g}) or --loraplus_lr_ratio (now "
-            f"{self.config.loraplus_lr_ratio:g}), raise --warmup_steps, or try --dtype fp32; then start anew with "
+        raise self._went_wrong(what)
+
+    def _went_wrong(self, what: str) -> TrainingError:
+        config = self.config
+        if self.progress.step == 0:
+            return TrainingError(
+                f"{what}: the model itself gives it, nothing has been trained yet. Try --dtype fp32, and look at its "
+                "weights."
+            )
+        best = _best(self.progress.valid_losses)
+        kept = f" {self.directory / 'best'} holds the adapter of update {best[0]}." if best else ""
+        return TrainingError(
+            f"{what}. {_kept(self.checkpoints)}{kept} Lower --lr (now {config.lr:g}) or --loraplus_lr_ratio (now "
+            f"{config.loraplus_lr_ratio:g}), raise --warmup_steps, or try --dtype fp32; then start anew with "
             "--overwrite."
         )
 
@@ -357,15 +440,19 @@ class _Run:
 
     def _found(self) -> Checkpoint | None:
         """Returns the checkpoint to go on from; refuses to bury an unfinished run by mistake."""
-        found = last_checkpoint(self.checkpoints)
+        if self.config.overwrite and not self.config.resume:
+            remove_checkpoints(self.checkpoints)
+            return None
+        found = last_checkpoint(self.checkpoints, lambda fault: self.say(f"WARNING: {fault}"))
         if self.config.resume:
             if found is None:
                 raise TrainingError(f"{self.directory} holds no checkpoint to resume from; leave out --resume to start")
             found[0].require_same(self.settings, found[1])
+            found[0].require_fitting(self.parameters, found[1])
             self.say(f"Resuming from {found[1].name}: {found[0].progress.step} of {self.total} updates done")
             return found[0]
         if found is not None:
-            if not found[0].progress.finished and not self.config.overwrite:
+            if not found[0].progress.finished:
                 raise TrainingError(
                     f"{self.directory} holds a run that stopped after {found[0].progress.step} updates. Add --resume "
                     "to go on with it, --overwrite to throw it away, or choose another --output_dir."
@@ -382,24 +469,22 @@ class _Run:
         whole["state"] = {number: dict(values) for number, values in saved.optimizer.items()}
         self.optimizer.load_state_dict(whole)
         self._checked_gradients = saved.progress.step > 0
-        torch.set_rng_state(saved.rng["cpu"])
-        if "cuda" in saved.rng:
-            torch.cuda.set_rng_state(saved.rng["cuda"])
+        _set_random_states(saved.rng, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def _save(self, finished: bool = False) -> Path:
-        assert self.metrics is not None
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished = finished
-        rng = {"cpu": torch.get_rng_state()}
-        if next(iter(self.parameters.values())).is_cuda:
-            rng["cuda"] = torch.cuda.get_rng_state()
         state = Checkpoint(
             self.progress,
             self.settings,
             self.parameters,
             self.initial,
             {n: {k: torch.as_tensor(v) for k, v in s.items()} for n, s in self.optimizer.state_dict()["state"].items()},
-            rng,
+            _random_states(self._device),
         )
         return save_checkpoint(self.checkpoints, state, self.config.keep_checkpoints)
 
@@ -417,14 +502,15 @@ class _Run:
         """Saves everything, the adapter's config last."""
         state = self.progress
         self._check_learned()
-        assert self.metrics is not None
-        self.metrics.sync()
-        write_microsoft(adapter_of(self.model), self.directory / "pytorch_model.bin")
-        plot_losses(
-            self.metrics.path, self.directory / "loss.png", f"LoRA on {self.config.model}, r={self.config.lora_dim}"
-        )
+        self._save()  # whatever fails below, --resume has nothing to compute again
+        adapter = adapter_of(self.model)
+        write_microsoft(adapter, self.directory / "pytorch_model.bin")
+        base = getattr(self.model, "name_or_path", "") or self.config.model
+        plot_losses(self.metrics.path, self.directory / "loss.png", f"LoRA on {base}, r={adapter.config.r}")
+        if not self.valid:
+            _remove_adapter(self.directory / "best")  # of an earlier run in this place
         write_card(self.directory, self.model, self.config, self._facts())
-        adapter = save_adapter(self.model, self.directory)
+        save_adapter(self.model, self.directory)
         self._save(finished=True)
         return TrainResult(
             output_dir=self.directory,
@@ -450,6 +536,9 @@ class _Run:
         if state.valid_losses:
             base, last = state.valid_losses[0][1], state.valid_losses[-1][1]
             facts["validation loss"] = f"{base:.4f} before, {last:.4f} after ({last / base:.0%})"
+        best = _best(state.valid_losses)
+        if best is not None and best[0] != state.step:
+            facts["best validation loss"] = f"{best[1]:.4f} after update {best[0]:,}: the adapter in `best`"
         return facts
 
     def _say_memory(self) -> None:
@@ -459,24 +548,61 @@ class _Run:
         if free and needed > free:
             self.say("  That may not fit: lower --batch_size or --seq_len, or add --gradient_checkpointing.")
 
+    def _peak_is_out_of_reach(self) -> bool:
+        ticks = self.config.grad_accum if self.config.arithmetic == "paper" else 1
+        return self.config.warmup_steps > self.total * ticks
 
-def evaluate_loss(step: Step, model: nn.Module, examples: Sequence[TokenExample], batch_size: int = 16) -> float:
+
+@overload
+def evaluate_loss(
+    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ...
+) -> float: ...
+
+
+@overload
+def evaluate_loss(
+    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ..., stop: _Stop
+) -> float | None: ...
+
+
+def evaluate_loss(
+    step: Step,
+    model: nn.Module,
+    examples: Sequence[TokenExample],
+    *,
+    max_tokens: int = 8192,
+    stop: _Stop | None = None,
+) -> float | None:
     """Returns the average loss of the trained tokens, in nats; ``exp`` of it is the perplexity.
 
     Args:
         step: made by `make_step` for the model.
         model: switched to eval mode meanwhile.
         examples: what to measure on.
-        batch_size: examples at once.
+        max_tokens: tokens of the examples that are computed at once, at least one example's.
+        stop: looked at in between; once a signal came, the result is None.
     """
-    order = sorted(examples, key=lambda example: example.ids)  # neighbours share their prompts
     was_training = model.training
     model.eval()
+    done = []
     try:
-        done = [step.loss(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+        for batch in _batches(examples, max_tokens):
+            if stop is not None and stop.signal_number:
+                return None
+            done.append(step.loss(batch))
     finally:
         model.train(was_training)
     return sum(s.loss_sum for s in done) / max(1, sum(s.trained_tokens for s in done))
+
+
+def _batches(examples: Sequence[TokenExample], max_tokens: int, most: int = 16) -> Iterator[list[TokenExample]]:
+    batch: list[TokenExample] = []
+    for example in sorted(examples, key=lambda example: example.ids):  # neighbours share their prompts
+        if batch and (len(batch) == most or sum(map(len, batch)) + len(example) > max_tokens):
+            yield batch
+            batch = []
+        batch.append(example)
+    yield batch
 
 
 class _Stop:
@@ -507,10 +633,12 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _token_examples(data: Data | None, tokenizer: Any, config: TrainConfig, most: int, what: str) -> list[TokenExample]:
+def _token_examples(
+    data: Data | None, tokenizer: Any, config: TrainConfig, most: int, what: str, tell: Callable[..., None]
+) -> list[TokenExample]:
     if data is None:
         return []
-    if isinstance(data, (str, Path)) or (len(data) and isinstance(data[0], str)):
+    if isinstance(data, (str, Path)) or (len(data) and isinstance(data[0], (str, Path))):
         if tokenizer is None:
             raise ConfigError(f"{what} is a file, which needs a tokenizer: pass tokenizer=")
         paths: Any = data
@@ -522,31 +650,97 @@ def _token_examples(data: Data | None, tokenizer: Any, config: TrainConfig, most
             max_samples=most or None,
             seed=config.seed,
         )
-        return encoded.examples
-    if not data:
-        raise DataError(f"{what} is empty, expected at least one example")
-    if all(isinstance(example, TokenExample) for example in data):
-        return [example for example in data if isinstance(example, TokenExample)]
-    if tokenizer is None:
-        raise ConfigError(f"{what} is text, which needs a tokenizer: pass tokenizer=")
-    texts = [example for example in data if isinstance(example, Example)]
-    return encode(texts, tokenizer, config.seq_len, config.objective).examples
+    else:
+        if not data:
+            raise DataError(f"{what} is empty, expected at least one example")
+        kinds = {type(example) for example in data}
+        if kinds == {TokenExample}:
+            return [example for example in data if isinstance(example, TokenExample)]
+        if kinds != {Example}:
+            raise DataError(
+                f"{what} holds {' and '.join(sorted(kind.__name__ for kind in kinds))}, expected Example (text: "
+                "Example.of(prompt, completion)) or TokenExample, or the paths of files"
+            )
+        if tokenizer is None:
+            raise ConfigError(f"{what} is text, which needs a tokenizer: pass tokenizer=")
+        texts = [example for example in data if isinstance(example, Example)]
+        encoded = encode(texts, tokenizer, config.seq_len, config.objective)
+    if encoded.drop_note:
+        tell(f"{what.capitalize()}: {encoded.drop_note}")
+    return encoded.examples
 
 
-def _settings(config: TrainConfig, examples: Iterable[TokenExample]) -> dict[str, Any]:
-    """Returns what must be the same for a run to go on: the settings that count, and the data."""
-    import hashlib
+def _settings(
+    model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], valid: Sequence[TokenExample]
+) -> dict[str, Any]:
+    """Returns what must be the same for a run to go on: the settings that count, the data, and what is frozen."""
+    chosen = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    data = {"training data": _hash(examples), "validation data": _hash(valid)}
+    return {**_plain(chosen), **data, "base model": _frozen(model)}
 
+
+def _hash(examples: Iterable[TokenExample]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.ids, example.trained)).encode())
-    chosen = {name: value for name, value in config.to_dict().items() if name not in _FREE}
-    return {**_plain(chosen), "data": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
+
+
+def _frozen(model: nn.Module) -> str:
+    """Dtypes of the frozen weights (--dtype auto may choose another one elsewhere), and a hash of samples of them."""
+    digest, dtypes = hashlib.sha256(), set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            dtypes.add(str(parameter.dtype).removeprefix("torch."))
+            flat = parameter.detach().reshape(-1)
+            samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(parameter.shape)} {samples.tolist()}\n".encode())
+    return f"{' and '.join(sorted(dtypes))} {digest.hexdigest()[:16]}"
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random generators that a run on this device draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    elif device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+    elif device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON gives tuples back as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _is_base(initial: Mapping[str, Tensor]) -> bool:
+    """Whether the model computed what its base does before the first update: one factor of each pair is zero."""
+    return all(
+        not tensor.any() or not initial.get(f"{name.removesuffix('lora_A')}lora_B", tensor).any()
+        for name, tensor in initial.items()
+        if name.endswith("lora_A")
+    )
+
+
+def _best(valid_losses: Sequence[Sequence[float]]) -> tuple[int, float] | None:
+    """The first of the lowest losses of an adapter; update 0 is the base."""
+    found = min(((loss, int(step)) for step, loss in valid_losses if step), default=None)
+    return None if found is None else (found[1], found[0])
+
+
+def _remove_adapter(directory: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        remove_file(directory / name)
+    with suppress(OSError):  # not there, or something of the user's is in it
+        directory.rmdir()
 
 
 def _has_moved(model: nn.Module, parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Tensor]) -> bool:
@@ -564,12 +758,16 @@ def _has_moved(model: nn.Module, parameters: Mapping[str, nn.Parameter], initial
     return any(not torch.equal(parameters[name].detach(), initial[name]) for name in others)
 
 
-def _checkpoint_gradients(model: nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5
-    enable = enable or getattr(model, "gradient_checkpointing_enable", None)
-    if not callable(enable):
+def _checkpoint_gradients(model: nn.Module) -> Callable[[], object]:
+    """Switches it on; returns what gives the model back as it was."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5
+    enable = getattr(model, f"{word}_checkpointing_enable", None)
+    disable = getattr(model, f"{word}_checkpointing_disable", None)
+    if not callable(enable) or not callable(disable):
         raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not offer it; leave it out")
+    was_on = bool(getattr(model, f"is_{word}_checkpointing", False))
     enable({"use_reentrant": False})  # the reentrant kind trains nothing below a frozen embedding
+    return (lambda: None) if was_on else disable
 
 
 def _out_of_memory(config: TrainConfig, directory: Path) -> TrainingError:
@@ -582,7 +780,7 @@ def _out_of_memory(config: TrainConfig, directory: Path) -> TrainingError:
 def _kept(checkpoints: Path) -> str:
     try:
         found = last_checkpoint(checkpoints)
-    except (OSError, ValueError):
+    except (OSError, AdapterError):
         found = None
     if found is None:
         return "There is no checkpoint yet."

@@ -35,35 +35,53 @@ class Metrics:
         directory: holds the file.
         keep: how many bytes of an earlier run's file to go on from; what a crash left behind them is cut off.
         tensorboard: also write event files under ``directory/tensorboard``.
+        first_step: the first update that will be logged; what TensorBoard has of it and later ones no longer counts.
+
+    Attributes:
+        note: what is missing of the file that should go on, for the user; else "".
     """
 
-    def __init__(self, directory: Path, keep: int, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path, keep: int, tensorboard: bool = False, first_step: int = 0) -> None:
         self.path = directory / "metrics.jsonl"
+        self.note = ""
         try:
-            self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
+            # Unbuffered: a line that could not be written is not tried again when the file is closed.
+            self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
+            there = self._file.seek(0, os.SEEK_END)
+            if there < keep:  # someone cut it: its last line may be half a line
+                self.note = (
+                    f"{self.path} lacks lines of the run that goes on: {keep:,} bytes were written, {there:,} are"
+                )
+                self._file.seek(0)
+                keep = self._file.read().rfind(b"\n") + 1
             self._file.truncate(keep)
             self._file.seek(keep)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
-        self._board = _tensorboard(directory, keep) if tensorboard else None
+        self._board = _tensorboard(directory, first_step) if tensorboard else None
 
     def add(self, event: str, step: int, **values: Any) -> None:
         """Appends one event."""
-        line = json.dumps({"event": event, "step": step, **values}, allow_nan=False)
+        line = json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+            written = self._file.write(line)
+            if written < len(line):  # the disk had room for a part; the rest says why
+                self._file.write(line[written:])
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
         if self._board is not None:
-            for name in ("loss", "lr"):
-                if name in values:
-                    self._board.add_scalar(f"{event}/{name}", values[name], step)
+            self._board.add_scalar(f"{event}/loss", values["loss"], step)
+            if event == "train":
+                self._board.add_scalar("train/lr", values["lr"], step)
 
     def sync(self) -> int:
         """Makes all lines last through a crash; returns the length of the file in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
+        if self._board is not None:
+            self._board.flush()
         return self._file.tell()
 
     def close(self) -> None:
@@ -73,12 +91,12 @@ class Metrics:
             self._board.close()
 
 
-def _tensorboard(directory: Path, keep: int) -> Any:
+def _tensorboard(directory: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingDependencyError("--report_to tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=None)
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
