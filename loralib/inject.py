@@ -234,16 +234,16 @@ def remove(model: nn.Module) -> None:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
     record = _need_injection(model)
-    wrapped = [n for n, m in adapted_layers(model) if "_halves" not in type(m).__dict__]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
             f"{', '.join(wrapped)}: torch.nn.utils.parametrize has changed the class since inject(); "
             "remove_parametrizations() first"
         )
     _put(model, _moved(model, record.originals))
-    for layer in list(model.modules()):
-        if isinstance(layer, LoRALayer):
-            _restore(layer)
+    for _, layer in layers:
+        _restore(layer)
     for name in (_RECORD, "save_pretrained", "resize_token_embeddings"):
         model.__dict__.pop(name, None)
     for name, parameter in model.named_parameters(remove_duplicate=False):
