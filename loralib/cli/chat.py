@@ -72,12 +72,11 @@ def run(args: argparse.Namespace) -> None:
     while True:
         try:
             line = _read_line(watched)
+            if line is None or line in ("/exit", "/quit"):
+                return
+            _react(talk, line)
         except KeyboardInterrupt:
             say("\n(/exit leaves)", file=sys.stderr)
-            continue
-        if line is None or line in ("/exit", "/quit"):
-            return
-        _react(talk, line)
 
 
 def _react(talk: Talk, line: str) -> None:

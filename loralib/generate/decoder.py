@@ -74,7 +74,7 @@ class CachedDecoder:
         self._device = next(model.parameters()).device
         self._cache = Cache()
         self._texts: list[Text] = []
-        self._rows = 0  # that were computed
+        self._steps = 0
         self._products: dict[nn.Module, Product] | None = None
         # The columns that each branch of each text sees (rows, N, C), and which token of the text is where (rows, C).
         self._sees = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
@@ -111,9 +111,9 @@ class CachedDecoder:
             ids += text.prompt
             positions += range(text.length)
             wanted.append(len(ids) - 1)
-        if self._products is None and self._rows >= PACK_AFTER:
+        if self._products is None and self._steps >= PACK_AFTER:
             self._products = packed(self._modules)
-        self._rows += len(ids)
+        self._steps += 1
         with evaluating(self._modules), using(self._configs), using_packed(self._products or {}):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],

@@ -18,8 +18,9 @@ from ..layers import LinearPath, LoRALayer
 
 __all__ = ["PACK_AFTER", "packed", "using_packed"]
 
-# Rows after which the copies are worth making: until then they cost more than they have saved.
-PACK_AFTER: Final = 1024
+# Copies are made after so many steps.  They cost about what ten steps save, whatever the number of rows, and how long a
+# generation goes on is not known before.
+PACK_AFTER: Final = 8
 # Copies of larger models could fill the memory.
 _MOST_BYTES: Final = 2**30
 
@@ -66,6 +67,8 @@ def _is_linear(module: nn.Module) -> bool:
         kind.forward is nn.Linear.forward
         and not own
         and type(weight) is nn.Parameter
+        and type(weight.data) is Tensor
+        and not weight.is_inference()
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
     )
