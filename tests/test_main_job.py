@@ -136,10 +136,13 @@ def test_running_again_replaces_our_files_and_leaves_others(run: Run, tmp_path: 
     assert run("run_training", *TINY)[0] == 0
     ours = tmp_path / "lora_model" / "adapter_model.safetensors"
     before = ours.read_bytes()
-    (tmp_path / "lora_model" / "notes.txt").write_text("mine", encoding="utf-8")
+    card = tmp_path / "lora_model" / "README.md"
+    assert "LoRA adapter for scratch" in card.read_text(encoding="utf-8")
+    for foreign in ("notes.txt", "README.md"):  # the directory may be a project, with a README of its own
+        (tmp_path / "lora_model" / foreign).write_text("mine", encoding="utf-8")
     assert run("run_training", *TINY, "--seed", "1")[0] == 0
     assert ours.read_bytes() != before
-    assert (tmp_path / "lora_model" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "lora_model" / "notes.txt").read_text(encoding="utf-8") == card.read_text("utf-8") == "mine"
     assert not [path for path in (tmp_path / "lora_model").iterdir() if path.suffix == ".tmp"]
 
 

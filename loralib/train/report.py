@@ -216,8 +216,17 @@ def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
     return norms
 
 
+_TAGS = b"tags: [lora, loralib]"  # by which a card of ours is known
+
+
 def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Mapping[str, str]) -> None:
-    """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned."""
+    """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned.
+
+    Another's README.md stays: the directory may be somebody's project.
+    """
+    card = directory / "README.md"
+    if card.exists() and _TAGS not in card.read_bytes():
+        return
     base = getattr(model, "name_or_path", "") or config.model
     adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
     targets = (
@@ -228,11 +237,11 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Ma
     told = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
-        directory / "README.md",
+        card,
         f"""---
 base_model: {base}
 library_name: peft
-tags: [lora, loralib]
+{_TAGS.decode()}
 ---
 
 # LoRA adapter for {base}
