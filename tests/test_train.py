@@ -26,6 +26,7 @@ from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
 from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
+from loralib.train.job import _tell
 from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.train.report import read_metrics
 
@@ -209,6 +210,16 @@ def test_validations_without_validation_data_are_refused(tmp_path: Path, asked: 
         lora.train(tiny_model(), copying_examples(), settings(tmp_path, **{asked: 2}))
 
 
+def test_each_epoch_is_told_where_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(tmp_path, eval_steps=6, num_epochs=2)
+    lora.train(tiny_model(), copying_examples(), config, valid_data=copying_examples(6, seed=1))
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if re.match("Epoch|Update", line)]
+    patterns = [r"Epoch 1: average training loss [\d.]+$", "Update 6: validation loss", "Epoch 2: .*, validation loss"]
+    assert len(lines) == 3, out
+    assert all(re.match(pattern, line) for pattern, line in zip(patterns, lines, strict=True)), out
+
+
 def test_logs_get_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +243,7 @@ def test_a_plain_module_trains_too(tmp_path: Path) -> None:
     assert result.train_losses[-1] < result.train_losses[0]
 
 
-def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path) -> None:
+def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, num_epochs=40, eval_steps=1, early_stopping=2, lr=0.05)
     result = train(config)
     losses = [loss for _, loss in result.valid_losses[1:]]
@@ -245,6 +256,8 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path) -> None:
         valid_data=copying_examples(6, seed=1), verbose=False,
     )  # fmt: skip
     assert again.valid_losses[0][1] == pytest.approx(min(losses), rel=1e-5)
+    _tell(result)
+    assert "The best one was that of update" in capsys.readouterr().out
     assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
     assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
         result.output_dir / "README.md"

@@ -104,6 +104,9 @@ def _tell(result: TrainResult) -> None:
                 "run-demo) knows nothing. Take a pretrained --model, raise --lr, or train longer."
             )
     say(f"Adapter: {weights} ({size(weights.stat().st_size)})")
+    if result.best is not None and result.best[0] != result.valid_losses[-1][0]:
+        step, loss = result.best
+        say(f"The best one was that of update {step} (validation loss {loss:.4f}): {result.output_dir / 'best'}")
     checkpoint = result.output_dir / "pytorch_model.bin"
     say(f"Checkpoint for Microsoft's loralib: {checkpoint} ({size(checkpoint.stat().st_size)})")
     if (result.output_dir / "loss.png").exists():

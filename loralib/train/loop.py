@@ -324,10 +324,11 @@ class _Run:
         state.epoch_loss = state.epoch_weight = 0.0
         if whole:
             state.epoch, state.update = state.epoch + 1, 0
-        self._say_epoch = f"Epoch {len(state.train_losses)}: average training loss {average:.4f}"
-        if not self.valid:
-            self.say(self._say_epoch)
-            self._say_epoch = ""
+        told = f"Epoch {len(state.train_losses)}: average training loss {average:.4f}"
+        if whole and self.valid and self._due(self.config.eval_steps):
+            self._say_epoch = told  # in one line with the validation that follows
+        else:
+            self.say(told)
 
     _say_epoch = ""
 
