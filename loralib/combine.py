@@ -29,6 +29,7 @@ __all__ = [
     "factors",
     "faults_of",
     "interpolate",
+    "located_faults",
     "resize",
     "subtract",
     "updates_of",
@@ -121,32 +122,37 @@ class Combination:
 
 def faults_of(adapter: Adapter) -> list[str]:
     """Lists what is wrong with an adapter's tensors by themselves, before any model is seen."""
+    return [f"{place}: {fault}" if place else fault for place, fault in located_faults(adapter)]
+
+
+def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
+    """Lists `faults_of` with the name of the module or tensor that each is about."""
     faults = []
     for module in adapter.modules:
         kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.tensors else "lora_"
         A, B = (adapter.tensors.get(f"{module}.{kind}{half}") for half in "AB")
         if A is None or B is None:
-            faults.append(f"{module}: {kind}{'A' if A is None else 'B'} is missing")
+            faults.append((module, f"{kind}{'A' if A is None else 'B'} is missing"))
             continue
-        if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[0, 0].numel() != 1):
-            faults.append(f"{module}: factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together")
+        if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[:1, :1].numel() != 1):
+            faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together"))
             continue
         r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
         expected = r if blocks is None else r * sum(blocks)
         if A.shape[0] != expected or B.shape[1] != r:
             said = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
-            faults.append(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {said}")
+            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {said}"))
         elif blocks is not None and B.shape[0] % sum(blocks):
-            faults.append(f"{module}: B {tuple(B.shape)} does not divide into {sum(blocks)} blocks")
+            faults.append((module, f"B {tuple(B.shape)} does not divide into {sum(blocks)} blocks"))
     for name, tensor in adapter.tensors.items():
         if tensor.numel() == 0:
-            faults.append(f"{name}: shape {tuple(tensor.shape)} holds no values")
+            faults.append((name, f"shape {tuple(tensor.shape)} holds no values"))
         elif "lora_" in name and not tensor.is_floating_point():
-            faults.append(f"{name}: {tensor.dtype}, expected floating-point values")
+            faults.append((name, f"{tensor.dtype}, expected floating-point values"))
         elif tensor.is_floating_point() and not all_finite(tensor):
-            faults.append(f"{name}: holds NaN or infinite values")
+            faults.append((name, "holds NaN or infinite values"))
     if not adapter.modules:
-        faults.append("there are no LoRA factors (names that end in lora_A and lora_B)")
+        faults.append(("", "there are no LoRA factors (names that end in lora_A and lora_B)"))
     return faults
 
 

@@ -370,7 +370,7 @@ def _ways_of_repeat(least: int, most: int, inner: float) -> float:
 
 
 def _first_letter(parsed: Any) -> str | None:
-    kind, value = next(iter(parsed), (None, None))
+    kind, value = next(iter(parsed), ("", 0))
     return chr(value).casefold() if str(kind) == "LITERAL" else None
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, expand_blocks
-from .combine import Update, depends_on_base, factors, faults_of
+from .combine import Update, depends_on_base, factors, faults_of, located_faults
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
@@ -160,7 +160,7 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
     findings = [Finding("fault", fault, again) for fault in faults[:_MOST_FAULTS]]
     if len(faults) > _MOST_FAULTS:
         findings.append(Finding("fault", f"and {len(faults) - _MOST_FAULTS:,} more faults of this kind", again))
-    broken = {fault.partition(":")[0] for fault in faults}
+    broken = {place for place, _ in located_faults(adapter)}
     broken |= {name.rpartition(".")[0] for name in broken}
     layers = (
         ()

@@ -162,6 +162,20 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
 
 
+def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
+    before = {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()}
+    assert run("merge", adapter, base, "--base", base) == 2
+    assert "is the base model itself" in capsys.readouterr().err
+    assert run("merge", adapter, adapter, "--base", base) == 2
+    assert "holds an adapter" in capsys.readouterr().err
+    assert run("convert", adapter, adapter, "--target", "mlx", "--base", base) == 2
+    assert "holds an adapter in another form" in capsys.readouterr().err
+    assert {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()} == before
+    assert run("convert", adapter, tmp_path, "--target", "mlx", "--base", base) == 0
+    assert run("convert", tmp_path, tmp_path, "--target", "peft", "--base", base) == 2
+    assert "holds an adapter in another form" in capsys.readouterr().err
+
+
 def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
     half = ("-o", tmp_path / "half", "--weights", 0.25, 0.25)
     assert run("combine", adapter, adapter, *half) == 0

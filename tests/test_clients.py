@@ -292,6 +292,12 @@ PEFT_CASES: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     "head of a tied model": ("qwen2", {"target_modules": ["lm_head", "v_proj"]}),
     "biases": ("qwen2", {"bias": "lora_only"}),
     "head trained in full": ("llama", {"modules_to_save": ["lm_head"], "alpha_pattern": {"q_proj": 3}}),
+    "embedding trained in full": ("llama", {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}),
+    "tied embedding trained in full": ("qwen2", {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}),
+    "wide and narrow, rslora, alpha": (
+        "gpt2",
+        {"use_rslora": True, "rank_pattern": {"c_fc": 9}, "alpha_pattern": {"h.1.attn.c_attn": 1}},
+    ),
     "tied head trained in full": ("qwen2", {"modules_to_save": ["lm_head"], "use_rslora": True}),
 }
 

@@ -74,6 +74,16 @@ def test_what_is_written(saved: Path) -> None:
     assert set(metadata) == {"format", "loralib.base"}
 
 
+@pytest.mark.parametrize("cache", ["/home/me/.cache/huggingface/hub/", "C:\\Users\\me\\hub\\"])
+def test_a_place_in_the_hubs_cache_is_written_as_the_models_name(cache: str, tmp_path: Path) -> None:
+    slash = cache[-1]
+    model = trained()
+    model.name_or_path = slash.join([cache[:-1], "models--some--model-1", "snapshots", "0123abcd"])
+    assert lora.save_adapter(model, tmp_path).config.base_model_name_or_path == "some/model-1"
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == "some/model-1"
+
+
 def test_what_is_read(saved: Path) -> None:
     expected = trained()(X)
     for path in (saved, str(saved), saved / "adapter_config.json", saved / "adapter_model.safetensors"):

@@ -140,6 +140,20 @@ def test_report_stands_beside_the_rounding_to_be_expected(dtype: torch.dtype) ->
     assert "rounding explains it" in str(report)
 
 
+def test_rounding_that_adds_up_is_expected() -> None:
+    """A base that was quantised before: all weights are one of few values, whose rounding errors have one sign."""
+    base = qwen2()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(torch.where(parameter.abs() > 0.1, 0.2505, 0.01003))  # above and below what bf16 has
+    adapter = adapter_of(adapted(base, r=1))
+    small = Adapter(adapter.config, {name: t * 1e-3 for name, t in adapter.tensors.items()}, adapter.metadata)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    report = merge_and_compare(copy.deepcopy(base), small, [IDS], torch.bfloat16)
+    assert report.as_expected, report
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
 def test_more_than_rounding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from loralib.formats import merged as module
 

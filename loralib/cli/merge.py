@@ -10,6 +10,7 @@ rounding must be expected to do, and the written model is loaded and compared be
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
 
@@ -38,11 +39,14 @@ def run(args: argparse.Namespace) -> None:
     from ..base import load_base, pick_dtype
     from ..console import say
     from ..data import prompt_ids
-    from ..errors import MergeError
+    from ..errors import MergeError, OutputError
     from ..formats import merge_and_compare, save_merged
 
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True)
     assert model is not None
+    base = Path(args.base or adapter.config.base_model_name_or_path or "")
+    if base.is_dir() and base.resolve() == Path(args.output).resolve():
+        raise OutputError(f"{args.output} is the base model itself, which would be lost; choose another directory")
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(

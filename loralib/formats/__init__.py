@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from torch import nn
@@ -59,6 +60,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     adapter = adapter_of(model)
     targets = named_modules(adapter, model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    # A place in the hub's cache means nothing on another machine.
+    if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
+        name = cached[1].replace("--", "/")
     # Readers of Conv1D want to be told that the weight is stored (in, out).
     turned = any(isinstance(m, LinearPath) and m.fan_in_fan_out for _, m in adapted_layers(model))
     config = adapter.config.replace(

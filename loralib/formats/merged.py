@@ -35,7 +35,8 @@ class MergeReport:
     Attributes:
         max_difference, mean_difference: between the merged model and base plus adapter in fp32.
         expected_max, expected_mean: what rounding to the dtype must be expected to do: the effect of errors of the same
-            size with random signs.
+            size with random signs, or what rounding does to the base alone, where that is more (a base that was
+            quantised before has few different values, and so errors that add up).
         dtype: of the merged weights.
         modules: how many modules were merged.
     """
@@ -128,6 +129,7 @@ def merge_and_compare(
     if not depends_on_base(adapter):  # other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
             reference = _logits(model, inputs)
+    base_moves = _rounding_of_base(model, inputs, dtype)
     modules = merge_into(model, adapter, initial=initial, allow_base_mismatch=allow_base_mismatch)
     unrounded = _logits(model, inputs)
     reference = reference if reference is not None else unrounded
@@ -152,7 +154,8 @@ def merge_and_compare(
                 f"merged weights do not fit {dtype}: they would be infinite", faults, "Use --dtype bf16 or fp32."
             )
         )
-    expected = _compare(unrounded, _logits(model, inputs))
+    signed = _compare(unrounded, _logits(model, inputs))
+    expected = max(signed[0], base_moves[0]), max(signed[1], base_moves[1])
     with torch.no_grad():
         for name, rounded in exact.items():
             model.get_parameter(name).copy_(rounded)
@@ -242,6 +245,19 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     if faults:
         raise MergeError(list_faults("nothing was merged", faults, "Train again, or load another adapter or base."))
     return merged
+
+
+def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """Returns how far rounding its weights moves a model's logits, at most and on average; the model stays as it is."""
+    exact = _logits(model, inputs)
+    originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+        moved = _compare(exact, _logits(model, inputs))
+        for name, original in originals.items():
+            model.get_parameter(name).copy_(original)
+    return moved
 
 
 def _untie(model: nn.Module) -> None:

@@ -20,12 +20,13 @@ from ..combine import check_sound, factors
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
-from .tensors import parse_json, read_bytes, read_safetensors, write_safetensors
+from .tensors import parse_json, read_bytes, read_safetensors, refuse_other_form, write_safetensors
 
 __all__ = ["is_mlx", "mlx_names", "read_mlx", "write_mlx"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapters.safetensors"
+PEFT_TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # mlx-lm's models of these kinds call their modules as transformers does; GPT-2's trunk is called `model` there.
 _SAME_NAMES = frozenset(
@@ -101,6 +102,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     if not layers:
         settings["num_layers"] = 1  # 0 would mean all
     directory = Path(directory)
+    refuse_other_form(directory, PEFT_TENSOR_FILES)
     remove_file(directory / CONFIG_FILE)
     base = {BASE: adapter.metadata[BASE]} if BASE in adapter.metadata else {}
     write_safetensors(directory / TENSOR_FILE, tensors, base)

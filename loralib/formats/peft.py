@@ -18,13 +18,14 @@ from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
-from .tensors import parse_json, read_bytes, read_pickle, read_safetensors, write_safetensors
+from .tensors import parse_json, read_bytes, read_pickle, read_safetensors, refuse_other_form, write_safetensors
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "write_peft"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MLX_TENSOR_FILE = "adapters.safetensors"
 
 _PREFIX = "base_model.model."
 _MAX_CONFIG = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
@@ -79,6 +80,7 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         directory: made if needed.
     """
     directory = Path(directory)
+    refuse_other_form(directory, (MLX_TENSOR_FILE,))
     plain = expand_blocks(adapter)
     # Without its config, what stands in the directory is no adapter: a killed run leaves no mixture of two.
     remove_file(directory / CONFIG_FILE)

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, FormatError
+from ..errors import AdapterError, FormatError, OutputError
 from ..files import write_whole
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "read_bytes",
     "read_pickle",
     "read_safetensors",
+    "refuse_other_form",
     "write_pickle",
     "write_safetensors",
 ]
@@ -178,6 +179,20 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
             f"{name} cannot be read: {_reason(error)}. The file is truncated, corrupt or of another kind; "
             "copy it again from its source."
         ) from error
+
+
+def refuse_other_form(directory: Path, files: Iterable[str]) -> None:
+    """Refuses to write into a directory that holds an adapter in another form: both call their settings alike.
+
+    Raises:
+        OutputError: one of the files is there.
+    """
+    for name in files:
+        if (directory / name).exists():
+            raise OutputError(
+                f"{directory} holds an adapter in another form ({name}), whose adapter_config.json would be lost; "
+                "choose another directory"
+            )
 
 
 def write_safetensors(
