@@ -673,6 +673,64 @@ def test_a_settings_file_without_end(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": ' + " " * 2_000_000 + "8}", encoding="utf-8")
     with pytest.raises(FormatError, match="2,000,008 bytes"):
         read_peft(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapters.safetensors")
+    with pytest.raises(FormatError, match="2,000,008 bytes"):
+        read_adapter(tmp_path, model=nn.Linear(1, 1))
+
+
+def test_names_that_cannot_be_shown(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name in ("x" * 5_000_000, "\x1b[2Jq.lora_A", "q\n.lora_A"):
+        save_file({name: torch.ones(1)}, tmp_path / "x.safetensors")
+        torch.save({name: torch.ones(1)}, tmp_path / "x.bin")
+        for read in (read_safetensors, read_pickle):
+            with pytest.raises(FormatError, match="characters") as caught:
+                read(tmp_path / ("x.bin" if read is read_pickle else "x.safetensors"))
+            assert len(str(caught.value)) < 1000
+            assert "\x1b" not in str(caught.value)
+        with pytest.raises(FormatError, match="characters"):
+            parse_gguf(gguf_seed(3, {name: ((1, 1), 0, bytes(4))}))
+    save_file({"q.lora_A": torch.ones(1)}, tmp_path / "x.safetensors", {"loralib.base": "\x1b[2J"})
+    with pytest.raises(FormatError, match="control characters"):
+        read_safetensors(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="base_model_name_or_path"):
+        LoraConfig(base_model_name_or_path="\x1b[2J")
+
+
+def test_files_that_are_longer_than_they_state_are_not_read(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"q.lora_A": torch.ones(1)}, tmp_path / "x.safetensors")
+    with (tmp_path / "x.safetensors").open("r+b") as file:
+        file.truncate(2**28)
+    memory = peak_memory()
+    with pytest.raises(FormatError, match="its header states 4 bytes"):
+        read_safetensors(tmp_path / "x.safetensors")
+    assert peak_memory() - memory < 100e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_8_bits(dtype: torch.dtype) -> None:
+    """PyTorch has no isfinite for them."""
+    tensors = {"0.lora_A": torch.ones(2, 3).to(dtype), "0.lora_B": torch.full((4, 2), float("nan")).to(dtype)}
+    inspection = inspect_adapter(Adapter(LoraConfig(r=2, target_modules=["0"]), tensors))
+    assert "0.lora_B: holds NaN" in str(inspection)
+
+
+def test_reports_on_many_faults_stay_short() -> None:
+    tensors = {f"layers.{number}.q.lora_A": torch.ones(0) for number in range(5_000)}
+    shown = str(inspect_adapter(Adapter(LoraConfig(r=2, target_modules=["q"]), tensors)))
+    assert "more faults of this kind" in shown
+    assert len(shown) < 10_000
+
+
+def test_names_that_look_like_messages() -> None:
+    """A colon in a module's name once hid which modules are damaged."""
+    tensors = {"a:b.lora_A": torch.ones(2, 3), "a:b.lora_embedding_B": torch.ones(4, 2)}
+    assert "a:b: lora_B is missing" in str(inspect_adapter(Adapter(LoraConfig(r=2, target_modules=["b"]), tensors)))
+    flat = {"conv.lora_A": torch.ones(2, 3, 3), "conv.lora_B": torch.ones(0, 2, 1)}
+    assert "do not belong together" in str(inspect_adapter(Adapter(LoraConfig(r=2, target_modules=["conv"]), flat)))
 
 
 @pytest.mark.parametrize(

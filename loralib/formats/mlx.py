@@ -20,7 +20,7 @@ from ..combine import check_sound, factors
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
-from .tensors import parse_json, read_bytes, read_safetensors, refuse_other_form, write_safetensors
+from .tensors import MAX_SETTINGS, parse_json, read_bytes, read_safetensors, refuse_other_form, write_safetensors
 
 __all__ = ["is_mlx", "mlx_names", "read_mlx", "write_mlx"]
 
@@ -121,7 +121,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
-    dora, scale, named = read_bytes(directory / CONFIG_FILE, parse_settings)
+    dora, scale, named = read_bytes(directory / CONFIG_FILE, parse_settings, most=MAX_SETTINGS)
     stored, metadata = read_safetensors(directory / TENSOR_FILE)
     modules = {there: here for here, there in mlx_names(model).items()}
     leaves = {"lora_a": "A", "lora_b": "B"}

@@ -18,7 +18,15 @@ from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
-from .tensors import parse_json, read_bytes, read_pickle, read_safetensors, refuse_other_form, write_safetensors
+from .tensors import (
+    MAX_SETTINGS,
+    parse_json,
+    read_bytes,
+    read_pickle,
+    read_safetensors,
+    refuse_other_form,
+    write_safetensors,
+)
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "write_peft"]
 
@@ -28,7 +36,6 @@ PICKLE_FILE = "adapter_model.bin"
 MLX_TENSOR_FILE = "adapters.safetensors"
 
 _PREFIX = "base_model.model."
-_MAX_CONFIG = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
 
 
 def read_peft(directory: str | os.PathLike[str]) -> Adapter:
@@ -90,11 +97,7 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CONFIG:
-        raise FormatError(
-            f"{path} has {path.stat().st_size:,} bytes, expected an adapter_config.json of a few thousand"
-        )
-    values = read_bytes(path, parse_json)
+    values = read_bytes(path, parse_json, most=MAX_SETTINGS)
     if not isinstance(values, dict):
         raise FormatError(f"{path} holds {type(values).__name__}, expected an object of settings")
     return values

@@ -24,6 +24,7 @@ from ..errors import AdapterError, FormatError, OutputError
 from ..files import write_whole
 
 __all__ = [
+    "MAX_SETTINGS",
     "check_names",
     "parse_json",
     "parse_pickle",
@@ -41,6 +42,7 @@ __all__ = [
 _MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
 
+MAX_SETTINGS = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
 _LONGEST_NAME = 1000  # characters
 _MOST_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
 
@@ -136,6 +138,7 @@ def read_bytes(
     path: str | os.PathLike[str],
     parse: Callable[[bytes], _T],
     check_start: Callable[[bytes, int], object] | None = None,
+    most: int | None = None,
 ) -> _T:
     """Reads a whole file and parses it.
 
@@ -143,6 +146,7 @@ def read_bytes(
         path: the file.
         parse: makes sense of its content.
         check_start: called first with the beginning of the file and its size; what it refuses is not read to the end.
+        most: the largest size in bytes that such a file can have; default: what any adapter can have.
 
     Raises:
         AdapterError: there is no such file.
@@ -153,8 +157,8 @@ def read_bytes(
         raise AdapterError(f"there is no file {path}; check the path")
     try:
         size = path.stat().st_size
-        if size > _MAX_FILE:
-            raise FormatError(f"{path} has {size:,} bytes, expected at most {_MAX_FILE:,}")
+        if size > (most := _MAX_FILE if most is None else most):
+            raise FormatError(f"{path} has {size:,} bytes, expected at most {most:,}")
         if check_start is not None:
             with path.open("rb") as file:
                 parsed(file.read(8 + _MAX_HEADER), lambda start: check_start(start, size), path)
