@@ -223,7 +223,7 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"an unknown program: {program}")
 
 
-@pytest.mark.parametrize("name", ["README.md", *GUIDES.values()])
+@pytest.mark.parametrize("name", ["README.md", "docs/reproduce.md", *GUIDES.values()])
 def test_commands_are_such(name: str) -> None:
     found = list(commands(name))
     assert found

@@ -79,7 +79,7 @@ def _score_table(scores: Mapping[str, Any], published: Mapping[str, Mapping[str,
     header = ["metric", *(kind if len(subsets) == 1 else f"{part}, {kind}" for part, kind in columns), "better"]
     rows = []
     for name in [*SCORES, "SER"]:
-        if scores.get(name) is None:
+        if scores.get(name) is None and not any(name in figures for figures in published.values()):
             continue
         cells = [
             _figure(name, subsets[part].get(name) if kind == "ours" else published[part].get(name))
@@ -195,7 +195,7 @@ def _scaled(name: str, value: float) -> float:
 
 def _figure(name: str, value: float | None) -> str:
     if value is None:
-        return ""
+        return "-"
     return f"{_scaled(name, value):.2f}" if name in ("NIST", "CIDEr") else f"{_scaled(name, value):.1f}"
 
 
