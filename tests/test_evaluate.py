@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,62 @@ def test_a_source_of_other_size(write: Write, hypothesis: Path) -> None:
     source = write("test.txt", "name : A||a\nname : B||b\n")
     with pytest.raises(DataError, match=r"2 inputs, but .* has 3 texts"):
         read_texts(reference, hypothesis, source=source)
+
+
+# --- perplexity of a model ---------------------------------------------------------------------------------------
+
+TINY = ["--perplexity", "--model", "scratch-32x1-seed0", "--dtype", "fp32", "--device", "cpu"]
+ROWS = "name : A | food : Thai||A serves Thai food.\nname : A | food : Thai||Thai food at A.\nname : B||B is a pub.\n"
+
+
+def test_perplexity_is_the_models_own_loss(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from loralib.base import load_base
+
+    assert main(["evaluate", str(write("test.txt", ROWS)), *TINY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_base("scratch-32x1-seed0", dtype="fp32", device="cpu")
+    loss, tokens, words = 0.0, 0, 0
+    for row in ROWS.splitlines():
+        meaning, text = row.split("||")
+        prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{meaning}\n", text))
+        completion.append(tokenizer.eos_token_id)
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].detach()
+        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+        tokens, words = tokens + len(completion), words + len(text.split())
+    assert (found["texts"], found["tokens"], found["words"], found["dropped"]) == (3, tokens, words, 0)
+    assert found["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert found["PPL"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert found["PPL_word"] == pytest.approx(math.exp(loss / words), rel=1e-4)
+    assert found["signatures"] == {
+        "PPL": "per:token|given:prompt|end:counted|words:blanks|log:e|version:1",
+        "PPL_word": "per:word|given:prompt|end:counted|words:blanks|log:e|version:1",
+    }
+
+
+def test_texts_and_a_model_are_scored_together(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(write("test.txt", ROWS)), str(write("texts.txt", "A serves Thai food.\nB is a pub.\n"))]
+    assert main(["evaluate", *paths, "--metrics", "BLEU", "SER", *TINY]) == 0
+    out = capsys.readouterr().out
+    for words in ("2 texts", "BLEU", "SER", "3 texts, ", "PPL_word"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no texts to score: give HYP, a file with one text a line, or --perplexity"),
+        (["texts.txt", "--adapter", "x", "--model", "y"], "--model needs --perplexity\n  --adapter needs --perplexity"),
+        ([*TINY, "--subset", "seen", "--metrics", "BLEU"], "--subset needs HYP\n  --metrics needs HYP"),
+        ([*TINY, "--adapter", "nowhere"], "nowhere"),
+        ([*TINY, "--format", "dart"], "not JSON"),
+    ],
+)
+def test_what_perplexity_refuses(
+    write: Write, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["evaluate", str(write("test.txt", ROWS)), *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out

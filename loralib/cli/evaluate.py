@@ -115,18 +115,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
-    from ..adapter import apply_adapter
-    from ..base import DEFAULT_BASE, load_base
     from ..data import read_examples
-    from ..formats import read_adapter
+    from ..inference import load_adapted
     from ..perplexity import perplexity
 
     examples = read_examples(args.reference, args.format or "auto")  # first, since faults in data show at once
-    adapter = read_adapter(args.adapter) if args.adapter else None
-    name = args.model or (adapter.config.base_model_name_or_path if adapter else None) or DEFAULT_BASE
-    model, tokenizer = load_base(name, dtype=args.dtype, device=args.device)
-    if adapter is not None:
-        apply_adapter(model, adapter)
+    model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)
     return perplexity(model, tokenizer, examples)
 
 
