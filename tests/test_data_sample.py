@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +17,8 @@ SPLITS = {"train": 400, "valid": 60, "test": 60}
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_e2e_sample", ROOT / "scripts" / "make_e2e_sample.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def generator(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(ROOT / "scripts" / "make_e2e_sample.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,15 +32,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]
 
 @pytest.mark.filterwarnings("default")  # what other people's trainers warn of is theirs
 @pytest.mark.parametrize("name", ["plain_pytorch", "transformers_trainer", "lightning_module"])
-def test_example(name: str, tiny_base: str, tmp_path: Path) -> None:
+def test_example(name: str, load_file: Callable[[Path], ModuleType], tiny_base: str, tmp_path: Path) -> None:
     if name == "lightning_module":
         pytest.importorskip("lightning", reason="the extra package is installed by scripts/test.py")
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    losses = module.main(tiny_base, str(tmp_path / "adapter"))
+    losses = load_file(EXAMPLES / f"{name}.py").main(tiny_base, str(tmp_path / "adapter"))
     assert len(losses) == 20
     assert sum(losses[-5:]) < sum(losses[:5])
     model, _ = lora.load_base(tiny_base)

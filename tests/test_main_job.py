@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,23 +26,20 @@ TINY += ["--max_valid_samples", "4", "--lora_dim", "2"]
 Run = Callable[..., tuple[int, str, str]]
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, NLG / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    load_file: Callable[[Path], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
     """Runs a script or a command in an empty directory; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *argv: str) -> tuple[int, str, str]:
         try:
-            code = run_command(script(name), f"{name}.py", argv) if name.startswith("run_") else main([name, *argv])
+            script = NLG / f"{name}.py"
+            code = run_command(load_file(script), script.name, argv) if script.exists() else main([name, *argv])
         except SystemExit as stop:
             code = int(stop.code or 0)
         printed = capsys.readouterr()
@@ -52,10 +49,11 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture(scope="module")
-def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_adapter(load_file: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the tiny scratch model, trained by the script."""
     directory = tmp_path_factory.mktemp("trained") / "lora_model"
-    assert run_command(script("run_training"), "run_training.py", [*TINY, "--output_dir", str(directory)]) == 0
+    script = load_file(NLG / "run_training.py")
+    assert run_command(script, "run_training.py", [*TINY, "--output_dir", str(directory)]) == 0
     return directory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import runpy
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from packaging.markers import default_environment
@@ -27,22 +25,15 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
+ENVIRONMENT = SCRIPTS / "environment.py"
+Script = Callable[[str, Callable[[list[str]], int]], Callable[[], int]]
 MACHINES = list(product(["3.10", "3.11", "3.12", "3.13"], ["linux", "win32", "darwin"]))
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def environment(load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """scripts/environment.py at work on an empty checkout, with its commands recorded instead of run."""
-    module = load("environment")
+    module = load_file(ENVIRONMENT)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements" / "run.txt").write_text("one==1\n", encoding="utf-8")
     (tmp_path / "pyproject.toml").touch()
@@ -122,8 +113,10 @@ def test_failures_are_told_and_tried_again(environment: ModuleType, failing: str
     assert steps(environment)[-3:] == RUN
 
 
-def test_damaged_environments_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("environment")
+def test_damaged_environments_are_noticed(
+    load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_file(ENVIRONMENT)
     monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
     assert module._works()
     for broken in (tmp_path / "nowhere", tmp_path):
@@ -131,8 +124,10 @@ def test_damaged_environments_are_noticed(tmp_path: Path, monkeypatch: pytest.Mo
         assert not module._works()
 
 
-def test_settings_of_another_python_do_not_leak_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("environment")
+def test_settings_of_another_python_do_not_leak_in(
+    load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_file(ENVIRONMENT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check = "import os, sys; sys.exit(7 if 'PYTHONPATH' not in os.environ else 1)"
     assert module._call([sys.executable, "-c", check]) == 7
@@ -146,13 +141,19 @@ def test_old_pythons_are_told(script: str, version: tuple[int, ...], monkeypatch
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
 
 
-def script(name: str, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns main() of a script whose environment is there and whose commands go to `run`."""
+@pytest.fixture
+def script(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Makes main() of a script whose environment is there and whose commands go to a function instead."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = load(name)
-    monkeypatch.setattr(module, "ensure", lambda wanted, torch_index: None)
-    monkeypatch.setattr(module, "run", run)
-    return module.main
+
+    def main_of(name: str, run: Callable[[list[str]], int]) -> Callable[[], int]:
+        module = load_file(SCRIPTS / f"{name}.py")
+        monkeypatch.setattr(module, "ensure", lambda wanted, torch_index: None)
+        monkeypatch.setattr(module, "run", run)
+        main: Callable[[], int] = module.main
+        return main
+
+    return main_of
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def script(name: str, run: Callable[[list[str]], int], monkeypatch: pytest.Monke
     ],
 )
 def test_all_checks_run_and_any_failure_counts(
-    codes: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+    codes: dict[str, int], expected: int, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[list[str]] = []
 
@@ -176,13 +177,15 @@ def test_all_checks_run_and_any_failure_counts(
         return codes.get(command[1], 0)
 
     monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
-    assert script("test", run, monkeypatch)() == expected
+    assert script("test", run)() == expected
     assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "pytest"]
     assert done[-1] == ["pytest", "-k", "hub", "--tb=short"]
 
 
 @pytest.mark.parametrize("failing", [None, "run_training.py", "run_inference.py"])
-def test_demo_trains_then_writes_and_stops_where_it_fails(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_trains_then_writes_and_stops_where_it_fails(
+    failing: str | None, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[list[str]] = []
 
     def run(command: list[str]) -> int:
@@ -191,7 +194,7 @@ def test_demo_trains_then_writes_and_stops_where_it_fails(failing: str | None, m
         return 2 if done[-1][0] == failing else 0
 
     monkeypatch.setattr(sys, "argv", ["demo.py", "--num_epochs", "3", "--output_dir", "here"])
-    assert script("demo", run, monkeypatch)() == (2 if failing else 0)
+    assert script("demo", run)() == (2 if failing else 0)
     expected = [
         ["run_training.py", "--output_dir", "here", "--num_epochs", "3"],
         ["run_inference.py", "--adapter", "here"],
