@@ -354,7 +354,7 @@ def test_only_what_depends_on_a_change_is_made_again(run: Run, data: Path) -> No
     }
     # What is only kept and shown does not count.
     printed = run("train.lr=1e-3", "decode.num_beams=3", "train.save_steps=2")
-    assert "train: once more, since train.lr was 0.0002 and is 0.001" in printed
+    assert "train: once more, since train.lr was 0.0001 and is 0.001" in printed
     again = made(printed)
     assert (again["base"], again["train"], again["decode"], again["perplexity"]) == ("kept", *["again"] * 3)
     assert "save_steps" not in printed
