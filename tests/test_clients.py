@@ -325,6 +325,22 @@ def test_peft_computes_the_same(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_peft_finds_base_and_class_by_itself(kind: str, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model, base = adapted(kind), base_of(kind)
+    base.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    lora.save_adapter(model, tmp_path / "saved")
+    export(make_portable(read_adapter(tmp_path / "saved"), "peft", base), "peft", tmp_path / "portable", base)
+    for name in ("saved", "portable"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / name)).eval()
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+
+
 def trained_in_peft(kind: str, directory: Path, **settings: Any) -> Tensor:
     """Lets PEFT make, change and save an adapter; returns the logits it computes with it."""
     from peft import LoraConfig as Config

@@ -18,7 +18,7 @@ from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
 from .peft import read_peft, write_peft
-from .portable import Portable, check_portable, export, make_portable, named_modules
+from .portable import Portable, check_portable, export, make_portable, named_modules, task_of
 
 __all__ = [
     "MergeReport",
@@ -72,6 +72,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         layers_pattern=None,
         base_model_name_or_path=name,
         fan_in_fan_out=turned,
+        task_type=adapter.config.task_type or task_of(model),
     )
     adapter = Adapter(config, adapter.tensors, adapter.metadata)
     write_peft(adapter, directory)

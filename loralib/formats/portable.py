@@ -37,6 +37,7 @@ __all__ = [
     "full_delta",
     "make_portable",
     "named_modules",
+    "task_of",
 ]
 
 
@@ -168,6 +169,7 @@ def make_portable(
         layers_pattern=None,
         init_lora_weights=True,
         lora_dropout=0.0,
+        task_type=plain.config.task_type or task_of(model),
     )
     tensors = {name: _like(tensor, adapter.tensors.get(name)) for name, tensor in result.tensors.items()}
     return Portable(Adapter(settings, tensors, result.metadata), error, tuple(notes))
@@ -452,6 +454,11 @@ def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     if {name for name in names if matches(short, name)} == set(chosen):
         return short
     return "|".join(re.escape(name) for name in chosen)
+
+
+def task_of(model: nn.Module | None) -> str | None:
+    """Returns what PEFT calls the task of a model: without it, PEFT's automatic classes load no adapter."""
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _differences(written: Adapter, back: Adapter) -> list[str]:
