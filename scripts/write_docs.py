@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "data/e2e"  # beside the two scripts
-_MADE = frozenset({"__pycache__", "build", "dist", "lora_model"})  # folders that a checkout may grow
+_MADE = frozenset({"__pycache__", "build", "dist", "lora_model", "reproduced"})  # folders that a checkout may grow
 _WIDEST = 100  # characters of what is said about a file
 
 
