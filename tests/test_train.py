@@ -28,7 +28,7 @@ from loralib.data.order import epoch_order
 from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.train.job import _tell
 from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
-from loralib.train.report import read_metrics
+from loralib.train.report import memory_estimate, read_metrics
 
 VOCABULARY = 23
 
@@ -218,6 +218,16 @@ def test_each_epoch_is_told_where_it_ends(tmp_path: Path, capsys: pytest.Capture
     patterns = [r"Epoch 1: average training loss [\d.]+$", "Update 6: validation loss", "Epoch 2: .*, validation loss"]
     assert len(lines) == 3, out
     assert all(re.match(pattern, line) for pattern, line in zip(patterns, lines, strict=True)), out
+
+
+def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> None:
+    model = tiny_model()
+    lora.inject(model, lora.LoraConfig(r=4, target_modules=["down_proj"]))
+    empty, full = (memory_estimate(model, tokens, False)[0] for tokens in (0, 1000))
+    # per layer: q, k, v, o, gate and up read 16 numbers, down reads 32; all in fp32
+    assert full - empty == 1000 * 2 * 4 * (6 * 16 * 2 + 32 * 3.5)
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    assert empty == weights + sum(p.numel() for p in model.parameters() if p.requires_grad) * 16 + 256 * VOCABULARY * 8
 
 
 def test_logs_get_a_line_now_and_then(
