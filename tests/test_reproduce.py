@@ -459,6 +459,12 @@ def test_a_prompt_longer_than_the_context(run: Run, data: Path) -> None:
     assert "the model's context has 1,024" in run(code=2)
 
 
+@pytest.mark.usefixtures("out")
+def test_a_model_that_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "one_line", lambda text, form: "")
+    assert "wrote nothing for any of 4 inputs: it ends at once" in run("decode.num_beams=3", code=2)
+
+
 def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["reproduce", "e2e", "--model", "gpt2-large", "--print_recipe"]) == 0
     path = tmp_path / "mine.toml"
@@ -484,7 +490,7 @@ def test_webnlg_with_seen_and_unseen_in_the_papers_form(tmp_path: Path) -> None:
         text = webnlg(["Airport", "Artist", "Food", "Airport", "Astronaut"])
         (tmp_path / f"{split}.json").write_text(text, encoding="utf-8")
     figures = ["published.BLEU=0.5", "published.seen.BLEU=0.6", "published.unseen.TER=40.0", "published.source=A paper"]
-    recipe = load_recipe("smollm2-135m", [*QUICK, *figures, "form=paper"], model=MODEL)
+    recipe = load_recipe("smollm2-135m", [*QUICK, *figures, "form=paper", "decode.min_new_tokens=2"], model=MODEL)
     report = reproduce("webnlg", recipe, find_files("webnlg", tmp_path), tmp_path / "out").read_text(encoding="utf-8")
     header = "| metric | all, ours | all, published | seen, ours | seen, published | unseen, ours | unseen, published |"
     assert header in report

@@ -22,7 +22,7 @@ from ..console import say
 from ..data import Encoded, load_examples
 from ..data.convert import format_rows, read_formatted
 from ..data.published import Row
-from ..errors import InterruptedRunError
+from ..errors import DataError, InterruptedRunError
 from ..evaluate import evaluate, read_texts
 from ..files import hold_directory, remove_file, write_json, write_text
 from ..formats import read_adapter
@@ -190,6 +190,11 @@ class _Reproduction:
         return self._measured()
 
     def _scores(self, _: bool) -> Mapping[str, Any]:
+        if not self.texts.read_text(encoding="utf-8").strip():
+            raise DataError(
+                f"the adapted model wrote nothing for any of {len(self._inputs)} inputs: it ends at once, so there is "
+                f"nothing to score ({self.shown / 'texts.jsonl'}). Train longer, or set decode.min_new_tokens."
+            )
         done = evaluate(read_texts(self.test, self.texts, "data")).as_json()
         write_json(self.directory / "scores.json", done)
         return done

@@ -48,7 +48,7 @@ def markdown(facts: Mapping[str, Any], pictures: bool) -> str:
     """
     recipe = facts["recipe"]
     parts = [f"# {_TITLES[facts['dataset']]} with {facts['model']}\n", _summary(facts)]
-    parts.append(f"\n## Scores\n\n{_score_table(facts['scores'], recipe['published'])}\n")
+    parts.append(f"## Scores\n\n{_score_table(facts['scores'], recipe['published'])}\n")
     if recipe["published"]:
         parts.append(f"Published: {recipe['source']}. {recipe['note']}".rstrip() + "\n")
     parts += [f"{_name(name)} was left out: {reason}\n" for name, reason in facts["scores"].get("skipped", {}).items()]
@@ -66,7 +66,7 @@ def markdown(facts: Mapping[str, Any], pictures: bool) -> str:
 def _summary(facts: Mapping[str, Any]) -> str:
     data, decoding = facts["data"], facts["decoding"]
     return (
-        f"Trained on {facts['training']['examples']:,} texts, decoded {decoding['texts']:,} inputs once each "
+        f"Trained for {facts['training']['updates']:,} updates on {facts['training']['examples']:,} texts, decoded {decoding['texts']:,} inputs once each "
         f"({decoding['ended']:,} ended by themselves), scored against {data['references']:,} references. "
         f"Recipe: {facts['recipe']['name']}.\n"
     )
