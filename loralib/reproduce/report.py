@@ -64,11 +64,11 @@ def markdown(facts: Mapping[str, Any], pictures: bool) -> str:
 
 
 def _summary(facts: Mapping[str, Any]) -> str:
-    data, decoding = facts["data"], facts["decoding"]
+    data, training, decoding = facts["data"], facts["training"], facts["decoding"]
     return (
-        f"Trained for {facts['training']['updates']:,} updates on {facts['training']['examples']:,} texts, decoded {decoding['texts']:,} inputs once each "
-        f"({decoding['ended']:,} ended by themselves), scored against {data['references']:,} references. "
-        f"Recipe: {facts['recipe']['name']}.\n"
+        f"Trained for {training['updates']:,} updates on {training['examples']:,} texts, decoded "
+        f"{decoding['texts']:,} inputs once each ({decoding['ended']:,} ended by themselves), scored against "
+        f"{data['references']:,} references. Recipe: {facts['recipe']['name']}.\n"
     )
 
 
