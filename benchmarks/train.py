@@ -1,9 +1,9 @@
-"""Training speed and memory beside PEFT: both in one process, step by step in turn, on the same examples.
+"""Training speed and memory beside PEFT: a process each, step by step in turn, on the same examples.
 
-python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; about half an hour
-python benchmarks/train.py memory         peak memory at 8 sequences of 512 tokens, a process each
-python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; hours
-                                          (--examples 400 --seeds 1 for a look)
+python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; about a quarter of an hour
+python benchmarks/train.py memory         peak memory at 8 sequences of 512 tokens
+python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; an hour
+                                          (--examples 400 --seeds 1 for a look; --keep DIR keeps the adapters)
 
 Results go to benchmarks/train_<what>.json.  Peers train as they would be used, with a uniform shuffle and padding to
 the longest of a batch: "peft fp32" as it comes, "peft autocast" and "peft bf16" with what makes it fastest on a CPU.
@@ -13,8 +13,8 @@ A step is forward, backward, clipping and fused AdamW.  Machines are shared: min
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -24,6 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,18 @@ from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
 from loralib.data.order import epoch_order
 from loralib.data.packing import pack
+from loralib.train.memory import freed_memory_kept
 from loralib.train.step import make_step
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
 SEED = 0
+LR = 5e-4
 SIBLINGS = 4
 TARGETS: dict[str, dict[str, Any]] = {
     "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "gpt2": {"r": 4, "lora_alpha": 32, "target_modules": ["c_attn"]},
 }
-BATCHES = {"smollm2": (8, 32), "gpt2": (8, 32)}
 
 
 # What is trained.
@@ -74,8 +77,8 @@ def peers(name: str, dtype: torch.dtype) -> nn.Module:
     return peft.get_peft_model(base(name, dtype), config).train()
 
 
-def optimizer(model: nn.Module, lr: float = 5e-4) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
 
 
 def apply(model: nn.Module, steps: torch.optim.Optimizer) -> None:
@@ -119,6 +122,74 @@ def our_step(model: nn.Module, steps: torch.optim.Optimizer, share: bool) -> Cal
     return step
 
 
+# A process for each, so that none lives in the memory, or with the allocator, of another.
+
+
+class Contender:
+    """One way of training, in a process of its own, which waits while others train."""
+
+    def __init__(self, way: str, model: str, seed: int = SEED) -> None:
+        self.way = way
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, way, model, seed), daemon=True)
+        self._process.start()
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+    def ask(self, what: str, given: Any = None) -> Any:
+        """Lets it do something, and returns what came of it."""
+        self._pipe.send((what, given))
+        return self._pipe.recv()
+
+    def step(self, batch: list[TokenExample]) -> float:
+        """Takes a step; returns its seconds."""
+        return float(self.ask("step", batch))
+
+
+def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
+    """What a contender's process does."""
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    with ExitStack() as stack:
+        if way.startswith("ours"):
+            stack.enter_context(freed_memory_kept())
+            model = ours(name)
+            step = our_step(model, optimizer(model), "sharing" in way)
+        else:
+            model = peers(name, torch.bfloat16 if way == "peft bf16" else torch.float32)
+            step = peer_step(model, optimizer(model), way == "peft autocast")
+        while (asked := pipe.recv()) is not None:
+            what, given = asked
+            answer: Any = None
+            if what == "step":
+                start = time.perf_counter()
+                step(given)
+                answer = time.perf_counter() - start
+            elif what == "loss":
+                answer = validation_loss(model, given) if way.startswith("ours") else peer_validation_loss(model, given)
+            elif what == "save":
+                save(model, given)
+            elif what == "gemm":
+                answer = gemm_rate(model, given)
+            elif what == "flops":
+                answer = flops(model, given, "sharing" in way)
+            pipe.send(answer)
+
+
+def save(model: Any, directory: Path) -> None:
+    """Writes a PEFT directory, which either side can."""
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(directory)
+    else:
+        lora.save_adapter(model, directory)
+
+
 # The data.
 
 
@@ -126,8 +197,8 @@ def tokenizer() -> Any:
     return lora.load_base("smollm2-135m")[1]
 
 
-def e2e(split: str, count: int | None = None) -> list[TokenExample]:
-    return list(encode(read_examples(DATA / f"{split}.txt"), tokenizer(), 1024, "clm").examples)[:count]
+def e2e(split: str, count: int | None = None, data: Path = DATA) -> list[TokenExample]:
+    return list(encode(read_examples(data / f"{split}.txt"), tokenizer(), 1024, "clm").examples)[:count]
 
 
 def mixed_lengths(count: int) -> list[TokenExample]:
@@ -197,20 +268,15 @@ def gemm_rate(model: nn.Module, tokens: int) -> float:
 
 
 def interleaved(
-    runners: dict[str, tuple[Callable[[list[TokenExample]], None], list[list[TokenExample]]]], rounds: int
+    contenders: Sequence[Contender], work: dict[str, list[list[TokenExample]]], rounds: int
 ) -> dict[str, list[list[float]]]:
-    """Seconds of every step, [contender][round][step]; in each round every contender takes all its steps."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in runners}
+    """Seconds of every step, [way][round][step]; in each round every contender takes all its steps."""
+    seconds: dict[str, list[list[float]]] = {each.way: [] for each in contenders}
     for number in range(rounds + 1):
-        for name, (step, work) in runners.items():
-            taken = []
-            for batch in work:
-                start = time.perf_counter()
-                step(batch)
-                taken.append(time.perf_counter() - start)
+        for each in contenders:
+            taken = [each.step(batch) for batch in work[each.way]]
             if number:  # the first round warms up
-                seconds[name].append(taken)
-        gc.collect()
+                seconds[each.way].append(taken)
     return seconds
 
 
@@ -231,28 +297,28 @@ def tokens(work: list[list[TokenExample]]) -> int:
 
 def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     examples, mixed = e2e("train"), mixed_lengths(200)
+    peers_of_us = ("peft fp32", "peft bf16", "peft autocast")
     for name in models:
-        adapted = ours(name)
-        contenders = {"peft fp32": peers(name, torch.float32), "peft bf16": peers(name, torch.bfloat16)}
-        contenders["peft autocast"] = contenders["peft fp32"]
-        work: list[tuple[str, int, int]] = [("e2e", size, SIBLINGS) for size in sizes if size in BATCHES[name]]
-        for data, size, siblings in [*work, ("mixed", 8, 1)]:
+        for data, size, siblings in [*(("e2e", size, SIBLINGS) for size in sizes), ("mixed", 8, 1)]:
             source = examples if data == "e2e" else mixed
             plain = batches(source, size, 1)[:steps]
-            runners: dict[str, Any] = {}
+            work = {"ours": plain, **dict.fromkeys(peers_of_us, plain)}
             if siblings > 1:
-                shared = batches(source, size, siblings)[:steps]
-                runners["ours, sharing"] = (our_step(adapted, optimizer(adapted), True), shared)
-            runners["ours"] = (our_step(adapted, optimizer(adapted), False), plain)
-            for peer, model in contenders.items():
-                runners[peer] = (peer_step(model, optimizer(model), peer == "peft autocast"), plain)
-            seconds = interleaved(runners, rounds)
-            rate = gemm_rate(adapted, 512)
+                work = {"ours, sharing": batches(source, size, siblings)[:steps], **work}
+            with ExitStack() as stack:
+                contenders = [stack.enter_context(Contender(way, name)) for way in work]
+                seconds = interleaved(contenders, work, rounds)
+                of = {each.way: each for each in contenders}
+                rate = of["ours"].ask("gemm", 512)
+                needed = {
+                    way: statistics.mean(of[way].ask("flops", batch) for batch in work[way])
+                    for way in work
+                    if way.startswith("ours")
+                }
             best_peer = min(("peft bf16", "peft autocast"), key=lambda peer: best_step(seconds[peer]))
-            for way in [way for way in runners if way.startswith("ours")]:
+            for way in needed:
                 # Sharing draws other examples into a batch: what is compared is time for the same number of tokens.
-                longer = tokens(runners[way][1]) / tokens(plain)
-                needed = statistics.mean(flops(adapted, batch, "sharing" in way) for batch in runners[way][1])
+                longer = tokens(work[way]) / tokens(plain)
                 yield {
                     "model": name,
                     "data": data,
@@ -266,23 +332,25 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
                     "median_times_as_users_get_it": longer * median_ratio(seconds["peft fp32"], seconds[way]),
                     "median_times_best_tuned": longer * median_ratio(seconds[best_peer], seconds[way]),
                     "gemm_flops": rate,
-                    "share_of_gemm_rate": needed / best_step(seconds[way]) / rate,
+                    "share_of_gemm_rate": needed[way] / best_step(seconds[way]) / rate,
                 }
 
 
-def memory_of(contender: str, name: str) -> int:
+def memory_of(way: str, name: str) -> int:
     """Peak bytes of this process after three steps on 8 sequences of 512 tokens, half of each trained."""
     rng = random.Random(SEED)
     flags = tuple(place >= 256 for place in range(512))
     batch = [TokenExample(tuple(rng.randrange(49152) for _ in flags), flags) for _ in range(8)]
-    if contender == "ours":
-        model = ours(name)
-        step = our_step(model, optimizer(model), True)
-    else:
-        model = peers(name, torch.float32 if contender != "peft bf16" else torch.bfloat16)
-        step = peer_step(model, optimizer(model), contender == "peft autocast")
-    for _ in range(3):
-        step(batch)
+    with ExitStack() as stack:
+        if way == "ours":
+            stack.enter_context(freed_memory_kept())
+            model = ours(name)
+            step = our_step(model, optimizer(model), True)
+        else:
+            model = peers(name, torch.float32 if way != "peft bf16" else torch.bfloat16)
+            step = peer_step(model, optimizer(model), way == "peft autocast")
+        for _ in range(3):
+            step(batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -319,35 +387,65 @@ def peer_validation_loss(model: nn.Module, examples: list[TokenExample]) -> floa
     return total / count
 
 
-def to_loss(seeds: int, count: int | None) -> Iterator[dict[str, Any]]:
-    """PEFT with a bf16 base takes one epoch; we train until we are where it is.  Validation is not timed."""
-    examples, valid = e2e("train", count), e2e("valid", 200)
+def to_loss(seeds: int, count: int | None, data: Path, keep: Path | None) -> Iterator[dict[str, Any]]:
+    """Each trains for an epoch, a step in turn; when are we where the best-tuned PEFT is at its end?
+
+    Validation is not timed.  If an epoch is not enough for us, a second one follows.
+    """
+    examples, valid = e2e("train", count, data), e2e("valid", None, data)[::2][:200]
     for seed in range(seeds):
-        torch.manual_seed(seed)
-        model = peers("smollm2", torch.bfloat16)
-        step = peer_step(model, optimizer(model), False)
-        peer_s = 0.0
-        for batch in batches(examples, 8, 1, epoch=seed):
-            start = time.perf_counter()
-            step(batch)
-            peer_s += time.perf_counter() - start
-        goal = peer_validation_loss(model, valid)
-        torch.manual_seed(seed)
-        model = ours("smollm2")
-        step = our_step(model, optimizer(model), True)
-        our_s, loss, number = 0.0, float("inf"), 0
-        for epoch in range(2):
-            for batch in batches(examples, 8, SIBLINGS, epoch=seed + seeds * epoch):
-                start = time.perf_counter()
-                step(batch)
-                our_s += time.perf_counter() - start
-                number += 1
-                if number % 20 == 0 and (loss := validation_loss(model, valid)) <= goal:
+        theirs, shared = batches(examples, 8, 1, epoch=seed), batches(examples, 8, SIBLINGS, epoch=seed)
+        with ExitStack() as stack:
+            peer = stack.enter_context(Contender(best_peer(theirs[:3]), "smollm2", seed))
+            us = stack.enter_context(Contender("ours, sharing", "smollm2", seed))
+            seconds: dict[str, list[float]] = {"peft": [], "ours": []}
+            curves: dict[str, list[tuple[int, float, float]]] = {"peft": [], "ours": []}
+            goal = 0.0
+            shared += batches(examples, 8, SIBLINGS, epoch=seed + seeds)
+            for number, batch in enumerate(shared, 1):
+                if number <= len(theirs):
+                    seconds["peft"].append(peer.step(theirs[number - 1]))
+                seconds["ours"].append(us.step(batch))
+                ends = number == len(theirs)
+                if ends or (number % 50 == 0 and number < len(theirs)):
+                    curves["peft"].append((number, sum(seconds["peft"]), peer.ask("loss", valid)))
+                    goal = curves["peft"][-1][2]
+                if ends or number % (10 if number > 0.8 * len(theirs) else 50) == 0:
+                    curves["ours"].append((number, sum(seconds["ours"]), us.ask("loss", valid)))
+                if ends and keep is not None:
+                    peer.ask("save", keep / f"seed{seed}" / "peft")
+                    us.ask("save", keep / f"seed{seed}" / "ours")
+                if number >= len(theirs) and curves["ours"][-1][2] <= goal:
                     break
-            if loss <= goal:
-                break
-        say(f"seed {seed}: PEFT {goal:.4f} in {peer_s:.0f} s; ours {loss:.4f} in {our_s:.0f} s: {our_s / peer_s:.2f}")
-        yield {"seed": seed, "goal": goal, "loss": loss, "steps": number, "ours_s": our_s, "peft_s": peer_s}
+            steps = len(theirs)
+            reached = next((point for point in curves["ours"] if point[2] <= goal), None)
+            row = {
+                "seed": seed,
+                "peft": peer.way,
+                "goal": goal,
+                "steps": steps,
+                "peft_s": sum(seconds["peft"]),
+                "ours_s": sum(seconds["ours"][:steps]),
+                "ours_loss": next(loss for step, _, loss in curves["ours"] if step == steps),
+                "ours_to_goal_s": reached and reached[1],
+                "ours_to_goal_steps": reached and reached[0],
+                "step_s": {k: {"min": min(v), "median": statistics.median(v)} for k, v in seconds.items()},
+                "curves": curves,
+            }
+        say(
+            f"seed {seed}: {row['peft']} {goal:.4f} in {row['peft_s']:.0f} s; ours {row['ours_loss']:.4f} in "
+            f"{row['ours_s']:.0f} s, {goal:.4f} reached after {reached and round(reached[1])} s"
+        )
+        yield row
+
+
+def best_peer(work: list[list[TokenExample]]) -> str:
+    """Whether a bf16 base or autocast is faster here."""
+    found = {}
+    for way in ("peft bf16", "peft autocast"):
+        with Contender(way, "smollm2") as each:
+            found[way] = min(sum(each.step(batch) for batch in work) for _ in range(3))
+    return min(found, key=lambda way: found[way])
 
 
 def machine() -> dict[str, Any]:
@@ -371,6 +469,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="different batches a contender takes in each round")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=DATA, help="directory with train.txt and valid.txt (loss)")
+    parser.add_argument("--keep", type=Path, help="where the adapters go (loss), for benchmarks/quality.py")
     parser.add_argument("--examples", type=int, help="train on fewer examples (loss)")
     parser.add_argument("--of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where the results go")
@@ -396,9 +496,11 @@ def main() -> None:
             peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in row["peak_bytes"].items())
             say(f"{row['model']}: {peaks}; ours is {row['share_of_best_tuned']:.2f} of the best-tuned")
     else:
-        found = list(to_loss(args.seeds, args.examples))
-    out = args.out or HERE / f"train_{args.what}.json"
-    out.write_text(json.dumps({"machine": machine(), "results": found}, indent=1) + "\n", encoding="utf-8")
+        found = list(to_loss(args.seeds, args.examples, args.data, args.keep))
+    settings = {"examples": args.examples, "batch": 8, "lr": LR, "siblings": SIBLINGS, **TARGETS["smollm2"]}
+    text = json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=1) + "\n"
+    for out in (args.out or HERE / f"train_{args.what}.json", *([args.keep / "train_loss.json"] if args.keep else ())):
+        out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ __all__ = ["Plan", "packed_attention", "using"]
 
 NAME = "loralib_packed"
 
+# The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
+_LANES = 32
+
 # What models hand to an attention function without it changing what is computed.
 _HARMLESS = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
@@ -41,6 +44,16 @@ class Tiles:
     tiles: Tensor
     keys: Tensor
     hidden: Tensor
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def mask(self, heads: int, rows: int, dtype: torch.dtype) -> Tensor:
+        """Returns `hidden` for all heads: (n * heads, rows, K), where heads that share keys lie below one another."""
+        wanted = (heads, rows, dtype)
+        if wanted not in self._masks:
+            count, tile, width = self.hidden.shape
+            hidden = self.hidden.to(dtype)[:, None, None].expand(count, heads, rows // tile, tile, width)
+            self._masks[wanted] = hidden.reshape(count * heads, rows, width)
+        return self._masks[wanted]
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Plan:
 
     ends: Tensor
     positions: Tensor
-    tile: int = 64
+    tile: int = 48
     _tiles: dict[int | None, list[Tiles]] = field(default_factory=dict)
 
     @classmethod
@@ -92,6 +105,7 @@ class Plan:
         while waiting:
             widest = len(tiles[waiting[-1]][0])
             chosen = [number for number in waiting if len(tiles[number][0]) * 2 >= widest]
+            widest = -(-widest // _LANES) * _LANES
             waiting = waiting[: -len(chosen)]
             chosen.sort()
             keys = self.ends.new_zeros(len(chosen), widest)
@@ -211,10 +225,7 @@ def _weights(
     queries: Tensor, keys: Tensor, part: Tiles, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """The attention weights (n * heads, groups * tile, K), and the slope of the soft-capping."""
-    count, heads, rows, _ = queries.shape
-    tile, width = part.hidden.shape[1:]
-    hidden = part.hidden.to(queries.dtype)[:, None, None].expand(count, heads, rows // tile, tile, width)
-    hidden = hidden.reshape(count * heads, rows, width)
+    hidden = part.mask(queries.shape[1], queries.shape[2], queries.dtype)
     queries, keys = queries.flatten(0, 1), keys.transpose(1, 2)
     if softcap is None:
         return torch.softmax(torch.baddbmm(hidden, queries, keys, alpha=scaling), -1), None

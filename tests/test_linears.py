@@ -1,0 +1,192 @@
+"""Linears that are computed together give what each gives by itself: outputs, gradients, and nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loralib.config import LoraConfig
+from loralib.inject import adapted_layers, disabled, inject, merge
+from loralib.train.linears import Linears
+
+TOLERANCE = 1e-6
+
+
+class Net(nn.Module):
+    """q, k and v read one tensor, the gate another; `twice` runs two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 4), nn.Linear(6, 4, bias=False)
+        self.gate, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fused = Conv1D(12, 8)
+        self.unused = False
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.unused:
+            k = k.detach()
+        gate = torch.sigmoid(self.gate(q)) * torch.cat([k, v], -1)
+        return self.fused(self.twice(torch.tanh(self.twice(gate))))
+
+
+def adapted(dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    inject(net, LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": "all-linear"} | settings))
+    with torch.no_grad():
+        for _, layer in adapted_layers(net):
+            layer.lora_B.normal_()
+    return net.train()
+
+
+def learned(net, x):
+    linears = Linears(net)
+    with linears.learning(), torch.no_grad():
+        net(x)
+    return linears
+
+
+def gradients(net):
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def compare(net, x=None, linears=None):
+    """Runs a net and its copy, both ways, with the same random numbers; returns the groups that were found."""
+    x = torch.randn(2, 5, 6, dtype=net.q.weight.dtype) if x is None else x
+    twin = copy.deepcopy(net)
+    linears = linears or learned(net, x)
+    results = []
+    for model, way in ((twin, None), (net, linears)):
+        seen = x.detach().clone().requires_grad_(x.requires_grad)
+        for _ in range(2):  # gradients of several passes are added up
+            torch.manual_seed(1)
+            if way is None:
+                (out := model(seen)).square().sum().backward()
+            else:
+                with way.together():
+                    (out := model(seen)).square().sum().backward()
+        results.append((out.detach(), seen.grad, gradients(model)))
+    (expected, of_x, grads), (made, made_of_x, made_grads) = results
+    torch.testing.assert_close(made, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(made_of_x, of_x, rtol=TOLERANCE, atol=TOLERANCE)
+    assert made_grads.keys() == grads.keys()
+    for name in grads:
+        torch.testing.assert_close(made_grads[name], grads[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+    assert not any("forward" in module.__dict__ for module in net.modules())
+    return linears
+
+
+def names_of_groups(net, linears):
+    names = {layer: name for name, layer in adapted_layers(net)}
+    return [[names[layer] for layer in group.layers] for group in linears._groups]
+
+
+def test_layers_that_read_the_same_tensor_are_found():
+    net = adapted()
+    linears = compare(net)
+    assert names_of_groups(net, linears) == [["q", "k", "v"], ["gate"], ["twice"], ["fused"]]
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_inputs_with_and_without_a_gradient(wants_gradient):
+    compare(adapted(), torch.randn(3, 6, dtype=torch.float64, requires_grad=wants_gradient))
+
+
+def test_ranks_and_scalings_of_their_own():
+    compare(adapted(rank_pattern={"k": 3, "fused": 1}, alpha_pattern={"v": 7}, use_rslora=True))
+
+
+def test_blocks_of_a_fused_projection():
+    net = adapted(target_modules=["q", "v", "fused"], enable_lora={"fused": [True, False, True]})
+    assert names_of_groups(net, compare(net)) == [["q", "v"], ["fused"]]
+
+
+def test_dropout_is_drawn_for_each_layer():
+    torch.manual_seed(0)
+    compare(adapted(lora_dropout=0.4))
+
+
+def test_an_output_that_nobody_uses():
+    net = adapted()
+    net.unused = True
+    compare(net)
+    assert net.k.lora_A.grad is None
+
+
+def test_a_trained_bias_is_left_to_the_layer_itself():
+    net = adapted()
+    net.q.bias.requires_grad_(True)
+    compare(net)
+    assert net.q.bias.grad is not None
+
+
+def test_hooks_on_factors_are_called():
+    net, seen = adapted(), []
+    net.v.lora_B.register_hook(seen.append)
+    net.gate.lora_A.register_post_accumulate_grad_hook(seen.append)
+    compare(net)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("state", [merge, lambda net: net.eval(), lambda net: net.double()])
+def test_what_a_model_is_at_the_moment_counts(state):
+    net, x = adapted(torch.float32), torch.randn(2, 6)
+    linears = learned(net, x)
+    state(net)
+    x = x.to(net.q.weight.dtype)
+    expected = net(x)
+    with linears.together():
+        torch.testing.assert_close(net(x), expected)
+
+
+def test_autocast_is_followed():
+    net, x = adapted(torch.float32), torch.randn(2, 6)
+    linears = learned(net, x)
+    with torch.autocast("cpu", torch.bfloat16), linears.together():
+        assert net(x).dtype == torch.bfloat16
+
+
+def test_switched_off_adapters_stay_off():
+    net, x = adapted(), torch.randn(2, 6, dtype=torch.float64)
+    linears = learned(net, x)
+    with disabled(net):
+        expected = net(x)
+        with linears.together():
+            torch.testing.assert_close(net(x), expected)
+
+
+def test_a_tensor_that_changes_between_two_layers_is_read_again():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.change = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+        def forward(self, x):
+            first = self.a(x)
+            if self.change:
+                x += 1
+            return first + self.b(x)
+
+    net, x = Changing(), torch.randn(2, 4)
+    inject(net, LoraConfig(r=2, target_modules="all-linear"))
+    linears = learned(net, x)
+    net.change = True
+    with torch.no_grad():
+        expected = net(x.clone())
+        with linears.together():
+            torch.testing.assert_close(net(x.clone()), expected)
+
+
+def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding():
+    net, x = adapted(torch.bfloat16), torch.randn(4, 5, 6).bfloat16()
+    twin, linears = copy.deepcopy(net), learned(net, x)
+    with linears.together():
+        net(x).float().square().mean().backward()
+    twin(x).float().square().mean().backward()
+    made = gradients(net)
+    for name, expected in gradients(twin).items():
+        assert made[name].dtype == torch.float32
+        assert (made[name] - expected).norm() <= 0.02 * expected.norm(), name

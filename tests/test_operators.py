@@ -1,0 +1,60 @@
+"""Shorter ways of transformers' operators: the same numbers and gradients, and only where they are the same."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from loralib.train.operators import Operators
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rms_norm(dtype, tolerance):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(24, eps=1e-5).double().requires_grad_(False)
+    norm.weight.uniform_(-1, 2)
+    x, gradient = torch.randn(3, 5, 24, dtype=torch.float64).to(dtype), torch.randn(3, 5, 24, dtype=torch.float64)
+    exact = x.double().requires_grad_()
+    normalised = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
+    (normalised * norm.weight.to(dtype).double()).backward(gradient.to(dtype).double())
+    norm.to(dtype)
+    seen = x.clone().requires_grad_()
+    with Operators(norm).shorter():
+        assert "forward" in norm.__dict__
+        out = norm(seen)
+        out.backward(gradient.to(dtype))
+    assert "forward" not in norm.__dict__
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), normalised * norm.weight.double(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(seen.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + hidden_states.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("make", [lambda: OtherRMSNorm(8), lambda: LlamaRMSNorm(8), lambda: nn.RMSNorm(8)])
+def test_a_norm_that_is_trained_or_computes_something_else_keeps_its_own_way(make):
+    norm = make()
+    norm.requires_grad_(type(norm) is LlamaRMSNorm)
+    with Operators(norm).shorter():
+        assert "forward" not in norm.__dict__
+
+
+def test_a_norm_that_comes_to_be_trained_gets_its_gradient():
+    norm, x = LlamaRMSNorm(8).requires_grad_(False), torch.randn(2, 8)
+    operators = Operators(norm)
+    norm.requires_grad_(True)
+    with operators.shorter():
+        norm(x).sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_the_gelu_of_gpt2():
+    gelu, x = transformers.activations.NewGELUActivation(), torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    expected = gelu(x)
+    with Operators(gelu).shorter():
+        assert "forward" in gelu.__dict__
+        torch.testing.assert_close(gelu(x), expected, rtol=1e-9, atol=1e-9)
