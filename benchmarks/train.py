@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
 SEED = 0
 LR = 5e-4
-SIBLINGS = 4
+SIBLINGS = lora.TrainConfig().max_siblings
 TARGETS: dict[str, dict[str, Any]] = {
     "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "gpt2": {"r": 4, "lora_alpha": 32, "target_modules": ["c_attn"]},

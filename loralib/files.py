@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and directories held by one run at a time."""
+"""Files that appear whole or not at all or grow line by line, and directories held by one run at a time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import OutputError
 
-__all__ = ["hold_directory", "read_text", "remove_file", "write_json", "write_text", "write_whole"]
+__all__ = [
+    "append_lines",
+    "free_memory",
+    "hold_directory",
+    "read_text",
+    "remove_file",
+    "resume_lines",
+    "write_json",
+    "write_text",
+    "write_whole",
+]
 
 _LOCK = ".loralib.lock"
 
@@ -88,6 +98,61 @@ def remove_file(path: str | os.PathLike[str]) -> None:
         raise OutputError(_why_not_written(Path(path), error)) from error
 
 
+def resume_lines(
+    path: Path, first: str, check: Callable[[list[dict[str, Any]]], object], flag: str
+) -> list[dict[str, Any]]:
+    """Reads the JSON lines that a killed run appended, and cuts off a last one that it left half-written.
+
+    Args:
+        path: the file; need not be there.
+        first: the key that each line begins with.
+        check: called with what the lines hold before anything is cut; whatever it raises leaves the file as it is.
+            KeyError, TypeError and ValueError say that another program wrote it.
+        flag: by which a user chooses the file, for messages.
+
+    Returns:
+        What the whole lines hold.
+
+    Raises:
+        OutputError: the file cannot be read, or was written by something else.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"cannot go on with {path}: {error.strerror}. Choose another {flag}.") from error
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        check(records + _unended(content[len(whole) :], first))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise OutputError(f"{path} is there and was not written by this command; choose another {flag}") from error
+    if len(whole) < len(content):
+        with _explained(path), path.open("r+b") as file:
+            file.truncate(len(whole))
+    return records
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Callable[[], object]) -> None:
+    """Appends lines of JSON as they come, each synced before `written` is called.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a line that could not be written is not tried again when the file is closed.
+        file = path.open("ab", buffering=0)
+    with file:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+            with _explained(path, " Run the same command again to go on."):
+                done = file.write(line)
+                if done < len(line):  # the disk had room for a part; the rest says why
+                    file.write(line[done:])
+                os.fsync(file.fileno())
+            written()
+
+
 @contextlib.contextmanager
 def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes a directory and holds it: a second run that wants it is refused while the first one lives.
@@ -101,8 +166,10 @@ def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         The directory as an absolute path.
 
     Raises:
-        OutputError: the directory cannot be made or written, or another run holds it.
+        OutputError: the directory has no name, cannot be made or written, or another run holds it.
     """
+    if not os.fspath(directory):
+        raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
     path = Path(directory).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -146,6 +213,30 @@ def _lock(file: IO[bytes]) -> bool:
     return True
 
 
+def _unended(rest: bytes, first: str) -> list[Any]:
+    """What a last line without its end holds, if that is all it lacks.
+
+    Raises:
+        ValueError: this cannot be the beginning of a line of ours.
+    """
+    start = f'{{"{first}": '.encode()
+    if not rest.startswith(start[: len(rest)]):
+        raise ValueError("the last line is something else")
+    try:
+        return [json.loads(rest)]
+    except ValueError:
+        return []
+
+
+@contextlib.contextmanager
+def _explained(path: Path, then: str = "") -> Iterator[None]:
+    """Turns an error of the file system into one that a user understands."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(_why_not_written(path, error) + then) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -172,3 +263,19 @@ def _why_not_written(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"cannot write {path}: a file is in the way where a directory is needed. Choose another directory."
     return f"cannot write {path}: {reason}."
+
+
+def free_memory() -> float | None:
+    """Returns how many bytes of memory are free, or None where the system does not say.
+
+    Linux says what is free without swapping; elsewhere the whole memory is the best that is known.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except (AttributeError, OSError, ValueError):
+            return None

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from loralib.errors import LoraError, OutputError
-from loralib.files import hold_directory, read_text, remove_file, write_json, write_text, write_whole
+from loralib.files import (
+    append_lines,
+    free_memory,
+    hold_directory,
+    read_text,
+    remove_file,
+    resume_lines,
+    write_json,
+    write_text,
+    write_whole,
+)
 
 
 def test_text_and_json_are_utf8_with_plain_line_ends(tmp_path: Path) -> None:
@@ -120,3 +130,74 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
     with hold_directory(tmp_path / "out"):
         pass
+
+
+def record(number: int) -> dict[str, object]:
+    return {"id": number, "text": f"số {number}"}
+
+
+def ours(records: list[dict[str, object]]) -> None:
+    if [found["id"] for found in records] != list(range(len(records))):
+        raise ValueError
+
+
+def test_lines_are_appended_behind_the_last_whole_one(tmp_path: Path) -> None:
+    path, written = tmp_path / "deep" / "lines.jsonl", list[int]()
+    assert resume_lines(path, "id", ours, "--output") == []
+    append_lines(path, map(record, range(3)), lambda: written.append(path.read_bytes().count(b"\n")))
+    assert written == [1, 2, 3]
+    content = path.read_bytes()
+    assert "số 2" in content.decode()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        done = resume_lines(path, "id", ours, "--output")
+        assert path.read_bytes() == content[: content.rfind(b"\n", 0, cut) + 1]
+        append_lines(path, map(record, range(len(done), 3)), int)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "mine\n",
+        "mine",
+        "[1]\n",
+        '{"id": 1, "text": ""}\n',
+        '{"id": 0}\n{"text": 1}\n',
+        '{"id": 7}',
+        "[" * 100_000 + "\n",
+    ],
+    ids=["line", "no line", "list", "refused", "no id", "unended", "deep"],
+)
+def test_lines_of_something_else_are_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "notes").write_text(content, encoding="utf-8")
+    with pytest.raises(OutputError, match="not written by this command; choose another --output"):
+        resume_lines(tmp_path / "notes", "id", ours, "--output")
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == content
+    with pytest.raises(OutputError, match="cannot go on with"):
+        resume_lines(tmp_path, "id", ours, "--output")
+
+
+def test_a_full_disk_is_said_and_the_lines_before_it_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines.jsonl"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    append_lines(path, [record(0)], int)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"the disk is full.* Run the same command"):
+        patch.setattr(os, "fsync", full)
+        append_lines(path, [record(1)], int)
+    with path.open("r+b") as file:  # as a disk leaves it that had room for a part
+        file.truncate(path.stat().st_size - 3)
+    assert resume_lines(path, "id", ours, "--output") == [record(0)]
+
+
+def test_a_directory_without_a_name_is_refused() -> None:
+    with pytest.raises(OutputError, match="expected the name of a directory"), hold_directory(""):
+        pass
+
+
+def test_free_memory_is_a_part_of_the_machines():
+    free = free_memory()
+    assert free is None or 1e6 < free < 1e15

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import AdapterError, BaseMismatchError, FormatError, LoraError, OutputError
-from loralib.formats import read_microsoft, read_peft, write_microsoft
+from loralib.formats import read_microsoft, read_peft, tensors, write_microsoft
 from loralib.inject import injection_of
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
@@ -335,3 +335,11 @@ def test_writing_microsofts_form(tmp_path: Path) -> None:
 def test_reading_as_a_value_needs_no_model(saved: Path) -> None:
     adapter = read_peft(saved)
     assert set(adapter.tensors) == {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
+
+
+def test_a_file_that_memory_has_no_room_for_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "adapter.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    monkeypatch.setattr(tensors, "free_memory", lambda: 50.0)
+    with pytest.raises(AdapterError, match="104 bytes, more than there is memory for"):
+        tensors.read_bytes(path, lambda data: pytest.fail("it was read"))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, FormatError, OutputError
-from ..files import write_whole
+from ..files import free_memory, write_whole
 
 __all__ = [
     "MAX_SETTINGS",
@@ -47,6 +47,10 @@ _LONGEST_NAME = 1000  # characters
 _MOST_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
 
 _T = TypeVar("_T")
+
+
+class _HoldsCode(FormatError):
+    """A pickle holds more than tensors and plain values."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -162,6 +166,9 @@ def read_bytes(
         if check_start is not None:
             with path.open("rb") as file:
                 parsed(file.read(8 + _MAX_HEADER), lambda start: check_start(start, size), path)
+        free = free_memory()
+        if free is not None and size > free:  # many a system promises memory that it does not have
+            raise MemoryError
         data = path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -178,6 +185,8 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
     """
     try:
         return parse(data)
+    except _HoldsCode as error:
+        raise FormatError(f"{name} was not loaded: {error}. Ask for a safetensors file.") from error
     except Exception as error:
         raise FormatError(
             f"{name} cannot be read: {_reason(error)}. The file is truncated, corrupt or of another kind; "
@@ -253,7 +262,7 @@ def parse_pickle(data: bytes) -> Any:
             warnings.simplefilter("ignore")  # what torch thinks of old files does not help their readers
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise FormatError(f"{_CODE} ({_reason(error)[:100]})") from error
+        raise _HoldsCode(_CODE) from error
     for name, tensor in _tensors_in(value):
         _check_storage(name, tensor)
     return value
@@ -266,9 +275,7 @@ def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-_CODE = (
-    "besides tensors it holds objects that loading would run as code, so it was not loaded; ask for a safetensors file"
-)
+_CODE = "besides tensors it holds objects that loading would run as code"
 # What torch.save names where it writes tensors and plain values.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
@@ -322,9 +329,9 @@ def _check_program(stream: IO[bytes]) -> None:
                 raise FormatError("a tuple stands in it more than once, which torch.save does not write")
             tuple_on_top = False
         elif name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
-            raise FormatError(f"{_CODE} ({str(argument)[:100]})")
+            raise _HoldsCode(f"{_CODE} ({str(argument)[:100]})")
         elif name in ("MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "POP", "POP_MARK", "DUP"):
-            raise FormatError(f"{_CODE} ({name})")
+            raise _HoldsCode(f"{_CODE} ({name})")
         elif name not in ("PROTO", "FRAME"):
             tuple_on_top = name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 

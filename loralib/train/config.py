@@ -108,7 +108,7 @@ class TrainConfig:
         True, "lay the examples of a step out in one row without padding, each seeing only itself", "engine"
     )
     share_prompts: bool = _knob(True, "compute a prompt once for the examples of a step that share it", "engine")
-    max_siblings: int = _knob(4, "examples of one prompt drawn into a step together, at most", "engine")
+    max_siblings: int = _knob(2, "examples of one prompt drawn into a step together, at most", "engine")
     shuffle: bool = _knob(True, "draw the examples in a new order each epoch", "engine")
     gradient_checkpointing: bool = _knob(False, "less memory, a third more time", "engine")
 
@@ -160,6 +160,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        if not str(self.output_dir).strip():
+            faults.append(f"output_dir is {self.output_dir!r}, expected the name of a directory (. is the current one)")
         for spec in dataclasses.fields(self):
             choices = spec.metadata["choices"]
             if choices and getattr(self, spec.name) not in choices:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..console import count, percent, size, table
 from ..errors import MissingDependencyError, OutputError
-from ..files import write_text, write_whole
+from ..files import free_memory, write_text, write_whole
 from ..inject import adapted_layers
 from ..layers import EmbeddingPath, LoRALayer
 from .config import TrainConfig
@@ -201,24 +202,9 @@ def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple
             if not isinstance(module, nn.Embedding) and weight.shape[0] != vocabulary:  # nor the head, done in chunks
                 kept += 2 * width * weight.element_size()
     chunk = 256 * vocabulary * 8
-    return weights + trained + tokens * kept * (0.25 if checkpointing else 1.0) + chunk, _free_memory(model)
-
-
-def _free_memory(model: nn.Module) -> float | None:
-    import torch
-
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:  # Linux says what is free without swapping; elsewhere the whole memory is the best that is known
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        except (AttributeError, OSError, ValueError):
-            return None
+    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+    return weights + trained + tokens * kept * (0.25 if checkpointing else 1.0) + chunk, free
 
 
 def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
