@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all or grow line by line, and directories held by one run at a time."""
+"""Files that appear whole or not at all or grow by lines, and directories held by one run at a time."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
 
-__all__ = ["parse_toml", "read_toml", "setting_faults"]
+__all__ = ["kinds_of", "parse_toml", "read_toml", "setting_faults"]
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
     """Says which keys a settings dataclass does not have, and which values are of another kind than its fields.
 
     Args:
-        config: a dataclass.
-        values: what would be given to it.
+        config: a dataclass; sequences in it are of texts, and mappings to lists.
+        values: what would be given to it, as TOML has it.
         where: what stands before a key in a message.
 
     Returns:
@@ -74,24 +74,38 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
         if name not in known:
             faults.append(f"{where}{name} is no setting.{did_you_mean(name, known)}")
             continue
-        wanted = [kind for kind in _kinds(hints[name]) if kind in _SCALARS]
-        if wanted and not any(_is(value, kind) for kind in _kinds(hints[name])):
-            faults.append(f"{where}{name} is {value!r}, expected {' or '.join(_SCALARS[kind] for kind in wanted)}")
+        kinds = kinds_of(hints[name])
+        if not any(_fits(value, kind) for kind in kinds):
+            wanted = [_KINDS[typing.get_origin(kind) or kind] for kind in kinds if kind is not types.NoneType]
+            faults.append(f"{where}{name} is {value!r}, expected {' or '.join(wanted)}")
     return faults
 
 
-_SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Returns the types that an annotation allows.
+
+    >>> kinds_of(int | None)
+    (<class 'int'>, <class 'NoneType'>)
+    """
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def _kinds(hint: Any) -> list[Any]:
-    """The types that an annotation allows; of a sequence or a mapping, what it is made of."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [typing.get_origin(option) or option for option in options]
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Sequence: "a list of texts",
+    Mapping: "a table of lists",
+}
 
 
-def _is(value: object, kind: Any) -> bool:
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, (int, float))
-    return isinstance(value, kind) if isinstance(kind, type) else True
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind that a setting may have; true and false are no numbers."""
+    if typing.get_origin(kind) is Sequence:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if typing.get_origin(kind) is Mapping:
+        return isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

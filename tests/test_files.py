@@ -185,8 +185,8 @@ def test_a_full_disk_is_said_and_the_lines_before_it_stay(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "no space")
 
     append_lines(path, [record(0)], int)
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"the disk is full.* Run the same command"):
-        patch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"the disk is full.* Run the same command"):
         append_lines(path, [record(1)], int)
     with path.open("r+b") as file:  # as a disk leaves it that had room for a part
         file.truncate(path.stat().st_size - 3)

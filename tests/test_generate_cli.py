@@ -221,3 +221,11 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
         assert words in error, command
         assert "Traceback" not in error
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_help_shows_no_default_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default 128)" in told
+    assert "(default ())" not in told

@@ -11,7 +11,6 @@ import importlib
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 from ..console import ensure_safe, say, table
 from ..errors import ConfigError, LoraError, did_you_mean, list_faults
-from ..settings import read_toml
+from ..settings import kinds_of, read_toml, setting_faults
 
 __all__ = ["COMMANDS", "add_fields", "from_args", "main", "run_command"]
 
@@ -118,7 +117,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
             else:
                 group.add_argument(f"--{spec.name}", action="store_true", default=None, help=text)
             continue
-        shown = "" if default is None else f" (default {default})"
+        shown = "" if default in (None, ()) else f" (default {default})"
         several = spec.name in ("adapter", "train_data", "valid_data")
         group.add_argument(
             f"--{spec.name}",
@@ -136,11 +135,15 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     Raises:
         ConfigError: the TOML file cannot be read or has unknown keys, or a value is out of range.
     """
-    hints = typing.get_type_hints(config)
     values = dict(defaults or {})
     if args.config is not None:
-        values |= _read_toml(Path(args.config), hints)
-    values |= {name: getattr(args, name) for name in hints if getattr(args, name, None) is not None}
+        given = read_toml(Path(args.config), f"--config {args.config}")
+        faults = setting_faults(config, given)
+        if faults:
+            raise ConfigError(list_faults(f"--config {args.config} has settings that cannot be", faults))
+        values |= given
+    names = [spec.name for spec in dataclasses.fields(cast(Any, config))]
+    values |= {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     return config(**values)
 
 
@@ -149,48 +152,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 def _scalar(hint: Any) -> Any:
     """The type of one flag for a field's annotation: the first plain type in it."""
-    return next((option for option in _options(hint) if option in (bool, int, float, str)), str)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _read_toml(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
-    values = read_toml(path, f"--config {path}")
-    unknown = [f"{name}.{did_you_mean(name, hints)}" for name in values if name not in hints]
-    if unknown:
-        raise ConfigError(list_faults(f"--config {path} has keys that are no settings", unknown))
-    faults = []
-    for name, value in values.items():
-        kinds = [kind for kind in _options(hints[name]) if kind is not types.NoneType]
-        if not any(_fits(value, kind) for kind in kinds):
-            expected = " or ".join(_KINDS[typing.get_origin(kind) or kind] for kind in kinds)
-            faults.append(f"{name} is {value!r}, expected {expected}")
-    if faults:
-        raise ConfigError(list_faults(f"--config {path} has values of another kind", faults))
-    return values
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text in quotes",
-    Sequence: "a list of texts",
-    Mapping: "a table of lists",
-}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value is of a kind that a setting may have; true and false are no numbers."""
-    if typing.get_origin(kind) is Sequence:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if typing.get_origin(kind) is Mapping:
-        return isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return next((option for option in kinds_of(hint) if option in (bool, int, float, str)), str)
 
 
 def _available() -> dict[str, str]:

@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..console import progress, say
 from ..errors import ConfigError, DataError, OutputError, list_faults
+from ..files import append_lines, resume_lines
 from . import add_fields, from_args
 
 
@@ -77,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         )
         with progress(total=len(prompts), description="writing", unit="text") as bar:
             bar.update(done)
-            append(Path(args.output), lines, bar.update)
+            append_lines(Path(args.output), lines, bar.update)
     say(f"{len(prompts)} texts in {args.output}")
 
 
@@ -202,67 +200,16 @@ def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
     Raises:
         OutputError: the file is something else, or holds texts for other prompts or made with other settings.
     """
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise OutputError(f"cannot go on with {path}: {error.strerror}. Choose another --output.") from error
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        earlier = [(line["prompt"], line["made_with"]) for line in map(json.loads, whole.splitlines())]
-        if not _may_be_ours(content[len(whole) :]):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} is there and was not written by this command; choose another --output") from error
-    if [prompt for prompt, _ in earlier] != list(prompts[: len(earlier)]):
-        raise OutputError(f"{path} holds texts for other prompts; remove it or choose another --output")
-    other = next((made for _, made in earlier if made != settings), None)
-    if other is not None:
-        names = [name for name in {**other, **settings} if other.get(name) != settings.get(name)]
-        faults = [f"{n}: {other.get(n, 'the default')} there, {settings.get(n, 'the default')} now" for n in names]
-        raise OutputError(
-            list_faults(f"{path} holds texts made with other settings", faults, "Remove it or choose another --output.")
-        )
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return len(earlier)
 
+    def check(lines: list[dict[str, Any]]) -> None:
+        earlier = [(line["prompt"], line["made_with"]) for line in lines]
+        if [prompt for prompt, _ in earlier] != list(prompts[: len(earlier)]):
+            raise OutputError(f"{path} holds texts for other prompts; remove it or choose another --output")
+        other = next((made for _, made in earlier if made != settings), None)
+        if other is not None:
+            names = [name for name in {**other, **settings} if other.get(name) != settings.get(name)]
+            faults = [f"{n}: {other.get(n, 'the default')} there, {settings.get(n, 'the default')} now" for n in names]
+            heading = f"{path} holds texts made with other settings"
+            raise OutputError(list_faults(heading, faults, "Remove it or choose another --output."))
 
-def _may_be_ours(rest: bytes) -> bool:
-    """Tells whether this may be the beginning of a line that `append` did not come to the end of."""
-    start = b'{"prompt": "'
-    if not rest.startswith(start[: len(rest)]):
-        return False
-    try:
-        return "made_with" in json.loads(rest)
-    except ValueError:
-        return True
-
-
-def append(path: Path, lines: Iterable[dict[str, Any]], written: Any) -> None:
-    """Appends lines of JSON as they come, each synced before `written` is called.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    with file:
-        for line in lines:
-            with _explained(path):
-                file.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            written()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns an error of the file system into one that a user understands."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}. Free some space, then run this again; or choose another --output."
-        ) from error
+    return len(resume_lines(path, "prompt", check, "--output"))

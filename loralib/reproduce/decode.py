@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
 from ..console import progress
 from ..data import prompt_ids
-from ..errors import OutputError
+from ..files import append_lines, resume_lines
 from ..generate import Generation, Sampling, stream
 from ..generate.beam import search
 from ..generate.limits import end_tokens
@@ -45,19 +43,20 @@ def write_decoded(
     todo = [number for number in range(len(prompts)) if number not in done]
     if not todo:
         return
-    with _append(path) as file, progress(total=len(prompts), description="decoding", unit="text") as bar:
+    lines = (
+        {
+            "id": todo[place],
+            "prompt": prompts[todo[place]],
+            "text": one_line(found.text, form),
+            "tokens": len(found.ids),
+            "finish_reason": found.finish_reason,
+            "score": found.score,
+        }
+        for place, found in decode(model, tokenizer, [prompts[number] for number in todo], sampling, form, todo)
+    )
+    with progress(total=len(prompts), description="decoding", unit="text") as bar:
         bar.update(len(done))
-        for place, found in decode(model, tokenizer, [prompts[number] for number in todo], sampling, form, todo):
-            line = {
-                "id": todo[place],
-                "prompt": prompts[todo[place]],
-                "text": one_line(found.text, form),
-                "tokens": len(found.ids),
-                "finish_reason": found.finish_reason,
-                "score": found.score,
-            }
-            _write_line(file, line, path)
-            bar.update()
+        append_lines(path, lines, bar.update)
 
 
 def decode(
@@ -125,42 +124,13 @@ def read_decoded(path: Path, prompts: Sequence[str]) -> dict[int, dict[str, Any]
     Raises:
         OutputError: the file holds other things, or texts for other prompts.
     """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    found: dict[int, dict[str, Any]] = {}
-    try:
-        for line in whole.splitlines():
-            record = json.loads(line)
-            if (
-                prompts[record["id"]] != record["prompt"]
-                or record["id"] in found
-                or not isinstance(record["text"], str)
-            ):
-                raise ValueError
-            found[record["id"]] = record
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise OutputError(
-            f"{path} holds texts for other prompts, or something else; choose another --output_dir"
-        ) from error
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return found
 
+    def check(records: list[dict[str, Any]]) -> None:
+        if len({record["id"] for record in records}) < len(records):
+            raise ValueError("a text stands there twice")
+        for record in records:
+            number, text = record["id"], record["text"]
+            if number not in range(len(prompts)) or prompts[number] != record["prompt"] or not isinstance(text, str):
+                raise ValueError(f"{number} is no text for one of the prompts")
 
-def _append(path: Path) -> IO[bytes]:
-    try:
-        return path.open("ab")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _write_line(file: IO[bytes], record: dict[str, Any], path: Path) -> None:
-    try:
-        file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}. Free some space, then run this again.") from error
+    return {record["id"]: record for record in resume_lines(path, "id", check, "--output_dir")}
