@@ -452,8 +452,8 @@ def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str
     if theirs != ours and not allow_mismatch:
         raise BaseMismatchError(
             f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "
-            f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}, or pass "
-            "allow_base_mismatch=True if you mean it."
+            f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}. "
+            "If you mean this one: allow_base_mismatch=True in Python, --allow_base_mismatch of `loralib merge`."
         )
     return "checked" if theirs == ours else "other"
 

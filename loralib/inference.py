@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, apply_adapter
+from .adapter import Adapter, ApplyReport, apply_adapter
 from .base import DEFAULT_BASE, load_base
 from .console import duration, say, table
 from .data import draw, group_by_prompt, prompt_ids, read_examples
 from .data.readers import Example
-from .errors import AdapterError, ConfigError
+from .errors import ConfigError, LoraError
 from .formats import read_adapter
 from .generate import generate
 from .inject import disabled, merge, unmerge
@@ -48,6 +48,8 @@ class InferenceConfig:
     device: str | None = _knob(None, "cpu, cuda, mps ...; default: the fastest there is")
 
     def __post_init__(self) -> None:
+        if not self.adapter or not all(self.adapter):
+            raise ConfigError(f"adapter is {self.adapter!r}, expected the directory of one, or of several")
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ConfigError(
                 f"samples is {self.samples} and max_new_tokens is {self.max_new_tokens}, expected at least 1 of each"
@@ -105,10 +107,10 @@ def run_inference(config: InferenceConfig) -> None:
     directories = [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
     adapters = {directory: read_adapter(directory) for directory in directories}
     first = adapters[directories[0]]
-    model, tokenizer = _load_base(config, first)
-    say(f"Adapter {directories[0]}: {apply_adapter(model, first)}")
-    model.eval()
     examples = _examples(config)
+    model, tokenizer = _load_base(config, first)
+    say(f"Adapter {directories[0]}: {_put_on(model, adapters)}")
+    model.eval()
     _show_statistics(model, tokenizer, first, examples)
     if hasattr(model, "generate"):
         adapted = _show_texts(model, tokenizer, examples, config)
@@ -127,11 +129,21 @@ def _load_base(config: InferenceConfig, adapter: Adapter) -> tuple[nn.Module, An
     return load_base(name, dtype=config.dtype, device=config.device)
 
 
+def _put_on(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:
+    """Puts each adapter on the base, the first one last: what does not fit is said before anything is shown."""
+    for directory, adapter in reversed(adapters.items()):
+        try:
+            report = apply_adapter(model, adapter)
+        except LoraError as error:
+            raise type(error)(f"{directory}: {error}") from error
+    return report
+
+
 def _examples(config: InferenceConfig) -> list[Example]:
     if config.prompt is not None:
         return [Example.of(config.prompt if config.prompt.endswith("\n") else config.prompt + "\n", "")]
     if config.test_data is None:
-        raise AdapterError("nothing to write: give --prompt TEXT or --test_data FILE")
+        raise ConfigError("nothing to write: give --prompt TEXT or --test_data FILE")
     return draw(group_by_prompt(read_examples(config.test_data)), config.samples, config.seed, lambda e: e.prompt)
 
 
@@ -199,10 +211,8 @@ def _show_merging(
     largest = float(apart.abs().max())
     difference = float((apart - merged).abs().max())
     # Rounding of a few hundred additions in a row, of the largest logit.
-    dtype = next(p.dtype for p in model.parameters() if p.dtype != torch.float32 or config.dtype == "fp32")
-    tolerance = (
-        256 * torch.finfo(dtype).eps * largest if dtype == torch.float32 else 16 * torch.finfo(dtype).eps * largest
-    )
+    eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
+    tolerance = (256 if eps == torch.finfo(torch.float32).eps else 16) * eps * largest
     verdict = "they agree" if difference <= tolerance else "THEY DIFFER: report this"
     say()
     say(f"Merged W + scaling * B A into every layer in {duration(took)}.")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .data import Example, encode
+from .errors import ConfigError
 from .generate.limits import context_length
 from .metrics import Score
 from .train.loop import evaluate_loss
@@ -70,10 +71,13 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
         examples: what to measure on; each text counts, also several of one prompt.
 
     Raises:
+        ConfigError: the loss is no number in the dtype that the model is in.
         DataError: no text is left.
     """
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
     loss = evaluate_loss(make_step(model), model, encoded.examples)
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss on these texts is {loss}: the model's numbers overflow. Load it with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
     words = sum(

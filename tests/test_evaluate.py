@@ -303,3 +303,17 @@ def test_what_perplexity_refuses(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+def test_a_model_whose_numbers_overflow_has_no_perplexity() -> None:
+    import torch
+
+    from loralib.base import load_base
+    from loralib.data import Example
+    from loralib.perplexity import perplexity
+
+    model, tokenizer = load_base("scratch-32x1-seed0", dtype="fp32", device="cpu")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.inf)
+    with pytest.raises(ConfigError, match=r"numbers overflow\. Load it with dtype fp32"):
+        perplexity(model, tokenizer, [Example.of("name : A\n", "A is a pub.")])

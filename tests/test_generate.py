@@ -234,6 +234,14 @@ def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypa
     assert len(generate(model, LETTERS, PROMPTS, max_new_tokens=12)) == len(PROMPTS)
 
 
+def test_packed_weights_notice_another_bias() -> None:
+    layer, x = nn.Linear(8, 8).bfloat16(), torch.ones(1, 8, dtype=torch.bfloat16)
+    with torch.no_grad(), using_packed(packed([layer])):
+        layer.bias = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        got = layer(x)
+    torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=2**-7)
+
+
 def test_adapted_model_merged_or_not(llama: Any) -> None:
     model = copy.deepcopy(llama)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5))

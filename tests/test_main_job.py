@@ -154,7 +154,7 @@ def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> N
     assert code == 0, err
     assert "r=2, lora_alpha=4" in out
     (tmp_path / "bad.toml").write_text("lora_rank = 3\n", encoding="utf-8")
-    refused(run("run_training", "--config", "bad.toml"), "lora_rank")
+    refused(run("run_training", "--config", "bad.toml"), "--config bad.toml", "lora_rank is no setting")
 
 
 def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None:
@@ -238,6 +238,8 @@ def test_an_output_directory_that_cannot_be_written(run: Run, tmp_path: Path) ->
     refused(run("run_training", *TINY, "--output_dir", "file"), "cannot write", "file")
     refused(run("run_training", *TINY, "--output_dir", "file/below"), "cannot write")
     refused(run("run_training", *TINY, "--output_dir", "a\0b"), "cannot be the name of a directory")
+    refused(run("run_training", *TINY, "--output_dir", ""), "output_dir is '', expected the name of a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_sizes_with_a_pretrained_model(run: Run) -> None:
@@ -270,10 +272,34 @@ def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     refused(run("run_inference", "--adapter", "nothing"), "nothing", "holds no adapter", "adapter_config.json")
     refused(run("run_inference", "--adapter", "nowhere"), "does not exist")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(run("run_inference", "--adapter", "notes.txt"), "notes.txt is no adapter: expected the directory")
+    refused(run("run_inference", "--adapter", ""), "expected the directory of one, or of several")
+
+
+def test_a_checkpoint_that_does_not_say_its_settings(run: Run, tiny_adapter: Path) -> None:
+    result = run("run_inference", "--adapter", str(tiny_adapter / "pytorch_model.bin"))
+    refused(result, "does not say its settings", "`loralib convert` with --lora_dim")
 
 
 def test_an_adapter_for_another_base(run: Run, tiny_adapter: Path) -> None:
     refused(run("run_inference", "--adapter", str(tiny_adapter), "--model", "run-demo"))
+
+
+def test_one_of_several_adapters_for_another_base(run: Run, tiny_adapter: Path, tmp_path: Path) -> None:
+    """It is said before the first one has shown anything."""
+    model, _ = lora.load_base("scratch", hidden_dim=32, num_layers=1, seed=1, dtype="fp32")
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
+    lora.save_adapter(model, tmp_path / "other")
+    result = run("run_inference", "--adapter", str(tiny_adapter), "other", "--prompt", "name : X")
+    refused(result, "other: the adapter was trained on a base model of the same shapes with other values")
+    assert [line.partition(" ")[0] for line in result[1].splitlines()] == ["Loading"]
+
+
+def test_test_data_is_looked_for_before_the_base_is_loaded(run: Run, tiny_adapter: Path) -> None:
+    result = run("run_inference", "--adapter", str(tiny_adapter), "--test_data", "none.txt")
+    refused(result, "none.txt")
+    assert result[1] == ""
 
 
 def copied(adapter: Path, directory: Path) -> Path:
@@ -298,7 +324,8 @@ def test_a_hostile_pickle_runs_nothing(run: Run, tiny_adapter: Path, tmp_path: P
     directory = copied(tiny_adapter, tmp_path / "hostile")
     (directory / "adapter_model.safetensors").unlink()
     torch.save({"a.lora_A": Hostile()}, directory / "adapter_model.bin", pickle_module=pickle)
-    refused(run("run_inference", "--adapter", "hostile"), "adapter_model.bin", "code")
+    result = run("run_inference", "--adapter", "hostile")
+    refused(result, "adapter_model.bin was not loaded", "would run as code (", "mkdir). Ask for a safetensors file.")
     assert not (tmp_path / "broken_into").exists()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loralib.data.published import Row
 from loralib.errors import ConfigError, DataError, OutputError
 from loralib.formats import read_adapter
 from loralib.generate import Sampling, beam_search
-from loralib.reproduce import choose_recipe, find_files, load_recipe, recipe_names, reproduce
+from loralib.reproduce import choose_recipe, find_files, load_recipe, pipeline, recipe_names, reproduce
 from loralib.reproduce import decode as decoding
 from loralib.reproduce.decode import decode, end_ids, read_decoded, write_decoded
 from loralib.reproduce.report import markdown, plot_scores
@@ -384,25 +385,24 @@ def test_a_run_that_was_killed_goes_on(
 ) -> None:
     from loralib.train import loop
 
-    saved, written = loop.save_checkpoint, decoding._write_line
+    saved, appended = loop.save_checkpoint, decoding.append_lines
 
     def save_and_die(*args: Any, **kwargs: Any) -> Any:
         saved(*args, **kwargs)
         raise Killed
 
-    def write_and_die(file: Any, record: Any, path: Path) -> None:
-        written(file, record, path)
-        if path.read_bytes().count(b"\n") == 2:
+    def write_and_die(path: Path, lines: Iterable[Any], written: Any) -> None:
+        appended(path, itertools.islice(lines, 2), written)
+        with path.open("ab") as file:
             file.write(b'{"id": 3, "pro')
-            file.flush()
-            raise Killed
+        raise Killed
 
     with monkeypatch.context() as patch:  # in training, when the first of three updates was saved
         patch.setattr(loop, "save_checkpoint", save_and_die)
         with pytest.raises(Killed):
             run()
     with monkeypatch.context() as patch:  # in decoding, within the third text
-        patch.setattr(decoding, "_write_line", write_and_die)
+        patch.setattr(decoding, "append_lines", write_and_die)
         with pytest.raises(Killed):
             run()
     printed = capsys.readouterr().out
@@ -418,6 +418,21 @@ def test_a_run_that_was_killed_goes_on(
     )
     assert {line["id"]: line["text"] for line in lines} == {line["id"]: line["text"] for line in wanted}
     assert len(lines) == 4
+
+
+def test_a_model_that_is_made_here_is_another_one_with_another_seed(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(pipeline._Reproduction, "_train", killed)
+    words = command(data, tmp_path / "out", "train.hidden_dim=32", "train.num_layers=1")
+    words[words.index(MODEL)] = "scratch"
+    for seed in ("0", "1"):
+        with pytest.raises(Killed):
+            main([*words, "--seed", seed])
+    assert "base: once more, since model.seed was 0 and is 1" in capsys.readouterr().out
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

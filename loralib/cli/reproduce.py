@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(name, args.changes, model=args.model, **given)
     files = find_files(args.dataset, args.data)
     last = Path(args.model).name or "model"
-    output = args.output_dir or str(Path("reproduced") / f"{args.dataset}-{last}")
+    output = Path("reproduced") / f"{args.dataset}-{last}" if args.output_dir is None else args.output_dir
     if args.recipe is None and recipe.name not in (last, f"{args.dataset}-{last}"):
         say(f"There is no recipe for {args.dataset} with {args.model}: taking that of {recipe.name} "
             f"(--recipe takes another: {', '.join(recipe_names())})")  # fmt: skip

@@ -126,15 +126,31 @@ def read_adapter(
         if model is None:
             kind = "GGUF" if gguf else "MLX"
             raise AdapterError(
-                f"{path} is {kind}, which has names of its own for modules; give the base model (--base)"
+                f"{path} is {kind}, which has names of its own for modules; give the base model (model=... in Python). "
+                "`loralib convert` with --base makes a directory of it that every command reads"
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
         return read_peft(path)
+    if config is None and _is_checkpoint(path):
+        raise AdapterError(
+            f"{path} is a checkpoint of Microsoft's loralib, which does not say its settings; give "
+            "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python. `loralib convert` with "
+            "--lora_dim, --lora_alpha and --target_modules makes a directory of it that every command reads"
+        )
     if config is None:
         raise AdapterError(
-            f"{path} is a checkpoint without settings; say what they were: "
-            "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) "
-            "(at the command line --lora_dim, --lora_alpha, --target_modules)"
+            f"{path} is no adapter: expected the directory that training or save_adapter() wrote, or an MLX directory, "
+            "a GGUF LoRA file or a checkpoint of Microsoft's loralib"
         )
     return read_microsoft(path, config)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Tells whether a file begins as torch.save (a zip archive, or a pickle) or safetensors write it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start.startswith((b"PK\x03\x04", b"\x80")) or start[8:] == b"{"

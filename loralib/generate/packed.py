@@ -80,8 +80,9 @@ def _product(module: Any) -> Product:
     version, order = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def product(x: Tensor) -> Tensor:
-        if module.weight is not weight or weight._version != version or x.dtype != weight.dtype:
-            return nn.functional.linear(x, module.weight, module.bias)  # merged or changed in the meantime
+        same = module.weight is weight and module.bias is bias and weight._version == version
+        if not same or x.dtype != weight.dtype:  # merged or changed in the meantime
+            return nn.functional.linear(x, module.weight, module.bias)
         return torch.ops.mkldnn._linear_pointwise(x, order, bias, "none", [], "")  # type: ignore[no-any-return]
 
     return product

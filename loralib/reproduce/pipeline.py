@@ -84,6 +84,8 @@ class _Reproduction:
         """Runs what has to be run."""
         run, recipe, training = self.stages.run, self.recipe, self.recipe.train
         model = {"name": training.model, "files": _model_files(training.model), "dtype": training.dtype}
+        if training.model in ("scratch", "run-demo"):  # made here: these say of which values
+            model |= {name: getattr(training, name) for name in ("hidden_dim", "num_layers", "seed")}
         sources = {split: digest(path) for split, path in self.files._asdict().items()}
         decoding = dataclasses.asdict(recipe.decode)
         data = run(
