@@ -570,6 +570,16 @@ def test_pickles_that_would_never_end(bomb: str) -> None:
     assert peak_memory() - memory < 100e6
 
 
+def test_an_archive_behind_a_file_of_the_old_form_is_not_checked_in_its_place(tmp_path: Path) -> None:
+    old, new = io.BytesIO(), io.BytesIO()
+    torch.save({"q.lora_A": Opener(tmp_path / "ran")}, old, _use_new_zipfile_serialization=False)
+    torch.save({"q.lora_A": torch.zeros(1)}, new)
+    data = old.getvalue() + new.getvalue()
+    assert zipfile.is_zipfile(io.BytesIO(data))
+    with pytest.raises(FormatError, match=r"would run as code.*open"):
+        parse_pickle(data)
+
+
 def test_mappings_that_hold_themselves(tmp_path: Path) -> None:
     """Each tensor is looked at once, although there are 100**8 ways to it."""
     inner: dict[str, Any] = {"q.lora_A": torch.zeros(1)}

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loralib.config import LoraConfig
-from loralib.inject import adapted_layers, disabled, inject, merge
+from loralib.inject import adapted_layers, disabled, inject, merge, remove
 from loralib.train.linears import Linears
 
 TOLERANCE = 1e-6
@@ -56,12 +56,14 @@ def gradients(net):
 def compare(net, x=None, linears=None):
     """Runs a net and its copy, both ways, with the same random numbers; returns the groups that were found."""
     x = torch.randn(2, 5, 6, dtype=net.q.weight.dtype) if x is None else x
-    twin = copy.deepcopy(net)
     linears = linears or learned(net, x)
+    twin = copy.deepcopy(net)
     results = []
     for model, way in ((twin, None), (net, linears)):
         seen = x.detach().clone().requires_grad_(x.requires_grad)
-        for _ in range(2):  # gradients of several passes are added up
+        for number in range(3):  # gradients of the last two passes are added up
+            if number == 1:
+                model.zero_grad()
             torch.manual_seed(1)
             if way is None:
                 (out := model(seen)).square().sum().backward()
@@ -128,7 +130,7 @@ def test_hooks_on_factors_are_called():
     net.v.lora_B.register_hook(seen.append)
     net.gate.lora_A.register_post_accumulate_grad_hook(seen.append)
     compare(net)
-    assert len(seen) == 4
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize("state", [merge, lambda net: net.eval(), lambda net: net.double()])
@@ -190,3 +192,67 @@ def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding
     for name, expected in gradients(twin).items():
         assert made[name].dtype == torch.float32
         assert (made[name] - expected).norm() <= 0.02 * expected.norm(), name
+
+
+class Odd(nn.Module):
+    """Layers that are found together and later run apart, or once more, or in place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.q, self.k, self.kind, self.drop = nn.Linear(6, 6), nn.Linear(6, 6), kind, nn.Dropout(0.5)
+
+    def forward(self, x):
+        if self.kind == "once more":
+            return self.k(torch.tanh(self.q(x) + self.k(x)))
+        if self.kind == "apart in training":
+            return self.q(self.drop(x)) * self.k(self.drop(x))
+        if self.kind == "in place":
+            return torch.relu_(self.q(x)) + torch.relu_(self.k(x))
+        if self.kind == "partly without a graph":
+            with torch.no_grad():
+                q = self.q(x)
+            return q * self.k(x)
+        return (self.q(x[:0]).sum() + self.q(x[0, 0])) * self.k(x)  # empty, and of one dimension
+
+
+@pytest.mark.parametrize("kind", ["once more", "apart in training", "in place", "partly without a graph", "empty"])
+def test_layers_that_run_otherwise_than_when_they_were_found(kind):
+    torch.manual_seed(0)
+    net = Odd(kind).double()
+    inject(net, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        net.q.lora_B.normal_()
+        net.k.lora_B.normal_()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    linears = learned(net.eval(), x)
+    assert names_of_groups(net, linears)
+    compare(net.train(), x, linears)
+
+
+def test_a_layer_that_was_taken_back_or_has_a_forward_of_its_own_is_left_alone():
+    net, x = adapted(), torch.randn(2, 6, dtype=torch.float64)
+    linears = learned(net, x)
+    net.gate.forward = lambda x: x
+    expected = net(x)
+    with linears.together():
+        torch.testing.assert_close(net(x), expected)
+    assert "forward" in net.gate.__dict__
+    del net.gate.forward
+    remove(net)
+    expected = net(x)
+    with linears.together():
+        torch.testing.assert_close(net(x), expected)
+    inject(net, LoraConfig(r=3, target_modules="all-linear"))
+    with linears.together():
+        net(x).sum().backward()
+    with linears.together(), torch.inference_mode():
+        net(x)
+
+
+def test_an_error_within_a_step_leaves_nothing_behind():
+    net, x = adapted(), torch.randn(2, 6, dtype=torch.float64)
+    linears = learned(net, x)
+    with pytest.raises(RuntimeError, match="shape"), linears.together():
+        net(x[:, :3])
+    assert not any("forward" in module.__dict__ for module in net.modules())
+    compare(copy.deepcopy(net), x)

@@ -35,10 +35,20 @@ class OtherRMSNorm(LlamaRMSNorm):
         return super().forward(hidden_states) + hidden_states.mean(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("make", [lambda: OtherRMSNorm(8), lambda: LlamaRMSNorm(8), lambda: nn.RMSNorm(8)])
-def test_a_norm_that_is_trained_or_computes_something_else_keeps_its_own_way(make):
-    norm = make()
-    norm.requires_grad_(type(norm) is LlamaRMSNorm)
+class BareRMSNorm(LlamaRMSNorm):
+    def __init__(self, width):
+        super().__init__(width)
+        self.weight = None
+
+
+class NewGELUActivation(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("make", [OtherRMSNorm, BareRMSNorm, nn.RMSNorm, lambda width: NewGELUActivation()])
+def test_what_computes_something_else_keeps_its_own_way(make):
+    norm = make(8)
     with Operators(norm).shorter():
         assert "forward" not in norm.__dict__
 
@@ -58,3 +68,12 @@ def test_the_gelu_of_gpt2():
     with Operators(gelu).shorter():
         assert "forward" in gelu.__dict__
         torch.testing.assert_close(gelu(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_keywords_and_other_shapes():
+    norm = LlamaRMSNorm(8).requires_grad_(False)
+    for x in (torch.randn(2, 3, 4, 8).transpose(1, 2), torch.randn(8), torch.randn(0, 8)):
+        expected = norm(x)
+        with Operators(norm).shorter():
+            torch.testing.assert_close(norm(x), expected)
+            torch.testing.assert_close(norm(hidden_states=x), expected)

@@ -604,7 +604,9 @@ def test_a_log_that_was_cut_is_gone_on_with_and_said(tmp_path: Path, capsys: pyt
 def test_a_signal_does_not_wait_for_the_validation(tmp_path: Path) -> None:
     """The run that goes on makes up for it, and nothing differs."""
     values: dict[str, Any] = {"eval_steps": 2, "save_steps": 3, "lora_dropout": 0.1}
-    whole = train(settings(tmp_path / "whole", **values)).output_dir
+    valid = copying_examples(24, seed=1)
+    whole = settings(tmp_path / "whole", **values)
+    lora.train(tiny_model(), copying_examples(), whole, valid_data=valid, verbose=False)
     config = settings(tmp_path / "stopped", **values)
     for stopped in range(3):
         model = tiny_model()
@@ -621,15 +623,13 @@ def test_a_signal_does_not_wait_for_the_validation(tmp_path: Path) -> None:
         model.model.layers[0].register_forward_hook(hook)
         with pytest.raises(errors.InterruptedRunError):
             lora.train(
-                model, copying_examples(), config.replace(resume=stopped > 0),
-                valid_data=copying_examples(24, seed=1), verbose=False,
+                model, copying_examples(), config.replace(resume=stopped > 0), valid_data=valid, verbose=False
             )  # fmt: skip
     result = lora.train(
-        tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(24, seed=1),
-        verbose=False,
+        tiny_model(), copying_examples(), config.replace(resume=True), valid_data=valid, verbose=False
     )  # fmt: skip
     assert [step for step, _ in result.valid_losses] == [0, 2, 4, 6, 8, 10, 12]
-    assert whole
+    assert kept(result.output_dir) == kept(Path(whole.output_dir))
 
 
 @pytest.fixture

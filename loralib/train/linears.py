@@ -7,6 +7,7 @@ For the inputs x of q, k and v (or of a gate and its up projection), with A the 
 A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
 products, scalings, sums of gradients.  Here one thin product takes the place of several, updates are added where the
 base's output was written, all factors are cast at once when a step begins, and all their gradients when it ends.
+Only on CPUs, where this was measured.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ class Linears:
     """The adapted linears of one model."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [layer for _, layer in adapted_layers(model) if _is_plain(layer)]
-        kind = _kind(layers[0]) if layers else None
-        self._layers = [cast(LinearPath, layer) for layer in layers if _kind(layer) == kind]
+        self._layers = [cast(LinearPath, layer) for _, layer in adapted_layers(model) if _is_plain(layer)]
         self._groups: list[_Group] = []
 
     @contextmanager
@@ -70,7 +69,7 @@ class Linears:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes ``x W^T + bias + scaling * B A x`` and nothing else."""
-    if not isinstance(layer, LinearPath) or "forward" in layer.__dict__:
+    if not isinstance(layer, LinearPath) or "forward" in layer.__dict__ or layer.base_weight.device.type != "cpu":
         return False
     if type(layer).forward is not LinearPath.forward or type(layer)._base_forward is not LinearPath._base_forward:
         return False
@@ -102,7 +101,7 @@ def _groups(calls: Sequence[tuple[LinearPath, Tensor]]) -> list[_Group]:
     known: set[LinearPath] = set()
     previous: Tensor | None = None
     for layer, x in calls:
-        if layer not in known and x is previous:
+        if layer not in known and x is previous and _kind(layer) == _kind(groups[-1][0]):
             groups[-1].append(layer)
         elif layer not in known:
             groups.append([layer])
@@ -116,7 +115,7 @@ class _Waiting:
     """What was computed with the first layer of a group, and is not asked for yet."""
 
     x: Tensor | None = None
-    version: int = 0
+    made_for: tuple[int, bool] = (0, False)
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -156,9 +155,18 @@ class _Group:
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs part of the graph, even if x is not
 
     def is_usable(self) -> bool:
-        """Whether all layers compute as usual at the moment: W and its bias frozen, both factors trained, no hooks."""
+        """Whether all layers are what they were and compute as usual: W and its bias frozen, both factors trained."""
         kind = (self.factors.A.dtype, self.factors.A.device)
-        return all(layer._active and _kind(layer) == kind and _is_usual(layer) for layer in self.layers)
+        return all(
+            isinstance(layer, LinearPath)  # and not taken back to what it was before
+            and "forward" not in layer.__dict__
+            and layer._active
+            and _kind(layer) == kind
+            and layer.lora_A.shape == of_A.shape
+            and len(layer.lora_B) == sum(map(len, of_B))
+            and _is_usual(layer)
+            for layer, of_A, of_B in zip(self.layers, self.factors.of_A, self.factors.of_B, strict=True)
+        )
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -181,22 +189,24 @@ class _Group:
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output, from where it waits if the first layer of the group has just read this x."""
-        waiting = self.waiting
-        if waiting.x is x and waiting.version == x._version and number in waiting.outputs:
+        layer, waiting = self.layers[number], self.waiting
+        usual = x.dtype == layer.base_weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if not usual or x.is_inference() or x.dim() < 2 or not x.numel():
+            return LinearPath.forward(layer, x)
+        made_for = (x._version, torch.is_grad_enabled())
+        if waiting.x is x and waiting.made_for == made_for and number in waiting.outputs:
             output = waiting.outputs.pop(number)
             if not waiting.outputs:
                 self.waiting = _Waiting()
             return output
-        layer = self.layers[number]
-        if x.dtype != layer.base_weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return LinearPath.forward(layer, x)
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
         dropped = layer._drop(x) if drops else None
-        first, *others = _Together.apply(x, dropped, self.anchor, self, numbers)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Together.apply(x, dropped, self.anchor, self, numbers)  # type: ignore[no-untyped-call]
+        first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in found)
         if others:
-            self.waiting = _Waiting(x, x._version, dict(zip(numbers[1:], others, strict=True)))
-        return cast(Tensor, first)
+            self.waiting = _Waiting(x, made_for, dict(zip(numbers[1:], others, strict=True)))
+        return first
 
 
 def _grad(parameter: Tensor) -> Tensor:
@@ -206,7 +216,7 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 class _Together(torch.autograd.Function):
-    """Outputs of some layers of a group for x (..., in); `dropped`, if any, is what their low-rank paths see of x."""
+    """Outputs (T, out) of some of a group's layers for x (..., in); low-rank paths see `dropped`, if there is one."""
 
     @staticmethod
     def forward(
@@ -214,15 +224,15 @@ class _Together(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
-        rows = x.flatten(0, -2)
-        seen = rows if dropped is None else dropped.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
+        seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         h = F.linear(seen, _A(group.factors, numbers))
         ctx.save_for_backward(seen, h)
         outputs = []
         for number, part in zip(numbers, _parts(group, numbers, h), strict=True):
             layer = group.layers[number]
             y = F.linear(rows, _weight(layer), cast("Tensor | None", layer.bias))
-            outputs.append(y.addmm_(part, group.factors.B[number]).view(*x.shape[:-1], -1))
+            outputs.append(y.addmm_(part, group.factors.B[number]))
         return tuple(outputs)
 
     @staticmethod
@@ -231,13 +241,15 @@ class _Together(torch.autograd.Function):
         seen, h = ctx.saved_tensors
         grad_x: Tensor | None = None
         grads_h = []
-        again = bool(group.touched.intersection(numbers))  # a layer that runs twice in a pass
+        again = group.touched.intersection(numbers)  # layers that run more than once in a pass
+        if again:
+            for number in set(numbers) - again:  # the product for all A adds to what is there
+                group.gradients.of_A[number].zero_()
         for number, part, gradient in zip(numbers, _parts(group, numbers, h), gradients, strict=True):
             B, grad_B = group.factors.B[number], group.gradients.B[number]
             if gradient is None:
                 grads_h.append(torch.zeros_like(part))
                 continue
-            gradient = gradient.flatten(0, -2)
             grads_h.append(gradient @ B.T)
             torch.addmm(grad_B, part.T, gradient, beta=int(number in group.touched), out=grad_B)
             group.touched.add(number)
@@ -246,7 +258,7 @@ class _Together(torch.autograd.Function):
                 grad_x = gradient @ weight if grad_x is None else grad_x.addmm_(gradient, weight)
         grad_h = grads_h[0] if len(grads_h) == 1 else torch.cat(grads_h, 1)
         grad_A, A = _A(group.gradients, numbers), _A(group.factors, numbers)
-        torch.addmm(grad_A, grad_h.T, seen, beta=int(again), out=grad_A)
+        torch.addmm(grad_A, grad_h.T, seen, beta=int(bool(again)), out=grad_A)
         grad_dropped = (grad_h @ A).view(ctx.shape) if ctx.drops and ctx.needs_input_grad[1] else None
         if grad_x is not None:
             grad_x = (grad_x if ctx.drops else grad_x.addmm_(grad_h, A)).view(ctx.shape)

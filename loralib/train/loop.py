@@ -265,8 +265,7 @@ class _Run:
         if paper:
             loss *= config.grad_accum / len(batches)
         self._check_loss(loss)
-        ticks, ticks_total = (config.grad_accum, self.total * config.grad_accum) if paper else (1, self.total)
-        factor = lr_factor(config, (state.step + 1) * ticks - 1, ticks_total)
+        factor = self._lr_factor(state.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         if factor > 0 and not self._checked_gradients:
@@ -293,6 +292,15 @@ class _Run:
                 self._say_progress(loss)
 
     _checked_gradients = False
+
+    @property
+    def _ticks(self) -> int:
+        """How often the schedule ticks in an update: the paper's does so with every batch."""
+        return self.config.grad_accum if self.config.arithmetic == "paper" else 1
+
+    def _lr_factor(self, step: int) -> float:
+        """The share of its peak that the learning rate has in an update, counted from 1."""
+        return lr_factor(self.config, step * self._ticks - 1, self.total * self._ticks)
 
     def _log(self, event: str, loss: float, lr: float, seconds: float) -> None:
         state = self.progress
@@ -358,9 +366,9 @@ class _Run:
             when = f"after update {state.step}" if state.step else "before training"
             raise self._went_wrong(f"the validation loss is {loss} {when}")
         state.valid_losses.append([state.step, loss])
-        self._log(
-            "valid", loss, self.optimizer.param_groups[0]["lr"] if state.step else 0.0, time.perf_counter() - started
-        )
+        # Of the update before; the optimiser of a run that goes on has not been told it yet.
+        lr = self.config.lr * self._lr_factor(state.step) if state.step else 0.0
+        self._log("valid", loss, lr, time.perf_counter() - started)
         if state.step == 0:
             self.say(f"Before training: validation loss {loss:.4f}{' (the base model)' if self.from_base else ''}")
             return
@@ -551,8 +559,7 @@ class _Run:
             self.say("  That may not fit: lower --batch_size or --seq_len, or add --gradient_checkpointing.")
 
     def _peak_is_out_of_reach(self) -> bool:
-        ticks = self.config.grad_accum if self.config.arithmetic == "paper" else 1
-        return self.config.warmup_steps > self.total * ticks
+        return self.config.warmup_steps > self.total * self._ticks
 
 
 @overload
