@@ -63,9 +63,9 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
     Returns:
         One line a fault.
 
-    >>> from .config import LoraConfig
+    >>> from loralib.config import LoraConfig
     >>> setting_faults(LoraConfig, {"lora_alhpa": 16, "r": "8"})
-    ["lora_alhpa is no setting. Did you mean 'lora_alpha'?", "r is '8', expected a whole number"]
+    ["lora_alhpa is no setting. Did you mean 'lora_alpha' or 'lora_bias'?", "r is '8', expected a whole number"]
     """
     hints = typing.get_type_hints(config)
     known = [spec.name for spec in dataclasses.fields(config)]

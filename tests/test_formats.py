@@ -74,7 +74,7 @@ def test_what_is_written(saved: Path) -> None:
     assert set(metadata) == {"format", "loralib.base"}
 
 
-@pytest.mark.parametrize("cache", ["/home/me/.cache/huggingface/hub/", "C:\\Users\\me\\hub\\"])
+@pytest.mark.parametrize("cache", ["/srv/me/.cache/huggingface/hub/", "D:\\me\\hub\\"])
 def test_a_place_in_the_hubs_cache_is_written_as_the_models_name(cache: str, tmp_path: Path) -> None:
     slash = cache[-1]
     model = trained()

@@ -136,7 +136,7 @@ def read_adapter(
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which does not say its settings; give "
             "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python. `loralib convert` with "
-            "--lora_dim, --lora_alpha and --target_modules makes a directory of it that every command reads"
+            "--lora_dim, --lora_alpha, --target_modules makes a directory of it that every command reads"
         )
     if config is None:
         raise AdapterError(
