@@ -75,7 +75,8 @@ def train(config: lora.TrainConfig, model: Any = None, **kwargs: Any) -> Any:
 def test_training_learns_and_leaves_everything_a_user_needs(tmp_path: Path) -> None:
     model = tiny_model()
     frozen = {name: p.clone() for name, p in model.named_parameters()}
-    result = train(settings(tmp_path, num_epochs=12), model)
+    # In a uniform order: so few examples of a made-up task generalise by no other.
+    result = train(settings(tmp_path, num_epochs=12, max_siblings=1), model)
     assert result.valid_losses[-1][1] < 0.8 * result.valid_losses[0][1]
     assert result.train_losses[-1] < 0.5 * result.train_losses[0]
     for name, p in model.named_parameters():
