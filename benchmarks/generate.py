@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from machine import machine
 from torch import nn
 
 import loralib as lora
@@ -151,19 +150,6 @@ def compare(
     return row, found, tried_found
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "seed": SEED,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["beam", "greedy", "first"], choices=["beam", "greedy", "first"])
@@ -191,7 +177,8 @@ def main() -> None:
     say()
     say(table([summary(row) for row in results], ["case", "ours", "peer", "times", "median", "BLEU", "mean score"]))
     say("\nBLEU and mean score: ours / peer's")
-    report = {"machine": machine(), "clock": args.clock, "results": results}
+    about = machine("transformers", "peft") | {"seed": SEED}
+    report = {"machine": about, "clock": args.clock, "results": results}
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

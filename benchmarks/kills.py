@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 import loralib as lora
 from loralib.console import say
@@ -98,9 +99,8 @@ def main() -> int:
         "resumed_from_a_checkpoint": sum(map(bool, checkpoints)),
     }
     say(f"{kills} kills in {trial} runs: {same} results byte-identical")
-    about = {"torch": torch.__version__, "seed": 0}
     Path(__file__).with_suffix(".json").write_text(
-        json.dumps({"about": about, **result}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({"machine": machine(), "seed": 0, **result}, indent=2) + "\n", encoding="utf-8"
     )
     return 0 if same == trial else 1
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import machine
 
 import loralib as lora
 from loralib.console import duration, say, table
@@ -141,15 +140,6 @@ def measure(runs: Path, data: Path, model_name: str, prompts_at_most: int | None
         "examples": examples,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

@@ -6,15 +6,15 @@ import argparse
 import ast
 import copy
 import importlib
-import importlib.util
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +32,9 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(path: Path) -> SimpleNamespace:
+    """What a script defines, already when tests are collected."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 WRITER = load(ROOT / "scripts" / "write_docs.py")
