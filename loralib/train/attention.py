@@ -24,6 +24,9 @@ NAME = "loralib_packed"
 
 # The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
 _LANES = 32
+# Tiles with at most so many keys are computed together, however few some of them see: operators are fewer then, which
+# gains more than the keys that nothing sees cost.
+_FEW_KEYS = 256
 
 # What models hand to an attention function without it changing what is computed.
 _HARMLESS = frozenset(
@@ -104,7 +107,7 @@ class Plan:
         waiting = sorted(range(len(tiles)), key=lambda number: len(tiles[number][0]))
         while waiting:
             widest = len(tiles[waiting[-1]][0])
-            chosen = [number for number in waiting if len(tiles[number][0]) * 2 >= widest]
+            chosen = [number for number in waiting if len(tiles[number][0]) * 2 >= widest or widest <= _FEW_KEYS]
             widest = -(-widest // _LANES) * _LANES
             waiting = waiting[: -len(chosen)]
             chosen.sort()
@@ -155,10 +158,10 @@ def packed_attention(
     _refuse_unknown(module, query, attention_mask, sliding_window, plan, others)
     assert plan is not None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     tiles = plan.tiles(sliding_window)
     attend = cast(Callable[..., Tensor], _TileAttention.apply)
-    return attend(*rows, tiles, plan.tile, scaling, softcap, dropout)[None], None
+    return attend(*rows, tiles, plan.tile, scaling, softcap, dropout).unsqueeze(0), None
 
 
 class _TileAttention(torch.autograd.Function):
@@ -184,23 +187,23 @@ class _TileAttention(torch.autograd.Function):
         q, k, v = _to_tiles(q, tile, k.shape[1]), k.flatten(1), v.flatten(1)
         ctx.shape, ctx.parts, ctx.tile, ctx.scaling, ctx.softcap = shape, parts, tile, scaling, softcap
         ctx.weights, ctx.kept = [], []  # kept: which weights dropout kept, times 1 / (1 - dropout)
-        out = torch.empty_like(q)
+        found = []
         for part in parts:
             queries = _pick(q, part)
             weights = _weights(queries, _gather(k, part, queries), part, scaling, softcap)[0]
             kept = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
             used = weights if kept is None else weights * kept
-            out[part.tiles] = torch.bmm(used, _gather(v, part, queries)).view(queries.shape)
+            found.append(torch.bmm(used, _gather(v, part, queries)).view(queries.shape))
             ctx.weights.append(weights if weights.numel() <= 4 * queries.numel() else None)
             ctx.kept.append(kept)
         ctx.save_for_backward(q, k, v)
-        return _from_tiles(out, tile, shape)
+        return _from_tiles(_together(found, parts), tile, shape)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         grad_tiles = _to_tiles(grad_out, ctx.tile, q.shape[1])
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
         for part, weights, kept in zip(ctx.parts, ctx.weights, ctx.kept, strict=True):
             queries = _pick(q, part)
             keys, values = _gather(k, part, queries), _gather(v, part, queries)
@@ -214,9 +217,9 @@ class _TileAttention(torch.autograd.Function):
                 grad *= kept
             grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
             grad *= ctx.scaling if slope is None else slope * ctx.scaling
-            grad_q[part.tiles] = torch.bmm(grad, keys).view(queries.shape)
+            grads_q.append(torch.bmm(grad, keys).view(queries.shape))
             _scatter(grad_k, part, torch.bmm(grad.transpose(1, 2), queries.flatten(0, 1)))
-        of_keys = (len(k), -1, ctx.shape[-1])
+        of_keys, grad_q = (len(k), -1, ctx.shape[-1]), _together(grads_q, ctx.parts)
         grads = (_from_tiles(grad_q, ctx.tile, ctx.shape), grad_k.view(of_keys), grad_v.view(of_keys))
         return (*grads, None, None, None, None, None)
 
@@ -254,6 +257,13 @@ def _from_tiles(x: Tensor, tile: int, shape: tuple[int, ...]) -> Tensor:
 
 def _pick(tiles: Tensor, part: Tiles) -> Tensor:
     return tiles if len(tiles) == len(part.tiles) else tiles[part.tiles]
+
+
+def _together(found: list[Tensor], parts: list[Tiles]) -> Tensor:
+    """The inverse of `_pick` over all parts."""
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found)[torch.argsort(torch.cat([part.tiles for part in parts]))]
 
 
 def _gather(x: Tensor, part: Tiles, queries: Tensor) -> Tensor:
