@@ -39,6 +39,18 @@ BARE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+# As Qwen 3's: empty thoughts before the answers that follow the last question, and no others.
+THINKS = (
+    "{% set ns = namespace(last=0) %}{% for m in messages if m['role'] == 'user' %}{% set ns.last = m %}{% endfor %}"
+    "{% set ns.after = false %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if ns.after and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% if m == ns.last and (loop.last or loop.nextitem == messages[-1]) %}{% set ns.after = true %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As those that ask for thoughts in generation alone.
+BEGINS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+DEAF = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+ENDLESS = CHATML.replace("<|im_end|>", "")
 REWRITES = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -166,17 +178,32 @@ def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
         '{"messages": [{"role": "assistant", "content": null}]}',
         "[" * 100_000,
         '{"prompt": "a", "completion": "\\ud800"}',
+        '{"messages": [{"role": "Assistant", "content": "x"}]}',
+        '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}',
+        '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}',
         '{"prompt": ' + "1" * 10_000 + "}",
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     with pytest.raises(DataError) as caught:
         read_examples(path)
     message = str(caught.value)
-    assert all(f"{path}:{number}: " in message for number in range(2, 12))
+    assert all(f"{path}:{number}: " in message for number in range(2, 15))
     assert f"{path}:1: " not in message
     assert "Did you mean 'prompt'?" in message
     assert "messages[0].content is null" in message
     assert "completion is text with half a character" in message
+    assert "messages[0].role is 'Assistant'. Did you mean 'assistant'?" in message
+    assert "messages[0].tool_calls would be lost" in message
+    assert "messages[0].weight would be lost" in message
+
+
+def test_a_json_file_may_be_one_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '\ufeff[\n {"prompt": "a", "completion": "b"},\n {"text": "c"}\n]\n')
+    assert [(e.completion, e.source) for e in read_examples(path)] == [("b", f"{path}[0]"), ("c", f"{path}[1]")]
+    with pytest.raises(DataError, match=r"(?s)\[1\]: found a number.*\[2\]: found 'promt'.*Did you mean 'prompt'"):
+        read_examples(write(path, '[{"text": "a"}, 1, {"promt": "b"}]'))
+    lines = write(tmp_path / "b.json", '{"text": "a"}\n{"text": "b"}\n')
+    assert [e.source for e in read_examples(lines)] == [f"{lines}:1", f"{lines}:2"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -429,7 +456,89 @@ def test_chat_without_end_token_gets_one() -> None:
 def test_chats_that_cannot_be_written() -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:1: the model's tokenizer has no chat template"):
         tokenize(TALK, make_tokenizer())
-    with pytest.raises(DataError, match="rewrites turn 3"):
+    with pytest.raises(DataError, match="rewrites what comes before turn 3"):
         tokenize(TALK, make_tokenizer(template=REWRITES))
+    with pytest.raises(DataError, match=r"leaves out or rewrites turn 1 \(system\)"):
+        tokenize(TALK, make_tokenizer(template=DEAF))
+    with pytest.raises(DataError, match="begins turn 3 otherwise than it does in generation"):
+        tokenize(TALK, make_tokenizer(template=BEGINS))
+    with pytest.raises(DataError, match=r"leaves out or rewrites turn 3 \(assistant\)"):
+        tokenize(
+            TALK,
+            make_tokenizer(
+                template=CHATML.replace("m['content']", "m['content'] | replace('Hello', 'x')", 1).replace(
+                    "m['content'] |", "m['content'] if m['role'] != 'assistant' else m['content'] |"
+                )
+            ),
+        )
+    unending = make_tokenizer(template=BARE)
+    unending.eos_token = None
+    with pytest.raises(DataError, match="neither the chat template nor the tokenizer has an end token"):
+        tokenize(TALK, unending)
+
+
+def test_all_chats_that_cannot_be_written_are_told_at_once() -> None:
+    talks = [Example(messages=(("system", "x"), ("user", "a"), ("assistant", "b")), source=f"a:{n}") for n in (1, 2)]
+    with pytest.raises(DataError, match=r"(?s)2 chats cannot be trained on:.*a:1: .*a:2: .*"):
+        encode(talks, make_tokenizer(template=DEAF), 100)
+    with pytest.raises(DataError, match=r"^a:1: [^\n]*no chat template[^\n]*$"):
+        encode(talks, make_tokenizer(), 100)
+
+
+def chat(*contents: str) -> Example:
+    """A question, an answer, and so on."""
+    roles = ("user", "assistant")
+    return Example(messages=tuple((roles[n % 2], content) for n, content in enumerate(contents)), source="a.jsonl:1")
+
+
+def test_an_answer_that_stands_in_the_template_s_own_words_is_found() -> None:
+    """A short one, such as "t" or "", is in "<think>" and everywhere."""
+    tokenizer = make_tokenizer(template=THINKS)
+    example = tokenize(chat("Hi", "t", "Hi?", "k"), tokenizer)
+    assert trained_text(example, tokenizer) == "t<|im_end|><think>\n\n</think>\n\nk<|im_end|>"
+    tokenizer = make_tokenizer(template=CHATML)
+    example = tokenize(chat("Hi", "", "assistant", "assistant"), tokenizer)
+    assert trained_text(example, tokenizer) == "<|im_end|>assistant<|im_end|>"
+
+
+def test_what_begins_the_next_turn_ends_no_answer() -> None:
+    tokenizer = make_tokenizer(template=ENDLESS)
+    assert trained_text(tokenize(chat("Hi", "Ho", "Hi", "Hu"), tokenizer), tokenizer) == "HoHu<|endoftext|>"
+
+
+def test_a_chat_that_the_assistant_opens() -> None:
+    tokenizer = make_tokenizer(template=CHATML)
+    example = tokenize(Example(messages=(("assistant", "Yes?"), ("user", "Hi"), ("assistant", "Ho"))), tokenizer)
+    assert trained_text(example, tokenizer) == "Yes?<|im_end|>Ho<|im_end|>"
+    assert tokenizer.decode(example.ids).startswith("<|im_start|>assistant\nYes?")
+
+
+def test_chats_without_an_answer_are_dropped(tokenizer: Any) -> None:
+    encoded = encode([chat("Hi", " "), chat("Hi", "Ho")], make_tokenizer(template=CHATML), 100)
+    assert (len(encoded), encoded.dropped) == (1, {"empty completion": 1})
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
+    """Tokenizers of Llama 2's kind put a blank before whatever they are given; an answer in its place has none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", "</s>", "<unk>", *"▁\n:?[]", *"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", "</s>")
+    talk = chat("Hello you", "Ho", "And", "Hu Ha")
+    example = tokenize(talk, tokenizer)
+    turns = [{"role": role, "content": content} for role, content in talk.messages]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    assert list(example.ids) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    trained = [token for token, on in zip(example.ids, example.trained, strict=True) if on]
+    assert tokenizer.convert_ids_to_tokens(trained) == [*"Ho", "</s>", *"Hu▁Ha", "</s>"]
+    plain = tokenize(Example.of("A:", "Be"), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(plain.ids)) == [*"▁A:Be", "</s>"]
+    assert list(plain.ids[:3]) == prompt_ids("A:", tokenizer)
     with pytest.raises(DataError, match="refuses these messages: no system"):
         tokenize(TALK, make_tokenizer(template="{{ raise_exception('no system') }}"))

@@ -35,7 +35,7 @@ FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
 _RECORDS: Final = "prompt and completion, messages, or text"
 _EXPECTED: Final = {
     "e2e": "lines of the form `meaning representation||text`",
-    "jsonl": f"a JSON object a line with {_RECORDS}",
+    "jsonl": f"a JSON object a line (or a JSON list of objects) with {_RECORDS}",
     "text": "text",
     "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
     "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
@@ -120,8 +120,8 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     Args:
         path: the file. E2E has a line ``meaning representation||text`` an example, or is the challenge's CSV; JSONL
             has an object a line with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as
-            `format_rows` writes them), ``messages`` (a chat) or ``text``; DART and WebNLG are JSON (WebNLG also
-            XML) as published.
+            `format_rows` writes them), ``messages`` (a chat) or ``text``, and a .json file may have them in one list;
+            DART and WebNLG are JSON (WebNLG also XML) as published.
         format: one of `FORMATS`; "auto" goes by the file's name and form. Plain text has to be asked for,
             since a line that forgot its ``||`` would look the same.
 
@@ -159,7 +159,8 @@ def guess_format(path: str | Path) -> str:
             return "jsonl"
         if isinstance(value, dict):
             return "webnlg" if "entries" in value else "jsonl"
-        return "dart"
+        first = value[0] if isinstance(value, list) and value else None
+        return "jsonl" if isinstance(first, dict) and not {"tripleset", "annotations"} & first.keys() else "dart"
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "webnlg"}.get(suffix, "e2e")
 
 
@@ -245,7 +246,7 @@ def _read_e2e(path: Path) -> list[Example]:
     if faults:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
-            fix += " For a file of plain text choose the format 'text'."
+            fix += " For a file of plain text choose the format 'text' (--data_format text)."
         heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
         raise DataError(list_faults(heading, faults, fix))
     return examples
@@ -253,20 +254,35 @@ def _read_e2e(path: Path) -> list[Example]:
 
 def _read_jsonl(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path, "jsonl"):
-        where = f"{path}:{number}"
+    listed = _listed(path)
+    if listed is None:
+        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, "jsonl")]
+    else:
+        rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
+    for where, row in rows:
         try:
-            examples.append(_from_record(json.loads(line), where))
+            examples.append(_from_record(json.loads(row) if listed is None else row, where))
         except json.JSONDecodeError as error:
-            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(line)}")
+            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(row)}")
         except DataError as error:
             faults.append(f"{where}: {error}")
         except (RecursionError, ValueError):
             faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
     if faults:
         heading = f"expected a JSON object a line with {_RECORDS}, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Mend or remove the lines."))
+        raise DataError(list_faults(heading, faults, "Mend or remove them."))
     return examples
+
+
+def _listed(path: Path) -> list[Any] | None:
+    """The records of a .json file that is one list, or one record; None where it has lines, or is no JSON."""
+    if path.suffix.lower() != ".json":
+        return None
+    try:
+        value = json.loads(read_text(path, _EXPECTED["jsonl"]))
+    except (ValueError, RecursionError):  # DataError is a ValueError: what is wrong is told line by line
+        return None
+    return value if isinstance(value, list) else [value]
 
 
 def _from_record(record: Any, where: str) -> Example:
@@ -295,10 +311,25 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     for index, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise DataError(f"messages[{index}] is {_kind(turn)}, expected an object with 'role' and 'content'")
-        turns.append((_text(turn, "role", f"messages[{index}]."), _text(turn, "content", f"messages[{index}].")))
+        for key, usual in _UNHEARD.items():
+            if turn.get(key, usual) not in (usual, None, []):
+                raise DataError(
+                    f"messages[{index}].{key} would be lost: of a turn, role and content are trained on. Write it into "
+                    "the content as the model should, or remove it"
+                )
+        role = _text(turn, "role", f"messages[{index}].")
+        near = "" if role in _ROLES else did_you_mean(role.strip().lower(), _ROLES[:3])
+        if near:  # others are for the template to know
+            raise DataError(f"messages[{index}].role is {role!r}.{near}")
+        turns.append((role, _text(turn, "content", f"messages[{index}].")))
     if not any(role == "assistant" for role, _ in turns):
         raise DataError("'messages' has no turn with role 'assistant', so nothing to train on")
     return tuple(turns)
+
+
+# What a turn may hold besides, and templates would write or trainers heed.
+_UNHEARD: Final = {"tool_calls": None, "function_call": None, "reasoning_content": "", "thinking": "", "weight": 1}
+_ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 
 
 def _read_plain(path: Path) -> list[Example]:

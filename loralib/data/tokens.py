@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import ConfigError, DataError, did_you_mean
+from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chat import render_chat
 from .readers import Example, Source, draw, read_sources
 
@@ -147,18 +148,18 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
     if seq_len < 2:
         raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
     examples = list(examples)
-    segments = [_segments(example, tokenizer) for example in examples]
-    ids_of = _token_ids({text for pieces in segments for text, _ in pieces}, tokenizer)
+    segments = _all_segments(examples, tokenizer)
+    ids_of = _ids_of(segments, tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
     tokens: list[TokenExample] = []
     texts: list[Example] = []
     dropped: Counter[str] = Counter()
     shortest = 0
     for example, pieces in zip(examples, segments, strict=True):
-        if not any(text.strip() for text, trained in pieces if trained):
+        if not _says_something(example, pieces):
             dropped[_EMPTY] += 1
             continue
-        whole = _join(example, pieces, ids_of, start, end, objective)
+        whole = _join(example, pieces, _placed(pieces, ids_of, tokenizer), start, end, objective)
         windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
         if not windows:
             dropped[_TOO_LONG] += 1
@@ -177,11 +178,11 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
 def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
     """Tokenizes one example, whole: a completion ends with the end token and is never cut.
 
-    Each segment is tokenized by itself, so the ids of a prompt are the same in training and in generation.
+    What comes before a completion has the ids that it has by itself, as in generation.
     """
     pieces = _segments(example, tokenizer)
-    ids_of = _token_ids({text for text, _ in pieces}, tokenizer)
-    return _join(example, pieces, ids_of, _start_ids(tokenizer), _end_id(tokenizer), objective)
+    ids = _placed(pieces, _ids_of([pieces], tokenizer), tokenizer)
+    return _join(example, pieces, ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
@@ -194,14 +195,72 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
     return ids or [_end_id(tokenizer)]
 
 
+def _all_segments(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[tuple[str, bool], ...]]:
+    """The segments of each example.
+
+    Raises:
+        DataError: names all chats that the model's template cannot write.
+    """
+    segments, faults = [], []
+    for example in examples:
+        try:
+            segments.append(_segments(example, tokenizer))
+        except DataError as error:
+            faults.append(str(error))
+            if not tokenizer.chat_template:  # the rest of them cannot be written either
+                break
+    if len(faults) > 1:
+        raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", faults))
+    if faults:
+        raise DataError(faults[0])
+    return segments
+
+
 def _segments(example: Example, tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
     return render_chat(example, tokenizer) if example.messages else example.segments
+
+
+def _says_something(example: Example, pieces: Sequence[tuple[str, bool]]) -> bool:
+    if example.messages:  # whose trained text holds what the template writes around an answer, too
+        return any(content.strip() for role, content in example.messages if role == "assistant")
+    return any(text.strip() for text, trained in pieces if trained)
+
+
+def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Token ids of all that `_placed` compares: each piece of each example, and the pieces of each together."""
+    texts = set()
+    for pieces in segments:
+        texts |= {"".join(text for text, _ in pieces), *(text for text, _ in pieces)}
+    return _token_ids(texts, tokenizer)
+
+
+def _placed(
+    pieces: Sequence[tuple[str, bool]], ids_of: Mapping[str, list[int]], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Token ids of each piece in its place: those that it adds to the ids of all before it.
+
+    Mostly these are the ids that it has alone.  But some tokenizers (Llama 2's kind) begin whatever they are given with
+    a blank, which a piece in its place does not have.  Where no token ends between two pieces, the second has the ids
+    that it has alone: what comes before must be what generation is given.
+    """
+    alone = [ids_of[text] for text, _ in pieces]
+    untils = list(accumulate(text for text, _ in pieces))
+    if [token for ids in alone for token in ids] == ids_of[untils[-1]]:
+        return alone
+    together = _token_ids(set(untils), tokenizer)
+    placed: list[list[int]] = []
+    done: list[int] = []
+    for until, by_itself in zip(untils, alone, strict=True):
+        ids = together[until]
+        placed.append(ids[len(done) :] if ids[: len(done)] == done else by_itself)
+        done = done + placed[-1]
+    return placed
 
 
 def _join(
     example: Example,
     pieces: Sequence[tuple[str, bool]],
-    ids_of: dict[str, list[int]],
+    ids_of_pieces: Sequence[list[int]],
     start: list[int],
     end: int,
     objective: str,
@@ -209,12 +268,12 @@ def _join(
     ids: list[int] = []
     trained: list[bool] = []
     if not example.messages:  # a chat's template writes its own start and end tokens; all else gets them here
-        is_prompt_empty = not _is_plain(example) and not ids_of[pieces[0][0]]
+        is_prompt_empty = not _is_plain(example) and not ids_of_pieces[0]
         ids += start or ([end] if is_prompt_empty else [])  # as in prompt_ids
         trained += [False] * len(ids)
-    for text, is_trained in pieces:
-        ids += ids_of[text]
-        trained += [is_trained] * len(ids_of[text])
+    for (_, is_trained), piece in zip(pieces, ids_of_pieces, strict=True):
+        ids += piece
+        trained += [is_trained] * len(piece)
     if not example.messages:
         ids.append(end)
         trained.append(True)
