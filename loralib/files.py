@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -268,14 +269,54 @@ def _why_not_written(path: Path, error: OSError) -> str:
 def free_memory() -> float | None:
     """Returns how many bytes of memory are free, or None where the system does not say.
 
-    Linux says what is free without swapping; elsewhere the whole memory is the best that is known.
+    Linux and Windows say what is free without swapping, and a container's own limit counts; elsewhere the whole memory
+    is the best that is known.
     """
+    if os.name == "nt":
+        return _free_on_windows()
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return float(fields["MemAvailable"].split()[0]) * 1024
+        free = float(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         try:
             return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         except (AttributeError, OSError, ValueError):
             return None
+    return min(free, _left_of_limit(Path("/sys/fs/cgroup")))
+
+
+def _left_of_limit(groups: Path) -> float:
+    """What a container's memory limit leaves (Linux control groups, version 2 or 1); without a limit infinite."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (groups / limit).read_text("ascii"), (groups / used).read_text("ascii")
+            stat = dict(
+                line.split() for line in (groups / limit).with_name("memory.stat").read_text("ascii").splitlines()
+            )
+            kept = float(stat.get("inactive_file", 0))  # of files: given up when memory is short
+            return max(0.0, float(most) - float(now) + kept)  # "max" is no number: there is no limit
+        except (OSError, ValueError):
+            continue
+    return float("inf")
+
+
+def _free_on_windows() -> float | None:
+    class Status(ctypes.Structure):
+        """MEMORYSTATUSEX of the Windows API."""
+
+        _fields_ = [
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            ("total", ctypes.c_uint64),
+            ("free", ctypes.c_uint64),
+            ("others", ctypes.c_uint64 * 5),
+        ]
+
+    status = Status()
+    status.length = ctypes.sizeof(status)
+    found = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
+    return float(status.free) if found else None

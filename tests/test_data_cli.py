@@ -14,10 +14,11 @@ import pytest
 
 from loralib.cli import data as command
 from loralib.cli import run_command
-from loralib.data import e2e
+from loralib.data import e2e, load_examples
 from loralib.data.convert import Prediction, decode_predictions, load_bpe
 from loralib.data.published import Row
 from loralib.errors import DataError, OutputError
+from loralib.train import TrainConfig
 
 LETTERS = {"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "Ċ": 5, "<|endoftext|>": 6, "Ã": 7, "©": 8, "!": 9}
 
@@ -109,6 +110,35 @@ def test_preview_colours_only_where_wanted(
     shown = capsys.readouterr().out
     assert ("\x1b[2ma·\\n\x1b[0m\x1b[1;32mb·<end>\x1b[0m\n" in shown) == coloured
     assert ("a·\\n[b·<end>]\n" in shown) == (not coloured)
+
+
+@pytest.mark.usefixtures("letters")
+def test_preview_shows_characters_whole_and_lets_none_act_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], smollm2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": "a\t", "completion": "\x1b[2J\r😀\u202e"}), encoding="utf-8"
+    )
+    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: smollm2[1])
+    assert run("preview", tmp_path / "a.jsonl") == 0
+    shown = capsys.readouterr().out.split("\n")[1].replace("·", "")
+    assert shown == "a\\t[\\x1b[2J\\r😀\\u202e<|im_end|>]"
+
+
+@pytest.mark.usefixtures("letters")
+@pytest.mark.parametrize("flag", ["--data_format", "--format"])
+def test_preview_draws_and_reads_as_training_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    (tmp_path / "a.txt").write_text("plain\ntext", encoding="utf-8")
+    assert run("preview", tmp_path / "a.txt", flag, "text") == 0
+    assert "p[l·a·i·n·\\n·t·e·x·t·<end>]" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_text("".join(f"{i}||x\n" for i in range(40)), encoding="utf-8")
+    assert run("preview", tmp_path / "b.txt", "--max_samples", "3") == 0
+    config = TrainConfig()
+    drawn = load_examples(tmp_path / "b.txt", Letters(), seq_len=config.seq_len, max_samples=3, seed=config.seed)
+    shown = [line.split(" ")[1] for line in capsys.readouterr().out.split("\n") if "tokens, " in line]
+    assert shown == [f"{text.source}:" for text in drawn.texts]
 
 
 @pytest.mark.usefixtures("letters")

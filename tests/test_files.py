@@ -13,6 +13,7 @@ import pytest
 
 from loralib.errors import LoraError, OutputError
 from loralib.files import (
+    _left_of_limit,
     append_lines,
     free_memory,
     hold_directory,
@@ -201,3 +202,17 @@ def test_a_directory_without_a_name_is_refused() -> None:
 def test_free_memory_is_a_part_of_the_machines():
     free = free_memory()
     assert free is None or 1e6 < free < 1e15
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_memory_limit_counts(tmp_path: Path, version: int) -> None:
+    names = {
+        1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+        2: ("memory.max", "memory.current", "memory.stat"),
+    }[version]
+    (tmp_path / names[0]).parent.mkdir(exist_ok=True)
+    for name, content in zip(names, ("1000\n", "700\n", "anon 500\ninactive_file 150\n"), strict=True):
+        (tmp_path / name).write_text(content, encoding="ascii")
+    assert _left_of_limit(tmp_path) == 450
+    (tmp_path / names[0]).write_text("max\n", encoding="ascii")
+    assert _left_of_limit(tmp_path) == float("inf")

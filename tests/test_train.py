@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import json
@@ -205,6 +206,21 @@ def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     assert "Training data: dropped 1 example: 1 longer than seq_len" in capsys.readouterr().out
 
 
+def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm2[1]), **sizes))
+    text = tmp_path / "a.txt"
+    text.write_text("Once upon a time\n" * 20, encoding="utf-8")
+    config = settings(tmp_path, num_epochs=1, seq_len=16)
+    with pytest.raises(errors.DataError, match="--data_format text"):
+        lora.train(model, text, config, tokenizer=smollm2[1], verbose=False)
+    result = lora.train(model, text, config.replace(data_format="text"), tokenizer=smollm2[1], verbose=False)
+    events = list(read_metrics(result.output_dir / "metrics.jsonl"))
+    assert events[-1]["trained_tokens"] == 99  # the last line end is none; nothing comes before the first token
+
+
 @pytest.mark.parametrize("asked", ["early_stopping", "eval_steps"])
 def test_validations_without_validation_data_are_refused(tmp_path: Path, asked: str) -> None:
     with pytest.raises(errors.ConfigError, match=f"{asked} is 2, but there is no validation data"):
@@ -273,6 +289,17 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.
     assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
         result.output_dir / "README.md"
     ).read_text(encoding="utf-8")
+
+
+def test_the_card_says_any_base_s_name_rightly(tmp_path: Path) -> None:
+    """Of a model in a directory it is a path: on Windows with backslashes, and anywhere with a colon or a #."""
+    model = tiny_model()
+    model.name_or_path = name = r"C:\new models: #1"
+    card = (train(settings(tmp_path, num_epochs=1), model).output_dir / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^base_model: (.*)$", card, re.MULTILINE)
+    assert json.loads(line) == name  # YAML reads JSON
+    (call,) = re.findall(r"load_base\((.*)\)", card)
+    assert ast.literal_eval(call) == name
 
 
 def test_the_best_adapter_of_an_earlier_run_does_not_stay_beside_another(tmp_path: Path) -> None:
@@ -481,6 +508,21 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handlers are given back"
     train(config.replace(resume=True))
     assert kept(Path(config.output_dir)) == kept(whole)
+
+
+def test_ctrl_break_on_windows_asks_as_sigterm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another signal stands for it where there is none."""
+    stand_in = getattr(signal, "SIGBREAK", None) or signal.SIGUSR1
+    monkeypatch.setattr(signal, "SIGBREAK", stand_in, raising=False)
+    model = tiny_model()
+    once = iter([stand_in])
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda *_: [signal.raise_signal(number) for number in once] and None
+    )
+    with pytest.raises(errors.InterruptedRunError, match="--resume") as caught:
+        lora.train(model, copying_examples(), settings(tmp_path), verbose=False)
+    assert caught.value.exit_code == 143
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
 def test_an_unfinished_run_is_not_buried_by_mistake(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..data import Encoded, TokenExample
 
+_BROKEN = "\ufffd"  # what a part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -46,7 +48,7 @@ def _add_preview(actions: Any) -> None:
         help="show which tokens would be trained, and what would be dropped and why",
         description="Shows examples as the model will see them: token by token, trained tokens in green (without "
         "colour: in brackets). Nothing is trained. Look here first when a model learns the wrong thing.",
-        epilog="example: loralib data preview train.txt chats.jsonl:0.5 --seq_len 128 --count 3",
+        epilog="example: loralib data preview train.txt chats.jsonl:0.5 --seq_len 128",
     )
     preview.add_argument(
         "paths",
@@ -56,7 +58,12 @@ def _add_preview(actions: Any) -> None:
         "text), DART or WebNLG; a weight of 2 shows a file's examples twice an epoch, 0.5 a random half of them",
     )
     preview.add_argument("--model", default="smollm2-135m", help="whose tokenizer (default: smollm2-135m)")
-    preview.add_argument("--format", default="auto", help="auto, e2e, jsonl, text, dart or webnlg (default: auto)")
+    preview.add_argument(
+        "--data_format",
+        "--format",
+        default="auto",
+        help="auto (by the name, .txt being E2E lines), e2e, jsonl, text (plain), dart or webnlg (default: auto)",
+    )
     preview.add_argument(
         "--seq_len",
         type=int,
@@ -67,7 +74,7 @@ def _add_preview(actions: Any) -> None:
         "--objective", default="clm", help="clm trains completions only, jlm every token (default: clm)"
     )
     preview.add_argument("--max_samples", type=int, help="draw so many examples, of as many prompts as possible")
-    preview.add_argument("--seed", type=int, default=42, help="of the draw (default: 42)")
+    preview.add_argument("--seed", type=int, default=0, help="of the draw (default: 0, as in training)")
     preview.add_argument("--count", type=int, default=5, help="how many examples to show (default: 5)")
     preview.add_argument(
         "--color",
@@ -82,7 +89,7 @@ def _preview(args: argparse.Namespace) -> None:
     from ..console import say
     from ..data import load_examples, read_sources
 
-    sources = read_sources(args.paths, args.format)  # first, since faults in data show at once
+    sources = read_sources(args.paths, args.data_format)  # first, since faults in data show at once
     tokenizer = load_tokenizer(args.model)
     encoded = load_examples(
         sources,
@@ -106,12 +113,27 @@ def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
     """The tokens side by side, a dot between two; runs of trained tokens green, or in brackets."""
     painted = []
     for is_trained, run in itertools.groupby(zip(example.ids, example.trained, strict=True), key=lambda pair: pair[1]):
-        text = "·".join(tokenizer.decode([token]).replace("\n", "\\n") for token, _ in run)
+        text = "·".join(_texts([token for token, _ in run], tokenizer))
         if colour:
             painted.append(f"{_TRAINED if is_trained else _GIVEN}{text}{_RESET}")
         else:
             painted.append(f"[{text}]" if is_trained else text)
     return "".join(painted)
+
+
+def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
+    """The text of each token; tokens that are parts of one character come together, as that character."""
+    at = 0
+    while at < len(ids):
+        for end in range(at + 1, min(at + 4, len(ids)) + 1):  # UTF-8 has four bytes at most
+            text = tokenizer.decode(ids[at:end])
+            if _BROKEN not in text:
+                break
+        else:
+            end, text = at + 1, tokenizer.decode(ids[at : at + 1])
+        at = end
+        # A line end or an escape code in the data must not act on the terminal.
+        yield "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _summary(encoded: Encoded) -> str:

@@ -17,7 +17,6 @@ from typing import Any, Final
 import torch
 
 from ..adapter import apply_adapter
-from ..base import load_base
 from ..console import say
 from ..data import Encoded, load_examples
 from ..data.convert import format_rows, read_formatted
@@ -29,6 +28,7 @@ from ..formats import read_adapter
 from ..perplexity import perplexity
 from ..train import TrainConfig, train
 from ..train.checkpoint import last_checkpoint
+from ..train.job import load_base_of
 from ..train.report import read_metrics
 from .decode import decode, one_line, read_decoded, write_decoded
 from .recipe import Recipe
@@ -40,7 +40,7 @@ __all__ = ["reproduce"]
 
 # Settings that change what is kept and shown, or where it is computed, but not what.
 _FREE: Final = frozenset(
-    "model train_data valid_data output_dir device target resume overwrite".split()
+    "model train_data valid_data data_format output_dir device target resume overwrite".split()
     + "save_steps keep_checkpoints report_to".split()
 )
 _STAGES: Final = ("data", "base", "train", "decode", "perplexity", "scores")
@@ -212,14 +212,7 @@ class _Reproduction:
         if self._loaded is None:
             config = self.recipe.train
             say(f"  loading {config.model}")
-            self._loaded = load_base(
-                config.model,
-                dtype=None if config.dtype == "auto" else config.dtype,
-                device=config.device,
-                seed=config.seed,
-                hidden_dim=config.hidden_dim,
-                num_layers=config.num_layers,
-            )
+            self._loaded = load_base_of(config)
         return self._loaded
 
     def _adapted_model(self) -> tuple[Any, Any]:

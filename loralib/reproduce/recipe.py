@@ -22,7 +22,7 @@ FORMS: Final = ("lines", "paper")
 
 _FOLDER: Final = Path(__file__).parent / "recipes"
 # Settings of training that the command gives, and a recipe cannot.
-_GIVEN: Final = ("model", "train_data", "valid_data", "output_dir", "resume", "overwrite", "device")
+_GIVEN: Final = ("model", "train_data", "valid_data", "data_format", "output_dir", "resume", "overwrite", "device")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ALL_LINEAR, LoraConfig
+from ..data import FORMATS
 from ..errors import ConfigError, list_faults
 
 __all__ = ["TrainConfig"]
@@ -37,9 +38,15 @@ class TrainConfig:
         "smollm2-135m", "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id", "model and data"
     )
     train_data: str | Sequence[str] | None = _knob(
-        None, "training file(s), `path` or `path:weight`: E2E lines, .jsonl, .txt", "model and data"
+        None, "training file(s), `path` or `path:weight`: E2E lines, .jsonl, or see data_format", "model and data"
     )
     valid_data: str | Sequence[str] | None = _knob(None, "validation file(s)", "model and data")
+    data_format: str = _knob(
+        "auto",
+        "of the data files: auto goes by their names and takes .txt for E2E lines; text is plain text",
+        "model and data",
+        FORMATS,
+    )
     output_dir: str = _knob("lora_model", "where the adapter goes", "model and data")
     max_train_samples: int = _knob(100, "examples to train on, drawn across prompts; 0: all", "model and data")
     max_valid_samples: int = _knob(64, "examples to validate on; 0: all", "model and data")

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .loop import TrainResult
 from .report import parameter_table
 
-__all__ = ["run_job"]
+__all__ = ["load_base_of", "run_job"]
 
 
 def run_job(config: TrainConfig) -> TrainResult:
@@ -34,19 +34,12 @@ def run_job(config: TrainConfig) -> TrainResult:
         LoraError: whatever goes wrong, with a message for the user.
     """
     if config.train_data is None:
-        raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, .jsonl or .txt)")
+        raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     # Data first: a wrong file should show before a model is loaded.
-    sources = read_sources(config.train_data)
-    valid_sources = None if config.valid_data is None else read_sources(config.valid_data)
+    sources = read_sources(config.train_data, config.data_format)
+    valid_sources = None if config.valid_data is None else read_sources(config.valid_data, config.data_format)
     say(f"Loading {config.model} ...")
-    model, tokenizer = load_base(
-        config.model,
-        dtype=None if config.dtype == "auto" else config.dtype,
-        device=config.device,
-        seed=config.seed,
-        hidden_dim=config.hidden_dim,
-        num_layers=config.num_layers,
-    )
+    model, tokenizer = load_base_of(config)
     training = _load(sources, tokenizer, config, config.max_train_samples)
     say(f"Loaded {len(training):,} training examples{_dropped(training)}")
     valid = None
@@ -60,6 +53,18 @@ def run_job(config: TrainConfig) -> TrainResult:
     result = train(model, training.examples, config, valid_data=valid.examples if valid else None)
     _tell(result)
     return result
+
+
+def load_base_of(config: TrainConfig) -> tuple[nn.Module, Any]:
+    """Loads the base model that a run trains on, and its tokenizer, as the run's settings say (see `load_base`)."""
+    return load_base(
+        config.model,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        device=config.device,
+        seed=config.seed,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+    )
 
 
 def _load(sources: Any, tokenizer: Any, config: TrainConfig, most: int) -> Encoded:

@@ -57,7 +57,8 @@ Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
 
 # Settings that may differ when a run goes on: they change what is kept and shown, not what is computed.
 _FREE = frozenset(
-    "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data".split()
+    "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data "
+    "data_format".split()
 )
 _SILENCE = 30.0  # seconds without a word where no progress bar is drawn
 
@@ -505,7 +506,7 @@ class _Run:
         return InterruptedRunError(
             f"{name}: stopped after update {self.progress.step} of {self.total} and saved. "
             "Run the same command with --resume to go on.",
-            number,
+            signal.SIGTERM if number == getattr(signal, "SIGBREAK", None) else number,  # Ctrl-Break is how Windows asks
         )
 
     def _finish(self) -> TrainResult:
@@ -654,6 +655,7 @@ def _token_examples(
         encoded = load_examples(
             paths,
             tokenizer,
+            format=config.data_format,
             seq_len=config.seq_len,
             objective=config.objective,
             max_samples=most or None,

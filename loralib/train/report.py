@@ -240,7 +240,7 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Ma
     write_text(
         card,
         f"""---
-base_model: {base}
+base_model: {json.dumps(base, ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
 ---
@@ -258,7 +258,7 @@ Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
 ```python
 import loralib as lora
 
-model, tokenizer = lora.load_base("{base}")
+model, tokenizer = lora.load_base({json.dumps(base, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
