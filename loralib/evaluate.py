@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from .data.convert import read_formatted
-from .data.lines import read_lines, read_text
+from .data.lines import are_not, read_lines, read_text, shown
 from .data.published import SEPARATOR, Row, read_rows
 from .data.readers import guess_format
 from .errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
@@ -175,7 +176,8 @@ def read_texts(
             "data": a data file as published (E2E's ``meaning representation||text`` or CSV, DART's JSON, WebNLG's JSON
             or XML) or converted (JSONL with context and completion); texts of the same input belong together, in the
             order in which inputs first appear.
-        hypothesis: texts, one a line, in the order of the inputs; an empty line is an empty text.
+        hypothesis: texts, one a line, in the order of the inputs; an empty line is an empty text.  Or JSON lines with
+            ``text``, as ``loralib generate`` writes them (those of a reproduction are put in order by their ``id``).
         layout: one of `LAYOUTS`; "auto" tells by what is there.
         source: a data file that tells the inputs, for slot errors and WebNLG's seen categories, where ``reference``
             is no data file itself.
@@ -192,12 +194,12 @@ def read_texts(
     groups = _read_data(reference) if layout == "data" else None
     if layout == "groups":
         # The E2E scorer's idea of a line: it also ends at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
-        hypotheses = [line.strip() for line in read_text(hypothesis, "texts, one a line").splitlines()]
+        hypotheses = _read_hypotheses(Path(hypothesis), str.splitlines)
         references = _read_groups(reference)
         if len(references) == 1 < len(hypotheses):
             references = [[text] for text in references[0]]
     else:
-        hypotheses = [line.strip() for line in read_lines(hypothesis, "texts, one a line")]
+        hypotheses = _read_hypotheses(Path(hypothesis))
         references = [group.texts for group in groups] if groups else _read_directory(reference)
     if len(references) != len(hypotheses):
         raise DataError(_why_not_as_many(reference, references, Path(hypothesis), hypotheses))
@@ -217,6 +219,29 @@ def read_texts(
         else (),
         seen=tuple(bool(row.seen) for row in rows) if all(row.seen is not None for row in rows) else (),
     )
+
+
+def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None) -> list[str]:
+    """The texts of a file, each on one line; `split` has another idea of a line than `read_lines`."""
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        expected = "texts, one a line"
+        lines = read_lines(path, expected) if split is None else split(read_text(path, expected))
+        return [line.strip() for line in lines]
+    records, faults = [], []
+    for number, line in enumerate(read_lines(path, "JSON lines with 'text'"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records.append((record.get("id", number), " ".join(record["text"].split())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            faults.append(f"{path}:{number}: {shown(line)}")
+    if faults:
+        heading = f"expected a JSON object a line with 'text', but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, "Give what loralib generate wrote, or a file of texts."))
+    if all(isinstance(place, int) for place, _ in records):
+        records.sort(key=lambda record: record[0])
+    return [text for _, text in records]
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,33 @@ def test_empty_texts_are_scored_and_said(write: Write, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    "records",
+    [
+        [{"prompt": "x", "text": text} for text in HYPOTHESES],
+        [{"id": number, "text": text} for number, text in reversed(list(enumerate(HYPOTHESES)))],
+    ],
+)
+@pytest.mark.parametrize("layout", ["groups", "directory"])
+def test_what_loralib_generate_wrote(write: Write, records: list[dict[str, Any]], layout: str) -> None:
+    records[1]["text"] = "it is\n\nnot cheap "  # one text is one line for the scorers
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if layout == "groups":
+        reference = write("references.txt", "\n\n".join("\n".join(texts) for texts in REFERENCES))
+    else:
+        write("refs/reference0", "".join(f"{texts[0]}\n" for texts in REFERENCES))
+        reference = write("refs/reference1", "".join(f"{texts[-1]}\n" for texts in REFERENCES)).parent
+    assert read_texts(reference, write("texts.jsonl", lines + "\n")).hypotheses == HYPOTHESES
+
+
+def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write("texts.jsonl", '{"text": "x"}\n{"text": 3}\n[]\nx\n')
+    assert main(["evaluate", str(write("references.txt", "a\nb\n")), str(texts)]) == 2
+    error = capsys.readouterr().err
+    assert "with 'text', but 3 lines are not of that form" in error
+    assert "texts.jsonl:3: '[]'" in error
+
+
+@pytest.mark.parametrize(
     ("reference", "texts", "flags", "message"),
     [
         ("a\n\nb\n", "x\n", [], "references for 2 inputs, but"),

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,7 +27,7 @@ from loralib.errors import ConfigError, DataError
 from loralib.generate import Generator, Piece, Sampling, beam_search, decoder, generate, stream
 from loralib.generate.decoder import CachedDecoder, PlainDecoder, make_decoder
 from loralib.generate.packed import packed, using_packed
-from loralib.generate.sampling import banned_tokens, choose
+from loralib.generate.sampling import banned_tokens, choose, penalize
 from loralib.generate.text import TextStream
 from loralib.inject import inject, merge, unmerge
 
@@ -281,6 +284,18 @@ def test_drawn_tokens_depend_on_the_request_alone(llama: Any) -> None:
     assert twice[1].ids == other[0].ids  # prompt i gets seed + i
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_seed_gives_the_same_text_in_batches_of_any_size(llama: Any, size: int) -> None:
+    own = Sampling(max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.95, repetition_penalty=1.2, seed=3)
+    whole = [result.ids for result in generate(llama, LETTERS, PROMPTS, own)]
+    parts = [
+        result.ids
+        for at in range(0, len(PROMPTS), size)
+        for result in generate(llama, LETTERS, PROMPTS[at : at + size], own, seed=own.seed + at)
+    ]
+    assert parts == whole
+
+
 def test_cancelled_request_sends_no_more_and_disturbs_nobody(llama: Any) -> None:
     expected = [result.ids for result in generate(llama, LETTERS, PROMPTS, max_new_tokens=9)]
     generator = Generator(llama, LETTERS)
@@ -393,6 +408,30 @@ def test_draws_follow_the_distribution_that_is_left(
     drawn = choose(logits.expand(steps, -1), [own] * steps, [(step + 0.5) / steps for step in range(steps)])
     counts = torch.bincount(torch.tensor(drawn), minlength=1000) / steps
     assert ((counts - expected).abs() <= 1.01 / steps).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 7), max_size=12),
+    st.sampled_from([1.0, 0.7, 1.3, 5.0]),
+    st.sampled_from([0, 1, 2, 3]),
+    st.sampled_from([0, 3, 20]),
+)
+def test_penalty_ban_and_minimum_are_those_of_transformers(
+    seed: int, tokens: list[int], penalty: float, size: int, minimum: int
+) -> None:
+    """Its processors see the generated tokens alone here; through its `generate` they would see the prompt's too."""
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(seed)) * 3
+    row, expected = torch.tensor([tokens], dtype=torch.long), logits[None].clone()
+    for wanted, processor in (
+        (penalty != 1, lambda: RepetitionPenaltyLogitsProcessor(penalty)),
+        (size, lambda: NoRepeatNGramLogitsProcessor(size)),
+        (minimum, lambda: MinNewTokensLengthLogitsProcessor(0, minimum, [END, 2], device="cpu")),
+    ):
+        expected = processor()(row, expected) if wanted else expected
+    penalize(logits, tokens, [END, 2], repetition_penalty=penalty, no_repeat_ngram_size=size, min_new_tokens=minimum)
+    assert torch.equal(logits, expected[0])
 
 
 def test_choice_at_the_ends_of_the_unit_interval() -> None:

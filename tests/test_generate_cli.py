@@ -229,3 +229,66 @@ def test_help_shows_no_default_where_there_is_none(capsys: pytest.CaptureFixture
     told = " ".join(capsys.readouterr().out.split())
     assert "(default 128)" in told
     assert "(default ())" not in told
+
+
+def test_a_file_may_hold_nothing_but_prompts(tmp_path: Path) -> None:
+    files = {
+        "lines.txt": "Once upon a time\n\nname : The Wharf | area : harbour \n",
+        "lines.jsonl": '{"prompt": "Once upon a time"}\n{"context": "name : The Wharf | area : harbour"}\n',
+    }
+    texts = []
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        output = tmp_path / f"{name}.out"
+        assert main(["generate", "--input", str(tmp_path / name), *TINY, "--output", str(output)]) == 0
+        texts.append([(line["prompt"], line["text"]) for line in lines_of(output)])
+    assert texts[0] == texts[1]
+    assert [prompt for prompt, _ in texts[0]] == ["Once upon a time", "name : The Wharf | area : harbour\n"]
+
+
+def test_a_chat_that_ends_with_a_question_gets_its_answer(tmp_path: Path, tiny: Path) -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?")]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    rest = ["--model", str(tiny), "--dtype", "fp32", "--max_new_tokens", "6"]
+    output = tmp_path / "texts.jsonl"
+    assert main(["generate", "--input", str(tmp_path / "chat.jsonl"), *rest, "--output", str(output)]) == 0
+    model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
+    text = tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=True)
+    [expected] = lora.generate(model, tokenizer, [tokenizer(text)["input_ids"]], max_new_tokens=6)
+    assert lines_of(output)[0]["text"] == expected.text
+
+
+def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "Once upon", *TINY]) == 0
+    whole = capsys.readouterr().out
+    assert main(["generate", "--stop", whole.strip()[-4:], "--stop", "not in it", "Once upon", *TINY]) == 0
+    stopped = capsys.readouterr().out
+    assert stopped != whole
+    assert whole.startswith(stopped.rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "a.jsonl:2: prompt is a number"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "lone surrogate"),
+        ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "Did you mean 'prompt'?"),
+        ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),
+        ("a.txt", "name : A||It is A.\nname : B\n", "a.txt:2: no `||`"),
+    ],
+)
+def test_files_that_hold_other_things(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    output = tmp_path / "texts.jsonl"
+    assert main(["generate", "--input", str(tmp_path / name), *TINY, "--output", str(output)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_prompt_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "caf\udce9", *TINY]) == 2  # what Python makes of a byte that is no UTF-8
+    assert "prompt 1 is no text in the encoding" in capsys.readouterr().err

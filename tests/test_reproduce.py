@@ -328,6 +328,8 @@ def test_everything_is_made_once(run: Run, out: Path) -> None:
     report = (out / "report.md").read_text(encoding="utf-8")
     for words in ("## Scores", "![Scores](scores.png)", "![Loss", "`name : Ll | food : Thai`", "| base |", "Ll serves"):
         assert words in report
+    for row in ("| `max_inputs` | 4 |", "| `train.max_steps` | 3 |", "| `decode.num_beams` | 2 |"):
+        assert row in report
     for picture in ("loss.png", "scores.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}

@@ -121,6 +121,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
         several = spec.name in ("adapter", "train_data", "valid_data")
         group.add_argument(
             f"--{spec.name}",
+            action="append" if spec.name == "stop" else "store",  # a list of words would swallow the prompts behind it
             type=kind,
             choices=spec.metadata["choices"],
             nargs="+" if several else None,

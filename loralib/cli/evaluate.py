@@ -1,7 +1,7 @@
 """Score texts against references: BLEU, NIST, METEOR, ROUGE-L, CIDEr, TER, chrF and slot errors.
 
 loralib evaluate references.txt texts.txt
-loralib evaluate data/e2e/test.txt texts.txt --json
+loralib evaluate data/e2e/test.txt texts.jsonl --json
 loralib evaluate webnlg/references texts.txt --source webnlg/test.json
 loralib evaluate data/e2e/test.txt --perplexity --adapter lora_model
 
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hypothesis",
         metavar="HYP",
         nargs="?",
-        help="the texts to score, one a line, in the order of the inputs (not needed with --perplexity)",
+        help="the texts to score, in the order of the inputs: one a line, or what loralib generate --output wrote (not "
+        "needed with --perplexity)",
     )
     parser.add_argument(
         "--layout", default="auto", help="of REF: groups, directory or data (default: auto, which looks what is there)"

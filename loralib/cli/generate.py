@@ -4,7 +4,8 @@
   loralib generate --input test.txt --adapter lora_model --output texts.jsonl --num_beams 10
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
-Prompts come from the command line, from a file (E2E lines, .jsonl, DART or WebNLG) or from standard input, one a line.
+Prompts come from the command line, from standard input, one a line, or from a file: lines of text, E2E's with or
+without a text behind ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
 With --output, every text is one JSON line, with what it was made with; a run that was killed goes on behind the last
 whole line, and only with the same prompts and settings.
 """
@@ -84,22 +85,25 @@ def run(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list[Any]:
     """Returns texts, or chats as examples: these are written as text by the model's own template."""
-    from ..data import group_by_prompt, read_examples
+    from ..data.lines import is_text
+    from ..data.prompts import as_prompt, read_prompts
 
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        examples = group_by_prompt(read_examples(args.input, args.format))
-        faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
-        if faults:
-            raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines, or give prompts."))
+        examples = read_prompts(args.input, args.format)
         return [example if example.messages else example.prompt for example in examples]
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
+        faults += [
+            f"prompt {number} is no text in the encoding of this terminal"
+            for number, prompt in enumerate(args.prompts, 1)
+            if not is_text(prompt)
+        ]
         if faults:
             raise DataError(list_faults("there is nothing to continue", faults, "Write some text, or leave them out."))
-        return [_as_trained(prompt) for prompt in args.prompts]
-    prompts = [_as_trained(line) for line in _standard_input().splitlines() if line.strip()]
+        return [as_prompt(prompt) for prompt in args.prompts]
+    prompts = [as_prompt(line) for line in _standard_input().splitlines() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it behind the command, name --input FILE, or pipe lines in")
     return prompts
@@ -112,11 +116,6 @@ def _standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is no {error.encoding} text: {error.reason}; pipe in UTF-8") from error
-
-
-def _as_trained(prompt: str) -> str:
-    """A meaning representation ends with a line break, as in training; other text is continued as it is."""
-    return prompt + "\n" if " : " in prompt and not prompt.endswith("\n") else prompt
 
 
 def _shown(prompt: Any) -> str:

@@ -39,7 +39,7 @@ class Sampling:
 
     max_new_tokens: int = _knob(128, "tokens to generate at most", "length")
     min_new_tokens: int = _knob(0, "tokens before which the text may not end", "length")
-    stop: str | Sequence[str] = _knob((), "text that ends the generation and is left out", "length")
+    stop: str | Sequence[str] = _knob((), "text that ends the generation and is left out; may be given again", "length")
     temperature: float = _knob(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
     top_k: int = _knob(0, "draw among so many likeliest tokens; 0: all", "choice")
     top_p: float = _knob(1.0, "draw among the likeliest tokens that together have this probability", "choice")

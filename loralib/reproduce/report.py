@@ -116,8 +116,14 @@ def _example(example: Mapping[str, str]) -> str:
 
 def _how(facts: Mapping[str, Any]) -> Iterator[str]:
     recipe, machine = facts["recipe"], facts["machine"]
-    settings = {"form": recipe["form"], **recipe["train"], **recipe["decode"]}
+    settings = {"form": recipe["form"]}
+    if recipe["max_inputs"]:
+        settings["max_inputs"] = recipe["max_inputs"]
+    for part in ("train", "decode"):  # named as --set names them: both have a seed
+        settings |= {f"{part}.{name}": value for name, value in recipe[part].items()}
     yield _table(["setting", "value"], [[f"`{name}`", _cell(str(value))] for name, value in settings.items()])
+    yield ""
+    yield "All others are the defaults; report.json has every one."
     yield ""
     yield _table(
         ["stage", "time"],
