@@ -139,6 +139,8 @@ def test_preview_draws_and_reads_as_training_does(
     drawn = load_examples(tmp_path / "b.txt", Letters(), seq_len=config.seq_len, max_samples=3, seed=config.seed)
     shown = [line.split(" ")[1] for line in capsys.readouterr().out.split("\n") if "tokens, " in line]
     assert shown == [f"{text.source}:" for text in drawn.texts]
+    assert run("preview", tmp_path / "b.txt", "--max_samples", "0", "--count", "0") == 0
+    assert capsys.readouterr().out.split()[:2] == ["examples", "40"]
 
 
 @pytest.mark.usefixtures("letters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import itertools
 import json
@@ -283,6 +284,12 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.
         valid_data=copying_examples(6, seed=1), verbose=False,
     )  # fmt: skip
     assert again.valid_losses[0][1] == pytest.approx(min(losses), rel=1e-5)
+    assert "Stopped early" not in capsys.readouterr().out
+    lora.train(
+        tiny_model(), copying_examples(), config.replace(overwrite=True), valid_data=copying_examples(6, seed=1)
+    )  # fmt: skip
+    told = f"Stopped early, after update {result.steps} of 160: the last 2 validations were no better"
+    assert told in capsys.readouterr().out
     _tell(result)
     assert "The best one was that of update" in capsys.readouterr().out
     assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
@@ -814,6 +821,37 @@ def test_tensorboard_gets_each_loss_once(tmp_path: Path) -> None:
         assert [scalar.step for scalar in events.Scalars("valid/loss")] == [0, 4, 8]
         assert len(events.Scalars("train/lr")) == 8
         train(config)
+
+
+@pytest.mark.filterwarnings("default")  # tensorboard's own
+@pytest.mark.parametrize("method", ["add_scalar", "flush"])
+def test_a_disk_that_is_full_for_tensorboard_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, method, full)
+    with pytest.raises(errors.OutputError, match=r"cannot write .*No space left.*--resume"):
+        train(settings(tmp_path, report_to="tensorboard"))
+
+
+def test_the_picture_takes_any_name_and_one_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    model = tiny_model()
+    model.name_or_path = r"/models/$\frac$/a_b$"
+    directory = train(settings(tmp_path, max_steps=1), model).output_dir
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == f"LoRA on {model.name_or_path}, r=4"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    assert [line.get_marker() for line in axes.get_lines()] == [".", "None", "o"]
 
 
 @pytest.mark.gpu

@@ -73,7 +73,9 @@ def _add_preview(actions: Any) -> None:
     preview.add_argument(
         "--objective", default="clm", help="clm trains completions only, jlm every token (default: clm)"
     )
-    preview.add_argument("--max_samples", type=int, help="draw so many examples, of as many prompts as possible")
+    preview.add_argument(
+        "--max_samples", type=int, help="draw so many examples, of as many prompts as possible; 0: all"
+    )
     preview.add_argument("--seed", type=int, default=0, help="of the draw (default: 0, as in training)")
     preview.add_argument("--count", type=int, default=5, help="how many examples to show (default: 5)")
     preview.add_argument(
@@ -96,7 +98,7 @@ def _preview(args: argparse.Namespace) -> None:
         tokenizer,
         seq_len=args.seq_len,
         objective=args.objective,
-        max_samples=args.max_samples,
+        max_samples=args.max_samples or None,
         seed=args.seed,
     )
     colour = _is_coloured(args.color)

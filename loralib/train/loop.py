@@ -231,6 +231,11 @@ class _Run:
             self.model.train(was_training)
         if state.epoch_weight:  # stopped within an epoch
             self._end_epoch(whole=False)
+        if state.step < self.total:
+            self.say(
+                f"Stopped early, after update {state.step:,} of {self.total:,}: the last {state.bad:,} validations were "
+                "no better than the best before."
+            )
         return self._finish()
 
     def _updates(self, epoch: int) -> Iterator[list[list[TokenExample]]]:

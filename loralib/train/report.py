@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,32 +66,37 @@ class Metrics:
     def add(self, event: str, step: int, **values: Any) -> None:
         """Appends one event."""
         line = json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
-        try:
+        with self._explained():
             written = self._file.write(line)
             if written < len(line):  # the disk had room for a part; the rest says why
                 self._file.write(line[written:])
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
-        if self._board is not None:
-            self._board.add_scalar(f"{event}/loss", values["loss"], step)
-            if event == "train":
-                self._board.add_scalar("train/lr", values["lr"], step)
+            if self._board is not None:
+                self._board.add_scalar(f"{event}/loss", values["loss"], step)
+                if event == "train":
+                    self._board.add_scalar("train/lr", values["lr"], step)
 
     def sync(self) -> int:
         """Makes all lines last through a crash; returns the length of the file in bytes."""
-        try:
+        with self._explained():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
-        if self._board is not None:
-            self._board.flush()
+            if self._board is not None:
+                self._board.flush()
         return self._file.tell()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # it writes what is left; `sync` has said what fails
+                self._board.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """TensorBoard's writer, too, says only later that a disk is full, as the error that it was."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
 
 
 def _tensorboard(directory: Path, first_step: int) -> Any:
@@ -107,6 +113,9 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+_FEW = 60  # points that are drawn as such
 
 
 def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
@@ -132,16 +141,20 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     trained = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
     valid = [(e["step"], e["loss"]) for e in events if e["event"] == "valid"]
     if trained:
-        axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each update")
+        dot = "." if len(trained) <= _FEW else None  # of a single update there is no line
+        axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, marker=dot, label="training, each update")
         axes.plot(*zip(*_smoothed(trained), strict=True), color="#2171b5", linewidth=2, label="training, smoothed")
     if valid:
-        axes.plot(*zip(*valid, strict=True), color="#d94801", marker="o", linewidth=2, label="validation")
+        dot = "o" if len(valid) <= _FEW else None
+        axes.plot(*zip(*valid, strict=True), color="#d94801", marker=dot, linewidth=2, label="validation")
         axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), textcoords="offset points", color="#d94801")
         if len(valid) > 1:
             axes.annotate(
                 f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), textcoords="offset points", color="#d94801"
             )
-    axes.set(title=title, xlabel="update", ylabel="loss (nats a token)")
+    axes.set_title(title, parse_math=False)  # a path may have dollar signs
+    axes.set(xlabel="update", ylabel="loss (nats a token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
