@@ -1,6 +1,7 @@
 """Linears that are computed together give what each gives by itself: outputs, gradients, and nothing left behind."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from loralib.config import LoraConfig
 from loralib.inject import adapted_layers, disabled, inject, merge, remove
+from loralib.ordered import can_order
 from loralib.train.linears import Linears
 
 TOLERANCE = 1e-6
+needs_units = pytest.mark.skipif(
+    not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)), reason="this processor has no units for bf16"
+)
 
 
 class Net(nn.Module):
@@ -256,3 +261,73 @@ def test_an_error_within_a_step_leaves_nothing_behind():
         net(x[:, :3])
     assert not any("forward" in module.__dict__ for module in net.modules())
     compare(copy.deepcopy(net), x)
+
+
+class Headed(nn.Module):
+    """An adapted layer between frozen linears of both kinds that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.adapted, self.head = Conv1D(16, 8), nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.adapted(torch.tanh(self.below(x)))))
+
+
+def headed():
+    torch.manual_seed(0)
+    net = Headed().bfloat16()
+    inject(net, LoraConfig(r=4, target_modules=["adapted"]))
+    torch.nn.init.normal_(net.adapted.lora_B)
+    return net.train()
+
+
+def passed(net, x, linears=None):
+    """Output, gradient of x, and gradients of the factors, in fp64."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    with linears.together() if linears else torch.enable_grad():
+        out = net(x)
+        out.float().square().mean().backward()
+    return [value.double() for value in (out.detach(), x.grad, *gradients(net).values())]
+
+
+@needs_units
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_frozen_weights_in_the_processors_order(limit, monkeypatch):
+    """As near to the exact numbers as without; where the copies are too large there are none."""
+    monkeypatch.setattr(sys.modules["loralib.train.linears"], "MOST_BYTES", limit)
+    net, x = headed(), torch.randn(3, 5, 8).bfloat16()
+    exact = passed(copy.deepcopy(net).double(), x.double())
+    linears = learned(net, x)
+    with linears.together():
+        assert ("forward" in net.head.__dict__) == ("forward" in net.below.__dict__) == bool(limit)
+    for got, plain, truth in zip(passed(net, x, linears), passed(net, x), exact, strict=True):
+        assert (got - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-3 * truth.norm()
+
+
+@needs_units
+@pytest.mark.parametrize("name", ["below", "adapted", "head"])
+def test_a_weight_that_changes_between_steps(name):
+    net, x = headed(), torch.randn(5, 8).bfloat16()
+    linears = learned(net, x)
+    before = passed(net, x, linears)[0]
+    with torch.no_grad():
+        getattr(net, name).weight.neg_()
+    got = passed(net, x, linears)[0]
+    torch.testing.assert_close(got, passed(net, x)[0], rtol=0.05, atol=0.02)
+    assert not torch.allclose(got, before, rtol=0.05, atol=0.02)
+
+
+@needs_units
+def test_a_head_that_is_trained_or_runs_under_autocast_keeps_its_own_way():
+    net, x = headed(), torch.randn(5, 8).bfloat16()
+    linears = learned(net, x)
+    net.head.requires_grad_(True)
+    passed(net, x, linears)
+    assert net.head.weight.grad is not None
+    net.head.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        passed(net, x, linears)
+    with linears.together(), torch.inference_mode():
+        net(x)

@@ -1,5 +1,7 @@
 """Shorter ways of transformers' operators: the same numbers and gradients, and only where they are the same."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -77,3 +79,41 @@ def test_keywords_and_other_shapes():
         with Operators(norm).shorter():
             torch.testing.assert_close(norm(x), expected)
             torch.testing.assert_close(norm(hidden_states=x), expected)
+
+
+def rotated(function, q, k, cos, sin, *others):
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    outputs = function(q, k, cos, sin, *others)
+    sum((output * torch.arange(output.shape[-1])).square().sum() for output in outputs).backward()
+    return [*outputs, q.grad, k.grad]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
+def test_rotary_positions(family):
+    """The function that a model's file calls is another one during a step, and the same again after it."""
+    config = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 8, "vocab_size": 8}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    file = sys.modules[type(model).__module__]
+    theirs = file.apply_rotary_pos_emb
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 5, heads, 8, dtype=torch.float64).transpose(1, 2) for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    with Operators(model).shorter():
+        assert file.apply_rotary_pos_emb is not theirs
+        got = rotated(file.apply_rotary_pos_emb, q, k, cos, sin)
+        along = rotated(file.apply_rotary_pos_emb, q.transpose(1, 2), k.transpose(1, 2), cos, sin, 2)
+    assert file.apply_rotary_pos_emb is theirs
+    for one, other in zip(got, rotated(theirs, q, k, cos, sin), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(along, got, strict=True):
+        torch.testing.assert_close(one.transpose(1, 2), other)
+
+
+def test_another_rotation_is_left_as_it_is(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    odd = lambda q, k, cos, sin, unsqueeze_dim=1: (q * cos, k * cos)  # noqa: E731
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", odd)
+    with Operators(LlamaRMSNorm(8)).shorter():
+        assert modeling_llama.apply_rotary_pos_emb is odd

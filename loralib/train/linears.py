@@ -1,4 +1,4 @@
-"""Adapted linears in few operations: those that read the same input together, the backward pass written out.
+"""Linears in few operations: adapted ones that read the same input together, the backward pass written out.
 
 For the inputs x of q, k and v (or of a gate and its up projection), with A the A of all of them below one another:
 
@@ -6,8 +6,9 @@ For the inputs x of q, k and v (or of a gate and its up projection), with A the 
 
 A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
 products, scalings, sums of gradients.  Here one thin product takes the place of several, updates are added where the
-base's output was written, all factors are cast at once when a step begins, and all their gradients when it ends.
-Only on CPUs, where this was measured.
+base's output is written, all factors are cast at once when a step begins, and all their gradients when it ends.
+Frozen weights lie in the processor's order (`loralib.ordered`), those of other linears too.  Only on CPUs, where this
+was measured.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ from torch.nn import functional as F
 
 from ..inject import adapted_layers
 from ..layers import LinearPath, LoRALayer
+from ..ordered import MOST_BYTES, FrozenWeight, can_order
 
 __all__ = ["Linears"]
 
 
 class Linears:
-    """The adapted linears of one model."""
+    """The linears of one model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [cast(LinearPath, layer) for _, layer in adapted_layers(model) if _is_plain(layer)]
         self._groups: list[_Group] = []
+        others = [_Frozen(module) for module in model.modules() if _Frozen.takes(module)]
+        weights = [*(layer.base_weight for layer in self._layers), *(other.weight for other in others)]
+        # One copy for each way.
+        self._ordered = 2 * sum(weight.nbytes for weight in weights) <= MOST_BYTES
+        self._others = others if self._ordered else []
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -46,25 +53,31 @@ class Linears:
         finally:
             for layer in self._layers:
                 layer.__dict__.pop("forward", None)
-            self._groups = _groups(calls)
+            self._groups = [_Group(layers, self._ordered) for layers in _groups(calls)]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Computes those together for the time of a step; at its end, their gradients are in the factors' `grad`."""
         usable = [group for group in self._groups if group.is_usable()]
+        others = [other for other in self._others if other.is_usable()]
         try:
+            _take_factors(usable)
             for group in usable:
                 group.begin()
                 for number, layer in enumerate(group.layers):
                     layer.__dict__["forward"] = functools.partial(group.run, number)
+            for other in others:
+                other.begin()
+                other.module.__dict__["forward"] = other.run
             yield
-            for group in usable:
-                group.give_gradients()
+            _give_gradients(usable)
         finally:
             for group in usable:
                 group.waiting = _Waiting()
                 for layer in group.layers:
                     layer.__dict__.pop("forward", None)
+            for other in others:
+                other.module.__dict__.pop("forward", None)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -74,7 +87,12 @@ def _is_plain(layer: nn.Module) -> bool:
     if type(layer).forward is not LinearPath.forward or type(layer)._base_forward is not LinearPath._base_forward:
         return False
     base = next(cls for cls in type(layer).__mro__ if "forward" in cls.__dict__ and not issubclass(cls, LoRALayer))
-    return base is nn.Linear or f"{base.__module__}.{base.__name__}" == "transformers.pytorch_utils.Conv1D"
+    return base is nn.Linear or _is_conv1d(base)
+
+
+def _is_conv1d(kind: type[Any]) -> bool:
+    """Whether a class is transformers' linear with a transposed weight (without loading transformers)."""
+    return f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D"
 
 
 def _kind(layer: LoRALayer) -> tuple[torch.dtype, torch.device]:
@@ -95,7 +113,7 @@ def _record(calls: list[tuple[LinearPath, Tensor]], layer: LinearPath, x: Tensor
     return LinearPath.forward(layer, x)
 
 
-def _groups(calls: Sequence[tuple[LinearPath, Tensor]]) -> list[_Group]:
+def _groups(calls: Sequence[tuple[LinearPath, Tensor]]) -> list[list[LinearPath]]:
     """Puts layers that were called one after another with the same tensor into one group."""
     groups: list[list[LinearPath]] = []
     known: set[LinearPath] = set()
@@ -107,7 +125,7 @@ def _groups(calls: Sequence[tuple[LinearPath, Tensor]]) -> list[_Group]:
             groups.append([layer])
         known.add(layer)
         previous = x
-    return [_Group(layers) for layers in groups]
+    return groups
 
 
 @dataclass
@@ -147,8 +165,9 @@ class _Factors:
 class _Group:
     """Layers that read the same input; what they multiply with, in the base's dtype; and the gradients of that."""
 
-    def __init__(self, layers: list[LinearPath]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[LinearPath], ordered: bool) -> None:
+        self.layers, self.ordered = layers, ordered
+        self.weights = [FrozenWeight(_weight(layer), ordered) for layer in layers]
         self.waiting = _Waiting()
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
         self.touched: set[int] = set()  # the layers whose gradients are there
@@ -168,24 +187,12 @@ class _Group:
             for layer, of_A, of_B in zip(self.layers, self.factors.of_A, self.factors.of_B, strict=True)
         )
 
-    @torch.no_grad()
     def begin(self) -> None:
-        """Takes the factors as they are now."""
+        """Takes weights as they are now, and forgets the gradients of the step before."""
         self.touched.clear()
-        torch._foreach_copy_(self.factors.of_A, [layer.lora_A for layer in self.layers])
-        for layer, parts in zip(self.layers, self.factors.of_B, strict=True):
-            torch._foreach_copy_(parts, layer.lora_B.split(len(layer.lora_B) // len(parts)))
-        torch._foreach_mul_(self.factors.B, [layer.scaling for layer in self.layers])
-
-    @torch.no_grad()
-    def give_gradients(self) -> None:
-        """Adds to the `grad` of the factors what the backward pass has left here."""
-        for number in self.touched:
-            layer, of_B = self.layers[number], self.gradients.of_B[number]
-            _grad(layer.lora_A).add_(self.gradients.of_A[number])
-            grad_B = _grad(layer.lora_B)
-            for part, gradient in zip(grad_B.split(len(grad_B) // len(of_B)), of_B, strict=True):
-                part.add_(gradient, alpha=layer.scaling)
+        for number, layer in enumerate(self.layers):
+            if not self.weights[number].is_of(_weight(layer)):
+                self.weights[number] = FrozenWeight(_weight(layer), self.ordered)
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output, from where it waits if the first layer of the group has just read this x."""
@@ -209,10 +216,53 @@ class _Group:
         return first
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+# For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its work.
+
+
+@torch.no_grad()
+def _take_factors(groups: Sequence[_Group]) -> None:
+    """Copies the factors as they are now to where the groups multiply with them."""
+    into: list[Tensor] = []
+    factors: list[Tensor] = []
+    for group in groups:
+        into += group.factors.of_A
+        factors += [layer.lora_A for layer in group.layers]
+        for layer, parts in zip(group.layers, group.factors.of_B, strict=True):
+            into += parts
+            factors += _rows(layer.lora_B, len(parts))
+    if groups:
+        torch._foreach_copy_(into, factors)
+        scalings = [layer.scaling for group in groups for layer in group.layers]
+        torch._foreach_mul_([B for group in groups for B in group.factors.B], scalings)
+
+
+@torch.no_grad()
+def _give_gradients(groups: Sequence[_Group]) -> None:
+    """Adds to the `grad` of the factors what the backward pass has left with the groups."""
+    layers = [(group, number) for group in groups for number in sorted(group.touched)]
+    parameters = [p for group, number in layers for p in (group.layers[number].lora_A, group.layers[number].lora_B)]
+    if not parameters:
+        return
+    # In the parameters' own dtype, so that nothing is rounded after this.
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+    new = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
+    into: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for (group, number), new_A, new_B in zip(layers, new[::2], new[1::2], strict=True):
+        into += [new_A, *_rows(new_B, len(group.gradients.of_B[number]))]
+        gradients += [group.gradients.of_A[number], *group.gradients.of_B[number]]
+    torch._foreach_copy_(into, gradients)
+    torch._foreach_mul_(new[1::2], [group.layers[number].scaling for group, number in layers])
+    for parameter, gradient in zip(parameters, new, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
+
+
+def _rows(B: Tensor, parts: int) -> Sequence[Tensor]:
+    """The rows of a lora_B that belong to each part of its output."""
+    return (B,) if parts == 1 else B.split(len(B) // parts)
 
 
 class _Together(torch.autograd.Function):
@@ -230,16 +280,14 @@ class _Together(torch.autograd.Function):
         ctx.save_for_backward(seen, h)
         outputs = []
         for number, part in zip(numbers, _parts(group, numbers, h), strict=True):
-            layer = group.layers[number]
-            y = F.linear(rows, _weight(layer), cast("Tensor | None", layer.bias))
-            outputs.append(y.addmm_(part, group.factors.B[number]))
+            bias = cast("Tensor | None", group.layers[number].bias)
+            outputs.append(group.weights[number].times(rows, bias=bias, added=part @ group.factors.B[number]))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         group, numbers = cast(_Group, ctx.group), ctx.numbers
         seen, h = ctx.saved_tensors
-        grad_x: Tensor | None = None
         grads_h = []
         again = group.touched.intersection(numbers)  # layers that run more than once in a pass
         if again:
@@ -253,16 +301,68 @@ class _Together(torch.autograd.Function):
             grads_h.append(gradient @ B.T)
             torch.addmm(grad_B, part.T, gradient, beta=int(number in group.touched), out=grad_B)
             group.touched.add(number)
-            if ctx.needs_input_grad[0]:
-                weight = _weight(group.layers[number])
-                grad_x = gradient @ weight if grad_x is None else grad_x.addmm_(gradient, weight)
         grad_h = grads_h[0] if len(grads_h) == 1 else torch.cat(grads_h, 1)
         grad_A, A = _A(group.gradients, numbers), _A(group.factors, numbers)
         torch.addmm(grad_A, grad_h.T, seen, beta=int(bool(again)), out=grad_A)
         grad_dropped = (grad_h @ A).view(ctx.shape) if ctx.drops and ctx.needs_input_grad[1] else None
-        if grad_x is not None:
-            grad_x = (grad_x if ctx.drops else grad_x.addmm_(grad_h, A)).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_dropped, None, None, None
+        grad_x = None if ctx.drops else grad_h @ A
+        for number, gradient in zip(numbers, gradients, strict=True):
+            if gradient is not None:
+                grad_x = group.weights[number].back(gradient, added=grad_x)
+        return None if grad_x is None else grad_x.view(ctx.shape), grad_dropped, None, None, None
+
+
+class _Frozen:
+    """A linear without LoRA whose weight is not trained, such as most heads."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.product = FrozenWeight(self.weight, True)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as (out, in)."""
+        weight: Tensor = self.module.weight
+        return weight.T if _is_conv1d(type(self.module)) else weight
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is one that gains by it."""
+        plain = type(module) is nn.Linear or _is_conv1d(type(module))
+        return plain and can_order(module._parameters.get("weight"))
+
+    def is_usable(self) -> bool:
+        """Whether it is what it was."""
+        plain = self.takes(self.module) and "forward" not in self.module.__dict__
+        return plain and not any(p.requires_grad for p in self.module.parameters())
+
+    def begin(self) -> None:
+        """Takes the weight as it is now."""
+        if not self.product.is_of(self.weight):
+            self.product = FrozenWeight(self.weight, True)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Returns its output."""
+        usual = x.dtype == self.module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if not usual or x.is_inference() or x.dim() < 2 or not x.numel():
+            return cast(Tensor, type(self.module).forward(self.module, x))
+        return cast(Tensor, _Product.apply(x, self.product, self.module.bias))  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + bias`` for x (..., in), where nothing but x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.shape = weight, x.shape
+        return weight.times(x.reshape(-1, x.shape[-1]), bias=bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return cast(FrozenWeight, ctx.weight).back(rows).view(ctx.shape), None, None
 
 
 def _A(factors: _Factors, numbers: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,26 +21,33 @@ __all__ = ["Operators"]
 
 
 class Operators:
-    """The modules of one model that have a shorter way.  Only on CPUs, where this was measured."""
+    """The operators of one model that have a shorter way.  Only on CPUs, where this was measured."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        for module in model.modules():
-            forward = _shorter(module)
-            if forward is not None:
-                self._forwards.append((module, forward))
+        forwards = [(module, forward) for module in model.modules() if (forward := _shorter(module)) is not None]
+        # What takes an operator's place, and under which name of which namespace: a module's, or a file's globals.
+        self._places = [(module.__dict__, "forward", forward) for module, forward in forwards]
+        self._places += [
+            (space, _ROTATE, functools.partial(_rotate, space[_ROTATE]))
+            for space in {id(space): space for space in map(_globals, model.modules())}.values()
+            if _rotates_as_usual(space.get(_ROTATE))
+        ]
 
     @contextmanager
     def shorter(self) -> Iterator[None]:
         """Takes the shorter ways for the time of a step."""
-        taken = [each for each in self._forwards if "forward" not in each[0].__dict__]
-        for module, forward in taken:
-            module.__dict__["forward"] = forward
+        taken = [each for each in self._places if each[1] == _ROTATE or each[1] not in each[0]]
+        before = [space.get(name) for space, name, _ in taken]
+        for space, name, way in taken:
+            space[name] = way
         try:
             yield
         finally:
-            for module, _ in taken:
-                del module.__dict__["forward"]
+            for (space, name, _), old in zip(taken, before, strict=True):
+                if old is None:
+                    del space[name]
+                else:
+                    space[name] = old
 
 
 def _shorter(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -110,5 +118,67 @@ class _RMSNorm(torch.autograd.Function):
             None,
             [True, False, False],
         )[0]
-        missing = (gradient @ weight)[..., None].to(wide) * factor / width
+        missing = (gradient @ weight)[..., None] * (factor / width).to(gradient.dtype)
         return of_layer_norm.add_(missing), None, None
+
+
+_ROTATE = "apply_rotary_pos_emb"  # what the files of transformers' models call it
+
+
+def _globals(module: nn.Module) -> dict[str, Any]:
+    """The globals of the file that a module's class is from."""
+    return vars(sys.modules.get(type(module).__module__, object))
+
+
+@torch.no_grad()
+def _rotates_as_usual(function: Callable[..., Any] | None) -> bool:
+    """Whether a model's function turns q and k as `_Rotate` does: tried."""
+    if function is None:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(1, heads, 3, 8, generator=draw) for heads in (4, 2, 1, 1))
+    try:
+        theirs = function(q, k, cos[0], sin[0])
+    except Exception:  # whatever a function of that name is, it is not what was thought
+        return False
+    ours = (_Rotate.apply(x, cos, sin) for x in (q, k))  # type: ignore[no-untyped-call]
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def _rotate(theirs: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    usual = len(given) == 4 and not named and all(isinstance(x, Tensor) for x in given)
+    if usual:
+        q, k, cos, sin = given
+        usual = q.device.type == "cpu" and {k.dtype, cos.dtype, sin.dtype} == {q.dtype}
+        usual = usual and cos.shape[-1] == q.shape[-1] and not (cos.requires_grad or sin.requires_grad)
+    if not usual:
+        return theirs(*given, **named)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34) of x (B, H, T, D), D in two halves.
+
+    With x = (x1, x2): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
+        out = x * cos
+        out1, out2 = out.chunk(2, -1)
+        out1.addcmul_(x2, sin1, value=-1)
+        out2.addcmul_(x1, sin2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        (g1, g2), (sin1, sin2) = gradient.chunk(2, -1), sin.chunk(2, -1)
+        grad = gradient * cos
+        grad1, grad2 = grad.chunk(2, -1)
+        grad1.addcmul_(g2, sin2)
+        grad2.addcmul_(g1, sin1, value=-1)
+        return grad, None, None

@@ -1,0 +1,125 @@
+"""Weights in the order in which the processor multiplies them.
+
+PyTorch brings a weight into that order at every product.  oneDNN can keep a copy that lies so already; the products are
+the same.  The copy pays where a frozen weight is used again and again, and where memory has room for it.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["MOST_BYTES", "FrozenWeight", "OrderedWeight", "can_order"]
+
+# Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
+MOST_BYTES: Final = 2**30
+
+
+def can_order(weight: Tensor | None) -> bool:
+    """Returns whether a weight (out, in) gains by it: a plain bf16 tensor of an x86 processor that has units for bf16.
+
+    Args:
+        weight: the weight of a linear, if it has one.
+    """
+    return (
+        weight is not None
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and type(weight.data) is Tensor
+        and not weight.is_inference()
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class OrderedWeight:
+    """A copy of a weight W (out, in) that lies so, and products with it.
+
+    Args:
+        weight: W, for which `can_order` is true; or a transposed view of such a weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._source = weight.detach()
+        self._version = weight._version
+        self._order = torch.ops.mkldnn._reorder_linear_weight(self._source.contiguous())
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Returns whether it is the copy of what this weight holds: others may have been merged or loaded since."""
+        return is_same(weight, self._source, self._version)
+
+    def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + bias + added``, rounded once.
+
+        Args:
+            x: (..., in) in the weight's dtype.
+            bias: (out,).
+            added: (..., out), in the weight's dtype.
+        """
+        if added is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._order, bias, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise.binary(x, added, self._order, bias, "add")  # type: ignore[no-any-return]
+
+
+class FrozenWeight:
+    """A weight W (out, in) that is not trained: products with it and with its transpose, for passes both ways.
+
+    Args:
+        weight: W.
+        ordered: whether to keep copies in the processor's order, where that gains something.  They are made when they
+            are first needed.
+    """
+
+    def __init__(self, weight: Tensor, ordered: bool) -> None:
+        self._weight, self._version = weight.detach(), weight._version
+        self._ordered = ordered and can_order(weight)
+        self._copies: dict[str, OrderedWeight] = {}
+
+    def is_of(self, weight: Tensor) -> bool:
+        """As `OrderedWeight.is_of`."""
+        return is_same(weight, self._weight, self._version)
+
+    def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + bias + added``.
+
+        Args:
+            x: (T, in).
+            bias: (out,).
+            added: (T, out); the result may take its place.
+        """
+        if self._ordered:
+            return self._copy("forward", self._weight).times(x, bias=bias, added=added)
+        if added is None:
+            return F.linear(x, self._weight, bias)
+        return (added if bias is None else added.add_(bias)).addmm_(x, self._weight.T)
+
+    def back(self, gradient: Tensor, *, added: Tensor | None = None) -> Tensor:
+        """Returns ``gradient W + added``.
+
+        Args:
+            gradient: (T, out).
+            added: (T, in); the result may take its place.
+        """
+        if self._ordered:
+            return self._copy("backward", self._weight.T).times(gradient, added=added)
+        return gradient @ self._weight if added is None else added.addmm_(gradient, self._weight)
+
+    def _copy(self, way: str, weight: Tensor) -> OrderedWeight:
+        if way not in self._copies:
+            self._copies[way] = OrderedWeight(weight)
+        return self._copies[way]
+
+
+def is_same(weight: Tensor, known: Tensor, version: int) -> bool:
+    """Returns whether a weight is the known tensor, with the same values as at that version of it."""
+    return (
+        weight.data_ptr() == known.data_ptr()
+        and (weight.shape, weight.stride(), weight.dtype) == (known.shape, known.stride(), known.dtype)
+        and weight._version == version
+    )
