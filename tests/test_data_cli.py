@@ -177,6 +177,23 @@ def test_convert_writes_text_or_ids(tmp_path: Path, vocabulary: Path) -> None:
         assert (tmp_path / "b").read_bytes() == b'{"context": [4, 6], "completion": [3, 3, 3, 2, 0, 6]}\n'
 
 
+def test_what_is_read_is_not_written_over(
+    tmp_path: Path, vocabulary: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Path("a.txt")
+    source.write_text("ab||ca\n", encoding="utf-8")
+    assert run("convert", source, tmp_path / "a.txt") == 2
+    assert "is read by this command, and would be lost" in capsys.readouterr().err
+    decode = ["decode", "--vocab", vocabulary, "--sample_file", "s", "--input_file", "reference0"]
+    assert run(*decode, "--output_pred_file", "p", "--output_ref_file", "p") == 2
+    assert "p is written already by this command" in capsys.readouterr().err
+    assert run(*decode, "--output_pred_file", "p", "--output_ref_file", ".", "--ref_type", "dart") == 2
+    assert "reference0 is read by this command" in capsys.readouterr().err
+    assert source.read_text(encoding="utf-8") == "ab||ca\n"
+    assert not Path("p").exists()
+
+
 def test_end_of_text_in_a_text_is_text(vocabulary: Path) -> None:
     # A row must not be able to end itself: only --add_eos writes the token.
     bpe = load_bpe(vocabulary)

@@ -11,11 +11,11 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from ..data import Encoded, TokenExample
@@ -192,6 +192,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     if (args.add_bos or args.add_eos) and not args.vocab:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab. Pass GPT-2's vocabulary.")
+    _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.format == "auto" else args.format
     rows = read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
@@ -200,6 +201,15 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         write_text(args.output, format_rows(rows))
     say(f"{args.output}: {len(rows):,} rows from {args.input} ({format})")
+
+
+def _refuse_loss(read: Sequence[str], written: Sequence[str]) -> None:
+    """Refuses to write a file over another one of the same command."""
+    files = [Path(path).resolve() for path in [*read, *written]]
+    for number, path in enumerate(written, len(read)):
+        if files[number] in files[:number]:
+            other = "is read" if files[number] in files[: len(read)] else "is written already"
+            raise OutputError(f"{path} {other} by this command, and would be lost. Choose another file.")
 
 
 def _add_decode(actions: Any) -> None:
@@ -233,6 +243,10 @@ def _decode(args: argparse.Namespace) -> None:
 
     if args.ref_num < 1:
         raise ConfigError(f"ref_num is {args.ref_num}, expected at least 1.")
+    files = [args.output_pred_file, args.output_ref_file]
+    if args.ref_type != "e2e":
+        files += [str(Path(args.output_ref_file) / f"reference{number}") for number in range(args.ref_num)]
+    _refuse_loss([args.sample_file, args.input_file], files)
     decoded = decode_predictions(
         read_formatted(args.input_file),
         read_predictions(args.sample_file),
