@@ -132,6 +132,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     events = list(read_metrics(metrics))
@@ -154,7 +155,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
             )
     axes.set_title(title, parse_math=False)  # a path may have dollar signs
     axes.set(xlabel="update", ylabel="loss (nats a token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
