@@ -26,11 +26,13 @@ def main(base: str = "smollm2-135m", output_dir: str = "plain_model", steps: int
     losses = []
     for step in range(steps):
         batch = examples[4 * step : 4 * step + 4]
-        longest = max(map(len, batch))
-        ids = torch.tensor([e.ids + (tokenizer.pad_token_id,) * (longest - len(e)) for e in batch])
-        trained = torch.tensor([e.trained + (False,) * (longest - len(e)) for e in batch])
+        padding = [max(map(len, batch)) - len(e) for e in batch]
+        rows = list(zip(batch, padding, strict=True))
+        ids = torch.tensor([e.ids + (tokenizer.pad_token_id,) * pad for e, pad in rows], device=model.device)
+        mask = torch.tensor([(1,) * len(e) + (0,) * pad for e, pad in rows], device=model.device)
+        trained = torch.tensor([e.trained + (False,) * pad for e, pad in rows], device=model.device)
         labels = ids.masked_fill(~trained, -100)
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
