@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
@@ -142,6 +144,39 @@ def test_running_again_replaces_our_files_and_leaves_others(run: Run, tmp_path: 
     assert ours.read_bytes() != before
     assert (tmp_path / "lora_model" / "notes.txt").read_text(encoding="utf-8") == card.read_text("utf-8") == "mine"
     assert not [path for path in (tmp_path / "lora_model").iterdir() if path.suffix == ".tmp"]
+
+
+class Full(io.StringIO):
+    """A stdout that takes a few lines and then no more, as a pipe without a reader or a file on a full disk."""
+
+    def __init__(self, error: type[OSError], most: int) -> None:
+        super().__init__()
+        self.error, self.most = error, most
+
+    def write(self, text: str) -> int:
+        self.most -= 1
+        if self.most < 0:
+            raise self.error(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_training_does_not_end_because_nobody_reads_what_it_prints(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Full(error, 5))
+    code = main(["train", *TINY, "--train_data", str(NLG / "data" / "e2e" / "train.txt")])
+    assert code == 0
+    assert (tmp_path / "lora_model" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(("error", "code", "told"), [(BrokenPipeError, 0, ""), (OSError, 2, "No space left on device")])
+def test_output_that_cannot_be_printed_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: type[OSError], code: int, told: str
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Full(error, 1))
+    assert main(["data", "preview", str(NLG / "data" / "e2e" / "train.txt"), "--model", "scratch"]) == code
+    assert told in capsys.readouterr().err
 
 
 def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> None:

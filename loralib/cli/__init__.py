@@ -6,6 +6,7 @@ Each command is a module here with `add_arguments(parser)` and `run(args)`; it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -77,7 +78,9 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     debug = "--debug" in argv  # wherever it stands, before or behind an action
     try:
         args = parser.parse([word for word in argv if word != "--debug"])
-        return int(module.run(args) or 0)
+        code = int(module.run(args) or 0)
+        _let_go_of_broken_stdout()
+        return code
     except LoraError as error:
         if debug:
             raise
@@ -87,8 +90,24 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
         say(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_broken_stdout()
         return 0
+    except OSError as error:  # of files, OutputError and others tell; what is left is the console, or a file it goes to
+        if debug:
+            raise
+        say(f"{name}: {error} (--debug shows where)", file=sys.stderr)
+        _let_go_of_broken_stdout()
+        return 2
+
+
+def _let_go_of_broken_stdout() -> None:
+    """What cannot be printed is dropped; else Python tries again when it ends, and complains."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stream that has been replaced need not be a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..base import load_base
-from ..console import duration, say, size
+from ..console import duration, size
 from ..data import Encoded, load_examples, read_sources
 from ..errors import ConfigError
 from ..formats import check_portable
@@ -16,7 +16,7 @@ from ..inject import adapted_layers, inject
 from . import train
 from .config import TrainConfig
 from .loop import TrainResult
-from .report import parameter_table
+from .report import parameter_table, tell
 
 __all__ = ["load_base_of", "run_job"]
 
@@ -38,18 +38,18 @@ def run_job(config: TrainConfig) -> TrainResult:
     # Data first: a wrong file should show before a model is loaded.
     sources = read_sources(config.train_data, config.data_format)
     valid_sources = None if config.valid_data is None else read_sources(config.valid_data, config.data_format)
-    say(f"Loading {config.model} ...")
+    tell(f"Loading {config.model} ...")
     model, tokenizer = load_base_of(config)
     training = _load(sources, tokenizer, config, config.max_train_samples)
-    say(f"Loaded {len(training):,} training examples{_dropped(training)}")
+    tell(f"Loaded {len(training):,} training examples{_dropped(training)}")
     valid = None
     if valid_sources is not None:
         valid = _load(valid_sources, tokenizer, config, config.max_valid_samples)
-        say(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
+        tell(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
     _adapt(model, config)
-    say()
-    say(parameter_table(model))
-    say()
+    tell()
+    tell(parameter_table(model))
+    tell()
     result = train(model, training.examples, config, valid_data=valid.examples if valid else None)
     _tell(result)
     return result
@@ -84,35 +84,35 @@ def _dropped(encoded: Encoded) -> str:
 
 def _adapt(model: nn.Module, config: TrainConfig) -> None:
     if adapted_layers(model):  # run-demo is built from LoRA layers
-        say("The network is built from LoRA layers of its own; --lora_dim and --target_modules do not apply.")
+        tell("The network is built from LoRA layers of its own; --lora_dim and --target_modules do not apply.")
         return
     if config.target != "none":
         check_portable(config.lora_config(), model, config.target)
     torch.manual_seed(config.seed)
     report = inject(model, config.lora_config())
     matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
-    say(f"LoRA on {matched}: r={config.lora_dim}, lora_alpha={config.alpha:g}")
+    tell(f"LoRA on {matched}: r={config.lora_dim}, lora_alpha={config.alpha:g}")
     for note in report.notes:
-        say(f"  note: {note}")
+        tell(f"  note: {note}")
 
 
 def _tell(result: TrainResult) -> None:
     weights = result.output_dir / "adapter_model.safetensors"
-    say()
-    say(f"Done: {result.steps:,} updates in {duration(result.seconds)} ({result.tokens_per_second:,.0f} tokens/s).")
+    tell()
+    tell(f"Done: {result.steps:,} updates in {duration(result.seconds)} ({result.tokens_per_second:,.0f} tokens/s).")
     if len(result.valid_losses) > 1:
         base, last = result.valid_losses[0][1], result.valid_losses[-1][1]
-        say(f"Validation loss {base:.4f} -> {last:.4f} ({last / base:.0%} of the base's)")
+        tell(f"Validation loss {base:.4f} -> {last:.4f} ({last / base:.0%} of the base's)")
         if last > 0.98 * base:
-            say(
+            tell(
                 "WARNING: that is next to nothing. A frozen base can only lend what it knows: a random one (scratch, "
                 "run-demo) knows nothing. Take a pretrained --model, raise --lr, or train longer."
             )
-    say(f"Adapter: {weights} ({size(weights.stat().st_size)})")
+    tell(f"Adapter: {weights} ({size(weights.stat().st_size)})")
     if result.best is not None and result.best[0] != result.valid_losses[-1][0]:
         step, loss = result.best
-        say(f"The best one was that of update {step} (validation loss {loss:.4f}): {result.output_dir / 'best'}")
+        tell(f"The best one was that of update {step} (validation loss {loss:.4f}): {result.output_dir / 'best'}")
     checkpoint = result.output_dir / "pytorch_model.bin"
-    say(f"Checkpoint for Microsoft's loralib: {checkpoint} ({size(checkpoint.stat().st_size)})")
+    tell(f"Checkpoint for Microsoft's loralib: {checkpoint} ({size(checkpoint.stat().st_size)})")
     if (result.output_dir / "loss.png").exists():
-        say(f"Loss curve: {result.output_dir / 'loss.png'}")
+        tell(f"Loss curve: {result.output_dir / 'loss.png'}")

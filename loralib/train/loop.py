@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import duration, progress, say, size
+from ..console import duration, progress, size
 from ..data import Example, TokenExample, encode, load_examples
 from ..data.order import epoch_order
 from ..errors import (
@@ -49,6 +49,7 @@ from .config import TrainConfig
 from .memory import freed_memory_kept
 from .optim import lr_factor, make_optimizer, parameter_groups
 from .report import Metrics, memory_estimate, plot_losses, write_card
+from .report import tell as tell_user
 from .step import Step, StepStats, make_step
 
 __all__ = ["Data", "TrainResult", "run"]
@@ -99,7 +100,7 @@ def run(
     model: nn.Module, data: Data, config: TrainConfig, tokenizer: Any, valid_data: Data | None, verbose: bool
 ) -> TrainResult:
     """Does what `loralib.train` says."""
-    tell: Callable[..., None] = say if verbose else lambda *_, **__: None
+    tell: Callable[..., None] = tell_user if verbose else lambda *_, **__: None
     examples = _token_examples(data, tokenizer, config, config.max_train_samples, "training data", tell)
     valid = _token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation data", tell)
     if not valid and (config.early_stopping or config.eval_steps):
@@ -143,7 +144,7 @@ class _Run:
     ) -> None:
         self.model, self.examples, self.valid = model, examples, valid
         self.config, self.directory, self.stop = config, directory, stop
-        self.say: Callable[..., None] = say if verbose else lambda *_, **__: None
+        self.say: Callable[..., None] = tell_user if verbose else lambda *_, **__: None
         self.verbose = verbose
         self.checkpoints = directory / "checkpoints"
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -233,8 +234,8 @@ class _Run:
             self._end_epoch(whole=False)
         if state.step < self.total:
             self.say(
-                f"Stopped early, after update {state.step:,} of {self.total:,}: the last {state.bad:,} validations were "
-                "no better than the best before."
+                f"Stopped early, after update {state.step:,} of {self.total:,}: the last {state.bad:,} validations "
+                "were no better than the best before."
             )
         return self._finish()
 

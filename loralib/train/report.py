@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import count, percent, size, table
+from ..console import count, percent, say, size, table
 from ..errors import MissingDependencyError, OutputError
 from ..files import free_memory, write_text, write_whole
 from ..inject import adapted_layers
@@ -27,8 +27,15 @@ __all__ = [
     "parameter_table",
     "plot_losses",
     "read_metrics",
+    "tell",
     "write_card",
 ]
+
+
+def tell(*parts: object) -> None:
+    """Prints, where that is possible: a pipe that nobody reads any more, or a full disk, ends no training."""
+    with suppress(OSError):
+        say(*parts)
 
 
 class Metrics:
