@@ -434,6 +434,17 @@ def test_penalty_ban_and_minimum_are_those_of_transformers(
     assert torch.equal(logits, expected[0])
 
 
+@pytest.mark.parametrize("own", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9, top_k=1500)])
+def test_rounding_hardly_changes_what_is_drawn(own: Sampling) -> None:
+    """Among many nearly equal tokens it changes their order, which must not matter."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2000, generator=generator) / 50
+    rounded = logits + 1e-5 * torch.randn(1, 2000, generator=generator)
+    uniforms = [(step + 0.5) / 300 for step in range(300)]
+    first, second = (choose(each.expand(300, -1), [own] * 300, uniforms) for each in (logits, rounded))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) >= 298
+
+
 def test_choice_at_the_ends_of_the_unit_interval() -> None:
     logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]])
     for own in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3), Sampling(temperature=1.0, top_p=0.99)):

@@ -172,7 +172,10 @@ def _draw(scores: Tensor, own: Sampling, uniform: float) -> int:
         if width == count or not bool(kept[-1]):
             break
         width = min(width * 16, count)
-    return int(order[_inverse(best * kept, uniform)])
+    # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood, and
+    # with it what a seed draws.
+    tokens, places = order[kept].sort()
+    return int(tokens[_inverse(best[kept][places], uniform)])
 
 
 def _inverse(weights: Tensor, uniform: float) -> int:
