@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loralib.train.operators import Operators
+from loralib.operators import Operators
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -52,7 +52,9 @@ def mistral():
 
 
 def gemma2():
-    config = transformers.Gemma2Config(**_GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=3.0)
+    settings = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}
+    # By itself transformers 5.0 takes sdpa, which leaves the soft-capping of attention out.
+    config = transformers.Gemma2Config(**_GEMMA, **settings, attn_implementation="eager")
     return transformers.Gemma2ForCausalLM(config)
 
 

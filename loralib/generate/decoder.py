@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..operators import Operators
 from .attention import Cache, Unsupported, Work, configs_of, resized, using
 from .packed import PACK_AFTER, Product, packed, using_packed
 
@@ -71,6 +72,7 @@ class CachedDecoder:
         self._model = model
         self._modules = list(model.modules())
         self._configs = configs_of(model)
+        self._operators = Operators.of(model)
         self._device = next(model.parameters()).device
         self._cache = Cache()
         self._texts: list[Text] = []
@@ -114,7 +116,8 @@ class CachedDecoder:
         if self._products is None and self._steps >= PACK_AFTER:
             self._products = packed(self._modules)
         self._steps += 1
-        with evaluating(self._modules), using(self._configs), using_packed(self._products or {}):
+        products = using_packed(self._products or {})
+        with evaluating(self._modules), using(self._configs), self._operators.shorter(), products:
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..errors import ConfigError, TrainingError
+from ..operators import Operators
 from .attention import Plan, using
 from .linears import Linears
 from .loss import head_loss
-from .operators import Operators
 
 __all__ = ["Step", "StepStats", "make_step"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -33,6 +34,13 @@ class Operators:
             if _rotates_as_usual(space.get(_ROTATE))
         ]
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Operators:
+        """Returns those of a model, looked for once: to try each takes longer than a short text."""
+        if model not in _KNOWN:
+            _KNOWN[model] = cls(model)
+        return _KNOWN[model]
+
     @contextmanager
     def shorter(self) -> Iterator[None]:
         """Takes the shorter ways for the time of a step."""
@@ -48,6 +56,9 @@ class Operators:
                     del space[name]
                 else:
                     space[name] = old
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Operators] = weakref.WeakKeyDictionary()
 
 
 def _shorter(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -82,8 +93,9 @@ def _gelu(module: nn.Module, x: Tensor) -> Tensor:
 
 def _rms_norm(norm: Any, *given: Any, **named: Any) -> Tensor:
     x = given[0] if len(given) == 1 and not named else None
-    usual = x is not None and not norm.weight.requires_grad and norm.weight.dtype == x.dtype and x.device.type == "cpu"
-    if not usual or torch.is_autocast_enabled("cpu"):
+    usual = x is not None and norm.weight.dtype == x.dtype and x.device.type == "cpu"
+    learns = norm.weight.requires_grad and torch.is_grad_enabled()
+    if not usual or learns or torch.is_autocast_enabled("cpu"):
         return cast(Tensor, type(norm).forward(norm, *given, **named))
     return cast(Tensor, _RMSNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
 
