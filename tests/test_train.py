@@ -27,8 +27,10 @@ import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
+from loralib.ordered import can_order
 from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.train.job import _tell
+from loralib.train.linears import Linears
 from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.train.report import memory_estimate, read_metrics
 
@@ -246,6 +248,12 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
     assert full - empty == 1000 * 2 * 4 * (6 * 16 * 2 + 32 * 3.5)
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert empty == weights + sum(p.numel() for p in model.parameters() if p.requires_grad) * 16 + 256 * VOCABULARY * 8
+    model.bfloat16()
+    if can_order(model.lm_head.weight):  # every linear twice more, the head too
+        linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
+        assert Linears(model).copies_bytes == 2 * linears
+        weights = sum(p.nbytes for p in model.parameters()) + 2 * linears
+        assert memory_estimate(model, 0, False)[0] - weights == empty - sum(p.numel() for p in model.parameters()) * 4
 
 
 def test_logs_get_a_line_now_and_then(

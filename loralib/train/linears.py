@@ -31,16 +31,21 @@ __all__ = ["Linears"]
 
 
 class Linears:
-    """The linears of one model."""
+    """The linears of one model.
+
+    Attributes:
+        copies_bytes: what the frozen weights in the processor's order will take, once a step has run both ways.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [cast(LinearPath, layer) for _, layer in adapted_layers(model) if _is_plain(layer)]
         self._groups: list[_Group] = []
         others = [_Frozen(module) for module in model.modules() if _Frozen.takes(module)]
         weights = [*(layer.base_weight for layer in self._layers), *(other.weight for other in others)]
-        # One copy for each way.
-        self._ordered = 2 * sum(weight.nbytes for weight in weights) <= MOST_BYTES
+        copies = 2 * sum(weight.nbytes for weight in weights if can_order(weight))  # one for each way
+        self._ordered = copies <= MOST_BYTES
         self._others = others if self._ordered else []
+        self.copies_bytes = copies if self._ordered else 0
 
     @contextmanager
     def learning(self) -> Iterator[None]:

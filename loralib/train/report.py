@@ -19,6 +19,7 @@ from ..files import free_memory, write_text, write_whole
 from ..inject import adapted_layers
 from ..layers import EmbeddingPath, LoRALayer
 from .config import TrainConfig
+from .linears import Linears
 
 __all__ = [
     "Metrics",
@@ -201,11 +202,12 @@ def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple
         checkpointing: whether activations are recomputed.
 
     Returns:
-        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact.  What a
-        token keeps for the backward pass was measured on SmolLM2 and GPT-2: the inputs of the linears, 3.5 times where
-        they are adapted (with what norms, activations and attention keep around them), twice where they are not.
+        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact, with their
+        copies in the processor's order.  What a token keeps for the backward pass was measured on SmolLM2 and GPT-2:
+        the inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep
+        around them), twice where they are not.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + Linears(model).copies_bytes
     # Gradient, two moments, and the values of before, all in fp32.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
