@@ -8,6 +8,9 @@ Prompts come from the command line, from standard input, one a line, or from a f
 without a text behind ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
 With --output, every text is one JSON line, with what it was made with; a run that was killed goes on behind the last
 whole line, and only with the same prompts and settings.
+
+Where tokens are drawn, a seed gives the same texts with any --batch in --dtype fp32; bf16 rounds otherwise for other
+numbers of prompts.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ class Sampling:
     Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2.  Penalty and ban look at generated
     tokens only, never at the prompt: a completion may repeat its names.
 
+    A seed draws the same text whatever is computed beside it, but for rounding: in fp32 that hardly ever shows, in bf16
+    after some tokens.
+
     Raises:
         ConfigError: one or more settings cannot be used; all are reported together.
 
