@@ -115,7 +115,7 @@ class TrainConfig:
         True, "lay the examples of a step out in one row without padding, each seeing only itself", "engine"
     )
     share_prompts: bool = _knob(True, "compute a prompt once for the examples of a step that share it", "engine")
-    max_siblings: int = _knob(2, "examples of one prompt drawn into a step together, at most", "engine")
+    max_siblings: int = _knob(1, "examples of one prompt drawn into a step together, at most", "engine")
     shuffle: bool = _knob(True, "draw the examples in a new order each epoch", "engine")
     gradient_checkpointing: bool = _knob(False, "less memory, a third more time", "engine")
 
