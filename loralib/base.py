@@ -528,9 +528,11 @@ def _bundled_file() -> Any:
 def _convert(source: Path, directory: Path) -> None:
     transformers = _transformers()
     try:
-        import gguf  # noqa: F401  transformers reads the file with it
+        import gguf  # transformers reads the file with it
     except ImportError as error:
         raise _needs("gguf") from error
+    # On Python 3.10 the first releases of transformers 5 look for gguf's version in the module, which has none.
+    vars(gguf).setdefault("__version__", importlib.metadata.version("gguf"))
     if importlib.util.find_spec("accelerate") is None:  # transformers asks for it, and says so in the midst of reading
         raise _needs("accelerate")
     from tokenizers import pre_tokenizers
