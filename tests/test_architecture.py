@@ -22,7 +22,7 @@ ROWS = [
     ["inject"],
     ["adapter"],
     ["combine"],
-    ["formats", "bank", "quant", "base", "data"],
+    ["formats", "bank", "quant", "base", "data", "operators", "ordered"],
     ["generate"],
     ["train"],
     ["evaluate", "inference", "inspection", "perplexity", "plan"],
