@@ -203,11 +203,13 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
     )
     settings = found["training"]["settings"] or {}
     about = found["training"]["machine"] or {}
+    count = f" --examples {settings['examples']}" if settings.get("examples") else ""
     parts = [
         "# E2E with SmolLM2-135M, beside PEFT\n",
         f"Both train the same base on the same texts with the same settings, steps and seeds "
         f"({len(found['seeds'])}). {verdict} Our training took {share:.0%} of PEFT's time.{reached}\n",
-        f"```\npython benchmarks/train.py loss --keep RUNS\n{command}\n```\n",
+        f"```\npython benchmarks/train.py loss{count} --data DIR --keep RUNS\n{command}\n```\n",
+        "DIR holds the E2E challenge's train.txt, valid.txt and test.txt, a `meaning representation||text` a line.\n",
         "## Scores\n",
         f"{found['inputs']} unseen meaning representations, one text each, {found['references']} references; mean and "
         "standard deviation over seeds. No worse: ours is better, or the two ranges overlap.\n",

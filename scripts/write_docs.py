@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -83,6 +85,12 @@ def commands() -> str:
     return table(("command", "what it does"), here)
 
 
+def figures(name: str) -> str:
+    """A table of a benchmark's results."""
+    header, *rows = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["TABLES"][name]()
+    return table(header, rows)
+
+
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -92,6 +100,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands},
+    "docs/performance.md": {
+        name: functools.partial(figures, name)
+        for name in ("speed", "time to loss", "breakdown", "memory", "generation")
+    },
     "docs/architecture.md": {"tree": tree, "import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
         "training flags": lambda: flags("TrainConfig"),

@@ -1,0 +1,106 @@
+"""The benchmarks' results as tables for the docs; scripts/write_docs.py puts them there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TABLES"]
+
+HERE = Path(__file__).resolve().parent
+Rows = Iterable[tuple[str, ...]]
+MODELS = {"smollm2": "SmolLM2-135M", "gpt2": "GPT-2 124M"}
+DATA = {"e2e": "E2E", "mixed": "32 to 1,024 tokens"}
+
+
+def results(name: str) -> dict[str, Any]:
+    """What a benchmark has written; empty where it was not run."""
+    path = HERE / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def speed() -> Rows:
+    """Training steps: one row for each way of ours."""
+    yield "model", "examples", "batch", "way", "a step", "times PEFT as it comes", "times best-tuned PEFT", "GEMM rate"
+    for row in results("train_speed").get("results", ()):
+        best = row["best_tuned"]
+        yield (
+            MODELS[row["model"]],
+            DATA[row["data"]],
+            str(row["batch"]),
+            row["way"],
+            f"{row['step_s'][row['way']]:.2f} s",
+            times(row["times"]["peft fp32"]) if "peft fp32" in row["times"] else "not run",
+            f"{times(row['times'][best])}, {best.removeprefix('peft ')}",
+            f"{row['share_of_gemm_rate']:.0%} of {row['gemm_flops'] / 1e9:.0f} GFLOP/s",
+        )
+
+
+def times(ratio: tuple[float, float]) -> str:
+    """A ratio of the fastest rounds, and the median of rounds."""
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f})"
+
+
+def time_to_loss() -> Rows:
+    """Wall time to the validation loss that PEFT ends with: one row for each seed, and the mean."""
+    yield "seed", "PEFT's loss", "PEFT's time", "our loss after as many steps", "our time", "our time to PEFT's loss"
+    rows = results("train_loss").get("results", ())
+    for row in rows:
+        reached = row["ours_to_goal_s"]
+        yield (
+            str(row["seed"]),
+            f"{row['goal']:.4f}",
+            f"{row['peft_s']:.0f} s",
+            f"{row['ours_loss']:.4f}",
+            f"{row['ours_s']:.0f} s: {row['ours_s'] / row['peft_s']:.0%}",
+            f"{reached:.0f} s: {reached / row['peft_s']:.0%}" if reached else "not reached in two epochs",
+        )
+    if len(rows) > 1:
+        mean = {key: statistics.mean(row[key] for row in rows) for key in ("goal", "peft_s", "ours_loss", "ours_s")}
+        shares = [row["ours_to_goal_s"] / row["peft_s"] for row in rows if row["ours_to_goal_s"]]
+        yield (
+            "mean",
+            f"{mean['goal']:.4f}",
+            f"{mean['peft_s']:.0f} s",
+            f"{mean['ours_loss']:.4f}",
+            f"{mean['ours_s']:.0f} s: {mean['ours_s'] / mean['peft_s']:.0%}",
+            f"{statistics.mean(shares):.0%}" if len(shares) == len(rows) else "",
+        )
+
+
+def breakdown() -> Rows:
+    """Where a training step's time goes."""
+    yield "kind of operator", "a step", "share"
+    found = results("breakdown")
+    for kind, seconds in found.get("seconds", {}).items():
+        yield kind, f"{1000 * seconds:.0f} ms", f"{seconds / found['profiled_step_s']:.0%}"
+
+
+def memory() -> Rows:
+    """Peak memory of training."""
+    yield "model", "ours", "PEFT as it comes", "PEFT bf16", "PEFT autocast", "ours / best-tuned"
+    for row in results("train_memory").get("results", ()):
+        peaks = [row["peak_bytes"][way] for way in ("ours", "peft fp32", "peft bf16", "peft autocast")]
+        sizes = [f"{peak / 2**30:.2f} GiB" for peak in peaks]
+        yield MODELS[row["model"]], *sizes, f"{row['share_of_best_tuned']:.2f}"
+
+
+def generation() -> Rows:
+    """Decoding beside transformers' generate."""
+    yield "case", "ours", "transformers on merged PEFT", "its best way", "times (median)"
+    for row in results("generate").get("results", ()):
+        ratio = times((row["times"], row["median_times"]))
+        yield row["case"], f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s", row["peer"], ratio
+
+
+TABLES = {
+    "speed": speed,
+    "time to loss": time_to_loss,
+    "breakdown": breakdown,
+    "memory": memory,
+    "generation": generation,
+}
