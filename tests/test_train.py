@@ -169,7 +169,7 @@ def test_validation_losses_are_not_smoothed(tmp_path: Path) -> None:
     plain = train(settings(tmp_path / "a", num_epochs=1))
     smoothed = train(settings(tmp_path / "b", num_epochs=1, label_smoothing=0.2))
     assert smoothed.valid_losses[0] == plain.valid_losses[0]
-    assert smoothed.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
+    assert smoothed.losses[0] != pytest.approx(plain.losses[0], rel=1e-5)  # of one model on one batch
 
 
 def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
