@@ -80,15 +80,6 @@ def breakdown() -> Rows:
         yield kind, f"{1000 * seconds:.0f} ms", f"{seconds / found['profiled_step_s']:.0%}"
 
 
-def memory() -> Rows:
-    """Peak memory of training."""
-    yield "model", "ours", "PEFT as it comes", "PEFT bf16", "PEFT autocast", "ours / best-tuned"
-    for row in results("train_memory").get("results", ()):
-        peaks = [row["peak_bytes"][way] for way in ("ours", "peft fp32", "peft bf16", "peft autocast")]
-        sizes = [f"{peak / 2**30:.2f} GiB" for peak in peaks]
-        yield MODELS[row["model"]], *sizes, f"{row['share_of_best_tuned']:.2f}"
-
-
 def generation() -> Rows:
     """Decoding beside transformers' generate."""
     yield "case", "ours", "transformers on merged PEFT", "its best way", "times (median)"
@@ -101,6 +92,5 @@ TABLES = {
     "speed": speed,
     "time to loss": time_to_loss,
     "breakdown": breakdown,
-    "memory": memory,
     "generation": generation,
 }

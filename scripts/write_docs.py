@@ -101,8 +101,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands},
     "docs/performance.md": {
-        name: functools.partial(figures, name)
-        for name in ("speed", "time to loss", "breakdown", "memory", "generation")
+        name: functools.partial(figures, name) for name in ("speed", "time to loss", "breakdown", "generation")
     },
     "docs/architecture.md": {"tree": tree, "import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
