@@ -6,6 +6,7 @@ the same.  The copy pays where a frozen weight is used again and again, and wher
 
 from __future__ import annotations
 
+import functools
 import platform
 from typing import Final
 
@@ -27,15 +28,19 @@ def can_order(weight: Tensor | None) -> bool:
     """
     return (
         weight is not None
-        and platform.machine().lower() in ("x86_64", "amd64")
+        and _has_units()
         and type(weight.data) is Tensor
         and not weight.is_inference()
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.dim() == 2
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
+
+
+@functools.cache
+def _has_units() -> bool:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class OrderedWeight:
@@ -52,7 +57,7 @@ class OrderedWeight:
 
     def is_of(self, weight: Tensor) -> bool:
         """Returns whether it is the copy of what this weight holds: others may have been merged or loaded since."""
-        return is_same(weight, self._source, self._version)
+        return _is_same(weight, self._source, self._version)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Returns ``x W^T + bias + added``, rounded once.
@@ -77,13 +82,14 @@ class FrozenWeight:
     """
 
     def __init__(self, weight: Tensor, ordered: bool) -> None:
-        self._weight, self._version = weight.detach(), weight._version
+        self._weight, self._version, self._wanted = weight.detach(), weight._version, ordered
         self._ordered = ordered and can_order(weight)
         self._copies: dict[str, OrderedWeight] = {}
 
-    def is_of(self, weight: Tensor) -> bool:
-        """As `OrderedWeight.is_of`."""
-        return is_same(weight, self._weight, self._version)
+    def now(self, weight: Tensor) -> FrozenWeight:
+        """Returns the one of this weight as it is now: itself, or another where another was merged or loaded since."""
+        same = _is_same(weight, self._weight, self._version)
+        return self if same else FrozenWeight(weight, self._wanted)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Returns ``x W^T + bias + added``.
@@ -116,7 +122,7 @@ class FrozenWeight:
         return self._copies[way]
 
 
-def is_same(weight: Tensor, known: Tensor, version: int) -> bool:
+def _is_same(weight: Tensor, known: Tensor, version: int) -> bool:
     """Returns whether a weight is the known tensor, with the same values as at that version of it."""
     return (
         weight.data_ptr() == known.data_ptr()

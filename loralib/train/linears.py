@@ -171,7 +171,7 @@ class _Group:
     """Layers that read the same input; what they multiply with, in the base's dtype; and the gradients of that."""
 
     def __init__(self, layers: list[LinearPath], ordered: bool) -> None:
-        self.layers, self.ordered = layers, ordered
+        self.layers = layers
         self.weights = [FrozenWeight(_weight(layer), ordered) for layer in layers]
         self.waiting = _Waiting()
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
@@ -195,9 +195,7 @@ class _Group:
     def begin(self) -> None:
         """Takes weights as they are now, and forgets the gradients of the step before."""
         self.touched.clear()
-        for number, layer in enumerate(self.layers):
-            if not self.weights[number].is_of(_weight(layer)):
-                self.weights[number] = FrozenWeight(_weight(layer), self.ordered)
+        self.weights = [known.now(_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output, from where it waits if the first layer of the group has just read this x."""
@@ -345,8 +343,7 @@ class _Frozen:
 
     def begin(self) -> None:
         """Takes the weight as it is now."""
-        if not self.product.is_of(self.weight):
-            self.product = FrozenWeight(self.weight, True)
+        self.product = self.product.now(self.weight)
 
     def run(self, x: Tensor) -> Tensor:
         """Returns its output."""

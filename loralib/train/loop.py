@@ -164,12 +164,7 @@ class _Run:
             share_prompts=config.share_prompts,
             label_smoothing=config.label_smoothing,
         )
-        # Losses are compared, and exp of one is a perplexity, only if nothing is smoothed.
-        self.measure = (
-            make_step(model, packing=self.step.packing, share_prompts=self.step.share_prompts)
-            if config.label_smoothing
-            else self.step
-        )
+        self.measure = self.step.unsmoothed()
         # Common beginnings cost once only where they are shared; elsewhere a uniform shuffle is the better order.
         self.siblings = config.max_siblings if self.step.share_prompts else 1
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -65,7 +66,7 @@ class Step:
         self.packing = False
         self.share_prompts = False
         self.note = ""
-        self._linears, self._operators = Linears(model), Operators(model)
+        self._linears, self._operators = Linears(model), Operators.of(model)
         with self._linears.learning():
             self._split = _is_head_on_body(model)
         if packing:
@@ -88,6 +89,12 @@ class Step:
     def loss(self, batch: Sequence[TokenExample]) -> StepStats:
         """Returns the loss of a batch without computing gradients.  The model's mode (train, eval) is the caller's."""
         return self._run(self._lay_out(batch), None)
+
+    def unsmoothed(self) -> Step:
+        """Returns the same step without label smoothing: of losses to compare, and whose exp is a perplexity."""
+        twin = copy.copy(self)
+        twin._label_smoothing = 0.0
+        return twin
 
     def _lay_out(self, batch: Sequence[TokenExample]) -> Pack:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
