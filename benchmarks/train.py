@@ -1,6 +1,7 @@
 """Training speed and memory beside PEFT: a process each, step by step in turn, on the same examples.
 
-python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; about a quarter of an hour
+python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; 20 minutes with
+                                          --rounds 3 --steps 2, the defaults take far longer
 python benchmarks/train.py memory         peak memory at 8 sequences of 512 tokens
 python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; an hour
                                           (--examples 400 --seeds 1 for a look; --keep DIR keeps the adapters)

@@ -175,18 +175,27 @@ def test_triples_of_dart_and_webnlg(tmp_path: Path, tiny: Path) -> None:
         assert line["made_with"] == {"model": str(tiny), "max_new_tokens": 3, "num_beams": 2}
 
 
+def messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def text_for_chat(tmp_path: Path, model: Path, turns: list[tuple[str, str]]) -> str:
+    """What the command writes for a file with one chat."""
+    chat, output = tmp_path / "chat.jsonl", tmp_path / "texts.jsonl"
+    chat.write_text(json.dumps({"messages": messages(turns)}) + "\n", encoding="utf-8")
+    rest = ["--model", str(model), "--dtype", "fp32", "--max_new_tokens", "6"]
+    assert main(["generate", "--input", str(chat), *rest, "--output", str(output)]) == 0
+    return str(lines_of(output)[0]["text"])
+
+
 def test_a_chat_is_continued_where_its_last_answer_began(tmp_path: Path, tiny: Path) -> None:
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?"), ("assistant", "There.")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    rest = ["--model", str(tiny), "--dtype", "fp32", "--max_new_tokens", "6"]
-    output = tmp_path / "texts.jsonl"
-    assert main(["generate", "--input", str(tmp_path / "chat.jsonl"), *rest, "--output", str(output)]) == 0
+    text = text_for_chat(tmp_path, tiny, turns)
     model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
     pieces = render_chat(Example(messages=tuple(turns)), tokenizer)
     ids = tokenizer("".join(text for text, _ in pieces[:-1]), add_special_tokens=False)["input_ids"]
     [expected] = lora.generate(model, tokenizer, [ids], max_new_tokens=6)
-    assert lines_of(output)[0]["text"] == expected.text
+    assert text == expected.text
 
 
 def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,15 +257,11 @@ def test_a_file_may_hold_nothing_but_prompts(tmp_path: Path) -> None:
 
 def test_a_chat_that_ends_with_a_question_gets_its_answer(tmp_path: Path, tiny: Path) -> None:
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    rest = ["--model", str(tiny), "--dtype", "fp32", "--max_new_tokens", "6"]
-    output = tmp_path / "texts.jsonl"
-    assert main(["generate", "--input", str(tmp_path / "chat.jsonl"), *rest, "--output", str(output)]) == 0
+    text = text_for_chat(tmp_path, tiny, turns)
     model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
-    text = tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=True)
-    [expected] = lora.generate(model, tokenizer, [tokenizer(text)["input_ids"]], max_new_tokens=6)
-    assert lines_of(output)[0]["text"] == expected.text
+    prompt = tokenizer.apply_chat_template(messages(turns), tokenize=False, add_generation_prompt=True)
+    [expected] = lora.generate(model, tokenizer, [tokenizer(prompt)["input_ids"]], max_new_tokens=6)
+    assert text == expected.text
 
 
 def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
