@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 import time
 from collections.abc import Sequence
@@ -23,29 +22,28 @@ from .formats import read_adapter
 from .generate import generate
 from .inject import disabled, merge, unmerge
 from .metrics.slots import parse_meaning, slot_error_rate
+from .settings import knob
 from .train.report import parameter_table
 
 __all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
-
-
-def _knob(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "group": "inference", "choices": None})
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
     """The settings of one showing; see ``run_inference.py --help``."""
 
-    adapter: str | Sequence[str] = _knob("lora_model", "directory of the adapter; several show switching")
-    model: str | None = _knob(None, "base model; default: the one that the adapter names")
-    prompt: str | None = _knob(None, "write text for this prompt instead of the test data")
-    test_data: str | None = _knob(None, "E2E file whose meaning representations are written out")
-    samples: int = _knob(3, "how many meaning representations to write out")
-    max_new_tokens: int = _knob(60, "most tokens to write for each")
-    no_merge: bool = _knob(False, "leave out merging")
-    seed: int = _knob(0, "of the choice of meaning representations")
-    dtype: str = _knob("fp32", "fp32 shows that merging changes nothing; bf16 rounds")
-    device: str | None = _knob(None, "cpu, cuda, mps ...; default: the fastest there is")
+    adapter: str | Sequence[str] = knob(
+        "lora_model", "directory of the adapter; several show switching", "inference", several="in a row"
+    )
+    model: str | None = knob(None, "base model; default: the one that the adapter names", "inference")
+    prompt: str | None = knob(None, "write text for this prompt instead of the test data", "inference")
+    test_data: str | None = knob(None, "E2E file whose meaning representations are written out", "inference")
+    samples: int = knob(3, "how many meaning representations to write out", "inference")
+    max_new_tokens: int = knob(60, "most tokens to write for each", "inference")
+    no_merge: bool = knob(False, "leave out merging", "inference")
+    seed: int = knob(0, "of the choice of meaning representations", "inference")
+    dtype: str = knob("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
+    device: str | None = knob(None, "cpu, cuda, mps ...; default: the fastest there is", "inference")
 
     def __post_init__(self) -> None:
         if not self.adapter or not all(self.adapter):

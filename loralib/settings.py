@@ -1,4 +1,7 @@
-"""Settings in TOML: read with errors that name the file, every unknown key and every value of another kind."""
+"""Settings: declared once, as fields of a dataclass, and read from TOML.
+
+Errors name the file, every unknown key and every value of another kind.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,41 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError, did_you_mean
 
-__all__ = ["kinds_of", "parse_toml", "read_toml", "setting_faults"]
+__all__ = ["kinds_of", "knob", "parse_toml", "read_toml", "setting_faults"]
+
+
+def knob(
+    default: Any,
+    text: str,
+    group: str,
+    choices: tuple[str, ...] | None = None,
+    several: Literal["in a row", "one by one"] | None = None,
+) -> Any:
+    """Declares a setting: a dataclass field that tells all that its flag, its TOML key and its row in the docs need.
+
+    Args:
+        default: its value where none is given.
+        text: its help text.
+        group: under which heading it stands.
+        choices: the values that it may have; None: any.
+        several: how its flag takes more than one value: "in a row" (``--data a b``) or "one by one" (``--stop a
+            --stop b``: a row of texts would swallow what stands behind it); None: it takes one.
+
+    Returns:
+        The field.
+
+    >>> @dataclasses.dataclass
+    ... class Bath:
+    ...     warmth: int = knob(38, "degrees Celsius", "water")
+    >>> Bath().warmth
+    38
+    """
+    about = {"help": text, "group": group, "choices": choices, "several": several}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
 
     Args:
         parser: gets the flags, in the groups that the fields name.
-        config: a dataclass whose fields have "help", "group" and "choices" in their metadata.
+        config: a dataclass whose fields are each a `knob`.
         defaults: other defaults than the fields' own.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a file; flags win over it")
@@ -137,13 +137,12 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
                 group.add_argument(f"--{spec.name}", action="store_true", default=None, help=text)
             continue
         shown = "" if default in (None, ()) else f" (default {default})"
-        several = spec.name in ("adapter", "train_data", "valid_data")
         group.add_argument(
             f"--{spec.name}",
-            action="append" if spec.name == "stop" else "store",  # a list of words would swallow the prompts behind it
+            action="append" if spec.metadata["several"] == "one by one" else "store",
             type=kind,
             choices=spec.metadata["choices"],
-            nargs="+" if several else None,
+            nargs="+" if spec.metadata["several"] == "in a row" else None,
             metavar=None if spec.metadata["choices"] else _METAVARS[kind],
             help=text + shown,
         )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, list_faults
+from ..settings import knob
 
 __all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
 
 # Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
-
-
-def _knob(default: Any, text: str, group: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "choices": None})
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,20 @@ class Sampling:
     ('END',)
     """
 
-    max_new_tokens: int = _knob(128, "tokens to generate at most", "length")
-    min_new_tokens: int = _knob(0, "tokens before which the text may not end", "length")
-    stop: str | Sequence[str] = _knob((), "text that ends the generation and is left out; may be given again", "length")
-    temperature: float = _knob(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
-    top_k: int = _knob(0, "draw among so many likeliest tokens; 0: all", "choice")
-    top_p: float = _knob(1.0, "draw among the likeliest tokens that together have this probability", "choice")
-    min_p: float = _knob(0.0, "draw among tokens with this share of the likeliest one's probability", "choice")
-    repetition_penalty: float = _knob(1.0, "above 1: makes tokens that were generated before less likely", "choice")
-    no_repeat_ngram_size: int = _knob(0, "generate no sequence of so many tokens twice; 0: off", "choice")
-    seed: int = _knob(0, "of what is drawn; prompt i gets seed + i", "choice")
-    num_beams: int = _knob(1, "above 1: beam search, which keeps so many beginnings", "beam search")
-    length_penalty: float = _knob(1.0, "scores are log-probability / length ** this; below 1: shorter", "beam search")
+    max_new_tokens: int = knob(128, "tokens to generate at most", "length")
+    min_new_tokens: int = knob(0, "tokens before which the text may not end", "length")
+    stop: str | Sequence[str] = knob(
+        (), "text that ends the generation and is left out; may be given again", "length", several="one by one"
+    )
+    temperature: float = knob(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
+    top_k: int = knob(0, "draw among so many likeliest tokens; 0: all", "choice")
+    top_p: float = knob(1.0, "draw among the likeliest tokens that together have this probability", "choice")
+    min_p: float = knob(0.0, "draw among tokens with this share of the likeliest one's probability", "choice")
+    repetition_penalty: float = knob(1.0, "above 1: makes tokens that were generated before less likely", "choice")
+    no_repeat_ngram_size: int = knob(0, "generate no sequence of so many tokens twice; 0: off", "choice")
+    seed: int = knob(0, "of what is drawn; prompt i gets seed + i", "choice")
+    num_beams: int = knob(1, "above 1: beam search, which keeps so many beginnings", "beam search")
+    length_penalty: float = knob(1.0, "scores are log-probability / length ** this; below 1: shorter", "beam search")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

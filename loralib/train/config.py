@@ -14,12 +14,9 @@ from typing import Any
 from ..config import ALL_LINEAR, LoraConfig
 from ..data import FORMATS
 from ..errors import ConfigError, list_faults
+from ..settings import knob
 
 __all__ = ["TrainConfig"]
-
-
-def _knob(default: Any, text: str, group: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -34,48 +31,51 @@ class TrainConfig:
     """
 
     # What is trained on what.
-    model: str = _knob(
+    model: str = knob(
         "smollm2-135m", "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id", "model and data"
     )
-    train_data: str | Sequence[str] | None = _knob(
-        None, "training file(s), `path` or `path:weight`: E2E lines, .jsonl, or see data_format", "model and data"
+    train_data: str | Sequence[str] | None = knob(
+        None,
+        "training file(s), `path` or `path:weight`: E2E lines, .jsonl, or see data_format",
+        "model and data",
+        several="in a row",
     )
-    valid_data: str | Sequence[str] | None = _knob(None, "validation file(s)", "model and data")
-    data_format: str = _knob(
+    valid_data: str | Sequence[str] | None = knob(None, "validation file(s)", "model and data", several="in a row")
+    data_format: str = knob(
         "auto",
         "of the data files: auto goes by their names and takes .txt for E2E lines; text is plain text",
         "model and data",
         FORMATS,
     )
-    output_dir: str = _knob("lora_model", "where the adapter goes", "model and data")
-    max_train_samples: int = _knob(100, "examples to train on, drawn across prompts; 0: all", "model and data")
-    max_valid_samples: int = _knob(64, "examples to validate on; 0: all", "model and data")
-    seq_len: int = _knob(64, "tokens an example may have; longer ones are dropped and counted", "model and data")
-    objective: str = _knob("clm", "train completions (clm) or all tokens (jlm)", "model and data", ("clm", "jlm"))
-    hidden_dim: int | None = _knob(None, "width of the scratch model (default 768)", "model and data")
-    num_layers: int | None = _knob(None, "layers of the scratch model (default 2)", "model and data")
-    dtype: str = _knob(
+    output_dir: str = knob("lora_model", "where the adapter goes", "model and data")
+    max_train_samples: int = knob(100, "examples to train on, drawn across prompts; 0: all", "model and data")
+    max_valid_samples: int = knob(64, "examples to validate on; 0: all", "model and data")
+    seq_len: int = knob(64, "tokens an example may have; longer ones are dropped and counted", "model and data")
+    objective: str = knob("clm", "train completions (clm) or all tokens (jlm)", "model and data", ("clm", "jlm"))
+    hidden_dim: int | None = knob(None, "width of the scratch model (default 768)", "model and data")
+    num_layers: int | None = knob(None, "layers of the scratch model (default 2)", "model and data")
+    dtype: str = knob(
         "auto",
         "of the frozen base: auto takes bf16 where it is fast",
         "model and data",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    device: str | None = _knob(None, "cpu, cuda, mps ...; default: the fastest there is", "model and data")
-    seed: int = _knob(0, "of every random choice", "model and data")
+    device: str | None = knob(None, "cpu, cuda, mps ...; default: the fastest there is", "model and data")
+    seed: int = knob(0, "of every random choice", "model and data")
 
     # The adapter.
-    lora_dim: int = _knob(16, "rank r of the update: the inner size of A and B", "adapter")
-    lora_alpha: float | None = _knob(None, "the update is scaled by lora_alpha / r; default 2 * lora_dim", "adapter")
-    lora_dropout: float = _knob(0.0, "probability of dropping an input of the low-rank path", "adapter")
-    target_modules: str | Sequence[str] = _knob(
+    lora_dim: int = knob(16, "rank r of the update: the inner size of A and B", "adapter")
+    lora_alpha: float | None = knob(None, "the update is scaled by lora_alpha / r; default 2 * lora_dim", "adapter")
+    lora_dropout: float = knob(0.0, "probability of dropping an input of the low-rank path", "adapter")
+    target_modules: str | Sequence[str] = knob(
         ALL_LINEAR, "modules to adapt: names separated by commas, one regular expression, or all-linear", "adapter"
     )
-    enable_lora: str | Mapping[str, Sequence[bool]] | None = _knob(
+    enable_lora: str | Mapping[str, Sequence[bool]] | None = knob(
         None, "blocks of fused projections, as c_attn=1,0,1 (q and v)", "adapter"
     )
-    use_rslora: bool = _knob(False, "scale by lora_alpha / sqrt(r)", "adapter")
-    bias: str = _knob("none", "biases to train as well", "adapter", ("none", "all", "lora_only"))
-    target: str = _knob(
+    use_rslora: bool = knob(False, "scale by lora_alpha / sqrt(r)", "adapter")
+    bias: str = knob("none", "biases to train as well", "adapter", ("none", "all", "lora_only"))
+    target: str = knob(
         "none",
         "the tool that will use the adapter: what it could not compute rightly is refused before training",
         "adapter",
@@ -83,26 +83,26 @@ class TrainConfig:
     )
 
     # The optimiser.
-    num_epochs: int = _knob(2, "times through the data", "optimiser")
-    max_steps: int = _knob(0, "stop after so many updates; 0: after num_epochs", "optimiser")
-    batch_size: int = _knob(4, "examples a step", "optimiser")
-    grad_accum: int = _knob(1, "steps whose gradients make one update", "optimiser")
-    lr: float = _knob(1e-4, "peak learning rate", "optimiser")
-    loraplus_lr_ratio: float = _knob(
+    num_epochs: int = knob(2, "times through the data", "optimiser")
+    max_steps: int = knob(0, "stop after so many updates; 0: after num_epochs", "optimiser")
+    batch_size: int = knob(4, "examples a step", "optimiser")
+    grad_accum: int = knob(1, "steps whose gradients make one update", "optimiser")
+    lr: float = knob(1e-4, "peak learning rate", "optimiser")
+    loraplus_lr_ratio: float = knob(
         16.0, "B learns so many times faster than A (LoRA+, arXiv:2402.12354); 1: equally fast", "optimiser"
     )
-    schedule: str = _knob("linear", "of the learning rate after warm-up", "optimiser", ("linear", "cosine", "constant"))
-    warmup_steps: int = _knob(0, "updates over which the learning rate rises", "optimiser")
-    weight_decay: float = _knob(0.0, "decoupled weight decay of the adapter", "optimiser")
-    beta1: float = _knob(0.9, "AdamW's decay of the mean gradient", "optimiser")
-    beta2: float = _knob(0.999, "AdamW's decay of the mean square", "optimiser")
-    adam_eps: float = _knob(1e-8, "AdamW's epsilon", "optimiser")
-    correct_bias: bool = _knob(
+    schedule: str = knob("linear", "of the learning rate after warm-up", "optimiser", ("linear", "cosine", "constant"))
+    warmup_steps: int = knob(0, "updates over which the learning rate rises", "optimiser")
+    weight_decay: float = knob(0.0, "decoupled weight decay of the adapter", "optimiser")
+    beta1: float = knob(0.9, "AdamW's decay of the mean gradient", "optimiser")
+    beta2: float = knob(0.999, "AdamW's decay of the mean square", "optimiser")
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", "optimiser")
+    correct_bias: bool = knob(
         True, "correct AdamW's moments for their start at zero (always done with --arithmetic standard)", "optimiser"
     )
-    max_grad_norm: float = _knob(1.0, "clip the gradient to this norm; 0: never", "optimiser")
-    label_smoothing: float = _knob(0.0, "share of the target spread over the vocabulary", "optimiser")
-    arithmetic: str = _knob(
+    max_grad_norm: float = knob(1.0, "clip the gradient to this norm; 0: never", "optimiser")
+    label_smoothing: float = knob(0.0, "share of the target spread over the vocabulary", "optimiser")
+    arithmetic: str = knob(
         "standard",
         "paper: the LoRA paper's own AdamW (eps before bias correction, decay after the update), schedule and loss, "
         "counted in micro-batches",
@@ -111,24 +111,24 @@ class TrainConfig:
     )
 
     # The engine.
-    packing: bool = _knob(
+    packing: bool = knob(
         True, "lay the examples of a step out in one row without padding, each seeing only itself", "engine"
     )
-    share_prompts: bool = _knob(True, "compute a prompt once for the examples of a step that share it", "engine")
-    max_siblings: int = _knob(1, "examples of one prompt drawn into a step together, at most", "engine")
-    shuffle: bool = _knob(True, "draw the examples in a new order each epoch", "engine")
-    gradient_checkpointing: bool = _knob(False, "less memory, a third more time", "engine")
+    share_prompts: bool = knob(True, "compute a prompt once for the examples of a step that share it", "engine")
+    max_siblings: int = knob(1, "examples of one prompt drawn into a step together, at most", "engine")
+    shuffle: bool = knob(True, "draw the examples in a new order each epoch", "engine")
+    gradient_checkpointing: bool = knob(False, "less memory, a third more time", "engine")
 
     # What is kept and shown.
-    eval_steps: int = _knob(0, "validate every so many updates; 0: at the end of each epoch", "keeping and showing")
-    early_stopping: int = _knob(
+    eval_steps: int = knob(0, "validate every so many updates; 0: at the end of each epoch", "keeping and showing")
+    early_stopping: int = knob(
         0, "stop after so many validations without a better loss; 0: never", "keeping and showing"
     )
-    save_steps: int = _knob(0, "checkpoint every so many updates; 0: at the end of each epoch", "keeping and showing")
-    keep_checkpoints: int = _knob(2, "how many of the last checkpoints stay", "keeping and showing")
-    resume: bool = _knob(False, "go on from the last checkpoint in output_dir", "keeping and showing")
-    overwrite: bool = _knob(False, "throw away an unfinished run in output_dir", "keeping and showing")
-    report_to: str = _knob("none", "also log there", "keeping and showing", ("none", "tensorboard"))
+    save_steps: int = knob(0, "checkpoint every so many updates; 0: at the end of each epoch", "keeping and showing")
+    keep_checkpoints: int = knob(2, "how many of the last checkpoints stay", "keeping and showing")
+    resume: bool = knob(False, "go on from the last checkpoint in output_dir", "keeping and showing")
+    overwrite: bool = knob(False, "throw away an unfinished run in output_dir", "keeping and showing")
+    report_to: str = knob("none", "also log there", "keeping and showing", ("none", "tensorboard"))
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
