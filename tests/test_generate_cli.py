@@ -244,6 +244,7 @@ def test_a_file_may_hold_nothing_but_prompts(tmp_path: Path) -> None:
     files = {
         "lines.txt": "Once upon a time\n\nname : The Wharf | area : harbour \n",
         "lines.jsonl": '{"prompt": "Once upon a time"}\n{"context": "name : The Wharf | area : harbour"}\n',
+        "list.json": '[{"prompt": "Once upon a time"},\n {"context": "name : The Wharf | area : harbour"}]\n',
     }
     texts = []
     for name, content in files.items():
@@ -251,7 +252,7 @@ def test_a_file_may_hold_nothing_but_prompts(tmp_path: Path) -> None:
         output = tmp_path / f"{name}.out"
         assert main(["generate", "--input", str(tmp_path / name), *TINY, "--output", str(output)]) == 0
         texts.append([(line["prompt"], line["text"]) for line in lines_of(output)])
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     assert [prompt for prompt, _ in texts[0]] == ["Once upon a time", "name : The Wharf | area : harbour\n"]
 
 
@@ -280,6 +281,9 @@ def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "lone surrogate"),
         ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "Did you mean 'prompt'?"),
         ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines are not of that form"),
+        ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', "a.json[1]: prompt is a number"),
+        ("a.jsonl", "\n", "is empty, expected a JSON object a line"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),
         ("a.txt", "name : A||It is A.\nname : B\n", "a.txt:2: no `||`"),
     ],

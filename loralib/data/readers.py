@@ -27,15 +27,17 @@ __all__ = [
     "guess_format",
     "parse_source",
     "read_examples",
+    "read_records",
     "read_sources",
 ]
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
 
 _RECORDS: Final = "prompt and completion, messages, or text"
+_JSON: Final = "a JSON object a line (or a JSON list of objects) with "
 _EXPECTED: Final = {
     "e2e": "lines of the form `meaning representation||text`",
-    "jsonl": f"a JSON object a line (or a JSON list of objects) with {_RECORDS}",
+    "jsonl": _JSON + _RECORDS,
     "text": "text",
     "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
     "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
@@ -141,11 +143,49 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
         rows = enumerate(read_rows(path, format), 1)
         examples = [Example.of(_prompt(row.context), row.completion.strip(), f"{path}:{i}") for i, row in rows]
     else:
-        reader: dict[str, Callable[[Path], list[Example]]] = {"e2e": _read_e2e, "jsonl": _read_jsonl}
+        reader: dict[str, Callable[[Path], list[Example]]] = {"e2e": _read_e2e, "jsonl": read_records}
         examples = reader.get(format, _read_plain)(path)
     if not examples:
         raise DataError(f"{path} holds no examples, expected {_EXPECTED[format]}.")
     return _with_references(examples)
+
+
+def read_records(
+    path: Path, complete: Callable[[Any], Any] = lambda record: record, wanted: str = _RECORDS
+) -> list[Example]:
+    """Reads examples from lines of JSON, or from a .json file that is one list of records.
+
+    Args:
+        path: the file.
+        complete: makes of each record what `read_examples` takes, for instance by adding what it may leave out.
+        wanted: what a record should have, for messages.
+
+    Returns:
+        The examples in file order; their references are those of their own record.
+
+    Raises:
+        DataError: as `read_examples`.
+    """
+    examples, faults = [], []
+    listed = _listed(path)
+    if listed is None:
+        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, _JSON + wanted)]
+    else:
+        rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
+    for where, row in rows:
+        try:
+            record = json.loads(row) if listed is None else row
+            examples.append(_from_record(complete(record), where))
+        except json.JSONDecodeError as error:
+            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(row)}")
+        except DataError as error:
+            faults.append(f"{where}: {error}")
+        except (RecursionError, ValueError):
+            faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
+    if faults:
+        heading = f"expected a JSON object a line with {wanted}, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, "Mend or remove them."))
+    return examples
 
 
 def guess_format(path: str | Path) -> str:
@@ -235,7 +275,7 @@ def parse_source(text: str) -> tuple[Path, float]:
 
 def _read_e2e(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path, "e2e"):
+    for number, line in _numbered(path, _EXPECTED["e2e"]):
         fields = line.split(SEPARATOR)
         if len(fields) == 2:
             examples.append(Example.of(_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
@@ -252,34 +292,12 @@ def _read_e2e(path: Path) -> list[Example]:
     return examples
 
 
-def _read_jsonl(path: Path) -> list[Example]:
-    examples, faults = [], []
-    listed = _listed(path)
-    if listed is None:
-        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, "jsonl")]
-    else:
-        rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
-    for where, row in rows:
-        try:
-            examples.append(_from_record(json.loads(row) if listed is None else row, where))
-        except json.JSONDecodeError as error:
-            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(row)}")
-        except DataError as error:
-            faults.append(f"{where}: {error}")
-        except (RecursionError, ValueError):
-            faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
-    if faults:
-        heading = f"expected a JSON object a line with {_RECORDS}, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Mend or remove them."))
-    return examples
-
-
 def _listed(path: Path) -> list[Any] | None:
     """The records of a .json file that is one list, or one record; None where it has lines, or is no JSON."""
     if path.suffix.lower() != ".json":
         return None
     try:
-        value = json.loads(read_text(path, _EXPECTED["jsonl"]))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError):  # DataError is a ValueError: what is wrong is told line by line
         return None
     return value if isinstance(value, list) else [value]
@@ -353,8 +371,8 @@ def _with_references(examples: list[Example]) -> list[Example]:
     return [replace(example, references=shared.get(example.prompt, ())) for example in examples]
 
 
-def _numbered(path: Path, format: str) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(read_lines(path, _EXPECTED[format]), 1) if line.strip()]
+def _numbered(path: Path, expected: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
 
 
 def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:
