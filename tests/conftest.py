@@ -24,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("LORALIB_CACHE", str(config.cache.mkdir("loralib")))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("bf16_units") is not None:
+        import torch
+
+        from loralib.ordered import can_order
+
+        if not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)):
+            pytest.skip("this processor has no units for bf16")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def modest_threads() -> None:
     """Two threads at most: results must not depend on the machine's size, and machines are shared."""

@@ -10,13 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from loralib.config import LoraConfig
 from loralib.inject import adapted_layers, disabled, inject, merge, remove
-from loralib.ordered import can_order
 from loralib.train.linears import Linears
 
 TOLERANCE = 1e-6
-needs_units = pytest.mark.skipif(
-    not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)), reason="this processor has no units for bf16"
-)
 
 
 class Net(nn.Module):
@@ -292,7 +288,7 @@ def passed(net, x, linears=None):
     return [value.double() for value in (out.detach(), x.grad, *gradients(net).values())]
 
 
-@needs_units
+@pytest.mark.bf16_units
 @pytest.mark.parametrize("limit", [2**30, 0])
 def test_frozen_weights_in_the_processors_order(limit, monkeypatch):
     """As near to the exact numbers as without; where the copies are too large there are none."""
@@ -306,7 +302,7 @@ def test_frozen_weights_in_the_processors_order(limit, monkeypatch):
         assert (got - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-3 * truth.norm()
 
 
-@needs_units
+@pytest.mark.bf16_units
 @pytest.mark.parametrize("name", ["below", "adapted", "head"])
 def test_a_weight_that_changes_between_steps(name):
     net, x = headed(), torch.randn(5, 8).bfloat16()
@@ -319,7 +315,7 @@ def test_a_weight_that_changes_between_steps(name):
     assert not torch.allclose(got, before, rtol=0.05, atol=0.02)
 
 
-@needs_units
+@pytest.mark.bf16_units
 def test_a_head_that_is_trained_or_runs_under_autocast_keeps_its_own_way():
     net, x = headed(), torch.randn(5, 8).bfloat16()
     linears = learned(net, x)

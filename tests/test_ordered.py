@@ -8,9 +8,6 @@ from torch.nn import functional as F
 from loralib.ordered import FrozenWeight, OrderedWeight, can_order
 
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}  # sums in another order, rounded to bf16
-needs_units = pytest.mark.skipif(
-    not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)), reason="this processor has no units for bf16"
-)
 
 
 def drawn(*shape, dtype=torch.bfloat16):
@@ -19,7 +16,7 @@ def drawn(*shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize(
     ("dtype", "ordered"),
-    [(torch.float64, False), (torch.bfloat16, False), pytest.param(torch.bfloat16, True, marks=needs_units)],
+    [(torch.float64, False), (torch.bfloat16, False), pytest.param(torch.bfloat16, True, marks=pytest.mark.bf16_units)],
 )
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -43,7 +40,7 @@ def test_products_both_ways(dtype, ordered, transposed, rows):
     torch.testing.assert_close(got.double(), exact + added.double(), **tolerance)
 
 
-@needs_units
+@pytest.mark.bf16_units
 @pytest.mark.parametrize(
     "change",
     [
@@ -66,7 +63,7 @@ def test_a_copy_knows_when_its_weight_is_another(change):
     assert frozen.now(layer.weight.T) is not frozen
 
 
-@needs_units
+@pytest.mark.bf16_units
 def test_leading_dimensions_are_kept():
     weight, x = drawn(8, 6), drawn(2, 3, 6)
     torch.testing.assert_close(OrderedWeight(weight).times(x), F.linear(x, weight), **TOLERANCE)
