@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -153,6 +154,22 @@ def test_what_reading_the_bundle_needs_is_told(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(MissingDependencyError, match=r"needs accelerate: pip install 'loralib\[train\]'"):
         load_base()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reader_finds_out_which_gguf_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Python 3.10 the first transformers 5 ask the module, which does not say; they then read nothing."""
+    import gguf
+    import transformers
+
+    monkeypatch.setattr(gguf, "__version__", "forgotten when this test is over", raising=False)
+    monkeypatch.delattr(gguf, "__version__")
+
+    def read(**_: Any) -> None:
+        raise ValueError(f"this is gguf {getattr(gguf, '__version__', 'of no version')}")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
+    with pytest.raises(BaseModelError, match=re.escape(f"this is gguf {importlib.metadata.version('gguf')}")):
+        base._convert(tmp_path / "model.gguf", tmp_path)
 
 
 def test_damaged_bundle_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
