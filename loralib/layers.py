@@ -227,21 +227,27 @@ class LinearPath(LoRALayer):
         return y + low_rank(self._drop(x), *self._factors(), self.scaling)
 
 
+def _reads_as_sum(name: str) -> property:
+    """A weight that a parent reads past the layer's forward: for such a reader it is base + update."""
+
+    def read(self: LinearPath) -> Tensor:
+        base = self._parameters[name]
+        assert base is not None
+        return add_delta(base, self.delta_weight()) if self._active else base
+
+    def write(self: LinearPath, value: Parameter) -> None:
+        self.register_parameter(name, value)
+
+    return property(read, write)
+
+
 class ReadLinearPath(LinearPath):
     """A linear whose weight a parent reads past its forward (nn.TransformerEncoderLayer's fast path).
 
     `weight` is base + update for such a reader; `forward` computes as any other layer does.
     """
 
-    @property
-    def weight(self) -> Tensor:
-        base = self._parameters["weight"]
-        assert base is not None
-        return add_delta(base, self.delta_weight()) if self._active else base
-
-    @weight.setter
-    def weight(self, value: Parameter) -> None:
-        self.register_parameter("weight", value)
+    weight = _reads_as_sum("weight")
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, cast(Tensor, self._parameters["weight"]), cast("Tensor | None", self._parameters["bias"]))
@@ -252,15 +258,7 @@ class AttentionPath(LinearPath):
 
     _weight_name = "in_proj_weight"
 
-    @property
-    def in_proj_weight(self) -> Tensor:
-        base = self._parameters["in_proj_weight"]
-        assert base is not None
-        return add_delta(base, self.delta_weight()) if self._active else base
-
-    @in_proj_weight.setter
-    def in_proj_weight(self, value: Parameter) -> None:
-        self.register_parameter("in_proj_weight", value)
+    in_proj_weight = _reads_as_sum("in_proj_weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return nn.MultiheadAttention.forward(cast(nn.MultiheadAttention, self), *args, **kwargs)
