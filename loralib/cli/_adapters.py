@@ -43,6 +43,14 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument("--modules_to_save", nargs="+", metavar="NAME", help="modules in it trained in full: classifier")
 
 
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds what `loralib.inference.load_adapted` wants to know: the adapter, its base, and how to load it."""
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
+    parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
+
+
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
     from ..config import LoraConfig

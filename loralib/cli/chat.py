@@ -20,6 +20,7 @@ from typing import Any, Final
 from ..console import say
 from ..errors import ConfigError, DataError, did_you_mean
 from . import add_fields, from_args
+from ._adapters import add_model_arguments
 
 _DEFAULTS: Final = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9}
 _COMMANDS: Final = {
@@ -38,12 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, what it is told first, and a flag for every setting of `Sampling`."""
     from ..generate import Sampling
 
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
-    parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
     parser.add_argument("--plain", action="store_true", help="write turns as 'User: ...' without a chat template")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
     add_fields(parser, Sampling, _DEFAULTS)
 
 

@@ -15,6 +15,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from ._adapters import add_model_arguments
+
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
     from ..perplexity import Perplexity
@@ -61,11 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     model = parser.add_argument_group("perplexity")
     model.add_argument("--perplexity", action="store_true", help="of a model on REF's texts, a token and a word")
-    model.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
-    model.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
+    add_model_arguments(model)
     model.add_argument("--format", help="of REF: auto, e2e, jsonl, text, dart or webnlg (default auto)")
-    model.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
-    model.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
 
 
 def run(args: argparse.Namespace) -> None:

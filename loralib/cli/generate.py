@@ -27,6 +27,7 @@ from ..console import progress, say
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, resume_lines
 from . import add_fields, from_args
+from ._adapters import add_model_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each different prompt is written once")
     parser.add_argument("--format", default="auto", help="of the file: auto, e2e, jsonl, dart or webnlg (default auto)")
     parser.add_argument("--output", metavar="FILE.jsonl", help="where the texts go, one JSON line each")
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
-    parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    add_model_arguments(parser)
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
     add_fields(parser, Sampling)
 
 
