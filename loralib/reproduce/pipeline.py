@@ -18,7 +18,7 @@ import torch
 
 from ..adapter import apply_adapter
 from ..console import say
-from ..data import Encoded, load_examples
+from ..data import Encoded
 from ..data.convert import format_rows, read_formatted
 from ..data.published import Row
 from ..errors import DataError, InterruptedRunError
@@ -29,6 +29,7 @@ from ..perplexity import perplexity
 from ..train import TrainConfig, train
 from ..train.checkpoint import last_checkpoint
 from ..train.job import load_base_of
+from ..train.loop import load_examples_of
 from ..train.report import read_metrics
 from .decode import decode, one_line, read_decoded, write_decoded
 from .recipe import Recipe
@@ -225,14 +226,7 @@ class _Reproduction:
     def _encoded(self, path: Path, config: TrainConfig, most: int) -> Encoded:
         _, tokenizer = self._model()
         source = as_source(read_split(path, self.dataset), path, self.recipe.form, tokenizer)
-        return load_examples(
-            [source],
-            tokenizer,
-            seq_len=config.seq_len,
-            objective=config.objective,
-            max_samples=most or None,
-            seed=config.seed,
-        )
+        return load_examples_of(config, [source], tokenizer, most)
 
     @functools.cached_property
     def _rows(self) -> list[Row]:

@@ -9,13 +9,13 @@ from torch import nn
 
 from ..base import load_base
 from ..console import duration, size
-from ..data import Encoded, load_examples, read_sources
+from ..data import Encoded, read_sources
 from ..errors import ConfigError
 from ..formats import check_portable
 from ..inject import adapted_layers, inject
 from . import train
 from .config import TrainConfig
-from .loop import TrainResult
+from .loop import TrainResult, load_examples_of
 from .report import parameter_table, tell
 
 __all__ = ["load_base_of", "run_job"]
@@ -40,11 +40,11 @@ def run_job(config: TrainConfig) -> TrainResult:
     valid_sources = None if config.valid_data is None else read_sources(config.valid_data, config.data_format)
     tell(f"Loading {config.model} ...")
     model, tokenizer = load_base_of(config)
-    training = _load(sources, tokenizer, config, config.max_train_samples)
+    training = load_examples_of(config, sources, tokenizer, config.max_train_samples)
     tell(f"Loaded {len(training):,} training examples{_dropped(training)}")
     valid = None
     if valid_sources is not None:
-        valid = _load(valid_sources, tokenizer, config, config.max_valid_samples)
+        valid = load_examples_of(config, valid_sources, tokenizer, config.max_valid_samples)
         tell(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
     _adapt(model, config)
     tell()
@@ -64,17 +64,6 @@ def load_base_of(config: TrainConfig) -> tuple[nn.Module, Any]:
         seed=config.seed,
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,
-    )
-
-
-def _load(sources: Any, tokenizer: Any, config: TrainConfig, most: int) -> Encoded:
-    return load_examples(
-        sources,
-        tokenizer,
-        seq_len=config.seq_len,
-        objective=config.objective,
-        max_samples=most or None,
-        seed=config.seed,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..console import duration, progress, size
-from ..data import Example, TokenExample, encode, load_examples
+from ..data import Encoded, Example, TokenExample, encode, load_examples
 from ..data.order import epoch_order
 from ..errors import (
     AdapterError,
@@ -52,7 +52,7 @@ from .report import Metrics, memory_estimate, plot_losses, write_card
 from .report import tell as tell_user
 from .step import Step, StepStats, make_step
 
-__all__ = ["Data", "TrainResult", "run"]
+__all__ = ["Data", "TrainResult", "load_examples_of", "run"]
 
 Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
 
@@ -644,6 +644,19 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+def load_examples_of(config: TrainConfig, sources: Any, tokenizer: Any, most: int) -> Encoded:
+    """Loads examples as the run's settings say, at most so many, or all for 0 (see `load_examples`)."""
+    return load_examples(
+        sources,
+        tokenizer,
+        format=config.data_format,
+        seq_len=config.seq_len,
+        objective=config.objective,
+        max_samples=most or None,
+        seed=config.seed,
+    )
+
+
 def _token_examples(
     data: Data | None, tokenizer: Any, config: TrainConfig, most: int, what: str, tell: Callable[..., None]
 ) -> list[TokenExample]:
@@ -653,15 +666,7 @@ def _token_examples(
         if tokenizer is None:
             raise ConfigError(f"{what} is a file, which needs a tokenizer: pass tokenizer=")
         paths: Any = data
-        encoded = load_examples(
-            paths,
-            tokenizer,
-            format=config.data_format,
-            seq_len=config.seq_len,
-            objective=config.objective,
-            max_samples=most or None,
-            seed=config.seed,
-        )
+        encoded = load_examples_of(config, paths, tokenizer, most)
     else:
         if not data:
             raise DataError(f"{what} is empty, expected at least one example")
