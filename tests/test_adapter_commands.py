@@ -198,6 +198,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("convert", "nowhere", "out"), "nowhere does not exist"),
     (("convert", "ADAPTER", "out", "--rank", "0"), "--rank is 0"),
     (("convert", "ADAPTER", "out", "--target", "mlx", "--base", "nowhere/at/all"), "nowhere/at/all"),
+    (("convert", "ADAPTER", ""), "the output is ''"),
+    (("merge", "ADAPTER", " "), "the output is ' '"),
+    (("combine", "ADAPTER", "-o", ""), "the output is ''"),
     (("combine", "ADAPTER", "-o", "out", "--energy", "2"), "energy is 2"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--method", "ties"), "density is None"),
     (("combine", "ADAPTER", "-o", "out", "--subtract"), "take two adapters"),
@@ -222,7 +225,7 @@ def test_mistakes_get_one_message(
     told = capsys.readouterr().err
     assert expected in told
     assert "Traceback" not in told
-    assert not Path("out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "merge", "combine"])

@@ -51,6 +51,18 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
 
 
+def require_output(path: str) -> None:
+    """Refuses an output without a name, which would be the current directory.
+
+    Raises:
+        ConfigError: the name is empty.
+    """
+    from ..errors import ConfigError
+
+    if not path.strip():
+        raise ConfigError(f"the output is {path!r}, expected the name of what to write (. is the current directory)")
+
+
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
     from ..config import LoraConfig

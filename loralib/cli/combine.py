@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._adapters import add_adapter_arguments, read_with_base
+from ._adapters import add_adapter_arguments, read_with_base, require_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
     from ..formats import write_peft
 
+    require_output(args.output)
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base
+from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base, require_output
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
     from ..formats import export, make_portable, write_microsoft
 
+    require_output(args.output)
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
     if args.target == "microsoft":

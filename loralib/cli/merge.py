@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
+from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base, require_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import MergeError, OutputError
     from ..formats import merge_and_compare, save_merged
 
+    require_output(args.output)
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True)
     assert model is not None
     base = Path(args.base or adapter.config.base_model_name_or_path or "")
