@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,6 +178,31 @@ def test_output_that_cannot_be_printed_is_no_traceback(
     monkeypatch.setattr(sys, "stdout", Full(error, 1))
     assert main(["data", "preview", str(NLG / "data" / "e2e" / "train.txt"), "--model", "scratch"]) == code
     assert told in capsys.readouterr().err
+
+
+def test_the_exit_code_stays_where_nothing_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Full(OSError, 0))
+    assert main(["inspect", "nowhere"]) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path: Path) -> None:
+    import pty
+
+    argv = [*TINY, "--train_data", str(NLG / "data" / "e2e" / "train.txt"), "--max_steps", "100000"]
+    child, terminal = pty.fork()
+    if not child:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, "-m", "loralib", "train", *argv])
+    shown = b""
+    while b"loss " not in shown:  # of the progress bar
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129, shown.decode()
+    assert list((tmp_path / "lora_model" / "checkpoints").iterdir())
 
 
 def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> None:

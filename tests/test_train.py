@@ -16,6 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
+from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.ordered import can_order
 from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.train.job import _tell
@@ -505,7 +507,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> 
     assert kept(Path(config.output_dir)) == kept(whole)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+no_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
+
+
+@contextmanager
+def hangup(handler: Any) -> Iterator[None]:
+    """What SIGHUP does meanwhile: by default it ends a process, under nohup, as these tests may run, it is ignored."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=no_hangup)]
+)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, name: str, code: int) -> None:
     whole = train(settings(tmp_path / "whole", num_epochs=4)).output_dir
     config = settings(tmp_path / "stopped", num_epochs=4)
@@ -515,15 +532,25 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path,
     def hook(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 12:
-            signal.raise_signal(getattr(signal, name))
+            for _ in range(2 if name == "SIGHUP" else 1):  # the shell passes it on
+                signal.raise_signal(getattr(signal, name))
 
     model.model.layers[1].mlp.register_forward_hook(hook)
-    with pytest.raises(errors.InterruptedRunError, match=rf"{name}: stopped after update .* --resume") as caught:
+    told = pytest.raises(errors.InterruptedRunError, match=rf"{name}: stopped after update .* --resume")
+    with hangup(signal.SIG_DFL) if name == "SIGHUP" else nullcontext(), told as caught:
         train(config, model)
     assert caught.value.exit_code == code
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handlers are given back"
     train(config.replace(resume=True))
     assert kept(Path(config.output_dir)) == kept(whole)
+
+
+@no_hangup
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGHUP))
+    with hangup(signal.SIG_IGN):
+        assert train(settings(tmp_path, num_epochs=1), model).steps == 4
 
 
 def test_ctrl_break_on_windows_asks_as_sigterm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,9 +559,12 @@ def test_ctrl_break_on_windows_asks_as_sigterm_does(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(signal, "SIGBREAK", stand_in, raising=False)
     model = tiny_model()
     once = iter([stand_in])
-    model.model.layers[1].mlp.register_forward_hook(
-        lambda *_: [signal.raise_signal(number) for number in once] and None
-    )
+
+    def hook(*_: Any) -> None:
+        for number in once:
+            signal.raise_signal(number)
+
+    model.model.layers[1].mlp.register_forward_hook(hook)
     with pytest.raises(errors.InterruptedRunError, match="--resume") as caught:
         lora.train(model, copying_examples(), settings(tmp_path), verbose=False)
     assert caught.value.exit_code == 143
@@ -597,6 +627,15 @@ def test_where_no_checkpoint_can_be_read_overwrite_helps(tmp_path: Path) -> None
         ):
             train(config.replace(**changes))
     assert train(config.replace(overwrite=True)).steps == 8
+
+
+def test_a_checkpoint_without_a_checksum_is_called_what_it_is(tmp_path: Path) -> None:
+    config = settings(tmp_path, keep_checkpoints=1)
+    (last,) = checkpoint_files(train(config).output_dir / "checkpoints")
+    tensors, about = read_safetensors(last)
+    write_safetensors(last, tensors, {"loralib.checkpoint": about["loralib.checkpoint"]})
+    with pytest.raises(errors.FormatError, match="of an early loralib, which wrote no checksum"):
+        train(config.replace(resume=True))
 
 
 def test_a_new_checkpoint_outlasts_later_ones_that_could_not_be_read(tmp_path: Path) -> None:

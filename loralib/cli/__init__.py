@@ -78,36 +78,41 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     debug = "--debug" in argv  # wherever it stands, before or behind an action
     try:
         args = parser.parse([word for word in argv if word != "--debug"])
-        code = int(module.run(args) or 0)
-        _let_go_of_broken_stdout()
-        return code
+        return int(module.run(args) or 0)
     except LoraError as error:
         if debug:
             raise
-        say(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return int(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
-        say(f"\n{name}: interrupted", file=sys.stderr)
+        _complain(f"\n{name}: interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        _let_go_of_broken_stdout()
         return 0
     except OSError as error:  # of files, OutputError and others tell; what is left is the console, or a file it goes to
         if debug:
             raise
-        say(f"{name}: {error} (--debug shows where)", file=sys.stderr)
-        _let_go_of_broken_stdout()
+        _complain(f"{name}: {error} (--debug shows where)")
         return 2
+    finally:
+        _let_go_of_broken_streams()
 
 
-def _let_go_of_broken_stdout() -> None:
-    """What cannot be printed is dropped; else Python tries again when it ends, and complains."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):  # a stream that has been replaced need not be a file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _complain(text: str) -> None:
+    """Prints to stderr, where that is possible: a terminal that was closed takes no more, and the exit code counts."""
+    with contextlib.suppress(OSError):
+        say(text, file=sys.stderr)
+
+
+def _let_go_of_broken_streams() -> None:
+    """What cannot be printed is dropped; else Python tries again in the end, complains, and exits with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # a stream that has been replaced need not be a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:

@@ -237,6 +237,10 @@ def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _read(path: Path) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
+    if _STATE in metadata and _DIGEST not in metadata:
+        raise FormatError(
+            f"{path} is of an early loralib, which wrote no checksum: whether it is as it was written cannot be told"
+        )
     try:
         if metadata[_DIGEST] != _digest(metadata[_STATE], tensors):
             raise FormatError(f"{path} is damaged: its content does not have the checksum that it was written with")

@@ -616,15 +616,18 @@ def _batches(examples: Sequence[TokenExample], max_tokens: int, most: int = 16) 
     yield batch
 
 
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+
+
 class _Stop:
     """Remembers the signal that asked the run to end; a second one ends it at once."""
 
     signal_number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number:
+        if self.signal_number and number != _HANGUP:  # that one comes twice: from the system and from the shell
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number = self.signal_number or number
 
 
 @contextmanager
@@ -633,8 +636,10 @@ def _signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    names = ("SIGINT", "SIGTERM", "SIGBREAK")  # SIGBREAK: Ctrl-Break on Windows
+    names = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")  # SIGBREAK: Ctrl-Break on Windows
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)}
+    if _HANGUP is not None and before[_HANGUP] is signal.SIG_IGN:  # nohup: the run is to outlive its terminal
+        del before[_HANGUP]
     for number in before:
         signal.signal(number, stop)
     try:
