@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all or grow by lines, and directories held by one run at a time."""
+"""Files that appear whole or not at all or grow by lines, and what one run at a time may hold."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "append_lines",
     "free_memory",
     "hold_directory",
+    "hold_file",
     "read_text",
     "remove_file",
     "resume_lines",
@@ -172,28 +173,52 @@ def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     if not os.fspath(directory):
         raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
     path = Path(directory).absolute()
+    with _held(path / _LOCK, path, f"output directory {path}", "--output_dir"):
+        yield path
+
+
+@contextlib.contextmanager
+def hold_file(path: str | os.PathLike[str], flag: str) -> Iterator[None]:
+    """Holds a file that a run adds to, as `hold_directory` does a directory; the file need not be there.
+
+    Args:
+        path: the file; its directory is made if needed.
+        flag: by which a user chooses it, for messages.
+
+    Raises:
+        OutputError: its directory cannot be made or written, or another run holds the file.
+    """
+    path = Path(path).absolute()
+    with _held(path.parent / f".{path.name}.lock", path, str(path), flag):
+        yield
+
+
+@contextlib.contextmanager
+def _held(lock: Path, path: Path, what: str, flag: str) -> Iterator[None]:
+    """Holds a lock file, made if needed and removed in the end, that stands for `path`."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("a+b")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+b")
     except OSError as error:
         raise OutputError(_why_not_written(path, error)) from error
     except ValueError as error:  # a NUL in the name
-        raise OutputError(f"{str(directory)!r} cannot be the name of a directory: {error}.") from error
-    with lock:
-        if not _lock(lock):
-            raise OutputError(
-                f"output directory {path} is held by another run that is still going. "
-                "Wait for it to end, or choose another --output_dir."
-            )
-        try:
-            yield path
-        finally:
-            # Unlink only while the lock is held, so that nobody can lock the file between the two.
-            if os.name != "nt":
-                remove_file(path / _LOCK)
-    if os.name == "nt":  # Windows cannot unlink an open file
-        with contextlib.suppress(OSError):
-            remove_file(path / _LOCK)
+        raise OutputError(f"{str(path)!r} cannot be the name of a directory or file: {error}.") from error
+    try:
+        with file:
+            if not _lock(file):
+                raise OutputError(
+                    f"{what} is held by another run that is still going. Wait for it to end, or choose another {flag}."
+                )
+            try:
+                yield
+            finally:
+                # Unlink only while the lock is held, so that nobody can lock the file between the two.
+                if os.name != "nt":
+                    remove_file(lock)
+    finally:
+        if os.name == "nt":  # Windows cannot unlink an open file; nor one that another run has open
+            with contextlib.suppress(OSError):
+                remove_file(lock)
 
 
 def _lock(file: IO[bytes]) -> bool:

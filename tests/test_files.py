@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from loralib.errors import LoraError, OutputError
+from loralib.errors import DataError, LoraError, OutputError
 from loralib.files import (
     _left_of_limit,
     append_lines,
     free_memory,
     hold_directory,
+    hold_file,
     read_text,
     remove_file,
     resume_lines,
@@ -131,6 +132,19 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
     with hold_directory(tmp_path / "out"):
         pass
+
+
+def test_a_file_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "texts.jsonl"
+    with hold_file(path, "--output"):
+        refused = pytest.raises(OutputError, match=r"texts.jsonl is held by another run.* another --output")
+        with refused, hold_file(path, "--output"):
+            pass
+        with hold_file(path.with_name("others.jsonl"), "--output"):
+            path.write_text("mine", encoding="utf-8")
+    with pytest.raises(DataError), hold_file(path, "--output"):
+        raise DataError("whatever happens")
+    assert list(path.parent.iterdir()) == [path]
 
 
 def record(number: int) -> dict[str, object]:

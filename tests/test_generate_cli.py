@@ -20,6 +20,7 @@ from loralib.base import load_tokenizer
 from loralib.cli import main
 from loralib.data.chat import render_chat
 from loralib.data.readers import Example
+from loralib.files import hold_file
 
 TINY = ["--model", "scratch-32x1-seed0", "--max_new_tokens", "4"]
 E2E = Path(__file__).resolve().parent.parent / "examples" / "NLG" / "data" / "e2e" / "test.txt"
@@ -230,6 +231,14 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
         assert words in error, command
         assert "Traceback" not in error
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "texts.jsonl"
+    with hold_file(output, "--output"):
+        assert main(["generate", "x", *TINY, "--output", str(output)]) == 2
+    assert "texts.jsonl is held by another run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_shows_no_default_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from ..console import progress, say
 from ..errors import ConfigError, DataError, OutputError, list_faults
-from ..files import append_lines, resume_lines
+from ..files import append_lines, hold_file, resume_lines
 from . import add_fields, from_args
 from ._adapters import add_model_arguments
 
@@ -47,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes texts to the terminal, or to a file."""
     from ..generate import Sampling
-    from ..generate.stream import encode_prompts
-    from ..inference import load_adapted
 
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, expected at least 1")
@@ -56,29 +54,23 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
     prompts = _prompts(args)
-    done = 0
-    if args.output is not None:
-        settings = made_with(args, sampling)
-        done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
-        if done:
-            say(f"{args.output} has {done} of {len(prompts)} texts already; going on behind them")
-    if done < len(prompts):
-        model, tokenizer = load_adapted(
-            args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
-        )
-        # All at once: what cannot be continued is said before anything is written.
-        rows = encode_prompts(model, tokenizer, [_ids(prompt, tokenizer) for prompt in prompts])
-        if args.output is None:
-            _print(model, tokenizer, rows, sampling, args.batch)
-            return
-        lines = (
-            {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
-            for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch)
-        )
-        with progress(total=len(prompts), description="writing", unit="text") as bar:
-            bar.update(done)
-            append_lines(Path(args.output), lines, bar.update)
+    if args.output is None:
+        _print(*_load(args, prompts), sampling, args.batch)
+        return
+    with hold_file(args.output, "--output"):
+        _write(args, prompts, sampling)
     say(f"{len(prompts)} texts in {args.output}")
+
+
+def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
+    """Returns model, tokenizer, and the prompts' token ids: what cannot be continued is said before anything else."""
+    from ..generate.stream import encode_prompts
+    from ..inference import load_adapted
+
+    model, tokenizer = load_adapted(
+        args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
+    )
+    return model, tokenizer, encode_prompts(model, tokenizer, [_ids(prompt, tokenizer) for prompt in prompts])
 
 
 # Prompts.
@@ -170,6 +162,24 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 
 
 # The file of texts.
+
+
+def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> None:
+    """Appends what the file lacks."""
+    settings = made_with(args, sampling)
+    done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
+    if done:
+        say(f"{args.output} has {done} of {len(prompts)} texts already; going on behind them")
+    if done == len(prompts):
+        return
+    model, tokenizer, rows = _load(args, prompts)
+    lines = (
+        {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
+        for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch)
+    )
+    with progress(total=len(prompts), description="writing", unit="text") as bar:
+        bar.update(done)
+        append_lines(Path(args.output), lines, bar.update)
 
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
