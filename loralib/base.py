@@ -535,13 +535,14 @@ def _convert(source: Path, directory: Path) -> None:
     vars(gguf).setdefault("__version__", importlib.metadata.version("gguf"))
     if importlib.util.find_spec("accelerate") is None:  # transformers asks for it, and says so in the midst of reading
         raise _needs("accelerate")
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
 
     try:
         # The reader's progress bar asks nobody before it writes to stderr.
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):
             file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**file)
+            file["local_files_only"] = True
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**file)
             model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
     except Exception as error:
         raise BaseModelError(f"{source} cannot be converted: {_first_line(error)}") from error
@@ -549,12 +550,17 @@ def _convert(source: Path, directory: Path) -> None:
     # digits one by one first, which shows in runs of blanks before a number.
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    # Releases before 5.18 take it for Llama's kind of tokenizer, and its beginning for its end.
+    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder = None, decoders.ByteLevel()
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = model.config.max_position_embeddings
     # A model from a GGUF file counts as quantised, and would refuse to be saved.
     model.hf_quantizer = None
     model.is_quantized = False
-    del model.config.quantization_config
-    model.config.__dict__.pop("_model_name_or_path", None)
+    for name in ("quantization_config", "_model_name_or_path"):  # not every transformers 5 sets them
+        model.config.__dict__.pop(name, None)
     with _quiet():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

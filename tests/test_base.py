@@ -167,7 +167,7 @@ def test_the_reader_finds_out_which_gguf_it_has(tmp_path: Path, monkeypatch: pyt
     def read(**_: Any) -> None:
         raise ValueError(f"this is gguf {getattr(gguf, '__version__', 'of no version')}")
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", read)
     with pytest.raises(BaseModelError, match=re.escape(f"this is gguf {importlib.metadata.version('gguf')}")):
         base._convert(tmp_path / "model.gguf", tmp_path)
 
