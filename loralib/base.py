@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from .console import duration, say
 from .errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, list_faults
+from .files import cache_directory
 from .layers import Embedding, Linear
 from .utils import mark_only_lora_as_trainable
 
@@ -476,7 +477,7 @@ def _bundled() -> Path:
     file = _bundled_file()
     # The hash that pip checked and recorded: hashing 98 MB for every load would cost a fifth of a second.
     digest = base64.urlsafe_b64decode(file.hash.value + "=").hex()
-    place = _cache_directory() / f"{DEFAULT_BASE}-{digest[:12]}-v{_CACHE_VERSION}"
+    place = cache_directory() / f"{DEFAULT_BASE}-{digest[:12]}-v{_CACHE_VERSION}"
     if _is_complete(place):
         return place
     source = Path(str(file.locate()))
@@ -579,18 +580,6 @@ def _is_complete(place: Path) -> bool:
         return all((place / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _cache_directory() -> Path:
-    """Returns where converted models are kept: LORALIB_CACHE, else the system's place for caches."""
-    chosen = os.environ.get("LORALIB_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "loralib" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "loralib"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralib"
 
 
 # Small things.

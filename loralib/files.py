@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from .errors import OutputError
 
 __all__ = [
     "append_lines",
+    "cache_directory",
     "free_memory",
     "hold_directory",
     "hold_file",
@@ -345,3 +347,15 @@ def _free_on_windows() -> float | None:
     status.length = ctypes.sizeof(status)
     found = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
     return float(status.free) if found else None
+
+
+def cache_directory() -> Path:
+    """Returns where what was made once is kept: LORALIB_CACHE, else the system's place for caches."""
+    chosen = os.environ.get("LORALIB_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "loralib" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "loralib"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralib"

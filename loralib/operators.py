@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernels import Kernels, loaded
+
 __all__ = ["Operators"]
 
 
@@ -69,6 +71,8 @@ def _shorter(module: nn.Module) -> Callable[..., Tensor] | None:
         forward = functools.partial(_gelu, module)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         forward = functools.partial(_rms_norm, module)
+    elif module._modules.keys() == _GATED:
+        return functools.partial(_gated, module) if _gates_as_usual(module) else None
     return forward if forward is not None and _same(module) else None
 
 
@@ -108,6 +112,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kernels = loaded()
+        if kernels is not None and kernels.take(x, weight):
+            y, factor = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, factor)
+            return y
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -117,6 +126,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, factor = ctx.saved_tensors
+        kernels = loaded()
+        if kernels is not None and kernels.take(gradient, x, weight):
+            return kernels.rms_norm_back(gradient, x, weight, factor), None, None
         # With f the factor and u = w g: f (u - f^2 x mean(u x)).  LayerNorm's gradient with mean 0 is that less
         # f mean(u), and one operator has it.
         wide, width = factor.dtype, x.shape[-1]
@@ -132,6 +144,53 @@ class _RMSNorm(torch.autograd.Function):
         )[0]
         missing = (gradient @ weight)[..., None] * (factor / width).to(gradient.dtype)
         return of_layer_norm.add_(missing), None, None
+
+
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of such a block, as transformers calls them
+
+
+@torch.no_grad()
+def _gates_as_usual(block: nn.Module) -> bool:
+    """Whether a block computes ``down(silu(gate(x)) * up(x))``: tried with other parts."""
+    twin = copy.copy(block)
+    twin._modules = {**block._modules, "gate_proj": _Line(2, -1), "up_proj": _Line(1, 3), "down_proj": _Line(0.5, 0)}
+    x = torch.linspace(-3, 2, 8)[None]
+    try:
+        return torch.allclose(twin(x), 0.5 * F.silu(2 * x - 1) * (x + 3), rtol=1e-5, atol=1e-6)
+    except Exception:  # whatever a block of such parts is, it is not what was thought
+        return False
+
+
+class _Line(nn.Module):
+    def __init__(self, slope: float, start: float) -> None:
+        super().__init__()
+        self.slope, self.start = slope, start
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x + self.start
+
+
+def _gated(block: Any, x: Tensor) -> Tensor:
+    gate, up = block.gate_proj(x), block.up_proj(x)
+    kernels = loaded()
+    if kernels is not None and kernels.take(gate, up) and gate.shape == up.shape:
+        hidden = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    else:
+        hidden = block.act_fn(gate) * up
+    return cast(Tensor, block.down_proj(hidden))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` (Shazeer 2020, arXiv:2002.05202, eq. 5)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return cast(Kernels, loaded()).swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(Kernels, loaded()).swiglu_back(gradient, *ctx.saved_tensors)
 
 
 _ROTATE = "apply_rotary_pos_emb"  # what the files of transformers' models call it
@@ -178,6 +237,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        kernels = loaded()
+        if kernels is not None and kernels.take_heads(x, cos, sin):
+            return kernels.rotate(x, cos, sin, back=False)
         (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
         out = x * cos
         out1, out2 = out.chunk(2, -1)
@@ -188,6 +250,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        kernels = loaded()
+        if kernels is not None and kernels.take_heads(gradient, cos, sin):
+            return kernels.rotate(gradient, cos, sin, back=True), None, None
         (g1, g2), (sin1, sin2) = gradient.chunk(2, -1), sin.chunk(2, -1)
         grad = gradient * cos
         grad1, grad2 = grad.chunk(2, -1)

@@ -162,6 +162,8 @@ def _about(path: Path) -> str:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     elif path.suffix == ".md":
         text = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    elif path.suffix == ".c":
+        text = path.read_text(encoding="utf-8").partition("*/")[0].replace("\n *", "\n").lstrip("/* ")
     else:
         return ""
     paragraph = " ".join(text.partition("\n\n")[0].split()).replace("`", "")

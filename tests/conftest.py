@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,21 @@ def modest_threads() -> None:
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module", params=["kernels", "operators"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs tests with the compiled kernels, where there is a compiler, and with PyTorch's operators in their place."""
+    from loralib.kernels import loaded
+
+    loaded.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operators":
+            patch.setenv("LORALIB_KERNELS", "0")
+        elif loaded() is None:
+            pytest.skip("no gcc here")
+        yield
+    loaded.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ ROWS = [
     ["inject"],
     ["adapter"],
     ["combine"],
+    ["kernels"],
     ["formats", "bank", "quant", "base", "data", "operators", "ordered"],
     ["generate"],
     ["train"],

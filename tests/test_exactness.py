@@ -15,10 +15,12 @@ import loralib as lora
 from loralib.data import TokenExample
 from loralib.train.step import make_step
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 VOCABULARY = 29
 WINDOW = 5
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
@@ -27,7 +29,7 @@ SIZES: dict[str, Any] = {
 # rotation, biases, a parallel MLP.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereForCausalLM", {"logit_scale": 0.3}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "phi3": ("Phi3ForCausalLM", {"sliding_window": WINDOW}),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}),

@@ -38,7 +38,7 @@ WINDOW = 6
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": END, "pad_token_id": 2}
 _LLAMA = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": 64,  # heads of 16, which the compiled kernels take
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -46,10 +46,10 @@ _LLAMA = {
     "max_position_embeddings": 64,
     **_SPECIAL,
 }
-_WINDOWED = {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW}
+_WINDOWED = {**_LLAMA, "head_dim": 32, "sliding_window": WINDOW}
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_SPECIAL}
 MODELS = {
-    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, **_SPECIAL),
+    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=64, **_SPECIAL),
     "llama": transformers.LlamaConfig(**_LLAMA),
     "qwen2": transformers.Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
@@ -123,6 +123,7 @@ def alone(model: Any, prompt: list[int], count: int) -> list[int]:
 # --- the model's side ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_greedy_is_the_likeliest_token_each_time(model: Any) -> None:
     assert isinstance(make_decoder(model), CachedDecoder)
     for prompt, result in zip(PROMPTS, generate(model, LETTERS, PROMPTS, max_new_tokens=20), strict=True):
@@ -132,6 +133,7 @@ def test_greedy_is_the_likeliest_token_each_time(model: Any) -> None:
         assert result.prompt_tokens == len(prompt)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
     """Texts open and close at different times, branches part and die; columns are moved to where there is room."""
     cached, plain = CachedDecoder(model), PlainDecoder(model)
@@ -182,6 +184,7 @@ def test_nothing_is_padded_and_a_prompt_is_computed_once(llama: Any, monkeypatch
     assert max(columns) == 32  # prompts and what follows them have up to 13 tokens, and 4 beams' branches 9 + 16
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_half_precision_stays_close(model: Any) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert isinstance(make_decoder(half), CachedDecoder)
@@ -220,7 +223,7 @@ def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypa
     plain = [module.__dict__.copy() for module in model.modules()]
     products = packed(model.modules())
     layer = model.model.layers[0].mlp.up_proj
-    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad(), using_packed(products):
         assert not products or "_base_forward" in layer.__dict__
         got = layer(x)
@@ -634,6 +637,7 @@ def test_prompt_after_which_nothing_is_possible_has_no_continuation() -> None:
     assert len(found[1].ids) == 3
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_beam_search_through_generate(model: Any) -> None:
     found = beam_search(model, PROMPTS, num_beams=4, max_new_tokens=10, length_penalty=0.8)
     results = generate(model, LETTERS, PROMPTS, num_beams=4, max_new_tokens=10, length_penalty=0.8)

@@ -11,12 +11,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from loralib.operators import Operators
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_rms_norm(dtype, tolerance):
     torch.manual_seed(0)
-    norm = LlamaRMSNorm(24, eps=1e-5).double().requires_grad_(False)
+    norm = LlamaRMSNorm(32, eps=1e-5).double().requires_grad_(False)
     norm.weight.uniform_(-1, 2)
-    x, gradient = torch.randn(3, 5, 24, dtype=torch.float64).to(dtype), torch.randn(3, 5, 24, dtype=torch.float64)
+    x, gradient = torch.randn(3, 5, 32, dtype=torch.float64).to(dtype), torch.randn(3, 5, 32, dtype=torch.float64)
     exact = x.double().requires_grad_()
     normalised = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
     (normalised * norm.weight.to(dtype).double()).backward(gradient.to(dtype).double())
@@ -72,6 +73,7 @@ def test_the_gelu_of_gpt2():
         torch.testing.assert_close(gelu(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_keywords_and_other_shapes():
     norm = LlamaRMSNorm(8).requires_grad_(False)
     for x in (torch.randn(2, 3, 4, 8).transpose(1, 2), torch.randn(8), torch.randn(0, 8)):
@@ -88,6 +90,7 @@ def rotated(function, q, k, cos, sin, *others):
     return [*outputs, q.grad, k.grad]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
 def test_rotary_positions(family):
     """The function that a model's file calls is another one during a step, and the same again after it."""

@@ -22,7 +22,7 @@ WINDOW = 6
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _LLAMA = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": 64,  # heads of 16, which the compiled kernels take
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -34,7 +34,7 @@ _GEMMA = {**_LLAMA, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, **_SPECIAL)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=64, **_SPECIAL)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -48,7 +48,7 @@ def qwen2():
 
 
 def mistral():
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**_LLAMA, head_dim=32, sliding_window=WINDOW))
 
 
 def gemma2():
@@ -158,6 +158,7 @@ def batches(draw, longest=3 * WINDOW):
 several = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.usefixtures("both_ways")
 @several
 @given(batch=batches(), share=st.booleans(), smoothing=st.sampled_from([0.0, 0.1]), chunk=st.sampled_from([1, 7, 256]))
 def test_a_packed_step_is_the_padded_step(model, batch, share, smoothing, chunk):
@@ -178,6 +179,7 @@ def random_batch(seed, lengths):
     return [example(prompt + torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), 5) for n in lengths]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_rows_of_several_tiles(model):
     batch = random_batch(0, [50, 3, 58, 40, 21, 1, 33]) + random_batch(1, [50, 58, 58, 7])
     assert_same_step(model, batch, make_step(model))
@@ -215,6 +217,7 @@ def test_an_adapted_head():
     assert_same_step(model, random_batch(0, [9, 4, 12]), make_step(model, chunk_tokens=5))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("make", [gpt2, gemma3])
 def test_gradient_checkpointing(make):
     model = built(make)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import MOST_LANES, Blocks, loaded
+
 __all__ = ["Cache", "Unsupported", "Work", "attend", "configs_of", "using"]
 
 NAME = "loralib_generate"
@@ -108,6 +110,7 @@ class Work:
     positions: Tensor
     prompts: list[tuple[int, int]]
     _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _blocks: dict[tuple[int | None, int], Blocks] = field(default_factory=dict)
 
     def mask(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
         """Returns (S * kv_heads, N * group, C): 0 where a branch sees a column, a very negative number where not.
@@ -120,9 +123,7 @@ class Work:
         """
         wanted = (window, kv_heads, group, dtype)
         if wanted not in self._masks:
-            sees = self.sees
-            if window is not None:
-                sees = sees & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
+            sees = self._within(window)
             # Not -inf: the grid's empty places see nothing, and 0 / 0 would be slow to compute with.
             hidden = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
             hidden.masked_fill_(~sees, max(-1e30, torch.finfo(dtype).min / 2))
@@ -130,6 +131,27 @@ class Work:
             spread = hidden[:, None, :, None].expand(texts, kv_heads, branches, group, columns)
             self._masks[wanted] = spread.reshape(texts * kv_heads, branches * group, columns)
         return self._masks[wanted]
+
+    def blocks(self, window: int | None, group: int) -> Blocks:
+        """Returns the same for the compiled kernel: `group` heads of a branch share keys."""
+        wanted = (window, group)
+        if wanted not in self._blocks:
+            sees = self._within(window)
+            texts, branches, columns = sees.shape
+            size = MOST_LANES // group
+            sees = F.pad(sees, (0, 0, 0, -branches % size)).view(-1, size, columns)
+            blocks = len(sees) // texts  # of each text
+            in_text = torch.bincount(self.text, minlength=texts)
+            counts = (in_text[:, None] - size * torch.arange(blocks)).clamp(0, size).flatten()
+            used = counts > 0
+            of_texts = torch.arange(texts).repeat_interleave(blocks)
+            self._blocks[wanted] = Blocks.of(sees[used], counts[used], of_texts[used], group)
+        return self._blocks[wanted]
+
+    def _within(self, window: int | None) -> Tensor:
+        if window is None:
+            return self.sees
+        return self.sees & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
 
 
 def attend(
@@ -195,8 +217,11 @@ def _branches(
     """Attention of the branches (R, H, D): for each text one product of all its branches and all its keys."""
     texts, branches, _ = work.sees.shape
     kv_heads, heads, width = keys.shape[1], *q.shape[1:]
-    grid = q if work.place is None else q.new_zeros(texts * branches, heads, width).index_copy_(0, work.place, q)
     group = heads // kv_heads
+    kernels = loaded() if softcap is None and group <= MOST_LANES else None
+    if kernels is not None and kernels.take_queries(q, keys, values):
+        return kernels.attention(q, keys, values, work.blocks(window, group), scaling)[0]
+    grid = q if work.place is None else q.new_zeros(texts * branches, heads, width).index_copy_(0, work.place, q)
     # Heads that share keys go below one another: (S * H_kv, N * group, D).
     grid = grid.view(texts, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
     grid = grid.reshape(texts * kv_heads, branches * group, width)

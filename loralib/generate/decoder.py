@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..operators import Operators
 from .attention import Cache, Unsupported, Work, configs_of, resized, using
-from .packed import PACK_AFTER, Product, packed, using_packed
+from .packed import MANY_TEXTS, PACK_AFTER, Product, packed, using_packed
 
 __all__ = ["Decoder", "Text", "make_decoder"]
 
@@ -113,7 +113,7 @@ class CachedDecoder:
             ids += text.prompt
             positions += range(text.length)
             wanted.append(len(ids) - 1)
-        if self._products is None and self._steps >= PACK_AFTER:
+        if self._products is None and (self._steps >= PACK_AFTER or len(self._texts) >= MANY_TEXTS):
             self._products = packed(self._modules)
         self._steps += 1
         products = using_packed(self._products or {})

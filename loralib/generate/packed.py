@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..layers import LinearPath, LoRALayer
 from ..ordered import MOST_BYTES, OrderedWeight, can_order
 
-__all__ = ["PACK_AFTER", "packed", "using_packed"]
+__all__ = ["MANY_TEXTS", "PACK_AFTER", "packed", "using_packed"]
 
-# Copies are made after so many steps.  They cost about what two steps of a beam search save, or ten of a single text,
-# and how long a generation goes on is not known before.
+# Copies are made after so many steps, or at once for so many texts.  They cost about what two steps of a beam search
+# save, or ten of a single text, and how long a generation goes on is not known before.
 PACK_AFTER: Final = 4
+MANY_TEXTS: Final = 16
 
 Product = Callable[[Tensor], Tensor]
 

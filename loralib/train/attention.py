@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..data.packing import Pack
 from ..errors import TrainingError
+from ..kernels import MOST_LANES, Blocks, Kernels, loaded
 
 __all__ = ["Plan", "packed_attention", "using"]
 
@@ -73,6 +74,7 @@ class Plan:
     positions: Tensor
     tile: int = 48
     _tiles: dict[int | None, list[Tiles]] = field(default_factory=dict)
+    _blocks: dict[int | None, Blocks] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pack: Pack) -> Plan:
@@ -91,6 +93,20 @@ class Plan:
                 self._group([self._tile(start, window) for start in range(0, len(self.ends), self.tile)])
             )
         return self._tiles[window]
+
+    def blocks(self, window: int | None) -> Blocks:
+        """Returns the same for the compiled kernel: see `tiles`."""
+        if window not in self._blocks:
+            total, size = len(self.ends), MOST_LANES
+            queries, keys = torch.arange(-(-total // size) * size)[:, None], torch.arange(total)
+            sees = (keys <= queries) & (queries < self.ends)
+            if window is not None:
+                positions = F.pad(self.positions, (0, len(queries) - total))
+                sees &= positions[:, None] - self.positions < window
+            starts = queries[::size, 0]
+            counts, texts = (total - starts).clamp(max=size), torch.zeros_like(starts)
+            self._blocks[window] = Blocks.of(sees.view(len(starts), size, total), counts, texts)
+        return self._blocks[window]
 
     def _tile(self, start: int, window: int | None) -> tuple[Tensor, Tensor]:
         total = len(self.ends)
@@ -159,9 +175,30 @@ def packed_attention(
     assert plan is not None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    kernels = loaded()
+    if kernels is not None and not dropout and softcap is None and kernels.take_queries(*rows):
+        found = _KernelAttention.apply(*rows, plan.blocks(sliding_window), scaling)  # type: ignore[no-untyped-call]
+        return cast(Tensor, found).unsqueeze(0), None
     tiles = plan.tiles(sliding_window)
     attend = cast(Callable[..., Tensor], _TileAttention.apply)
     return attend(*rows, tiles, plan.tile, scaling, softcap, dropout).unsqueeze(0), None
+
+
+class _KernelAttention(torch.autograd.Function):
+    """Attention of q (T, H, D) over k and v (T, H / groups, D), by the compiled kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Tensor:
+        y, kept = cast(Kernels, loaded()).attention(q, k, v, blocks, scaling, keep=True)
+        ctx.blocks, ctx.scaling, ctx.kept = blocks, scaling, kept
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y = ctx.saved_tensors
+        kernels = cast(Kernels, loaded())
+        return (*kernels.attention_back(gradient, q, k, v, y, ctx.kept, ctx.blocks, ctx.scaling), None, None)
 
 
 class _TileAttention(torch.autograd.Function):

@@ -1,0 +1,361 @@
+/* Small operators in one pass over memory each, for tensors of fp32 and of bf16 (see kernels.py).
+ *
+ * Rows are computed in fp32 and rounded once, where they are stored. Vectors are the compiler's own, 16 lanes wide,
+ * whatever the processor has. This file includes itself: once for each type.
+ */
+#ifndef T
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half __attribute__((vector_size(2 * LANES)));
+
+static inline vec load_f32(const float *p) { vec x; memcpy(&x, p, sizeof x); return x; }
+static inline void store_f32(float *p, vec x) { memcpy(p, &x, sizeof x); }
+
+/* bf16 is the upper half of fp32. */
+static inline vec load_bf16(const uint16_t *p) {
+    half x;
+    memcpy(&x, p, sizeof x);
+    return (vec)(__builtin_convertvector(x, bits) << 16);
+}
+
+/* To the nearest, ties to even. NaN stays NaN: those that arithmetic makes have zeros in the lower half. */
+static inline void store_bf16(uint16_t *p, vec x) {
+    bits b = (bits)x;
+    half y = __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, half);
+    memcpy(p, &y, sizeof y);
+}
+
+static inline vec choose(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
+
+static inline float sum(vec x) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+
+/* e^x to an error of 2e-7, infinity beyond 88, and no less than e^-87: 2^n e^f with n whole and |f| <= ln 2 / 2, and the
+ * series of e^f to f^7. */
+static inline vec vexp(vec x) {
+    ints large = x > 88;
+    x = choose(x < -87, (vec){0} - 87, x); /* a NaN is not less, and stays */
+    x = choose(large, (vec){0}, x);
+    vec n = x * 1.44269504f + 12582912 - 12582912; /* fp32 has no digits behind the point there */
+    vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec e = f * (1.0f / 5040) + 1.0f / 720;
+    e = e * f + 1.0f / 120;
+    e = e * f + 1.0f / 24;
+    e = e * f + 1.0f / 6;
+    e = e * f + 0.5f;
+    e = e * f + 1;
+    e = e * f + 1;
+    ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+    return choose(large, (vec){0} + __builtin_inff(), e * (vec)power);
+}
+
+static inline vec sigmoid(vec x) { return 1 / (1 + vexp(-x)); }
+
+/* What attention does in fp32, whatever the type of its tensors. */
+
+#define KEYS 8 /* so many keys are multiplied together */
+#define FULL(n) (((n) + KEYS - 1) / KEYS * KEYS)
+
+/* The lanes whose bit is set. */
+static inline ints seeing(uint16_t bit) {
+    static const ints of_lane = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    return (of_lane & (int32_t)bit) != 0;
+}
+
+/* scores (n) = sum over j of k (n, d) and lanes (d), n being filled up to whole groups. */
+static void dots(const float *k, const vec *lanes, vec *scores, int64_t n, int64_t d) {
+    for (int64_t i = 0; i < n; i += KEYS) {
+        vec acc[KEYS] = {0};
+        for (int64_t j = 0; j < d; j++)
+#pragma GCC unroll 8
+            for (int p = 0; p < KEYS; p++) acc[p] += lanes[j] * k[(i + p) * d + j];
+        for (int p = 0; p < KEYS; p++) scores[i + p] = acc[p];
+    }
+}
+
+/* lanes (d) = sum over i of v (n, d) and weights (n), d being a whole number of groups. */
+static void mix(const float *v, const vec *weights, vec *lanes, int64_t n, int64_t d) {
+    for (int64_t j = 0; j < d; j += KEYS) {
+        vec acc[KEYS] = {0};
+        for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 8
+            for (int p = 0; p < KEYS; p++) acc[p] += weights[i] * v[i * d + j + p];
+        for (int p = 0; p < KEYS; p++) lanes[j + p] = acc[p];
+    }
+}
+
+/* Adds to row which[i] of `to` (rows `step` apart) the sum over lanes of weights[i] and the rows of x (LANES, d). */
+static void spread(const vec *restrict weights, const float *restrict x, const int32_t *restrict which, float *restrict to,
+                   int64_t step, int64_t n, int64_t d) {
+    for (int64_t j = 0; j < d; j += LANES) {
+        vec rows[LANES];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; lane++) rows[lane] = load_f32(x + lane * d + j);
+        for (int64_t i = 0; i < n; i++) {
+            const float *weight = (const float *)(weights + i);
+            float *at = to + which[i] * step + j;
+            vec even = load_f32(at), odd = {0};
+#pragma GCC unroll 8
+            for (int lane = 0; lane < LANES; lane += 2) {
+                even += rows[lane] * weight[lane];
+                odd += rows[lane + 1] * weight[lane + 1];
+            }
+            store_f32(at, even + odd);
+        }
+    }
+}
+
+struct normal {
+    vec most, share;
+};
+
+/* Scores become e^(score - the largest of the lane), 0 where a lane does not see the key. */
+static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
+    struct normal by = {(vec){0} - 1e30f, {0}};
+    for (int64_t i = 0; i < n; i++) {
+        vec score = choose(seeing(seen[i]), scores[i], (vec){0} - 1e30f);
+        by.most = choose(score > by.most, score, by.most);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        scores[i] = choose(seeing(seen[i]), vexp(scores[i] - by.most), (vec){0});
+        by.share += scores[i];
+    }
+    by.share = 1 / choose(by.share > 0, by.share, (vec){0} + 1); /* lanes that no query has see nothing */
+    return by;
+}
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(f) PASTE(f, KIND)
+#define LOAD PASTE(load, KIND)
+#define STORE PASTE(store, KIND)
+
+#define T float
+#define KIND f32
+#include "kernels.c"
+#undef T
+#undef KIND
+
+#define T uint16_t
+#define KIND bf16
+#include "kernels.c"
+
+#else
+
+/* y = w x f with f = 1 / sqrt(mean(x^2) + eps), for rows of x (n, d); f (n) is kept. */
+void NAME(rms_norm)(const T *x, const T *w, T *y, float *f, int64_t n, int64_t d, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        vec squares = {0};
+        for (int64_t j = 0; j < d; j += LANES) { vec a = LOAD(x + i * d + j); squares += a * a; }
+        f[i] = 1 / __builtin_sqrtf(sum(squares) / d + eps);
+        for (int64_t j = 0; j < d; j += LANES) STORE(y + i * d + j, LOAD(x + i * d + j) * f[i] * LOAD(w + j));
+    }
+}
+
+/* Its gradient in x for g in y: f (u - f^2 x mean(u x)) with u = w g. */
+void NAME(rms_norm_back)(const T *g, const T *x, const T *w, const float *f, T *out, int64_t n, int64_t d,
+                         int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const T *gi = g + i * d, *xi = x + i * d;
+        vec products = {0};
+        for (int64_t j = 0; j < d; j += LANES) products += LOAD(gi + j) * LOAD(w + j) * LOAD(xi + j);
+        float c = sum(products) / d * f[i] * f[i];
+        for (int64_t j = 0; j < d; j += LANES)
+            STORE(out + i * d + j, (LOAD(gi + j) * LOAD(w + j) - LOAD(xi + j) * c) * f[i]);
+    }
+}
+
+/* y = silu(a) b = a sigmoid(a) b, for n numbers. */
+void NAME(swiglu)(const T *a, const T *b, T *y, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = LOAD(a + i);
+        STORE(y + i, x * sigmoid(x) * LOAD(b + i));
+    }
+}
+
+/* Its gradients in a and b for g in y. */
+void NAME(swiglu_back)(const T *g, const T *a, const T *b, T *of_a, T *of_b, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec d = LOAD(g + i), x = LOAD(a + i), s = sigmoid(x);
+        STORE(of_a + i, d * LOAD(b + i) * s * (1 + x * (1 - s)));
+        STORE(of_b + i, d * x * s);
+    }
+}
+
+/* Rotary positions of x (n, heads, d): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2); back: the transpose of that.
+ * Rows of x lie `step` apart, its heads d; y is dense; cos and sin are (n, d). */
+void NAME(rotate)(const T *x, const T *cos, const T *sin, T *y, int64_t n, int64_t heads, int64_t d, int64_t step,
+                  int back, int threads) {
+    int64_t m = d / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const T *c = cos + i * d, *s = sin + i * d;
+        for (int64_t h = 0; h < heads; h++) {
+            const T *xi = x + i * step + h * d;
+            T *yi = y + (i * heads + h) * d;
+            for (int64_t j = 0; j < m; j += LANES) {
+                vec x1 = LOAD(xi + j), x2 = LOAD(xi + m + j), s1 = LOAD(s + j), s2 = LOAD(s + m + j);
+                vec y1 = x1 * LOAD(c + j), y2 = x2 * LOAD(c + m + j);
+                STORE(yi + j, back ? y1 + x2 * s2 : y1 - x2 * s1);
+                STORE(yi + m + j, back ? y2 - x1 * s1 : y2 + x1 * s2);
+            }
+        }
+    }
+}
+
+/* Attention of up to LANES queries at a time, a lane each, over a list of keys. */
+
+/* x (n, d) in fp32, of rows `step` apart, chosen by `which`; filled up with zeros to whole groups of keys. */
+static void NAME(widen)(const T *x, int64_t step, const int32_t *which, int64_t n, int64_t d, float *to) {
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < d; j += LANES) store_f32(to + i * d + j, LOAD(x + which[i] * step + j));
+    memset(to + n * d, 0, (FULL(n) - n) * d * sizeof(float));
+}
+
+/* Vectors (d) whose lanes are the numbers of `count` rows, times a factor. */
+static void NAME(to_lanes)(const T *const *rows, int count, int64_t d, float factor, vec *to) {
+    memset(to, 0, d * sizeof(vec));
+    for (int lane = 0; lane < count; lane++)
+        for (int64_t j = 0; j < d; j += LANES) {
+            float row[LANES];
+            store_f32(row, LOAD(rows[lane] + j) * factor);
+            for (int i = 0; i < LANES; i++) ((float *)(to + j + i))[lane] = row[i];
+        }
+}
+
+static void NAME(from_lanes)(const vec *x, int count, int64_t d, T *const *rows) {
+    for (int lane = 0; lane < count; lane++)
+        for (int64_t j = 0; j < d; j += LANES) {
+            float row[LANES];
+            for (int i = 0; i < LANES; i++) row[i] = ((const float *)(x + j + i))[lane];
+            STORE(rows[lane] + j, load_f32(row));
+        }
+}
+
+/* Attention of blocks of queries, each over a list of keys of its own.
+ *
+ * Block b is the rows rows[b]..rows[b + 1) of q (n, heads, d), and sees the keys keys[starts[b]..starts[b + 1]) of text texts[b].
+ * `wide` heads that share keys are computed together: head h of a block's row i is lane i * wide + h, and sees key i where bit
+ * i * wide + h of its `seen` is set. Numbers of k and v lie text_step, head_step and key_step apart. y is like q; `most` and
+ * `share` (heads / wide, blocks, LANES) are kept, if they are there: the largest score, and 1 / the sum of the weights. Each
+ * thread has room_each numbers of `room`. */
+void NAME(attention)(const T *q, const T *k, const T *v, T *y, float *most, float *share, const int32_t *rows,
+                     const int32_t *texts, const int32_t *starts, const int32_t *keys, const uint16_t *seen, float *room,
+                     int64_t room_each, int64_t blocks, int64_t heads, int64_t kv_heads, int64_t d, int64_t wide,
+                     int64_t text_step, int64_t head_step, int64_t key_step, float scaling, int threads) {
+    int64_t group = heads / kv_heads, work = kv_heads * blocks;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++)
+        for (int64_t item = work * t / threads; item < work * (t + 1) / threads; item++) {
+            int64_t of = item / blocks, block = item % blocks, n = starts[block + 1] - starts[block];
+            int64_t at = texts[block] * text_step + of * head_step;
+            int count = (rows[block + 1] - rows[block]) * wide;
+            float *wide_k = room + t * room_each, *wide_v = wide_k + FULL(n) * d;
+            vec *scores = (vec *)(wide_v + FULL(n) * d), *lanes = scores + FULL(n);
+            NAME(widen)(k + at, key_step, keys + starts[block], n, d, wide_k);
+            NAME(widen)(v + at, key_step, keys + starts[block], n, d, wide_v);
+            for (int64_t head = of * group; head < (of + 1) * group; head += wide) {
+                const T *from[LANES];
+                T *to[LANES];
+                for (int lane = 0; lane < count; lane++) {
+                    int64_t place = ((rows[block] + lane / wide) * heads + head + lane % wide) * d;
+                    from[lane] = q + place, to[lane] = y + place;
+                }
+                NAME(to_lanes)(from, count, d, scaling, lanes);
+                dots(wide_k, lanes, scores, n, d);
+                struct normal by = softmax(scores, seen + starts[block], n);
+                if (most) {
+                    store_f32(most + (head / wide * blocks + block) * LANES, by.most);
+                    store_f32(share + (head / wide * blocks + block) * LANES, by.share);
+                }
+                mix(wide_v, scores, lanes, n, d);
+                for (int64_t j = 0; j < d; j++) lanes[j] *= by.share;
+                NAME(from_lanes)(lanes, count, d, to);
+            }
+        }
+}
+
+/* Its gradients in q, k and v, for g in y, where all keys are those of one text, and heads are computed one by one.
+ * of_k and of_v (total, kv_heads, d) are sums of the parts (1 or threads, 2, total, kv_heads, d) of `sums`, which have to
+ * be 0; with one part, threads have heads of their own. */
+void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const T *y, const float *most, const float *share,
+                          T *of_q, T *of_k, T *of_v, float *sums, const int32_t *rows, const int32_t *starts,
+                          const int32_t *keys, const uint16_t *seen, float *room, int64_t room_each, int64_t total,
+                          int64_t blocks, int64_t heads, int64_t kv_heads, int64_t d, int64_t parts, float scaling,
+                          int threads) {
+    int64_t group = heads / kv_heads, step = kv_heads * d, size = total * step;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t begin = parts > 1 ? kv_heads * blocks * t / threads : kv_heads * t / threads * blocks;
+        int64_t end = parts > 1 ? kv_heads * blocks * (t + 1) / threads : kv_heads * (t + 1) / threads * blocks;
+        for (int64_t item = begin; item < end; item++) {
+            int64_t of = item / blocks, block = item % blocks, n = starts[block + 1] - starts[block];
+            const int32_t *mine = keys + starts[block];
+            int count = rows[block + 1] - rows[block];
+            float *wide_k = room + t * room_each, *wide_v = wide_k + FULL(n) * d;
+            float *wide_q = wide_v + FULL(n) * d, *wide_g = wide_q + LANES * d;
+            vec *scores = (vec *)(wide_g + LANES * d), *slopes = scores + FULL(n), *lanes = slopes + FULL(n);
+            float *of_keys = sums + (parts > 1 ? t : 0) * 2 * size + of * d;
+            NAME(widen)(k + of * d, step, mine, n, d, wide_k);
+            NAME(widen)(v + of * d, step, mine, n, d, wide_v);
+            for (int64_t head = of * group; head < (of + 1) * group; head++) {
+                const T *from_q[LANES], *from_g[LANES];
+                T *to[LANES];
+                float own[LANES] = {0}; /* sum of g y of each query */
+                memset(wide_q, 0, 2 * LANES * d * sizeof(float));
+                for (int lane = 0; lane < count; lane++) {
+                    int64_t place = ((rows[block] + lane) * heads + head) * d;
+                    from_q[lane] = q + place, from_g[lane] = g + place, to[lane] = of_q + place;
+                    vec products = {0};
+                    for (int64_t j = 0; j < d; j += LANES) {
+                        vec gradient = LOAD(g + place + j);
+                        products += gradient * LOAD(y + place + j);
+                        store_f32(wide_g + lane * d + j, gradient);
+                        store_f32(wide_q + lane * d + j, LOAD(q + place + j));
+                    }
+                    own[lane] = sum(products);
+                }
+                NAME(to_lanes)(from_q, count, d, scaling, lanes);
+                dots(wide_k, lanes, scores, n, d);
+                NAME(to_lanes)(from_g, count, d, 1, lanes);
+                dots(wide_v, lanes, slopes, n, d);
+                vec largest = load_f32(most + (head * blocks + block) * LANES);
+                vec factor = load_f32(share + (head * blocks + block) * LANES);
+                for (int64_t i = 0; i < n; i++) {
+                    scores[i] = choose(seeing(seen[starts[block] + i]), vexp(scores[i] - largest) * factor, (vec){0});
+                    slopes[i] = scores[i] * (slopes[i] - load_f32(own)) * scaling;
+                }
+                mix(wide_k, slopes, lanes, n, d);
+                NAME(from_lanes)(lanes, count, d, to);
+                spread(slopes, wide_q, mine, of_keys, step, n, d);
+                spread(scores, wide_g, mine, of_keys + size, step, n, d);
+            }
+        }
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec of_key = {0}, of_value = {0};
+        for (int part = 0; part < parts; part++) {
+            of_key += load_f32(sums + part * 2 * size + i);
+            of_value += load_f32(sums + part * 2 * size + size + i);
+        }
+        STORE(of_k + i, of_key);
+        STORE(of_v + i, of_value);
+    }
+}
+
+#endif

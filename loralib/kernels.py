@@ -1,0 +1,338 @@
+"""Small operators in one pass over memory each, compiled for this machine when they are first needed.
+
+Between the products of a small model, PyTorch runs thousands of operators on tensors that fit into a processor's
+cache; to call them costs about as much as their work.  `kernels.c` has the few that matter.  It is compiled where gcc
+is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_KERNELS is 0, `loaded`
+returns None and PyTorch's operators do the same work.
+
+Tensors are fp32 or bf16; what is computed is rounded once, where it is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .files import cache_directory
+
+__all__ = ["MOST_LANES", "Blocks", "Kernels", "loaded"]
+
+_SOURCE: Final = Path(__file__).with_suffix(".c")
+# No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
+_FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
+MOST_LANES: Final = 16  # queries, or heads of queries, that the attention kernel computes at once
+_LANES: Final = 16  # as in kernels.c
+_KEYS: Final = 8
+# The size from which on a second thread gains more than it costs.
+_GRAIN: Final = 16384
+# Threads add up gradients apart, in at most so many numbers.
+_MOST_SUMS: Final = 2**26
+_KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
+_ARGUMENTS: Final = {
+    "rms_norm": "ppppnnfi",
+    "rms_norm_back": "pppppnni",
+    "swiglu": "pppni",
+    "swiglu_back": "pppppni",
+    "rotate": "ppppnnnnii",
+    "attention": "ppppppppppppnnnnnnnnnfi",
+    "attention_back": "ppppppppppppppppnnnnnnnfi",
+}
+_TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which queries see which keys, for `Kernels.attention`: blocks of at most 16 lanes, a query and a head each.
+
+    Attributes:
+        rows: (n + 1,) block b is the queries rows[b] .. rows[b + 1] - 1.
+        texts: (n,) the text whose keys it sees.
+        starts: (n + 1,) it sees keys[starts[b]], .., keys[starts[b + 1] - 1].
+        keys: places of keys in their texts.
+        seen: by which lanes each of these keys is seen, a bit a lane.
+        heads: so many heads of a query, all with the same keys, are lanes of one block, behind one another.
+        widest: the most keys that a block sees.
+    """
+
+    rows: Tensor
+    texts: Tensor
+    starts: Tensor
+    keys: Tensor
+    seen: Tensor
+    heads: int
+    widest: int
+
+    @property
+    def count(self) -> int:
+        """n, the number of blocks."""
+        return len(self.texts)
+
+    @classmethod
+    def of(cls, sees: Tensor, counts: Tensor, texts: Tensor, heads: int = 1) -> Blocks:
+        """Returns the blocks of queries in groups.
+
+        Args:
+            sees: (n, 16 // heads, C) bool: the keys that each query of a block sees; False for missing queries.
+            counts: (n,) how many queries each block has.
+            texts: (n,) the text of each.
+            heads: see the attributes.
+
+        >>> sees = torch.tensor([[[True, False, True]] + [[False] * 3] * 15])
+        >>> blocks = Blocks.of(sees, counts=torch.tensor([1]), texts=torch.tensor([0]))
+        >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
+        ([0, 2], [0, 2], [0, 1])
+        """
+        lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[1]))).to(torch.int16)
+        bits = (sees * lanes[:, None]).sum(1, dtype=torch.int16)  # (n, C)
+        block, keys = bits.nonzero(as_tuple=True)
+        of_each = torch.bincount(block, minlength=len(sees))
+        return cls(
+            rows=_sums(counts),
+            texts=texts.to(torch.int32),
+            starts=_sums(of_each),
+            keys=keys.to(torch.int32),
+            seen=bits[block, keys],
+            heads=heads,
+            widest=int(of_each.max()),
+        )
+
+
+def _sums(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Kernels:
+    """The compiled functions.
+
+    Args:
+        library: what `kernels.c` was compiled to.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for name, arguments in _ARGUMENTS.items():
+            for dtype, kind in _KINDS.items():
+                function = getattr(functions, f"{name}_{kind}")
+                function.argtypes, function.restype = [_TYPES[each] for each in arguments], None
+                self._functions[name, dtype] = function
+
+    def take(self, *tensors: Tensor) -> bool:
+        """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
+        dtype = tensors[0].dtype
+        return dtype in _KINDS and all(
+            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % _LANES == 0 and type(x.data) is Tensor
+            for x in tensors
+        )
+
+    def take_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Returns whether `rotate` takes these."""
+        halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * _LANES) == 0
+        return halves and self.take(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Returns ``w x f`` with ``f = 1 / sqrt(mean(x^2) + eps)``, and f.
+
+        Args:
+            x: (..., D).
+            weight: w, (D,).
+            eps: keeps f finite.
+        """
+        x = x.contiguous()
+        y, factor = torch.empty_like(x), torch.empty(x.shape[:-1])
+        self._run("rms_norm", x, weight, y, factor, factor.numel(), len(weight), eps, like=x)
+        return y, factor
+
+    def rms_norm_back(self, gradient: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        """Returns the gradient in x of `rms_norm`, for the gradient (..., D) in its result."""
+        gradient, x = gradient.contiguous(), x.contiguous()
+        found = torch.empty_like(x)
+        self._run("rms_norm_back", gradient, x, weight, factor, found, factor.numel(), len(weight), like=x)
+        return found
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns ``silu(gate) * up``, of two tensors of one shape."""
+        gate, up = gate.contiguous(), up.contiguous()
+        found = torch.empty_like(gate)
+        self._run("swiglu", gate, up, found, gate.numel(), like=gate)
+        return found
+
+    def swiglu_back(self, gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients in gate and up of `swiglu`, for the gradient in its result."""
+        gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
+        return of_gate, of_up
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+        """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
+
+        Args:
+            x: (1, H, T, D); its heads lie behind one another, as a linear leaves them, or it is copied so.
+            cos: (1, 1, T, D).
+            sin: (1, 1, T, D).
+            back: whether x is the gradient in the result, and what is wanted is that in its input.
+        """
+        _, heads, count, width = x.shape
+        if x.stride(3) != 1 or x.stride(1) != width:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        found = torch.empty(1, count, heads, width, dtype=x.dtype)
+        self._run("rotate", x, cos, sin, found, count, heads, width, x.stride(2), back, like=x)
+        return found.transpose(1, 2)
+
+    def take_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
+        return self.take(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Returns softmax(scaling q k^T) v, each query over the keys that it sees; and what `attention_back` needs.
+
+        Args:
+            q: (R, H, D).
+            k: (T, H_kv, D), the keys of one text; or (S, H_kv, C, D), those of several.
+            v: like k.
+            blocks: which query sees which keys of which text.
+            scaling: factor of the scores.
+            keep: whether what `attention_back` needs is wanted.
+        """
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (_, heads, width), count = q.shape, blocks.count
+        if k.dim() == 3:
+            kv_heads, steps = k.shape[1], (0, width, k.shape[1] * width)
+        else:
+            kv_heads, steps = k.shape[1], (k.stride(0), k.stride(1), width)
+        threads, y = self._threads(q), torch.empty_like(q)
+        kept = torch.empty(2, heads // blocks.heads, count, _LANES) if keep else None
+        most, share = (None, None) if kept is None else (kept[0], kept[1])
+        each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * _LANES
+        room = torch.empty(threads, each)
+        tables = (blocks.rows, blocks.texts, blocks.starts, blocks.keys, blocks.seen)
+        sizes = (each, count, heads, kv_heads, width, blocks.heads, *steps)
+        self._call("attention", q, k, v, y, most, share, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
+        return y, None if most is None or share is None else (most, share)
+
+    def attention_back(
+        self,
+        gradient: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        kept: tuple[Tensor, Tensor],
+        blocks: Blocks,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients in q, k and v of `attention` over one text, head by head, for that in its result y."""
+        gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+        (_, heads, width), (total, kv_heads, _) = q.shape, k.shape
+        threads, parts = self._threads(q), 1
+        if kv_heads < 2 * threads:  # else each has heads of its own to add up
+            threads = parts = max(1, min(threads, _MOST_SUMS // (2 * k.numel())))
+        found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        sums = torch.zeros(parts, 2, k.numel())
+        each = (_whole(blocks.widest) + _LANES) * 2 * width + (2 * _whole(blocks.widest) + width) * _LANES
+        room = torch.empty(threads, each)
+        tensors = (
+            gradient,
+            q,
+            k,
+            v,
+            y,
+            *kept,
+            *found,
+            sums,
+            blocks.rows,
+            blocks.starts,
+            blocks.keys,
+            blocks.seen,
+            room,
+        )
+        sizes = (each, total, blocks.count, heads, kv_heads, width, parts)
+        self._call("attention_back", *tensors, *sizes, scaling, threads, dtype=q.dtype)
+        return found
+
+    def _threads(self, like: Tensor) -> int:
+        return torch.get_num_threads() if like.numel() >= _GRAIN else 1
+
+    def _run(self, name: str, *arguments: Any, like: Tensor) -> None:
+        self._call(name, *arguments, self._threads(like), dtype=like.dtype)
+
+    def _call(self, name: str, *arguments: Any, dtype: torch.dtype) -> None:
+        given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        self._functions[name, dtype](*given)
+
+
+def _whole(count: int) -> int:
+    """As many keys as are multiplied together at least."""
+    return -(-count // _KEYS) * _KEYS
+
+
+@functools.cache
+def loaded() -> Kernels | None:
+    """Returns the compiled functions, or None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC") or "gcc")
+    if os.environ.get("LORALIB_KERNELS", "1") == "0" or compiler is None:
+        return None
+    try:
+        return _load(compiler)
+    except (OSError, subprocess.SubprocessError):  # PyTorch's operators do the same work
+        return None
+
+
+def _load(compiler: str) -> Kernels:
+    made_of = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor()]
+    name = f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    kept = cache_directory() / name
+    with contextlib.suppress(OSError):  # not there, or not whole
+        return Kernels(kept)
+    with tempfile.TemporaryDirectory() as temporary:
+        built = Path(temporary) / name
+        # Compiled and linked apart: what runs threads must be the library that PyTorch has brought, not another one,
+        # whose threads would get in the way of PyTorch's.
+        _call(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{built}.o")
+        _call(compiler, "-shared", f"{built}.o", "-o", str(built))
+        kernels = Kernels(built)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            aside = kept.with_name(f"{name}.{os.getpid()}")
+            shutil.copyfile(built, aside)
+            os.replace(aside, kept)
+        except OSError:  # nowhere to keep it
+            pass
+        return kernels
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def _processor() -> bytes:
+    """What the compiler's -march=native depends on: a cache directory may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"model name", b"Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,0 +1,242 @@
+"""The compiled kernels: the formulas in fp64, of tensors of any shape that they take; and what happens without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from loralib.kernels import Blocks, Kernels, loaded
+
+DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found = loaded()
+    if found is None:
+        pytest.skip("no gcc here")
+    return found
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    """The same numbers in fp64, with gradients."""
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def close(found: Tensor, expected: Tensor, error: float) -> None:
+    expected = expected.detach()
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=error, atol=error * size)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 576), (200, 160)])
+def test_rms_norm(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
+    x, weight, gradient = (
+        draw(*shape, dtype=dtype),
+        draw(shape[-1], dtype=dtype, seed=1),
+        draw(*shape, dtype=dtype, seed=2),
+    )
+    y, factor = kernels.rms_norm(x, weight, 1e-5)
+    (wide,) = exact(x)
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    expected.backward(gradient.double())
+    close(y, expected, error)
+    assert wide.grad is not None
+    close(kernels.rms_norm_back(gradient, x, weight, factor), wide.grad, error)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 1536)])
+def test_swiglu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
+    gate, up, gradient = (draw(*shape, dtype=dtype, seed=seed) * 4 for seed in range(3))
+    wide_gate, wide_up = exact(gate, up)
+    expected = F.silu(wide_gate) * wide_up
+    expected.backward(gradient.double())
+    close(kernels.swiglu(gate, up), expected, error)
+    for found, wide in zip(kernels.swiglu_back(gradient, gate, up), (wide_gate, wide_up), strict=True):
+        assert wide.grad is not None
+        close(found, wide.grad, error)
+
+
+def test_swiglu_of_numbers_beyond_the_range_of_exp(kernels: Kernels) -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, -1e-30, 0.0, 88.0, 200.0, 1e30] * 2)
+    torch.testing.assert_close(kernels.swiglu(gate, torch.ones(16)), F.silu(gate), rtol=1e-6, atol=1e-30)
+
+
+@DTYPES
+@pytest.mark.parametrize("dense", [True, False])
+def test_rotation_and_back(kernels: Kernels, dense: bool, dtype: torch.dtype, error: float) -> None:
+    """Back is the transpose: turned there and back, with cos^2 + sin^2 = 1, x is what it was."""
+    x = draw(1, 7, 3, 32, dtype=dtype).transpose(1, 2) if dense else draw(1, 3, 7, 32, dtype=dtype)
+    angle = draw(7, 32).double()
+    angle[:, 16:] = angle[:, :16]
+    cos, sin = angle.cos().to(dtype)[None, None], angle.sin().to(dtype)[None, None]
+    turned = kernels.rotate(x, cos, sin, back=False)
+    x1, x2 = x.double().chunk(2, -1)
+    close(turned, x.double() * cos.double() + torch.cat((-x2, x1), -1) * sin.double(), error)
+    close(kernels.rotate(turned, cos, sin, back=True), x.double(), 2 * error)
+
+
+@st.composite
+def attentions(draw_: Any) -> dict[str, Any]:
+    group = draw_(st.sampled_from([1, 2, 3, 5]))
+    return {
+        "total": draw_(st.integers(1, 70)),
+        "group": group,
+        "kv_heads": draw_(st.sampled_from([1, 2, 3])),
+        "width": draw_(st.sampled_from([16, 64, 80])),
+        "seed": draw_(st.integers(0, 99)),
+        "dtype": draw_(st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])),
+        "threads": draw_(st.sampled_from([1, 2, 3])),
+    }
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Tensor:
+    """Of q (R, H, D) over k and v (T, H_kv, D), where sees (R, T)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("rhd,thd->hrt", q, k) * scaling
+    return torch.einsum("hrt,thd->rhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), v)
+
+
+@given(attentions())
+@settings(max_examples=40, deadline=None)
+def test_attention_and_its_gradients(
+    kernels: Kernels, monkeypatch_module: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    dtype, error = case["dtype"]
+    total, kv_heads, width, seed = case["total"], case["kv_heads"], case["width"], case["seed"]
+    heads = kv_heads * case["group"]
+    q, gradient = (draw(total, heads, width, dtype=dtype, seed=seed + number) for number in (0, 1))
+    k, v = (draw(total, kv_heads, width, dtype=dtype, seed=seed + number) for number in (2, 3))
+    sees = (torch.rand(total, total, generator=torch.Generator().manual_seed(seed)) < 0.4) | torch.eye(total).bool()
+    padded = F.pad(sees, (0, 0, 0, -total % 16)).view(-1, 16, total)
+    starts = 16 * torch.arange(len(padded))
+    blocks = Blocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
+    monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
+    y, kept = kernels.attention(q, k, v, blocks, 0.3, keep=True)
+    assert kept is not None
+    wide = exact(q, k, v)
+    expected = dense_attention(*wide, sees, 0.3)
+    expected.backward(gradient.double())
+    close(y, expected, error)
+    grads = kernels.attention_back(gradient, q, k, v, y, kept, blocks, 0.3)
+    scale = max(float(each.grad.abs().max()) for each in wide if each.grad is not None)
+    for found, each in zip(grads, wide, strict=True):
+        torch.testing.assert_close(found.double(), each.grad, rtol=2 * error, atol=2 * error * scale)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_attention_of_the_branches_of_several_texts(kernels: Kernels, group: int) -> None:
+    """A text with more branches than a block has room for, one with a single branch, and one with none."""
+    counts, texts, columns, kv_heads, width = [11, 1], [0, 2], 9, 2, 16
+    size = 16 // group
+    q = draw(sum(counts), kv_heads * group, width)
+    keys, values = (draw(3, kv_heads, columns, width, seed=seed) for seed in (1, 2))
+    sees = (draw(sum(counts), columns, seed=3) > 0) | (torch.arange(columns) == 4)
+    parts, sizes, of_texts = [], [], []
+    for part, text in zip(sees.split(counts), texts, strict=True):
+        for block in part.split(size):
+            parts.append(F.pad(block, (0, 0, 0, size - len(block))))
+            sizes.append(len(block))
+            of_texts.append(text)
+    blocks = Blocks.of(torch.stack(parts), torch.tensor(sizes), torch.tensor(of_texts), heads=group)
+    found, kept = kernels.attention(q, keys, values, blocks, 0.5)
+    assert kept is None
+    for rows, mine, text in zip(q.split(counts), sees.split(counts), texts, strict=True):
+        expected = dense_attention(rows, keys[text].transpose(0, 1), values[text].transpose(0, 1), mine, 0.5)
+        torch.testing.assert_close(found[: len(rows)], expected, rtol=1e-5, atol=1e-5)
+        found = found[len(rows) :]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -> None:
+    """A run that explodes has to notice."""
+    x = draw(4, 32).bfloat16()
+    x[1, 3] = value
+    assert not kernels.rms_norm(x, x[0], 1e-5)[0][1].isfinite().all()
+    assert not kernels.swiglu(x, x)[1].isfinite().all()
+    heads = x.view(4, 1, 32)
+    blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
+    assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
+
+
+def test_what_they_do_not_take(kernels: Kernels) -> None:
+    assert kernels.take(torch.zeros(2, 16), torch.zeros(16))
+    assert not kernels.take(torch.zeros(2, 24))
+    assert not kernels.take(torch.zeros(2, 16), torch.zeros(16, dtype=torch.bfloat16))
+    assert not kernels.take(torch.zeros(2, 16, dtype=torch.float64))
+    assert not kernels.take_heads(torch.zeros(2, 1, 3, 32), *[torch.zeros(2, 1, 3, 32)] * 2)
+    assert not kernels.take_heads(torch.zeros(1, 1, 3, 48), *[torch.zeros(1, 1, 3, 48)] * 2)
+
+
+# Without them.
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
+    """A cache directory of its own, and no kernels loaded yet."""
+    monkeypatch.setenv("LORALIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LORALIB_KERNELS", raising=False)
+    loaded.cache_clear()
+    yield tmp_path
+    loaded.cache_clear()
+
+
+def test_they_are_compiled_once_and_kept(kernels: Kernels, fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded() is not None
+    (kept,) = (fresh / "cache").iterdir()
+    loaded.cache_clear()
+    monkeypatch.setattr("subprocess.run", None)
+    assert loaded() is not None
+    assert list((fresh / "cache").iterdir()) == [kept]
+
+
+def test_what_is_kept_and_broken_is_made_again(kernels: Kernels, fresh: Any) -> None:
+    assert loaded() is not None
+    (kept,) = (fresh / "cache").iterdir()
+    loaded.cache_clear()
+    kept.unlink()  # a file that is mapped must not change
+    kept.write_bytes(b"half a fi")
+    assert loaded() is not None
+    assert kept.stat().st_size > 100
+
+
+def test_a_cache_directory_that_cannot_be_written_is_none(kernels: Kernels, fresh: Any) -> None:
+    (fresh / "cache").write_text("a file", encoding="utf-8")
+    assert loaded() is not None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts as compilers are for POSIX")
+def test_without_a_compiler_that_works_there_are_none(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = fresh / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    for compiler in (str(broken), "no-such-compiler"):
+        monkeypatch.setenv("CC", compiler)
+        loaded.cache_clear()
+        assert loaded() is None
+    assert not (fresh / "cache").exists()
+
+
+def test_they_can_be_switched_off(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORALIB_KERNELS", "0")
+    assert loaded() is None
