@@ -541,10 +541,9 @@ def _convert(source: Path, directory: Path) -> None:
     try:
         # The reader's progress bar asks nobody before it writes to stderr.
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-            file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-            file["local_files_only"] = True
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**file)
-            model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
+            place, file = str(source.parent), {"gguf_file": source.name, "local_files_only": True}
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(place, **file)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, **file, dtype=torch.bfloat16)
     except Exception as error:
         raise BaseModelError(f"{source} cannot be converted: {_first_line(error)}") from error
     # The file only names its rule for splitting text ("smollm"), and transformers then takes GPT-2's: SmolLM2 splits

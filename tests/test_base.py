@@ -164,7 +164,7 @@ def test_the_reader_finds_out_which_gguf_it_has(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gguf, "__version__", "forgotten when this test is over", raising=False)
     monkeypatch.delattr(gguf, "__version__")
 
-    def read(**_: Any) -> None:
+    def read(*_: Any, **__: Any) -> None:
         raise ValueError(f"this is gguf {getattr(gguf, '__version__', 'of no version')}")
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", read)
