@@ -17,8 +17,8 @@ from .base import DEFAULT_BASE, load_base
 from .console import duration, say, table
 from .data import draw, group_by_prompt, prompt_ids, read_examples
 from .data.readers import Example
-from .errors import ConfigError, LoraError
-from .formats import read_adapter
+from .errors import BaseModelError, ConfigError, LoraError
+from .formats import is_read_with_base, read_adapter
 from .generate import generate
 from .inject import disabled, merge, unmerge
 from .metrics.slots import parse_meaning, slot_error_rate
@@ -70,8 +70,8 @@ def load_adapted(
     """Loads a base model and its tokenizer, and puts an adapter on it.
 
     Args:
-        adapter: directory of the adapter; None: the base alone.
-        model: the base model; default: the one that the adapter names, else the default base.
+        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: the base alone.
+        model: the base model; default: the one that the adapter names, else the default base. GGUF and MLX name none.
         dtype: of the base, see `load_base`.
         device: see `load_base`.
         merged: merge the adapter into the weights.
@@ -80,14 +80,16 @@ def load_adapted(
         The model in eval mode, and its tokenizer.
 
     Raises:
-        AdapterError: the directory holds no adapter, or it does not fit the base.
-        BaseModelError: there is no such model.
+        AdapterError: there is no adapter at that path, or it does not fit the base.
+        BaseModelError: there is no such model, or the adapter does not name it.
         ConfigError: dtype or device are not to be had.
     """
-    value = None if adapter is None else read_adapter(adapter)
+    value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
+    if adapter is not None and value is None and model is None:
+        raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     found, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
-    if value is not None:
-        apply_adapter(found, value)
+    if adapter is not None:
+        apply_adapter(found, read_adapter(adapter, model=found) if value is None else value)
         if merged:
             merge(found)
     return found.eval(), tokenizer

@@ -107,6 +107,27 @@ def test_convert(target: str, adapter: str, adapted: Any, base: Path, tmp_path: 
     torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["llamacpp", "mlx"])
+def test_what_another_tool_trained_writes_text(
+    target: str, adapter: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / ("a.gguf" if target == "llamacpp" else "out")
+    assert run("convert", adapter, path, "--target", target, "--base", base) == 0
+    capsys.readouterr()
+    texts = []
+    for given in (adapter, path):
+        assert run("generate", "one two", "--adapter", given, "--model", base, "--dtype", "fp32") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert run("generate", "one two", "--model", base, "--dtype", "fp32") == 0
+    assert capsys.readouterr().out != texts[0]
+    output = tmp_path / "texts.jsonl"
+    assert run("generate", "one two", "--adapter", path, "--model", base, "--dtype", "fp32", "--output", output) == 0
+    assert texts[0].strip("\n") in output.read_text(encoding="utf-8")
+    assert run("chat", "--plain", "--adapter", path) == 2
+    assert "does not name its base model; give --model" in capsys.readouterr().err
+
+
 def test_convert_without_the_base_where_it_is_not_needed(adapter: str, tmp_path: Path, capsys: Any) -> None:
     assert run("convert", adapter, tmp_path / "a", "--target", "vllm", "--rank", 2, "--dtype", "bf16") == 0
     shown = capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +44,11 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds what `loralib.inference.load_adapted` wants to know: the adapter, its base, and how to load it."""
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter to put on the base model")
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="an adapter to put on the base model: a PEFT or MLX directory, or a GGUF LoRA file",
+    )
     parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
@@ -99,12 +102,9 @@ def read_with_base(
     from ..base import load_base
     from ..console import say
     from ..errors import BaseModelError
-    from ..formats.gguf import is_gguf
-    from ..formats.mlx import is_mlx
+    from ..formats import is_read_with_base
 
-    # Such files name modules otherwise: they are read with the base at hand.
-    named_otherwise = (Path(path).is_file() and is_gguf(path)) or is_mlx(path)
-    adapter = None if named_otherwise else read(path, args)
+    adapter = None if is_read_with_base(path) else read(path, args)
     model, tokenizer = None, None
     if args.base or adapter is None or needs_base(adapter):
         name = args.base or (adapter.config.base_model_name_or_path if adapter is not None else None)

@@ -184,11 +184,12 @@ def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> N
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     """Returns what the texts depend on besides their prompts: model, adapter, and the settings that were chosen."""
-    from ..formats import read_adapter
+    from ..formats import is_read_with_base, read_adapter
     from ..generate import Sampling
     from ..inference import base_of
 
-    found: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if args.adapter else None, args.model)}
+    named = args.adapter and not is_read_with_base(args.adapter)
+    found: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
         path = Path(args.adapter)
         files = [path] if path.is_file() else sorted(path.glob("adapter*.*"))

@@ -25,6 +25,7 @@ __all__ = [
     "Portable",
     "check_portable",
     "export",
+    "is_read_with_base",
     "load_adapter",
     "make_portable",
     "merge_and_compare",
@@ -118,11 +119,9 @@ def read_adapter(
         AdapterError: there is no adapter at the path, or more has to be given to understand it.
         FormatError: a file is corrupt.
     """
-    path = Path(path)
-    if path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"):
-        path = path.parent
-    gguf = path.is_file() and is_gguf(path)
-    if gguf or is_mlx(path):
+    path = _directory_of(Path(path))
+    if is_read_with_base(path):
+        gguf = path.is_file()
         if model is None:
             kind = "GGUF" if gguf else "MLX"
             raise AdapterError(
@@ -144,6 +143,18 @@ def read_adapter(
             "a GGUF LoRA file or a checkpoint of Microsoft's loralib"
         )
     return read_microsoft(path, config)
+
+
+def is_read_with_base(path: str | os.PathLike[str]) -> bool:
+    """Tells whether an adapter is in a form with names of its own for modules (GGUF, MLX), which its base explains."""
+    path = _directory_of(Path(path))
+    return (path.is_file() and is_gguf(path)) or is_mlx(path)
+
+
+def _directory_of(path: Path) -> Path:
+    """Returns the directory of an adapter where one of its files is named."""
+    names = ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json")
+    return path.parent if path.name in names else path
 
 
 def _is_checkpoint(path: Path) -> bool:
