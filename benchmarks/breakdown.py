@@ -23,16 +23,17 @@ from loralib.data.packing import pack
 from loralib.train.memory import freed_memory_kept
 
 HERE = Path(__file__).resolve().parent
-# The first kind of which a part of the name is in an operator's.  With weights in the processor's order, every product
-# with a frozen weight is a `_linear_pointwise`; a plain `mm` or `addmm` is one of LoRA's.
+# The first kind of which a part of the name is in that of an operator, or of a function of ours.  With weights in the
+# processor's order, every product with a frozen weight is a `_linear_pointwise`; a plain `mm` or `addmm` is one of
+# LoRA's.
 KINDS = {
     "products with frozen weights, the head's too": ("_linear_pointwise",),
     "LoRA's thin products": ("::mm", "::addmm"),
-    "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax"),
-    "activations": ("silu", "gelu"),
-    "norms": ("norm", "addmv", "mv"),
+    "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax", "_KernelAttention"),
+    "activations": ("silu", "gelu", "_SwiGLU"),
+    "norms": ("norm", "addmv", "mv", "_RMSNorm"),
     "optimizer": ("adamw", "_foreach"),
-    "sums, products and rotations of tensors": ("::mul", "::add", "::addcmul", "::sub", "::div", "::neg"),
+    "sums, products and rotations of tensors": ("::mul", "::add", "::addcmul", "::sub", "::div", "::neg", "_Rotate"),
     "copies, gathers and scatters": ("copy", "::cat", "index", "scatter", "gather", "fill", "pad"),
 }
 
@@ -59,7 +60,8 @@ def measure(steps: int, siblings: int) -> dict[str, Any]:
         wall = time.perf_counter() - start
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in profiled.key_averages():
-        kind = kind_of(event.key) if "::" in event.key else None
+        ours_or_theirs = event.key.startswith(("aten::", "mkldnn::", "_"))
+        kind = kind_of(event.key) if ours_or_theirs else None
         if kind is not None:
             seconds[kind] += event.self_cpu_time_total / 1e6
     seconds["Python, autograd, and what the profiler costs"] = wall - sum(seconds.values())

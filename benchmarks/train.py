@@ -10,7 +10,7 @@ Results go to benchmarks/train_<what>.json.  Peers train as they would be used, 
 the longest of a batch: "peft fp32" as it comes, "peft autocast" and "peft bf16" with what makes it fastest on a CPU.
 A step is forward, backward, clipping and fused AdamW.  "ours" is what the defaults do, a uniform shuffle; "ours,
 nothing shared" computes each example for itself; "ours, 4 siblings" draws up to four of a prompt into a step, which
-computes it once.  Machines are shared: minima, and medians of interleaved rounds.
+computes it once; `loss` measures both.  Machines are shared: minima, and medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -409,49 +409,84 @@ def to_loss(seeds: int, count: int | None, data: Path, keep: Path | None) -> Ite
     examples, valid = e2e("train", count, data), e2e("valid", None, data)[::2][:200]
     way = best_peer(batches(examples, 8, 1)[:3])
     for seed in range(seeds):
-        theirs, work = batches(examples, 8, 1, epoch=seed), batches(examples, 8, SIBLINGS, epoch=seed)
+        theirs = batches(examples, 8, 1, epoch=seed)
+        steps = len(theirs)
         with ExitStack() as stack:
-            peer = stack.enter_context(Contender(way, "smollm2", seed))
-            us = stack.enter_context(Contender("ours", "smollm2", seed))
-            seconds: dict[str, list[float]] = {"peft": [], "ours": []}
-            curves: dict[str, list[tuple[int, float, float]]] = {"peft": [], "ours": []}
-            goal = 0.0
-            work += batches(examples, 8, SIBLINGS, epoch=seed + seeds)
-            for number, batch in enumerate(work, 1):
-                if number <= len(theirs):
-                    seconds["peft"].append(peer.step(theirs[number - 1]))
-                seconds["ours"].append(us.step(batch))
-                ends = number == len(theirs)
-                if ends or (number % 50 == 0 and number < len(theirs)):
-                    curves["peft"].append((number, sum(seconds["peft"]), peer.ask("loss", valid)))
-                    goal = curves["peft"][-1][2]
-                if ends or number % (10 if number > 0.8 * len(theirs) else 50) == 0:
-                    curves["ours"].append((number, sum(seconds["ours"]), us.ask("loss", valid)))
-                if ends and keep is not None:
-                    peer.ask("save", keep / f"seed{seed}" / "peft")
-                    us.ask("save", keep / f"seed{seed}" / "ours")
-                if number >= len(theirs) and curves["ours"][-1][2] <= goal:
-                    break
-            steps = len(theirs)
-            reached = next((point for point in curves["ours"] if point[2] <= goal), None)
-            row = {
-                "seed": seed,
-                "peft": peer.way,
-                "goal": goal,
-                "steps": steps,
-                "peft_s": sum(seconds["peft"]),
-                "ours_s": sum(seconds["ours"][:steps]),
-                "ours_loss": next(loss for step, _, loss in curves["ours"] if step == steps),
-                "ours_to_goal_s": reached and reached[1],
-                "ours_to_goal_steps": reached and reached[0],
-                "step_s": {k: {"min": min(v), "median": statistics.median(v)} for k, v in seconds.items()},
-                "curves": curves,
+            peer = Run(stack.enter_context(Contender(way, "smollm2", seed)), theirs)
+            us = {
+                siblings: Run(
+                    stack.enter_context(Contender("ours", "smollm2", seed)),
+                    [batch for part in (seed, seed + seeds) for batch in batches(examples, 8, siblings, epoch=part)],
+                )
+                for siblings in (SIBLINGS, MOST_SIBLINGS)
             }
-        say(
-            f"seed {seed}: {row['peft']} {goal:.4f} in {row['peft_s']:.0f} s; ours {row['ours_loss']:.4f} in "
-            f"{row['ours_s']:.0f} s, {goal:.4f} reached after {reached and round(reached[1])} s"
-        )
+            for number in range(1, 2 * steps + 1):
+                if number <= steps:
+                    peer.step(valid if number % 50 == 0 or number == steps else None)
+                going = [run for run in us.values() if number <= steps or not run.reached(peer.loss)]
+                for run in going:
+                    often = 4 if number > 0.8 * steps else 50
+                    run.step(valid if number % often == 0 or number == steps else None)
+                if number == steps and keep is not None:
+                    peer.contender.ask("save", keep / f"seed{seed}" / "peft")
+                    us[SIBLINGS].contender.ask("save", keep / f"seed{seed}" / "ours")
+                if number >= steps and not going:
+                    break
+        runs = {"peft": peer, "ours": us[SIBLINGS], "siblings": us[MOST_SIBLINGS]}
+        row = {
+            "seed": seed,
+            "peft": peer.contender.way,
+            "goal": peer.loss,
+            "steps": steps,
+            "peft_s": sum(peer.seconds),
+            "step_s": {
+                name: {"min": min(run.seconds), "median": statistics.median(run.seconds)} for name, run in runs.items()
+            },
+            "curves": {name: run.curve for name, run in runs.items()},
+        }
+        for name in ("ours", "siblings"):
+            reached = runs[name].reached(peer.loss)
+            row |= {
+                f"{name}_s": sum(runs[name].seconds[:steps]),
+                f"{name}_loss": next(loss for step, _, loss in runs[name].curve if step == steps),
+                f"{name}_to_goal_steps": reached and reached[0],
+                f"{name}_to_goal_s": reached and reached[1],
+            }
+            after = f"reached after {reached[1]:.0f} s" if reached else "not reached"
+            say(
+                f"seed {seed}: {peer.contender.way} {peer.loss:.4f} in {row['peft_s']:.0f} s; {name} "
+                f"{row[f'{name}_loss']:.4f} in {row[f'{name}_s']:.0f} s, {peer.loss:.4f} {after}"
+            )
         yield row
+
+
+class Run:
+    """A contender's way through its batches.
+
+    Attributes:
+        seconds: of each step.
+        curve: step, seconds until then, and validation loss.
+    """
+
+    def __init__(self, contender: Contender, work: list[list[TokenExample]]) -> None:
+        self.contender, self.work = contender, work
+        self.seconds: list[float] = []
+        self.curve: list[tuple[int, float, float]] = []
+
+    def step(self, valid: list[TokenExample] | None) -> None:
+        """Trains on the next batch; measures then, if asked to."""
+        self.seconds.append(self.contender.step(self.work[len(self.seconds)]))
+        if valid is not None:
+            self.curve.append((len(self.seconds), sum(self.seconds), self.contender.ask("loss", valid)))
+
+    @property
+    def loss(self) -> float:
+        """The last that was measured."""
+        return self.curve[-1][2]
+
+    def reached(self, goal: float) -> tuple[int, float, float] | None:
+        """The first point of the curve that is as good."""
+        return next((point for point in self.curve if point[2] <= goal), None)
 
 
 def best_peer(work: list[list[TokenExample]]) -> str:
@@ -481,10 +516,16 @@ def main() -> None:
     if args.of:
         say(str(memory_of(args.of, args.models[0])))
         return
-    found: list[dict[str, Any]] = []
-    if args.what == "speed":
-        for row in speed(args.rounds, args.steps, args.models, args.batch_sizes):
-            found.append(row)
+    settings = {"examples": args.examples, "batch": 8, "lr": LR, "siblings": SIBLINGS, **TARGETS["smollm2"]}
+    report: dict[str, Any] = {"machine": machine("transformers", "peft"), "settings": settings, "results": []}
+    measured = {
+        "speed": lambda: speed(args.rounds, args.steps, args.models, args.batch_sizes),
+        "memory": lambda: memory(args.models),
+        "loss": lambda: to_loss(args.seeds, args.examples, args.data, args.keep),
+    }
+    for row in measured[args.what]():
+        report["results"].append(row)
+        if args.what == "speed":
             times = ", ".join(
                 f"{best:.2f} ({median:.2f}) times {peer}" for peer, (best, median) in row["times"].items()
             )
@@ -492,20 +533,13 @@ def main() -> None:
                 f"{row['model']} {row['data']} batch {row['batch']}, {row['way']}: {row['step_s'][row['way']]:.3f} s, "
                 f"{times}, {row['share_of_gemm_rate']:.0%} of {row['gemm_flops'] / 1e9:.0f} GFLOP/s"
             )
-    elif args.what == "memory":
-        for row in memory(args.models):
-            found.append(row)
+        elif args.what == "memory":
             peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in row["peak_bytes"].items())
             say(f"{row['model']}: {peaks}; ours is {row['share_of_best_tuned']:.2f} of the best-tuned")
-    else:
-        found = list(to_loss(args.seeds, args.examples, args.data, args.keep))
-    settings = {"examples": args.examples, "batch": 8, "lr": LR, "siblings": SIBLINGS, **TARGETS["smollm2"]}
-    text = (
-        json.dumps({"machine": machine("transformers", "peft"), "settings": settings, "results": found}, indent=1)
-        + "\n"
-    )
-    for out in (args.out or HERE / f"train_{args.what}.json", *([args.keep / "train_loss.json"] if args.keep else ())):
-        out.write_text(text, encoding="utf-8")
+        places = [args.out or HERE / f"train_{args.what}.json"]
+        places += [args.keep / "train_loss.json"] if args.keep else []
+        for place in places:  # after each row, so that what was measured stays if the rest is given up
+            place.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
