@@ -126,7 +126,7 @@ def test_the_historical_demo_network(run: Run, tmp_path: Path) -> None:
     assert re.search(r"Total +87,752,033", out)
     assert re.search(r"Trainable +1,062,160 +1\.21%", out)
     assert re.search(r"Frozen +86,689,873 +98\.79%", out)
-    assert "pytorch_model.bin (4.06 MB)" in out
+    assert re.search(r"pytorch_model.bin \(4.0[56] MB\)", out)  # torch 2.6 writes less around the tensors
     code, out, err = run("run_inference", "--adapter", "demo")
     assert code == 0, err
     assert re.search(r"input +\[2, 32\]\nlogits +\[2, 32, 50257\]", out)
