@@ -1,6 +1,6 @@
 """Generation beside transformers' `generate` on a PEFT model: both in one process, in turn, on the same prompts.
 
-python benchmarks/generate.py                     all cases: beam 10, greedy, first token of 1,000; about 7 minutes
+python benchmarks/generate.py                     all cases: beam 10, greedy, first token of 1,000; a quarter of an hour
 python benchmarks/generate.py --cases greedy      one of them
 python benchmarks/generate.py --clock cpu --threads 1     processor time, where others use the machine too
 
@@ -185,7 +185,8 @@ def main() -> None:
 def run(case: str, directory: str, args: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     model, tokenizer = load_adapted(directory, dtype="bf16", merged=True)
     other = peers(directory)
-    examples = group_by_prompt(read_examples(DATA / "test.txt"))[: args.prompts]
+    held_out = [example for split in ("test", "valid") for example in read_examples(DATA / f"{split}.txt")]
+    examples = group_by_prompt(held_out)[: args.prompts]
     prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
     ends = [int(tokenizer.eos_token_id)]
 

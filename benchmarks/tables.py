@@ -46,29 +46,46 @@ def times(ratio: tuple[float, float]) -> str:
 
 
 def time_to_loss() -> Rows:
-    """Wall time to the validation loss that PEFT ends with: one row for each seed, and the mean."""
-    yield "seed", "PEFT's loss", "PEFT's time", "our loss after as many steps", "our time", "our time to PEFT's loss"
+    """Wall time to the validation loss that PEFT ends with: two rows for each seed, and the means."""
+    yield "seed", "PEFT's loss", "PEFT's time", "ours", "loss after as many steps", "time", "time to PEFT's loss"
     rows = results("train_loss").get("results", ())
+    ways = {"ours": "as it comes", "siblings": "4 siblings"}
     for row in rows:
-        reached = row["ours_to_goal_s"]
+        for way, name in ways.items():
+            reached = row[f"{way}_to_goal_s"]
+            yield (
+                str(row["seed"]),
+                f"{row['goal']:.4f}",
+                f"{row['peft_s']:.0f} s",
+                name,
+                f"{row[f'{way}_loss']:.4f}",
+                f"{row[f'{way}_s']:.0f} s: {row[f'{way}_s'] / row['peft_s']:.0%}",
+                f"{reached:.0f} s: {reached / row['peft_s']:.0%}" if reached else "not reached in two epochs",
+            )
+    for way, name in ways.items():
+        shares = [row[f"{way}_to_goal_s"] / row["peft_s"] for row in rows if row[f"{way}_to_goal_s"]]
+        if len(rows) > 1:
+            mean = {key: statistics.mean(row[key] for row in rows) for key in ("goal", "peft_s", f"{way}_loss")}
+            yield (
+                "mean",
+                f"{mean['goal']:.4f}",
+                f"{mean['peft_s']:.0f} s",
+                name,
+                f"{mean[f'{way}_loss']:.4f}",
+                f"{statistics.mean(row[f'{way}_s'] / row['peft_s'] for row in rows):.0%}",
+                f"{statistics.mean(shares):.0%}" if len(shares) == len(rows) else "",
+            )
+
+
+def memory() -> Rows:
+    """Peak memory of a process that trains."""
+    yield "model", "ours", "PEFT with a bf16 base", "PEFT with autocast", "PEFT as it comes", "of best-tuned PEFT"
+    for row in results("train_memory").get("results", ()):
+        peaks = (row["peak_bytes"][way] for way in ("ours", "peft bf16", "peft autocast", "peft fp32"))
         yield (
-            str(row["seed"]),
-            f"{row['goal']:.4f}",
-            f"{row['peft_s']:.0f} s",
-            f"{row['ours_loss']:.4f}",
-            f"{row['ours_s']:.0f} s: {row['ours_s'] / row['peft_s']:.0%}",
-            f"{reached:.0f} s: {reached / row['peft_s']:.0%}" if reached else "not reached in two epochs",
-        )
-    if len(rows) > 1:
-        mean = {key: statistics.mean(row[key] for row in rows) for key in ("goal", "peft_s", "ours_loss", "ours_s")}
-        shares = [row["ours_to_goal_s"] / row["peft_s"] for row in rows if row["ours_to_goal_s"]]
-        yield (
-            "mean",
-            f"{mean['goal']:.4f}",
-            f"{mean['peft_s']:.0f} s",
-            f"{mean['ours_loss']:.4f}",
-            f"{mean['ours_s']:.0f} s: {mean['ours_s'] / mean['peft_s']:.0%}",
-            f"{statistics.mean(shares):.0%}" if len(shares) == len(rows) else "",
+            MODELS[row["model"]],
+            *(f"{peak / 2**30:.2f} GiB" for peak in peaks),
+            f"{row['share_of_best_tuned']:.0%}",
         )
 
 
@@ -82,15 +99,20 @@ def breakdown() -> Rows:
 
 def generation() -> Rows:
     """Decoding beside transformers' generate."""
-    yield "case", "ours", "transformers on merged PEFT", "its best way", "times (median)"
+    yield "case", "ours", "transformers on merged PEFT", "its best way", "times (median)", "BLEU", "mean score"
     for row in results("generate").get("results", ()):
         ratio = times((row["times"], row["median_times"]))
-        yield row["case"], f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s", row["peer"], ratio
+        both = [
+            f"{row[what]['ours']:.{digits}f} / {row[what]['peer']:.{digits}f}" if what in row else ""
+            for what, digits in (("bleu", 1), ("mean_score", 4))
+        ]
+        yield row["case"], f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s", row["peer"], ratio, *both
 
 
 TABLES = {
     "speed": speed,
     "time to loss": time_to_loss,
+    "memory": memory,
     "breakdown": breakdown,
     "generation": generation,
 }

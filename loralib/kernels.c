@@ -40,6 +40,12 @@ static inline float sum(vec x) {
     return s;
 }
 
+static inline float greatest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 /* e^x to an error of 2e-7, infinity beyond 88, and no less than e^-87: 2^n e^f with n whole and |f| <= ln 2 / 2, and the
  * series of e^f to f^7. */
 static inline vec vexp(vec x) {
@@ -214,6 +220,30 @@ void NAME(rotate)(const T *x, const T *cos, const T *sin, T *y, int64_t n, int64
                 STORE(yi + m + j, back ? y2 - x1 * s1 : y2 + x1 * s2);
             }
         }
+    }
+}
+
+/* For rows of x (n, d): the largest number, the sum of e^(x - the largest), and the largest of each `group` of numbers
+ * (n, d / group). */
+void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t n, int64_t d, int64_t group, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const T *row = x + i * d;
+        vec largest = LOAD(row), total = {0};
+        for (int64_t j = 0; j < d; j += group) {
+            vec of_group = LOAD(row + j);
+            for (int64_t p = LANES; p < group; p += LANES) {
+                vec other = LOAD(row + j + p);
+                of_group = choose(other > of_group, other, of_group);
+            }
+            largest = choose(of_group > largest, of_group, largest);
+            T lanes[LANES];
+            STORE(lanes, (vec){0} + greatest(of_group));
+            of_groups[i * (d / group) + j / group] = lanes[0];
+        }
+        most[i] = greatest(largest);
+        for (int64_t j = 0; j < d; j += LANES) total += vexp(LOAD(row + j) - most[i]);
+        sums[i] = sum(total);
     }
 }
 

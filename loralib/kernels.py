@@ -51,6 +51,7 @@ _ARGUMENTS: Final = {
     "swiglu": "pppni",
     "swiglu_back": "pppppni",
     "rotate": "ppppnnnnii",
+    "log_sums": "ppppnnni",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
@@ -200,6 +201,19 @@ class Kernels:
         found = torch.empty(1, count, heads, width, dtype=x.dtype)
         self._run("rotate", x, cos, sin, found, count, heads, width, x.stride(2), back, like=x)
         return found.transpose(1, 2)
+
+    def log_sums(self, x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns, for each row of x (R, V): the largest number, the sum of e^(x - it), and the largest of each group.
+
+        Args:
+            x: (R, V).
+            group: how many numbers behind one another are a group; a multiple of 16 by which V can be divided.
+        """
+        x = x.contiguous()
+        rows, width = x.shape
+        most, sums, of_groups = torch.empty(rows), torch.empty(rows), x.new_empty(rows, width // group)
+        self._run("log_sums", x, most, sums, of_groups, rows, width, group, like=x)
+        return most, sums, of_groups
 
     def take_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""

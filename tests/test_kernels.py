@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from loralib.generate.beam import best_tokens
 from loralib.kernels import Blocks, Kernels, loaded
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -165,6 +166,25 @@ def test_attention_of_the_branches_of_several_texts(kernels: Kernels, group: int
         expected = dense_attention(rows, keys[text].transpose(0, 1), values[text].transpose(0, 1), mine, 0.5)
         torch.testing.assert_close(found[: len(rows)], expected, rtol=1e-5, atol=1e-5)
         found = found[len(rows) :]
+
+
+@DTYPES
+def test_sums_for_log_softmax(kernels: Kernels, dtype: torch.dtype, error: float) -> None:
+    x = draw(5, 192, dtype=dtype) * 8
+    most, sums, of_groups = kernels.log_sums(x, 64)
+    torch.testing.assert_close(most + sums.log(), x.float().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(of_groups, x.view(5, 3, 64).amax(-1))
+    banned = torch.full((1, 64), float("-inf"))
+    assert kernels.log_sums(banned, 64)[1].isnan().all()
+
+
+@DTYPES
+def test_the_best_tokens_of_a_large_vocabulary(kernels: Kernels, dtype: torch.dtype, error: float) -> None:
+    logits = draw(7, 6400, dtype=dtype) * 4
+    gains, tokens = best_tokens(logits, 10)
+    expected = torch.log_softmax(logits.float(), -1).topk(10).values
+    torch.testing.assert_close(gains, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.log_softmax(logits.float(), -1).gather(1, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

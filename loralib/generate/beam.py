@@ -22,6 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..kernels import loaded
 from .decoder import Decoder, Text, make_decoder
 from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, penalize
@@ -240,21 +241,29 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ([[1, 0]], [-0.4076, -1.4076])
     """
     count = min(count, logits.shape[1])
-    parts = [_best_of(part, count) for part in logits.split(_ROWS)]
+    kernels, groups = loaded(), logits.shape[1] // _GROUP
+    few = groups < 4 * count or logits.shape[1] % _GROUP  # groups, for the shorter ways
+    if kernels is not None and not few and kernels.take(logits):
+        most, sums, maxima = kernels.log_sums(logits, _GROUP)
+        best, tokens = _best_of_groups(logits.view(len(logits), groups, _GROUP), maxima, count)
+        return best.float().sub_(most[:, None]).sub_(sums.log_()[:, None]), tokens
+    parts = [_best_of(part, count, bool(few)) for part in logits.split(_ROWS)]
     return torch.cat([gains for gains, _ in parts]), torch.cat([tokens for _, tokens in parts])
 
 
-def _best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _best_of(logits: Tensor, count: int, few: bool) -> tuple[Tensor, Tensor]:
     gains = torch.log_softmax(logits, -1, dtype=torch.float32)
-    rows, vocabulary = gains.shape
-    groups = vocabulary // _GROUP
-    if groups < 4 * count or vocabulary % _GROUP:
+    if few:
         best, tokens = gains.topk(count)
         return best, tokens
-    # The best are in the groups with the best maxima, and a maximum is much cheaper than a selection.
-    of_groups = gains.view(rows, groups, _GROUP)
-    chosen = of_groups.amax(-1).topk(count).indices  # (R, K)
-    best, places = of_groups.gather(1, chosen[:, :, None].expand(rows, count, _GROUP)).flatten(1).topk(count)
+    of_groups = gains.view(len(gains), -1, _GROUP)
+    return _best_of_groups(of_groups, of_groups.amax(-1), count)
+
+
+def _best_of_groups(of_groups: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best of (R, groups, 64): they are in the groups with the best maxima, which are cheaper than a selection."""
+    chosen = maxima.topk(count).indices  # (R, K)
+    best, places = of_groups.gather(1, chosen[:, :, None].expand(*chosen.shape, _GROUP)).flatten(1).topk(count)
     return best, chosen.gather(1, places // _GROUP) * _GROUP + places % _GROUP
 
 
