@@ -101,7 +101,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands},
     "docs/performance.md": {
-        name: functools.partial(figures, name) for name in ("speed", "time to loss", "breakdown", "generation")
+        name: functools.partial(figures, name)
+        for name in ("speed", "time to loss", "memory", "breakdown", "generation")
     },
     "docs/architecture.md": {"tree": tree, "import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
