@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .files import cache_directory
+from .errors import OutputError
+from .files import cache_directory, write_whole
 
-__all__ = ["MOST_LANES", "Blocks", "Kernels", "loaded"]
+__all__ = ["LANES", "Blocks", "Kernels", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
 _FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
-MOST_LANES: Final = 16  # queries, or heads of queries, that the attention kernel computes at once
-_LANES: Final = 16  # as in kernels.c
+# As in kernels.c: numbers that are computed at once (in attention: queries, or heads of them), and keys.
+LANES: Final = 16
 _KEYS: Final = 8
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
@@ -100,19 +102,37 @@ class Blocks:
         >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
         ([0, 2], [0, 2], [0, 1])
         """
-        lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[1]))).to(torch.int16)
-        bits = (sees * lanes[:, None]).sum(1, dtype=torch.int16)  # (n, C)
+        bits = _bits(sees, heads)  # (n, C)
         block, keys = bits.nonzero(as_tuple=True)
         of_each = torch.bincount(block, minlength=len(sees))
-        return cls(
-            rows=_sums(counts),
-            texts=texts.to(torch.int32),
-            starts=_sums(of_each),
-            keys=keys.to(torch.int32),
-            seen=bits[block, keys],
-            heads=heads,
-            widest=int(of_each.max()),
-        )
+        return cls._listed(counts, texts, of_each, keys, bits[block, keys], heads)
+
+    @classmethod
+    def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> Blocks:
+        """Returns the blocks of one text, head by head, without a mask of all its queries and keys.
+
+        Args:
+            tiles: for each block, the keys (K,) that its queries see, and which query sees which of them: (L, K) bool.
+
+        >>> blocks = Blocks.of_tiles([(torch.tensor([0, 2]), torch.tensor([[True, True]]))])
+        >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
+        ([0, 2], [0, 2], [0, 1])
+        """
+        counts = torch.tensor([len(sees) for _, sees in tiles])
+        of_each = torch.tensor([len(keys) for keys, _ in tiles])
+        keys, seen = torch.cat([keys for keys, _ in tiles]), torch.cat([_bits(sees, 1) for _, sees in tiles])
+        return cls._listed(counts, torch.zeros_like(counts), of_each, keys, seen, 1)
+
+    @classmethod
+    def _listed(cls, counts: Tensor, texts: Tensor, of_each: Tensor, keys: Tensor, seen: Tensor, heads: int) -> Blocks:
+        rows, starts, widest = _sums(counts), _sums(of_each), int(of_each.max())
+        return cls(rows, texts.to(torch.int32), starts, keys.to(torch.int32), seen, heads, widest)
+
+
+def _bits(sees: Tensor, heads: int) -> Tensor:
+    """Which lanes see each key, a bit a lane, from which query does: (..., L, K) to (..., K)."""
+    lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[-2]))).to(torch.int16)
+    return (sees * lanes[:, None]).sum(-2, dtype=torch.int16)
 
 
 def _sums(counts: Tensor) -> Tensor:
@@ -142,17 +162,17 @@ class Kernels:
         """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
         dtype = tensors[0].dtype
         return dtype in _KINDS and all(
-            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % _LANES == 0 and type(x.data) is Tensor
+            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % LANES == 0 and type(x.data) is Tensor
             for x in tensors
         )
 
     def take_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         """Returns whether `rotate` takes these."""
-        halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * _LANES) == 0
+        halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * LANES) == 0
         return halves and self.take(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Returns ``w x f`` with ``f = 1 / sqrt(mean(x^2) + eps)``, and f.
+        """Returns ``w x f`` with ``f = 1 / sqrt(mean(x^2) + eps)``, and f (..., 1).
 
         Args:
             x: (..., D).
@@ -160,7 +180,7 @@ class Kernels:
             eps: keeps f finite.
         """
         x = x.contiguous()
-        y, factor = torch.empty_like(x), torch.empty(x.shape[:-1])
+        y, factor = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
         self._run("rms_norm", x, weight, y, factor, factor.numel(), len(weight), eps, like=x)
         return y, factor
 
@@ -221,7 +241,7 @@ class Kernels:
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns softmax(scaling q k^T) v, each query over the keys that it sees; and what `attention_back` needs.
 
         Args:
@@ -239,14 +259,14 @@ class Kernels:
         else:
             kv_heads, steps = k.shape[1], (k.stride(0), k.stride(1), width)
         threads, y = self._threads(q), torch.empty_like(q)
-        kept = torch.empty(2, heads // blocks.heads, count, _LANES) if keep else None
-        most, share = (None, None) if kept is None else (kept[0], kept[1])
-        each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * _LANES
+        kept = torch.empty(2, heads // blocks.heads, count, LANES) if keep else None
+        most_and_share = (None, None) if kept is None else kept.unbind()
+        each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * LANES
         room = torch.empty(threads, each)
         tables = (blocks.rows, blocks.texts, blocks.starts, blocks.keys, blocks.seen)
         sizes = (each, count, heads, kv_heads, width, blocks.heads, *steps)
-        self._call("attention", q, k, v, y, most, share, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
-        return y, None if most is None or share is None else (most, share)
+        self._call("attention", q, k, v, y, *most_and_share, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
+        return y, kept
 
     def attention_back(
         self,
@@ -255,7 +275,7 @@ class Kernels:
         k: Tensor,
         v: Tensor,
         y: Tensor,
-        kept: tuple[Tensor, Tensor],
+        kept: Tensor,
         blocks: Blocks,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,25 +287,12 @@ class Kernels:
             threads = parts = max(1, min(threads, _MOST_SUMS // (2 * k.numel())))
         found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         sums = torch.zeros(parts, 2, k.numel())
-        each = (_whole(blocks.widest) + _LANES) * 2 * width + (2 * _whole(blocks.widest) + width) * _LANES
+        each = (_whole(blocks.widest) + LANES) * 2 * width + (2 * _whole(blocks.widest) + width) * LANES
         room = torch.empty(threads, each)
-        tensors = (
-            gradient,
-            q,
-            k,
-            v,
-            y,
-            *kept,
-            *found,
-            sums,
-            blocks.rows,
-            blocks.starts,
-            blocks.keys,
-            blocks.seen,
-            room,
-        )
+        tensors = (gradient, q, k, v, y, *kept.unbind(), *found, sums)
+        tables = (blocks.rows, blocks.starts, blocks.keys, blocks.seen)
         sizes = (each, total, blocks.count, heads, kv_heads, width, parts)
-        self._call("attention_back", *tensors, *sizes, scaling, threads, dtype=q.dtype)
+        self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return found
 
     def _threads(self, like: Tensor) -> int:
@@ -329,13 +336,8 @@ def _load(compiler: str) -> Kernels:
         _call(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{built}.o")
         _call(compiler, "-shared", f"{built}.o", "-o", str(built))
         kernels = Kernels(built)
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            aside = kept.with_name(f"{name}.{os.getpid()}")
-            shutil.copyfile(built, aside)
-            os.replace(aside, kept)
-        except OSError:  # nowhere to keep it
-            pass
+        with contextlib.suppress(OutputError):  # nowhere to keep it
+            write_whole(kept, lambda aside: shutil.copyfile(built, aside))
         return kernels
 
 

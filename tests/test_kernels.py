@@ -105,6 +105,17 @@ def attentions(draw_: Any) -> dict[str, Any]:
     }
 
 
+def test_blocks_of_tiles_are_those_of_a_mask() -> None:
+    """Three full blocks, and one of a single query, with keys that nobody of a block sees left out."""
+    sees = (torch.rand(49, 60, generator=torch.Generator().manual_seed(0)) < 0.1) | torch.eye(49, 60).bool()
+    starts = torch.arange(0, 49, 16)
+    whole = Blocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
+    tiles = [(part.any(0).nonzero()[:, 0], part[:, part.any(0)]) for part in sees.split(16)]
+    for name, found in vars(Blocks.of_tiles(tiles)).items():
+        expected = vars(whole)[name]
+        assert torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Tensor:
     """Of q (R, H, D) over k and v (T, H_kv, D), where sees (R, T)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import MOST_LANES, Blocks, loaded
+from ..kernels import LANES, Blocks, loaded
 
 __all__ = ["Cache", "Unsupported", "Work", "attend", "configs_of", "using"]
 
@@ -138,7 +138,7 @@ class Work:
         if wanted not in self._blocks:
             sees = self._within(window)
             texts, branches, columns = sees.shape
-            size = MOST_LANES // group
+            size = LANES // group
             sees = F.pad(sees, (0, 0, 0, -branches % size)).view(-1, size, columns)
             blocks = len(sees) // texts  # of each text
             in_text = torch.bincount(self.text, minlength=texts)
@@ -218,7 +218,7 @@ def _branches(
     texts, branches, _ = work.sees.shape
     kv_heads, heads, width = keys.shape[1], *q.shape[1:]
     group = heads // kv_heads
-    kernels = loaded() if softcap is None and group <= MOST_LANES else None
+    kernels = loaded() if softcap is None and group <= LANES else None
     if kernels is not None and kernels.take_queries(q, keys, values):
         return kernels.attention(q, keys, values, work.blocks(window, group), scaling)[0]
     grid = q if work.place is None else q.new_zeros(texts * branches, heads, width).index_copy_(0, work.place, q)

@@ -242,12 +242,12 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     count = min(count, logits.shape[1])
     kernels, groups = loaded(), logits.shape[1] // _GROUP
-    few = groups < 4 * count or logits.shape[1] % _GROUP  # groups, for the shorter ways
+    few = groups < 4 * count or logits.shape[1] % _GROUP > 0  # groups, for the shorter ways
     if kernels is not None and not few and kernels.take(logits):
         most, sums, maxima = kernels.log_sums(logits, _GROUP)
         best, tokens = _best_of_groups(logits.view(len(logits), groups, _GROUP), maxima, count)
         return best.float().sub_(most[:, None]).sub_(sums.log_()[:, None]), tokens
-    parts = [_best_of(part, count, bool(few)) for part in logits.split(_ROWS)]
+    parts = [_best_of(part, count, few) for part in logits.split(_ROWS)]
     return torch.cat([gains for gains, _ in parts]), torch.cat([tokens for _, tokens in parts])
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..data.packing import Pack
 from ..errors import TrainingError
-from ..kernels import MOST_LANES, Blocks, Kernels, loaded
+from ..kernels import LANES, Blocks, Kernels, loaded
 
 __all__ = ["Plan", "packed_attention", "using"]
 
@@ -90,27 +90,20 @@ class Plan:
         """
         if window not in self._tiles:
             self._tiles[window] = list(
-                self._group([self._tile(start, window) for start in range(0, len(self.ends), self.tile)])
+                self._group([self._tile(start, self.tile, window) for start in range(0, len(self.ends), self.tile)])
             )
         return self._tiles[window]
 
     def blocks(self, window: int | None) -> Blocks:
         """Returns the same for the compiled kernel: see `tiles`."""
         if window not in self._blocks:
-            total, size = len(self.ends), MOST_LANES
-            queries, keys = torch.arange(-(-total // size) * size)[:, None], torch.arange(total)
-            sees = (keys <= queries) & (queries < self.ends)
-            if window is not None:
-                positions = F.pad(self.positions, (0, len(queries) - total))
-                sees &= positions[:, None] - self.positions < window
-            starts = queries[::size, 0]
-            counts, texts = (total - starts).clamp(max=size), torch.zeros_like(starts)
-            self._blocks[window] = Blocks.of(sees.view(len(starts), size, total), counts, texts)
+            starts = range(0, len(self.ends), LANES)
+            self._blocks[window] = Blocks.of_tiles([self._tile(start, LANES, window) for start in starts])
         return self._blocks[window]
 
-    def _tile(self, start: int, window: int | None) -> tuple[Tensor, Tensor]:
+    def _tile(self, start: int, size: int, window: int | None) -> tuple[Tensor, Tensor]:
         total = len(self.ends)
-        queries = torch.arange(start, min(start + self.tile, total), device=self.ends.device)
+        queries = torch.arange(start, min(start + size, total), device=self.ends.device)
         keys = torch.nonzero(self.ends[: int(queries[-1]) + 1] > start).flatten()
         seen = (keys <= queries[:, None]) & (queries[:, None] < self.ends[keys])
         if window is not None:
