@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 # LoRA's.
 KINDS = {
     "products with frozen weights, the head's too": ("_linear_pointwise",),
-    "LoRA's thin products": ("::mm", "::addmm"),
+    "LoRA's thin products": ("_Together", "::mm", "::addmm"),
     "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax", "_KernelAttention"),
     "activations": ("silu", "gelu", "_SwiGLU"),
     "norms": ("norm", "addmv", "mv", "_RMSNorm"),

@@ -2,9 +2,11 @@
 
 python benchmarks/siblings.py --data DIR       about an hour on one core; writes benchmarks/siblings.json
 python benchmarks/siblings.py --only noise     what sharing a dropout mask does to one step's gradient; a minute
+python benchmarks/siblings.py --batch 32 --examples 1280 --only loss --runs "uniform shuffle" "4 siblings"
+                                               larger batches, ten minutes on two cores; benchmarks/siblings_32.json
 
 DIR holds the E2E challenge's train.txt and valid.txt (default: the repository's sample, which is of that form).  Every
-run is `loralib.train` with its default settings on SmolLM2-135M, but for what its name says, batches of 8, and whole
+run is `loralib.train` with its default settings on SmolLM2-135M, but for what its name says, the batches, and whole
 prompts with all their texts: examples drawn across prompts would have no siblings.  Results are kept after each run,
 and a run that is there already is not done again.
 """
@@ -30,7 +32,6 @@ from loralib.data.order import epoch_order
 from loralib.train.step import make_step
 
 HERE = Path(__file__).resolve().parent
-BATCH = 8
 # Each run, and what it is compared with.  "own masks" trains on the very batches of "shared mask", each example alone.
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "uniform shuffle": ({"max_siblings": 1}, ""),
@@ -52,20 +53,25 @@ def whole_prompts(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def validation_loss(
-    model: Any, examples: Sequence[TokenExample], valid: Sequence[TokenExample], seed: int, settings: dict[str, Any]
+    model: Any,
+    examples: Sequence[TokenExample],
+    valid: Sequence[TokenExample],
+    batch_size: int,
+    seed: int,
+    settings: dict[str, Any],
 ) -> tuple[float, float]:
     """Trains one epoch; returns the loss on `valid` before and after."""
     if not settings.get("shuffle", True):  # the order is given: that of batches with siblings
-        order = epoch_order(examples, BATCH, seed=seed, epoch=0, max_siblings=4)
+        order = epoch_order(examples, batch_size, seed=seed, epoch=0, max_siblings=4)
         examples = [examples[index] for batch in order for index in batch]
     with tempfile.TemporaryDirectory() as folder:
-        config = lora.TrainConfig(num_epochs=1, batch_size=BATCH, seed=seed, output_dir=folder, **settings)
+        config = lora.TrainConfig(num_epochs=1, batch_size=batch_size, seed=seed, output_dir=folder, **settings)
         result = lora.train(model, examples, config, valid_data=valid, verbose=False)
     lora.remove(model)
     return result.valid_losses[0][1], result.valid_losses[-1][1]
 
 
-def noise(model: Any, examples: Sequence[TokenExample], draws: int = 24) -> dict[str, float]:
+def noise(model: Any, examples: Sequence[TokenExample], batch_size: int, draws: int = 24) -> dict[str, float]:
     """How much dropout alone scatters one step's gradient, with shared and with own masks.
 
     Each example alone sees the same dropout either way, so the expected gradient is the same; siblings under one mask
@@ -75,7 +81,7 @@ def noise(model: Any, examples: Sequence[TokenExample], draws: int = 24) -> dict
         Of each, the root mean square distance of the gradient from its mean over the draws, as a share of the
         gradient's norm without dropout.
     """
-    batch = [examples[index] for index in epoch_order(examples, BATCH, seed=0, epoch=0, max_siblings=4)[0]]
+    batch = [examples[index] for index in epoch_order(examples, batch_size, seed=0, epoch=0, max_siblings=4)[0]]
     torch.manual_seed(0)
     config = lora.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
     lora.inject(model, config)
@@ -122,9 +128,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=512)
     parser.add_argument("--valid", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", choices=["noise", "loss"])
-    parser.add_argument("--out", type=Path, default=HERE / "siblings.json")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--out", type=Path, help="default: siblings.json, or siblings_32.json for batches of 32")
     args = parser.parse_args()
+    args.out = args.out or HERE / ("siblings.json" if args.batch == 8 else f"siblings_{args.batch}.json")
     transformers.logging.set_verbosity_error()
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     model, tokenizer = lora.load_base("smollm2-135m")
@@ -138,7 +147,7 @@ def main() -> None:
         "examples": len(examples),
         "prompts": len({e.ids[: e.trained.index(True)] for e in examples}),
         "validation_examples": len(valid),
-        "batch_size": BATCH,
+        "batch_size": args.batch,
     }
     if found.get("about", about) != about:
         raise SystemExit(f"{args.out} is of another setting: {found['about']}, now {about}. Remove it, or give --out.")
@@ -148,7 +157,7 @@ def main() -> None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     if args.only != "loss" and "noise" not in found:
-        found["noise"] = noise(model, examples)
+        found["noise"] = noise(model, examples, args.batch)
         keep()
     losses = found.setdefault("validation_loss", {})
     todo = [
@@ -157,8 +166,8 @@ def main() -> None:
     todo += [(seed, name) for name in RUNS for seed in range(args.seeds)]
     for seed, name in todo if args.only != "noise" else ():
         settings, _ = RUNS[name]
-        if str(seed) not in losses.get(name, {}):
-            before, after = validation_loss(model, examples, valid, seed, settings)
+        if name in args.runs and str(seed) not in losses.get(name, {}):
+            before, after = validation_loss(model, examples, valid, args.batch, seed, settings)
             found["validation_loss_before"] = before
             losses.setdefault(name, {})[str(seed)] = after
             keep()

@@ -47,26 +47,27 @@ def times(ratio: tuple[float, float]) -> str:
 
 def time_to_loss() -> Rows:
     """Wall time to the validation loss that PEFT ends with: two rows for each seed, and the means."""
-    yield "seed", "PEFT's loss", "PEFT's time", "ours", "loss after as many steps", "time", "time to PEFT's loss"
-    rows = results("train_loss").get("results", ())
+    yield "batch", "seed", "PEFT's loss", "its time", "ours", "loss after as many steps", "time", "time to PEFT's loss"
     ways = {"ours": "as it comes", "siblings": "4 siblings"}
-    for row in rows:
-        for way, name in ways.items():
-            reached = row[f"{way}_to_goal_s"]
-            yield (
-                str(row["seed"]),
-                f"{row['goal']:.4f}",
-                f"{row['peft_s']:.0f} s",
-                name,
-                f"{row[f'{way}_loss']:.4f}",
-                f"{row[f'{way}_s']:.0f} s: {row[f'{way}_s'] / row['peft_s']:.0%}",
-                f"{reached:.0f} s: {reached / row['peft_s']:.0%}" if reached else "not reached in two epochs",
-            )
-    for way, name in ways.items():
-        shares = [row[f"{way}_to_goal_s"] / row["peft_s"] for row in rows if row[f"{way}_to_goal_s"]]
-        if len(rows) > 1:
+    for rows in (results("train_loss").get("results", ()), results("train_loss_32").get("results", ())):
+        for row in rows:
+            for way, name in ways.items():
+                reached = row[f"{way}_to_goal_s"]
+                yield (
+                    str(row["batch"]),
+                    str(row["seed"]),
+                    f"{row['goal']:.4f}",
+                    f"{row['peft_s']:.0f} s",
+                    name,
+                    f"{row[f'{way}_loss']:.4f}",
+                    f"{row[f'{way}_s']:.0f} s: {row[f'{way}_s'] / row['peft_s']:.0%}",
+                    f"{reached:.0f} s: {reached / row['peft_s']:.0%}" if reached else "not reached in two epochs",
+                )
+        for way, name in ways.items() if len(rows) > 1 else ():
+            shares = [row[f"{way}_to_goal_s"] / row["peft_s"] for row in rows if row[f"{way}_to_goal_s"]]
             mean = {key: statistics.mean(row[key] for row in rows) for key in ("goal", "peft_s", f"{way}_loss")}
             yield (
+                str(rows[0]["batch"]),
                 "mean",
                 f"{mean['goal']:.4f}",
                 f"{mean['peft_s']:.0f} s",
@@ -99,14 +100,18 @@ def breakdown() -> Rows:
 
 def generation() -> Rows:
     """Decoding beside transformers' generate."""
-    yield "case", "ours", "transformers on merged PEFT", "its best way", "times (median)", "BLEU", "mean score"
+    yield "case", "ours", "transformers on merged PEFT", "its way", "times (median)", "BLEU", "score", "same texts"
     for row in results("generate").get("results", ()):
-        ratio = times((row["times"], row["median_times"]))
+        timed = ("", "", row["peer"], "not timed")
+        if "times" in row:
+            ratio = times((row["times"], row["median_times"]))
+            timed = (f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s", row["peer"], ratio)
         both = [
             f"{row[what]['ours']:.{digits}f} / {row[what]['peer']:.{digits}f}" if what in row else ""
             for what, digits in (("bleu", 1), ("mean_score", 4))
         ]
-        yield row["case"], f"{row['ours_s']:.2f} s", f"{row['peer_s']:.2f} s", row["peer"], ratio, *both
+        same = f"{row['same_texts']} of {row['prompts']}" if "same_texts" in row else ""
+        yield row["case"], *timed, *both, same
 
 
 TABLES = {

@@ -309,7 +309,11 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
             source = examples if data == "e2e" else mixed
             count = max(1, steps * 8 // size)
             plain = batches(source, size, 1)[:count]
-            work = {"ours": batches(source, size, SIBLINGS)[:count], "peft bf16": plain, "peft autocast": plain}
+            work = {
+                "ours": batches(source, size, SIBLINGS)[:count],
+                "peft bf16": plain,
+                "peft autocast": plain,
+            }
             if data == "e2e":  # long examples with fp32 logits would not fit beside the others
                 shared = batches(source, size, MOST_SIBLINGS)[:count]
                 ways = {f"ours, {MOST_SIBLINGS} siblings": shared, "ours, nothing shared": plain}
@@ -401,39 +405,42 @@ def peer_validation_loss(model: nn.Module, examples: list[TokenExample]) -> floa
     return total / count
 
 
-def to_loss(seeds: int, count: int | None, data: Path, keep: Path | None) -> Iterator[dict[str, Any]]:
+def to_loss(size: int, seeds: int, count: int | None, data: Path, keep: Path | None) -> Iterator[dict[str, Any]]:
     """Each trains for an epoch, a step in turn; when are we where the best-tuned PEFT is at its end?
 
     Validation is not timed.  If an epoch is not enough for us, a second one follows.
     """
     examples, valid = e2e("train", count, data), e2e("valid", None, data)[::2][:200]
-    way = best_peer(batches(examples, 8, 1)[:3])
+    way = best_peer(batches(examples, size, 1)[:3])
+    drawn = {"ours": SIBLINGS, "siblings": MOST_SIBLINGS}  # at most so many of a prompt in a batch
+    often = max(1, 32 // size)
     for seed in range(seeds):
-        theirs = batches(examples, 8, 1, epoch=seed)
+        theirs = batches(examples, size, 1, epoch=seed)
         steps = len(theirs)
         with ExitStack() as stack:
             peer = Run(stack.enter_context(Contender(way, "smollm2", seed)), theirs)
             us = {
-                siblings: Run(
+                name: Run(
                     stack.enter_context(Contender("ours", "smollm2", seed)),
-                    [batch for part in (seed, seed + seeds) for batch in batches(examples, 8, siblings, epoch=part)],
+                    [batch for part in (seed, seed + seeds) for batch in batches(examples, size, siblings, epoch=part)],
                 )
-                for siblings in (SIBLINGS, MOST_SIBLINGS)
+                for name, siblings in drawn.items()
             }
             for number in range(1, 2 * steps + 1):
                 if number <= steps:
                     peer.step(valid if number % 50 == 0 or number == steps else None)
                 going = [run for run in us.values() if number <= steps or not run.reached(peer.loss)]
                 for run in going:
-                    often = 4 if number > 0.8 * steps else 50
-                    run.step(valid if number % often == 0 or number == steps else None)
+                    every = often if number > 0.7 * steps else 50
+                    run.step(valid if number % every == 0 or number == steps else None)
                 if number == steps and keep is not None:
                     peer.contender.ask("save", keep / f"seed{seed}" / "peft")
-                    us[SIBLINGS].contender.ask("save", keep / f"seed{seed}" / "ours")
+                    us["ours"].contender.ask("save", keep / f"seed{seed}" / "ours")
                 if number >= steps and not going:
                     break
-        runs = {"peft": peer, "ours": us[SIBLINGS], "siblings": us[MOST_SIBLINGS]}
+        runs = {"peft": peer, **us}
         row = {
+            "batch": size,
             "seed": seed,
             "peft": peer.contender.way,
             "goal": peer.loss,
@@ -444,7 +451,7 @@ def to_loss(seeds: int, count: int | None, data: Path, keep: Path | None) -> Ite
             },
             "curves": {name: run.curve for name, run in runs.items()},
         }
-        for name in ("ours", "siblings"):
+        for name in us:
             reached = runs[name].reached(peer.loss)
             row |= {
                 f"{name}_s": sum(runs[name].seconds[:steps]),
@@ -454,7 +461,7 @@ def to_loss(seeds: int, count: int | None, data: Path, keep: Path | None) -> Ite
             }
             after = f"reached after {reached[1]:.0f} s" if reached else "not reached"
             say(
-                f"seed {seed}: {peer.contender.way} {peer.loss:.4f} in {row['peft_s']:.0f} s; {name} "
+                f"batch {size}, seed {seed}: {peer.contender.way} {peer.loss:.4f} in {row['peft_s']:.0f} s; {name} "
                 f"{row[f'{name}_loss']:.4f} in {row[f'{name}_s']:.0f} s, {peer.loss:.4f} {after}"
             )
         yield row
@@ -502,7 +509,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "memory", "loss"])
     parser.add_argument("--models", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 8 and 32, or 8 (loss)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="different batches a contender takes in each round")
     parser.add_argument("--seeds", type=int, default=3)
@@ -516,12 +523,15 @@ def main() -> None:
     if args.of:
         say(str(memory_of(args.of, args.models[0])))
         return
-    settings = {"examples": args.examples, "batch": 8, "lr": LR, "siblings": SIBLINGS, **TARGETS["smollm2"]}
+    settings = {"examples": args.examples, "lr": LR, **TARGETS["smollm2"]}
+    sizes = args.batch_sizes or ([8] if args.what == "loss" else [8, 32])
     report: dict[str, Any] = {"machine": machine("transformers", "peft"), "settings": settings, "results": []}
     measured = {
-        "speed": lambda: speed(args.rounds, args.steps, args.models, args.batch_sizes),
+        "speed": lambda: speed(args.rounds, args.steps, args.models, sizes),
         "memory": lambda: memory(args.models),
-        "loss": lambda: to_loss(args.seeds, args.examples, args.data, args.keep),
+        "loss": lambda: (
+            row for size in sizes for row in to_loss(size, args.seeds, args.examples, args.data, args.keep)
+        ),
     }
     for row in measured[args.what]():
         report["results"].append(row)

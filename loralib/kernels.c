@@ -140,6 +140,195 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
     return by;
 }
 
+/* LoRA's thin products in bf16, where the processor multiplies pairs of it (arXiv:2106.09685, eq. 3).
+ *
+ * With them, two numbers that are multiplied and added up at once lie in one lane: columns of a row, or two rows. */
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+#define ROWS 8      /* so many rows share what is loaded of the other side */
+#define COLUMNS 32  /* of bf16, in one vector */
+
+static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
+static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf16_ps(to, (__m512bh)a, (__m512bh)b); }
+
+/* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums in that order. */
+static inline void interleave(__m512i first, __m512i second, __m512i *to) {
+    to[0] = _mm512_unpacklo_epi16(first, second);
+    to[1] = _mm512_unpackhi_epi16(first, second);
+}
+
+static inline __m512i in_order(const __m512 *sums) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(sums[1], sums[0]));
+}
+
+/* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); rows of h lie `step` apart. A lane has a row of a; with `fold` 2,
+ * two lanes do, for every other pair of columns. */
+static inline __attribute__((always_inline)) void down_some(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n,
+                                                            int64_t d, int64_t r, int64_t step, const int fold, __m512i *room) {
+    int32_t places[LANES];
+    for (int lane = 0; lane < LANES; lane++) places[lane] = (lane / fold < r ? lane / fold : 0) * (d / 2) + lane % fold;
+    __m512i from = _mm512_loadu_si512(places);
+    int64_t count = d / 2 / fold;
+    for (int64_t p = 0; p < count; p++) room[p] = _mm512_i32gather_epi32(from, a + 2 * fold * p, 4);
+    for (int64_t t = 0; t < n; t += ROWS) {
+        const uint16_t *row[ROWS];
+        __m512 sums[ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) row[i] = x + (t + i < n ? t + i : n - 1) * d, sums[i] = _mm512_setzero_ps();
+        for (int64_t p = 0; p < count; p++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                int64_t two;
+                memcpy(&two, row[i] + 2 * fold * p, 4 * fold);
+                sums[i] = madd(sums[i], fold == 2 ? _mm512_set1_epi64(two) : _mm512_set1_epi32((int)two), room[p]);
+            }
+        }
+        for (int i = 0; i < ROWS && t + i < n; i++) {
+            __m512 s = sums[i];
+            if (fold == 2) s = _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1)));
+            _mm256_mask_storeu_epi16(h + (t + i) * step, (1 << r) - 1, (__m256i)_mm512_cvtneps_pbh(s));
+        }
+    }
+}
+
+/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. */
+static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, int64_t d, int64_t r, int64_t step,
+                 __m512i *room) {
+    for (int64_t k = 0; k < r; k += LANES) {
+        int64_t some = r - k < LANES ? r - k : LANES;
+        if (2 * some <= LANES)
+            down_some(x, a + k * d, h + k, n, d, some, step, 2, room);
+        else
+            down_some(x, a + k * d, h + k, n, d, some, step, 1, room);
+    }
+}
+
+/* y (n, d) = h (n, r) b for b (r, d); rows of h lie `step` apart. */
+static void up(const uint16_t *h, const uint16_t *b, uint16_t *y, int64_t n, int64_t d, int64_t r, int64_t step,
+               __m512i *room) {
+    __m512i *to = room;
+    for (int64_t j = 0; j < d; j += COLUMNS)
+        for (int64_t k = 0; k < r; k += 2, to += 2)
+            interleave(_mm512_loadu_si512(b + k * d + j), _mm512_loadu_si512(b + (k + 1) * d + j), to);
+    for (int64_t t = 0; t < n; t += ROWS) {
+        const __m512i *pairs = room;
+        for (int64_t j = 0; j < d; j += COLUMNS) {
+            __m512 sums[ROWS][2];
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+            for (int64_t k = 0; k < r; k += 2, pairs += 2) {
+#pragma GCC unroll 8
+                for (int i = 0; i < ROWS; i++) {
+                    __m512i both = all_lanes(h + (t + i < n ? t + i : n - 1) * step + k);
+                    sums[i][0] = madd(sums[i][0], both, pairs[0]);
+                    sums[i][1] = madd(sums[i][1], both, pairs[1]);
+                }
+            }
+            for (int i = 0; i < ROWS && t + i < n; i++) _mm512_storeu_si512(y + (t + i) * d + j, in_order(sums[i]));
+        }
+    }
+}
+
+/* Rows t and t + 1 of h (n, r), the numbers of a column behind one another. */
+static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
+    for (int64_t t = 0; t < n; t += 2)
+        for (int64_t k = 0; k < r; k++) {
+            pairs[t * r + 2 * k] = h[t * r + k];
+            pairs[t * r + 2 * k + 1] = t + 1 < n ? h[(t + 1) * r + k] : 0;
+        }
+}
+
+/* w (r, d) = h^T x, or w + h^T x, in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). */
+static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t n, int64_t d, int64_t r, int64_t step,
+                  int64_t begin, int64_t end, int more) {
+    for (int64_t j = begin; j < end; j += COLUMNS)
+        for (int64_t k = 0; k < r; k += ROWS) {
+            __m512 sums[ROWS][2];
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+            for (int64_t t = 0; t < n; t += 2) {
+                __m512i both[2], second = _mm512_setzero_si512();
+                if (t + 1 < n) second = _mm512_loadu_si512(x + (t + 1) * d + j);
+                interleave(_mm512_loadu_si512(x + t * d + j), second, both);
+                const uint16_t *of_rows = pairs + t * step + 2 * k;
+#pragma GCC unroll 8
+                for (int i = 0; i < ROWS; i++) {
+                    __m512i pair = all_lanes(of_rows + (k + i < r ? 2 * i : 0));
+                    sums[i][0] = madd(sums[i][0], pair, both[0]);
+                    sums[i][1] = madd(sums[i][1], pair, both[1]);
+                }
+            }
+            for (int i = 0; i < ROWS && k + i < r; i++) {
+                uint16_t *to = w + (k + i) * d + j;
+                __m512i found = in_order(sums[i]);
+                if (!more) { _mm512_storeu_si512(to, found); continue; }
+                uint16_t numbers[COLUMNS];
+                _mm512_storeu_si512(numbers, found);
+                for (int p = 0; p < COLUMNS; p += LANES) store_bf16(to + p, load_bf16(to + p) + load_bf16(numbers + p));
+            }
+        }
+}
+
+/* The share of a thread in n, in multiples of `of`. */
+static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
+    int64_t whole = (n + of - 1) / of * thread / threads * of;
+    return whole < n ? whole : n;
+}
+
+/* h (n, R) = x (n, d) A^T and y_i (n, widths[i]) = h_i B_i, for A (R, d), the columns h_i of h, and B_i (ranks[i], widths[i]).
+ * Each thread has room_each vectors of `room`. */
+void lora_bf16(const uint16_t *x, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks,
+          const int64_t *widths, int64_t count, int64_t n, int64_t d, vec *room, int64_t room_each, int threads) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += ranks[i];
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
+        __m512i *own = (__m512i *)(room + thread * room_each);
+        uint16_t *from = h + t * all;
+        if (some) down(x + t * d, a, from, some, d, all, all, own);
+        for (int64_t i = 0; some && i < count; from += ranks[i], i++)
+            up(from, b[i], y[i] + t * widths[i], some, widths[i], ranks[i], all, own);
+    }
+}
+
+/* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = of_h A if it is there, of_a = of_h^T x and
+ * of_b_i = h_i^T g_i, where more[i] added to what is there. */
+void lora_back_bf16(uint16_t *const *g, const uint16_t *x, const uint16_t *h, const uint16_t *a, uint16_t *const *b,
+               uint16_t *of_h, uint16_t *of_x, uint16_t *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs,
+               const int64_t *ranks, const int64_t *widths, const int64_t *more, int64_t count, int64_t n, int64_t d, vec *room,
+               int64_t room_each, int threads) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += ranks[i];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (int thread = 0; thread < threads; thread++) {
+            int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
+            __m512i *own = (__m512i *)(room + thread * room_each);
+            uint16_t *to = of_h + t * all;
+            for (int64_t i = 0; some && i < count; to += ranks[i], i++)
+                down(g[i] + t * widths[i], b[i], to, some, widths[i], ranks[i], all, own);
+            if (some && of_x) up(of_h + t * all, a, of_x + t * d, some, d, all, all, own);
+            in_pairs(h + t * all, pairs + t * all, some, all);
+            in_pairs(of_h + t * all, of_pairs + t * all, some, all);
+        }
+#pragma omp for schedule(static, 1)
+        for (int thread = 0; thread < threads; thread++)
+            for (int64_t i = 0, k = 0; i < count; k += ranks[i], i++) {
+                int64_t w = widths[i];
+                outer(pairs + 2 * k, g[i], of_b[i], n, w, ranks[i], all, share_of(w, COLUMNS, thread, threads),
+                      share_of(w, COLUMNS, thread + 1, threads), more[i]);
+                outer(of_pairs + 2 * k, x, of_a + k * d, n, d, ranks[i], all, share_of(d, COLUMNS, thread, threads),
+                      share_of(d, COLUMNS, thread + 1, threads), more[i]);
+            }
+    }
+}
+#endif
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(f) PASTE(f, KIND)

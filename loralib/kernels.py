@@ -57,6 +57,8 @@ _ARGUMENTS: Final = {
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
+# Those that need a processor which multiplies pairs of bf16.
+_OF_PAIRS: Final = {"lora": "pppppppnnnpni", "lora_back": "ppppppppppppppnnnpni"}
 _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
 
 
@@ -155,8 +157,11 @@ class Kernels:
         for name, arguments in _ARGUMENTS.items():
             for dtype, kind in _KINDS.items():
                 function = getattr(functions, f"{name}_{kind}")
-                function.argtypes, function.restype = [_TYPES[each] for each in arguments], None
-                self._functions[name, dtype] = function
+                self._functions[name, dtype] = _typed(function, arguments)
+        for name, arguments in _OF_PAIRS.items():
+            function = getattr(functions, f"{name}_bf16", None)
+            if function is not None:
+                self._functions[name, torch.bfloat16] = _typed(function, arguments)
 
     def take(self, *tensors: Tensor) -> bool:
         """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
@@ -295,6 +300,69 @@ class Kernels:
         self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return found
 
+    def take_factors(self, A: Tensor, B: Sequence[Tensor]) -> bool:
+        """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
+        here = ("lora", A.dtype) in self._functions and self.take(A, *B)
+        return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
+
+    def lora(self, x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Returns h = x A^T (T, R), and h_i B_i (T, out_i) for the columns h_i of h, in which A_i has its rows.
+
+        Args:
+            x: (T, in).
+            A: (R, in), the factors A_i (r_i, in) of several layers, below one another.
+            B: (r_i, out_i) of each layer.
+        """
+        x = x.contiguous()
+        (count, width), rank = x.shape, len(A)
+        h, found = x.new_empty(count, rank), [x.new_empty(count, b.shape[1]) for b in B]
+        room, each, threads = self._room_for_lora(x, A, B)
+        sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), len(B), count, width)
+        self._call("lora", x, A, _places(B), h, _places(found), *sizes, room, each, threads, dtype=x.dtype)
+        return h, found
+
+    def lora_back(
+        self,
+        gradients: Sequence[Tensor],
+        x: Tensor,
+        h: Tensor,
+        A: Tensor,
+        B: Sequence[Tensor],
+        of_A: Tensor,
+        of_B: Sequence[Tensor],
+        again: Sequence[bool],
+        *,
+        wants_x: bool,
+    ) -> Tensor | None:
+        """Computes the gradients of `lora` for those in its results; returns that in x, if it is wanted.
+
+        Args:
+            gradients: (T, out_i) of each layer.
+            x: as for `lora`.
+            h: its first result.
+            A: as for `lora`.
+            B: as for `lora`.
+            of_A: (R, in), where the gradients in A go.
+            of_B: (r_i, out_i) of each layer, where those in B go.
+            again: of which layers they are added to what is there.
+            wants_x: whether the gradient in x is wanted.
+        """
+        gradients, x = [gradient.contiguous() for gradient in gradients], x.contiguous()
+        count, width = x.shape
+        room, each, threads = self._room_for_lora(x, A, B)
+        of_h, of_x = torch.empty_like(h), torch.empty_like(x) if wants_x else None
+        pairs = h.new_empty(2, count + 1, h.shape[1])  # of h, and of its gradient
+        tensors = (_places(gradients), x, h, A, _places(B), of_h, of_x, of_A, _places(of_B), *pairs)
+        sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), _sizes(again), len(B), count, width)
+        self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=x.dtype)
+        return of_x
+
+    def _room_for_lora(self, x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, int, int]:
+        """Room for one factor in the order in which it is multiplied, in vectors of `LANES` numbers."""
+        threads = self._threads(x)
+        each = max(max(factor.shape[1] // 2, -(-factor.numel() // (2 * LANES))) for factor in (A, *B))
+        return torch.empty(threads, each, LANES), each, threads
+
     def _threads(self, like: Tensor) -> int:
         return torch.get_num_threads() if like.numel() >= _GRAIN else 1
 
@@ -304,6 +372,19 @@ class Kernels:
     def _call(self, name: str, *arguments: Any, dtype: torch.dtype) -> None:
         given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
         self._functions[name, dtype](*given)
+
+
+def _typed(function: Any, arguments: str) -> Any:
+    function.argtypes, function.restype = [_TYPES[each] for each in arguments], None
+    return function
+
+
+def _places(tensors: Sequence[Tensor]) -> Any:
+    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _sizes(numbers: Sequence[int]) -> Any:
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _whole(count: int) -> int:

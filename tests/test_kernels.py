@@ -198,6 +198,59 @@ def test_the_best_tokens_of_a_large_vocabulary(kernels: Kernels, dtype: torch.dt
     torch.testing.assert_close(torch.log_softmax(logits.float(), -1).gather(1, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@st.composite
+def factors(draw_: Any) -> dict[str, Any]:
+    layers = draw_(st.integers(1, 3))
+    return {
+        "count": draw_(st.integers(1, 40)),
+        "width": draw_(st.sampled_from([32, 96, 160])),
+        "ranks": [draw_(st.sampled_from([2, 4, 8, 10, 16, 22, 40])) for _ in range(layers)],
+        "widths": [draw_(st.sampled_from([32, 64, 160])) for _ in range(layers)],
+        "again": [draw_(st.booleans()) for _ in range(layers)],
+        "threads": draw_(st.sampled_from([1, 2, 3])),
+        "seed": draw_(st.integers(0, 99)),
+    }
+
+
+@given(factors())
+@settings(max_examples=60, deadline=None)
+def test_thin_products_and_their_gradients(
+    kernels: Kernels, monkeypatch_module: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    """h is rounded where it is kept, as it would be by a linear; all else follows from what was kept."""
+    count, width, ranks, widths, seed = (case[name] for name in ("count", "width", "ranks", "widths", "seed"))
+
+    def half(*shape: int, number: int) -> Tensor:
+        return draw(*shape, dtype=torch.bfloat16, seed=seed + number)
+
+    x, A = half(count, width, number=0), half(sum(ranks), width, number=1)
+    B = [half(*shape, number=2 + number) for number, shape in enumerate(zip(ranks, widths, strict=True))]
+    gradients = [half(count, each, number=5 + number) for number, each in enumerate(widths)]
+    if not kernels.take_factors(A, B):
+        pytest.skip("this processor does not multiply pairs of bf16")
+    monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
+    h, updates = kernels.lora(x, A, B)
+    close(h, x.double() @ A.double().T, 2**-7)
+    for update, part, b in zip(updates, h.double().split(ranks, 1), B, strict=True):
+        close(update, part @ b.double(), 2**-7)
+
+    before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
+    of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
+    of_x = kernels.lora_back(gradients, x, h, A, B, of_A, of_B, case["again"], wants_x=True)
+    assert of_x is not None
+    of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
+    close(of_x, of_h @ A.double(), 2**-6)
+    of_each = zip(of_A.split(ranks), before_A.split(ranks), of_h.split(ranks, 1), case["again"], strict=True)
+    for found, before, of_part, again in of_each:
+        close(found, of_part.T @ x.double() + again * before.double(), 2**-6)
+    parts = zip(of_B, before_B, h.double().split(ranks, 1), gradients, case["again"], strict=True)
+    for found, before, part, gradient, again in parts:
+        close(found, part.T @ gradient.double() + again * before.double(), 2**-6)
+    twice = [each.clone() for each in (of_A, *of_B)]
+    none = [False] * len(B)
+    assert kernels.lora_back(gradients, x, h, A, B, twice[0], twice[1:], none, wants_x=False) is None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -> None:
     """A run that explodes has to notice."""
@@ -208,6 +261,13 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     heads = x.view(4, 1, 32)
     blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
+    A, B = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()]
+    if kernels.take_factors(A, B):
+        h, (update,) = kernels.lora(x, A, B)
+        assert not update[1].isfinite().any()
+        of_x = kernels.lora_back([x], x, h, A, B, A.clone(), [B[0].clone()], [False], wants_x=True)
+        assert of_x is not None
+        assert not of_x[1].isfinite().any()
 
 
 def test_what_they_do_not_take(kernels: Kernels) -> None:

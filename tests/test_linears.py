@@ -18,11 +18,12 @@ TOLERANCE = 1e-6
 class Net(nn.Module):
     """q, k and v read one tensor, the gate another; `twice` runs two times."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 1) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 4), nn.Linear(6, 4, bias=False)
-        self.gate, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.fused = Conv1D(12, 8)
+        six, eight, four = 6 * size, 8 * size, 4 * size
+        self.q, self.k, self.v = nn.Linear(six, eight), nn.Linear(six, four), nn.Linear(six, four, bias=False)
+        self.gate, self.twice = nn.Linear(eight, eight), nn.Linear(eight, eight)
+        self.fused = Conv1D(2 * six, eight)
         self.unused = False
 
     def forward(self, x):
@@ -33,13 +34,13 @@ class Net(nn.Module):
         return self.fused(self.twice(torch.tanh(self.twice(gate))))
 
 
-def adapted(dtype=torch.float64, **settings):
+def adapted(dtype=torch.float64, size=1, **settings):
     torch.manual_seed(0)
-    net = Net().to(dtype)
+    net = Net(size).to(dtype)
     inject(net, LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": "all-linear"} | settings))
     with torch.no_grad():
         for _, layer in adapted_layers(net):
-            layer.lora_B.normal_()
+            layer.lora_B.normal_(std=1 / size)
     return net.train()
 
 
@@ -183,11 +184,18 @@ def test_a_tensor_that_changes_between_two_layers_is_read_again():
             torch.testing.assert_close(net(x.clone()), expected)
 
 
-def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding():
-    net, x = adapted(torch.bfloat16), torch.randn(4, 5, 6).bfloat16()
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("size", [1, 16])  # the kernels take whole vectors only
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}])
+def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding(size, unused, settings):
+    net, x = adapted(torch.bfloat16, size, **settings), torch.randn(4, 5, 6 * size).bfloat16()
+    net.unused = unused
     twin, linears = copy.deepcopy(net), learned(net, x)
+    torch.manual_seed(1)
     with linears.together():
         net(x).float().square().mean().backward()
+    torch.manual_seed(1)
     twin(x).float().square().mean().backward()
     made = gradients(net)
     for name, expected in gradients(twin).items():

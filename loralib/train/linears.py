@@ -5,8 +5,9 @@ For the inputs x of q, k and v (or of a gate and its up projection), with A the 
     h = x A^T,    y_i = x W_i^T + scaling_i * h_i B_i^T
 
 A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
-products, scalings, sums of gradients.  Here one thin product takes the place of several, updates are added where the
-base's output is written, all factors are cast at once when a step begins, and all their gradients when it ends.
+products, scalings, sums of gradients.  Here a group's thin products are one call each way (`loralib.kernels`), updates
+are added where the base's output is written, all factors are cast at once when a step begins, and all their gradients
+when it ends.
 Frozen weights lie in the processor's order (`loralib.ordered`), those of other linears too.  Only on CPUs, where this
 was measured.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inject import adapted_layers
+from ..kernels import loaded
 from ..layers import LinearPath, LoRALayer
 from ..ordered import MOST_BYTES, FrozenWeight, can_order
 
@@ -176,6 +178,9 @@ class _Group:
         self.waiting = _Waiting()
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
         self.touched: set[int] = set()  # the layers whose gradients are there
+        kernels = loaded()
+        takes = kernels is not None and kernels.take_factors(self.factors.A, self.factors.B)
+        self.kernels = kernels if takes else None
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs part of the graph, even if x is not
 
     def is_usable(self) -> bool:
@@ -279,42 +284,75 @@ class _Together(torch.autograd.Function):
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        h = F.linear(seen, _A(group.factors, numbers))
+        A, B = _A(group.factors, numbers), [group.factors.B[number] for number in numbers]
+        h, updates = (_lora if group.kernels is None else group.kernels.lora)(seen, A, B)
         ctx.save_for_backward(seen, h)
         outputs = []
-        for number, part in zip(numbers, _parts(group, numbers, h), strict=True):
+        for number, update in zip(numbers, updates, strict=True):
             bias = cast("Tensor | None", group.layers[number].bias)
-            outputs.append(group.weights[number].times(rows, bias=bias, added=part @ group.factors.B[number]))
+            outputs.append(group.weights[number].times(rows, bias=bias, added=update))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         group, numbers = cast(_Group, ctx.group), ctx.numbers
         seen, h = ctx.saved_tensors
-        grads_h = []
-        again = group.touched.intersection(numbers)  # layers that run more than once in a pass
-        if again:
-            for number in set(numbers) - again:  # the product for all A adds to what is there
-                group.gradients.of_A[number].zero_()
-        for number, part, gradient in zip(numbers, _parts(group, numbers, h), gradients, strict=True):
-            B, grad_B = group.factors.B[number], group.gradients.B[number]
-            if gradient is None:
-                grads_h.append(torch.zeros_like(part))
-                continue
-            grads_h.append(gradient @ B.T)
-            torch.addmm(grad_B, part.T, gradient, beta=int(number in group.touched), out=grad_B)
-            group.touched.add(number)
-        grad_h = grads_h[0] if len(grads_h) == 1 else torch.cat(grads_h, 1)
-        grad_A, A = _A(group.gradients, numbers), _A(group.factors, numbers)
-        torch.addmm(grad_A, grad_h.T, seen, beta=int(bool(again)), out=grad_A)
-        grad_dropped = (grad_h @ A).view(ctx.shape) if ctx.drops and ctx.needs_input_grad[1] else None
+        A, B = _A(group.factors, numbers), [group.factors.B[number] for number in numbers]
+        of_A, of_B = _A(group.gradients, numbers), [group.gradients.B[number] for number in numbers]
+        again = [number in group.touched for number in numbers]  # layers that run more than once in a pass
+        wants_x = ctx.needs_input_grad[1 if ctx.drops else 0]
+        given = [gradient for gradient in gradients if gradient is not None]
+        if group.kernels is not None and len(given) == len(numbers):
+            of_seen = group.kernels.lora_back(given, seen, h, A, B, of_A, of_B, again, wants_x=wants_x)
+        else:
+            of_seen = _lora_back(gradients, seen, h, A, B, of_A, of_B, again, wants_x=wants_x)
+        group.touched.update(number for number, g in zip(numbers, gradients, strict=True) if g is not None)
+        grad_dropped = of_seen.view(ctx.shape) if ctx.drops and of_seen is not None else None
         if not ctx.needs_input_grad[0]:
             return None, grad_dropped, None, None, None
-        grad_x = None if ctx.drops else grad_h @ A
+        grad_x = None if ctx.drops else of_seen
         for number, gradient in zip(numbers, gradients, strict=True):
             if gradient is not None:
                 grad_x = group.weights[number].back(gradient, added=grad_x)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_dropped, None, None, None
+
+
+# Without kernels (`loralib.kernels`):
+
+
+def _lora(x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What `Kernels.lora` computes, in PyTorch's operators."""
+    h = F.linear(x, A)
+    return h, [part @ b for part, b in zip(h.split([len(b) for b in B], 1), B, strict=True)]
+
+
+def _lora_back(
+    gradients: Sequence[Tensor | None],
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Sequence[Tensor],
+    of_A: Tensor,
+    of_B: Sequence[Tensor],
+    again: Sequence[bool],
+    *,
+    wants_x: bool,
+) -> Tensor | None:
+    """What `Kernels.lora_back` computes, in PyTorch's operators; a gradient that is None is 0."""
+    ranks = [len(b) for b in B]
+    of_h = torch.zeros_like(h)
+    for gradient, h_i, of_h_i, b, of_b, more in zip(
+        gradients, h.split(ranks, 1), of_h.split(ranks, 1), B, of_B, again, strict=True
+    ):
+        if gradient is not None:
+            torch.mm(gradient, b.T, out=of_h_i)
+            torch.addmm(of_b, h_i.T, gradient, beta=int(more), out=of_b)
+    if not any(again):
+        torch.mm(of_h.T, x, out=of_A)
+    else:
+        for of_a, of_h_i, more in zip(of_A.split(ranks), of_h.split(ranks, 1), again, strict=True):
+            torch.addmm(of_a, of_h_i.T, x, beta=int(more), out=of_a)
+    return of_h @ A if wants_x else None
 
 
 class _Frozen:
@@ -369,10 +407,6 @@ class _Product(torch.autograd.Function):
 
 def _A(factors: _Factors, numbers: tuple[int, ...]) -> Tensor:
     return factors.A if len(numbers) == len(factors.ranks) else factors.of_A[numbers[0]]
-
-
-def _parts(group: _Group, numbers: tuple[int, ...], h: Tensor) -> Sequence[Tensor]:
-    return h.split([group.factors.ranks[number] for number in numbers], 1) if len(numbers) > 1 else (h,)
 
 
 def _weight(layer: LinearPath) -> Tensor:

@@ -156,11 +156,12 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     if valid:
         dot = "o" if len(valid) <= _FEW else None
         axes.plot(*zip(*valid, strict=True), color="#d94801", marker=dot, linewidth=2, label="validation")
-        axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), textcoords="offset points", color="#d94801")
+        said: Any = {"textcoords": "offset points", "color": "#d94801"}
+        # The first losses fall through where it stands.
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), bbox=behind, **said)
         if len(valid) > 1:
-            axes.annotate(
-                f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), textcoords="offset points", color="#d94801"
-            )
+            axes.annotate(f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), **said)
     axes.set_title(title, parse_math=False)  # a path may have dollar signs
     axes.set(xlabel="update", ylabel="loss (nats a token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
