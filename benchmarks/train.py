@@ -6,11 +6,12 @@ python benchmarks/train.py memory         peak memory at 8 sequences of 512 toke
 python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; an hour
                                           (--examples 400 --seeds 1 for a look; --keep DIR keeps the adapters)
 
-Results go to benchmarks/train_<what>.json.  Peers train as they would be used, with a uniform shuffle and padding to
-the longest of a batch: "peft fp32" as it comes, "peft autocast" and "peft bf16" with what makes it fastest on a CPU.
-A step is forward, backward, clipping and fused AdamW.  "ours" is what the defaults do, a uniform shuffle; "ours,
-nothing shared" computes each example for itself; "ours, 4 siblings" draws up to four of a prompt into a step, which
-computes it once; `loss` measures both.  Machines are shared: minima, and medians of interleaved rounds.
+Results go to benchmarks/train_<what>.json, those of `speed` in the place of the same cases' before.  Peers train as
+they would be used, with a uniform shuffle and padding to the longest of a batch: "peft fp32" as it comes, "peft
+autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is forward, backward, clipping and fused AdamW.
+"ours" is what the defaults do, a uniform shuffle; "ours, nothing shared" computes each example for itself; "ours, 4
+siblings" draws up to four of a prompt into a step, which computes it once; `loss` measures both.  Machines are shared:
+minima, and medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -498,11 +499,10 @@ class Run:
 
 def best_peer(work: list[list[TokenExample]]) -> str:
     """Whether a bf16 base or autocast is faster here."""
-    found = {}
-    for way in ("peft bf16", "peft autocast"):
-        with Contender(way, "smollm2") as each:
-            found[way] = min(sum(each.step(batch) for batch in work) for _ in range(3))
-    return min(found, key=lambda way: found[way])
+    with ExitStack() as stack:
+        contenders = [stack.enter_context(Contender(way, "smollm2")) for way in ("peft bf16", "peft autocast")]
+        seconds = interleaved(contenders, {each.way: work for each in contenders}, 2)
+    return min(seconds, key=lambda way: best_step(seconds[way]))
 
 
 def main() -> None:
@@ -525,7 +525,9 @@ def main() -> None:
         return
     settings = {"examples": args.examples, "lr": LR, **TARGETS["smollm2"]}
     sizes = args.batch_sizes or ([8] if args.what == "loss" else [8, 32])
+    out = args.out or HERE / f"train_{args.what}.json"
     report: dict[str, Any] = {"machine": machine("transformers", "peft"), "settings": settings, "results": []}
+    before = json.loads(out.read_text(encoding="utf-8"))["results"] if args.what == "speed" and out.exists() else []
     measured = {
         "speed": lambda: speed(args.rounds, args.steps, args.models, sizes),
         "memory": lambda: memory(args.models),
@@ -546,10 +548,18 @@ def main() -> None:
         elif args.what == "memory":
             peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in row["peak_bytes"].items())
             say(f"{row['model']}: {peaks}; ours is {row['share_of_best_tuned']:.2f} of the best-tuned")
-        places = [args.out or HERE / f"train_{args.what}.json"]
-        places += [args.keep / "train_loss.json"] if args.keep else []
-        for place in places:  # after each row, so that what was measured stays if the rest is given up
-            place.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole = report
+        if before:
+            cases = {case(each): each for each in [*before, *report["results"]]}  # in the order of before
+            whole = report | {"results": list(cases.values())}
+        for place in [out, *([args.keep / "train_loss.json"] if args.keep else [])]:
+            # After each row, so that what was measured stays if the rest is given up.
+            place.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def case(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row of `speed` is of."""
+    return row["model"], row["data"], row["batch"], row["way"]
 
 
 if __name__ == "__main__":
