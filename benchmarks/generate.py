@@ -28,6 +28,7 @@ import peft
 import torch
 import transformers
 from machine import machine
+from tables import in_place
 from torch import nn
 
 import loralib as lora
@@ -175,9 +176,7 @@ def main() -> None:
         if not args.adapter:
             train_adapter(directory, args.steps)
         results = [run(case, directory, args, clock) for case in args.cases]
-    before = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.exists() else []
-    done = {row["case"] for row in results}
-    results = [row for row in before if row["case"] not in done] + results
+    results = in_place(args.out, results, "case")
     say()
     say(table([summary(row) for row in results], ["case", "ours", "peer", "times", "median", "BLEU", "mean score"]))
     say("\nBLEU and mean score: ours / peer's")

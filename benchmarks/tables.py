@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "in_place"]
 
 HERE = Path(__file__).resolve().parent
 Rows = Iterable[tuple[str, ...]]
@@ -21,6 +21,12 @@ def results(name: str) -> dict[str, Any]:
     path = HERE / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
+
+
+def in_place(path: Path, rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The rows in a benchmark's file, with new ones in the place of those that are alike in what is named."""
+    before = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    return list({tuple(row[name] for name in names): row for row in (*before, *rows)}.values())
 
 
 def speed() -> Rows:

@@ -35,6 +35,7 @@ import peft
 import torch
 import transformers
 from machine import machine
+from tables import in_place
 from torch import nn
 
 import loralib as lora
@@ -527,7 +528,6 @@ def main() -> None:
     sizes = args.batch_sizes or ([8] if args.what == "loss" else [8, 32])
     out = args.out or HERE / f"train_{args.what}.json"
     report: dict[str, Any] = {"machine": machine("transformers", "peft"), "settings": settings, "results": []}
-    before = json.loads(out.read_text(encoding="utf-8"))["results"] if args.what == "speed" and out.exists() else []
     measured = {
         "speed": lambda: speed(args.rounds, args.steps, args.models, sizes),
         "memory": lambda: memory(args.models),
@@ -549,17 +549,11 @@ def main() -> None:
             peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in row["peak_bytes"].items())
             say(f"{row['model']}: {peaks}; ours is {row['share_of_best_tuned']:.2f} of the best-tuned")
         whole = report
-        if before:
-            cases = {case(each): each for each in [*before, *report["results"]]}  # in the order of before
-            whole = report | {"results": list(cases.values())}
+        if args.what == "speed":
+            whole = report | {"results": in_place(out, report["results"], "model", "data", "batch", "way")}
         for place in [out, *([args.keep / "train_loss.json"] if args.keep else [])]:
             # After each row, so that what was measured stays if the rest is given up.
             place.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
-def case(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row of `speed` is of."""
-    return row["model"], row["data"], row["batch"], row["way"]
 
 
 if __name__ == "__main__":

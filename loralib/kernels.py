@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .errors import OutputError
 from .files import cache_directory, write_whole
 
-__all__ = ["LANES", "Blocks", "Kernels", "loaded"]
+__all__ = ["LANES", "Blocks", "Factors", "Kernels", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -139,6 +139,18 @@ def _bits(sees: Tensor, heads: int) -> Tensor:
 
 def _sums(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Factors(NamedTuple):
+    """What layers that read the same input multiply with beside their weights, or the gradients of that.
+
+    Attributes:
+        A: (R, in), the A_i (r_i, in) of all of them, below one another.
+        B: of each layer, B_i transposed: (r_i, out_i).
+    """
+
+    A: Tensor
+    B: list[Tensor]
 
 
 class Kernels:
@@ -300,23 +312,23 @@ class Kernels:
         self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return found
 
-    def take_factors(self, A: Tensor, B: Sequence[Tensor]) -> bool:
+    def take_factors(self, factors: Factors) -> bool:
         """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
+        A, B = factors
         here = ("lora", A.dtype) in self._functions and self.take(A, *B)
         return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
 
-    def lora(self, x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def lora(self, x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
         """Returns h = x A^T (T, R), and h_i B_i (T, out_i) for the columns h_i of h, in which A_i has its rows.
 
         Args:
             x: (T, in).
-            A: (R, in), the factors A_i (r_i, in) of several layers, below one another.
-            B: (r_i, out_i) of each layer.
+            factors: A and B_i.
         """
-        x = x.contiguous()
+        x, (A, B) = x.contiguous(), factors
         (count, width), rank = x.shape, len(A)
         h, found = x.new_empty(count, rank), [x.new_empty(count, b.shape[1]) for b in B]
-        room, each, threads = self._room_for_lora(x, A, B)
+        room, each, threads = self._room_for_lora(x, factors)
         sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), len(B), count, width)
         self._call("lora", x, A, _places(B), h, _places(found), *sizes, room, each, threads, dtype=x.dtype)
         return h, found
@@ -326,10 +338,8 @@ class Kernels:
         gradients: Sequence[Tensor],
         x: Tensor,
         h: Tensor,
-        A: Tensor,
-        B: Sequence[Tensor],
-        of_A: Tensor,
-        of_B: Sequence[Tensor],
+        factors: Factors,
+        found: Factors,
         again: Sequence[bool],
         *,
         wants_x: bool,
@@ -340,27 +350,25 @@ class Kernels:
             gradients: (T, out_i) of each layer.
             x: as for `lora`.
             h: its first result.
-            A: as for `lora`.
-            B: as for `lora`.
-            of_A: (R, in), where the gradients in A go.
-            of_B: (r_i, out_i) of each layer, where those in B go.
+            factors: as for `lora`.
+            found: where the gradients in them go.
             again: of which layers they are added to what is there.
             wants_x: whether the gradient in x is wanted.
         """
-        gradients, x = [gradient.contiguous() for gradient in gradients], x.contiguous()
+        gradients, x, (A, B) = [gradient.contiguous() for gradient in gradients], x.contiguous(), factors
         count, width = x.shape
-        room, each, threads = self._room_for_lora(x, A, B)
+        room, each, threads = self._room_for_lora(x, factors)
         of_h, of_x = torch.empty_like(h), torch.empty_like(x) if wants_x else None
         pairs = h.new_empty(2, count + 1, h.shape[1])  # of h, and of its gradient
-        tensors = (_places(gradients), x, h, A, _places(B), of_h, of_x, of_A, _places(of_B), *pairs)
+        tensors = (_places(gradients), x, h, A, _places(B), of_h, of_x, found.A, _places(found.B), *pairs)
         sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), _sizes(again), len(B), count, width)
         self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=x.dtype)
         return of_x
 
-    def _room_for_lora(self, x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, int, int]:
+    def _room_for_lora(self, x: Tensor, factors: Factors) -> tuple[Tensor, int, int]:
         """Room for one factor in the order in which it is multiplied, in vectors of `LANES` numbers."""
         threads = self._threads(x)
-        each = max(max(factor.shape[1] // 2, -(-factor.numel() // (2 * LANES))) for factor in (A, *B))
+        each = max(max(factor.shape[1] // 2, -(-factor.numel() // (2 * LANES))) for factor in (factors.A, *factors.B))
         return torch.empty(threads, each, LANES), each, threads
 
     def _threads(self, like: Tensor) -> int:

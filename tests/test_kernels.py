@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralib.generate.beam import best_tokens
-from loralib.kernels import Blocks, Kernels, loaded
+from loralib.kernels import Blocks, Factors, Kernels, loaded
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 
@@ -226,17 +226,17 @@ def test_thin_products_and_their_gradients(
     x, A = half(count, width, number=0), half(sum(ranks), width, number=1)
     B = [half(*shape, number=2 + number) for number, shape in enumerate(zip(ranks, widths, strict=True))]
     gradients = [half(count, each, number=5 + number) for number, each in enumerate(widths)]
-    if not kernels.take_factors(A, B):
+    if not kernels.take_factors(Factors(A, B)):
         pytest.skip("this processor does not multiply pairs of bf16")
     monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
-    h, updates = kernels.lora(x, A, B)
+    h, updates = kernels.lora(x, Factors(A, B))
     close(h, x.double() @ A.double().T, 2**-7)
     for update, part, b in zip(updates, h.double().split(ranks, 1), B, strict=True):
         close(update, part @ b.double(), 2**-7)
 
     before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
     of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
-    of_x = kernels.lora_back(gradients, x, h, A, B, of_A, of_B, case["again"], wants_x=True)
+    of_x = kernels.lora_back(gradients, x, h, Factors(A, B), Factors(of_A, of_B), case["again"], wants_x=True)
     assert of_x is not None
     of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
     close(of_x, of_h @ A.double(), 2**-6)
@@ -248,7 +248,7 @@ def test_thin_products_and_their_gradients(
         close(found, part.T @ gradient.double() + again * before.double(), 2**-6)
     twice = [each.clone() for each in (of_A, *of_B)]
     none = [False] * len(B)
-    assert kernels.lora_back(gradients, x, h, A, B, twice[0], twice[1:], none, wants_x=False) is None
+    assert kernels.lora_back(gradients, x, h, Factors(A, B), Factors(twice[0], twice[1:]), none, wants_x=False) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -262,10 +262,10 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()]
-    if kernels.take_factors(A, B):
-        h, (update,) = kernels.lora(x, A, B)
+    if kernels.take_factors(Factors(A, B)):
+        h, (update,) = kernels.lora(x, Factors(A, B))
         assert not update[1].isfinite().any()
-        of_x = kernels.lora_back([x], x, h, A, B, A.clone(), [B[0].clone()], [False], wants_x=True)
+        of_x = kernels.lora_back([x], x, h, Factors(A, B), Factors(A.clone(), [B[0].clone()]), [False], wants_x=True)
         assert of_x is not None
         assert not of_x[1].isfinite().any()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inject import adapted_layers
-from ..kernels import loaded
+from ..kernels import Factors, loaded
 from ..layers import LinearPath, LoRALayer
 from ..ordered import MOST_BYTES, FrozenWeight, can_order
 
@@ -168,6 +168,11 @@ class _Factors:
             rows = [block for block, on in zip(B.T.split(B.shape[1] // len(blocks)), blocks, strict=True) if on]
             self.of_B.append([row[:, at * layer.r : (at + 1) * layer.r] for at, row in enumerate(rows)])
 
+    def of(self, numbers: Sequence[int]) -> Factors:
+        """Returns those of all layers of the group, or of one."""
+        A = self.A if len(numbers) == len(self.ranks) else self.of_A[numbers[0]]
+        return Factors(A, [self.B[number] for number in numbers])
+
 
 class _Group:
     """Layers that read the same input; what they multiply with, in the base's dtype; and the gradients of that."""
@@ -179,7 +184,7 @@ class _Group:
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
         self.touched: set[int] = set()  # the layers whose gradients are there
         kernels = loaded()
-        takes = kernels is not None and kernels.take_factors(self.factors.A, self.factors.B)
+        takes = kernels is not None and kernels.take_factors(self.factors.of(range(len(layers))))
         self.kernels = kernels if takes else None
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs part of the graph, even if x is not
 
@@ -284,8 +289,7 @@ class _Together(torch.autograd.Function):
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        A, B = _A(group.factors, numbers), [group.factors.B[number] for number in numbers]
-        h, updates = (_lora if group.kernels is None else group.kernels.lora)(seen, A, B)
+        h, updates = (_lora if group.kernels is None else group.kernels.lora)(seen, group.factors.of(numbers))
         ctx.save_for_backward(seen, h)
         outputs = []
         for number, update in zip(numbers, updates, strict=True):
@@ -297,15 +301,14 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         group, numbers = cast(_Group, ctx.group), ctx.numbers
         seen, h = ctx.saved_tensors
-        A, B = _A(group.factors, numbers), [group.factors.B[number] for number in numbers]
-        of_A, of_B = _A(group.gradients, numbers), [group.gradients.B[number] for number in numbers]
+        factors, found = group.factors.of(numbers), group.gradients.of(numbers)
         again = [number in group.touched for number in numbers]  # layers that run more than once in a pass
         wants_x = ctx.needs_input_grad[1 if ctx.drops else 0]
         given = [gradient for gradient in gradients if gradient is not None]
         if group.kernels is not None and len(given) == len(numbers):
-            of_seen = group.kernels.lora_back(given, seen, h, A, B, of_A, of_B, again, wants_x=wants_x)
+            of_seen = group.kernels.lora_back(given, seen, h, factors, found, again, wants_x=wants_x)
         else:
-            of_seen = _lora_back(gradients, seen, h, A, B, of_A, of_B, again, wants_x=wants_x)
+            of_seen = _lora_back(gradients, seen, h, factors, found, again, wants_x=wants_x)
         group.touched.update(number for number, g in zip(numbers, gradients, strict=True) if g is not None)
         grad_dropped = of_seen.view(ctx.shape) if ctx.drops and of_seen is not None else None
         if not ctx.needs_input_grad[0]:
@@ -320,39 +323,37 @@ class _Together(torch.autograd.Function):
 # Without kernels (`loralib.kernels`):
 
 
-def _lora(x: Tensor, A: Tensor, B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _lora(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
     """What `Kernels.lora` computes, in PyTorch's operators."""
-    h = F.linear(x, A)
-    return h, [part @ b for part, b in zip(h.split([len(b) for b in B], 1), B, strict=True)]
+    h = F.linear(x, factors.A)
+    return h, [part @ b for part, b in zip(h.split([len(b) for b in factors.B], 1), factors.B, strict=True)]
 
 
 def _lora_back(
     gradients: Sequence[Tensor | None],
     x: Tensor,
     h: Tensor,
-    A: Tensor,
-    B: Sequence[Tensor],
-    of_A: Tensor,
-    of_B: Sequence[Tensor],
+    factors: Factors,
+    found: Factors,
     again: Sequence[bool],
     *,
     wants_x: bool,
 ) -> Tensor | None:
     """What `Kernels.lora_back` computes, in PyTorch's operators; a gradient that is None is 0."""
-    ranks = [len(b) for b in B]
+    ranks = [len(b) for b in factors.B]
     of_h = torch.zeros_like(h)
     for gradient, h_i, of_h_i, b, of_b, more in zip(
-        gradients, h.split(ranks, 1), of_h.split(ranks, 1), B, of_B, again, strict=True
+        gradients, h.split(ranks, 1), of_h.split(ranks, 1), factors.B, found.B, again, strict=True
     ):
         if gradient is not None:
             torch.mm(gradient, b.T, out=of_h_i)
             torch.addmm(of_b, h_i.T, gradient, beta=int(more), out=of_b)
     if not any(again):
-        torch.mm(of_h.T, x, out=of_A)
+        torch.mm(of_h.T, x, out=found.A)
     else:
-        for of_a, of_h_i, more in zip(of_A.split(ranks), of_h.split(ranks, 1), again, strict=True):
+        for of_a, of_h_i, more in zip(found.A.split(ranks), of_h.split(ranks, 1), again, strict=True):
             torch.addmm(of_a, of_h_i.T, x, beta=int(more), out=of_a)
-    return of_h @ A if wants_x else None
+    return of_h @ factors.A if wants_x else None
 
 
 class _Frozen:
@@ -403,10 +404,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         return cast(FrozenWeight, ctx.weight).back(rows).view(ctx.shape), None, None
-
-
-def _A(factors: _Factors, numbers: tuple[int, ...]) -> Tensor:
-    return factors.A if len(numbers) == len(factors.ranks) else factors.of_A[numbers[0]]
 
 
 def _weight(layer: LinearPath) -> Tensor:
