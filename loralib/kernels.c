@@ -1,4 +1,4 @@
-/* Small operators in one pass over memory each, for tensors of fp32 and of bf16 (see kernels.py).
+/* Small operators in one pass over memory each, and linears with LoRA in bf16 (see kernels.py).
  *
  * Rows are computed in fp32 and rounded once, where they are stored. Vectors are the compiler's own, 16 lanes wide,
  * whatever the processor has. This file includes itself: once for each type.
@@ -140,28 +140,192 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
     return by;
 }
 
-/* LoRA's thin products in bf16, where the processor multiplies pairs of it (arXiv:2106.09685, eq. 3).
+/* A linear with LoRA in bf16, where the processor multiplies pairs of it (arXiv:2106.09685, eq. 3); not where it has units
+ * for whole tiles (AMX), which oneDNN knows how to use.
  *
- * With them, two numbers that are multiplied and added up at once lie in one lane: columns of a row, or two rows. */
+ * Two numbers that are multiplied and added up at once lie in one lane: columns of a row, or two rows. */
 
-#ifdef __AVX512BF16__
+#if defined __AVX512BF16__ && !defined __AMX_BF16__
 #include <immintrin.h>
 
-#define ROWS 8      /* so many rows share what is loaded of the other side */
+#define ROWS 8      /* so many rows share what is loaded of the other side, in thin products */
 #define COLUMNS 32  /* of bf16, in one vector */
 
 static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
 static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf16_ps(to, (__m512bh)a, (__m512bh)b); }
 
-/* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums in that order. */
+/* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums. */
 static inline void interleave(__m512i first, __m512i second, __m512i *to) {
-    to[0] = _mm512_unpacklo_epi16(first, second);
-    to[1] = _mm512_unpackhi_epi16(first, second);
+    const __m512i ones = _mm512_set1_epi32(0x00200000); /* a pair of places: one of `first`, and that of `second` */
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i places = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), ones);
+    to[0] = _mm512_permutex2var_epi16(first, places, second);
+    to[1] = _mm512_permutex2var_epi16(first, _mm512_add_epi32(places, _mm512_set1_epi32(0x00100010)), second);
 }
 
-static inline __m512i in_order(const __m512 *sums) {
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    return _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(sums[1], sums[0]));
+static inline __m512i rounded(const __m512 *sums) { return (__m512i)_mm512_cvtne2ps_pbh(sums[1], sums[0]); }
+
+/* The share of a thread in n, in multiples of `of`. */
+static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
+    int64_t whole = (n + of - 1) / of * thread / threads * of;
+    return whole < n ? whole : n;
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Products of n rows, TILE at a time, and weights, of which PANEL columns are brought into the order in which they are
+ * multiplied and then stay close to the processor for all rows, while the next come from memory. */
+
+#define TILE 6
+#define PANEL 64
+#define VECTORS (PANEL / LANES)
+#define DEPTH 4096 /* so many of the numbers that are summed up lie there in that order, */
+#define PIECES 64  /* of so many parts */
+
+/* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
+ * and `across` is 1, or columns `across` apart and `down` is 1; k is even then, or a multiple of 32. */
+struct part {
+    const uint16_t *x, *w;
+    int64_t step, k, down, across;
+};
+
+/* y (n, d) = start + the sum of some parts. The rows of `start`, if it is there, lie start_step apart: 0 for a bias. */
+struct sum {
+    const struct part *parts;
+    uint16_t *y;
+    const uint16_t *start;
+    int64_t count, d, start_step;
+};
+
+static void transpose(__m512i r[LANES]) {
+    __m512i t[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+/* Rows k .. k + count - 1 of the panel from column j on, of a part's W (k, d): `to` (count / 2, VECTORS). */
+static void in_panel(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+    int64_t width = least(PANEL, d - j);
+    const uint16_t *w = of->w + k * of->down + j * of->across;
+    if (of->across == 1) {
+        for (int64_t i = 0; i < count; i += 2)
+            for (int64_t c = 0; c < width; c += COLUMNS)
+                interleave(_mm512_loadu_si512(w + i * of->down + c), _mm512_loadu_si512(w + (i + 1) * of->down + c),
+                           to + i / 2 * VECTORS + c / LANES);
+        return;
+    }
+    for (int64_t c = 0; c < width; c += LANES)
+        for (int64_t i = 0; i < count; i += 2 * LANES) {
+            __m512i square[LANES];
+#pragma GCC unroll 16
+            for (int p = 0; p < LANES; p++) square[p] = _mm512_loadu_si512(w + (c + p) * of->across + i);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int p = 0; p < LANES; p++) to[(i / 2 + p) * VECTORS + c / LANES] = square[p];
+        }
+}
+
+/* Asks for a share of the panel from column j on: what is asked for at once would be waited for. */
+static void ask_for(const struct part *of, int64_t j, int64_t d, int64_t turn, int64_t turns) {
+    int64_t width = least(PANEL, d - j), rows = of->across == 1 ? of->k : width, length = of->across == 1 ? width : of->k;
+    int64_t lines = (length + COLUMNS - 1) / COLUMNS, step = of->across == 1 ? of->down : of->across;
+    const uint16_t *w = of->w + j * of->across;
+    for (int64_t line = rows * lines * turn / turns; line < rows * lines * (turn + 1) / turns; line++)
+        _mm_prefetch((const char *)(w + line / lines * step + line % lines * COLUMNS), _MM_HINT_T1);
+}
+
+static inline __attribute__((always_inline)) void add_up(const uint16_t *const *row, const __m512i *panel, int64_t pairs,
+                                                         __m512 sums[TILE][VECTORS]) {
+    for (int64_t p = 0; p < pairs; p++, panel += VECTORS) {
+#pragma GCC unroll 6
+        for (int i = 0; i < TILE; i++) {
+            __m512i both = all_lanes(row[i] + 2 * p);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sums[i][v] = madd(sums[i][v], both, panel[v]);
+        }
+    }
+}
+
+/* Rows in the tiles begin .. end - 1 of one panel, from column j on. */
+static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t begin, int64_t end, __m512i *room) {
+    struct { const uint16_t *x; int64_t step, pairs; } piece[PIECES];
+    __m512 *kept = (__m512 *)(room + DEPTH / 2 * VECTORS);
+    int64_t part = 0, k = 0;
+    for (int first = 1; first || part < sum->count; first = 0) {
+        int64_t pieces = 0, depth = 0;
+        while (part < sum->count && depth < DEPTH && pieces < PIECES) {
+            const struct part *of = sum->parts + part;
+            int64_t count = least(of->k - k, DEPTH - depth);
+            in_panel(of, k, count, j, sum->d, room + depth / 2 * VECTORS);
+            piece[pieces].x = of->x + k, piece[pieces].step = of->step, piece[pieces].pairs = count / 2;
+            pieces++, depth += count, k += count;
+            if (k == of->k) part++, k = 0;
+        }
+        for (int64_t tile = begin; tile < end; tile++) {
+            __m512 sums[TILE][VECTORS], *at = kept + (tile - begin) * TILE * VECTORS;
+            const __m512i *panel = room;
+#pragma GCC unroll 6
+            for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) sums[i][v] = first ? _mm512_setzero_ps() : at[i * VECTORS + v];
+            if (first && sum->start)
+                for (int i = 0; i < TILE; i++) {
+                    const uint16_t *start = sum->start + least(tile * TILE + i, n - 1) * sum->start_step + j;
+                    for (int v = 0; v < VECTORS && j + v * LANES < sum->d; v++)
+                        sums[i][v] = (__m512)load_bf16(start + v * LANES);
+                }
+            if (first && j + PANEL < sum->d)
+                for (int64_t p = 0; p < sum->count; p++)
+                    ask_for(sum->parts + p, j + PANEL, sum->d, tile - begin, end - begin);
+            for (int64_t p = 0; p < pieces; p++) {
+                const uint16_t *row[TILE];
+#pragma GCC unroll 6
+                for (int i = 0; i < TILE; i++) row[i] = piece[p].x + least(tile * TILE + i, n - 1) * piece[p].step;
+                add_up(row, panel, piece[p].pairs, sums);
+                panel += piece[p].pairs * VECTORS;
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < TILE; i++) {
+                uint16_t *y = sum->y + (tile * TILE + i) * sum->d + j;
+                if (part < sum->count)
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++) at[i * VECTORS + v] = sums[i][v];
+                else if (tile * TILE + i < n)
+                    for (int v = 0; v < VECTORS && j + v * LANES < sum->d; v += 2)
+                        _mm512_storeu_si512(y + v * LANES, rounded(sums[i] + v));
+            }
+        }
+    }
+}
+
+/* A thread's share of some sums of n rows: panels and tiles of equal work. */
+static void multiply(const struct sum *sums, int64_t count, int64_t n, int thread, int threads, __m512i *room) {
+    int64_t tiles = (n + TILE - 1) / TILE, panels = 0, before = 0;
+    for (int64_t i = 0; i < count; i++) panels += (sums[i].d + PANEL - 1) / PANEL;
+    int64_t begin = panels * tiles * thread / threads, end = panels * tiles * (thread + 1) / threads;
+    for (int64_t i = 0; i < count; before += (sums[i].d + PANEL - 1) / PANEL, i++)
+        for (int64_t j = 0, at = before * tiles; j < sums[i].d; j += PANEL, at += tiles)
+            if (at < end && at + tiles > begin)
+                multiply_panel(sums + i, j, n, at < begin ? begin - at : 0, least(tiles, end - at), room);
 }
 
 /* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); rows of h lie `step` apart. A lane has a row of a; with `fold` 2,
@@ -206,32 +370,6 @@ static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, i
     }
 }
 
-/* y (n, d) = h (n, r) b for b (r, d); rows of h lie `step` apart. */
-static void up(const uint16_t *h, const uint16_t *b, uint16_t *y, int64_t n, int64_t d, int64_t r, int64_t step,
-               __m512i *room) {
-    __m512i *to = room;
-    for (int64_t j = 0; j < d; j += COLUMNS)
-        for (int64_t k = 0; k < r; k += 2, to += 2)
-            interleave(_mm512_loadu_si512(b + k * d + j), _mm512_loadu_si512(b + (k + 1) * d + j), to);
-    for (int64_t t = 0; t < n; t += ROWS) {
-        const __m512i *pairs = room;
-        for (int64_t j = 0; j < d; j += COLUMNS) {
-            __m512 sums[ROWS][2];
-#pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-            for (int64_t k = 0; k < r; k += 2, pairs += 2) {
-#pragma GCC unroll 8
-                for (int i = 0; i < ROWS; i++) {
-                    __m512i both = all_lanes(h + (t + i < n ? t + i : n - 1) * step + k);
-                    sums[i][0] = madd(sums[i][0], both, pairs[0]);
-                    sums[i][1] = madd(sums[i][1], both, pairs[1]);
-                }
-            }
-            for (int i = 0; i < ROWS && t + i < n; i++) _mm512_storeu_si512(y + (t + i) * d + j, in_order(sums[i]));
-        }
-    }
-}
-
 /* Rows t and t + 1 of h (n, r), the numbers of a column behind one another. */
 static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
     for (int64_t t = 0; t < n; t += 2)
@@ -263,7 +401,7 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
             }
             for (int i = 0; i < ROWS && k + i < r; i++) {
                 uint16_t *to = w + (k + i) * d + j;
-                __m512i found = in_order(sums[i]);
+                __m512i found = rounded(sums[i]);
                 if (!more) { _mm512_storeu_si512(to, found); continue; }
                 uint16_t numbers[COLUMNS];
                 _mm512_storeu_si512(numbers, found);
@@ -272,59 +410,85 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
         }
 }
 
-/* The share of a thread in n, in multiples of `of`. */
-static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
-    int64_t whole = (n + of - 1) / of * thread / threads * of;
-    return whole < n ? whole : n;
-}
-
-/* h (n, R) = x (n, d) A^T and y_i (n, widths[i]) = h_i B_i, for A (R, d), the columns h_i of h, and B_i (ranks[i], widths[i]).
- * Each thread has room_each vectors of `room`. */
-void lora_bf16(const uint16_t *x, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks,
-          const int64_t *widths, int64_t count, int64_t n, int64_t d, vec *room, int64_t room_each, int threads) {
-    int64_t all = 0;
-    for (int64_t i = 0; i < count; i++) all += ranks[i];
+/* y (n, d) = start + x (n, k) W, for a W as in a part and a start as in a sum. */
+void product_bf16(const uint16_t *x, const uint16_t *w, const uint16_t *start, uint16_t *y, int64_t n, int64_t k, int64_t d,
+                  int64_t start_step, int64_t down, int64_t across, vec *room, int64_t room_each, int threads) {
+    struct part part = {x, w, k, k, down, across};
+    struct sum sum = {&part, y, start, 1, d, start_step};
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++) {
-        int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
-        __m512i *own = (__m512i *)(room + thread * room_each);
-        uint16_t *from = h + t * all;
-        if (some) down(x + t * d, a, from, some, d, all, all, own);
-        for (int64_t i = 0; some && i < count; from += ranks[i], i++)
-            up(from, b[i], y[i] + t * widths[i], some, widths[i], ranks[i], all, own);
-    }
+    for (int thread = 0; thread < threads; thread++)
+        multiply(&sum, 1, n, thread, threads, (__m512i *)(room + thread * room_each));
 }
 
-/* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = of_h A if it is there, of_a = of_h^T x and
- * of_b_i = h_i^T g_i, where more[i] added to what is there. */
-void lora_back_bf16(uint16_t *const *g, const uint16_t *x, const uint16_t *h, const uint16_t *a, uint16_t *const *b,
-               uint16_t *of_h, uint16_t *of_x, uint16_t *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs,
-               const int64_t *ranks, const int64_t *widths, const int64_t *more, int64_t count, int64_t n, int64_t d, vec *room,
+/* h (n, R) = z (n, d) A^T and y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for A (R, d), the columns h_i of h, and
+ * B_i (ranks[i], widths[i]); z is x, or what dropout left of it. Number (i, j) of W_i is w[i][i * across + j * down], as in a
+ * part. A bias may be missing. Each thread has room_each vectors of `room`. */
+void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, uint16_t *const *bias, const uint16_t *a,
+               uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks, const int64_t *widths,
+               const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d, vec *room,
                int64_t room_each, int threads) {
+    struct part parts[2 * count];
+    struct sum sums[count];
     int64_t all = 0;
-    for (int64_t i = 0; i < count; i++) all += ranks[i];
+    for (int64_t i = 0; i < count; i++) {
+        parts[2 * i] = (struct part){h + all, b[i], 0, ranks[i], widths[i], 1};
+        parts[2 * i + 1] = (struct part){x, w[i], d, d, down_steps[i], across_steps[i]};
+        sums[i] = (struct sum){parts + 2 * i, y[i], bias[i], 2, widths[i], 0};
+        all += ranks[i];
+    }
+    for (int64_t i = 0; i < count; i++) parts[2 * i].step = all;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++) {
             int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
-            __m512i *own = (__m512i *)(room + thread * room_each);
+            if (some) down(z + t * d, a, h + t * all, some, d, all, all, (__m512i *)(room + thread * room_each));
+        }
+#pragma omp for schedule(static, 1)
+        for (int thread = 0; thread < threads; thread++)
+            multiply(sums, count, n, thread, threads, (__m512i *)(room + thread * room_each));
+    }
+}
+
+/* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there, of_a = of_h^T z and
+ * of_b_i = h_i^T g_i, where more[i] added to what is there. With of_z, of_h A goes there instead. */
+void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w, const uint16_t *a,
+                    uint16_t *const *b, uint16_t *of_h, uint16_t *of_x, uint16_t *of_z, uint16_t *of_a,
+                    uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
+                    const int64_t *down_steps, const int64_t *across_steps, const int64_t *more, int64_t count, int64_t n,
+                    int64_t d, vec *room, int64_t room_each, int threads) {
+    struct part parts[count + 1];
+    struct sum sums[2];
+    int64_t all = 0, results = 0;
+    for (int64_t i = 0; i < count; i++) {
+        all += ranks[i];
+        parts[i] = (struct part){g[i], w[i], widths[i], widths[i], across_steps[i], down_steps[i]};
+    }
+    parts[count] = (struct part){of_h, a, all, all, d, 1};
+    if (of_z) sums[results++] = (struct sum){parts + count, of_z, 0, 1, d, 0};
+    if (of_x) sums[results++] = (struct sum){parts, of_x, 0, of_z ? count : count + 1, d, 0};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (int thread = 0; thread < threads; thread++) {
+            int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
             uint16_t *to = of_h + t * all;
             for (int64_t i = 0; some && i < count; to += ranks[i], i++)
-                down(g[i] + t * widths[i], b[i], to, some, widths[i], ranks[i], all, own);
-            if (some && of_x) up(of_h + t * all, a, of_x + t * d, some, d, all, all, own);
+                down(g[i] + t * widths[i], b[i], to, some, widths[i], ranks[i], all, (__m512i *)(room + thread * room_each));
             in_pairs(h + t * all, pairs + t * all, some, all);
             in_pairs(of_h + t * all, of_pairs + t * all, some, all);
         }
 #pragma omp for schedule(static, 1)
-        for (int thread = 0; thread < threads; thread++)
+        for (int thread = 0; thread < threads; thread++) {
             for (int64_t i = 0, k = 0; i < count; k += ranks[i], i++) {
-                int64_t w = widths[i];
-                outer(pairs + 2 * k, g[i], of_b[i], n, w, ranks[i], all, share_of(w, COLUMNS, thread, threads),
-                      share_of(w, COLUMNS, thread + 1, threads), more[i]);
-                outer(of_pairs + 2 * k, x, of_a + k * d, n, d, ranks[i], all, share_of(d, COLUMNS, thread, threads),
+                int64_t wide = widths[i];
+                outer(pairs + 2 * k, g[i], of_b[i], n, wide, ranks[i], all, share_of(wide, COLUMNS, thread, threads),
+                      share_of(wide, COLUMNS, thread + 1, threads), more[i]);
+                outer(of_pairs + 2 * k, z, of_a + k * d, n, d, ranks[i], all, share_of(d, COLUMNS, thread, threads),
                       share_of(d, COLUMNS, thread + 1, threads), more[i]);
             }
+            multiply(sums, results, n, thread, threads, (__m512i *)(room + thread * room_each));
+        }
     }
 }
 #endif

@@ -1,7 +1,8 @@
-"""Small operators in one pass over memory each, compiled for this machine when they are first needed.
+"""Small operators in one pass over memory each, and linears with LoRA, compiled when they are first needed.
 
 Between the products of a small model, PyTorch runs thousands of operators on tensors that fit into a processor's
-cache; to call them costs about as much as their work.  `kernels.c` has the few that matter.  It is compiled where gcc
+cache; to call them costs about as much as their work.  `kernels.c` has the few that matter, and, for processors that
+multiply pairs of bf16, a linear whose low-rank update is part of the same sums.  It is compiled where gcc
 is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_KERNELS is 0, `loaded`
 returns None and PyTorch's operators do the same work.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import OutputError
@@ -40,10 +41,13 @@ _FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 # As in kernels.c: numbers that are computed at once (in attention: queries, or heads of them), and keys.
 LANES: Final = 16
 _KEYS: Final = 8
+# Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
+_TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
 # Threads add up gradients apart, in at most so many numbers.
 _MOST_SUMS: Final = 2**26
+_PLAIN: Final = (Tensor, nn.Parameter)  # of another kind, such as a quantised one, numbers lie otherwise
 _KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
@@ -58,7 +62,11 @@ _ARGUMENTS: Final = {
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
 # Those that need a processor which multiplies pairs of bf16.
-_OF_PAIRS: Final = {"lora": "pppppppnnnpni", "lora_back": "ppppppppppppppnnnpni"}
+_OF_PAIRS: Final = {
+    "product": "ppppnnnnnnpni",
+    "lora": "ppppppppppppnnnpni",
+    "lora_back": "ppppppppppppppppppnnnpni",
+}
 _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
 
 
@@ -179,7 +187,7 @@ class Kernels:
         """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
         dtype = tensors[0].dtype
         return dtype in _KINDS and all(
-            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % LANES == 0 and type(x.data) is Tensor
+            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % LANES == 0 and type(x) in _PLAIN
             for x in tensors
         )
 
@@ -312,63 +320,119 @@ class Kernels:
         self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return found
 
-    def take_factors(self, factors: Factors) -> bool:
-        """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
-        A, B = factors
-        here = ("lora", A.dtype) in self._functions and self.take(A, *B)
-        return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
+    def take_weight(self, weight: Tensor | None) -> bool:
+        """Returns whether `product` and `lora` take this weight (out, in) on this machine, and its transpose."""
+        return (
+            weight is not None
+            and ("product", weight.dtype) in self._functions
+            and weight.device.type == "cpu"
+            and type(weight) in _PLAIN
+            and weight.dim() == 2
+            and all(size > 0 and size % (2 * LANES) == 0 for size in weight.shape)
+            and (weight.is_contiguous() or weight.T.is_contiguous())
+        )
 
-    def lora(self, x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
-        """Returns h = x A^T (T, R), and h_i B_i (T, out_i) for the columns h_i of h, in which A_i has its rows.
+    def product(self, x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + added``, rounded once; a row does not depend on how many there are.
 
         Args:
             x: (T, in).
+            weight: W (out, in).
+            added: (out,) or (T, out).
+        """
+        x, added = x.contiguous(), None if added is None else added.contiguous()
+        (count, width), y = x.shape, x.new_empty(len(x), len(weight))
+        room, each, threads = self._room_for_products(x, width)
+        step = 0 if added is None or added.dim() == 1 else len(weight)
+        sizes = (count, width, len(weight), step, weight.stride(1), weight.stride(0))
+        self._call("product", x, weight, added, y, *sizes, room, each, threads, dtype=x.dtype)
+        return y
+
+    def take_factors(self, factors: Factors) -> bool:
+        """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
+        A, B = factors
+        here = ("lora", A.dtype) in self._functions and self.take(A, *B) and len(B) < _PIECES
+        return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
+
+    def lora(
+        self,
+        x: Tensor,
+        seen: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        factors: Factors,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
+
+        h_i are the columns of h in which A_i has its rows.
+
+        Args:
+            x: (T, in).
+            seen: z (T, in), x or what dropout left of it.
+            weights: W_i (out_i, in).
+            biases: (out_i,), or None.
             factors: A and B_i.
         """
+        seen = seen.contiguous() if seen is not x else x.contiguous()
         x, (A, B) = x.contiguous(), factors
         (count, width), rank = x.shape, len(A)
         h, found = x.new_empty(count, rank), [x.new_empty(count, b.shape[1]) for b in B]
-        room, each, threads = self._room_for_lora(x, factors)
-        sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), len(B), count, width)
-        self._call("lora", x, A, _places(B), h, _places(found), *sizes, room, each, threads, dtype=x.dtype)
+        room, each, threads = self._room_for_products(x, width + rank, width)
+        tensors = (x, seen, _places(weights), _places(biases), A, _places(B), h, _places(found))
+        sizes = (*_sizes_of(factors), *_steps(weights), len(B), count, width)
+        self._call("lora", *tensors, *sizes, room, each, threads, dtype=x.dtype)
         return h, found
 
     def lora_back(
         self,
         gradients: Sequence[Tensor],
-        x: Tensor,
+        seen: Tensor,
         h: Tensor,
+        weights: Sequence[Tensor],
         factors: Factors,
         found: Factors,
         again: Sequence[bool],
         *,
         wants_x: bool,
-    ) -> Tensor | None:
-        """Computes the gradients of `lora` for those in its results; returns that in x, if it is wanted.
+        wants_seen: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Computes the gradients of `lora` for those in its results; returns those in x and z, if they are wanted.
 
         Args:
             gradients: (T, out_i) of each layer.
-            x: as for `lora`.
+            seen: z, as for `lora`.
             h: its first result.
+            weights: as for `lora`.
             factors: as for `lora`.
             found: where the gradients in them go.
             again: of which layers they are added to what is there.
             wants_x: whether the gradient in x is wanted.
+            wants_seen: whether that in z is wanted by itself; else it is part of that in x.
         """
-        gradients, x, (A, B) = [gradient.contiguous() for gradient in gradients], x.contiguous(), factors
-        count, width = x.shape
-        room, each, threads = self._room_for_lora(x, factors)
-        of_h, of_x = torch.empty_like(h), torch.empty_like(x) if wants_x else None
+        gradients, seen, (A, B) = [gradient.contiguous() for gradient in gradients], seen.contiguous(), factors
+        count, width = seen.shape
+        depth = sum(b.shape[1] for b in B) + len(A)
+        room, each, threads = self._room_for_products(seen, depth, width, *(b.shape[1] for b in B))
+        of_h = torch.empty_like(h)
+        of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         pairs = h.new_empty(2, count + 1, h.shape[1])  # of h, and of its gradient
-        tensors = (_places(gradients), x, h, A, _places(B), of_h, of_x, found.A, _places(found.B), *pairs)
-        sizes = (_sizes([len(b) for b in B]), _sizes([b.shape[1] for b in B]), _sizes(again), len(B), count, width)
-        self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=x.dtype)
-        return of_x
+        tensors = (_places(gradients), seen, h, _places(weights), A, _places(B), of_h, of_x, of_seen)
+        results = (found.A, _places(found.B), *pairs)
+        sizes = (*_sizes_of(factors), *_steps(weights), _numbers(again), len(B), count, width)
+        self._call("lora_back", *tensors, *results, *sizes, room, each, threads, dtype=seen.dtype)
+        return of_x, of_seen
 
-    def _room_for_lora(self, x: Tensor, factors: Factors) -> tuple[Tensor, int, int]:
-        """Room for one factor in the order in which it is multiplied, in vectors of `LANES` numbers."""
-        threads = self._threads(x)
-        each = max(max(factor.shape[1] // 2, -(-factor.numel() // (2 * LANES))) for factor in (factors.A, *factors.B))
+    def _room_for_products(self, x: Tensor, depth: int, *widths: int) -> tuple[Tensor, int, int]:
+        """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
+
+        Args:
+            x: (T, in), of so many rows.
+            depth: so many numbers are summed up.
+            widths: those of the factors whose rows lie there in pairs.
+        """
+        threads, panel = self._threads(x), min(depth, _DEPTH) // 2 * _PANEL // LANES
+        sums = -(-len(x) // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
+        each = max(panel + sums, *(width // 2 for width in widths), 0)
         return torch.empty(threads, each, LANES), each, threads
 
     def _threads(self, like: Tensor) -> int:
@@ -387,12 +451,22 @@ def _typed(function: Any, arguments: str) -> Any:
     return function
 
 
-def _places(tensors: Sequence[Tensor]) -> Any:
-    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def _places(tensors: Sequence[Tensor | None]) -> Any:
+    return (c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _sizes(numbers: Sequence[int]) -> Any:
-    return (c_int64 * len(numbers))(*numbers)
+def _numbers(values: Sequence[int]) -> Any:
+    return (c_int64 * len(values))(*values)
+
+
+def _sizes_of(factors: Factors) -> tuple[Any, Any]:
+    """The rank and the width of each layer."""
+    return _numbers([len(b) for b in factors.B]), _numbers([b.shape[1] for b in factors.B])
+
+
+def _steps(weights: Sequence[Tensor]) -> tuple[Any, Any]:
+    """How far apart numbers of each W (out, in) lie that are next to one another in a row, and in a column."""
+    return _numbers([weight.stride(1) for weight in weights]), _numbers([weight.stride(0) for weight in weights])
 
 
 def _whole(count: int) -> int:

@@ -1,7 +1,8 @@
-"""Weights in the order in which the processor multiplies them.
+"""Products with frozen weights, in the order in which the processor multiplies them.
 
 PyTorch brings a weight into that order at every product.  oneDNN can keep a copy that lies so already; the products are
-the same.  The copy pays where a frozen weight is used again and again, and where memory has room for it.
+the same.  The copy pays where a frozen weight is used again and again, and where memory has room for it.  For the many
+rows of a training step, kernels of ours (`loralib.kernels`) need no copy, where they are to be had.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["MOST_BYTES", "FrozenWeight", "OrderedWeight", "can_order"]
+from .kernels import Kernels, loaded
+
+__all__ = ["MOST_BYTES", "FrozenWeight", "OrderedWeight", "can_order", "kernels_for"]
 
 # Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
 MOST_BYTES: Final = 2**30
@@ -41,6 +44,12 @@ def can_order(weight: Tensor | None) -> bool:
 def _has_units() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def kernels_for(weight: Tensor | None) -> Kernels | None:
+    """Returns the kernels, if they multiply with this weight (out, in) as it lies."""
+    kernels = loaded()
+    return kernels if kernels is not None and kernels.take_weight(weight) else None
 
 
 class OrderedWeight:
@@ -79,16 +88,20 @@ class FrozenWeight:
         weight: W.
         ordered: whether to keep copies in the processor's order, where that gains something.  They are made when they
             are first needed.
+
+    Attributes:
+        weight: W, without a gradient.
     """
 
     def __init__(self, weight: Tensor, ordered: bool) -> None:
-        self._weight, self._version, self._wanted = weight.detach(), weight._version, ordered
-        self._ordered = ordered and can_order(weight)
+        self.weight, self._version, self._wanted = weight.detach(), weight._version, ordered
+        self._kernels = kernels_for(weight)
+        self._ordered = ordered and self._kernels is None and can_order(weight)
         self._copies: dict[str, OrderedWeight] = {}
 
     def now(self, weight: Tensor) -> FrozenWeight:
         """Returns the one of this weight as it is now: itself, or another where another was merged or loaded since."""
-        same = _is_same(weight, self._weight, self._version)
+        same = _is_same(weight, self.weight, self._version)
         return self if same else FrozenWeight(weight, self._wanted)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
@@ -100,10 +113,12 @@ class FrozenWeight:
             added: (T, out); the result may take its place.
         """
         if self._ordered:
-            return self._copy("forward", self._weight).times(x, bias=bias, added=added)
-        if added is None:
-            return F.linear(x, self._weight, bias)
-        return (added if bias is None else added.add_(bias)).addmm_(x, self._weight.T)
+            return self._copy("forward", self.weight).times(x, bias=bias, added=added)
+        if added is not None and bias is not None:
+            added = added.add_(bias)
+        if self._kernels is not None:
+            return self._kernels.product(x, self.weight, bias if added is None else added)
+        return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
 
     def back(self, gradient: Tensor, *, added: Tensor | None = None) -> Tensor:
         """Returns ``gradient W + added``.
@@ -113,8 +128,10 @@ class FrozenWeight:
             added: (T, in); the result may take its place.
         """
         if self._ordered:
-            return self._copy("backward", self._weight.T).times(gradient, added=added)
-        return gradient @ self._weight if added is None else added.addmm_(gradient, self._weight)
+            return self._copy("backward", self.weight.T).times(gradient, added=added)
+        if self._kernels is not None:
+            return self._kernels.product(gradient, self.weight.T, added)
+        return gradient @ self.weight if added is None else added.addmm_(gradient, self.weight)
 
     def _copy(self, way: str, weight: Tensor) -> OrderedWeight:
         if way not in self._copies:

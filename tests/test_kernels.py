@@ -206,6 +206,8 @@ def factors(draw_: Any) -> dict[str, Any]:
         "width": draw_(st.sampled_from([32, 96, 160])),
         "ranks": [draw_(st.sampled_from([2, 4, 8, 10, 16, 22, 40])) for _ in range(layers)],
         "widths": [draw_(st.sampled_from([32, 64, 160])) for _ in range(layers)],
+        "drops": draw_(st.booleans()),
+        "transposed": draw_(st.booleans()),
         "again": [draw_(st.booleans()) for _ in range(layers)],
         "threads": draw_(st.sampled_from([1, 2, 3])),
         "seed": draw_(st.integers(0, 99)),
@@ -214,7 +216,7 @@ def factors(draw_: Any) -> dict[str, Any]:
 
 @given(factors())
 @settings(max_examples=60, deadline=None)
-def test_thin_products_and_their_gradients(
+def test_linears_with_lora_and_their_gradients(
     kernels: Kernels, monkeypatch_module: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
     """h is rounded where it is kept, as it would be by a linear; all else follows from what was kept."""
@@ -224,31 +226,92 @@ def test_thin_products_and_their_gradients(
         return draw(*shape, dtype=torch.bfloat16, seed=seed + number)
 
     x, A = half(count, width, number=0), half(sum(ranks), width, number=1)
+    seen = half(count, width, number=12) if case["drops"] else x
     B = [half(*shape, number=2 + number) for number, shape in enumerate(zip(ranks, widths, strict=True))]
+    weights = [half(each, width, number=13 + number) for number, each in enumerate(widths)]
+    if case["transposed"]:
+        weights = [weight.T.contiguous().T for weight in weights]
+    biases = [half(each, number=16) if number != 1 else None for number, each in enumerate(widths)]
     gradients = [half(count, each, number=5 + number) for number, each in enumerate(widths)]
-    if not kernels.take_factors(Factors(A, B)):
-        pytest.skip("this processor does not multiply pairs of bf16")
+    if not (kernels.take_factors(Factors(A, B)) and all(map(kernels.take_weight, weights))):
+        pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
-    h, updates = kernels.lora(x, Factors(A, B))
-    close(h, x.double() @ A.double().T, 2**-7)
-    for update, part, b in zip(updates, h.double().split(ranks, 1), B, strict=True):
-        close(update, part @ b.double(), 2**-7)
+    h, outputs = kernels.lora(x, seen, weights, biases, Factors(A, B))
+    close(h, seen.double() @ A.double().T, 2**-7)
+    for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
+        expected = x.double() @ weight.double().T + part @ b.double()
+        close(output, expected if bias is None else expected + bias.double(), 2**-8)
 
     before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
     of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
-    of_x = kernels.lora_back(gradients, x, h, Factors(A, B), Factors(of_A, of_B), case["again"], wants_x=True)
-    assert of_x is not None
+    of_x, of_seen = kernels.lora_back(
+        gradients,
+        seen,
+        h,
+        weights,
+        Factors(A, B),
+        Factors(of_A, of_B),
+        case["again"],
+        wants_x=True,
+        wants_seen=case["drops"],
+    )
     of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
-    close(of_x, of_h @ A.double(), 2**-6)
+    through_weights = sum(g.double() @ weight.double() for g, weight in zip(gradients, weights, strict=True))
+    assert of_x is not None
+    if case["drops"]:
+        assert of_seen is not None
+        close(of_x, through_weights, 2**-8)
+        close(of_seen, of_h @ A.double(), 2**-6)
+    else:
+        assert of_seen is None
+        close(of_x, through_weights + of_h @ A.double(), 2**-6)
     of_each = zip(of_A.split(ranks), before_A.split(ranks), of_h.split(ranks, 1), case["again"], strict=True)
     for found, before, of_part, again in of_each:
-        close(found, of_part.T @ x.double() + again * before.double(), 2**-6)
+        close(found, of_part.T @ seen.double() + again * before.double(), 2**-6)
     parts = zip(of_B, before_B, h.double().split(ranks, 1), gradients, case["again"], strict=True)
     for found, before, part, gradient, again in parts:
         close(found, part.T @ gradient.double() + again * before.double(), 2**-6)
-    twice = [each.clone() for each in (of_A, *of_B)]
-    none = [False] * len(B)
-    assert kernels.lora_back(gradients, x, h, Factors(A, B), Factors(twice[0], twice[1:]), none, wants_x=False) is None
+    twice, none = [each.clone() for each in (of_A, *of_B)], [False] * len(B)
+    results = Factors(twice[0], twice[1:])
+    unwanted = kernels.lora_back(
+        gradients, seen, h, weights, Factors(A, B), results, none, wants_x=False, wants_seen=False
+    )
+    assert unwanted == (None, None)
+
+
+@given(
+    rows=st.integers(1, 40),
+    shape=st.tuples(st.sampled_from([32, 96, 4096, 4128, 8256]), st.sampled_from([32, 64, 160])),
+    transposed=st.booleans(),
+    added=st.sampled_from(["nothing", "a bias", "rows"]),
+    threads=st.sampled_from([1, 2, 3, 5]),
+)
+@settings(max_examples=40, deadline=None)
+def test_products_with_weights(
+    kernels: Kernels,
+    monkeypatch_module: pytest.MonkeyPatch,
+    rows: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    added: str,
+    threads: int,
+) -> None:
+    """Of more numbers than are brought into order at once, too; and a row's do not depend on the others'."""
+    width, wide = shape
+    x, weight = draw(rows, width, dtype=torch.bfloat16), draw(wide, width, dtype=torch.bfloat16, seed=1)
+    shapes = {"nothing": (0,), "a bias": (wide,), "rows": (rows, wide)}
+    more = None if added == "nothing" else draw(*shapes[added], dtype=torch.bfloat16, seed=2)
+    if transposed:
+        weight = weight.T.contiguous().T
+    if not kernels.take_weight(weight):
+        pytest.skip("this processor does not multiply pairs of bf16, or better than that")
+    monkeypatch_module.setattr(kernels, "_threads", lambda like: threads)
+    found = kernels.product(x, weight, more)
+    expected = x.double() @ weight.double().T
+    close(found, expected if more is None else expected + more.double(), 2**-8)
+    of_some = more[rows // 2 :] if added == "rows" and more is not None else more
+    assert torch.equal(kernels.product(x[rows // 2 :], weight, of_some), found[rows // 2 :])
+    close(kernels.product(found, weight.T), found.double() @ weight.double(), 2**-8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -261,13 +324,15 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     heads = x.view(4, 1, 32)
     blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
-    A, B = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()]
-    if kernels.take_factors(Factors(A, B)):
-        h, (update,) = kernels.lora(x, Factors(A, B))
-        assert not update[1].isfinite().any()
-        of_x = kernels.lora_back([x], x, h, Factors(A, B), Factors(A.clone(), [B[0].clone()]), [False], wants_x=True)
+    A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
+    if kernels.take_weight(weight):
+        factors, found = Factors(A, B), Factors(A.clone(), [B[0].clone()])
+        h, (y,) = kernels.lora(x, x, [weight], [None], factors)
+        assert not y[1].isfinite().any()
+        of_x, _ = kernels.lora_back([x], x, h, [weight], factors, found, [False], wants_x=True, wants_seen=False)
         assert of_x is not None
         assert not of_x[1].isfinite().any()
+        assert not kernels.product(x, weight)[1].isfinite().any()
 
 
 def test_what_they_do_not_take(kernels: Kernels) -> None:

@@ -5,11 +5,11 @@ For the inputs x of q, k and v (or of a gate and its up projection), with A the 
     h = x A^T,    y_i = x W_i^T + scaling_i * h_i B_i^T
 
 A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
-products, scalings, sums of gradients.  Here a group's thin products are one call each way (`loralib.kernels`), updates
-are added where the base's output is written, all factors are cast at once when a step begins, and all their gradients
-when it ends.
-Frozen weights lie in the processor's order (`loralib.ordered`), those of other linears too.  Only on CPUs, where this
-was measured.
+products, scalings, sums of gradients.  Here all products of a group are one call each way (`loralib.kernels`), or
+updates are added where the base's output is written; all factors are cast at once when a step begins, and all their
+gradients when it ends.
+Other linears whose weights are frozen multiply in the same way (`loralib.ordered`).  Only on CPUs, where this was
+measured.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inject import adapted_layers
-from ..kernels import Factors, loaded
+from ..kernels import Factors
 from ..layers import LinearPath, LoRALayer
-from ..ordered import MOST_BYTES, FrozenWeight, can_order
+from ..ordered import MOST_BYTES, FrozenWeight, can_order, kernels_for
 
 __all__ = ["Linears"]
 
@@ -36,17 +36,17 @@ class Linears:
     """The linears of one model.
 
     Attributes:
-        copies_bytes: what the frozen weights in the processor's order will take, once a step has run both ways.
+        copies_bytes: what copies of frozen weights in the processor's order will take, once a step has run both ways.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [cast(LinearPath, layer) for _, layer in adapted_layers(model) if _is_plain(layer)]
         self._groups: list[_Group] = []
         others = [_Frozen(module) for module in model.modules() if _Frozen.takes(module)]
-        weights = [*(layer.base_weight for layer in self._layers), *(other.weight for other in others)]
-        copies = 2 * sum(weight.nbytes for weight in weights if can_order(weight))  # one for each way
+        weights = [*(_weight(layer) for layer in self._layers), *(other.weight for other in others)]
+        copies = 2 * sum(weight.nbytes for weight in weights if _wants_copies(weight))  # one for each way
         self._ordered = copies <= MOST_BYTES
-        self._others = others if self._ordered else []
+        self._others = [other for other in others if self._ordered or not _wants_copies(other.weight)]
         self.copies_bytes = copies if self._ordered else 0
 
     @contextmanager
@@ -183,9 +183,10 @@ class _Group:
         self.waiting = _Waiting()
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
         self.touched: set[int] = set()  # the layers whose gradients are there
-        kernels = loaded()
-        takes = kernels is not None and kernels.take_factors(self.factors.of(range(len(layers))))
-        self.kernels = kernels if takes else None
+        kernels = {kernels_for(each.weight) for each in self.weights}
+        (one,) = kernels if len(kernels) == 1 else (None,)
+        takes = one is not None and one.take_factors(self.factors.of(range(len(layers))))
+        self.kernels = one if takes else None
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs part of the graph, even if x is not
 
     def is_usable(self) -> bool:
@@ -289,12 +290,15 @@ class _Together(torch.autograd.Function):
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        h, updates = (_lora if group.kernels is None else group.kernels.lora)(seen, group.factors.of(numbers))
+        factors, weights = group.factors.of(numbers), [group.weights[number] for number in numbers]
+        biases = [cast("Tensor | None", group.layers[number].bias) for number in numbers]
+        if group.kernels is not None:
+            h, outputs = group.kernels.lora(rows, seen, [weight.weight for weight in weights], biases, factors)
+        else:
+            h, updates = _lora(seen, factors)
+            each = zip(weights, biases, updates, strict=True)
+            outputs = [weight.times(rows, bias=bias, added=update) for weight, bias, update in each]
         ctx.save_for_backward(seen, h)
-        outputs = []
-        for number, update in zip(numbers, updates, strict=True):
-            bias = cast("Tensor | None", group.layers[number].bias)
-            outputs.append(group.weights[number].times(rows, bias=bias, added=update))
         return tuple(outputs)
 
     @staticmethod
@@ -303,24 +307,35 @@ class _Together(torch.autograd.Function):
         seen, h = ctx.saved_tensors
         factors, found = group.factors.of(numbers), group.gradients.of(numbers)
         again = [number in group.touched for number in numbers]  # layers that run more than once in a pass
-        wants_x = ctx.needs_input_grad[1 if ctx.drops else 0]
+        weights = [group.weights[number] for number in numbers]
+        wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.drops and ctx.needs_input_grad[1]
         given = [gradient for gradient in gradients if gradient is not None]
+        of_x: Tensor | None
+        of_dropped: Tensor | None
         if group.kernels is not None and len(given) == len(numbers):
-            of_seen = group.kernels.lora_back(given, seen, h, factors, found, again, wants_x=wants_x)
+            of_x, of_dropped = group.kernels.lora_back(
+                given,
+                seen,
+                h,
+                [weight.weight for weight in weights],
+                factors,
+                found,
+                again,
+                wants_x=wants_x,
+                wants_seen=wants_dropped,
+            )
         else:
-            of_seen = _lora_back(gradients, seen, h, factors, found, again, wants_x=wants_x)
+            of_seen = _lora_back(gradients, seen, h, factors, found, again, wants_x=wants_x or wants_dropped)
+            of_x, of_dropped = (None, of_seen) if ctx.drops else (of_seen, None)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if wants_x and gradient is not None:
+                    of_x = weight.back(gradient, added=of_x)
         group.touched.update(number for number, g in zip(numbers, gradients, strict=True) if g is not None)
-        grad_dropped = of_seen.view(ctx.shape) if ctx.drops and of_seen is not None else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_dropped, None, None, None
-        grad_x = None if ctx.drops else of_seen
-        for number, gradient in zip(numbers, gradients, strict=True):
-            if gradient is not None:
-                grad_x = group.weights[number].back(gradient, added=grad_x)
-        return None if grad_x is None else grad_x.view(ctx.shape), grad_dropped, None, None, None
+        grad_x, grad_dropped = (None if each is None else each.view(ctx.shape) for each in (of_x, of_dropped))
+        return grad_x, grad_dropped, None, None, None
 
 
-# Without kernels (`loralib.kernels`):
+# Without kernels (`loralib.kernels`), and for an output that nobody has used:
 
 
 def _lora(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
@@ -373,7 +388,8 @@ class _Frozen:
     def takes(module: nn.Module) -> bool:
         """Whether a module is one that gains by it."""
         plain = type(module) is nn.Linear or _is_conv1d(type(module))
-        return plain and can_order(module._parameters.get("weight"))
+        weight = cast("Tensor | None", module._parameters.get("weight"))
+        return plain and (can_order(weight) or kernels_for(weight) is not None)
 
     def is_usable(self) -> bool:
         """Whether it is what it was."""
@@ -404,6 +420,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         return cast(FrozenWeight, ctx.weight).back(rows).view(ctx.shape), None, None
+
+
+def _wants_copies(weight: Tensor) -> bool:
+    return can_order(weight) and kernels_for(weight) is None
 
 
 def _weight(layer: LinearPath) -> Tensor:
