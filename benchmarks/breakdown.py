@@ -20,15 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from loralib.console import say, table
 from loralib.data.packing import pack
-from loralib.train.memory import freed_memory_kept
+from loralib.train.memory import freed_memory_kept, objects_set_aside
 
 HERE = Path(__file__).resolve().parent
-# The first kind of which a part of the name is in that of an operator, or of a function of ours.  With weights in the
-# processor's order, every product with a frozen weight is a `_linear_pointwise`; a plain `mm` or `addmm` is one of
-# LoRA's.
+# The first kind of which a part of the name is in that of an operator, or of a function of ours.
 KINDS = {
-    "products with frozen weights, the head's too": ("_linear_pointwise",),
-    "LoRA's thin products": ("_Together", "::mm", "::addmm"),
+    "linears with LoRA": ("_Together", "::mm", "::addmm"),
+    "the head": ("_Product", "_linear_pointwise"),
     "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax", "_KernelAttention"),
     "activations": ("silu", "gelu", "_SwiGLU"),
     "norms": ("norm", "addmv", "mv", "_RMSNorm"),
@@ -87,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "breakdown.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    with freed_memory_kept():
+    with freed_memory_kept(), objects_set_aside():
         found = measure(args.steps, args.siblings)
     args.out.write_text(json.dumps({"machine": machine("transformers"), **found}, indent=1) + "\n", encoding="utf-8")
     rows = [

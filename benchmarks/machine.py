@@ -28,8 +28,14 @@ def machine(*libraries: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name as the system gives it; Linux gives Python only the architecture, and the name in a file."""
+    """Its name as the system gives it; Linux gives Python only the architecture, and the name in a file.
+
+    There, with family and model: virtual machines call many processors the same.
+    """
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8", errors="replace").splitlines() if facts.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()
+    known = {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    numbers = "".join(f", {name} {known[name]}" for name in ("cpu family", "model") if name in known)
+    return known["model name"] + numbers

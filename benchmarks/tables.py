@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Iterable
@@ -29,10 +30,10 @@ def in_place(path: Path, rows: Iterable[dict[str, Any]], *names: str) -> list[di
     return list({tuple(row[name] for name in names): row for row in (*before, *rows)}.values())
 
 
-def speed() -> Rows:
+def speed(name: str = "train_speed") -> Rows:
     """Training steps: one row for each way of ours."""
     yield "model", "examples", "batch", "way", "a step", "times PEFT as it comes", "times best-tuned PEFT", "GEMM rate"
-    for row in results("train_speed").get("results", ()):
+    for row in results(name).get("results", ()):
         best = row["best_tuned"]
         yield (
             MODELS[row["model"]],
@@ -122,6 +123,7 @@ def generation() -> Rows:
 
 TABLES = {
     "speed": speed,
+    "speed on another processor": functools.partial(speed, "train_speed_zen4"),
     "time to loss": time_to_loss,
     "memory": memory,
     "breakdown": breakdown,

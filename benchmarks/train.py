@@ -43,7 +43,7 @@ from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
 from loralib.data.order import epoch_order
 from loralib.data.packing import pack
-from loralib.train.memory import freed_memory_kept
+from loralib.train.memory import freed_memory_kept, objects_set_aside
 from loralib.train.step import make_step
 
 HERE = Path(__file__).resolve().parent
@@ -170,6 +170,7 @@ def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
             stack.enter_context(freed_memory_kept())
             model = ours(name)
             step = our_step(model, optimizer(model), "nothing shared" not in way)
+            stack.enter_context(objects_set_aside())
         else:
             model = peers(name, torch.bfloat16 if way == "peft bf16" else torch.float32)
             step = peer_step(model, optimizer(model), way == "peft autocast")

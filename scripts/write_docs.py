@@ -102,7 +102,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands},
     "docs/performance.md": {
         name: functools.partial(figures, name)
-        for name in ("speed", "time to loss", "memory", "breakdown", "generation")
+        for name in ("speed", "speed on another processor", "time to loss", "memory", "breakdown", "generation")
     },
     "docs/architecture.md": {"tree": tree, "import order": import_order},
     "examples/NLG/RUN_DEMO.md": {

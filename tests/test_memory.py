@@ -1,9 +1,13 @@
-"""Freed memory stays with the process during a run, and nothing is worse after it."""
+"""Freed memory stays with the process during a run, what lives is left alone, and nothing is worse after it."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from loralib.train.memory import objects_set_aside
 
 PROGRAM = """
 import resource, sys
@@ -31,3 +35,22 @@ def test_a_block_that_was_freed_is_there_again():
     during, after = map(int, done.stdout.split())
     assert during < 1024  # 20 blocks of 1,024 pages
     assert after < 1024
+
+
+def test_objects_are_set_aside_for_the_time_of_a_run_only():
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    gc.collect()
+    kept = Cycle()
+    old, living = weakref.ref(Cycle()), weakref.ref(kept)
+    with objects_set_aside():
+        assert old() is None  # garbage is not set aside
+        del kept
+        new = weakref.ref(Cycle())
+        gc.collect()
+        assert new() is None
+        assert living() is not None
+    gc.collect()
+    assert living() is None

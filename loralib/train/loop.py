@@ -46,7 +46,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainConfig
-from .memory import freed_memory_kept
+from .memory import freed_memory_kept, objects_set_aside
 from .optim import lr_factor, make_optimizer, parameter_groups
 from .report import Metrics, memory_estimate, plot_losses, write_card
 from .report import tell as tell_user
@@ -112,7 +112,13 @@ def run(
         torch.manual_seed(config.seed)
         inject(model, config.lora_config())
     unmerge(model)
-    with hold_directory(config.output_dir) as directory, _signals() as stop, freed_memory_kept(), ExitStack() as last:
+    with (
+        hold_directory(config.output_dir) as directory,
+        _signals() as stop,
+        freed_memory_kept(),
+        objects_set_aside(),
+        ExitStack() as last,
+    ):
         try:
             this = _Run(model, examples, valid, config, directory, stop, verbose, last)
             return this.go()
