@@ -183,13 +183,14 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #define PIECES 64  /* of so many parts */
 
 /* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
- * and `across` is 1, or columns `across` apart and `down` is 1; k is even then, or a multiple of 32. */
+ * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. */
 struct part {
     const uint16_t *x, *w;
     int64_t step, k, down, across;
 };
 
-/* y (n, d) = start + the sum of some parts. The rows of `start`, if it is there, lie start_step apart: 0 for a bias. */
+/* y (n, d) = start + the sum of some parts: those whose k is a multiple of 32 first, so that they are only cut at such places.
+ * The rows of `start`, if it is there, lie start_step apart: 0 for a bias. */
 struct sum {
     const struct part *parts;
     uint16_t *y;
@@ -431,12 +432,12 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, uint16_
     struct sum sums[count];
     int64_t all = 0;
     for (int64_t i = 0; i < count; i++) {
-        parts[2 * i] = (struct part){h + all, b[i], 0, ranks[i], widths[i], 1};
-        parts[2 * i + 1] = (struct part){x, w[i], d, d, down_steps[i], across_steps[i]};
+        parts[2 * i] = (struct part){x, w[i], d, d, down_steps[i], across_steps[i]};
+        parts[2 * i + 1] = (struct part){h + all, b[i], 0, ranks[i], widths[i], 1};
         sums[i] = (struct sum){parts + 2 * i, y[i], bias[i], 2, widths[i], 0};
         all += ranks[i];
     }
-    for (int64_t i = 0; i < count; i++) parts[2 * i].step = all;
+    for (int64_t i = 0; i < count; i++) parts[2 * i + 1].step = all;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)

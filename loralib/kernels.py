@@ -43,6 +43,7 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+_AT_ONCE: Final = 64  # so many multiplications of pairs of bf16 take about as long as another operator on one number
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
 # Threads add up gradients apart, in at most so many numbers.
@@ -283,7 +284,7 @@ class Kernels:
             kv_heads, steps = k.shape[1], (0, width, k.shape[1] * width)
         else:
             kv_heads, steps = k.shape[1], (k.stride(0), k.stride(1), width)
-        threads, y = self._threads(q), torch.empty_like(q)
+        threads, y = self._threads(q.numel()), torch.empty_like(q)
         kept = torch.empty(2, heads // blocks.heads, count, LANES) if keep else None
         most_and_share = (None, None) if kept is None else kept.unbind()
         each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * LANES
@@ -307,7 +308,7 @@ class Kernels:
         """Returns the gradients in q, k and v of `attention` over one text, head by head, for that in its result y."""
         gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
         (_, heads, width), (total, kv_heads, _) = q.shape, k.shape
-        threads, parts = self._threads(q), 1
+        threads, parts = self._threads(q.numel()), 1
         if kv_heads < 2 * threads:  # else each has heads of its own to add up
             threads = parts = max(1, min(threads, _MOST_SUMS // (2 * k.numel())))
         found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
@@ -342,7 +343,7 @@ class Kernels:
         """
         x, added = x.contiguous(), None if added is None else added.contiguous()
         (count, width), y = x.shape, x.new_empty(len(x), len(weight))
-        room, each, threads = self._room_for_products(x, width)
+        room, each, threads = self._room_for_products(count, width, len(weight))
         step = 0 if added is None or added.dim() == 1 else len(weight)
         sizes = (count, width, len(weight), step, weight.stride(1), weight.stride(0))
         self._call("product", x, weight, added, y, *sizes, room, each, threads, dtype=x.dtype)
@@ -377,7 +378,8 @@ class Kernels:
         x, (A, B) = x.contiguous(), factors
         (count, width), rank = x.shape, len(A)
         h, found = x.new_empty(count, rank), [x.new_empty(count, b.shape[1]) for b in B]
-        room, each, threads = self._room_for_products(x, width + rank, width)
+        room, each, threads = self._room_for_products(count, width + rank, sum(map(len, weights)), width)
+        biases = [None if bias is None else bias.contiguous() for bias in biases]
         tensors = (x, seen, _places(weights), _places(biases), A, _places(B), h, _places(found))
         sizes = (*_sizes_of(factors), *_steps(weights), len(B), count, width)
         self._call("lora", *tensors, *sizes, room, each, threads, dtype=x.dtype)
@@ -411,8 +413,8 @@ class Kernels:
         """
         gradients, seen, (A, B) = [gradient.contiguous() for gradient in gradients], seen.contiguous(), factors
         count, width = seen.shape
-        depth = sum(b.shape[1] for b in B) + len(A)
-        room, each, threads = self._room_for_products(seen, depth, width, *(b.shape[1] for b in B))
+        widths = [b.shape[1] for b in B]
+        room, each, threads = self._room_for_products(count, sum(widths) + len(A), width, *widths)
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         pairs = h.new_empty(2, count + 1, h.shape[1])  # of h, and of its gradient
@@ -422,24 +424,26 @@ class Kernels:
         self._call("lora_back", *tensors, *results, *sizes, room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
 
-    def _room_for_products(self, x: Tensor, depth: int, *widths: int) -> tuple[Tensor, int, int]:
+    def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
 
         Args:
-            x: (T, in), of so many rows.
+            rows: of the results.
             depth: so many numbers are summed up.
+            columns: of all results.
             widths: those of the factors whose rows lie there in pairs.
         """
-        threads, panel = self._threads(x), min(depth, _DEPTH) // 2 * _PANEL // LANES
-        sums = -(-len(x) // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
+        threads = self._threads(rows * depth * columns // _AT_ONCE)
+        panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
+        sums = -(-rows // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
         each = max(panel + sums, *(width // 2 for width in widths), 0)
         return torch.empty(threads, each, LANES), each, threads
 
-    def _threads(self, like: Tensor) -> int:
-        return torch.get_num_threads() if like.numel() >= _GRAIN else 1
+    def _threads(self, numbers: int) -> int:
+        return torch.get_num_threads() if numbers >= _GRAIN else 1
 
     def _run(self, name: str, *arguments: Any, like: Tensor) -> None:
-        self._call(name, *arguments, self._threads(like), dtype=like.dtype)
+        self._call(name, *arguments, self._threads(like.numel()), dtype=like.dtype)
 
     def _call(self, name: str, *arguments: Any, dtype: torch.dtype) -> None:
         given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]

@@ -137,7 +137,7 @@ def test_attention_and_its_gradients(
     padded = F.pad(sees, (0, 0, 0, -total % 16)).view(-1, 16, total)
     starts = 16 * torch.arange(len(padded))
     blocks = Blocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
-    monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
+    monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
     y, kept = kernels.attention(q, k, v, blocks, 0.3, keep=True)
     assert kept is not None
     wide = exact(q, k, v)
@@ -203,7 +203,7 @@ def factors(draw_: Any) -> dict[str, Any]:
     layers = draw_(st.integers(1, 3))
     return {
         "count": draw_(st.integers(1, 40)),
-        "width": draw_(st.sampled_from([32, 96, 160])),
+        "width": draw_(st.sampled_from([32, 96, 160, 4128])),
         "ranks": [draw_(st.sampled_from([2, 4, 8, 10, 16, 22, 40])) for _ in range(layers)],
         "widths": [draw_(st.sampled_from([32, 64, 160])) for _ in range(layers)],
         "drops": draw_(st.booleans()),
@@ -235,7 +235,7 @@ def test_linears_with_lora_and_their_gradients(
     gradients = [half(count, each, number=5 + number) for number, each in enumerate(widths)]
     if not (kernels.take_factors(Factors(A, B)) and all(map(kernels.take_weight, weights))):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
-    monkeypatch_module.setattr(kernels, "_threads", lambda like: case["threads"])
+    monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
     h, outputs = kernels.lora(x, seen, weights, biases, Factors(A, B))
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
@@ -305,7 +305,7 @@ def test_products_with_weights(
         weight = weight.T.contiguous().T
     if not kernels.take_weight(weight):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
-    monkeypatch_module.setattr(kernels, "_threads", lambda like: threads)
+    monkeypatch_module.setattr(kernels, "_threads", lambda numbers: threads)
     found = kernels.product(x, weight, more)
     expected = x.double() @ weight.double().T
     close(found, expected if more is None else expected + more.double(), 2**-8)

@@ -127,6 +127,16 @@ def test_a_trained_bias_is_left_to_the_layer_itself():
     assert net.q.bias.grad is not None
 
 
+@pytest.mark.usefixtures("both_ways")
+def test_a_bias_of_another_dtype_is_refused_as_by_the_layer_itself():
+    """A kernel would take its bits for numbers."""
+    net, x = adapted(torch.bfloat16, 16), torch.randn(2, 6 * 16).bfloat16()
+    linears = learned(net, x)
+    net.q.bias.data = net.q.bias.data.float()
+    with pytest.raises(RuntimeError, match="dtype"), linears.together():
+        net(x)
+
+
 def test_hooks_on_factors_are_called():
     net, seen = adapted(), []
     net.v.lora_B.register_hook(seen.append)

@@ -108,7 +108,7 @@ def _kind(layer: LoRALayer) -> tuple[torch.dtype, torch.device]:
 
 def _is_usual(layer: LinearPath) -> bool:
     frozen = (layer.base_weight, cast("Tensor | None", layer.bias))
-    if any(parameter is not None and parameter.requires_grad for parameter in frozen):
+    if any(each is not None and (each.requires_grad or each.dtype != layer.base_weight.dtype) for each in frozen):
         return False
     factors: tuple[Any, Any] = (layer.lora_A, layer.lora_B)
     # Their gradients do not pass through autograd here, so nobody may wait for them there.
@@ -394,7 +394,8 @@ class _Frozen:
     def is_usable(self) -> bool:
         """Whether it is what it was."""
         plain = self.takes(self.module) and "forward" not in self.module.__dict__
-        return plain and not any(p.requires_grad for p in self.module.parameters())
+        parameters = list(self.module.parameters())
+        return plain and not any(p.requires_grad or p.dtype != self.weight.dtype for p in parameters)
 
     def begin(self) -> None:
         """Takes the weight as it is now."""
