@@ -28,7 +28,7 @@ KINDS = {
     "linears with LoRA": ("_Together", "::mm", "::addmm"),
     "the head": ("_Product", "_linear_pointwise"),
     "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax", "_KernelAttention"),
-    "activations": ("silu", "gelu", "_SwiGLU"),
+    "activations": ("silu", "gelu", "_GELU", "_SwiGLU"),
     "norms": ("norm", "addmv", "mv", "_RMSNorm"),
     "optimizer": ("adamw", "_foreach"),
     "sums, products and rotations of tensors": ("::mul", "::add", "::addcmul", "::sub", "::div", "::neg", "_Rotate"),

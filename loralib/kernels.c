@@ -556,6 +556,27 @@ void NAME(swiglu_back)(const T *g, const T *a, const T *b, T *of_a, T *of_b, int
     }
 }
 
+/* y = 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3), for n numbers. */
+#define TWICE_U(x) ((x) * 1.59576912f * (1 + 0.044715f * (x) * (x)))
+
+void NAME(gelu)(const T *x, T *y, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec a = LOAD(x + i);
+        STORE(y + i, a * sigmoid(TWICE_U(a)));
+    }
+}
+
+/* Its gradient in x for g in y. */
+void NAME(gelu_back)(const T *g, const T *x, T *out, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec a = LOAD(x + i), s = sigmoid(TWICE_U(a));
+        STORE(out + i, LOAD(g + i) * s * (1 + (1 - s) * a * 1.59576912f * (1 + 3 * 0.044715f * a * a)));
+    }
+}
+#undef TWICE_U
+
 /* Rotary positions of x (n, heads, d): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2); back: the transpose of that.
  * Rows of x lie `step` apart, its heads d; y is dense; cos and sin are (n, d). */
 void NAME(rotate)(const T *x, const T *cos, const T *sin, T *y, int64_t n, int64_t heads, int64_t d, int64_t step,
@@ -598,6 +619,34 @@ void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t 
         most[i] = greatest(largest);
         for (int64_t j = 0; j < d; j += LANES) total += vexp(LOAD(row + j) - most[i]);
         sums[i] = sum(total);
+    }
+}
+
+/* Dense matrices of fp32 times a factor each, as such of T, or (back) the other way. Of each, shapes has its rows and columns,
+ * and how far apart those of T lie: one of the two is 1. */
+void NAME(mirror)(float *const *wide, T *const *mirrors, const int64_t *shapes, const float *factors, int64_t count, int back,
+                  int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t *shape = shapes + 4 * i;
+        int turned = shape[3] != 1; /* then numbers that are next to one another in T are so in a column */
+        int64_t lines = shape[turned], length = shape[!turned];
+        int64_t line_step = turned ? 1 : shape[1], step = turned ? shape[1] : 1, mirror_step = shape[2 + turned];
+        for (int64_t line = 0; line < lines; line++)
+            for (int64_t j = 0; j < length; j += LANES) {
+                int64_t some = length - j < LANES ? length - j : LANES;
+                float *x = wide[i] + line * line_step + j * step, lanes[LANES] = {0};
+                T *y = mirrors[i] + line * mirror_step + j, numbers[LANES] = {0};
+                if (back) {
+                    memcpy(numbers, y, some * sizeof(T));
+                    store_f32(lanes, LOAD(numbers) * factors[i]);
+                    for (int64_t k = 0; k < some; k++) x[k * step] = lanes[k];
+                } else {
+                    for (int64_t k = 0; k < some; k++) lanes[k] = x[k * step];
+                    STORE(numbers, load_f32(lanes) * factors[i]);
+                    memcpy(y, numbers, some * sizeof(T));
+                }
+            }
     }
 }
 

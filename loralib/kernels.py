@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from .errors import OutputError
 from .files import cache_directory, write_whole
 
-__all__ = ["LANES", "Blocks", "Factors", "Kernels", "loaded"]
+__all__ = ["LANES", "Blocks", "Factors", "Kernels", "Mirrors", "Operands", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -57,8 +58,11 @@ _ARGUMENTS: Final = {
     "rms_norm_back": "pppppnni",
     "swiglu": "pppni",
     "swiglu_back": "pppppni",
+    "gelu": "ppni",
+    "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
     "log_sums": "ppppnnni",
+    "mirror": "ppppnii",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
@@ -162,6 +166,51 @@ class Factors(NamedTuple):
     B: list[Tensor]
 
 
+class Operands:
+    """What layers that read the same input multiply with, and where the gradients of their factors go.
+
+    Places in memory are looked up here, once: a step calls `Kernels.lora` hundreds of times.
+
+    Args:
+        weights: W_i (out_i, in).
+        biases: (out_i,), or None.
+        factors: A and B_i.
+        gradients: like the factors.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], factors: Factors, gradients: Factors
+    ) -> None:
+        self.kept = (*weights, *biases, *factors, *gradients)  # they live as long as their places are used
+        self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
+        self.weights, self.biases = _places(weights), _places(biases)
+        self.A, self.B, self.of_A, self.of_B = (
+            factors.A.data_ptr(),
+            _places(factors.B),
+            gradients.A.data_ptr(),
+            _places(gradients.B),
+        )
+        self.sizes = (
+            _numbers([len(b) for b in factors.B]),
+            _numbers(self.widths),
+            _numbers([weight.stride(1) for weight in weights]),
+            _numbers([weight.stride(0) for weight in weights]),
+        )
+
+
+class Mirrors:
+    """Matrices whose numbers are those of dense fp32 ones times factors, for `Kernels.mirror`.
+
+    Args:
+        tensors: of one dtype; the rows or the columns of each lie at a step of 1.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.places = _places(tensors)
+        self.shapes = _numbers([number for tensor in tensors for number in (*tensor.shape, *tensor.stride())])
+
+
 class Kernels:
     """The compiled functions.
 
@@ -174,6 +223,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
+        self._own = threading.local()  # room that each thread of Python's has kept since its last product
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _ARGUMENTS.items():
             for dtype, kind in _KINDS.items():
@@ -230,6 +280,20 @@ class Kernels:
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
         return of_gate, of_up
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+        x = x.contiguous()
+        found = torch.empty_like(x)
+        self._run("gelu", x, found, x.numel(), like=x)
+        return found
+
+    def gelu_back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Returns the gradient in x of `gelu`, for that in its result."""
+        gradient, x = gradient.contiguous(), x.contiguous()
+        found = torch.empty_like(x)
+        self._run("gelu_back", gradient, x, found, x.numel(), like=x)
+        return found
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
         """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
@@ -355,14 +419,7 @@ class Kernels:
         here = ("lora", A.dtype) in self._functions and self.take(A, *B) and len(B) < _PIECES
         return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
 
-    def lora(
-        self,
-        x: Tensor,
-        seen: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        factors: Factors,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def lora(self, x: Tensor, seen: Tensor, operands: Operands) -> tuple[Tensor, list[Tensor]]:
         """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
 
         h_i are the columns of h in which A_i has its rows.
@@ -370,19 +427,15 @@ class Kernels:
         Args:
             x: (T, in).
             seen: z (T, in), x or what dropout left of it.
-            weights: W_i (out_i, in).
-            biases: (out_i,), or None.
-            factors: A and B_i.
+            operands: W_i, bias_i, A and B_i.
         """
         seen = seen.contiguous() if seen is not x else x.contiguous()
-        x, (A, B) = x.contiguous(), factors
-        (count, width), rank = x.shape, len(A)
-        h, found = x.new_empty(count, rank), [x.new_empty(count, b.shape[1]) for b in B]
-        room, each, threads = self._room_for_products(count, width + rank, sum(map(len, weights)), width)
-        biases = [None if bias is None else bias.contiguous() for bias in biases]
-        tensors = (x, seen, _places(weights), _places(biases), A, _places(B), h, _places(found))
-        sizes = (*_sizes_of(factors), *_steps(weights), len(B), count, width)
-        self._call("lora", *tensors, *sizes, room, each, threads, dtype=x.dtype)
+        x, of = x.contiguous(), operands
+        count, widths = len(x), of.widths
+        h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
+        room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
+        tensors = (x, seen, of.weights, of.biases, of.A, of.B, h, _places(found))
+        self._call("lora", *tensors, *of.sizes, of.count, count, of.width, room, each, threads, dtype=x.dtype)
         return h, found
 
     def lora_back(
@@ -390,9 +443,7 @@ class Kernels:
         gradients: Sequence[Tensor],
         seen: Tensor,
         h: Tensor,
-        weights: Sequence[Tensor],
-        factors: Factors,
-        found: Factors,
+        operands: Operands,
         again: Sequence[bool],
         *,
         wants_x: bool,
@@ -404,25 +455,42 @@ class Kernels:
             gradients: (T, out_i) of each layer.
             seen: z, as for `lora`.
             h: its first result.
-            weights: as for `lora`.
-            factors: as for `lora`.
-            found: where the gradients in them go.
-            again: of which layers they are added to what is there.
+            operands: as for `lora`; what its factors get goes where they say.
+            again: of which layers it is added to what is there.
             wants_x: whether the gradient in x is wanted.
             wants_seen: whether that in z is wanted by itself; else it is part of that in x.
         """
-        gradients, seen, (A, B) = [gradient.contiguous() for gradient in gradients], seen.contiguous(), factors
-        count, width = seen.shape
-        widths = [b.shape[1] for b in B]
-        room, each, threads = self._room_for_products(count, sum(widths) + len(A), width, *widths)
+        gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
+        count, widths = len(seen), of.widths
+        room, each, threads = self._room_for_products(count, sum(widths) + of.rank, of.width, of.width, *widths)
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
-        pairs = h.new_empty(2, count + 1, h.shape[1])  # of h, and of its gradient
-        tensors = (_places(gradients), seen, h, _places(weights), A, _places(B), of_h, of_x, of_seen)
-        results = (found.A, _places(found.B), *pairs)
-        sizes = (*_sizes_of(factors), *_steps(weights), _numbers(again), len(B), count, width)
-        self._call("lora_back", *tensors, *results, *sizes, room, each, threads, dtype=seen.dtype)
+        pairs = h.new_empty(2, count + 1, of.rank)  # of h, and of its gradient
+        tensors = (_places(gradients), seen, h, of.weights, of.A, of.B, of_h, of_x, of_seen, of.of_A, of.of_B, *pairs)
+        sizes = (*of.sizes, _numbers(again), of.count, count, of.width)
+        self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
+
+    def take_mirrors(self, tensors: Sequence[Tensor]) -> bool:
+        """Returns whether `mirror` takes mirrors like these."""
+        return all(
+            x.dtype == tensors[0].dtype and x.dtype in _KINDS and x.device.type == "cpu" and 1 in x.stride()
+            for x in tensors
+        )
+
+    def mirror(self, wide: Sequence[Tensor], mirrors: Mirrors, factors: Sequence[float], *, back: bool = False) -> None:
+        """Makes mirrors of matrices times factors, or matrices of their mirrors times factors; rounded once.
+
+        Args:
+            wide: dense fp32 matrices, of the same shapes as their mirrors.
+            mirrors: theirs.
+            factors: one for each.
+            back: whether the mirrors are what is given.
+        """
+        scalings, dtype = (c_float * len(factors))(*factors), mirrors.tensors[0].dtype
+        threads = self._threads(sum(tensor.numel() for tensor in wide))
+        tensors = (_places(wide), mirrors.places, mirrors.shapes, scalings)
+        self._call("mirror", *tensors, len(wide), back, threads, dtype=dtype)
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
@@ -437,7 +505,10 @@ class Kernels:
         panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
         sums = -(-rows // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
         each = max(panel + sums, *(width // 2 for width in widths), 0)
-        return torch.empty(threads, each, LANES), each, threads
+        room: Tensor | None = getattr(self._own, "room", None)
+        if room is None or len(room) < threads * each:
+            room = self._own.room = torch.empty(threads * each, LANES)
+        return room, each, threads
 
     def _threads(self, numbers: int) -> int:
         return torch.get_num_threads() if numbers >= _GRAIN else 1
@@ -461,16 +532,6 @@ def _places(tensors: Sequence[Tensor | None]) -> Any:
 
 def _numbers(values: Sequence[int]) -> Any:
     return (c_int64 * len(values))(*values)
-
-
-def _sizes_of(factors: Factors) -> tuple[Any, Any]:
-    """The rank and the width of each layer."""
-    return _numbers([len(b) for b in factors.B]), _numbers([b.shape[1] for b in factors.B])
-
-
-def _steps(weights: Sequence[Tensor]) -> tuple[Any, Any]:
-    """How far apart numbers of each W (out, in) lie that are next to one another in a row, and in a column."""
-    return _numbers([weight.stride(1) for weight in weights]), _numbers([weight.stride(0) for weight in weights])
 
 
 def _whole(count: int) -> int:

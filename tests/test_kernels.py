@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralib.generate.beam import best_tokens
-from loralib.kernels import Blocks, Factors, Kernels, loaded
+from loralib.kernels import Blocks, Factors, Kernels, Mirrors, Operands, loaded
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 
@@ -70,6 +70,21 @@ def test_swiglu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, er
     for found, wide in zip(kernels.swiglu_back(gradient, gate, up), (wide_gate, wide_up), strict=True):
         assert wide.grad is not None
         close(found, wide.grad, error)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(16,), (3, 5, 48), (200, 160)])
+def test_gelu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
+    x, gradient = 3 * draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    (wide,) = exact(x)
+    expected = F.gelu(wide, approximate="tanh")
+    expected.backward(gradient.double())
+    close(kernels.gelu(x), expected, error)
+    assert wide.grad is not None
+    close(kernels.gelu_back(gradient, x), wide.grad, error)
+    far = torch.tensor([-1e4, -90.0, 90.0, 1e4] * 4, dtype=dtype)
+    assert torch.equal(kernels.gelu(far), far.clamp(min=0))
+    assert torch.equal(kernels.gelu_back(torch.ones_like(far), far), (far > 0).to(dtype))
 
 
 def test_swiglu_of_numbers_beyond_the_range_of_exp(kernels: Kernels) -> None:
@@ -236,24 +251,17 @@ def test_linears_with_lora_and_their_gradients(
     if not (kernels.take_factors(Factors(A, B)) and all(map(kernels.take_weight, weights))):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
-    h, outputs = kernels.lora(x, seen, weights, biases, Factors(A, B))
+    before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
+    of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
+    operands = Operands(weights, biases, Factors(A, B), Factors(of_A, of_B))
+    h, outputs = kernels.lora(x, seen, operands)
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
         expected = x.double() @ weight.double().T + part @ b.double()
         close(output, expected if bias is None else expected + bias.double(), 2**-8)
 
-    before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
-    of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
     of_x, of_seen = kernels.lora_back(
-        gradients,
-        seen,
-        h,
-        weights,
-        Factors(A, B),
-        Factors(of_A, of_B),
-        case["again"],
-        wants_x=True,
-        wants_seen=case["drops"],
+        gradients, seen, h, operands, case["again"], wants_x=True, wants_seen=case["drops"]
     )
     of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
     through_weights = sum(g.double() @ weight.double() for g, weight in zip(gradients, weights, strict=True))
@@ -271,11 +279,7 @@ def test_linears_with_lora_and_their_gradients(
     parts = zip(of_B, before_B, h.double().split(ranks, 1), gradients, case["again"], strict=True)
     for found, before, part, gradient, again in parts:
         close(found, part.T @ gradient.double() + again * before.double(), 2**-6)
-    twice, none = [each.clone() for each in (of_A, *of_B)], [False] * len(B)
-    results = Factors(twice[0], twice[1:])
-    unwanted = kernels.lora_back(
-        gradients, seen, h, weights, Factors(A, B), results, none, wants_x=False, wants_seen=False
-    )
+    unwanted = kernels.lora_back(gradients, seen, h, operands, case["again"], wants_x=False, wants_seen=False)
     assert unwanted == (None, None)
 
 
@@ -314,6 +318,25 @@ def test_products_with_weights(
     close(kernels.product(found, weight.T), found.double() @ weight.double(), 2**-8)
 
 
+@DTYPES
+@given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_mirrors_there_and_back(
+    kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]]
+) -> None:
+    wide = [draw(*shape, seed=seed) for seed, (*shape, _) in enumerate(shapes)]
+    factors = [0.5 + seed for seed in range(len(wide))]
+    made = [torch.zeros(m, n, dtype=dtype) if dense else torch.zeros(n, m, dtype=dtype).T for m, n, dense in shapes]
+    assert kernels.take_mirrors(made)
+    kernels.mirror(wide, Mirrors(made), factors)
+    back = [torch.zeros_like(each) for each in wide]
+    kernels.mirror(back, Mirrors(made), factors, back=True)
+    for matrix, mirror, again, factor in zip(wide, made, back, factors, strict=True):
+        assert torch.equal(mirror, (matrix * factor).to(dtype))
+        assert torch.equal(again, mirror.float() * factor)
+    assert not kernels.take_mirrors([torch.zeros(4, 4)[::2, ::2]])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -> None:
     """A run that explodes has to notice."""
@@ -321,15 +344,17 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     x[1, 3] = value
     assert not kernels.rms_norm(x, x[0], 1e-5)[0][1].isfinite().all()
     assert not kernels.swiglu(x, x)[1].isfinite().all()
+    assert not kernels.gelu(x)[1].isfinite().all()
+    assert not kernels.gelu_back(x, x)[1].isfinite().all()
     heads = x.view(4, 1, 32)
     blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
     if kernels.take_weight(weight):
-        factors, found = Factors(A, B), Factors(A.clone(), [B[0].clone()])
-        h, (y,) = kernels.lora(x, x, [weight], [None], factors)
+        operands = Operands([weight], [None], Factors(A, B), Factors(A.clone(), [B[0].clone()]))
+        h, (y,) = kernels.lora(x, x, operands)
         assert not y[1].isfinite().any()
-        of_x, _ = kernels.lora_back([x], x, h, [weight], factors, found, [False], wants_x=True, wants_seen=False)
+        of_x, _ = kernels.lora_back([x], x, h, operands, [False], wants_x=True, wants_seen=False)
         assert of_x is not None
         assert not of_x[1].isfinite().any()
         assert not kernels.product(x, weight)[1].isfinite().any()

@@ -15,6 +15,7 @@ measured.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inject import adapted_layers
-from ..kernels import Factors
+from ..kernels import Factors, Kernels, Mirrors, Operands, loaded
 from ..layers import LinearPath, LoRALayer
 from ..ordered import MOST_BYTES, FrozenWeight, can_order, kernels_for
 
@@ -42,6 +43,8 @@ class Linears:
     def __init__(self, model: nn.Module) -> None:
         self._layers = [cast(LinearPath, layer) for _, layer in adapted_layers(model) if _is_plain(layer)]
         self._groups: list[_Group] = []
+        self._factors: Mirrors | None = None  # as of the step before
+        self._gradients: Mirrors | None = None
         others = [_Frozen(module) for module in model.modules() if _Frozen.takes(module)]
         weights = [*(_weight(layer) for layer in self._layers), *(other.weight for other in others)]
         copies = 2 * sum(weight.nbytes for weight in weights if _wants_copies(weight))  # one for each way
@@ -68,7 +71,7 @@ class Linears:
         usable = [group for group in self._groups if group.is_usable()]
         others = [other for other in self._others if other.is_usable()]
         try:
-            _take_factors(usable)
+            self._factors = _take_factors(usable, self._factors)
             for group in usable:
                 group.begin()
                 for number, layer in enumerate(group.layers):
@@ -77,7 +80,7 @@ class Linears:
                 other.begin()
                 other.module.__dict__["forward"] = other.run
             yield
-            _give_gradients(usable)
+            self._gradients = _give_gradients(usable, self._gradients)
         finally:
             for group in usable:
                 group.waiting = _Waiting()
@@ -107,8 +110,10 @@ def _kind(layer: LoRALayer) -> tuple[torch.dtype, torch.device]:
 
 
 def _is_usual(layer: LinearPath) -> bool:
-    frozen = (layer.base_weight, cast("Tensor | None", layer.bias))
-    if any(each is not None and (each.requires_grad or each.dtype != layer.base_weight.dtype) for each in frozen):
+    weight, bias = layer.base_weight, _bias(layer)
+    if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != weight.dtype)):
+        return False
+    if bias is not None and not bias.is_contiguous():
         return False
     factors: tuple[Any, Any] = (layer.lora_A, layer.lora_B)
     # Their gradients do not pass through autograd here, so nobody may wait for them there.
@@ -183,10 +188,9 @@ class _Group:
         self.waiting = _Waiting()
         self.factors, self.gradients = _Factors(layers), _Factors(layers)  # the factors' B are scaled
         self.touched: set[int] = set()  # the layers whose gradients are there
-        kernels = {kernels_for(each.weight) for each in self.weights}
-        (one,) = kernels if len(kernels) == 1 else (None,)
-        takes = one is not None and one.take_factors(self.factors.of(range(len(layers))))
-        self.kernels = one if takes else None
+        self.kernels = self._taking()
+        self._operands: dict[tuple[int, ...], Operands] = {}
+        self._biases: list[int] = []  # their places
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs part of the graph, even if x is not
 
     def is_usable(self) -> bool:
@@ -206,7 +210,25 @@ class _Group:
     def begin(self) -> None:
         """Takes weights as they are now, and forgets the gradients of the step before."""
         self.touched.clear()
-        self.weights = [known.now(_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
+        weights = [known.now(_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
+        biases = [0 if bias is None else bias.data_ptr() for bias in map(_bias, self.layers)]
+        if biases != self._biases or not all(map(operator.is_, weights, self.weights)):
+            self.weights, self._biases, self._operands = weights, biases, {}
+            self.kernels = self._taking()
+
+    def _taking(self) -> Kernels | None:
+        """The kernels, if they take what the layers multiply with."""
+        kernels = {kernels_for(each.weight) for each in self.weights}
+        (one,) = kernels if len(kernels) == 1 else (None,)
+        takes = one is not None and one.take_factors(self.factors.of(range(len(self.layers))))
+        return one if takes else None
+
+    def operands(self, numbers: tuple[int, ...]) -> Operands:
+        """Returns what some of the layers multiply with, for the kernels."""
+        if numbers not in self._operands:
+            weights, biases = zip(*((self.weights[n].weight, _bias(self.layers[n])) for n in numbers), strict=True)
+            self._operands[numbers] = Operands(weights, biases, self.factors.of(numbers), self.gradients.of(numbers))
+        return self._operands[numbers]
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output, from where it waits if the first layer of the group has just read this x."""
@@ -234,44 +256,65 @@ class _Group:
 
 
 @torch.no_grad()
-def _take_factors(groups: Sequence[_Group]) -> None:
+def _take_factors(groups: Sequence[_Group], known: Mirrors | None) -> Mirrors | None:
     """Copies the factors as they are now to where the groups multiply with them."""
     into: list[Tensor] = []
     factors: list[Tensor] = []
+    scalings: list[float] = []
     for group in groups:
-        into += group.factors.of_A
-        factors += [layer.lora_A for layer in group.layers]
-        for layer, parts in zip(group.layers, group.factors.of_B, strict=True):
-            into += parts
-            factors += _rows(layer.lora_B, len(parts))
-    if groups:
+        for layer, of_A, of_B in zip(group.layers, group.factors.of_A, group.factors.of_B, strict=True):
+            into += [of_A, *of_B]
+            factors += [layer.lora_A, *_rows(layer.lora_B, len(of_B))]
+            scalings += [1.0, *[layer.scaling] * len(of_B)]
+    mirrors = _mirrors(into, factors, known)
+    if mirrors is not None:
+        cast(Kernels, loaded()).mirror(factors, mirrors, scalings)
+    elif into:
         torch._foreach_copy_(into, factors)
-        scalings = [layer.scaling for group in groups for layer in group.layers]
-        torch._foreach_mul_([B for group in groups for B in group.factors.B], scalings)
+        torch._foreach_mul_(into, scalings)
+    return mirrors
 
 
 @torch.no_grad()
-def _give_gradients(groups: Sequence[_Group]) -> None:
+def _give_gradients(groups: Sequence[_Group], known: Mirrors | None) -> Mirrors | None:
     """Adds to the `grad` of the factors what the backward pass has left with the groups."""
     layers = [(group, number) for group in groups for number in sorted(group.touched)]
     parameters = [p for group, number in layers for p in (group.layers[number].lora_A, group.layers[number].lora_B)]
     if not parameters:
-        return
+        return known
     # In the parameters' own dtype, so that nothing is rounded after this.
     flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
     new = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
     into: list[Tensor] = []
     gradients: list[Tensor] = []
+    scalings: list[float] = []
     for (group, number), new_A, new_B in zip(layers, new[::2], new[1::2], strict=True):
-        into += [new_A, *_rows(new_B, len(group.gradients.of_B[number]))]
-        gradients += [group.gradients.of_A[number], *group.gradients.of_B[number]]
-    torch._foreach_copy_(into, gradients)
-    torch._foreach_mul_(new[1::2], [group.layers[number].scaling for group, number in layers])
+        of_B = group.gradients.of_B[number]
+        into += [new_A, *_rows(new_B, len(of_B))]
+        gradients += [group.gradients.of_A[number], *of_B]
+        scalings += [1.0, *[group.layers[number].scaling] * len(of_B)]
+    mirrors = _mirrors(gradients, into, known)
+    if mirrors is not None:
+        cast(Kernels, loaded()).mirror(into, mirrors, scalings, back=True)
+    else:
+        torch._foreach_copy_(into, gradients)
+        torch._foreach_mul_(into, scalings)
     for parameter, gradient in zip(parameters, new, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
         else:
             parameter.grad.add_(gradient)
+    return mirrors
+
+
+def _mirrors(tensors: list[Tensor], of: list[Tensor], known: Mirrors | None) -> Mirrors | None:
+    """The mirrors that these are of others, those of the step before if it is still they; None without kernels."""
+    kernels = loaded()
+    if kernels is None or not tensors or not all(x.dtype == torch.float32 and x.is_contiguous() for x in of):
+        return None
+    if known is not None and len(known.tensors) == len(tensors) and all(map(operator.is_, known.tensors, tensors)):
+        return known
+    return Mirrors(tensors) if kernels.take_mirrors(tensors) else None
 
 
 def _rows(B: Tensor, parts: int) -> Sequence[Tensor]:
@@ -290,14 +333,14 @@ class _Together(torch.autograd.Function):
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        factors, weights = group.factors.of(numbers), [group.weights[number] for number in numbers]
-        biases = [cast("Tensor | None", group.layers[number].bias) for number in numbers]
         if group.kernels is not None:
-            h, outputs = group.kernels.lora(rows, seen, [weight.weight for weight in weights], biases, factors)
+            h, outputs = group.kernels.lora(rows, seen, group.operands(numbers))
         else:
-            h, updates = _lora(seen, factors)
-            each = zip(weights, biases, updates, strict=True)
-            outputs = [weight.times(rows, bias=bias, added=update) for weight, bias, update in each]
+            h, updates = _lora(seen, group.factors.of(numbers))
+            outputs = [
+                group.weights[number].times(rows, bias=_bias(group.layers[number]), added=update)
+                for number, update in zip(numbers, updates, strict=True)
+            ]
         ctx.save_for_backward(seen, h)
         return tuple(outputs)
 
@@ -305,31 +348,22 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         group, numbers = cast(_Group, ctx.group), ctx.numbers
         seen, h = ctx.saved_tensors
-        factors, found = group.factors.of(numbers), group.gradients.of(numbers)
         again = [number in group.touched for number in numbers]  # layers that run more than once in a pass
-        weights = [group.weights[number] for number in numbers]
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.drops and ctx.needs_input_grad[1]
         given = [gradient for gradient in gradients if gradient is not None]
         of_x: Tensor | None
         of_dropped: Tensor | None
         if group.kernels is not None and len(given) == len(numbers):
             of_x, of_dropped = group.kernels.lora_back(
-                given,
-                seen,
-                h,
-                [weight.weight for weight in weights],
-                factors,
-                found,
-                again,
-                wants_x=wants_x,
-                wants_seen=wants_dropped,
+                given, seen, h, group.operands(numbers), again, wants_x=wants_x, wants_seen=wants_dropped
             )
         else:
+            factors, found = group.factors.of(numbers), group.gradients.of(numbers)
             of_seen = _lora_back(gradients, seen, h, factors, found, again, wants_x=wants_x or wants_dropped)
             of_x, of_dropped = (None, of_seen) if ctx.drops else (of_seen, None)
-            for weight, gradient in zip(weights, gradients, strict=True):
+            for number, gradient in zip(numbers, gradients, strict=True):
                 if wants_x and gradient is not None:
-                    of_x = weight.back(gradient, added=of_x)
+                    of_x = group.weights[number].back(gradient, added=of_x)
         group.touched.update(number for number, g in zip(numbers, gradients, strict=True) if g is not None)
         grad_x, grad_dropped = (None if each is None else each.view(ctx.shape) for each in (of_x, of_dropped))
         return grad_x, grad_dropped, None, None, None
@@ -421,6 +455,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         return cast(FrozenWeight, ctx.weight).back(rows).view(ctx.shape), None, None
+
+
+def _bias(layer: LinearPath) -> Tensor | None:
+    return cast("Tensor | None", layer.bias)
 
 
 def _wants_copies(weight: Tensor) -> bool:
