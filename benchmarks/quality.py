@@ -201,7 +201,8 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
         if to_goal
         else ""
     )
-    settings = found["training"]["settings"] or {}
+    batches = {row["batch"] for row in found["training"]["results"] or () if "batch" in row}
+    settings = {**(found["training"]["settings"] or {}), **({"batch": batches.pop()} if len(batches) == 1 else {})}
     about = found["training"]["machine"] or {}
     count = f" --examples {settings['examples']}" if settings.get("examples") else ""
     parts = [
