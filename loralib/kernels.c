@@ -156,9 +156,10 @@ static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf1
 
 /* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums. */
 static inline void interleave(__m512i first, __m512i second, __m512i *to) {
-    const __m512i ones = _mm512_set1_epi32(0x00200000); /* a pair of places: one of `first`, and that of `second` */
+    /* in each lane its place in `first`, and 0x20 more for that in `second` */
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i places = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), ones);
+    const __m512i twice = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
+    const __m512i places = _mm512_add_epi32(twice, _mm512_set1_epi32(0x00200000));
     to[0] = _mm512_permutex2var_epi16(first, places, second);
     to[1] = _mm512_permutex2var_epi16(first, _mm512_add_epi32(places, _mm512_set1_epi32(0x00100010)), second);
 }

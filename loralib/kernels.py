@@ -269,10 +269,7 @@ class Kernels:
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Returns ``silu(gate) * up``, of two tensors of one shape."""
-        gate, up = gate.contiguous(), up.contiguous()
-        found = torch.empty_like(gate)
-        self._run("swiglu", gate, up, found, gate.numel(), like=gate)
-        return found
+        return self._each_number("swiglu", gate, up)
 
     def swiglu_back(self, gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients in gate and up of `swiglu`, for the gradient in its result."""
@@ -283,17 +280,11 @@ class Kernels:
 
     def gelu(self, x: Tensor) -> Tensor:
         """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
-        x = x.contiguous()
-        found = torch.empty_like(x)
-        self._run("gelu", x, found, x.numel(), like=x)
-        return found
+        return self._each_number("gelu", x)
 
     def gelu_back(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Returns the gradient in x of `gelu`, for that in its result."""
-        gradient, x = gradient.contiguous(), x.contiguous()
-        found = torch.empty_like(x)
-        self._run("gelu_back", gradient, x, found, x.numel(), like=x)
-        return found
+        return self._each_number("gelu_back", gradient, x)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
         """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
@@ -429,8 +420,8 @@ class Kernels:
             seen: z (T, in), x or what dropout left of it.
             operands: W_i, bias_i, A and B_i.
         """
-        seen = seen.contiguous() if seen is not x else x.contiguous()
-        x, of = x.contiguous(), operands
+        dense, of = x.contiguous(), operands
+        x, seen = dense, dense if seen is x else seen.contiguous()
         count, widths = len(x), of.widths
         h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
         room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
@@ -512,6 +503,13 @@ class Kernels:
 
     def _threads(self, numbers: int) -> int:
         return torch.get_num_threads() if numbers >= _GRAIN else 1
+
+    def _each_number(self, name: str, *tensors: Tensor) -> Tensor:
+        """Returns what a function makes of each number of a tensor, or of those at one place of several."""
+        given = [tensor.contiguous() for tensor in tensors]
+        found = torch.empty_like(given[0])
+        self._run(name, *given, found, found.numel(), like=found)
+        return found
 
     def _run(self, name: str, *arguments: Any, like: Tensor) -> None:
         self._call(name, *arguments, self._threads(like.numel()), dtype=like.dtype)

@@ -111,9 +111,9 @@ def _kind(layer: LoRALayer) -> tuple[torch.dtype, torch.device]:
 
 def _is_usual(layer: LinearPath) -> bool:
     weight, bias = layer.base_weight, _bias(layer)
-    if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != weight.dtype)):
+    if weight.requires_grad:
         return False
-    if bias is not None and not bias.is_contiguous():
+    if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype or not bias.is_contiguous()):
         return False
     factors: tuple[Any, Any] = (layer.lora_A, layer.lora_B)
     # Their gradients do not pass through autograd here, so nobody may wait for them there.
@@ -218,15 +218,16 @@ class _Group:
 
     def _taking(self) -> Kernels | None:
         """The kernels, if they take what the layers multiply with."""
-        kernels = {kernels_for(each.weight) for each in self.weights}
-        (one,) = kernels if len(kernels) == 1 else (None,)
-        takes = one is not None and one.take_factors(self.factors.of(range(len(self.layers))))
-        return one if takes else None
+        kernels = loaded()
+        if kernels is None or not all(kernels.take_weight(each.weight) for each in self.weights):
+            return None
+        return kernels if kernels.take_factors(self.factors.of(range(len(self.layers)))) else None
 
     def operands(self, numbers: tuple[int, ...]) -> Operands:
         """Returns what some of the layers multiply with, for the kernels."""
         if numbers not in self._operands:
-            weights, biases = zip(*((self.weights[n].weight, _bias(self.layers[n])) for n in numbers), strict=True)
+            weights = [self.weights[number].weight for number in numbers]
+            biases = [_bias(self.layers[number]) for number in numbers]
             self._operands[numbers] = Operands(weights, biases, self.factors.of(numbers), self.gradients.of(numbers))
         return self._operands[numbers]
 
@@ -266,13 +267,7 @@ def _take_factors(groups: Sequence[_Group], known: Mirrors | None) -> Mirrors | 
             into += [of_A, *of_B]
             factors += [layer.lora_A, *_rows(layer.lora_B, len(of_B))]
             scalings += [1.0, *[layer.scaling] * len(of_B)]
-    mirrors = _mirrors(into, factors, known)
-    if mirrors is not None:
-        cast(Kernels, loaded()).mirror(factors, mirrors, scalings)
-    elif into:
-        torch._foreach_copy_(into, factors)
-        torch._foreach_mul_(into, scalings)
-    return mirrors
+    return _mirror(factors, into, scalings, known, back=False)
 
 
 @torch.no_grad()
@@ -293,12 +288,7 @@ def _give_gradients(groups: Sequence[_Group], known: Mirrors | None) -> Mirrors 
         into += [new_A, *_rows(new_B, len(of_B))]
         gradients += [group.gradients.of_A[number], *of_B]
         scalings += [1.0, *[group.layers[number].scaling] * len(of_B)]
-    mirrors = _mirrors(gradients, into, known)
-    if mirrors is not None:
-        cast(Kernels, loaded()).mirror(into, mirrors, scalings, back=True)
-    else:
-        torch._foreach_copy_(into, gradients)
-        torch._foreach_mul_(into, scalings)
+    mirrors = _mirror(into, gradients, scalings, known, back=True)
     for parameter, gradient in zip(parameters, new, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
@@ -307,14 +297,27 @@ def _give_gradients(groups: Sequence[_Group], known: Mirrors | None) -> Mirrors 
     return mirrors
 
 
-def _mirrors(tensors: list[Tensor], of: list[Tensor], known: Mirrors | None) -> Mirrors | None:
-    """The mirrors that these are of others, those of the step before if it is still they; None without kernels."""
-    kernels = loaded()
-    if kernels is None or not tensors or not all(x.dtype == torch.float32 and x.is_contiguous() for x in of):
+def _mirror(
+    wide: list[Tensor], tensors: list[Tensor], scalings: list[float], known: Mirrors | None, *, back: bool
+) -> Mirrors | None:
+    """Makes tensors of wide ones times scalings, or (back) the wide ones of them.
+
+    Returns:
+        The tensors as mirrors, those of the step before if it was they; None without kernels.
+    """
+    if not tensors:
         return None
-    if known is not None and len(known.tensors) == len(tensors) and all(map(operator.is_, known.tensors, tensors)):
-        return known
-    return Mirrors(tensors) if kernels.take_mirrors(tensors) else None
+    kernels = loaded()
+    if kernels is not None and all(x.dtype == torch.float32 and x.is_contiguous() for x in wide):
+        if known is None or list(map(id, known.tensors)) != list(map(id, tensors)):
+            known = Mirrors(tensors) if kernels.take_mirrors(tensors) else None
+        if known is not None:
+            kernels.mirror(wide, known, scalings, back=back)
+            return known
+    into, given = (wide, tensors) if back else (tensors, wide)
+    torch._foreach_copy_(into, given)
+    torch._foreach_mul_(into, scalings)
+    return None
 
 
 def _rows(B: Tensor, parts: int) -> Sequence[Tensor]:
