@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loralib.console import say, table
 from loralib.data.packing import pack
-from loralib.train.memory import freed_memory_kept, objects_set_aside
+from loralib.training.memory import freed_memory_kept, objects_set_aside
 
 HERE = Path(__file__).resolve().parent
 # The first kind of which a part of the name is in that of an operator, or of a function of ours.

@@ -21,8 +21,8 @@ from machine import machine
 import loralib as lora
 from loralib.console import say
 from loralib.data import TokenExample
-from loralib.train.checkpoint import checkpoint_files
-from loralib.train.report import read_metrics
+from loralib.training.checkpoint import checkpoint_files
+from loralib.training.report import read_metrics
 
 TRIALS = 50
 

@@ -15,8 +15,8 @@ from machine import machine
 import loralib as lora
 from loralib.console import say, table
 from loralib.data import group_by_prompt, prompt_ids, read_examples
-from loralib.metrics.slots import slot_error_rate
-from loralib.train.job import run_job
+from loralib.nlg.metrics.slots import slot_error_rate
+from loralib.training.job import run_job
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "NLG" / "data" / "e2e"
 RUNS: dict[str, dict[str, Any]] = {

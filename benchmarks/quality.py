@@ -27,9 +27,9 @@ import loralib as lora
 from loralib.console import duration, say, table
 from loralib.data import draw, group_by_prompt, read_examples
 from loralib.data.readers import Example
-from loralib.evaluate import Texts, evaluate
-from loralib.generate import Sampling
-from loralib.reproduce.decode import decode, one_line
+from loralib.generation import Sampling
+from loralib.nlg.evaluation import Texts, evaluate
+from loralib.nlg.reproduction.decode import decode, one_line
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -29,7 +29,7 @@ import loralib as lora
 from loralib.console import say, table
 from loralib.data import Example, TokenExample, encode, read_examples
 from loralib.data.order import epoch_order
-from loralib.train.step import make_step
+from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
 # Each run, and what it is compared with.  "own masks" trains on the very batches of "shared mask", each example alone.

@@ -43,8 +43,8 @@ from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
 from loralib.data.order import epoch_order
 from loralib.data.packing import pack
-from loralib.train.memory import freed_memory_kept, objects_set_aside
-from loralib.train.step import make_step
+from loralib.training.memory import freed_memory_kept, objects_set_aside
+from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"

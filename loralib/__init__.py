@@ -15,15 +15,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Eager where a function has its module's name: importing that module later would put it in the function's place.
-from .generate import beam_search, generate
-from .inject import disabled, inject, merge, remove, unmerge
+from .generation import beam_search, generate
+from .injection import disabled, inject, merge, remove, unmerge
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
-from .train import TrainConfig, train
+from .training import TrainConfig, train
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
 if TYPE_CHECKING:
     from .adapter import Adapter, adapter_of, apply_adapter
-    from .base import load_base
+    from .bases import load_base
     from .config import LoraConfig
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
@@ -65,7 +65,7 @@ _LAZY = {
     "Adapter": "adapter",
     "adapter_of": "adapter",
     "apply_adapter": "adapter",
-    "load_base": "base",
+    "load_base": "bases",
     "LoraConfig": "config",
     "LoraError": "errors",
     "load_adapter": "formats",

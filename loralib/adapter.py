@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .config import LoraConfig, first_match
 from .delta import block_diagonal_B, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .inject import (
+from .injection import (
     InjectReport,
     adapted_layers,
     applicable,
@@ -31,7 +31,7 @@ from .inject import (
     trained_in_full,
     unmerge,
 )
-from .layers import FoldedConvPath, LinearPath, LoRALayer
+from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
@@ -310,7 +310,7 @@ def _to_json(value: Any) -> str:
 def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
     """Returns a layer's two tensors in the adapter's form: Microsoft's folded convolutions become PEFT's."""
     A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    if not isinstance(layer, FoldedConvPath):
+    if not isinstance(layer, LoRAFoldedConv):
         return A, B
     conv = cast(nn.Conv2d, layer)
     if conv.groups != 1:
@@ -351,11 +351,11 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
     """
     ranks, alphas, blocks = dict[str, int](), dict[str, float](), dict[str, tuple[bool, ...]]()
     for name, layer in layers:
-        wide = layer.base_weight[0, 0].numel() if isinstance(layer, FoldedConvPath) else 1
+        wide = layer.base_weight[0, 0].numel() if isinstance(layer, LoRAFoldedConv) else 1
         plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # not so under rsLoRA
         ranks[name] = layer.r * wide
         alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * wide
-        if isinstance(layer, LinearPath) and layer.blocks is not None:
+        if isinstance(layer, LoRALinear) and layer.blocks is not None:
             blocks[name] = layer.blocks
     bias, modules_to_save = _trained_besides(model, layers)
     config = LoraConfig(

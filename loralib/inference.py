@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, ApplyReport, apply_adapter
-from .base import DEFAULT_BASE, load_base
+from .bases import DEFAULT_BASE, load_base
 from .console import duration, say, table
 from .data import draw, group_by_prompt, prompt_ids, read_examples
 from .data.readers import Example
 from .errors import BaseModelError, ConfigError, LoraError
 from .formats import is_read_with_base, read_adapter
-from .generate import generate
-from .inject import disabled, merge, unmerge
-from .metrics.slots import parse_meaning, slot_error_rate
-from .settings import knob
-from .train.report import parameter_table
+from .generation import generate
+from .injection import disabled, merge, unmerge
+from .nlg.metrics.slots import parse_meaning, slot_error_rate
+from .settings import setting
+from .training.report import parameter_table
 
 __all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
 
@@ -32,18 +32,18 @@ __all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
 class InferenceConfig:
     """The settings of one showing; see ``run_inference.py --help``."""
 
-    adapter: str | Sequence[str] = knob(
+    adapter: str | Sequence[str] = setting(
         "lora_model", "directory of the adapter; several show switching", "inference", several="in a row"
     )
-    model: str | None = knob(None, "base model; default: the one that the adapter names", "inference")
-    prompt: str | None = knob(None, "write text for this prompt instead of the test data", "inference")
-    test_data: str | None = knob(None, "E2E file whose meaning representations are written out", "inference")
-    samples: int = knob(3, "how many meaning representations to write out", "inference")
-    max_new_tokens: int = knob(60, "most tokens to write for each", "inference")
-    no_merge: bool = knob(False, "leave out merging", "inference")
-    seed: int = knob(0, "of the choice of meaning representations", "inference")
-    dtype: str = knob("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
-    device: str | None = knob(None, "cpu, cuda, mps ...; default: the fastest there is", "inference")
+    model: str | None = setting(None, "base model; default: the one that the adapter names", "inference")
+    prompt: str | None = setting(None, "write text for this prompt instead of the test data", "inference")
+    test_data: str | None = setting(None, "E2E file whose meaning representations are written out", "inference")
+    samples: int = setting(3, "how many meaning representations to write out", "inference")
+    max_new_tokens: int = setting(60, "most tokens to write for each", "inference")
+    no_merge: bool = setting(False, "leave out merging", "inference")
+    seed: int = setting(0, "of the choice of meaning representations", "inference")
+    dtype: str = setting("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
+    device: str | None = setting(None, "cpu, cuda, mps ...; default: the fastest there is", "inference")
 
     def __post_init__(self) -> None:
         if not self.adapter or not all(self.adapter):

@@ -29,8 +29,8 @@ from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
 from .formats.portable import TARGETS
-from .generate import generate
-from .inject import fingerprint, injection_of, merge, remove, unmerge
+from .generation import generate
+from .injection import fingerprint, injection_of, merge, remove, unmerge
 
 __all__ = ["Finding", "Inspection", "LayerView", "inspect_adapter", "plot", "verify"]
 

@@ -27,9 +27,9 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
-    "ConvPath",
     "Embedding",
     "Linear",
+    "LoRAConv",
     "LoRALayer",
     "MergedLinear",
     "adapted_class",
@@ -193,7 +193,7 @@ class LoRALayer(nn.Module):
         return _rebuild, halves, self.__dict__
 
 
-class LinearPath(LoRALayer):
+class LoRALinear(LoRALayer):
     """``y = W x + scaling * B A x``; with `blocks`, for some of the equal blocks of a fused projection only."""
 
     fan_in_fan_out: bool = False  # weight stored (in, out)
@@ -230,18 +230,18 @@ class LinearPath(LoRALayer):
 def _reads_as_sum(name: str) -> property:
     """A weight that a parent reads past the layer's forward: for such a reader it is base + update."""
 
-    def read(self: LinearPath) -> Tensor:
+    def read(self: LoRALinear) -> Tensor:
         base = self._parameters[name]
         assert base is not None
         return add_delta(base, self.delta_weight()) if self._active else base
 
-    def write(self: LinearPath, value: Parameter) -> None:
+    def write(self: LoRALinear, value: Parameter) -> None:
         self.register_parameter(name, value)
 
     return property(read, write)
 
 
-class ReadLinearPath(LinearPath):
+class LoRAReadLinear(LoRALinear):
     """A linear whose weight a parent reads past its forward (nn.TransformerEncoderLayer's fast path).
 
     `weight` is base + update for such a reader; `forward` computes as any other layer does.
@@ -253,7 +253,7 @@ class ReadLinearPath(LinearPath):
         return F.linear(x, cast(Tensor, self._parameters["weight"]), cast("Tensor | None", self._parameters["bias"]))
 
 
-class AttentionPath(LinearPath):
+class LoRAMultiheadAttention(LoRALinear):
     """nn.MultiheadAttention: in_proj_weight (3 * embed_dim, embed_dim) is read, not called: it reads as the sum."""
 
     _weight_name = "in_proj_weight"
@@ -264,7 +264,7 @@ class AttentionPath(LinearPath):
         return nn.MultiheadAttention.forward(cast(nn.MultiheadAttention, self), *args, **kwargs)
 
 
-class EmbeddingPath(LoRALayer):
+class LoRAEmbedding(LoRALayer):
     """``y = W[i] + scaling * B A[:, i]`` with A (r, n) zero and B (d, r) normal at the start."""
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -299,7 +299,7 @@ class EmbeddingPath(LoRALayer):
         return y + (update if scale is None else update * scale).to(y.dtype)
 
 
-class ConvPath(LoRALayer):
+class LoRAConv(LoRALayer):
     """A convolution to r channels, A (r, in, *kernel), then one of width 1, B (out, r, 1, ...): PEFT's form."""
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -319,7 +319,7 @@ class ConvPath(LoRALayer):
         return y + one_by_one(narrow, self.lora_B.to(x.dtype))
 
 
-class FoldedConvPath(LoRALayer):
+class LoRAFoldedConv(LoRALayer):
     """A convolution whose update is ``B A`` folded into the weight's shape: Microsoft's form.
 
     With b the last kernel size and a the product of the others, A is (r*b, in*b) and B (out/groups*a, r*b).  For square
@@ -357,7 +357,7 @@ class FoldedConvPath(LoRALayer):
 # Microsoft's classes.
 
 
-class Linear(LinearPath, nn.Linear):
+class Linear(LoRALinear, nn.Linear):
     """nn.Linear with a low-rank update (section 4.1 of the paper).
 
     Args:
@@ -461,7 +461,7 @@ class BlockError(ConfigError, AssertionError):
     """len(enable_lora) does not divide out_features (loralib 0.1.2 raises AssertionError)."""
 
 
-class Embedding(EmbeddingPath, nn.Embedding):
+class Embedding(LoRAEmbedding, nn.Embedding):
     """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normal.
 
     Args:
@@ -495,7 +495,7 @@ class Embedding(EmbeddingPath, nn.Embedding):
             self.reset_lora_parameters()
 
 
-class _Conv(FoldedConvPath):
+class _Conv(LoRAFoldedConv):
     """The constructor that Conv1d, Conv2d and Conv3d share."""
 
     def __init__(
@@ -523,15 +523,15 @@ class _Conv(FoldedConvPath):
 
 
 class Conv1d(_Conv, nn.Conv1d):
-    """nn.Conv1d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+    """nn.Conv1d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
 class Conv2d(_Conv, nn.Conv2d):
-    """nn.Conv2d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+    """nn.Conv2d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
 class Conv3d(_Conv, nn.Conv3d):
-    """nn.Conv3d with a low-rank update in Microsoft's form (see `FoldedConvPath`)."""
+    """nn.Conv3d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
 # Classes made on the fly.
@@ -540,7 +540,7 @@ class Conv3d(_Conv, nn.Conv3d):
 def adapted_class(path: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
     """Returns the class that is `base` with the low-rank path of `path`, under the name of `base`.
 
-    >>> adapted_class(LinearPath, nn.Linear).__mro__[1:3] == (LinearPath, LoRALayer)
+    >>> adapted_class(LoRALinear, nn.Linear).__mro__[1:3] == (LoRALinear, LoRALayer)
     True
     """
     halves = (path, base)

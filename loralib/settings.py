@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from .errors import ConfigError, did_you_mean
 
-__all__ = ["kinds_of", "knob", "parse_toml", "read_toml", "setting_faults"]
+__all__ = ["kinds_of", "parse_toml", "read_toml", "setting", "setting_faults"]
 
 
-def knob(
+def setting(
     default: Any,
     text: str,
     group: str,
@@ -40,7 +40,7 @@ def knob(
 
     >>> @dataclasses.dataclass
     ... class Bath:
-    ...     warmth: int = knob(38, "degrees Celsius", "water")
+    ...     warmth: int = setting(38, "degrees Celsius", "water")
     >>> Bath().warmth
     38
     """

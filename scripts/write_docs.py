@@ -126,7 +126,7 @@ def updated(name: str) -> str:
 
 def _config(name: str) -> Any:
     from loralib.inference import InferenceConfig
-    from loralib.train import TrainConfig
+    from loralib.training import TrainConfig
 
     return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]
 

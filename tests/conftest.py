@@ -28,7 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("bf16_units") is not None:
         import torch
 
-        from loralib.ordered import can_order
+        from loralib.engine.ordered import can_order
 
         if not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)):
             pytest.skip("this processor has no units for bf16")
@@ -45,7 +45,7 @@ def modest_threads() -> None:
 @pytest.fixture(scope="module", params=["kernels", "operators"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs tests with the compiled kernels, where there is a compiler, and with PyTorch's operators in their place."""
-    from loralib.kernels import loaded
+    from loralib.engine.kernels import loaded
 
     loaded.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -84,6 +84,6 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """The default base model in fp32 and its tokenizer, shared by all tests: deepcopy the model before changing it."""
-    from loralib.base import load_base
+    from loralib.bases.loading import load_base
 
     return load_base("smollm2-135m", dtype="fp32", device="cpu")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import loralib as lora
 from loralib.adapter import BASE, Adapter, expand_blocks, narrow_blocks
 from loralib.errors import AdapterError, BaseMismatchError, TargetError
-from loralib.inject import adapted_layers, injection_of
+from loralib.injection import adapted_layers, injection_of
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
 

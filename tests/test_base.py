@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loralib.base as base
-from loralib.base import RunDemo, load_base, load_tokenizer, pick_device, pick_dtype
+import loralib.bases.loading as base
+from loralib.bases.loading import RunDemo, load_base, load_tokenizer, pick_device, pick_dtype
 from loralib.console import percent, size
 from loralib.errors import BaseModelError, ConfigError, MissingDependencyError
 
@@ -474,7 +474,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
-import loralib.base as base
+import loralib.bases.loading as base
 from loralib.errors import BaseModelError
 
 base._PATIENCE_S = 1

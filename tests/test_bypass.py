@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 import loralib as lora
 from loralib.errors import MergeError, TargetError
-from loralib.inject import adapted_layers
-from loralib.layers import EmbeddingPath
+from loralib.injection import adapted_layers
+from loralib.layers import LoRAEmbedding
 
 SIZES = {
     "hidden_size": 16,
@@ -173,7 +173,7 @@ def test_every_adapted_layer_acts_in_every_mode(name: str) -> None:
     for mode in MODES:
         torch.testing.assert_close(run(model, forward, mode), before[mode])  # the adapter starts as nothing
     for path, layer in layers:
-        start = layer.lora_A if isinstance(layer, EmbeddingPath) else layer.lora_B
+        start = layer.lora_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
         nn.init.normal_(start)
         for mode in MODES:
             change = (run(model, forward, mode) - before[mode]).abs().max()

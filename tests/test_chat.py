@@ -12,10 +12,10 @@ import torch
 import transformers
 
 import loralib as lora
-from loralib.base import load_tokenizer
+from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
 from loralib.cli.chat import Talk
-from loralib.generate import Generator, Sampling
+from loralib.generation import Generator, Sampling
 
 CONTEXT = 96
 GREEDY = Sampling(max_new_tokens=8)

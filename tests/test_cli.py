@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import pytest
 
 from loralib.cli import add_fields, from_args
-from loralib.generate import Sampling
+from loralib.generation import Sampling
 from loralib.inference import InferenceConfig
-from loralib.settings import knob
-from loralib.train import TrainConfig
+from loralib.settings import setting
+from loralib.training import TrainConfig
 
 
 @dataclass(frozen=True)
 class Walk:
-    via: str | Sequence[str] | None = knob(None, "places to pass", "walk", several="in a row")
-    avoid: str | Sequence[str] = knob((), "what to keep away from", "walk", several="one by one")
-    pace: str = knob("slow", "how fast", "walk", ("slow", "fast"))
+    via: str | Sequence[str] | None = setting(None, "places to pass", "walk", several="in a row")
+    avoid: str | Sequence[str] = setting((), "what to keep away from", "walk", several="one by one")
+    pace: str = setting("slow", "how fast", "walk", ("slow", "fast"))
 
 
 @pytest.mark.parametrize(

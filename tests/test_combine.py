@@ -19,7 +19,7 @@ from loralib.combine import METHODS, Update, combine, faults_of, interpolate, re
 from loralib.config import LoraConfig
 from loralib.errors import AdapterError, BaseMismatchError, ConfigError
 from loralib.formats.peft import write_peft
-from loralib.inject import inject
+from loralib.injection import inject
 
 
 class Small(nn.Module):

@@ -14,11 +14,12 @@ import pytest
 
 from loralib.cli import data as command
 from loralib.cli import run_command
-from loralib.data import e2e, load_examples
-from loralib.data.convert import Prediction, decode_predictions, load_bpe
-from loralib.data.published import Row
+from loralib.data import load_examples
 from loralib.errors import DataError, OutputError
-from loralib.train import TrainConfig
+from loralib.nlg import fetch as e2e
+from loralib.nlg.convert import Prediction, decode_predictions, load_bpe
+from loralib.nlg.published import Row
+from loralib.training import TrainConfig
 
 LETTERS = {"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "Ċ": 5, "<|endoftext|>": 6, "Ã": 7, "©": 8, "!": 9}
 

@@ -94,7 +94,7 @@ def fitting_share(rows: list[Example], tokenizer: Any) -> float:
 
 
 def test_examples_fit_into_64_tokens(examples: dict[str, list[Example]]) -> None:
-    from loralib.base import load_tokenizer
+    from loralib.bases.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m")
     for rows in examples.values():
@@ -103,7 +103,7 @@ def test_examples_fit_into_64_tokens(examples: dict[str, list[Example]]) -> None
 
 @pytest.mark.golden
 def test_examples_fit_into_64_tokens_of_gpt2(examples: dict[str, list[Example]], golden_dir: Path) -> None:
-    from loralib.data.convert import load_bpe
+    from loralib.nlg.convert import load_bpe
 
     bpe = load_bpe(golden_dir / "gpt2_bpe")
     for rows in examples.values():

@@ -22,7 +22,7 @@ import torch
 
 import loralib as lora
 from loralib.cli import main, run_command
-from loralib.train.report import parameter_table
+from loralib.training.report import parameter_table
 
 if sys.version_info >= (3, 11):
     import tomllib

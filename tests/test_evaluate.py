@@ -12,7 +12,7 @@ import pytest
 
 from loralib.cli import main
 from loralib.errors import ConfigError, DataError, MissingDependencyError
-from loralib.evaluate import Texts, evaluate, metric_names, read_texts
+from loralib.nlg.evaluation import Texts, evaluate, metric_names, read_texts
 
 REFERENCES = (("a pub by the river", "a riverside pub"), ("it is cheap",), ("the café has 5 stars", "a good café"))
 HYPOTHESES = ("a pub by the river", "it is not cheap", "a café with 5 stars")
@@ -282,7 +282,7 @@ ROWS = "name : A | food : Thai||A serves Thai food.\nname : A | food : Thai||Tha
 def test_perplexity_is_the_models_own_loss(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    from loralib.base import load_base
+    from loralib.bases.loading import load_base
 
     assert main(["evaluate", str(write("test.txt", ROWS)), *TINY, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -335,9 +335,9 @@ def test_what_perplexity_refuses(
 def test_a_model_whose_numbers_overflow_has_no_perplexity() -> None:
     import torch
 
-    from loralib.base import load_base
+    from loralib.bases.loading import load_base
     from loralib.data import Example
-    from loralib.perplexity import perplexity
+    from loralib.nlg.perplexity import perplexity
 
     model, tokenizer = load_base("scratch-32x1-seed0", dtype="fp32", device="cpu")
     with torch.no_grad():

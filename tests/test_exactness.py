@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import loralib as lora
 from loralib.data import TokenExample
-from loralib.train.step import make_step
+from loralib.training.step import make_step
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import loralib as lora
 from loralib.errors import AdapterError, BaseMismatchError, FormatError, LoraError, OutputError
 from loralib.formats import read_microsoft, read_peft, tensors, write_microsoft
-from loralib.inject import injection_of
+from loralib.injection import injection_of
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
 CONFIG = lora.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"])

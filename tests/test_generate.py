@@ -23,13 +23,13 @@ from transformers.generation.logits_process import (
 )
 
 from loralib.config import LoraConfig
+from loralib.engine.packed import packed, using_packed
 from loralib.errors import ConfigError, DataError
-from loralib.generate import Generator, Piece, Sampling, beam_search, decoder, generate, stream
-from loralib.generate.decoder import CachedDecoder, PlainDecoder, make_decoder
-from loralib.generate.packed import packed, using_packed
-from loralib.generate.sampling import banned_tokens, choose, penalize
-from loralib.generate.text import TextStream
-from loralib.inject import inject, merge, unmerge
+from loralib.generation import Generator, Piece, Sampling, beam_search, decoder, generate, stream
+from loralib.generation.decoder import CachedDecoder, PlainDecoder, make_decoder
+from loralib.generation.sampling import banned_tokens, choose, penalize
+from loralib.generation.text import TextStream
+from loralib.injection import inject, merge, unmerge
 
 VOCABULARY = 61
 END = 1

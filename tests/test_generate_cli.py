@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import loralib as lora
-from loralib.base import load_tokenizer
+from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
 from loralib.data.chat import render_chat
 from loralib.data.readers import Example

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import MergeError, TargetError
-from loralib.inject import adapted_layers, fingerprint, injection_of, plan
-from loralib.layers import EmbeddingPath, LoRALayer
+from loralib.injection import adapted_layers, fingerprint, injection_of, plan
+from loralib.layers import LoRAEmbedding, LoRALayer
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30]])
 
@@ -333,7 +333,7 @@ def test_without_an_adapter_there_is_nothing_to_remove_or_merge() -> None:
 @pytest.mark.parametrize("step", ["_adapt", "_copies", "_guard_methods", "_report"])
 def test_a_failure_in_between_leaves_the_model_untouched(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that nobody foresaw, such as running out of memory at the third layer."""
-    module = sys.modules["loralib.inject"]
+    module = sys.modules["loralib.injection"]
     real, calls = getattr(module, step), iter((True, True, False))
 
     def fails(*args: Any) -> Any:
@@ -801,7 +801,7 @@ def test_injected_layers_keep_base_dtype_and_train_in_fp32() -> None:
     assert logits(model).dtype == torch.bfloat16
     model(IDS).logits.sum().backward()
     for _, layer in adapted_layers(model):
-        first = layer.lora_A if isinstance(layer, EmbeddingPath) else layer.lora_B
+        first = layer.lora_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
         assert first.grad.abs().sum() > 0
     on_meta = nn.Sequential(nn.Linear(4, 4, device="meta"))
     lora.inject(on_meta, config(["0"]))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralib.generate.beam import best_tokens
-from loralib.kernels import Blocks, Factors, Kernels, Mirrors, Operands, loaded
+from loralib.engine.kernels import Blocks, Factors, Kernels, Mirrors, Operands, loaded
+from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loralib.config import LoraConfig
-from loralib.inject import adapted_layers, disabled, inject, merge, remove
-from loralib.train.linears import Linears
+from loralib.engine.linears import Linears
+from loralib.injection import adapted_layers, disabled, inject, merge, remove
 
 TOLERANCE = 1e-6
 
@@ -310,7 +310,7 @@ def passed(net, x, linears=None):
 @pytest.mark.parametrize("limit", [2**30, 0])
 def test_frozen_weights_in_the_processors_order(limit, monkeypatch):
     """As near to the exact numbers as without; where the copies are too large there are none."""
-    monkeypatch.setattr(sys.modules["loralib.train.linears"], "MOST_BYTES", limit)
+    monkeypatch.setattr(sys.modules["loralib.engine.linears"], "MOST_BYTES", limit)
     net, x = headed(), torch.randn(3, 5, 8).bfloat16()
     exact = passed(copy.deepcopy(net).double(), x.double())
     linears = learned(net, x)

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 
-from loralib.train.memory import objects_set_aside
+from loralib.training.memory import objects_set_aside
 
 PROGRAM = """
 import resource, sys
 import torch
-from loralib.train.memory import freed_memory_kept
+from loralib.training.memory import freed_memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loralib.metrics.ptb import PUNCTUATION, ptb_instances, ptb_lines, ptb_words
+from loralib.nlg.metrics.ptb import PUNCTUATION, ptb_instances, ptb_lines, ptb_words
 
 # Each as a file of one line through `PTBTokenizer -preserveLines -lowerCase`.
 LINES = [

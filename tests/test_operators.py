@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loralib.operators import Operators
+from loralib.engine.operators import Operators
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loralib.ordered import FrozenWeight, OrderedWeight, can_order
+from loralib.engine.ordered import FrozenWeight, OrderedWeight, can_order
 
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}  # sums in another order, rounded to bf16
 

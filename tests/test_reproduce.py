@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from loralib.base import load_base
+from loralib.bases.loading import load_base
 from loralib.cli import main
 from loralib.data import tokenize
-from loralib.data.published import Row
 from loralib.errors import ConfigError, DataError, OutputError
 from loralib.formats import read_adapter
-from loralib.generate import Sampling, beam_search
-from loralib.reproduce import choose_recipe, find_files, load_recipe, pipeline, recipe_names, reproduce
-from loralib.reproduce import decode as decoding
-from loralib.reproduce.decode import decode, end_ids, read_decoded, write_decoded
-from loralib.reproduce.report import markdown, plot_scores
-from loralib.reproduce.sources import as_source, group_inputs, prompt_of, read_split
-from loralib.reproduce.stages import difference
+from loralib.generation import Sampling, beam_search
+from loralib.nlg.published import Row
+from loralib.nlg.reproduction import choose_recipe, find_files, load_recipe, pipeline, recipe_names, reproduce
+from loralib.nlg.reproduction import decode as decoding
+from loralib.nlg.reproduction.decode import decode, end_ids, read_decoded, write_decoded
+from loralib.nlg.reproduction.report import markdown, plot_scores
+from loralib.nlg.reproduction.sources import as_source, group_inputs, prompt_of, read_split
+from loralib.nlg.reproduction.stages import difference
 
 MODEL = "scratch-32x1-seed0"
 PUBLISHED = {"e2e": ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"], "dart": ["BLEU", "METEOR", "TER"]}
@@ -385,7 +385,7 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_goes_on(
     run: Run, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loralib.train import loop
+    from loralib.training import loop
 
     saved, appended = loop.save_checkpoint, decoding.append_lines
 
@@ -438,7 +438,7 @@ def test_a_model_that_is_made_here_is_another_one_with_another_seed(
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loralib.train import loop
+    from loralib.training import loop
 
     def stopped(self: Any) -> bool:
         self.stop.signal_number = 2

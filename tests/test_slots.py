@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loralib.metrics.slots import missing_slots, slot_error_rate
+from loralib.nlg.metrics.slots import missing_slots, slot_error_rate
 
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "NLG" / "data" / "e2e"
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from loralib.config import LoraConfig
 from loralib.data.tokens import TokenExample
 from loralib.errors import ConfigError, TrainingError
-from loralib.inject import inject
-from loralib.train.step import make_step
+from loralib.injection import inject
+from loralib.training.step import make_step
 
 VOCABULARY = 61
 WINDOW = 6

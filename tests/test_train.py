@@ -28,13 +28,13 @@ import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
+from loralib.engine.linears import Linears
+from loralib.engine.ordered import can_order
 from loralib.formats.tensors import read_safetensors, write_safetensors
-from loralib.ordered import can_order
-from loralib.train.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
-from loralib.train.job import _tell
-from loralib.train.linears import Linears
-from loralib.train.optim import lr_factor, make_optimizer, parameter_groups
-from loralib.train.report import memory_estimate, read_metrics
+from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
+from loralib.training.job import _tell
+from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
+from loralib.training.report import memory_estimate, read_metrics
 
 VOCABULARY = 23
 
@@ -184,8 +184,7 @@ def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
 
 
 def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
-    from loralib.train.loop import evaluate_loss
-    from loralib.train.step import make_step
+    from loralib.training.step import evaluate_loss, make_step
 
     model, examples = tiny_model(), copying_examples()
     step, sizes = make_step(model), []
@@ -262,7 +261,7 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
 def test_logs_get_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("loralib.train.loop"), "_SILENCE", 0.0)
+    monkeypatch.setattr(importlib.import_module("loralib.training.trainer"), "_SILENCE", 0.0)
     lora.train(tiny_model(), copying_examples(), settings(tmp_path, num_epochs=1))
     assert re.search(r"Update 2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s, .* left", capsys.readouterr().out)
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains."""
     from loralib import TrainConfig
-    from loralib.train.job import run_job
+    from loralib.training.job import run_job
 
     run_job(from_args(TrainConfig, args, DEFAULTS))
 

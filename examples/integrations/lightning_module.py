@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import loralib as lora
 from loralib.data import TokenExample, load_examples
-from loralib.train.step import make_step
+from loralib.training.step import make_step
 
 DATA = Path(__file__).resolve().parents[1] / "NLG" / "data" / "e2e" / "train.txt"
 

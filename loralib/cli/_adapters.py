@@ -99,7 +99,7 @@ def read_with_base(
     path: str, args: argparse.Namespace, needs_base: Callable[[Adapter], bool]
 ) -> tuple[Adapter, nn.Module | None, Any]:
     """Reads an adapter and, where ``--base``, its format or the command asks for it, its base in fp32 and tokenizer."""
-    from ..base import load_base
+    from ..bases import load_base
     from ..console import say
     from ..errors import BaseModelError
     from ..formats import is_read_with_base

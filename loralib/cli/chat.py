@@ -37,7 +37,7 @@ Turn = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, what it is told first, and a flag for every setting of `Sampling`."""
-    from ..generate import Sampling
+    from ..generation import Sampling
 
     add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers one line after the other until there are no more."""
-    from ..generate import Sampling
+    from ..generation import Sampling
     from ..inference import load_adapted
 
     sampling = from_args(Sampling, args, _DEFAULTS)
@@ -149,7 +149,7 @@ class Talk:
 
     def answer(self, question: str) -> None:
         """Prints an answer as it comes and remembers it; Ctrl-C ends it early."""
-        from ..generate import Generator
+        from ..generation import Generator
 
         asked = [*self.turns, {"role": "user", "content": question}]
         try:
@@ -181,7 +181,7 @@ class Talk:
         Raises:
             DataError: not even the last one fits, or the chat template refuses it.
         """
-        from ..generate.limits import context_length
+        from ..generation.limits import context_length
 
         turns, forgotten = list(turns), 0
         ids = self._ids(turns)

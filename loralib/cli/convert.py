@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Converts."""
     import torch
 
-    from ..base import pick_dtype
+    from ..bases import pick_dtype
     from ..combine import depends_on_base
     from ..console import say
     from ..errors import ConfigError

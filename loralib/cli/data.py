@@ -87,7 +87,7 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    from ..base import load_tokenizer
+    from ..bases import load_tokenizer
     from ..console import say
     from ..data import load_examples, read_sources
 
@@ -185,10 +185,10 @@ def _add_convert(actions: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from ..console import say
-    from ..data.convert import encode_rows, format_encoded, format_rows, load_bpe, read_formatted
-    from ..data.published import read_rows
     from ..data.readers import guess_format
     from ..files import write_text
+    from ..nlg.convert import encode_rows, format_encoded, format_rows, load_bpe, read_formatted
+    from ..nlg.published import read_rows
 
     if (args.add_bos or args.add_eos) and not args.vocab:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab. Pass GPT-2's vocabulary.")
@@ -238,8 +238,8 @@ def _add_decode(actions: Any) -> None:
 
 def _decode(args: argparse.Namespace) -> None:
     from ..console import say
-    from ..data.convert import decode_predictions, load_bpe, read_formatted, read_predictions
     from ..files import write_text
+    from ..nlg.convert import decode_predictions, load_bpe, read_formatted, read_predictions
 
     if args.ref_num < 1:
         raise ConfigError(f"ref_num is {args.ref_num}, expected at least 1.")
@@ -282,7 +282,7 @@ def _add_e2e(actions: Any) -> None:
 
 def _e2e(args: argparse.Namespace) -> None:
     from ..console import say
-    from ..data.e2e import SOURCE, fetch_e2e
+    from ..nlg.fetch import SOURCE, fetch_e2e
 
     for path in fetch_e2e(args.directory, source=args.source or SOURCE, overwrite=args.overwrite):
         say(path)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from ._adapters import add_model_arguments
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluation
-    from ..perplexity import Perplexity
+    from ..nlg.evaluation import Evaluation
+    from ..nlg.perplexity import Perplexity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Scores and prints."""
     from ..console import say
-    from ..evaluate import Evaluation, evaluate, metric_names, read_texts
+    from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 
     _check(args)
     metrics = metric_names(args.metrics) if args.metrics else None
@@ -117,7 +117,7 @@ def _check(args: argparse.Namespace) -> None:
 def _perplexity(args: argparse.Namespace) -> Perplexity:
     from ..data import read_examples
     from ..inference import load_adapted
-    from ..perplexity import perplexity
+    from ..nlg.perplexity import perplexity
 
     examples = read_examples(args.reference, args.format or "auto")  # first, since faults in data show at once
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)

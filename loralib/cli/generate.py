@@ -32,7 +32,7 @@ from ._adapters import add_model_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
-    from ..generate import Sampling
+    from ..generation import Sampling
 
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; default: standard input")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each different prompt is written once")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes texts to the terminal, or to a file."""
-    from ..generate import Sampling
+    from ..generation import Sampling
 
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, expected at least 1")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer, and the prompts' token ids: what cannot be continued is said before anything else."""
-    from ..generate.stream import encode_prompts
+    from ..generation.stream import encode_prompts
     from ..inference import load_adapted
 
     model, tokenizer = load_adapted(
@@ -136,7 +136,7 @@ def _texts(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
 ) -> Iterator[tuple[int, str, str]]:
     """Yields number, text and finish_reason of each prompt from `start` on, in order, computed some at a time."""
-    from ..generate import generate
+    from ..generation import generate
 
     for at in range(start, len(rows), batch):
         # Prompt i gets the seed of prompt i, wherever the run was taken up.
@@ -147,7 +147,7 @@ def _texts(
 
 def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
     """Prints continuations with a blank line between them; where someone watches, each as it comes."""
-    from ..generate import stream
+    from ..generation import stream
 
     if sys.stdout is None or not sys.stdout.isatty():
         for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch):
@@ -185,7 +185,7 @@ def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> N
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     """Returns what the texts depend on besides their prompts: model, adapter, and the settings that were chosen."""
     from ..formats import is_read_with_base, read_adapter
-    from ..generate import Sampling
+    from ..generation import Sampling
     from ..inference import base_of
 
     named = args.adapter and not is_read_with_base(args.adapter)

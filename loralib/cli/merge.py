@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Merges."""
     import torch
 
-    from ..base import load_base, pick_dtype
+    from ..bases import load_base, pick_dtype
     from ..console import say
     from ..data import prompt_ids
     from ..errors import MergeError, OutputError

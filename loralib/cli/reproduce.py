@@ -50,7 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reproduces, or prints the recipe."""
-    from ..reproduce import DATASETS, choose_recipe, find_files, load_recipe, recipe_names, recipe_text, reproduce
+    from ..nlg.reproduction import (
+        DATASETS,
+        choose_recipe,
+        find_files,
+        load_recipe,
+        recipe_names,
+        recipe_text,
+        reproduce,
+    )
 
     if args.dataset not in DATASETS:
         known = ", ".join(DATASETS)

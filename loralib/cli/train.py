@@ -14,14 +14,14 @@ from . import add_fields, from_args
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of training."""
-    from ..train import TrainConfig
+    from ..training import TrainConfig
 
     add_fields(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains."""
-    from ..train import TrainConfig
-    from ..train.job import run_job
+    from ..training import TrainConfig
+    from ..training.job import run_job
 
     run_job(from_args(TrainConfig, args))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, list_faults
+from ..nlg.published import SEPARATOR
 from .lines import read_lines
-from .published import SEPARATOR
 from .readers import Example, group_by_prompt, guess_format, read_examples, read_records
 
 __all__ = ["as_prompt", "read_prompts"]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
+from ..nlg.published import SEPARATOR, read_rows
 from .lines import are_not, is_text, read_lines, read_text, shown
-from .published import SEPARATOR, read_rows
 
 __all__ = [
     "FORMATS",

@@ -11,8 +11,8 @@ from torch import nn
 from ..adapter import Adapter, ApplyReport, adapter_of, apply_adapter
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..inject import adapted_layers
-from ..layers import LinearPath
+from ..injection import adapted_layers
+from ..layers import LoRALinear
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
         name = cached[1].replace("--", "/")
     # Readers of Conv1D want to be told that the weight is stored (in, out).
-    turned = any(isinstance(m, LinearPath) and m.fan_in_fan_out for _, m in adapted_layers(model))
+    turned = any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model))
     config = adapter.config.replace(
         target_modules=targets,  # which says it all
         exclude_modules=None,

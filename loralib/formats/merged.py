@@ -20,7 +20,7 @@ from ..combine import depends_on_base
 from ..delta import add_delta
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_whole
-from ..inject import adapted_layers, injection_of, remove
+from ..injection import adapted_layers, injection_of, remove
 from .portable import base_matrix, full_delta, turned
 
 __all__ = ["MergeReport", "merge_and_compare", "merge_into", "save_merged"]

@@ -22,8 +22,8 @@ from ..combine import Update, check_sound, factors, resize, updates_of, with_upd
 from ..config import LoraConfig, matches
 from ..delta import balanced_factors, delta_weight, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
-from ..inject import plan
-from ..layers import EmbeddingPath, LinearPath
+from ..injection import plan
+from ..layers import LoRAEmbedding, LoRALinear
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, write_peft
@@ -42,7 +42,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Target:
+class Tool:
     """What a tool takes besides plain low-rank updates of linear layers.
 
     Attributes:
@@ -54,11 +54,11 @@ class Target:
     more: bool = False
 
 
-TARGETS: Mapping[str, Target] = {
-    "peft": Target("PEFT", more=True),
-    "vllm": Target("vLLM"),
-    "llamacpp": Target("llama.cpp"),
-    "mlx": Target("MLX"),
+TARGETS: Mapping[str, Tool] = {
+    "peft": Tool("PEFT", more=True),
+    "vllm": Tool("vLLM"),
+    "llamacpp": Tool("llama.cpp"),
+    "mlx": Tool("MLX"),
 }
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max_lora_rank can be
@@ -384,7 +384,7 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     title = TARGETS[target].title
     for found in plan(model, config):
         layer = found.module
-        if not issubclass(found.path, (LinearPath, EmbeddingPath)) or isinstance(layer, nn.MultiheadAttention):
+        if not issubclass(found.path, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{found.name}: {type(layer).__name__} is not adapted by {title}")
         elif found.name in shared:
             faults.append(

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loralib.generate import Hypothesis, beam_search
+from loralib.generation import Hypothesis, beam_search
 
 pytestmark = pytest.mark.golden
 

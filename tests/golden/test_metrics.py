@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from loralib.evaluate import read_texts
-from loralib.metrics import SCORES, meteor
-from loralib.metrics.ptb import ptb_instances
+from loralib.nlg.evaluation import read_texts
+from loralib.nlg.metrics import SCORES, meteor
+from loralib.nlg.metrics.ptb import ptb_instances
 
 pytestmark = pytest.mark.golden
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import loralib as lora
 from loralib.data import TokenExample
-from loralib.train.report import read_metrics
+from loralib.training.report import read_metrics
 
 pytestmark = pytest.mark.golden
 

@@ -1,0 +1,580 @@
+"""Small operators in one pass over memory each, and linears with LoRA, compiled when they are first needed.
+
+Between the products of a small model, PyTorch runs thousands of operators on tensors that fit into a processor's
+cache; to call them costs about as much as their work.  `kernels.c` has the few that matter, and, for processors that
+multiply pairs of bf16, a linear whose low-rank update is part of the same sums.  It is compiled where gcc
+is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_KERNELS is 0, `loaded`
+returns None and PyTorch's operators do the same work.
+
+Tensors are fp32 or bf16; what is computed is rounded once, where it is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import OutputError
+from ..files import cache_directory, write_whole
+
+__all__ = ["LANES", "Blocks", "Factors", "Kernels", "Mirrors", "Operands", "loaded"]
+
+_SOURCE: Final = Path(__file__).with_suffix(".c")
+# No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
+_FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
+# As in kernels.c: numbers that are computed at once (in attention: queries, or heads of them), and keys.
+LANES: Final = 16
+_KEYS: Final = 8
+# Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
+_TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+_AT_ONCE: Final = 64  # so many multiplications of pairs of bf16 take about as long as another operator on one number
+# The size from which on a second thread gains more than it costs.
+_GRAIN: Final = 16384
+# Threads add up gradients apart, in at most so many numbers.
+_MOST_SUMS: Final = 2**26
+_PLAIN: Final = (Tensor, nn.Parameter)  # of another kind, such as a quantised one, numbers lie otherwise
+_KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
+_ARGUMENTS: Final = {
+    "rms_norm": "ppppnnfi",
+    "rms_norm_back": "pppppnni",
+    "swiglu": "pppni",
+    "swiglu_back": "pppppni",
+    "gelu": "ppni",
+    "gelu_back": "pppni",
+    "rotate": "ppppnnnnii",
+    "log_sums": "ppppnnni",
+    "mirror": "ppppnii",
+    "attention": "ppppppppppppnnnnnnnnnfi",
+    "attention_back": "ppppppppppppppppnnnnnnnfi",
+}
+# Those that need a processor which multiplies pairs of bf16.
+_OF_PAIRS: Final = {
+    "product": "ppppnnnnnnpni",
+    "lora": "ppppppppppppnnnpni",
+    "lora_back": "ppppppppppppppppppnnnpni",
+}
+_TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which queries see which keys, for `Kernels.attention`: blocks of at most 16 lanes, a query and a head each.
+
+    Attributes:
+        rows: (n + 1,) block b is the queries rows[b] .. rows[b + 1] - 1.
+        texts: (n,) the text whose keys it sees.
+        starts: (n + 1,) it sees keys[starts[b]], .., keys[starts[b + 1] - 1].
+        keys: places of keys in their texts.
+        seen: by which lanes each of these keys is seen, a bit a lane.
+        heads: so many heads of a query, all with the same keys, are lanes of one block, behind one another.
+        widest: the most keys that a block sees.
+    """
+
+    rows: Tensor
+    texts: Tensor
+    starts: Tensor
+    keys: Tensor
+    seen: Tensor
+    heads: int
+    widest: int
+
+    @property
+    def count(self) -> int:
+        """n, the number of blocks."""
+        return len(self.texts)
+
+    @classmethod
+    def of(cls, sees: Tensor, counts: Tensor, texts: Tensor, heads: int = 1) -> Blocks:
+        """Returns the blocks of queries in groups.
+
+        Args:
+            sees: (n, 16 // heads, C) bool: the keys that each query of a block sees; False for missing queries.
+            counts: (n,) how many queries each block has.
+            texts: (n,) the text of each.
+            heads: see the attributes.
+
+        >>> sees = torch.tensor([[[True, False, True]] + [[False] * 3] * 15])
+        >>> blocks = Blocks.of(sees, counts=torch.tensor([1]), texts=torch.tensor([0]))
+        >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
+        ([0, 2], [0, 2], [0, 1])
+        """
+        bits = _bits(sees, heads)  # (n, C)
+        block, keys = bits.nonzero(as_tuple=True)
+        of_each = torch.bincount(block, minlength=len(sees))
+        return cls._listed(counts, texts, of_each, keys, bits[block, keys], heads)
+
+    @classmethod
+    def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> Blocks:
+        """Returns the blocks of one text, head by head, without a mask of all its queries and keys.
+
+        Args:
+            tiles: for each block, the keys (K,) that its queries see, and which query sees which of them: (L, K) bool.
+
+        >>> blocks = Blocks.of_tiles([(torch.tensor([0, 2]), torch.tensor([[True, True]]))])
+        >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
+        ([0, 2], [0, 2], [0, 1])
+        """
+        counts = torch.tensor([len(sees) for _, sees in tiles])
+        of_each = torch.tensor([len(keys) for keys, _ in tiles])
+        keys, seen = torch.cat([keys for keys, _ in tiles]), torch.cat([_bits(sees, 1) for _, sees in tiles])
+        return cls._listed(counts, torch.zeros_like(counts), of_each, keys, seen, 1)
+
+    @classmethod
+    def _listed(cls, counts: Tensor, texts: Tensor, of_each: Tensor, keys: Tensor, seen: Tensor, heads: int) -> Blocks:
+        rows, starts, widest = _sums(counts), _sums(of_each), int(of_each.max())
+        return cls(rows, texts.to(torch.int32), starts, keys.to(torch.int32), seen, heads, widest)
+
+
+def _bits(sees: Tensor, heads: int) -> Tensor:
+    """Which lanes see each key, a bit a lane, from which query does: (..., L, K) to (..., K)."""
+    lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[-2]))).to(torch.int16)
+    return (sees * lanes[:, None]).sum(-2, dtype=torch.int16)
+
+
+def _sums(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Factors(NamedTuple):
+    """What layers that read the same input multiply with beside their weights, or the gradients of that.
+
+    Attributes:
+        A: (R, in), the A_i (r_i, in) of all of them, below one another.
+        B: of each layer, B_i transposed: (r_i, out_i).
+    """
+
+    A: Tensor
+    B: list[Tensor]
+
+
+class Operands:
+    """What layers that read the same input multiply with, and where the gradients of their factors go.
+
+    Places in memory are looked up here, once: a step calls `Kernels.lora` hundreds of times.
+
+    Args:
+        weights: W_i (out_i, in).
+        biases: (out_i,), or None.
+        factors: A and B_i.
+        gradients: like the factors.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], factors: Factors, gradients: Factors
+    ) -> None:
+        self.kept = (*weights, *biases, *factors, *gradients)  # they live as long as their places are used
+        self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
+        self.weights, self.biases = _places(weights), _places(biases)
+        self.A, self.B, self.of_A, self.of_B = (
+            factors.A.data_ptr(),
+            _places(factors.B),
+            gradients.A.data_ptr(),
+            _places(gradients.B),
+        )
+        self.sizes = (
+            _numbers([len(b) for b in factors.B]),
+            _numbers(self.widths),
+            _numbers([weight.stride(1) for weight in weights]),
+            _numbers([weight.stride(0) for weight in weights]),
+        )
+
+
+class Mirrors:
+    """Matrices whose numbers are those of dense fp32 ones times factors, for `Kernels.mirror`.
+
+    Args:
+        tensors: of one dtype; the rows or the columns of each lie at a step of 1.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.places = _places(tensors)
+        self.shapes = _numbers([number for tensor in tensors for number in (*tensor.shape, *tensor.stride())])
+
+
+class Kernels:
+    """The compiled functions.
+
+    Args:
+        library: what `kernels.c` was compiled to.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._own = threading.local()  # room that each thread of Python's has kept since its last product
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for name, arguments in _ARGUMENTS.items():
+            for dtype, kind in _KINDS.items():
+                function = getattr(functions, f"{name}_{kind}")
+                self._functions[name, dtype] = _typed(function, arguments)
+        for name, arguments in _OF_PAIRS.items():
+            function = getattr(functions, f"{name}_bf16", None)
+            if function is not None:
+                self._functions[name, torch.bfloat16] = _typed(function, arguments)
+
+    def take(self, *tensors: Tensor) -> bool:
+        """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
+        dtype = tensors[0].dtype
+        return dtype in _KINDS and all(
+            x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % LANES == 0 and type(x) in _PLAIN
+            for x in tensors
+        )
+
+    def take_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Returns whether `rotate` takes these."""
+        halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * LANES) == 0
+        return halves and self.take(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Returns ``w x f`` with ``f = 1 / sqrt(mean(x^2) + eps)``, and f (..., 1).
+
+        Args:
+            x: (..., D).
+            weight: w, (D,).
+            eps: keeps f finite.
+        """
+        x = x.contiguous()
+        y, factor = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+        self._run("rms_norm", x, weight, y, factor, factor.numel(), len(weight), eps, like=x)
+        return y, factor
+
+    def rms_norm_back(self, gradient: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        """Returns the gradient in x of `rms_norm`, for the gradient (..., D) in its result."""
+        gradient, x = gradient.contiguous(), x.contiguous()
+        found = torch.empty_like(x)
+        self._run("rms_norm_back", gradient, x, weight, factor, found, factor.numel(), len(weight), like=x)
+        return found
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns ``silu(gate) * up``, of two tensors of one shape."""
+        return self._each_number("swiglu", gate, up)
+
+    def swiglu_back(self, gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients in gate and up of `swiglu`, for the gradient in its result."""
+        gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
+        return of_gate, of_up
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+        return self._each_number("gelu", x)
+
+    def gelu_back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Returns the gradient in x of `gelu`, for that in its result."""
+        return self._each_number("gelu_back", gradient, x)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+        """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
+
+        Args:
+            x: (1, H, T, D); its heads lie behind one another, as a linear leaves them, or it is copied so.
+            cos: (1, 1, T, D).
+            sin: (1, 1, T, D).
+            back: whether x is the gradient in the result, and what is wanted is that in its input.
+        """
+        _, heads, count, width = x.shape
+        if x.stride(3) != 1 or x.stride(1) != width:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        found = torch.empty(1, count, heads, width, dtype=x.dtype)
+        self._run("rotate", x, cos, sin, found, count, heads, width, x.stride(2), back, like=x)
+        return found.transpose(1, 2)
+
+    def log_sums(self, x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns, for each row of x (R, V): the largest number, the sum of e^(x - it), and the largest of each group.
+
+        Args:
+            x: (R, V).
+            group: how many numbers behind one another are a group; a multiple of 16 by which V can be divided.
+        """
+        x = x.contiguous()
+        rows, width = x.shape
+        most, sums, of_groups = torch.empty(rows), torch.empty(rows), x.new_empty(rows, width // group)
+        self._run("log_sums", x, most, sums, of_groups, rows, width, group, like=x)
+        return most, sums, of_groups
+
+    def take_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
+        return self.take(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns softmax(scaling q k^T) v, each query over the keys that it sees; and what `attention_back` needs.
+
+        Args:
+            q: (R, H, D).
+            k: (T, H_kv, D), the keys of one text; or (S, H_kv, C, D), those of several.
+            v: like k.
+            blocks: which query sees which keys of which text.
+            scaling: factor of the scores.
+            keep: whether what `attention_back` needs is wanted.
+        """
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (_, heads, width), count = q.shape, blocks.count
+        if k.dim() == 3:
+            kv_heads, steps = k.shape[1], (0, width, k.shape[1] * width)
+        else:
+            kv_heads, steps = k.shape[1], (k.stride(0), k.stride(1), width)
+        threads, y = self._threads(q.numel()), torch.empty_like(q)
+        kept = torch.empty(2, heads // blocks.heads, count, LANES) if keep else None
+        most_and_share = (None, None) if kept is None else kept.unbind()
+        each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * LANES
+        room = torch.empty(threads, each)
+        tables = (blocks.rows, blocks.texts, blocks.starts, blocks.keys, blocks.seen)
+        sizes = (each, count, heads, kv_heads, width, blocks.heads, *steps)
+        self._call("attention", q, k, v, y, *most_and_share, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
+        return y, kept
+
+    def attention_back(
+        self,
+        gradient: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        kept: Tensor,
+        blocks: Blocks,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients in q, k and v of `attention` over one text, head by head, for that in its result y."""
+        gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+        (_, heads, width), (total, kv_heads, _) = q.shape, k.shape
+        threads, parts = self._threads(q.numel()), 1
+        if kv_heads < 2 * threads:  # else each has heads of its own to add up
+            threads = parts = max(1, min(threads, _MOST_SUMS // (2 * k.numel())))
+        found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        sums = torch.zeros(parts, 2, k.numel())
+        each = (_whole(blocks.widest) + LANES) * 2 * width + (2 * _whole(blocks.widest) + width) * LANES
+        room = torch.empty(threads, each)
+        tensors = (gradient, q, k, v, y, *kept.unbind(), *found, sums)
+        tables = (blocks.rows, blocks.starts, blocks.keys, blocks.seen)
+        sizes = (each, total, blocks.count, heads, kv_heads, width, parts)
+        self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
+        return found
+
+    def take_weight(self, weight: Tensor | None) -> bool:
+        """Returns whether `product` and `lora` take this weight (out, in) on this machine, and its transpose."""
+        return (
+            weight is not None
+            and ("product", weight.dtype) in self._functions
+            and weight.device.type == "cpu"
+            and type(weight) in _PLAIN
+            and weight.dim() == 2
+            and all(size > 0 and size % (2 * LANES) == 0 for size in weight.shape)
+            and (weight.is_contiguous() or weight.T.is_contiguous())
+        )
+
+    def product(self, x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + added``, rounded once; a row does not depend on how many there are.
+
+        Args:
+            x: (T, in).
+            weight: W (out, in).
+            added: (out,) or (T, out).
+        """
+        x, added = x.contiguous(), None if added is None else added.contiguous()
+        (count, width), y = x.shape, x.new_empty(len(x), len(weight))
+        room, each, threads = self._room_for_products(count, width, len(weight))
+        step = 0 if added is None or added.dim() == 1 else len(weight)
+        sizes = (count, width, len(weight), step, weight.stride(1), weight.stride(0))
+        self._call("product", x, weight, added, y, *sizes, room, each, threads, dtype=x.dtype)
+        return y
+
+    def take_factors(self, factors: Factors) -> bool:
+        """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
+        A, B = factors
+        here = ("lora", A.dtype) in self._functions and self.take(A, *B) and len(B) < _PIECES
+        return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
+
+    def lora(self, x: Tensor, seen: Tensor, operands: Operands) -> tuple[Tensor, list[Tensor]]:
+        """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
+
+        h_i are the columns of h in which A_i has its rows.
+
+        Args:
+            x: (T, in).
+            seen: z (T, in), x or what dropout left of it.
+            operands: W_i, bias_i, A and B_i.
+        """
+        dense, of = x.contiguous(), operands
+        x, seen = dense, dense if seen is x else seen.contiguous()
+        count, widths = len(x), of.widths
+        h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
+        room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
+        tensors = (x, seen, of.weights, of.biases, of.A, of.B, h, _places(found))
+        self._call("lora", *tensors, *of.sizes, of.count, count, of.width, room, each, threads, dtype=x.dtype)
+        return h, found
+
+    def lora_back(
+        self,
+        gradients: Sequence[Tensor],
+        seen: Tensor,
+        h: Tensor,
+        operands: Operands,
+        again: Sequence[bool],
+        *,
+        wants_x: bool,
+        wants_seen: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Computes the gradients of `lora` for those in its results; returns those in x and z, if they are wanted.
+
+        Args:
+            gradients: (T, out_i) of each layer.
+            seen: z, as for `lora`.
+            h: its first result.
+            operands: as for `lora`; what its factors get goes where they say.
+            again: of which layers it is added to what is there.
+            wants_x: whether the gradient in x is wanted.
+            wants_seen: whether that in z is wanted by itself; else it is part of that in x.
+        """
+        gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
+        count, widths = len(seen), of.widths
+        room, each, threads = self._room_for_products(count, sum(widths) + of.rank, of.width, of.width, *widths)
+        of_h = torch.empty_like(h)
+        of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
+        pairs = h.new_empty(2, count + 1, of.rank)  # of h, and of its gradient
+        tensors = (_places(gradients), seen, h, of.weights, of.A, of.B, of_h, of_x, of_seen, of.of_A, of.of_B, *pairs)
+        sizes = (*of.sizes, _numbers(again), of.count, count, of.width)
+        self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
+        return of_x, of_seen
+
+    def take_mirrors(self, tensors: Sequence[Tensor]) -> bool:
+        """Returns whether `mirror` takes mirrors like these."""
+        return all(
+            x.dtype == tensors[0].dtype and x.dtype in _KINDS and x.device.type == "cpu" and 1 in x.stride()
+            for x in tensors
+        )
+
+    def mirror(self, wide: Sequence[Tensor], mirrors: Mirrors, factors: Sequence[float], *, back: bool = False) -> None:
+        """Makes mirrors of matrices times factors, or matrices of their mirrors times factors; rounded once.
+
+        Args:
+            wide: dense fp32 matrices, of the same shapes as their mirrors.
+            mirrors: theirs.
+            factors: one for each.
+            back: whether the mirrors are what is given.
+        """
+        scalings, dtype = (c_float * len(factors))(*factors), mirrors.tensors[0].dtype
+        threads = self._threads(sum(tensor.numel() for tensor in wide))
+        tensors = (_places(wide), mirrors.places, mirrors.shapes, scalings)
+        self._call("mirror", *tensors, len(wide), back, threads, dtype=dtype)
+
+    def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
+        """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
+
+        Args:
+            rows: of the results.
+            depth: so many numbers are summed up.
+            columns: of all results.
+            widths: those of the factors whose rows lie there in pairs.
+        """
+        threads = self._threads(rows * depth * columns // _AT_ONCE)
+        panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
+        sums = -(-rows // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
+        each = max(panel + sums, *(width // 2 for width in widths), 0)
+        room: Tensor | None = getattr(self._own, "room", None)
+        if room is None or len(room) < threads * each:
+            room = self._own.room = torch.empty(threads * each, LANES)
+        return room, each, threads
+
+    def _threads(self, numbers: int) -> int:
+        return torch.get_num_threads() if numbers >= _GRAIN else 1
+
+    def _each_number(self, name: str, *tensors: Tensor) -> Tensor:
+        """Returns what a function makes of each number of a tensor, or of those at one place of several."""
+        given = [tensor.contiguous() for tensor in tensors]
+        found = torch.empty_like(given[0])
+        self._run(name, *given, found, found.numel(), like=found)
+        return found
+
+    def _run(self, name: str, *arguments: Any, like: Tensor) -> None:
+        self._call(name, *arguments, self._threads(like.numel()), dtype=like.dtype)
+
+    def _call(self, name: str, *arguments: Any, dtype: torch.dtype) -> None:
+        given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        self._functions[name, dtype](*given)
+
+
+def _typed(function: Any, arguments: str) -> Any:
+    function.argtypes, function.restype = [_TYPES[each] for each in arguments], None
+    return function
+
+
+def _places(tensors: Sequence[Tensor | None]) -> Any:
+    return (c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _numbers(values: Sequence[int]) -> Any:
+    return (c_int64 * len(values))(*values)
+
+
+def _whole(count: int) -> int:
+    """As many keys as are multiplied together at least."""
+    return -(-count // _KEYS) * _KEYS
+
+
+@functools.cache
+def loaded() -> Kernels | None:
+    """Returns the compiled functions, or None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC") or "gcc")
+    if os.environ.get("LORALIB_KERNELS", "1") == "0" or compiler is None:
+        return None
+    try:
+        return _load(compiler)
+    except (OSError, subprocess.SubprocessError):  # PyTorch's operators do the same work
+        return None
+
+
+def _load(compiler: str) -> Kernels:
+    made_of = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor()]
+    name = f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    kept = cache_directory() / name
+    with contextlib.suppress(OSError):  # not there, or not whole
+        return Kernels(kept)
+    with tempfile.TemporaryDirectory() as temporary:
+        built = Path(temporary) / name
+        # Compiled and linked apart: what runs threads must be the library that PyTorch has brought, not another one,
+        # whose threads would get in the way of PyTorch's.
+        _call(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{built}.o")
+        _call(compiler, "-shared", f"{built}.o", "-o", str(built))
+        kernels = Kernels(built)
+        with contextlib.suppress(OutputError):  # nowhere to keep it
+            write_whole(kept, lambda aside: shutil.copyfile(built, aside))
+        return kernels
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def _processor() -> bytes:
+    """What the compiler's -march=native depends on: a cache directory may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"model name", b"Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()

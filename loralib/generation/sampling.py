@@ -1,0 +1,186 @@
+"""How the next token is chosen from logits: penalties, temperature, top-k, top-p, min-p.  Pure functions on values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, list_faults
+from ..settings import setting
+
+__all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
+
+# Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
+_FIRST_CUT: Final = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of one request: how long it gets and how each token is chosen.
+
+    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2.  Penalty and ban look at generated
+    tokens only, never at the prompt: a completion may repeat its names.
+
+    A seed draws the same text whatever is computed beside it, but for rounding: in fp32 that hardly ever shows, in bf16
+    after some tokens.
+
+    Raises:
+        ConfigError: one or more settings cannot be used; all are reported together.
+
+    >>> Sampling(temperature=0.7, stop="END").stop
+    ('END',)
+    """
+
+    max_new_tokens: int = setting(128, "tokens to generate at most", "length")
+    min_new_tokens: int = setting(0, "tokens before which the text may not end", "length")
+    stop: str | Sequence[str] = setting(
+        (), "text that ends the generation and is left out; may be given again", "length", several="one by one"
+    )
+    temperature: float = setting(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
+    top_k: int = setting(0, "draw among so many likeliest tokens; 0: all", "choice")
+    top_p: float = setting(1.0, "draw among the likeliest tokens that together have this probability", "choice")
+    min_p: float = setting(0.0, "draw among tokens with this share of the likeliest one's probability", "choice")
+    repetition_penalty: float = setting(1.0, "above 1: makes tokens that were generated before less likely", "choice")
+    no_repeat_ngram_size: int = setting(0, "generate no sequence of so many tokens twice; 0: off", "choice")
+    seed: int = setting(0, "of what is drawn; prompt i gets seed + i", "choice")
+    num_beams: int = setting(1, "above 1: beam search, which keeps so many beginnings", "beam search")
+    length_penalty: float = setting(1.0, "scores are log-probability / length ** this; below 1: shorter", "beam search")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules: dict[str, tuple[bool, str]] = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "a whole number of at least 1"),
+            "min_new_tokens": (self.min_new_tokens >= 0, "0 (off) or a number of tokens"),
+            "stop": (all(self.stop), "texts that are not empty: an empty one would stop at once"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number (1: as trained)"),
+            "top_k": (self.top_k >= 0, "0 (off) or how many tokens to draw from"),
+            "top_p": (0 < self.top_p <= 1, "a probability above 0 (1: off)"),
+            "min_p": (0 <= self.min_p <= 1, "a share from 0 (off) to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number (1: off)"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or a number of tokens"),
+            "num_beams": (self.num_beams >= 1, "1 (off) or a number of beams"),
+            "length_penalty": (abs(self.length_penalty) <= 100, "a number such as 0.8 or 1"),
+        }
+        faults = [f"{name} is {getattr(self, name)!r}, expected {want}" for name, (ok, want) in rules.items() if not ok]
+        if self.min_new_tokens > self.max_new_tokens:
+            faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
+        if self.num_beams > 1:
+            drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
+            clashes = [name for name, off in drawn.items() if getattr(self, name) != off]
+            faults += [f"{name} has no meaning in beam search (num_beams is {self.num_beams})" for name in clashes]
+        if faults:
+            raise ConfigError(list_faults("generation cannot work with these settings", faults))
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are used as they are, but for the temperature and the cuts."""
+        return self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.min_new_tokens
+
+
+def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
+    """Returns the tokens that would complete a sequence of ``size`` tokens that is there already.
+
+    >>> banned_tokens([1, 2, 3, 1, 2], size=3)
+    [3]
+    >>> banned_tokens([1, 2], size=1)
+    [1, 2]
+    """
+    if size == 0 or len(tokens) < size:
+        return []
+    last = list(tokens[len(tokens) - size + 1 :])
+    return [tokens[at + size - 1] for at in range(len(tokens) - size + 1) if list(tokens[at : at + size - 1]) == last]
+
+
+def penalize(
+    logits: Tensor,
+    tokens: Sequence[int],
+    ends: Sequence[int],
+    *,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+) -> None:
+    """Applies repetition penalty, minimal length and n-gram ban to one row of logits, in place and in this order.
+
+    Args:
+        logits: (V,), before any softmax.
+        tokens: what has been generated so far, without the prompt.
+        ends: the end tokens.
+        repetition_penalty: see `Sampling`.
+        no_repeat_ngram_size: see `Sampling`.
+        min_new_tokens: see `Sampling`.
+
+    >>> logits = torch.tensor([2.0, -2.0, 1.0])
+    >>> penalize(logits, [0, 1], [2], repetition_penalty=2.0, min_new_tokens=3)
+    >>> logits.tolist()
+    [1.0, -4.0, -inf]
+    """
+    if repetition_penalty != 1 and tokens:
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values < 0, values * repetition_penalty, values / repetition_penalty)
+    banned = banned_tokens(tokens, no_repeat_ngram_size)
+    if len(tokens) < min_new_tokens:
+        banned += [end for end in ends if end < len(logits)]
+    if banned:
+        logits[banned] = float("-inf")
+
+
+def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+    """Chooses one token a row.
+
+    A row depends on its own settings and number alone, so a request's result does not depend on its neighbours.
+
+    Args:
+        logits: (R, V), penalties applied.
+        settings: one a row.
+        uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
+
+    Returns:
+        R tokens.
+
+    >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
+    >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
+    [1, 2]
+    """
+    tokens: list[int] = logits.max(-1).indices.tolist()  # argmax is four times as slow in bf16
+    for row, (own, uniform) in enumerate(zip(settings, uniforms, strict=True)):
+        if own.temperature > 0:
+            tokens[row] = _draw(logits[row].float() / own.temperature, own, uniform)
+    return tokens
+
+
+def _draw(scores: Tensor, own: Sampling, uniform: float) -> int:
+    probabilities = torch.softmax(scores, -1)
+    if own.top_k == 0 and own.top_p == 1 and own.min_p == 0:
+        return _inverse(probabilities, uniform)
+    count = len(scores) if own.top_k == 0 else min(own.top_k, len(scores))
+    width = min(_FIRST_CUT, count)
+    while True:
+        # As other libraries do it: top-p counts within what top-k left, min-p cuts what both left.
+        best, order = probabilities.topk(width)
+        total = best.sum() if own.top_k and width == count else probabilities.sum()
+        if own.top_k and width < count:
+            width = count
+            continue
+        before = torch.cumsum(best, 0) - best
+        kept = (before < own.top_p * total) & (best >= own.min_p * best[0])
+        if width == count or not bool(kept[-1]):
+            break
+        width = min(width * 16, count)
+    # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood, and
+    # with it what a seed draws.
+    tokens, places = order[kept].sort()
+    return int(tokens[_inverse(best[kept][places], uniform)])
+
+
+def _inverse(weights: Tensor, uniform: float) -> int:
+    """The first index whose cumulative weight exceeds that share of the whole."""
+    cumulative = torch.cumsum(weights.double(), 0)  # in fp32 the last of 50,000 sums would be off by more than a token
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(index, int(weights.nonzero()[-1]))

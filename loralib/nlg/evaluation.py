@@ -1,0 +1,338 @@
+"""Score a file of texts against references, in the layouts of E2E, DART and WebNLG."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ..data.lines import are_not, read_lines, read_text, shown
+from ..data.readers import guess_format
+from ..errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
+from .convert import read_formatted
+from .metrics import SCORES, Score, slot_error_rate
+from .metrics.slots import parse_meaning
+from .published import SEPARATOR, Row, read_rows
+
+__all__ = ["LAYOUTS", "SUBSETS", "Evaluation", "Texts", "evaluate", "metric_names", "read_texts"]
+
+LAYOUTS: Final = ("auto", "groups", "directory", "data")
+SUBSETS: Final = ("all", "seen", "unseen")
+
+_SLOT_ERRORS: Final = "SER"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is scored.
+
+    Attributes:
+        references: for each hypothesis its references.
+        hypotheses: one text each.
+        meanings: the meaning representation of each, where they are known.
+        seen: whether the WebNLG category of each was in the training set, where that is known.
+    """
+
+    references: tuple[tuple[str, ...], ...]
+    hypotheses: tuple[str, ...]
+    meanings: tuple[str, ...] = ()
+    seen: tuple[bool, ...] = ()
+
+    def subset(self, name: str) -> Texts:
+        """The part with seen or unseen categories.
+
+        Raises:
+            ConfigError: there is no such subset.
+            DataError: categories are not known, or nothing is left.
+        """
+        if name not in SUBSETS:
+            known = ", ".join(SUBSETS)
+            raise ConfigError(f"there is no subset {name!r}.{did_you_mean(name, SUBSETS)} Known: {known}.")
+        if name == "all":
+            return self
+        if not self.seen:
+            raise DataError(
+                f"which inputs are {name} is not known. Give WebNLG's data file as REF, or by --source in addition."
+            )
+        chosen = [index for index, seen in enumerate(self.seen) if seen == (name == "seen")]
+        if not chosen:
+            raise DataError(f"none of the {len(self.seen)} inputs is {name}. Choose another --subset.")
+        parts = {
+            name: tuple(values[index] for index in chosen)
+            for name in ("references", "hypotheses", "meanings", "seen")
+            if (values := getattr(self, name))
+        }
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a file.
+
+    Attributes:
+        scores: by name, in the order of `SCORES`, the slot error rate last.
+        hypotheses: how many texts were scored.
+        empty: which of them have no words, counted from 1; they are scored as such.
+        skipped: names of scores that could not be made, with the reason.
+        subsets: WebNLG's seen and unseen categories on their own, where both are there.
+    """
+
+    scores: dict[str, Score]
+    hypotheses: int
+    empty: tuple[int, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    subsets: dict[str, Evaluation] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """One object: each score under its name (None where skipped), and how they were made."""
+        value: dict[str, Any] = {name: score.value for name, score in self.scores.items()}
+        value |= dict.fromkeys(self.skipped)
+        value["hypotheses"] = self.hypotheses
+        value["empty"] = len(self.empty)
+        value["signatures"] = {name: score.signature for name, score in self.scores.items()}
+        if self.skipped:
+            value["skipped"] = self.skipped
+        if self.subsets:
+            value["subsets"] = {name: part.as_json() for name, part in self.subsets.items()}
+        return value
+
+
+def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
+    """Scores texts, as a whole and, where WebNLG's categories are known, for seen and unseen ones.
+
+    Args:
+        texts: what `read_texts` gives.
+        metrics: names of scores; default: all that can be made here.
+
+    Raises:
+        DataError: there is nothing to score.
+        MissingDependencyError: a score that was asked for by name needs what is not installed.
+
+    >>> made = evaluate(Texts((("a pub by the river",),), ("a pub by the river",)), ["BLEU", "ROUGE_L"])
+    >>> [str(score) for score in made.scores.values()][0]
+    'BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:none|like:e2e-metrics|version:1 = 1.0000'
+    """
+    scores: dict[str, Score] = {}
+    skipped: dict[str, str] = {}
+    for name in metrics or SCORES:
+        if name in SCORES:
+            try:
+                scores[name] = SCORES[name](texts.references, texts.hypotheses)
+            except MissingDependencyError as error:
+                if metrics:
+                    raise
+                skipped[name] = str(error)
+    if _SLOT_ERRORS in (metrics or [_SLOT_ERRORS]):
+        if texts.meanings:
+            errors = slot_error_rate(texts.meanings, texts.hypotheses)
+            scores[_SLOT_ERRORS] = Score(_SLOT_ERRORS, errors.value, errors.signature, higher_is_better=False)
+        elif metrics:
+            raise DataError(
+                "slot errors need meaning representations (`name : X | food : Y | ...`). "
+                "Give E2E's data file as REF, or by --source in addition."
+            )
+    empty = tuple(number for number, text in enumerate(texts.hypotheses, 1) if not text.strip())
+    subsets = {}
+    if len(set(texts.seen)) == 2:
+        parts = {name: texts.subset(name) for name in SUBSETS[1:]}
+        subsets = {name: evaluate(part, list(scores)) for name, part in parts.items()}
+    return Evaluation(scores, len(texts.hypotheses), empty, skipped, subsets)
+
+
+def metric_names(words: Iterable[str]) -> list[str]:
+    """Returns names of scores as they are spelt, however they were.
+
+    Raises:
+        ConfigError: there is no such score.
+
+    >>> metric_names(["bleu", "rouge-l"])
+    ['BLEU', 'ROUGE_L']
+    """
+    known = {name.lower(): name for name in (*SCORES, _SLOT_ERRORS)}
+    asked = [word.lower().replace("-", "_") for word in words]
+    faults = [f"{word!r}.{did_you_mean(word, known)}" for word in asked if word not in known]
+    if faults:
+        raise ConfigError(list_faults("there is no such metric", faults, f"Known: {', '.join(known.values())}."))
+    return list(dict.fromkeys(known[word] for word in asked))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_texts(
+    reference: str | Path, hypothesis: str | Path, layout: str = "auto", source: str | Path | None = None
+) -> Texts:
+    """Reads references and hypotheses.
+
+    Args:
+        reference: in one of three layouts.
+            "groups" (E2E): references one a line, a blank line between those of different inputs; a file without
+            blank lines has one reference for each input.
+            "directory" (DART, WebNLG): a directory of files reference0, reference1, ..., line by line in step; a blank
+            line where an input has fewer references.  A path up to the number works too ("refs/reference").
+            "data": a data file as published (E2E's ``meaning representation||text`` or CSV, DART's JSON, WebNLG's JSON
+            or XML) or converted (JSONL with context and completion); texts of the same input belong together, in the
+            order in which inputs first appear.
+        hypothesis: texts, one a line, in the order of the inputs; an empty line is an empty text.  Or JSON lines with
+            ``text``, as ``loralib generate`` writes them (those of a reproduction are put in order by their ``id``).
+        layout: one of `LAYOUTS`; "auto" tells by what is there.
+        source: a data file that tells the inputs, for slot errors and WebNLG's seen categories, where ``reference``
+            is no data file itself.
+
+    Raises:
+        DataError: a file cannot be read or has another form, or numbers do not match.
+        ConfigError: there is no such layout.
+    """
+    reference = Path(reference)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"there is no layout {layout!r}.{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}.")
+    if layout == "auto":
+        layout = _guess_layout(reference)
+    groups = _read_data(reference) if layout == "data" else None
+    if layout == "groups":
+        # The E2E scorer's idea of a line: it also ends at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
+        hypotheses = _read_hypotheses(Path(hypothesis), str.splitlines)
+        references = _read_groups(reference)
+        if len(references) == 1 < len(hypotheses):
+            references = [[text] for text in references[0]]
+    else:
+        hypotheses = _read_hypotheses(Path(hypothesis))
+        references = [group.texts for group in groups] if groups else _read_directory(reference)
+    if len(references) != len(hypotheses):
+        raise DataError(_why_not_as_many(reference, references, Path(hypothesis), hypotheses))
+    if source is not None:
+        groups = _read_data(Path(source))
+        if len(groups) != len(hypotheses):
+            raise DataError(
+                f"{source} has {len(groups)} inputs, but {hypothesis} has {len(hypotheses)} texts. "
+                "Give the data file that the texts were made for."
+            )
+    rows = [group.first for group in groups or ()]
+    return Texts(
+        references=tuple(tuple(texts) for texts in references),
+        hypotheses=tuple(hypotheses),
+        meanings=tuple(row.context for row in rows)
+        if all("name" in dict(parse_meaning(row.context)) for row in rows)
+        else (),
+        seen=tuple(bool(row.seen) for row in rows) if all(row.seen is not None for row in rows) else (),
+    )
+
+
+def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None) -> list[str]:
+    """The texts of a file, each on one line; `split` has another idea of a line than `read_lines`."""
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        expected = "texts, one a line"
+        lines = read_lines(path, expected) if split is None else split(read_text(path, expected))
+        return [line.strip() for line in lines]
+    records, faults = [], []
+    for number, line in enumerate(read_lines(path, "JSON lines with 'text'"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records.append((record.get("id", number), " ".join(record["text"].split())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            faults.append(f"{path}:{number}: {shown(line)}")
+    if faults:
+        heading = f"expected a JSON object a line with 'text', but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, "Give what loralib generate wrote, or a file of texts."))
+    if all(isinstance(place, int) for place, _ in records):
+        records.sort(key=lambda record: record[0])
+    return [text for _, text in records]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """An input's first row, and the texts of all of its rows."""
+
+    first: Row
+    texts: list[str]
+
+
+def _guess_layout(path: Path) -> str:
+    if path.is_dir() or (not path.exists() and _reference_files(path)):
+        return "directory"
+    if guess_format(path) != "e2e" or path.suffix.lower() == ".csv":
+        return "data"
+    first = next((line for line in read_lines(path, "references") if line.strip()), "")
+    return "data" if SEPARATOR in first else "groups"
+
+
+def _read_groups(path: Path) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    faults = []
+    lines = [line.strip() for line in read_text(path, "references, a blank line between groups").splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if line:
+            groups[-1].append(line)
+        else:
+            if not groups[-1]:
+                faults.append(f"{path}:{number}: a blank line where a reference was expected")
+            groups.append([])
+    if faults:
+        fix = "Leave exactly one blank line between the references of one input and the next."
+        raise DataError(list_faults("an input has no reference", faults, fix))
+    return groups
+
+
+def _read_directory(path: Path) -> list[list[str]]:
+    files = _reference_files(path)
+    if not files:
+        there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
+        raise DataError(
+            f"{path} holds no files reference0, reference1, ... (it has: {', '.join(there) or 'nothing'}). "
+            "Give the directory with these files, or choose another --layout."
+        )
+    columns = {file: read_lines(file, "references, one a line") for file in files}
+    if len({len(lines) for lines in columns.values()}) > 1:
+        faults = [f"{file}: {len(lines)} lines" for file, lines in columns.items()]
+        raise DataError(
+            list_faults("reference files are not equally long", faults, "Every input needs a line in each.")
+        )
+    groups = [[text.strip() for text in texts if text.strip()] for texts in zip(*columns.values(), strict=True)]
+    faults = [f"line {number}: blank in every file" for number, texts in enumerate(groups, 1) if not texts]
+    if faults:
+        raise DataError(list_faults(f"an input has no reference in {path}", faults, "Fill in at least one."))
+    return groups
+
+
+def _reference_files(path: Path) -> list[Path]:
+    """The files of a directory whose names end in "reference" and a number, or those that complete a path; in order."""
+    directory, start = (path, ".*references?") if path.is_dir() else (path.parent, re.escape(path.name))
+    found: dict[int, Path] = {}
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if match := re.fullmatch(rf"{start}(\d+)(?:\.\w+)?", entry.name):
+            number = int(match[1])
+            if number in found:
+                raise DataError(
+                    f"{directory} has two files number {number}: {found[number].name} and {entry.name}. "
+                    f"Give the part before the number too, for instance {directory / entry.name[: match.start(1)]}."
+                )
+            found[number] = entry
+    return [found[number] for number in sorted(found)]
+
+
+def _read_data(path: Path) -> list[_Group]:
+    format = guess_format(path)
+    rows = read_formatted(path) if format == "jsonl" else read_rows(path, format)
+    groups: dict[str, _Group] = {}
+    for row in rows:
+        groups.setdefault(row.context, _Group(row, [])).texts.append(row.completion.strip())
+    return list(groups.values())
+
+
+def _why_not_as_many(
+    reference: Path, references: Sequence[Sequence[str]], hypothesis: Path, hypotheses: Sequence[str]
+) -> str:
+    message = f"{reference} has references for {len(references)} inputs, but {hypothesis} has {len(hypotheses)} texts."
+    blank = next((index for index, text in enumerate(reversed(hypotheses)) if text), len(hypotheses))
+    if len(hypotheses) == sum(map(len, references)):
+        return f"{message} That is one for each reference: write one text for each input."
+    if len(hypotheses) - blank <= len(references) < len(hypotheses):
+        return f"{message} Blank lines at its end: {blank}, and each counts as a text: remove what is too much."
+    return f"{message} Write one text a line for each input, in the same order."

@@ -1,0 +1,29 @@
+"""The LoRA paper's pipeline in one call: data, training, decoding, scores, and a report.
+
+    from loralib.nlg.reproduction import find_files, load_recipe, reproduce
+
+    recipe = load_recipe("smollm2-135m", model="smollm2-135m")
+    print(reproduce("e2e", recipe, find_files("e2e"), "reproduced"))
+
+Each stage leaves a record of what it was made of (``stages/``).  Called again, a stage whose result still belongs to
+the same settings and inputs is skipped, one that was interrupted goes on, and one that depends on a change is made
+again.
+"""
+
+from __future__ import annotations
+
+from .pipeline import reproduce
+from .recipe import DATASETS, Recipe, choose_recipe, load_recipe, recipe_names, recipe_text
+from .sources import Files, find_files
+
+__all__ = [
+    "DATASETS",
+    "Files",
+    "Recipe",
+    "choose_recipe",
+    "find_files",
+    "load_recipe",
+    "recipe_names",
+    "recipe_text",
+    "reproduce",
+]

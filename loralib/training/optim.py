@@ -1,0 +1,131 @@
+"""Optimisers and learning-rate schedules, the standard ones and the LoRA paper's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..injection import adapted_layers
+from ..layers import LoRAEmbedding
+from .config import TrainConfig
+
+__all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups"]
+
+
+def lr_factor(config: TrainConfig, step: int, total: int) -> float:
+    """Returns the learning rate at a step as a share of its peak.
+
+    Args:
+        config: its `schedule`, `warmup_steps` and `arithmetic`.
+        step: number of the update, from 0; with the paper's arithmetic, of the micro-batch.
+        total: how many there will be.
+
+    Returns:
+        From 0 to 1.  The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and
+        its cosine does not subtract the warm-up.
+
+    >>> [round(lr_factor(TrainConfig(warmup_steps=2), step, 6), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    warmup = config.warmup_steps
+    paper = config.arithmetic == "paper"
+    if step < warmup:
+        return (step if paper else step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine" and paper:
+        return 0.5 * (1 + math.cos(math.pi * step / total))
+    left = max(0.0, (total - step) / max(1, total - warmup))
+    return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Sorts trained parameters into groups of one learning rate.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and should learn `loraplus_lr_ratio` times faster than
+    A.  An embedding's B starts random and its A at zero, so it keeps the common rate.
+
+    Args:
+        model: its parameters with ``requires_grad`` are trained.
+        config: its `lr`, `loraplus_lr_ratio`.
+
+    Returns:
+        Groups with their peak rate under "peak".
+    """
+    fast = (
+        [layer.lora_B for _, layer in adapted_layers(model) if not isinstance(layer, LoRAEmbedding)]
+        if config.loraplus_lr_ratio != 1
+        else []
+    )
+    faster = {id(parameter) for parameter in fast}
+    common = [p for p in model.parameters() if p.requires_grad and id(p) not in faster]
+    groups = [{"params": common, "peak": config.lr}, {"params": fast, "peak": config.lr * config.loraplus_lr_ratio}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Makes AdamW, torch's fused one or the paper's."""
+    betas = (config.beta1, config.beta2)
+    settings = [{**group, "lr": group["peak"]} for group in groups]
+    if config.arithmetic == "paper":
+        return PaperAdamW(
+            settings,
+            betas=betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            correct_bias=config.correct_bias,
+        )
+    return torch.optim.AdamW(
+        settings, lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+class PaperAdamW(torch.optim.Optimizer):
+    """AdamW with the arithmetic of the LoRA paper's code.
+
+    Differs from torch's: eps is added to sqrt(v) before bias correction, weight decay follows the Adam update (with the
+    scheduled rate), and bias correction can be off.  For gradient g at update t:
+
+        m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+        p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
+        p = p - lr * weight_decay * p
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Applies one update to every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                t = int(state["step"])
+                state["exp_avg"].mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                rate = group["lr"]
+                if group["correct_bias"]:
+                    rate *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+                if group["weight_decay"]:
+                    parameter.add_(parameter, alpha=-group["lr"] * group["weight_decay"])
