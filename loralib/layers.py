@@ -534,6 +534,11 @@ class Conv3d(_Conv, nn.Conv3d):
     """nn.Conv3d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
+def is_conv1d(kind: type) -> bool:
+    """Whether a class is transformers' Conv1D, a linear whose weight is stored (in, out) (without importing it)."""
+    return any(f"{base.__module__}.{base.__name__}" == "transformers.pytorch_utils.Conv1D" for base in kind.__mro__)
+
+
 # Classes made on the fly.
 
 
