@@ -16,7 +16,6 @@ the last one to end takes everything back.
 
 from __future__ import annotations
 
-import copyreg
 import os
 import threading
 import types
@@ -76,6 +75,10 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def _bound_forward(module: nn.Module) -> Way:
+    return types.MethodType(type(module).forward, module)
+
+
 class _Switch:
     """The forward of one module: the way of the pass that the calling thread is inside of, or the module's own."""
 
@@ -91,8 +94,11 @@ class _Switch:
 
     def __reduce__(self) -> Any:
         # A model that is copied or pickled meanwhile gets its class's forward, bound to the copy.
-        module = cast(nn.Module, self._module())
-        return types.MethodType, (type(module).forward, module)
+        return _bound_forward, (self._module(),)
+
+
+def _new(kind: type) -> Any:
+    return kind.__new__(kind)
 
 
 _VIEW_CLASSES: Final[dict[tuple[type, Any], type]] = {}
@@ -109,7 +115,7 @@ def _view_class(config_class: type, attention: Callable[[str | None], str]) -> t
         config_class._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
 
     def reduce(self: Any, protocol: Any) -> Any:  # a copy is a plain config
-        return copyreg.__newobj__, (config_class,), self.__dict__  # type: ignore[attr-defined]
+        return _new, (config_class,), self.__dict__
 
     body = {
         "_attn_implementation": property(name, rename),
