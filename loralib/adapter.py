@@ -6,10 +6,11 @@ embeddings, as in PEFT); modules trained in full and trained biases stand under 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,12 @@ from .injection import (
     InjectReport,
     adapted_layers,
     applicable,
-    factor_keys,
     fingerprint,
+    fully_trained_tensors,
     inject,
     injection_of,
-    plan,
+    match_modules,
     remove,
-    trained_in_full,
     unmerge,
 )
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
@@ -106,14 +106,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        tensors[key_A], tensors[key_B] = _factors_of(name, layer)
-    tensors |= trained_in_full(model, config, layers)
+        with _named_errors(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
+    in_full = fully_trained_tensors(model, config, layers)
     # What trains in a model built by hand has no original left: nothing says which base it started from.
-    known_base = record is not None or len(tensors) == 2 * len(layers)
+    known_base = record is not None or not in_full
     return Adapter(
         config=config,
-        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        tensors={name: tensor.detach().clone() for name, tensor in (tensors | in_full).items()},
         metadata={BASE: fingerprint(model)} if known_base else {},
     )
 
@@ -139,25 +139,25 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
     config = applicable(model, adapter.config)
-    targets = plan(model, config)
-    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    targets = match_modules(model, config)
+    in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
     previous = adapter_of(model) if injection_of(model) is not None else None
     try:
-        report = _put_on(model, Adapter(config, adapter.tensors), expected)
+        report = _put_on(model, Adapter(config, adapter.tensors))
     except BaseException:
         if previous is not None:
-            _put_on(model, previous, previous.tensors)
+            _put_on(model, previous)
         elif injection_of(model) is not None:
             remove(model)
         raise
     return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
-def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport | None:
+def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
     """Injects an adapter that is known to fit, in place of the one that is there."""
     record, report = injection_of(model), None
     if record is not None and record.config == adapter.config:
@@ -166,10 +166,8 @@ def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectRe
         if record is not None:
             remove(model)
         report = inject(model, adapter.config)
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key in keys:
-            state[_parameter_name(key)].copy_(adapter.tensors[key])
+    layers = adapted_layers(model)
+    _copy(_values(layers, adapter) + _values_in_full(fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
 
 
@@ -177,28 +175,53 @@ def _fill_layers(
     model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
 ) -> ApplyReport:
     """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
+    in_full = fully_trained_tensors(model, applicable(model, adapter.config), layers)
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
+        keys = layer.tensor_keys()
+        shapes = {f"{name}.{keys[leaf]}": tuple(tensor.shape) for leaf, tensor in layer.trained_tensors().items()}
         # lora_state_dict writes Microsoft's folded convolutions as they are.
-        as_is = key_A in adapter.tensors and adapter.tensors[key_A].shape == layer.lora_A.shape
-        factors = (layer.lora_A, layer.lora_B) if as_is else _factors_of(name, layer)
-        expected[key_A], expected[key_B] = tuple(factors[0].shape), tuple(factors[1].shape)
-    in_full = trained_in_full(model, applicable(model, adapter.config), layers)
+        if any(key in adapter.tensors and adapter.tensors[key].shape != shape for key, shape in shapes.items()):
+            with _named_errors(name):
+                shapes = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.to_adapter().items()}
+        expected |= shapes
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
-    pairs = [(tensor, adapter.tensors[key]) for key, tensor in in_full.items()]
-    for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        A, B = _folded(name, layer, adapter.tensors[key_A], adapter.tensors[key_B])
-        pairs += [(layer.lora_A, A), (layer.lora_B, B)]
-    with torch.no_grad():
-        for _, layer in layers:
-            layer.unmerge()
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
+    values = _values(layers, adapter) + _values_in_full(in_full, adapter)
+    for _, layer in layers:
+        layer.unmerge()
+    _copy(values)
     return ApplyReport(applied=len(expected), base=base)
+
+
+def _values(layers: list[tuple[str, LoRALayer]], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """Pairs what the layers train with the adapter's values for it."""
+    pairs = list[tuple[Tensor, Tensor]]()
+    for name, layer in layers:
+        with _named_errors(name):
+            values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
+        pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
+    return pairs
+
+
+def _values_in_full(in_full: Mapping[str, Tensor], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in pairs:
+        tensor.copy_(values)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Puts the name of a layer before what it says is wrong."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
@@ -307,42 +330,6 @@ def _to_json(value: Any) -> str:
     return json.dumps(value)
 
 
-def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """Returns a layer's two tensors in the adapter's form: Microsoft's folded convolutions become PEFT's."""
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    if not isinstance(layer, LoRAFoldedConv):
-        return A, B
-    conv = cast(nn.Conv2d, layer)
-    if conv.groups != 1:
-        raise AdapterError(
-            f"{name}: a convolution in {conv.groups} groups has no portable form; "
-            "save it with torch.save(loralib.lora_state_dict(model), path)"
-        )
-    return _unfold(A, layer), B.reshape(layer.base_weight.shape[0], -1, *(1 for _ in conv.kernel_size))
-
-
-def _unfold(A: Tensor, layer: LoRALayer) -> Tensor:
-    """Returns the A of PEFT's convolution for Microsoft's.
-
-    Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as a
-    plain product of rank r * prod(kernel), with A repeated block-diagonally.
-    """
-    outputs, inputs, *kernel = layer.base_weight.shape
-    repeated: Tensor = torch.block_diag(*[A] * (layer.lora_B.shape[0] // outputs))
-    return repeated.view(-1, inputs, *kernel)
-
-
-def _folded(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns an adapter's two tensors in a hand-made layer's form: the inverse of `_factors_of`."""
-    if A.shape == layer.lora_A.shape:
-        return A, B
-    rows, columns = layer.lora_A.shape
-    narrow = A.flatten(1)[:rows, :columns]
-    if not torch.equal(_unfold(narrow, layer), A):
-        raise AdapterError(f"{name}: not of Microsoft's folded form; put this adapter on a plain model instead")
-    return narrow, B.reshape(layer.lora_B.shape)
-
-
 def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
     """Returns the settings of a model that was built from loralib's layers.
 
@@ -373,8 +360,10 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     bias = "none"
     for mode in ("all", "lora_only"):
-        biases = {name for name, p in trained_in_full(model, LoraConfig(bias=mode), layers).items() if p.requires_grad}
-        every = set(trained_in_full(model, LoraConfig(bias=mode), layers))
+        biases = {
+            name for name, p in fully_trained_tensors(model, LoraConfig(bias=mode), layers).items() if p.requires_grad
+        }
+        every = set(fully_trained_tensors(model, LoraConfig(bias=mode), layers))
         if every and biases == every:
             bias, trained = mode, trained - every
             break
@@ -390,10 +379,6 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
             )
         )
     return bias, list(owners)
-
-
-def _parameter_name(key: str) -> str:
-    return key.replace(".lora_embedding_", ".lora_")
 
 
 def _check_tensors(

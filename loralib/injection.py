@@ -1,6 +1,6 @@
 """Adapt the layers of any model in place: match, check, switch classes, report, and take it all back.
 
-`plan` is the pure half (which modules, with which rank, or every reason why not); `inject` carries it out.
+`match_modules` is the pure half (which modules, with which rank, or every reason why not); `inject` carries it out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .config import ALL_LINEAR, LoraConfig, first_match, matches
 from .console import size
+from .delta import dense
 from .errors import MergeError, TargetError, did_you_mean, list_faults
 from .layers import (
     LoRAConv,
@@ -31,6 +32,7 @@ from .layers import (
     LoRAMultiheadAttention,
     LoRAReadLinear,
     adapted_class,
+    is_conv1d,
 )
 from .utils import mark_only_lora_as_trainable
 
@@ -43,8 +45,8 @@ __all__ = [
     "fingerprint",
     "inject",
     "injection_of",
+    "match_modules",
     "merge",
-    "plan",
     "remove",
     "unmerge",
 ]
@@ -58,7 +60,7 @@ class TargetModule:
 
     name: str
     module: nn.Module
-    path: type[LoRALayer]
+    mixin: type[LoRALayer]
     r: int
     lora_alpha: float
     pattern: str
@@ -66,11 +68,10 @@ class TargetModule:
     fan_in_fan_out: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the adapter's two tensors by name: what a file must hold for this module."""
-        twin = _shadow(self)
-        shape_A, shape_B = twin.factor_shapes(self.r)
-        key_A, key_B = factor_keys(self.name, self.path)
-        return {key_A: shape_A, key_B: shape_B}
+        """Returns the shapes of the adapter's tensors by name: what a file must hold for this module."""
+        layer = _as_adapted(self)
+        keys = layer.tensor_keys()
+        return {f"{self.name}.{keys[name]}": shape for name, shape in layer.tensor_shapes(self.r).items()}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
         )
-    targets = plan(model, config)
+    targets = match_modules(model, config)
     notes = _notes(model, targets, config)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     record = model.__dict__[_RECORD] = Injection(config, trainable)
@@ -154,7 +155,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
         for target in targets:
             _adapt(target, config)
         mark_only_lora_as_trainable(model)
-        in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+        in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
         record.originals = _put(model, _copies(in_full))
         _guard_methods(model)
         return _report(model, targets, notes)
@@ -163,7 +164,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
         raise
 
 
-def plan(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
+def match_modules(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
     """Finds the modules that a config adapts, without touching the model.
 
     Args:
@@ -202,7 +203,7 @@ def plan(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
             continue
         blocks = config.blocks_of(name)
         target = TargetModule(
-            name, module, path, config.rank_of(name), config.alpha_of(name), pattern, blocks, _is_conv1d(module)
+            name, module, path, config.rank_of(name), config.alpha_of(name), pattern, blocks, is_conv1d(module)
         )
         if blocks is not None and (why := _block_fault(target)):
             faults.append(f"{name}: {why}")
@@ -213,12 +214,12 @@ def plan(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
             output = TargetModule(
                 name=(inner := f"{name}.out_proj"),
                 module=module.out_proj,
-                path=LoRAReadLinear,
+                mixin=LoRAReadLinear,
                 r=config.rank_of(inner),
                 lora_alpha=config.alpha_of(inner),
                 pattern=pattern,
             )
-            if why := _bypass(output.module, output.path._weight_name):
+            if why := _bypass(output.module, output.mixin._weight_name):
                 faults.append(f"{output.name}: {why}")
             targets.append(output)
     if faults:
@@ -313,7 +314,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
                 layer.merge()
 
 
-def trained_in_full(
+def fully_trained_tensors(
     model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, Tensor]:
     """Returns what a config trains besides low-rank factors, by name: biases, and all that modules_to_save hold.
@@ -370,12 +371,6 @@ def injection_of(model: nn.Module) -> Injection | None:
     return cast("Injection | None", model.__dict__.get(_RECORD))
 
 
-def factor_keys(name: str, path: type[LoRALayer]) -> tuple[str, str]:
-    """Returns the names of a module's two tensors in an adapter: embeddings have names of their own, as in PEFT."""
-    kind = "lora_embedding_" if issubclass(path, LoRAEmbedding) else "lora_"
-    return f"{name}.{kind}A", f"{name}.{kind}B"
-
-
 def fingerprint(model: nn.Module) -> str:
     """Returns a short text that tells base models apart: ``shapes:values``.
 
@@ -392,9 +387,9 @@ def fingerprint(model: nn.Module) -> str:
         if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        shapes.update(f"{name} {tuple(dense(parameter).shape)}\n".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
+            flat = dense(parameter).detach().reshape(-1)
             samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
             values.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
@@ -532,12 +527,7 @@ def _suggestion(model: nn.Module) -> str:
 
 
 def _looks_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D (a linear layer whose weight is stored (in, out))."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -598,7 +588,7 @@ def _kind(
     if isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(parent, nn.MultiheadAttention):
         attention = name.rpartition(".")[0].rpartition(".")[2]
         return f"nn.MultiheadAttention reads this weight itself; target {attention!r}: in_proj and out_proj are adapted"
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return LoRALinear
     if isinstance(module, nn.Linear):
         if base.forward is not nn.Linear.forward:
@@ -665,9 +655,9 @@ def _is_own_forward(module: nn.Module, bound: object) -> bool:
 
 def _block_fault(target: TargetModule) -> str | None:
     blocks = target.blocks or ()
-    if not issubclass(target.path, LoRALinear):
+    if not issubclass(target.mixin, LoRALinear):
         return f"enable_lora is for linear layers, not {type(target.module).__name__}"
-    outputs = cast(LoRALinear, _shadow(dataclasses.replace(target, blocks=None)))._sizes()[1]
+    outputs = cast(LoRALinear, _as_adapted(dataclasses.replace(target, blocks=None)))._sizes()[1]
     if outputs % len(blocks):
         return f"enable_lora has {len(blocks)} blocks, which does not divide its {outputs} outputs"
     return None
@@ -683,7 +673,7 @@ def _base_class(module: nn.Module) -> type[nn.Module]:
 
 def _adapt(target: TargetModule, config: LoraConfig) -> None:
     layer = cast(LoRALayer, target.module)
-    _switch_class(layer, adapted_class(target.path, type(target.module)))
+    _switch_class(layer, adapted_class(target.mixin, type(target.module)))
     if isinstance(layer, LoRALinear):
         layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks
     layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
@@ -694,10 +684,12 @@ def _restore(layer: LoRALayer) -> None:
     if halves is None:  # built from loralib's layers, with r = 0
         return
     layer.unmerge()
-    for name in ("lora_A", "lora_B"):
-        layer._parameters.pop(name, None)
-    for name in LoRALayer.__annotations__ | LoRALinear.__annotations__:
-        layer.__dict__.pop(name, None)
+    for name in layer.trained_tensors():
+        del layer._parameters[name]
+    for mixin in halves[0].__mro__:
+        if issubclass(mixin, LoRALayer):
+            for name in mixin.__annotations__:
+                layer.__dict__.pop(name, None)
     _switch_class(layer, halves[1])
 
 
@@ -709,12 +701,12 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _shadow(target: TargetModule) -> LoRALayer:
+def _as_adapted(target: TargetModule) -> LoRALayer:
     """Returns a throw-away view of the module as the layer it will become, to ask it for shapes."""
-    cls = adapted_class(target.path, _base_class(target.module))
+    cls = adapted_class(target.mixin, _base_class(target.module))
     twin = cls.__new__(cls)
     twin.__dict__.update(target.module.__dict__)
-    if issubclass(target.path, LoRALinear):
+    if issubclass(target.mixin, LoRALinear):
         twin.__dict__.update(fan_in_fan_out=target.fan_in_fan_out, blocks=target.blocks)
     return twin
 
@@ -763,20 +755,20 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
                 owners.setdefault(id(parameter), []).append(name)
     notes = []
     for target in targets:
-        weight = target.module._parameters.get(target.path._weight_name)
+        weight = target.module._parameters.get(target.mixin._weight_name)
         twins = [name for name in owners[id(weight)] if name != target.name]
         if twins:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
                 "(as in PEFT), and merging gives it a weight of its own"
             )
-    attention = [target.name for target in targets if issubclass(target.path, LoRAMultiheadAttention)]
+    attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:
         notes.append(
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
         )
-    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
     if half:
         notes.append(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import MergeError, TargetError
-from loralib.injection import adapted_layers, fingerprint, injection_of, plan
+from loralib.injection import adapted_layers, fingerprint, injection_of, match_modules
 from loralib.layers import LoRAEmbedding, LoRALayer
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30]])
@@ -784,7 +784,7 @@ def test_a_plan_changes_nothing_and_knows_the_shapes() -> None:
     model = gpt2()
     before = snapshot(model)
     settings = config(["c_attn", "wte"], enable_lora={"c_attn": [True, False, True]})
-    shapes = {key: shape for target in plan(model, settings) for key, shape in target.shapes().items()}
+    shapes = {key: shape for target in match_modules(model, settings) for key, shape in target.shapes().items()}
     assert_same(snapshot(model), before)
     lora.inject(model, settings)
     tensors = lora.adapter_of(model).tensors
