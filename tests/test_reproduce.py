@@ -438,6 +438,7 @@ def test_a_model_that_is_made_here_is_another_one_with_another_seed(
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loralib.training.trainer import Trainer
 
     def stopped(self: Any) -> bool:
         self.stop.signal_number = 2
