@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loralib as lora
 from loralib import errors
@@ -31,12 +34,41 @@ from loralib.data.order import epoch_order
 from loralib.engine.linears import Linears
 from loralib.engine.ordered import can_order
 from loralib.formats.tensors import read_safetensors, write_safetensors
+from loralib.training import run_directory, trainer
 from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
-from loralib.training.report import read_metrics
+from loralib.training.report import plot_losses, read_metrics
+from loralib.training.step import Step, StepStats
 
 VOCABULARY = 23
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes on so many threads; the children of a fork, which have none of their parent's, need one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_runs() -> Iterator[None]:
+    """Leaves out what takes most of a tiny run's time and few of these tests are about.
+
+    That is: drawing, collecting the garbage of all other tests, and waiting for other threads.
+    """
+    with threads(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "plot_losses", lambda *_: False)
+        patch.setattr(trainer, "freeze_objects", nullcontext)
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their loss curve all the same."""
+    monkeypatch.setattr(run_directory, "plot_losses", plot_losses)
 
 
 def tiny_model(dropout: float = 0.0) -> Any:
@@ -78,6 +110,7 @@ def train(config: lora.TrainConfig, model: Any = None, **kwargs: Any) -> Any:
 # Learning.
 
 
+@pytest.mark.usefixtures("plots")
 def test_training_learns_and_leaves_everything_a_user_needs(tmp_path: Path) -> None:
     model = tiny_model()
     frozen = {name: p.clone() for name, p in model.named_parameters()}
@@ -128,9 +161,58 @@ def test_the_loss_does_not_depend_on_how_an_update_is_split(tmp_path: Path) -> N
 def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     written = []
     for number, seed in enumerate((0, 0, 1)):
-        config = settings(tmp_path / str(number), seed=seed, lora_dropout=0.1)
-        written.append((train(config).output_dir / "adapter_model.safetensors").read_bytes())
+        config = settings(tmp_path / str(number), seed=seed, lora_dropout=0.1, num_epochs=1)
+        with threads(2):
+            written.append((train(config).output_dir / "adapter_model.safetensors").read_bytes())
     assert written[0] == written[1] != written[2]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_runs_in_two_threads_give_the_bits_of_one_after_the_other(tmp_path: Path, dropout: float) -> None:
+    """Both draw from the one global random generator: for the adapter's first values, and for dropout."""
+
+    def outcome(place: str, seed: int, model: Any) -> dict[str, Any]:
+        config = settings(tmp_path / place / str(seed), seed=seed, lora_dropout=dropout, num_epochs=2)
+        return kept(train(config, model).output_dir)
+
+    models = [tiny_model() for _ in range(4)]
+    alone = [outcome("alone", seed, models[seed]) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(outcome, "together", seed, models[2 + seed]) for seed in range(2)]
+    assert [run.result() for run in runs] == alone
+
+
+def test_an_update_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each item(), float() or bool() of a tensor is a wait; one tolist() for loss and norm is not counted on a CPU."""
+
+    class CountReads(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    mode, counts = CountReads(), []
+    update, forward_backward = trainer.Trainer._update, Step.forward_backward
+
+    def counted(self: Any, batches: Any) -> None:
+        mode.reads = 0
+        with mode:
+            update(self, batches)
+        counts.append(mode.reads)
+
+    def on_device(self: Any, batch: Any, **kwargs: Any) -> StepStats:
+        reads = mode.reads  # the step's own are its own matter
+        stats = forward_backward(self, batch, **kwargs)
+        mode.reads = reads
+        return dataclasses.replace(stats, loss_sum=torch.as_tensor(stats.loss_sum))  # type: ignore[arg-type]
+
+    plain = train(settings(tmp_path / "plain", num_epochs=1, grad_accum=2)).losses
+    monkeypatch.setattr(trainer.Trainer, "_update", counted)
+    monkeypatch.setattr(Step, "forward_backward", on_device)
+    assert train(settings(tmp_path / "counted", num_epochs=1, grad_accum=2)).losses == plain
+    assert counts[0] > 0, "the check that gradients reach every layer, once a run"
+    assert counts[1:] == [0] * (len(plain) - 1)
 
 
 def test_gradient_checkpointing_gives_the_same_losses_and_computes_twice(tmp_path: Path) -> None:
@@ -465,26 +547,25 @@ def kept(directory: Path) -> dict[str, Any]:
 KILLED = {"num_epochs": 4, "save_steps": 2, "eval_steps": 3, "lora_dropout": 0.1, "grad_accum": 2}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A forked child has none of its parent's OpenMP threads and would wait for them for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("number", range(6))
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
-    """SIGKILL at random moments, again and again until the run gets through."""
-    whole = train(settings(tmp_path / "whole", **KILLED)).output_dir
-    config = settings(tmp_path / "killed", **KILLED)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """What a run that nobody kills leaves, and how many seconds it takes."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    train(settings(directory / "warm-up", **KILLED))
     started = time.perf_counter()
-    train(settings(tmp_path / "timing", **KILLED))
-    lasts = time.perf_counter() - started
-    rng = random.Random(number)
+    result = train(settings(directory, **KILLED))
+    return kept(result.output_dir), time.perf_counter() - started
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("seed", range(6))
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, seed: int, uninterrupted: tuple[dict[str, Any], float]
+) -> None:
+    """SIGKILL at random moments, again and again until the run gets through."""
+    expected, seconds = uninterrupted
+    config = settings(tmp_path, **KILLED)
+    rng = random.Random(seed)
     for attempt in range(25):
         child = os.fork()
         if child == 0:  # the child process: run, and leave without pytest's teardown
@@ -494,7 +575,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> 
                 os._exit(0)
             except BaseException:
                 os._exit(1)
-        time.sleep(rng.uniform(0, lasts) if attempt < 20 else 20 * lasts)
+        time.sleep(rng.uniform(0, seconds) if attempt < 20 else 20 * seconds)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert status == 0
@@ -503,7 +584,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> 
         os.waitpid(child, 0)
     else:
         pytest.fail("the run never got through")
-    assert kept(Path(config.output_dir)) == kept(whole)
+    assert kept(Path(config.output_dir)) == expected
 
 
 no_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
@@ -523,8 +604,8 @@ def hangup(handler: Any) -> Iterator[None]:
     ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=no_hangup)]
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, name: str, code: int) -> None:
-    whole = train(settings(tmp_path / "whole", num_epochs=4)).output_dir
-    config = settings(tmp_path / "stopped", num_epochs=4)
+    whole = train(settings(tmp_path / "whole")).output_dir
+    config = settings(tmp_path / "stopped")
     model = tiny_model()
     calls = []
 
@@ -885,6 +966,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_a_message(
         train(settings(tmp_path, report_to="tensorboard"))
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_picture_takes_any_name_and_one_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
