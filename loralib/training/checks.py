@@ -12,8 +12,8 @@ from ..delta import dense
 from ..errors import NothingLearnedError, TrainingError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALayer
+from .checkpoint import Progress
 from .config import TrainConfig
-from .progress import Progress
 from .run_directory import RunDirectory
 
 __all__ = ["check_gradients", "check_learned", "divergence", "loss_fault", "out_of_memory_advice", "starts_as_base"]

@@ -10,12 +10,13 @@ from torch import nn
 
 from ..bases import load_base
 from ..data import Encoded, Example, TokenExample, encode, load_examples
+from ..data.readers import Source
 from ..errors import ConfigError, DataError
 from .config import TrainConfig
 
 __all__ = ["Data", "load_base_for", "load_examples_for", "token_examples"]
 
-Data = str | Path | Sequence[str] | Sequence[Example] | Sequence[TokenExample]
+Data = str | Path | Sequence[str] | Sequence[Source] | Sequence[Example] | Sequence[TokenExample]
 
 
 def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
@@ -47,11 +48,14 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
     """Turns whatever `loralib.train` accepts as data into token examples.
 
     Args:
-        data: paths of files, `Example` (text) or `TokenExample`.
+        data: files (paths, or what `read_sources` read of them), `Example` (text) or `TokenExample`.
         tokenizer: for files and text.
         config: how to read and tokenize.
         limit: how many examples to draw from files; 0: all.
-        name: what to call the data in messages.
+        name: "training" or "validation".
+
+    Returns:
+        The examples; their `texts` are empty where tokens were given.
 
     Raises:
         ConfigError: text without a tokenizer.
@@ -59,18 +63,19 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
     """
     items: Sequence[Any] = [data] if isinstance(data, (str, Path)) else data
     if not items:
-        raise DataError(f"{name} is empty, expected at least one example")
+        raise DataError(f"{name} data is empty, expected at least one example")
     kinds = {type(item) for item in items}
     if kinds == {TokenExample}:
         return Encoded(list(items))
-    are_files = all(isinstance(item, (str, Path)) for item in items)
+    are_files = all(isinstance(item, (str, Path, Source)) for item in items)
     if not are_files and kinds != {Example}:
         raise DataError(
-            f"{name} holds {' and '.join(sorted(kind.__name__ for kind in kinds))}, expected Example (text: "
+            f"{name} data holds {' and '.join(sorted(kind.__name__ for kind in kinds))}, expected Example (text: "
             "Example.of(prompt, completion)) or TokenExample, or the paths of files"
         )
     if tokenizer is None:
-        raise ConfigError(f"{name} is {'a file' if are_files else 'text'}, which needs a tokenizer: pass tokenizer=")
+        kind = "a file" if are_files else "text"
+        raise ConfigError(f"{name} data is {kind}, which needs a tokenizer: pass tokenizer=")
     if are_files:
         return load_examples_for(config, items, tokenizer, limit)
     return encode(items, tokenizer, config.seq_len, config.objective)

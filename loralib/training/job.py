@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..data import Encoded, read_sources
+from ..data import read_sources
 from ..errors import ConfigError
 from . import train
 from .config import TrainConfig
-from .inputs import load_base_for, load_examples_for
+from .inputs import load_base_for
 from .reporter import Reporter
 from .trainer import TrainResult
 
@@ -30,17 +30,6 @@ def run_job(config: TrainConfig) -> TrainResult:
     # Data first: a wrong file should show before a model is loaded.
     sources = read_sources(config.train_data, config.data_format)
     valid_sources = None if config.valid_data is None else read_sources(config.valid_data, config.data_format)
-    say = Reporter().say
-    say(f"Loading {config.model} ...")
+    Reporter().say(f"Loading {config.model} ...")
     model, tokenizer = load_base_for(config)
-    training = load_examples_for(config, sources, tokenizer, config.max_train_samples)
-    say(f"Loaded {len(training):,} training examples{_dropped(training)}")
-    if valid_sources is None:
-        return train(model, training.examples, config)
-    valid = load_examples_for(config, valid_sources, tokenizer, config.max_valid_samples)
-    say(f"Loaded {len(valid):,} validation examples{_dropped(valid)}")
-    return train(model, training.examples, config, valid_data=valid.examples)
-
-
-def _dropped(encoded: Encoded) -> str:
-    return f" ({encoded.drop_note})" if encoded.drop_note else ""
+    return train(model, sources, config, tokenizer=tokenizer, valid_data=valid_sources)

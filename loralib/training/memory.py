@@ -95,7 +95,7 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
             disable()
 
 
-# How allocators report it without an exception of their own: PyTorch's on Linux and macOS, on Windows, MPS, cuBLAS.
+# How allocators report it: PyTorch's on Linux and macOS, on Windows, on CUDA and MPS, cuBLAS.
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
@@ -104,9 +104,8 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
     """Turns whatever says that memory ran out into a TrainingError with advice."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        by_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not by_type and not any(message in str(error) for message in _MESSAGES):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(message in str(error) for message in _MESSAGES):
             raise
         raise TrainingError(f"memory ran out. {advice()}") from error
 

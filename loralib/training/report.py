@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..console import count, percent, table
@@ -17,10 +17,10 @@ from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
 from ..injection import adapted_layers
+from .checkpoint import Progress
 from .config import TrainConfig
-from .progress import Progress
 
-__all__ = ["Metrics", "learned_norms", "parameter_table", "plot_losses", "read_metrics", "write_card"]
+__all__ = ["Metrics", "parameter_table", "plot_losses", "read_metrics", "write_card"]
 
 
 class Metrics:
@@ -192,16 +192,6 @@ def parameter_table(model: nn.Module) -> str:
     return table(rows, ("parameters", "number", "share"))
 
 
-def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Returns each adapted layer's update: its Frobenius norm, absolute and as a share of the base weight's."""
-    norms = {}
-    for name, layer in adapted_layers(model):
-        delta = float(layer.delta_weight().detach().norm())
-        base = float(dense(layer.base_weight).detach().float().norm())
-        norms[name] = (delta, delta / base if base else 0.0)
-    return norms
-
-
 _TAGS = b"tags: [lora, loralib]"  # marks a card as ours
 
 
@@ -220,24 +210,26 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress:
     card = directory / "README.md"
     if card.exists() and _TAGS not in card.read_bytes():
         return
-    base = getattr(model, "name_or_path", "") or config.model
+    name = getattr(model, "name_or_path", "") or config.model
     adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
     targets = (
         adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
     )
-    norms = sorted(learned_norms(model).items(), key=lambda item: -item[1][1])
-    shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for name, (delta, share) in norms[:10])
+    layers = adapted_layers(model)
+    norms = [(name, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for name, layer in layers]
+    sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
+    shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, example_count).items())
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
         card,
         f"""---
-base_model: {json.dumps(base, ensure_ascii=False)}
+base_model: {json.dumps(name, ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {name}
 
 Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
 {picture}
@@ -250,7 +242,7 @@ Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
 ```python
 import loralib as lora
 
-model, tokenizer = lora.load_base({json.dumps(base, ensure_ascii=False)})
+model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
@@ -258,13 +250,17 @@ PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.
 
 ## What was learned
 
-Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(norms)} layers.
+Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(layers)} layers.
 
 | layer | update | share |
 |---|---:|---:|
 {shares}
 """,
     )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().float().norm())
 
 
 def _facts(config: TrainConfig, progress: Progress, example_count: int) -> dict[str, str]:

@@ -16,9 +16,8 @@ from ..data import TokenExample
 from ..errors import AdapterError, TrainingError
 from ..files import remove_file
 from ..formats import save_adapter, write_microsoft
-from .checkpoint import Checkpoint, checkpoint_files, last_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, Progress, checkpoint_files, last_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .progress import Progress
 from .report import plot_losses, write_card
 
 __all__ = ["RunDirectory", "run_settings"]

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ..errors import InterruptedRunError
+
 __all__ = ["StopRequest", "stop_on_signal"]
 
 _SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 
 
 class StopRequest:
-    """A signal handler that remembers the first signal; a second one raises KeyboardInterrupt.
-
-    Attributes:
-        signal_number: the first signal, or 0 while none has arrived.
-    """
+    """A signal handler that remembers the first signal (0: none yet); a second one raises KeyboardInterrupt."""
 
     signal_number = 0
 
@@ -30,15 +28,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_number != 0
 
-    @property
-    def name(self) -> str:
-        """The signal's name."""
-        return signal.Signals(self.signal_number).name
-
-    @property
-    def exit_signal(self) -> int:
-        """The signal that the exit code reports: SIGTERM for Ctrl-Break, which is how Windows asks a program to end."""
-        return signal.SIGTERM if self.signal_number == getattr(signal, "SIGBREAK", None) else self.signal_number
+    def error(self, message: str) -> InterruptedRunError:
+        """Returns the error that ends the run; for its exit code Ctrl-Break counts as SIGTERM, as Windows means it."""
+        is_break = self.signal_number == getattr(signal, "SIGBREAK", None)
+        name = signal.Signals(self.signal_number).name
+        return InterruptedRunError(f"{name}: {message}", signal.SIGTERM if is_break else self.signal_number)
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from torch import nn
 
 from ..data import TokenExample
 from ..data.order import epoch_order
-from ..errors import ConfigError, InterruptedRunError
+from ..errors import ConfigError
 from ..files import hold_directory
 from ..formats import check_portable
 from ..injection import adapted_layers, inject, unmerge
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Progress
 from .checks import (
     check_gradients,
     check_learned,
@@ -34,7 +34,6 @@ from .config import TrainConfig
 from .inputs import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
-from .progress import Progress
 from .report import Metrics
 from .reporter import Reporter
 from .run_directory import RunDirectory, run_settings
@@ -82,8 +81,8 @@ def run(
 ) -> TrainResult:
     """Trains an adapter; see `loralib.train`."""
     reporter = Reporter(verbose)
-    examples = _examples(data, tokenizer, config, config.max_train_samples, "training data", reporter)
-    valid = _examples(valid_data, tokenizer, config, config.max_valid_samples, "validation data", reporter)
+    examples = _examples(data, tokenizer, config, config.max_train_samples, "training", reporter)
+    valid = _examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter)
     if not valid and (config.early_stopping or config.eval_steps):
         name = "early_stopping" if config.early_stopping else "eval_steps"
         raise ConfigError(
@@ -113,8 +112,9 @@ def _examples(
     if data is None:
         return []
     encoded = token_examples(data, tokenizer, config, limit, name)
-    if encoded.drop_note:
-        reporter.say(f"{name.capitalize()}: {encoded.drop_note}")
+    if encoded.texts:
+        dropped = f" ({encoded.drop_note})" if encoded.drop_note else ""
+        reporter.say(f"Loaded {len(encoded):,} {name} examples{dropped}")
     return encoded.examples
 
 
@@ -324,10 +324,9 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self.stop:
             self._save()
-            raise InterruptedRunError(
-                f"{self.stop.name}: stopped after update {self.progress.step} of {self.total} and saved. "
-                "Run the same command with --resume to continue.",
-                self.stop.exit_signal,
+            raise self.stop.error(
+                f"stopped after update {self.progress.step} of {self.total} and saved. "
+                "Run the same command with --resume to continue."
             )
 
     def _save(self, finished: bool = False) -> None:
