@@ -7,16 +7,17 @@ embeddings, as in PEFT); modules trained in full and trained biases stand under 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import LoraConfig, first_match
+from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
 from .delta import block_diagonal_B, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import (
@@ -38,6 +39,8 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_bloc
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
+_MAX_STEPS = 1e8  # of matching a file's expressions; a few seconds
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -57,6 +60,14 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
         return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The modules to target: nn.MultiheadAttention's out_proj comes with the attention."""
+        modules = frozenset(self.modules)
+        return tuple(
+            m for m in self.modules if not (m.endswith(".out_proj") and m.removesuffix(".out_proj") in modules)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -263,6 +274,11 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
         AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
     """
     config = LoraConfig(enable_lora=enable_lora)
+    _check_matching(BLOCKS, config.enable_lora, adapter.modules)
+    if not all(map(is_plain_name, config.enable_lora)):
+        config = config.replace(
+            enable_lora=_as_pattern({name: config.blocks_of(name) for name in adapter.modules}, None)
+        )
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
@@ -297,31 +313,94 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     return Adapter(fused, tensors, kept)
 
 
+def without_expressions(adapter: Adapter) -> Adapter:
+    """Returns an adapter read from a file with settings that name modules, instead of the file's regular expressions.
+
+    A file's tensors say which modules are adapted and with which r, so that nobody's expressions have to be matched for
+    that.  Those of alpha_pattern are, once, against the names that the tensors give.
+
+    Raises:
+        AdapterError: alpha_pattern holds expressions that could take forever to match.
+    """
+    config, modules = adapter.config, adapter.modules
+    _check_matching("alpha_pattern", config.alpha_pattern, modules)
+    if not all(map(is_plain_name, (*config.rank_pattern, *config.alpha_pattern))):
+        # A rank that nothing in the config explains stays a fault.
+        allowed = {config.r, *config.rank_pattern.values()}
+        ranks = {module: rank if (rank := _rank(adapter, module)) in allowed else config.r for module in modules}
+        config = with_ranks(config, ranks, {module: config.alpha_of(module) for module in modules})
+    target, exclude = config.target_modules, config.exclude_modules
+    layers = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+    if (
+        (isinstance(target, str) and target != ALL_LINEAR)
+        or isinstance(exclude, str)
+        or not all(map(is_plain_name, layers))
+    ):
+        config = config.replace(
+            # Not a list, whose entries also fit as endings of other names.
+            target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    return replace(adapter, config=config)
+
+
+def _check_matching(knob: str, patterns: Iterable[str], modules: Sequence[str]) -> None:
+    slow = [key for key in patterns if matching_steps([key], modules) > _MAX_STEPS]
+    if slow or matching_steps(patterns, modules) > _MAX_STEPS:
+        raise AdapterError(
+            list_faults(
+                f"matching the expressions of {knob} with {len(modules):,} modules may take forever",
+                [key[:80] for key in slow or patterns],
+                f"Write names of modules or their endings into {knob} instead.",
+            )
+        )
+
+
+def _rank(adapter: Adapter, module: str) -> int | None:
+    """Returns how many rows the A of a module has."""
+    for name in ("lora_A", "lora_embedding_A"):
+        if (A := adapter.tensors.get(f"{module}.{name}")) is not None and A.dim() > 0:
+            return A.shape[0]
+    return None
+
+
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
     """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    if not ranks:
+        return config.replace(rank_pattern={}, alpha_pattern={})
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return config.replace(
-        r=r,
-        lora_alpha=alpha,
-        rank_pattern=_as_pattern({name: value for name, value in ranks.items() if value != r}, ranks),
-        alpha_pattern=_as_pattern({name: value for name, value in alphas.items() if value != alpha}, alphas),
+        r=r, lora_alpha=alpha, rank_pattern=_as_pattern(ranks, r), alpha_pattern=_as_pattern(alphas, alpha)
     )
 
 
-def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
-    """Shortens full names to name endings where all modules of that ending agree."""
-    names = list(every)
+def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns patterns for the modules whose value is not the default: name endings where these say enough."""
+    by_ending: dict[str, set[Any]] = {}
+    endings = set[str]()
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+        parts = name.split(".")
+        endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
     pattern: dict[str, Any] = {}
-    for name, value in odd.items():
-        if odd.get(name.removesuffix(".out_proj")) == value and name.endswith(".out_proj"):
-            continue  # what is said of an attention holds for its out_proj
-        # "^" for a name that is an ending of others, as "0" is of "block.0".
-        for key in (name.rpartition(".")[2], name, f"^{name}"):
-            if all(odd.get(n) == value for n in names if first_match({key: None}, n)):
-                pattern[key] = value
-                break
+    for name, value in values.items():
+        # What is said of an attention holds for its out_proj.
+        if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
+            continue
+        ending = name.rpartition(".")[2]
+        if len(by_ending[ending]) == 1:
+            key = _literal(ending)
+        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
+            key = f"^{_literal(name)}" if name in endings else _literal(name)
+        pattern[key] = value
     return pattern
+
+
+def _literal(name: str) -> str:
+    return name if is_plain_name(name) else re.escape(name)
 
 
 def _to_json(value: Any) -> str:
@@ -350,7 +429,7 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
         bias=bias,
         modules_to_save=modules_to_save or None,
-        enable_lora=_as_pattern(blocks, ranks),
+        enable_lora=_as_pattern({name: blocks.get(name) for name, _ in layers}, None),
     )
     return with_ranks(config, ranks, alphas)
 

@@ -437,12 +437,7 @@ def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
 
     'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
     """
-    chosen = [
-        name
-        for name in adapter.modules
-        # nn.MultiheadAttention's out_proj comes with the attention module.
-        if not (name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.modules)
-    ]
+    chosen = list(adapter.target_modules)
     if model is None:
         return chosen
     names = [name for name, _ in model.named_modules()]
