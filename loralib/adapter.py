@@ -20,19 +20,9 @@ from torch.nn import functional as F
 from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
 from .delta import block_diagonal_B, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import (
-    InjectReport,
-    adapted_layers,
-    applicable,
-    fingerprint,
-    fully_trained_tensors,
-    inject,
-    injection_of,
-    match_modules,
-    remove,
-    unmerge,
-)
+from .injection import InjectReport, adapted_layers, fingerprint, inject, injection_of, remove, unmerge
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
+from .targets import fully_trained_tensors, match_modules, without_unused_entries
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
@@ -149,7 +139,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     layers = adapted_layers(model)
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
-    config = applicable(model, adapter.config)
+    config = without_unused_entries(model, adapter.config)
     targets = match_modules(model, config)
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
@@ -186,7 +176,7 @@ def _fill_layers(
     model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
 ) -> ApplyReport:
     """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
-    in_full = fully_trained_tensors(model, applicable(model, adapter.config), layers)
+    in_full = fully_trained_tensors(model, without_unused_entries(model, adapter.config), layers)
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
         keys = layer.tensor_keys()

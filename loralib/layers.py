@@ -33,6 +33,7 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "adapted_class",
+    "base_class",
     "is_conv1d",
 ]
 
@@ -624,6 +625,12 @@ def adapted_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALay
 
 
 _CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that a module had before `adapted_class`, which is its own where it is not adapted."""
+    halves = type(module).__dict__.get("_halves")
+    return halves[1] if halves else type(module)
 
 
 def _rebuild(mixin: type[LoRALayer], base: type[nn.Module]) -> LoRALayer:

@@ -22,8 +22,8 @@ from ..combine import Update, check_sound, factors, resize, updates_of, with_upd
 from ..config import LoraConfig, matches
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
-from ..injection import match_modules
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
+from ..targets import match_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, write_peft
