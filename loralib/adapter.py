@@ -85,7 +85,7 @@ class ApplyReport:
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
-            "unknown": "the adapter does not say for which base: not checked",
+            "unknown": "base model not checked: the adapter does not say which one it belongs to",
             "other": "trained on a base model with other values, as allowed",
         }
         return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
@@ -171,7 +171,7 @@ def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
             remove(model)
         report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True))
     layers = adapted_layers(model)
-    _copy(_values(layers, adapter) + _values_in_full(fully_trained_tensors(model, adapter.config, layers), adapter))
+    _copy(_pairs(layers, fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
 
 
@@ -192,25 +192,23 @@ def _fill_layers(
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
-    values = _values(layers, adapter) + _values_in_full(in_full, adapter)
+    pairs = _pairs(layers, in_full, adapter)
     for _, layer in layers:
         layer.unmerge()
-    _copy(values)
+    _copy(pairs)
     return ApplyReport(applied=len(expected), base=base)
 
 
-def _values(layers: list[tuple[str, LoRALayer]], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-    """Pairs what the layers train with the adapter's values for it."""
-    pairs = list[tuple[Tensor, Tensor]]()
+def _pairs(
+    layers: list[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor], adapter: Adapter
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs each trained tensor of a model with the adapter's values for it."""
+    pairs = [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
     for name, layer in layers:
         with _named_errors(name):
             values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
         pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
     return pairs
-
-
-def _values_in_full(in_full: Mapping[str, Tensor], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-    return [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
 
 
 @torch.no_grad()

@@ -420,7 +420,23 @@ class LoRAFoldedConv(LoRALayer):
 # Microsoft's classes.
 
 
-class Linear(LoRALinear, nn.Linear):
+class _BuiltLayer(LoRALayer):
+    """What Microsoft's classes have in common: a constructor makes base and adapter together."""
+
+    def _init_lora(self, *args: Any, **kwargs: Any) -> None:
+        super()._init_lora(*args, **kwargs)
+        if self.r > 0:
+            self.base_weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Initialises the base weight again and, where there is an adapter, its tensors."""
+        self.unmerge()
+        super().reset_parameters()  # type: ignore[misc]
+        if self.trained_tensors():
+            self.reset_lora_parameters()
+
+
+class Linear(_BuiltLayer, LoRALinear, nn.Linear):
     """nn.Linear with a low-rank update (section 4.1 of the paper).
 
     Args:
@@ -428,7 +444,7 @@ class Linear(LoRALinear, nn.Linear):
         out_features: size of an output.
         r: rank of the update; 0 makes a plain nn.Linear.
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability of dropping an input of the low-rank path while training.
+        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         fan_in_fan_out: store the weight as (in, out), as GPT-2's Conv1D does.
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
         **kwargs: for nn.Linear (bias, device, dtype).
@@ -459,15 +475,6 @@ class Linear(LoRALinear, nn.Linear):
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            self.weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base weight and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        nn.Linear.reset_parameters(self)
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.T, self.bias) if self.fan_in_fan_out else nn.Linear.forward(self, x)
@@ -481,7 +488,7 @@ class MergedLinear(Linear):
         out_features: size of an output; a multiple of len(enable_lora).
         r: rank of each adapted block.
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability of dropping an input of the low-rank path while training.
+        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         enable_lora: which of the equal output blocks are adapted; with k of n: A (r*k, in), B (out/n*k, r).
         fan_in_fan_out: store the weight as (in, out).
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
@@ -524,7 +531,7 @@ class BlockError(ConfigError, AssertionError):
     """len(enable_lora) does not divide out_features (loralib 0.1.2 raises AssertionError)."""
 
 
-class Embedding(LoRAEmbedding, nn.Embedding):
+class Embedding(_BuiltLayer, LoRAEmbedding, nn.Embedding):
     """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normal.
 
     Args:
@@ -547,18 +554,9 @@ class Embedding(LoRAEmbedding, nn.Embedding):
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         self._init_lora(r, lora_alpha, 0.0, merge_weights)
-        if r > 0:
-            self.weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base table and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        nn.Embedding.reset_parameters(self)
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
 
-class _Conv(LoRAFoldedConv):
+class _Conv(_BuiltLayer, LoRAFoldedConv):
     """The constructor that Conv1d, Conv2d and Conv3d share."""
 
     def __init__(
@@ -574,15 +572,6 @@ class _Conv(LoRAFoldedConv):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            self.base_weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base weight and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        super().reset_parameters()  # type: ignore[misc]
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
 
 class Conv1d(_Conv, nn.Conv1d):
