@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
-Loss: TypeAlias = tuple[float, float]  # norms: of what is lost, and of the exact update
+Loss: TypeAlias = tuple[float, float]  # norms of the difference and of the exact update
 
 # What `combine` can do, and what each is good for.
 METHODS: Mapping[str, str] = {
@@ -129,18 +129,18 @@ class Combination:
 
 
 def faults_of(adapter: Adapter) -> list[str]:
-    """Lists what is wrong with an adapter's tensors by themselves, before any model is seen."""
+    """Lists what is wrong with an adapter's tensors, as far as can be told without a model."""
     return [f"{place}: {fault}" if place else fault for place, fault in located_faults(adapter)]
 
 
 def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
-    """Lists `faults_of` with the name of the module or tensor that each is about."""
+    """Lists the faults with the name of the module or tensor that each is about."""
     faults = []
     for module in adapter.modules:
-        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.tensors else "lora_"
-        A, B = (adapter.tensors.get(f"{module}.{kind}{half}") for half in "AB")
+        keys = adapter.factor_keys(module)
+        A, B = map(adapter.tensors.get, keys)
         if A is None or B is None:
-            faults.append((module, f"{kind}{'A' if A is None else 'B'} is missing"))
+            faults.append((module, f"{keys[A is not None].rpartition('.')[2]} is missing"))
             continue
         if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[:1, :1].numel() != 1):
             faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together"))
@@ -148,8 +148,8 @@ def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
         r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
         expected = r if blocks is None else r * sum(blocks)
         if A.shape[0] != expected or B.shape[1] != r:
-            said = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
-            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {said}"))
+            rank = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
+            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {rank}"))
         elif blocks is not None and B.shape[0] % sum(blocks):
             faults.append((module, f"B {tuple(B.shape)} does not divide into {sum(blocks)} blocks"))
     for name, tensor in adapter.tensors.items():
@@ -206,10 +206,8 @@ def update_of(adapter: Adapter, module: str) -> Update:
 
 def factors(adapter: Adapter, module: str) -> FactorPair:
     """Returns a module's A and B as they are stored."""
-    A = adapter.tensors.get(f"{module}.lora_A")
-    if A is not None:
-        return A, adapter.tensors[f"{module}.lora_B"]
-    return adapter.tensors[f"{module}.lora_embedding_A"], adapter.tensors[f"{module}.lora_embedding_B"]
+    key_A, key_B = adapter.factor_keys(module)
+    return adapter.tensors[key_A], adapter.tensors[key_B]
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter:
@@ -222,9 +220,9 @@ def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if not _is_factor(name)}
     for name, (A, B) in updates.items():
         old_A, old_B = factors(adapter, name)
-        kind = "lora_" if f"{name}.lora_A" in adapter.tensors else "lora_embedding_"
-        tensors[f"{name}.{kind}A"] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
-        tensors[f"{name}.{kind}B"] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
+        key_A, key_B = adapter.factor_keys(name)
+        tensors[key_A] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
+        tensors[key_B] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
     ranks = {name: A.shape[0] for name, (A, _) in updates.items()}
     config = with_ranks(adapter.config.replace(enable_lora={}, use_rslora=False), ranks, dict(ranks))
     return Adapter(config, tensors, {key: text for key, text in adapter.metadata.items() if key != BLOCKS})
@@ -317,7 +315,7 @@ def subtract(adapter: Adapter, other: Adapter, r: int | None = None) -> Combinat
 
 
 def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
-    """Returns the nearest adapter of another rank: the largest singular values of each update are kept.
+    """Returns the nearest adapter of another rank, with the largest singular values of each update.
 
     Args:
         adapter: any plain one.
@@ -398,7 +396,7 @@ def _check_arguments(
 
 
 def _template(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns an adapter that names all modules of several, with what they agree on."""
+    """Returns an adapter with the modules of all adapters and the settings that they share."""
     rest = [
         f"{name} (adapter {number})"
         for number, adapter in enumerate(adapters, 1)
@@ -463,7 +461,7 @@ def _rank_for(S: Tensor, energy: float) -> int:
 
 
 def _cut(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[FactorPair, Loss]:
-    """Returns the best factors of rank r, and the norms of what is lost and of what was there."""
+    """Returns the best factors of rank r, and the norms of the difference and of the exact update."""
     return balanced_factors(U, S, Vh, r), (float(S[r:].norm()), float(S.norm()))
 
 

@@ -403,10 +403,10 @@ class LoRAFoldedConv(LoRALayer):
         conv = cast(nn.Conv2d, self)
         delta = self.delta_weight()
         if self.lora_dropout and self.training:
-            dropped: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
-            return cast(Tensor, super().forward(x)) + dropped
-        moved: Tensor = conv._conv_forward(x, add_delta(dense(self.base_weight), delta), conv.bias)
-        return moved
+            update: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
+            return cast(Tensor, super().forward(x)) + update
+        y: Tensor = conv._conv_forward(x, add_delta(dense(self.base_weight), delta), conv.bias)
+        return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # loralib 0.1.2 saved base weights twice, as `weight` and as `conv.weight`.
