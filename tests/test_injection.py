@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import MergeError, TargetError
-from loralib.injection import adapted_layers, fingerprint, injection_of, match_modules
+from loralib.injection import adapted_layers, fingerprint, injection_of
 from loralib.layers import LoRAEmbedding, LoRALayer
+from loralib.targets import match_modules
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30]])
 
@@ -330,7 +331,7 @@ def test_without_an_adapter_there_is_nothing_to_remove_or_merge() -> None:
         pass
 
 
-@pytest.mark.parametrize("step", ["_adapt", "_copies", "_guard_methods", "_report"])
+@pytest.mark.parametrize("step", ["_adapt", "_trainable_copies", "_guard_methods", "_report"])
 def test_a_failure_in_between_leaves_the_model_untouched(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that nobody foresaw, such as running out of memory at the third layer."""
     module = sys.modules["loralib.injection"]

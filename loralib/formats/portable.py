@@ -22,8 +22,8 @@ from ..combine import Update, check_sound, factors, resize, updates_of, with_upd
 from ..config import LoraConfig, matches
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
-from ..injection import match_modules
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
+from ..targets import match_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, write_peft
@@ -437,12 +437,7 @@ def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
 
     'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
     """
-    chosen = [
-        name
-        for name in adapter.modules
-        # nn.MultiheadAttention's out_proj comes with the attention module.
-        if not (name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.modules)
-    ]
+    chosen = list(adapter.target_modules)
     if model is None:
         return chosen
     names = [name for name, _ in model.named_modules()]
