@@ -142,7 +142,10 @@ class Checkpoint:
                 parameter.copy_(self.parameters[name])
         state = {number: dict(values) for number, values in self.optimizer.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        _set_random_states(self.rng, _device(parameters))
+        torch.set_rng_state(self.rng["cpu"])
+        device = _device(parameters)
+        if device.type != "cpu" and device.type in self.rng:
+            torch.get_device_module(device).set_rng_state(self.rng[device.type], *_index(device))
         return {name: tensor.to(parameters[name].device) for name, tensor in self.initial.items()}
 
     def require_same(self, settings: Mapping[str, Any], parameters: Mapping[str, Tensor], path: Path) -> None:
@@ -260,14 +263,8 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type], *_index(device))
-
-
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is one
+    return () if device.type == "mps" else (device,)  # Apple's only GPU has no number
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
@@ -286,18 +283,18 @@ def _read(path: Path) -> Checkpoint:
         raise FormatError(f"{path} was written by an early loralib without a checksum, so damage would go unnoticed")
     if metadata[_DIGEST] != _digest(metadata[_STATE], tensors):
         raise FormatError(f"{path} is damaged: its content does not match its checksum")
+    parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "initial": {}, "rng": {}}
+    optimizer: dict[int, dict[str, Tensor]] = {}
     try:
         about = json.loads(metadata[_STATE])
         progress, settings = Progress(**about["progress"]), about["settings"]
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                number, _, rest = rest.partition("/")
+                optimizer.setdefault(int(number), {})[rest] = tensor
+            else:
+                parts[kind][rest] = tensor
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path} is not a checkpoint of a training run: {error}") from error
-    parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "initial": {}, "rng": {}}
-    optimizer: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            number, _, rest = rest.partition("/")
-            optimizer.setdefault(int(number), {})[rest] = tensor
-        else:
-            parts[kind][rest] = tensor
     return Checkpoint(progress, settings, parts["parameter"], parts["initial"], optimizer, parts["rng"])

@@ -22,14 +22,7 @@ _WINDOW = 20  # updates whose average loss tells an explosion from noise
 
 
 def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
-    """Returns what is wrong with an update's loss or gradient, or "".
-
-    Args:
-        losses: the training losses before it.
-        loss: its training loss.
-        gradient_norm: its gradient's norm, before clipping.
-        step: its number, from 1.
-    """
+    """Returns what is wrong with an update's loss or gradient, or ""; `losses` are those of the updates before."""
     if not math.isfinite(loss):
         return f"the training loss became {loss} at update {step}"
     recent = losses[-_WINDOW:]
@@ -110,14 +103,8 @@ def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
 def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, lr: float) -> None:
     """Checks that training changed some weight of the model, as far as fp32 can tell.
 
-    Args:
-        model: adapted and trained.
-        initial: the trained parameters before the first update, by name.
-        steps: updates done, for the message.
-        lr: peak learning rate, for the message.
-
     Raises:
-        NothingLearnedError: it changed none.
+        NothingLearnedError: the trained parameters have the effect of their `initial` values.
     """
     if not _has_learned(model, initial):
         raise NothingLearnedError(

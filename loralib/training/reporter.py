@@ -25,16 +25,9 @@ _SILENCE = 30.0  # seconds without a line where no progress bar is drawn
 
 
 class Reporter:
-    """Prints what happens in a run.
+    """Prints what happens in a run; nothing if not verbose."""
 
-    Args:
-        verbose: False prints nothing.
-
-    Attributes:
-        from_base: whether the first validation loss is the base model's, rather than an earlier adapter's.
-    """
-
-    from_base = True
+    from_base = True  # whether the first validation loss is the base model's, rather than an earlier adapter's
 
     def __init__(self, verbose: bool = True) -> None:
         self._verbose = verbose

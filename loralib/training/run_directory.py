@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..data import TokenExample
+from ..delta import dense
 from ..errors import AdapterError, TrainingError
 from ..files import remove_file
 from ..formats import save_adapter, write_microsoft
@@ -35,15 +36,7 @@ _TEMPORARY = tuple(
 
 
 class RunDirectory:
-    """The output directory of one run, which must hold its lock (see `hold_directory`).
-
-    Args:
-        path: the directory.
-        config: the run's settings.
-
-    Attributes:
-        path, checkpoints, best: the directory, and those for checkpoints and the best adapter in it.
-    """
+    """The output directory of one run, which must hold its lock (see `hold_directory`)."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.checkpoints, self.best = path, path / "checkpoints", path / "best"
@@ -75,9 +68,8 @@ class RunDirectory:
         if config.resume:
             if last is None:
                 raise TrainingError(f"{self.path} holds no checkpoint to resume from; leave out --resume to start")
-            checkpoint, path = last
-            checkpoint.require_same(settings, parameters, path)
-            return checkpoint
+            last[0].require_same(settings, parameters, last[1])
+            return last[0]
         if last is not None and not last[0].progress.finished:
             raise TrainingError(
                 f"{self.path} holds a run that stopped after {last[0].progress.step} updates. Add --resume to "
@@ -148,7 +140,7 @@ def _hash_frozen(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             dtypes.add(str(parameter.dtype).removeprefix("torch."))
-            flat = parameter.detach().reshape(-1)
+            flat = dense(parameter).detach().reshape(-1)
             samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
             digest.update(f"{name} {tuple(parameter.shape)} {samples.tolist()}\n".encode())
     return f"{' and '.join(sorted(dtypes))} {digest.hexdigest()[:16]}"

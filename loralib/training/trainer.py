@@ -131,20 +131,7 @@ def _inject(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
 
 
 class Trainer:
-    """Trains a model from where its directory says to its end.
-
-    Args:
-        model: adapted.
-        examples: to train on.
-        valid: to validate on; may be empty.
-        config: the settings.
-        directory: where the run saves.
-        reporter: what it prints.
-        stop: true once a signal asked the run to stop.
-
-    Attributes:
-        metrics: the log, which the caller closes.
-    """
+    """One run of an adapted model, from what its directory holds to its end.  The caller closes `metrics`."""
 
     def __init__(
         self,
@@ -168,10 +155,7 @@ class Trainer:
         self.losses: list[float] = []  # of this call's updates, as are the next two
         self.seconds, self.tokens = 0.0, 0
         self.step = make_step(
-            model,
-            packing=config.packing,
-            share_prompts=config.share_prompts,
-            label_smoothing=config.label_smoothing,
+            model, packing=config.packing, share_prompts=config.share_prompts, label_smoothing=config.label_smoothing
         )
         checkpoint = directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say)
         if checkpoint is None:
@@ -361,14 +345,8 @@ def _epoch_updates(
     examples: Sequence[TokenExample], config: TrainConfig, epoch: int, max_siblings: int
 ) -> Iterator[list[list[TokenExample]]]:
     """Yields the batches of each update of an epoch."""
-    order = epoch_order(
-        examples,
-        config.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        max_siblings=max_siblings,
-        shuffle=config.shuffle,
-    )
+    seed, shuffle = config.seed, config.shuffle
+    order = epoch_order(examples, config.batch_size, seed=seed, epoch=epoch, max_siblings=max_siblings, shuffle=shuffle)
     batches = [[examples[index] for index in batch] for batch in order]
     for start in range(0, len(batches), config.grad_accum):
         yield batches[start : start + config.grad_accum]
