@@ -308,6 +308,33 @@ def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -
     assert events[-1]["trained_tokens"] == 99  # the last line end is none; nothing comes before the first token
 
 
+def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    for number, first_line in enumerate(
+        (
+            "LoRA on all-linear (14 modules): r=4, lora_alpha=8",
+            "The network has an adapter already; --lora_dim and --target_modules do not apply.",
+        )
+    ):
+        lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == first_line
+        starts = ["parameters", "Total", "Trainable", "Frozen", "Memory", "Epoch 1", "Done: 4 updates", "Adapter: "]
+        places = [next(place for place, line in enumerate(lines) if line.startswith(start)) for start in starts]
+        assert places == sorted(places)
+
+
+def test_what_the_declared_tool_could_not_compute_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    config = settings(tmp_path, target_modules="embed_tokens,q_proj", target="llamacpp")
+    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp cannot compute this adapter rightly.*embed_tokens"):
+        train(config, model)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("asked", ["early_stopping", "eval_steps"])
 def test_validations_without_validation_data_are_refused(tmp_path: Path, asked: str) -> None:
     with pytest.raises(errors.ConfigError, match=f"{asked} is 2, but there is no validation data"):
