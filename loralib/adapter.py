@@ -144,6 +144,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
+    if not adapter.modules:
+        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     layers = adapted_layers(model)
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
