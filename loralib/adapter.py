@@ -30,7 +30,7 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_bloc
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
-_MAX_STEPS = 1e8  # of matching a file's expressions; a few seconds
+_MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
 @dataclass(frozen=True)
