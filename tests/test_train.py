@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import errno
 import importlib
 import itertools
@@ -31,15 +30,14 @@ import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
-from loralib.engine.linears import Linears
-from loralib.engine.ordered import can_order
+from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.training import run_directory, trainer
 from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.training.report import plot_losses, read_metrics
-from loralib.training.step import Step, StepStats
+from loralib.training.step import Step, StepStats, make_step
 
 VOCABULARY = 23
 
@@ -205,7 +203,7 @@ def test_an_update_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest
         reads = mode.reads  # the step's own are its own matter
         stats = forward_backward(self, batch, **kwargs)
         mode.reads = reads
-        return dataclasses.replace(stats, loss_sum=torch.as_tensor(stats.loss_sum))  # type: ignore[arg-type]
+        return stats
 
     plain = train(settings(tmp_path / "plain", num_epochs=1, grad_accum=2)).losses
     monkeypatch.setattr(trainer.Trainer, "_update", counted)
@@ -266,7 +264,7 @@ def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
 
 
 def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
-    from loralib.training.step import evaluate_loss, make_step
+    from loralib.training.step import evaluate_loss
 
     model, examples = tiny_model(), copying_examples()
     step, sizes = make_step(model), []
@@ -360,11 +358,15 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert empty == weights + sum(p.numel() for p in model.parameters() if p.requires_grad) * 16 + 256 * VOCABULARY * 8
     model.bfloat16()
-    if can_order(model.lm_head.weight):  # every linear twice more, the head too
+    if can_prepack(model.lm_head.weight):  # every linear twice more, the head too
         linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
-        assert Linears(model).copies_bytes == 2 * linears
+        prepacked = make_step(model).prepacked_bytes
+        assert prepacked == 2 * linears
         weights = sum(p.nbytes for p in model.parameters()) + 2 * linears
-        assert memory_estimate(model, 0, False)[0] - weights == empty - sum(p.numel() for p in model.parameters()) * 4
+        assert (
+            memory_estimate(model, 0, False, prepacked)[0] - weights
+            == empty - sum(p.numel() for p in model.parameters()) * 4
+        )
 
 
 def test_logs_get_a_line_now_and_then(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.linears import Linears
 from ..errors import ConfigError, TrainingError
 from ..files import free_memory
 from ..injection import adapted_layers
@@ -110,21 +109,24 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
         raise TrainingError(f"memory ran out. {advice()}") from error
 
 
-def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple[float, float | None]:
+def memory_estimate(
+    model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0
+) -> tuple[float, float | None]:
     """Estimates the memory that training needs.
 
     Args:
         model: adapted.
         tokens: tokens of one step.
         checkpointing: whether activations are recomputed.
+        prepacked_bytes: of the prepacked copies of frozen weights (see `Step`).
 
     Returns:
-        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact, including
-        their prepacked copies.  The rest was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the
+        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact.  The rest
+        was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the
         inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around
         them), twice where they are not.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + _prepacked_bytes(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
     # Gradient, two moments and the initial values, all in fp32.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
@@ -143,8 +145,3 @@ def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple
     device = next(model.parameters()).device
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
     return weights + trained + tokens * activations * (0.25 if checkpointing else 1.0) + head_chunk, free
-
-
-def _prepacked_bytes(model: nn.Module) -> int:
-    """Bytes of the prepacked copies of frozen weights that the engine will make."""
-    return Linears(model).copies_bytes

@@ -13,7 +13,6 @@ from torch import nn
 from ..console import duration, progress, say, size
 from ..injection import InjectReport, injection_of
 from .config import TrainConfig
-from .memory import memory_estimate
 from .report import parameter_table
 
 if TYPE_CHECKING:
@@ -60,11 +59,8 @@ class Reporter:
         self.say(parameter_table(model))
         self.say()
 
-    def memory(self, model: nn.Module, step_tokens: int, checkpointing: bool) -> None:
-        """The memory that steps of so many tokens need."""
-        if not self._verbose:  # the estimate takes a while
-            return
-        needed, free = memory_estimate(model, step_tokens, checkpointing)
+    def memory(self, needed: float, free: float | None) -> None:
+        """The memory that training needs, and what is free (see `memory_estimate`)."""
         self.say(f"Memory: about {size(needed)} needed" + (f", {size(free)} free" if free else ""))
         if free and needed > free:
             self.say("  That may not fit: lower --batch_size or --seq_len, or add --gradient_checkpointing.")

@@ -32,7 +32,7 @@ from .checks import (
 )
 from .config import TrainConfig
 from .inputs import Data, token_examples
-from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory
+from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .report import Metrics
 from .reporter import Reporter
@@ -176,7 +176,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
-            with nullcontext(self.step):  # the engine holds the model's forward pass from here to the last validation
+            with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._run_epochs()
         finally:
             self.reporter.close_bar()
@@ -191,8 +191,10 @@ class Trainer:
             say(f"WARNING: {self.metrics.note}.")
         if not reaches_peak(config, self.total):
             say(f"WARNING: --warmup_steps {config.warmup_steps} outlasts the run: --lr is never reached.")
-        step_tokens = max(map(len, self.examples)) * config.batch_size
-        self.reporter.memory(self.model, step_tokens, config.gradient_checkpointing)
+        tokens = max(map(len, self.examples)) * config.batch_size
+        self.reporter.memory(
+            *memory_estimate(self.model, tokens, config.gradient_checkpointing, self.step.prepacked_bytes)
+        )
 
     def _run_epochs(self) -> None:
         progress, config = self.progress, self.config
@@ -269,8 +271,7 @@ class Trainer:
         ]
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf)
         # The one place where an update waits for the device.
-        sums = [torch.as_tensor(each.loss_sum, device=norm.device) for each in stats]
-        *loss_sums, norm_value = torch.stack([*sums, norm]).tolist()
+        *loss_sums, norm_value = torch.stack([*(each.loss_sum.to(norm.device) for each in stats), norm]).tolist()
         loss = sum(loss_sum * scale for loss_sum, scale in zip(loss_sums, scales, strict=True))
         return loss * config.grad_accum / len(batches) if paper else loss, norm_value, stats
 
