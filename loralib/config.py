@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import re
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import AdapterError, ConfigError, did_you_mean, list_faults
 
-__all__ = ["ALL_LINEAR", "LoraConfig", "first_match", "matches"]
+__all__ = ["ALL_LINEAR", "LoraConfig", "first_match", "is_plain_name", "matches", "matching_steps"]
 
 ALL_LINEAR = "all-linear"
 
@@ -129,8 +127,8 @@ class LoraConfig:
             faults.append(
                 f"r is {self.r!r}, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)"
             )
-        elif self.r > _MOST_R:
-            faults.append(f"r is above {_MOST_R:,}, wider than any layer")
+        elif self.r > _MAX_R:
+            faults.append(f"r is above {_MAX_R:,}, wider than any layer")
         if not _is_number(self.lora_alpha) or self.lora_alpha == 0:
             faults.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number other than 0 (often 2 * r)")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -144,7 +142,7 @@ class LoraConfig:
         if layers and self.layers_to_transform is None:
             faults.append(f"layers_pattern is {list(layers)!r}, which says nothing without layers_to_transform")
         for key, rank in self.rank_pattern.items():
-            if not _is_int(rank) or not 1 <= rank <= _MOST_R:
+            if not _is_int(rank) or not 1 <= rank <= _MAX_R:
                 faults.append(f"rank_pattern[{key!r}] is {str(rank)[:80]}, expected a whole number of at least 1")
         for key, alpha in self.alpha_pattern.items():
             if not _is_number(alpha) or alpha == 0:
@@ -155,27 +153,21 @@ class LoraConfig:
         return faults
 
     def _pattern_faults(self, layers: Sequence[str]) -> list[str]:
-        """Names lists and expressions that would take too long to match: a file from elsewhere may hold them."""
+        """Lists settings that are too long, and regular expressions that are none."""
         keyed = ("rank_pattern", "alpha_pattern", "enable_lora")
-        counted = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", *keyed)
+        named = ("target_modules", "exclude_modules")
+        lists = (*named, "modules_to_save", "layers_to_transform", "layers_pattern", *keyed)
         faults = [
-            f"{name} has {len(value):,} entries, expected at most {_MOST_ENTRIES:,}"
-            for name, value in ((name, getattr(self, name)) for name in counted)
-            if isinstance(value, (tuple, dict)) and len(value) > _MOST_ENTRIES
+            f"{name} has {len(value):,} entries, expected at most {_MAX_ENTRIES:,}"
+            for name, value in ((name, getattr(self, name)) for name in lists)
+            if isinstance(value, (tuple, dict)) and len(value) > _MAX_ENTRIES
         ]
-        if faults or len(layers) > _MOST_ENTRIES:
-            return faults or ["layers_pattern has too many entries"]
-        named = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules"))
-        found = [(name, value, 1) for name, value in named if isinstance(value, str)]
-        # Keys are matched behind a `(.*\.)?` of their own.
-        found += [(f"a key of {name}", key, _OPEN) for name in keyed for key in getattr(self, name)]
-        found += [("layers_pattern", pattern, _OPEN) for pattern in layers]
-        left = float(_MOST_WAYS)
-        for name, expression, times in found:
-            more, ways = _expression_faults(name, expression, left / times)
-            faults += more
-            left -= ways * times
-        return faults
+        if faults:
+            return faults
+        expressions = [(name, getattr(self, name)) for name in named if isinstance(getattr(self, name), str)]
+        expressions += [(f"a key of {name}", key) for name in keyed for key in getattr(self, name)]
+        expressions += [("layers_pattern", pattern) for pattern in layers]
+        return [fault for name, expression in expressions if (fault := _expression_fault(name, expression))]
 
     def rank_of(self, name: str) -> int:
         """Returns r for the module of that dotted name."""
@@ -287,14 +279,16 @@ def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
     return None
 
 
-def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
+def first_match(patterns: Iterable[str], name: str) -> str | None:
     """Returns the first key K for which ``(.*\\.)?(K)$`` fits a dotted module name (PEFT's rule), or None.
 
     >>> first_match({"layers.1.q_proj": 4, "q_proj": 8}, "model.layers.1.q_proj")
     'layers.1.q_proj'
     """
     for key in patterns:
-        if _ending(key).match(name):
+        if name.endswith(key) and matches((key,), name):
+            return key
+        if not is_plain_name(key) and _ending(key).match(name):
             return key
     return None
 
@@ -305,73 +299,58 @@ def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
     return first_match(patterns, name.removesuffix(".out_proj")) if key is None else key
 
 
+@functools.cache
+def is_plain_name(key: str) -> bool:
+    """Whether a pattern is just a dotted name, which is compared and not run as a regular expression."""
+    return re.fullmatch(r"[\w.-]+", key) is not None
+
+
 @functools.cache  # re's own cache holds 512, and a config may name every module of a large model
 def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _expression_faults(name: str, expression: str, most: float) -> tuple[list[str], float]:
-    """Returns what is wrong with a regular expression, and how many ways of matching a name may have to be tried."""
-    if _PLAIN.fullmatch(expression):  # thousands of modules may be named one by one
-        return [], 1
-    if len(expression) > 10_000:
-        return [f"{name} has {len(expression):,} characters; give a list of names instead"], 0
+def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
+    """Bounds how many steps `first_match` takes, for patterns and names that come from a file.
+
+    A regular expression tries every way to share a name between its repeats, for every choice of alternatives.
+
+    >>> matching_steps(["q_proj", r"layers\\.[01]\\..*_proj"], ["layers.0.q_proj"])
+    49.0
+    >>> matching_steps(["(a*)*"], ["a"])
+    inf
+    """
+    length = max(map(len, names), default=0) + 1
+    dots = max((name.count(".") for name in names), default=0) + 1
+    total = 0.0
+    for pattern in patterns:
+        if is_plain_name(pattern):
+            total += 1
+            continue
+        # Escapes and sets stand for one letter each: repeats, groups and alternatives are left.
+        bare = re.sub(r"\\.|\[\^?.[^\]]*\]", "x", pattern[:_MAX_KEY]).replace("(?:", "(")
+        repeats, groups = len(re.findall(r"[*+?{]+", bare)), bare.count("(") + 1
+        if len(pattern) > _MAX_KEY or repeats > 9 or groups > 9 or re.search(r"\)[*+{]|\(\?", bare):
+            return math.inf
+        total += (bare.count("|") / groups + 1) ** groups * float(length) ** repeats * dots
+    return total * len(names)
+
+
+def _expression_fault(name: str, expression: str) -> str | None:
+    if is_plain_name(expression):  # thousands of modules may be named one by one
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(expression)
-        ways = _ways(_parser.parse(expression))
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} is {expression[:80]!r}, which is no regular expression: {error}"], 0
-    if ways > most:
-        return [
-            f"{name} is {expression[:80]!r}, which may take forever to match: it repeats what can match in several "
-            "ways, or has too many open ends; give a list of names, or use .* less often"
-        ], 0
-    return [], ways
+        return f"{name} is {expression[:80]!r}, which is not a regular expression: {error}"
+    return None
 
 
-# Matching tries every way to share a name between the open parts of an expression.
-_OPEN = 32  # where `.*` may end, as far as it adds up: n of them share 64 letters in about 32**n ways
-_MOST_WAYS = _OPEN**5  # of all expressions of a config together
-_MOST_ENTRIES = 20_000
-_MOST_R = 1_000_000
-_PLAIN = re.compile(r"[\w.-]{1,1000}")
-_parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
-
-
-def _ways(parsed: Any) -> float:
-    """Bounds in how many ways a parsed expression can match the beginning of a name."""
-    ways = 1.0
-    for kind, value in parsed:
-        if str(kind) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            least, most, inner = value
-            ways *= _ways_of_repeat(min(least, _OPEN), min(most, _OPEN), _ways(inner))
-        elif str(kind) == "BRANCH":
-            # Of branches that begin with different letters one at most fits.
-            beginning = dict.fromkeys(map(_first_letter, value[1]), 0.0)
-            for branch in value[1]:
-                beginning[_first_letter(branch)] += _ways(branch)
-            ways *= beginning.pop(None, 0) + max(beginning.values(), default=0)
-        elif str(kind) == "GROUPREF_EXISTS":
-            ways *= sum(_ways(part) for part in value[1:] if part is not None)
-        elif str(kind) in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-            ways *= _ways(value[-1])
-        elif str(kind) == "ATOMIC_GROUP":
-            ways *= _ways(value)
-    return ways
-
-
-def _ways_of_repeat(least: int, most: int, inner: float) -> float:
-    if inner == 1:
-        return min(most - least + 1, _OPEN)
-    # least to most times, each in any way; more than enough is enough.
-    return sum(min(inner**times, 1e18) for times in range(least, most + 1)) if inner < 1e18 else math.inf
-
-
-def _first_letter(parsed: Any) -> str | None:
-    kind, value = next(iter(parsed), ("", 0))
-    return chr(value).casefold() if str(kind) == "LITERAL" else None
+_MAX_ENTRIES = 20_000
+_MAX_KEY = 1000  # characters of a key in a file
+_MAX_R = 1_000_000
 
 
 def _is_int(value: object) -> bool:

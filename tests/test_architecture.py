@@ -18,7 +18,7 @@ ROWS = [
     ["files", "console", "settings"],
     ["delta", "config"],
     ["layers"],
-    ["utils"],
+    ["utils", "targets"],
     ["injection"],
     ["adapter"],
     ["combine"],
