@@ -446,7 +446,7 @@ def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest
 
     monkeypatch.setattr(loop._Run, "_stopped_early", stopped)
     printed = run(code=130)
-    assert "Run the same command again to go on." in printed
+    assert "Run the same command again to continue." in printed
     assert "--resume" not in printed
 
 
