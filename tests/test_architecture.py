@@ -52,6 +52,8 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "filelock": {"files"},
+    "psutil": {"files"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 

@@ -772,7 +772,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_when_there_is_space(small_
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     from loralib.files import hold_directory
 
-    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="held by another run"):
+    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="in use by another run"):
         train(settings(tmp_path))
 
 
