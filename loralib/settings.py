@@ -79,13 +79,13 @@ def settings_class(config: type[Config]) -> type[Config]:
     if config.__doc__ is not None and "Attributes:" not in config.__doc__:
         config.__doc__ = f"{config.__doc__.rstrip()}\n\n    Attributes:{listed}\n    "
     if any(spec.metadata.get("aliases") for spec in specs):
-        init = config.__init__
+        init: Any = config.__init__
 
         @functools.wraps(init)
-        def __init__(self: Config, *args: Any, **values: Any) -> None:
+        def __init__(self: Any, *args: Any, **values: Any) -> None:
             init(self, *args, **canonical(config, values))
 
-        config.__init__ = __init__  # type: ignore[method-assign]
+        cast(Any, config).__init__ = __init__
     return config
 
 
@@ -122,7 +122,7 @@ def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) ->
             object.__setattr__(config, name, text)
             values[name] = text
     faults = setting_faults(type(config), values)
-    hints = _hints(type(config))
+    hints = _hints(config.__class__)
     if all(_fits(value, hints[name]) for name, value in values.items()):
         faults += rules()
     if faults:

@@ -125,7 +125,7 @@ def updated(name: str) -> str:
 
 
 def _config(name: str) -> Any:
-    from loralib.inference import InferenceConfig
+    from loralib.cli._inference import InferenceConfig
     from loralib.training import TrainConfig
 
     return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]

@@ -10,7 +10,7 @@ import pytest
 
 from loralib.cli import add_fields, from_args
 from loralib.generation import Sampling
-from loralib.inference import InferenceConfig
+from loralib.cli._inference import InferenceConfig
 from loralib.settings import setting
 from loralib.training import TrainConfig
 

@@ -56,7 +56,7 @@ def test_prompts_on_the_command_line_and_from_standard_input(
 def test_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert main(["generate", *TINY]) == 2
-    assert "standard input is no utf-8 text" in capsys.readouterr().err
+    assert "standard input is not utf-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("watched", [True, False], ids=["terminal", "pipe"])
@@ -309,4 +309,4 @@ def test_files_that_hold_other_things(
 
 def test_a_prompt_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "caf\udce9", *TINY]) == 2  # what Python makes of a byte that is no UTF-8
-    assert "prompt 1 is no text in the encoding" in capsys.readouterr().err
+    assert "prompt 1 is not text in the encoding" in capsys.readouterr().err

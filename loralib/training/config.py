@@ -88,9 +88,7 @@ class TrainConfig:
     )
 
     # The adapter.
-    rank: int = setting(
-        16, "LoRA rank r: the inner size of A and B", "adapter", at_least=1, aliases=("lora_dim",)
-    )
+    rank: int = setting(16, "LoRA rank r: the inner size of A and B", "adapter", at_least=1, aliases=("lora_dim",))
     lora_alpha: float | None = setting(
         None,
         "the update is scaled by lora_alpha / rank (default 2 * rank)",
@@ -158,7 +156,7 @@ class TrainConfig:
         True, "pack the examples of a step into one row without padding, each attending only to itself", "engine"
     )
     share_prompts: bool = setting(True, "compute a prompt once for the examples of a step that share it", "engine")
-    max_siblings: int = setting(1, "maximum examples of the same prompt drawn into a step together", "engine", at_least=1)
+    max_siblings: int = setting(1, "maximum examples of one prompt drawn into a step together", "engine", at_least=1)
     shuffle: bool = setting(True, "draw the examples in a new order each epoch", "engine")
     gradient_checkpointing: bool = setting(False, "use less memory and a third more time", "engine")
 
@@ -175,9 +173,7 @@ class TrainConfig:
     save_steps: int = setting(
         0, "checkpoint every this many updates; 0: at the end of each epoch", "validation and checkpoints", at_least=0
     )
-    keep_checkpoints: int = setting(
-        2, "number of recent checkpoints to keep", "validation and checkpoints", at_least=1
-    )
+    keep_checkpoints: int = setting(2, "number of recent checkpoints to keep", "validation and checkpoints", at_least=1)
     resume: bool = setting(False, "continue from the last checkpoint in output_dir", "validation and checkpoints")
     overwrite: bool = setting(False, "discard an unfinished run in output_dir", "validation and checkpoints")
     report_to: str = setting("none", "also log to this tool", "validation and checkpoints", ("none", "tensorboard"))
@@ -218,7 +214,9 @@ class TrainConfig:
         )
 
     def _targets(self) -> str | Sequence[str]:
-        return parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
+        return (
+            parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
+        )
 
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):
