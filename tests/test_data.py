@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loralib.nlg  # noqa: F401  reads published data
 from loralib.data import (
     Example,
     TokenExample,
@@ -24,6 +25,7 @@ from loralib.data import (
     read_sources,
     tokenize,
 )
+from loralib.data.readers import _READERS
 from loralib.errors import ConfigError, DataError
 
 CHATML = (
@@ -258,6 +260,14 @@ def test_published_files_of_another_form(tmp_path: Path, name: str, content: str
     with pytest.raises(DataError) as caught:
         read_examples(write(tmp_path / name, content))
     assert message in str(caught.value)
+
+
+def test_published_files_are_read_once_nlg_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("e2e.csv", "dart", "webnlg"):
+        monkeypatch.delitem(_READERS, key)
+    for name, content in (("a.json", '[{"annotations": []}]'), ("a.xml", "<entries/>"), ("a.csv", "mr,ref\na,b\n")):
+        with pytest.raises(DataError, match=f"{name}: .*Add `import loralib.nlg`"):
+            read_examples(write(tmp_path / name, content))
 
 
 def test_group_by_prompt_keeps_order_and_all_references() -> None:

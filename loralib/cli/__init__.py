@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
+from .. import nlg  # noqa: F401  it registers the readers of published data
 from ..console import ensure_safe, say, table
 from ..errors import ConfigError, LoraError, did_you_mean, list_faults
 from ..settings import kinds_of, read_toml, setting_faults

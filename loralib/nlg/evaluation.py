@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..data.lines import are_not, read_lines, read_text, shown
-from ..data.readers import guess_format
+from ..data.readers import SEPARATOR, guess_format
 from ..errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
 from .convert import read_formatted
 from .metrics import SCORES, Score, slot_error_rate
 from .metrics.slots import parse_meaning
-from .published import SEPARATOR, Row, read_rows
+from .published import Row, read_rows
 
 __all__ = ["LAYOUTS", "SUBSETS", "Evaluation", "Texts", "evaluate", "metric_names", "read_texts"]
 

@@ -7,9 +7,10 @@ import urllib.request
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ..data.readers import SEPARATOR
 from ..errors import DataError, OutputError, list_faults
 from ..files import write_text
-from .published import SEPARATOR, read_e2e_csv
+from .published import read_e2e_csv
 
 __all__ = ["SOURCE", "fetch_e2e"]
 
