@@ -27,7 +27,7 @@ def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
     """Reads the distinct prompts of a file, in order of first appearance.
 
     Args:
-        path: a file that `read_examples` takes.  Completions may be missing: a file of lines may lack ``||`` everywhere,
+        path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
             and a JSON record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
         format: see `read_examples`.
 

@@ -237,7 +237,7 @@ def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        heading = f"expected a JSON object a line with 'text', but {are_not(len(faults))} of that form"
+        heading = f"expected one JSON object per line with 'text', but {are_not(len(faults))} of that form"
         raise DataError(list_faults(heading, faults, "Give what loralib generate wrote, or a file of texts."))
     if all(isinstance(place, int) for place, _ in records):
         records.sort(key=lambda record: record[0])
