@@ -468,11 +468,11 @@ def test_chats_that_cannot_be_written() -> None:
         tokenize(TALK, make_tokenizer())
     with pytest.raises(DataError, match="rewrites what comes before turn 3"):
         tokenize(TALK, make_tokenizer(template=REWRITES))
-    with pytest.raises(DataError, match=r"leaves out or rewrites turn 1 \(system\)"):
+    with pytest.raises(DataError, match=r"omits or rewrites turn 1 \(system\)"):
         tokenize(TALK, make_tokenizer(template=DEAF))
-    with pytest.raises(DataError, match="begins turn 3 otherwise than it does in generation"):
+    with pytest.raises(DataError, match="does not begin turn 3 as it begins an answer in generation"):
         tokenize(TALK, make_tokenizer(template=BEGINS))
-    with pytest.raises(DataError, match=r"leaves out or rewrites turn 3 \(assistant\)"):
+    with pytest.raises(DataError, match=r"omits or rewrites turn 3 \(assistant\)"):
         tokenize(
             TALK,
             make_tokenizer(
@@ -550,5 +550,5 @@ def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
     plain = tokenize(Example.of("A:", "Be"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(list(plain.ids)) == [*"▁A:Be", "</s>"]
     assert list(plain.ids[:3]) == prompt_ids("A:", tokenizer)
-    with pytest.raises(DataError, match="refuses these messages: no system"):
+    with pytest.raises(DataError, match="rejects these messages: no system"):
         tokenize(TALK, make_tokenizer(template="{{ raise_exception('no system') }}"))
