@@ -253,7 +253,6 @@ def _read_records(path: str | Path, parse: Callable[[Any], Record], form: str, f
         except (KeyError, RecursionError, TypeError, ValueError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        raise DataError(
-            list_faults(f"expected {form} on each line, but {are_not(len(faults))} of that form", faults, fix)
-        )
+        heading = f"expected {form} on each line, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, fix))
     return records

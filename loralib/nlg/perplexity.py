@@ -76,9 +76,7 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
     loss = evaluate_loss(make_step(model), model, encoded.examples)
     if not math.isfinite(loss):
-        raise ConfigError(
-            f"the loss on these texts is {loss}: the model overflows in its dtype. Load it with dtype fp32."
-        )
+        raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
     words = sum(
