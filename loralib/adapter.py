@@ -6,37 +6,30 @@ embeddings, as in PEFT); modules trained in full and trained biases stand under 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import LoraConfig, first_match
+from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
 from .delta import block_diagonal_B, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import (
-    InjectReport,
-    adapted_layers,
-    applicable,
-    factor_keys,
-    fingerprint,
-    inject,
-    injection_of,
-    plan,
-    remove,
-    trained_in_full,
-    unmerge,
-)
+from .injection import InjectReport, adapted_layers, fingerprint, inject, injection_of, remove, unmerge
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
+from .targets import fully_trained_tensors, match_modules, without_unused_entries
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
+
+_MAX_STEPS = 1e8  # of matching a file's expressions; a few seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,14 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
         return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The modules to target: nn.MultiheadAttention's out_proj comes with the attention."""
+        modules = frozenset(self.modules)
+        return tuple(
+            m for m in self.modules if not (m.endswith(".out_proj") and m.removesuffix(".out_proj") in modules)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -106,14 +107,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        tensors[key_A], tensors[key_B] = _factors_of(name, layer)
-    tensors |= trained_in_full(model, config, layers)
+        with _named_errors(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
+    in_full = fully_trained_tensors(model, config, layers)
     # What trains in a model built by hand has no original left: nothing says which base it started from.
-    known_base = record is not None or len(tensors) == 2 * len(layers)
+    known_base = record is not None or not in_full
     return Adapter(
         config=config,
-        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        tensors={name: tensor.detach().clone() for name, tensor in (tensors | in_full).items()},
         metadata={BASE: fingerprint(model)} if known_base else {},
     )
 
@@ -138,26 +139,26 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     layers = adapted_layers(model)
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
-    config = applicable(model, adapter.config)
-    targets = plan(model, config)
-    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    config = without_unused_entries(model, adapter.config)
+    targets = match_modules(model, config)
+    in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
     previous = adapter_of(model) if injection_of(model) is not None else None
     try:
-        report = _put_on(model, Adapter(config, adapter.tensors), expected)
+        report = _put_on(model, Adapter(config, adapter.tensors))
     except BaseException:
         if previous is not None:
-            _put_on(model, previous, previous.tensors)
+            _put_on(model, previous)
         elif injection_of(model) is not None:
             remove(model)
         raise
     return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
-def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport | None:
+def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
     """Injects an adapter that is known to fit, in place of the one that is there."""
     record, report = injection_of(model), None
     if record is not None and record.config == adapter.config:
@@ -166,10 +167,8 @@ def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectRe
         if record is not None:
             remove(model)
         report = inject(model, adapter.config)
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key in keys:
-            state[_parameter_name(key)].copy_(adapter.tensors[key])
+    layers = adapted_layers(model)
+    _copy(_values(layers, adapter) + _values_in_full(fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
 
 
@@ -177,28 +176,53 @@ def _fill_layers(
     model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
 ) -> ApplyReport:
     """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
+    in_full = fully_trained_tensors(model, without_unused_entries(model, adapter.config), layers)
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
+        keys = layer.tensor_keys()
+        shapes = {f"{name}.{keys[leaf]}": tuple(tensor.shape) for leaf, tensor in layer.trained_tensors().items()}
         # lora_state_dict writes Microsoft's folded convolutions as they are.
-        as_is = key_A in adapter.tensors and adapter.tensors[key_A].shape == layer.lora_A.shape
-        factors = (layer.lora_A, layer.lora_B) if as_is else _factors_of(name, layer)
-        expected[key_A], expected[key_B] = tuple(factors[0].shape), tuple(factors[1].shape)
-    in_full = trained_in_full(model, applicable(model, adapter.config), layers)
+        if any(key in adapter.tensors and adapter.tensors[key].shape != shape for key, shape in shapes.items()):
+            with _named_errors(name):
+                shapes = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.to_adapter().items()}
+        expected |= shapes
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
-    pairs = [(tensor, adapter.tensors[key]) for key, tensor in in_full.items()]
-    for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        A, B = _folded(name, layer, adapter.tensors[key_A], adapter.tensors[key_B])
-        pairs += [(layer.lora_A, A), (layer.lora_B, B)]
-    with torch.no_grad():
-        for _, layer in layers:
-            layer.unmerge()
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
+    values = _values(layers, adapter) + _values_in_full(in_full, adapter)
+    for _, layer in layers:
+        layer.unmerge()
+    _copy(values)
     return ApplyReport(applied=len(expected), base=base)
+
+
+def _values(layers: list[tuple[str, LoRALayer]], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """Pairs what the layers train with the adapter's values for it."""
+    pairs = list[tuple[Tensor, Tensor]]()
+    for name, layer in layers:
+        with _named_errors(name):
+            values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
+        pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
+    return pairs
+
+
+def _values_in_full(in_full: Mapping[str, Tensor], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in pairs:
+        tensor.copy_(values)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Puts the name of a layer before what it says is wrong."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
@@ -240,6 +264,11 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
         AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
     """
     config = LoraConfig(enable_lora=enable_lora)
+    _check_matching(BLOCKS, config.enable_lora, adapter.modules)
+    if not all(map(is_plain_name, config.enable_lora)):
+        config = config.replace(
+            enable_lora=_as_pattern({name: config.blocks_of(name) for name in adapter.modules}, None)
+        )
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
@@ -274,73 +303,100 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     return Adapter(fused, tensors, kept)
 
 
+def without_expressions(adapter: Adapter) -> Adapter:
+    """Returns an adapter read from a file with settings that name modules, instead of the file's regular expressions.
+
+    A file's tensors say which modules are adapted and with which r, so that nobody's expressions have to be matched for
+    that.  Those of alpha_pattern are, once, against the names that the tensors give.
+
+    Raises:
+        AdapterError: alpha_pattern holds expressions that could take forever to match.
+    """
+    config, modules = adapter.config, adapter.modules
+    _check_matching("alpha_pattern", config.alpha_pattern, modules)
+    if not all(map(is_plain_name, (*config.rank_pattern, *config.alpha_pattern))):
+        # A rank that nothing in the config explains stays a fault.
+        allowed = {config.r, *config.rank_pattern.values()}
+        ranks = {module: rank if (rank := _rank(adapter, module)) in allowed else config.r for module in modules}
+        config = with_ranks(config, ranks, {module: config.alpha_of(module) for module in modules})
+    target, exclude = config.target_modules, config.exclude_modules
+    layers = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+    if (
+        (isinstance(target, str) and target != ALL_LINEAR)
+        or isinstance(exclude, str)
+        or not all(map(is_plain_name, layers))
+    ):
+        config = config.replace(
+            # Not a list, whose entries also fit as endings of other names.
+            target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    return replace(adapter, config=config)
+
+
+def _check_matching(knob: str, patterns: Iterable[str], modules: Sequence[str]) -> None:
+    slow = [key for key in patterns if matching_steps([key], modules) > _MAX_STEPS]
+    if slow or matching_steps(patterns, modules) > _MAX_STEPS:
+        raise AdapterError(
+            list_faults(
+                f"matching the expressions of {knob} with {len(modules):,} modules may take forever",
+                [key[:80] for key in slow or patterns],
+                f"Write names of modules or their endings into {knob} instead.",
+            )
+        )
+
+
+def _rank(adapter: Adapter, module: str) -> int | None:
+    """Returns how many rows the A of a module has."""
+    for name in ("lora_A", "lora_embedding_A"):
+        if (A := adapter.tensors.get(f"{module}.{name}")) is not None and A.dim() > 0:
+            return A.shape[0]
+    return None
+
+
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
     """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    if not ranks:
+        return config.replace(rank_pattern={}, alpha_pattern={})
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return config.replace(
-        r=r,
-        lora_alpha=alpha,
-        rank_pattern=_as_pattern({name: value for name, value in ranks.items() if value != r}, ranks),
-        alpha_pattern=_as_pattern({name: value for name, value in alphas.items() if value != alpha}, alphas),
+        r=r, lora_alpha=alpha, rank_pattern=_as_pattern(ranks, r), alpha_pattern=_as_pattern(alphas, alpha)
     )
 
 
-def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
-    """Shortens full names to name endings where all modules of that ending agree."""
-    names = list(every)
+def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns patterns for the modules whose value is not the default: name endings where these say enough."""
+    by_ending: dict[str, set[Any]] = {}
+    endings = set[str]()
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+        parts = name.split(".")
+        endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
     pattern: dict[str, Any] = {}
-    for name, value in odd.items():
-        if odd.get(name.removesuffix(".out_proj")) == value and name.endswith(".out_proj"):
-            continue  # what is said of an attention holds for its out_proj
-        # "^" for a name that is an ending of others, as "0" is of "block.0".
-        for key in (name.rpartition(".")[2], name, f"^{name}"):
-            if all(odd.get(n) == value for n in names if first_match({key: None}, n)):
-                pattern[key] = value
-                break
+    for name, value in values.items():
+        # What is said of an attention holds for its out_proj.
+        if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
+            continue
+        ending = name.rpartition(".")[2]
+        if len(by_ending[ending]) == 1:
+            key = _literal(ending)
+        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
+            key = f"^{_literal(name)}" if name in endings else _literal(name)
+        pattern[key] = value
     return pattern
+
+
+def _literal(name: str) -> str:
+    return name if is_plain_name(name) else re.escape(name)
 
 
 def _to_json(value: Any) -> str:
     import json
 
     return json.dumps(value)
-
-
-def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """Returns a layer's two tensors in the adapter's form: Microsoft's folded convolutions become PEFT's."""
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    if not isinstance(layer, LoRAFoldedConv):
-        return A, B
-    conv = cast(nn.Conv2d, layer)
-    if conv.groups != 1:
-        raise AdapterError(
-            f"{name}: a convolution in {conv.groups} groups has no portable form; "
-            "save it with torch.save(loralib.lora_state_dict(model), path)"
-        )
-    return _unfold(A, layer), B.reshape(layer.base_weight.shape[0], -1, *(1 for _ in conv.kernel_size))
-
-
-def _unfold(A: Tensor, layer: LoRALayer) -> Tensor:
-    """Returns the A of PEFT's convolution for Microsoft's.
-
-    Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as a
-    plain product of rank r * prod(kernel), with A repeated block-diagonally.
-    """
-    outputs, inputs, *kernel = layer.base_weight.shape
-    repeated: Tensor = torch.block_diag(*[A] * (layer.lora_B.shape[0] // outputs))
-    return repeated.view(-1, inputs, *kernel)
-
-
-def _folded(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns an adapter's two tensors in a hand-made layer's form: the inverse of `_factors_of`."""
-    if A.shape == layer.lora_A.shape:
-        return A, B
-    rows, columns = layer.lora_A.shape
-    narrow = A.flatten(1)[:rows, :columns]
-    if not torch.equal(_unfold(narrow, layer), A):
-        raise AdapterError(f"{name}: not of Microsoft's folded form; put this adapter on a plain model instead")
-    return narrow, B.reshape(layer.lora_B.shape)
 
 
 def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
@@ -363,7 +419,7 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
         bias=bias,
         modules_to_save=modules_to_save or None,
-        enable_lora=_as_pattern(blocks, ranks),
+        enable_lora=_as_pattern({name: blocks.get(name) for name, _ in layers}, None),
     )
     return with_ranks(config, ranks, alphas)
 
@@ -373,8 +429,10 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     bias = "none"
     for mode in ("all", "lora_only"):
-        biases = {name for name, p in trained_in_full(model, LoraConfig(bias=mode), layers).items() if p.requires_grad}
-        every = set(trained_in_full(model, LoraConfig(bias=mode), layers))
+        biases = {
+            name for name, p in fully_trained_tensors(model, LoraConfig(bias=mode), layers).items() if p.requires_grad
+        }
+        every = set(fully_trained_tensors(model, LoraConfig(bias=mode), layers))
         if every and biases == every:
             bias, trained = mode, trained - every
             break
@@ -390,10 +448,6 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
             )
         )
     return bias, list(owners)
-
-
-def _parameter_name(key: str) -> str:
-    return key.replace(".lora_embedding_", ".lora_")
 
 
 def _check_tensors(

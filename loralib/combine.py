@@ -444,11 +444,11 @@ def _common_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -
         for c in (adapter.config for adapter in adapters)
     )
     if not same:
-        modules = Adapter(config, tensors).modules
-        # nn.MultiheadAttention's out_proj comes with the attention module.
-        chosen = [m for m in modules if not (m.endswith(".out_proj") and m.removesuffix(".out_proj") in modules)]
         config = config.replace(
-            target_modules=chosen, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+            target_modules=Adapter(config, tensors).target_modules,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
         )
     return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
 

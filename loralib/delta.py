@@ -21,6 +21,7 @@ __all__ = [
     "balanced_factors",
     "block_diagonal_B",
     "delta_weight",
+    "dense",
     "dora_weight",
     "effective_rank",
     "low_rank",
@@ -81,6 +82,14 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     return (B.to(wide) @ A.to(wide)) * scaling
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Returns a base weight as an ordinary floating-point tensor, in the shape that its layer computes with.
+
+    Whatever reads a base weight's values or shape goes through here, so that another kind of storage is a line here.
+    """
+    return weight
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:

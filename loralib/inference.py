@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, ApplyReport, apply_adapter
-from .bases import DEFAULT_BASE, load_base
+from .bases import base_of, load_base
 from .console import duration, say, table
 from .data import draw, group_by_prompt, prompt_ids, read_examples
 from .data.readers import Example
-from .errors import BaseModelError, ConfigError, LoraError
-from .formats import is_read_with_base, read_adapter
+from .errors import ConfigError, LoraError
+from .formats import read_adapter
 from .generation import generate
 from .injection import disabled, merge, unmerge
 from .nlg.metrics.slots import parse_meaning, slot_error_rate
 from .settings import setting
 from .training.report import parameter_table
 
-__all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
+__all__ = ["InferenceConfig", "run_inference"]
 
 
 @dataclass(frozen=True)
@@ -52,47 +52,6 @@ class InferenceConfig:
             raise ConfigError(
                 f"samples is {self.samples} and max_new_tokens is {self.max_new_tokens}, expected at least 1 of each"
             )
-
-
-def base_of(adapter: Adapter | None, name: str | None = None) -> str:
-    """Returns which base model to load: the given one, else the one that the adapter names, else the default."""
-    return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
-
-
-def load_adapted(
-    adapter: str | None = None,
-    *,
-    model: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    merged: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Loads a base model and its tokenizer, and puts an adapter on it.
-
-    Args:
-        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: the base alone.
-        model: the base model; default: the one that the adapter names, else the default base. GGUF and MLX name none.
-        dtype: of the base, see `load_base`.
-        device: see `load_base`.
-        merged: merge the adapter into the weights.
-
-    Returns:
-        The model in eval mode, and its tokenizer.
-
-    Raises:
-        AdapterError: there is no adapter at that path, or it does not fit the base.
-        BaseModelError: there is no such model, or the adapter does not name it.
-        ConfigError: dtype or device are not to be had.
-    """
-    value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
-    if adapter is not None and value is None and model is None:
-        raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
-    found, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
-    if adapter is not None:
-        apply_adapter(found, read_adapter(adapter, model=found) if value is None else value)
-        if merged:
-            merge(found)
-    return found.eval(), tokenizer
 
 
 def run_inference(config: InferenceConfig) -> None:

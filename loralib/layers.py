@@ -12,7 +12,7 @@ are and how the update lies in the weight (`delta_weight`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
-from .delta import add_delta, block_diagonal_B, delta_weight, low_rank, scaling_of
-from .errors import ConfigError, MergeError
+from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scaling_of
+from .errors import AdapterError, ConfigError, MergeError
 
 __all__ = [
     "Conv1d",
@@ -33,6 +33,8 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "adapted_class",
+    "base_class",
+    "is_conv1d",
 ]
 
 
@@ -80,18 +82,37 @@ class LoRALayer(nn.Module):
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
         self.merged, self.merge_weights, self.enabled = False, merge_weights, True
         if r > 0:
-            shape_A, shape_B = self.factor_shapes(r)
-            weight = self.base_weight
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            self.lora_A = Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
-            self.lora_B = Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
+            device, dtype = self.base_weight.device, dense(self.base_weight).dtype
+            for name, shape in self.tensor_shapes(r).items():
+                tensor = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+                self.register_parameter(name, Parameter(tensor))
             self.reset_lora_parameters()
 
-    # What a kind of layer has to say about itself.
+    # What a kind of layer says about itself: nothing outside this file knows which tensors it trains.
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shapes of lora_A and lora_B for a rank."""
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the tensors that a layer of rank r trains, by parameter name, in a fixed order.
+
+        Every name begins with ``lora_``.
+        """
         raise NotImplementedError
+
+    def tensor_keys(self) -> dict[str, str]:
+        """Returns what each trained tensor is called in an adapter, by parameter name."""
+        return {name: name for name in self.tensor_shapes(1)}
+
+    def trained_tensors(self) -> dict[str, Parameter]:
+        """Returns the tensors that the layer trains, by parameter name, in the order of `tensor_shapes`."""
+        return {name: p for name, p in self._parameters.items() if name.startswith("lora_") and p is not None}
+
+    def to_adapter(self) -> dict[str, Tensor]:
+        """Returns the trained tensors in the form that an adapter holds them in, by the names of `tensor_keys`."""
+        keys = self.tensor_keys()
+        return {keys[name]: tensor.detach() for name, tensor in self.trained_tensors().items()}
+
+    def from_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the values of the trained tensors, by parameter name: the inverse of `to_adapter`."""
+        return {name: tensors[key] for name, key in self.tensor_keys().items()}
 
     def delta_weight(self) -> Tensor:
         """Returns the update in the shape of the base weight, in at least fp32."""
@@ -112,6 +133,10 @@ class LoRALayer(nn.Module):
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
         return cast(Parameter, self.__dict__["_unmerged"] if self.merged else self._parameters[self._weight_name])
+
+    @property
+    def _base_shape(self) -> torch.Size:
+        return dense(self.base_weight).shape
 
     @property
     def _active(self) -> bool:
@@ -139,7 +164,7 @@ class LoRALayer(nn.Module):
                     "the adapter holds NaN or infinite values and was not merged; train again or load another"
                 )
             base = self.base_weight
-            merged = Parameter(add_delta(self._looked_up(base), delta), requires_grad=base.requires_grad)
+            merged = Parameter(add_delta(self._looked_up(dense(base)), delta), requires_grad=base.requires_grad)
         self.__dict__["_unmerged"] = base
         self._parameters[self._weight_name] = merged
         self.merged = True
@@ -200,15 +225,15 @@ class LoRALinear(LoRALayer):
     blocks: tuple[bool, ...] | None = None
 
     def _sizes(self) -> tuple[int, int]:
-        rows, columns = self.base_weight.shape
+        rows, columns = self._base_shape
         return (columns, rows) if not self.fan_in_fan_out else (rows, columns)
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         inputs, outputs = self._sizes()
         if self.blocks is None:
-            return (r, inputs), (outputs, r)
+            return {"lora_A": (r, inputs), "lora_B": (outputs, r)}
         k = sum(self.blocks)
-        return (r * k, inputs), (outputs // len(self.blocks) * k, r)
+        return {"lora_A": (r * k, inputs), "lora_B": (outputs // len(self.blocks) * k, r)}
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B if self.blocks is None else block_diagonal_B(self.lora_B, self.blocks)
@@ -233,7 +258,7 @@ def _reads_as_sum(name: str) -> property:
     def read(self: LoRALinear) -> Tensor:
         base = self._parameters[name]
         assert base is not None
-        return add_delta(base, self.delta_weight()) if self._active else base
+        return add_delta(dense(base), self.delta_weight()) if self._active else base
 
     def write(self: LoRALinear, value: Parameter) -> None:
         self.register_parameter(name, value)
@@ -267,9 +292,13 @@ class LoRAMultiheadAttention(LoRALinear):
 class LoRAEmbedding(LoRALayer):
     """``y = W[i] + scaling * B A[:, i]`` with A (r, n) zero and B (d, r) normal at the start."""
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        count, width = self.base_weight.shape
-        return (r, count), (width, r)
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        count, width = self._base_shape
+        return {"lora_A": (r, count), "lora_B": (width, r)}
+
+    def tensor_keys(self) -> dict[str, str]:
+        own = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # as in PEFT
+        return {name: own.get(name, key) for name, key in super().tensor_keys().items()}
 
     def reset_lora_parameters(self) -> None:
         nn.init.zeros_(self.lora_A)
@@ -302,12 +331,12 @@ class LoRAEmbedding(LoRALayer):
 class LoRAConv(LoRALayer):
     """A convolution to r channels, A (r, in, *kernel), then one of width 1, B (out, r, 1, ...): PEFT's form."""
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        outputs, inputs, *kernel = self.base_weight.shape
-        return (r, inputs, *kernel), (outputs, r, *(1 for _ in kernel))
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        outputs, inputs, *kernel = self._base_shape
+        return {"lora_A": (r, inputs, *kernel), "lora_B": (outputs, r, *(1 for _ in kernel))}
 
     def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling).view(self.base_weight.shape)
+        return delta_weight(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling).view(self._base_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, super().forward(x))
@@ -326,13 +355,45 @@ class LoRAFoldedConv(LoRALayer):
     2-D kernels, the only ones that loralib 0.1.2 runs, these are its shapes; the rule extends them to all others.
     """
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         conv = cast(nn.Conv2d, self)
         *others, last = conv.kernel_size
-        return (r * last, conv.in_channels * last), (conv.out_channels // conv.groups * math.prod(others), r * last)
+        rows = conv.out_channels // conv.groups * math.prod(others)
+        return {"lora_A": (r * last, conv.in_channels * last), "lora_B": (rows, r * last)}
 
     def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self.base_weight.shape)
+        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self._base_shape)
+
+    def to_adapter(self) -> dict[str, Tensor]:
+        """Returns the factors in PEFT's form: a plain convolution of rank r * prod(kernel)."""
+        conv = cast(nn.Conv2d, self)
+        if conv.groups != 1:
+            raise AdapterError(
+                f"a convolution in {conv.groups} groups has no portable form; "
+                "save it with torch.save(loralib.lora_state_dict(model), path)"
+            )
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        return {"lora_A": self._unfolded(A), "lora_B": B.reshape(conv.out_channels, -1, *(1 for _ in conv.kernel_size))}
+
+    def from_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        A, B = tensors["lora_A"], tensors["lora_B"]
+        if A.shape != self.lora_A.shape:
+            rows, columns = self.lora_A.shape
+            narrow = A.flatten(1)[:rows, :columns]
+            if not torch.equal(self._unfolded(narrow), A):
+                raise AdapterError("not of Microsoft's folded form; put this adapter on a plain model instead")
+            A, B = narrow, B.reshape(self.lora_B.shape)
+        return {"lora_A": A, "lora_B": B}
+
+    def _unfolded(self, A: Tensor) -> Tensor:
+        """Returns the A of PEFT's convolution.
+
+        Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as
+        a plain product of rank r * prod(kernel), with A repeated block-diagonally.
+        """
+        outputs, inputs, *kernel = self._base_shape
+        repeated: Tensor = torch.block_diag(*[A] * (self.lora_B.shape[0] // outputs))
+        return repeated.view(-1, inputs, *kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._active:
@@ -342,7 +403,7 @@ class LoRAFoldedConv(LoRALayer):
         if self.lora_dropout and self.training:
             dropped: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
             return cast(Tensor, super().forward(x)) + dropped
-        moved: Tensor = conv._conv_forward(x, add_delta(self.base_weight, delta), conv.bias)
+        moved: Tensor = conv._conv_forward(x, add_delta(dense(self.base_weight), delta), conv.bias)
         return moved
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -403,7 +464,7 @@ class Linear(LoRALinear, nn.Linear):
         """Draws the base weight and, where there is an adapter, starts it anew."""
         self.unmerge()
         nn.Linear.reset_parameters(self)
-        if "lora_A" in self._parameters:
+        if self.trained_tensors():
             self.reset_lora_parameters()
 
     def _base_forward(self, x: Tensor) -> Tensor:
@@ -491,7 +552,7 @@ class Embedding(LoRAEmbedding, nn.Embedding):
         """Draws the base table and, where there is an adapter, starts it anew."""
         self.unmerge()
         nn.Embedding.reset_parameters(self)
-        if "lora_A" in self._parameters:
+        if self.trained_tensors():
             self.reset_lora_parameters()
 
 
@@ -518,7 +579,7 @@ class _Conv(LoRAFoldedConv):
         """Draws the base weight and, where there is an adapter, starts it anew."""
         self.unmerge()
         super().reset_parameters()  # type: ignore[misc]
-        if "lora_A" in self._parameters:
+        if self.trained_tensors():
             self.reset_lora_parameters()
 
 
@@ -537,22 +598,41 @@ class Conv3d(_Conv, nn.Conv3d):
 # Classes made on the fly.
 
 
-def adapted_class(path: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
-    """Returns the class that is `base` with the low-rank path of `path`, under the name of `base`.
+def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
+    """Whether a module or class is transformers' Conv1D: a linear layer whose weight is stored (in, out).
+
+    transformers is not imported for this.
+
+    >>> is_conv1d(nn.Linear(2, 2))
+    False
+    """
+    kind = layer if isinstance(layer, type) else type(layer)
+    return any(f"{c.__module__}.{c.__name__}" == "transformers.pytorch_utils.Conv1D" for c in kind.__mro__)
+
+
+def adapted_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
+    """Returns the class that is `base` with the low-rank path of `mixin`, under the name of `base`.
 
     >>> adapted_class(LoRALinear, nn.Linear).__mro__[1:3] == (LoRALinear, LoRALayer)
     True
     """
-    halves = (path, base)
+    halves = (mixin, base)
     if halves not in _CLASSES:
         namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_halves": halves}
-        _CLASSES[halves] = cast("type[LoRALayer]", type(base.__name__, halves, namespace))
+        # Two threads may both get here: the first class counts, for both.
+        _CLASSES.setdefault(halves, cast("type[LoRALayer]", type(base.__name__, halves, namespace)))
     return _CLASSES[halves]
 
 
 _CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
 
 
-def _rebuild(path: type[LoRALayer], base: type[nn.Module]) -> LoRALayer:
-    cls = adapted_class(path, base)
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that a module had before `adapted_class`, which is its own where it is not adapted."""
+    halves = type(module).__dict__.get("_halves")
+    return halves[1] if halves else type(module)
+
+
+def _rebuild(mixin: type[LoRALayer], base: type[nn.Module]) -> LoRALayer:
+    cls = adapted_class(mixin, base)
     return cls.__new__(cls)

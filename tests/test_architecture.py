@@ -19,7 +19,7 @@ ROWS = [
     ["files", "console", "settings"],
     ["delta", "config"],
     ["layers"],
-    ["utils"],
+    ["utils", "targets"],
     ["injection"],
     ["adapter"],
     ["combine"],
@@ -53,6 +53,8 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "filelock": {"files"},
+    "psutil": {"files"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 

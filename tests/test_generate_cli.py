@@ -213,7 +213,7 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
     for command, words in (
         (["x", *TINY, "--output", str(tmp_path / "notes.jsonl")], "not written by this command"),
         (["x", *TINY, "--output", str(tmp_path / "data.jsonl")], "not written by this command"),
-        (["x", *TINY, "--output", str(tmp_path)], "cannot go on with"),
+        (["x", *TINY, "--output", str(tmp_path)], "cannot continue"),
         (["x", *TINY, "--output", str(tmp_path / "notes.jsonl" / "out.jsonl")], "cannot"),
         (["--input", str(tmp_path / "none.txt"), *TINY, *output], "none.txt"),
         (["--input", str(tmp_path / "text.jsonl"), *TINY, *output], "text.jsonl:1 has no prompt"),
@@ -237,7 +237,7 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / "texts.jsonl"
     with hold_file(output, "--output"):
         assert main(["generate", "x", *TINY, "--output", str(output)]) == 2
-    assert "texts.jsonl is held by another run" in capsys.readouterr().err
+    assert "texts.jsonl is in use by another run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -32,9 +32,9 @@ from loralib.engine.linears import Linears
 from loralib.engine.ordered import can_order
 from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
-from loralib.training.job import _tell
+from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
-from loralib.training.report import memory_estimate, read_metrics
+from loralib.training.report import read_metrics
 
 VOCABULARY = 23
 
@@ -261,7 +261,7 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
 def test_logs_get_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("loralib.training.trainer"), "_SILENCE", 0.0)
+    monkeypatch.setattr(importlib.import_module("loralib.training.reporter"), "_SILENCE", 0.0)
     lora.train(tiny_model(), copying_examples(), settings(tmp_path, num_epochs=1))
     assert re.search(r"Update 2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s, .* left", capsys.readouterr().out)
 
@@ -299,9 +299,9 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.
         tiny_model(), copying_examples(), config.replace(overwrite=True), valid_data=copying_examples(6, seed=1)
     )  # fmt: skip
     told = f"Stopped early, after update {result.steps} of 160: the last 2 validations were no better"
-    assert told in capsys.readouterr().out
-    _tell(result)
-    assert "The best one was that of update" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert told in out
+    assert f"The best adapter is that of update {result.best[0]} " in out
     assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
     assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
         result.output_dir / "README.md"
@@ -329,7 +329,7 @@ def test_the_best_adapter_of_an_earlier_run_does_not_stay_beside_another(tmp_pat
 
 def test_only_an_untrained_adapter_is_called_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
-    for number, told in enumerate(("(the base model)", "of the one before")):
+    for number, told in enumerate(("(the base model)", "of the loss before training")):
         config = settings(tmp_path / str(number), num_epochs=1)
         lora.train(model, copying_examples(), config, valid_data=copying_examples(6, seed=1))
         out = capsys.readouterr().out
@@ -633,7 +633,7 @@ def test_a_checkpoint_without_a_checksum_is_called_what_it_is(tmp_path: Path) ->
     (last,) = checkpoint_files(train(config).output_dir / "checkpoints")
     tensors, about = read_safetensors(last)
     write_safetensors(last, tensors, {"loralib.checkpoint": about["loralib.checkpoint"]})
-    with pytest.raises(errors.FormatError, match="of an early loralib, which wrote no checksum"):
+    with pytest.raises(errors.FormatError, match="written by an early loralib without a checksum"):
         train(config.replace(resume=True))
 
 
@@ -694,7 +694,7 @@ def test_a_log_that_was_cut_is_gone_on_with_and_said(tmp_path: Path, capsys: pyt
     lora.train(
         tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(6, seed=1)
     )  # fmt: skip
-    assert "lacks lines of the run that goes on" in capsys.readouterr().out
+    assert "lacks lines of the resumed run" in capsys.readouterr().out
     assert [event["step"] for event in read_metrics(log)] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
 
 
@@ -772,7 +772,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_when_there_is_space(small_
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     from loralib.files import hold_directory
 
-    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="held by another run"):
+    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="in use by another run"):
         train(settings(tmp_path))
 
 

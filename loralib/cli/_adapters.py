@@ -43,7 +43,7 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds what `loralib.inference.load_adapted` wants to know: the adapter, its base, and how to load it."""
+    """Adds what `loralib.bases.load_adapted` wants to know: the adapter, its base, and how to load it."""
     parser.add_argument(
         "--adapter",
         metavar="ADAPTER",

@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers one line after the other until there are no more."""
+    from ..bases import load_adapted
     from ..generation import Sampling
-    from ..inference import load_adapted
 
     sampling = from_args(Sampling, args, _DEFAULTS)
     if sampling.num_beams > 1:

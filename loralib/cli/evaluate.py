@@ -115,8 +115,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
+    from ..bases import load_adapted
     from ..data import read_examples
-    from ..inference import load_adapted
     from ..nlg.perplexity import perplexity
 
     examples = read_examples(args.reference, args.format or "auto")  # first, since faults in data show at once

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer, and the prompts' token ids: what cannot be continued is said before anything else."""
+    from ..bases import load_adapted
     from ..generation.stream import encode_prompts
-    from ..inference import load_adapted
 
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
@@ -184,9 +184,9 @@ def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> N
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     """Returns what the texts depend on besides their prompts: model, adapter, and the settings that were chosen."""
+    from ..bases import base_of
     from ..formats import is_read_with_base, read_adapter
     from ..generation import Sampling
-    from ..inference import base_of
 
     named = args.adapter and not is_read_with_base(args.adapter)
     found: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}

@@ -9,7 +9,8 @@ from torch import nn
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .trainer import Data, TrainResult
+    from .inputs import Data
+    from .trainer import TrainResult
 
 __all__ = ["TrainConfig", "train"]
 
