@@ -35,7 +35,7 @@ import loralib as lora
 from loralib.bases import load_adapted
 from loralib.console import say, table
 from loralib.data import group_by_prompt, prompt_ids, read_examples
-from loralib.nlg.metrics import bleu
+from loralib.nlg.metrics.bleu import bleu
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"

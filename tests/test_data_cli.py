@@ -40,7 +40,7 @@ class Letters:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: Letters())
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_preview_shows_characters_whole_and_lets_none_act_on_the_terminal(
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"prompt": "a\t", "completion": "\x1b[2J\r😀\u202e"}), encoding="utf-8"
     )
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: smollm2[1])
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: smollm2[1])
     assert run("preview", tmp_path / "a.jsonl") == 0
     shown = capsys.readouterr().out.split("\n")[1].replace("·", "")
     assert shown == "a\\t[\\x1b[2J\\r😀\\u202e<|im_end|>]"
@@ -155,7 +155,7 @@ def test_preview_of_several_weighted_files(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_exit_with_2_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: pytest.fail("too early"))
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: pytest.fail("too early"))
     (tmp_path / "a.txt").write_text("no bars", encoding="utf-8")
     assert run("preview", tmp_path / "a.txt") == 2
     assert "a.txt:1: no `||` in 'no bars'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the docs say is so: snippets and commands run, links lead somewhere, and numbers, tables and trees are true."""
+"""What the docs say is so: snippets and commands run, links lead somewhere, and numbers and tables are true."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
         ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines are not of that form"),
         ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', "a.json[1]: prompt is a number"),
-        ("a.jsonl", "\n", "is empty, expected a JSON object a line"),
+        ("a.jsonl", "\n", "is empty, expected one JSON object per line"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),
         ("a.txt", "name : A||It is A.\nname : B\n", "a.txt:2: no `||`"),
     ],

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .. import nlg  # noqa: F401  it registers the readers of published data
 from ..console import ensure_safe, say, table
 from ..errors import LoraError, did_you_mean
 from ._flags import Parser, add_fields, from_args
