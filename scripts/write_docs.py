@@ -54,7 +54,9 @@ def flags(config: str) -> str:
         on = spec.default is True
         flag = f"`--{'no_' if on else ''}{spec.name}`"
         text = str(spec.metadata["help"])
-        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), f"do not {text}" if on else text))
+        text = f"do not {text}" if on else text
+        text += "".join(f" (also `--{name}`)" for name in spec.metadata["aliases"])
+        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), text))
     header = ("flag", "default", "meaning")
     titles = [f"**{title.capitalize()}**\n\n" if len(groups) > 1 else "" for title in groups]
     return "\n\n".join(title + table(header, rows) for title, rows in zip(titles, groups.values(), strict=True))

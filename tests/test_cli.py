@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from loralib.cli import add_fields, from_args
-from loralib.generation import Sampling
 from loralib.cli._inference import InferenceConfig
+from loralib.generation import Sampling
 from loralib.settings import setting
 from loralib.training import TrainConfig
 

@@ -185,12 +185,12 @@ def test_what_is_read_is_not_written_over(
     source = Path("a.txt")
     source.write_text("ab||ca\n", encoding="utf-8")
     assert run("convert", source, tmp_path / "a.txt") == 2
-    assert "is read by this command, and would be lost" in capsys.readouterr().err
+    assert "is also an input of this command and would be overwritten" in capsys.readouterr().err
     decode = ["decode", "--vocab", vocabulary, "--sample_file", "s", "--input_file", "reference0"]
     assert run(*decode, "--output_pred_file", "p", "--output_ref_file", "p") == 2
-    assert "p is written already by this command" in capsys.readouterr().err
+    assert "p is also another output of this command" in capsys.readouterr().err
     assert run(*decode, "--output_pred_file", "p", "--output_ref_file", ".", "--ref_type", "dart") == 2
-    assert "reference0 is read by this command" in capsys.readouterr().err
+    assert "reference0 is also an input of this command" in capsys.readouterr().err
     assert source.read_text(encoding="utf-8") == "ab||ca\n"
     assert not Path("p").exists()
 

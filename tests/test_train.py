@@ -826,7 +826,7 @@ def test_paper_adamw_is_torch_s_where_they_agree() -> None:
 def test_every_bad_setting_is_named_at_once() -> None:
     with pytest.raises(errors.ConfigError) as caught:
         lora.TrainConfig(lora_dim=0, lr=-1.0, schedule="square", num_epochs=0, batch_size=0)
-    for name in ("lora_dim is 0", "lr is -1.0", "schedule is 'square'", "both 0", "batch_size is 0", "5 settings"):
+    for name in ("rank is 0", "lr is -1.0", "schedule is 'square'", "both 0", "batch_size is 0", "5 settings"):
         assert name in str(caught.value)
 
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hypothesis",
         metavar="HYP",
         nargs="?",
-        help="texts to score, in the order of the inputs: one per line, or the output of loralib generate --output (not "
+        help="texts to score, in the order of the inputs: one per line, or the file of loralib generate --output (not "
         "needed with --perplexity)",
     )
     parser.add_argument(
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--metrics",
         metavar="NAMES",
-        help="scores to compute: BLEU,NIST,METEOR,ROUGE_L,CIDEr,TER,chrF,SER (default: all that are possible; TER takes "
-        "the longest, METEOR needs Java)",
+        help="scores to compute: BLEU,NIST,METEOR,ROUGE_L,CIDEr,TER,chrF,SER (default: all that are possible; TER "
+        "takes the longest, METEOR needs Java)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     model = parser.add_argument_group("perplexity")

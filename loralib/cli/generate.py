@@ -9,7 +9,7 @@ without a text after ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
 With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
 complete line, provided that prompts and settings are the same.
 
-A seed gives the same samples with any --batch_size in --dtype fp32; bf16 rounds differently for other numbers of prompts.
+A seed gives the same samples with any --batch_size in --dtype fp32; bf16 rounds differently for each number of prompts.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 loralib merge lora_model merged
 loralib merge lora_model merged --model ./my-model --dtype fp32
 
-The arithmetic is fp32 and rounds once, to --dtype.  Its effect on the logits of a few prompts is shown beside the effect
-expected from rounding alone, and the written model is loaded again and compared before the command reports success.
+The arithmetic is fp32 and rounds once, to --dtype.  Its effect on the logits of a few prompts is shown beside what
+rounding alone would cause, and the written model is loaded again and compared before the command reports success.
 """
 
 from __future__ import annotations
