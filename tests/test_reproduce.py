@@ -112,7 +112,7 @@ def test_the_papers_recipes_are_those_of_its_table_11() -> None:
             recipe = load_recipe(f"{dataset}-gpt2-{size}")
             train, decode = recipe.train, recipe.decode
             assert train.lora_config().enable_lora == {"c_attn": (True, False, True)}
-            assert (train.lora_dim, train.alpha, train.lr, train.batch_size, train.num_epochs) == (4, 32, 2e-4, 8, 5)
+            assert (train.rank, train.alpha, train.lr, train.batch_size, train.num_epochs) == (4, 32, 2e-4, 8, 5)
             assert (train.warmup_steps, train.schedule, train.loraplus_lr_ratio) == (500, "linear", 1)
             regular = (train.lora_dropout, train.label_smoothing, train.weight_decay)
             assert regular == ((0, 0, 0) if dataset == "dart" else (0.1, 0.1, 0.01))

@@ -12,7 +12,6 @@ from typing import IO, Any
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import count, percent, table
 from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
@@ -20,7 +19,7 @@ from ..injection import adapted_layers
 from .checkpoint import Progress
 from .config import TrainConfig
 
-__all__ = ["Metrics", "parameter_table", "plot_losses", "read_metrics", "write_card"]
+__all__ = ["Metrics", "plot_losses", "read_metrics", "write_card"]
 
 
 class Metrics:
@@ -178,18 +177,6 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         smooth += weight * (loss - smooth)
         out.append((step, smooth))
     return out
-
-
-def parameter_table(model: nn.Module) -> str:
-    """Returns total, trainable and frozen parameters with percentages, as a table."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = [
-        ("Total", count(total), "100.00%"),
-        ("Trainable", count(trainable), percent(trainable, total)),
-        ("Frozen", count(total - trainable), percent(total - trainable, total)),
-    ]
-    return table(rows, ("parameters", "number", "share"))
 
 
 _TAGS = b"tags: [lora, loralib]"  # marks a card as ours

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..console import duration, progress, say, size
+from ..console import duration, parameter_table, progress, say, size
 from ..injection import InjectReport, injection_of
 from .config import TrainConfig
-from .report import parameter_table
 
 if TYPE_CHECKING:
     from .trainer import TrainResult
@@ -52,11 +51,11 @@ class Reporter:
             self.say(f"The network {has}; --lora_dim and --target_modules do not apply.")
         else:
             matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
-            self.say(f"LoRA on {matched}: r={config.lora_dim}, lora_alpha={config.alpha:g}")
+            self.say(f"LoRA on {matched}: r={config.rank}, lora_alpha={config.alpha:g}")
             for note in report.notes:
                 self.say(f"  note: {note}")
         self.say()
-        self.say(parameter_table(model))
+        self.say(parameter_table(model.parameters()))
         self.say()
 
     def memory(self, needed: float, free: float | None) -> None:
