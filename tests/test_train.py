@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -742,6 +743,18 @@ def test_a_checkpoint_without_a_checksum_is_called_what_it_is(tmp_path: Path) ->
     write_safetensors(last, tensors, {"loralib.checkpoint": about["loralib.checkpoint"]})
     with pytest.raises(errors.FormatError, match="written by an early loralib without a checksum"):
         train(config.replace(resume=True))
+
+
+def test_a_run_from_before_a_setting_was_renamed_resumes(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1, keep_checkpoints=1)
+    whole = kept(train(config).output_dir)
+    directory = Path(config.output_dir) / "checkpoints"
+    last = last_checkpoint(directory)
+    assert last is not None
+    old = {{"rank": "lora_dim"}.get(name, name): value for name, value in last[0].settings.items()}
+    assert "lora_dim" in old
+    save_checkpoint(directory, dataclasses.replace(last[0], settings=old), keep=1)
+    assert kept(train(config.replace(resume=True)).output_dir) == whole
 
 
 def test_a_new_checkpoint_outlasts_later_ones_that_could_not_be_read(tmp_path: Path) -> None:

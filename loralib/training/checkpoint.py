@@ -19,6 +19,7 @@ from ..formats.tensors import read_safetensors, write_safetensors
 __all__ = ["Checkpoint", "Progress", "checkpoint_files", "last_checkpoint", "save_checkpoint"]
 
 _STATE = "loralib.checkpoint"
+_RENAMED = {"lora_dim": "rank"}  # settings that checkpoints from before a new name hold under the old one
 _DIGEST = "loralib.sha256"  # safetensors has no checksum of its own: a flipped bit would go unnoticed
 
 
@@ -287,7 +288,8 @@ def _read(path: Path) -> Checkpoint:
     optimizer: dict[int, dict[str, Tensor]] = {}
     try:
         about = json.loads(metadata[_STATE])
-        progress, settings = Progress(**about["progress"]), about["settings"]
+        progress = Progress(**about["progress"])
+        settings = {_RENAMED.get(name, name): value for name, value in about["settings"].items()}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "optimizer":
@@ -295,6 +297,6 @@ def _read(path: Path) -> Checkpoint:
                 optimizer.setdefault(int(number), {})[rest] = tensor
             else:
                 parts[kind][rest] = tensor
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path} is not a checkpoint of a training run: {error}") from error
     return Checkpoint(progress, settings, parts["parameter"], parts["initial"], optimizer, parts["rng"])
