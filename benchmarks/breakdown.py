@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loralib.console import say, table
 from loralib.data.packing import pack
-from loralib.training.memory import freed_memory_kept, objects_set_aside
+from loralib.training.memory import freeze_objects, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 # The first kind of which a part of the name is in that of an operator, or of a function of ours.
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "breakdown.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    with freed_memory_kept(), objects_set_aside():
+    with keep_freed_memory(), freeze_objects():
         found = measure(args.steps, args.siblings)
     args.out.write_text(json.dumps({"machine": machine("transformers"), **found}, indent=1) + "\n", encoding="utf-8")
     rows = [

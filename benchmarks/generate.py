@@ -32,10 +32,10 @@ from tables import in_place
 from torch import nn
 
 import loralib as lora
+from loralib.bases import load_adapted
 from loralib.console import say, table
 from loralib.data import group_by_prompt, prompt_ids, read_examples
-from loralib.inference import load_adapted
-from loralib.nlg.metrics import bleu
+from loralib.nlg.metrics.bleu import bleu
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"

@@ -43,7 +43,7 @@ from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
 from loralib.data.order import epoch_order
 from loralib.data.packing import pack
-from loralib.training.memory import freed_memory_kept, objects_set_aside
+from loralib.training.memory import freeze_objects, keep_freed_memory
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
@@ -167,10 +167,10 @@ def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
     torch.manual_seed(seed)
     with ExitStack() as stack:
         if way.startswith("ours"):
-            stack.enter_context(freed_memory_kept())
+            stack.enter_context(keep_freed_memory())
             model = ours(name)
             step = our_step(model, optimizer(model), "nothing shared" not in way)
-            stack.enter_context(objects_set_aside())
+            stack.enter_context(freeze_objects())
         else:
             model = peers(name, torch.bfloat16 if way == "peft bf16" else torch.float32)
             step = peer_step(model, optimizer(model), way == "peft autocast")
@@ -364,7 +364,7 @@ def memory_of(way: str, name: str) -> int:
     batch = [TokenExample(tuple(rng.randrange(49152) for _ in flags), flags) for _ in range(8)]
     with ExitStack() as stack:
         if way == "ours":
-            stack.enter_context(freed_memory_kept())
+            stack.enter_context(keep_freed_memory())
             model = ours(name)
             step = our_step(model, optimizer(model), True)
         else:

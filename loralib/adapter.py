@@ -1,42 +1,36 @@
 """An adapter as a value: settings and tensors, taken from a model or put on one.
 
-Names of tensors are module paths followed by ``.lora_A`` and ``.lora_B`` (``.lora_embedding_A`` and ``_B`` for
-embeddings, as in PEFT); modules trained in full and trained biases stand under their own parameter names.
+A tensor's name is its module's followed by ``.lora_A`` or ``.lora_B`` (``.lora_embedding_A`` or ``_B`` for embeddings,
+as in PEFT), or whatever else a layer trains; modules and biases trained in full keep their parameters' names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import LoraConfig, first_match
-from .delta import block_diagonal_B, scaling_of
+from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
+from .delta import block_diagonal_B, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import (
-    InjectReport,
-    adapted_layers,
-    applicable,
-    factor_keys,
-    fingerprint,
-    inject,
-    injection_of,
-    plan,
-    remove,
-    trained_in_full,
-    unmerge,
-)
+from .injection import InjectReport, adapted_layers, fingerprint, inject_targets, injection_of, remove, unmerge
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
+from .targets import fully_trained_tensors, match_modules
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
+
+_MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,8 @@ class Adapter:
 
     Attributes:
         config: its settings.
-        tensors: its tensors by name; see the head of this module.
-        metadata: further facts as text; ``loralib.base`` is the fingerprint of the base model.
+        tensors: its tensors by name; see the top of this module.
+        metadata: other facts as text; ``loralib.base`` is the fingerprint of the base model.
     """
 
     config: LoraConfig
@@ -57,6 +51,21 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
         return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The modules to target, which are all but those that come with another."""
+        return tuple(dict.fromkeys(map(self.target_of, self.modules)))
+
+    def target_of(self, module: str) -> str:
+        """Returns the module to target for a module: the out_proj of an nn.MultiheadAttention comes with it."""
+        attention = module.removesuffix(".out_proj")
+        return attention if f"{attention}.lora_A" in self.tensors else module
+
+    def factor_keys(self, module: str) -> tuple[str, str]:
+        """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT."""
+        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in self.tensors else "lora_"
+        return f"{module}.{kind}A", f"{module}.{kind}B"
 
     @property
     def nbytes(self) -> int:
@@ -81,14 +90,14 @@ class ApplyReport:
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
-            "unknown": "the adapter does not say for which base: not checked",
+            "unknown": "base model not checked: the adapter does not say which one it belongs to",
             "other": "trained on a base model with other values, as allowed",
         }
         return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """Takes a copy of the adapter that a model holds.
+    """Copies the adapter that a model holds.
 
     Args:
         model: adapted by `inject`, or built from loralib's layers.
@@ -106,14 +115,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        tensors[key_A], tensors[key_B] = _factors_of(name, layer)
-    tensors |= trained_in_full(model, config, layers)
+        with _named_errors(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
+    in_full = fully_trained_tensors(model, config, layers)
     # What trains in a model built by hand has no original left: nothing says which base it started from.
-    known_base = record is not None or len(tensors) == 2 * len(layers)
+    known_base = record is not None or not in_full
     return Adapter(
         config=config,
-        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        tensors={name: tensor.detach().clone() for name, tensor in (tensors | in_full).items()},
         metadata={BASE: fingerprint(model)} if known_base else {},
     )
 
@@ -122,10 +131,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """Puts an adapter on a model: injects the layers and copies every tensor, or changes nothing.
 
     Args:
-        model: plain, or holding an adapter, which is replaced once the new one is known to fit; or built from loralib's
-            layers, which are filled.
+        model: plain; or holding an adapter, which is replaced once the new one has been checked; or built from
+            loralib's layers, which take the tensors.
         adapter: the adapter.
-        allow_base_mismatch: load although the base model's values are not those that the adapter was trained on.
+        allow_base_mismatch: accept a base model with other values than the one that the adapter was trained on.
 
     Returns:
         How many tensors were applied; all of the adapter's.
@@ -135,78 +144,105 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
+    if not adapter.modules:
+        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     layers = adapted_layers(model)
-    if layers and injection_of(model) is None:
-        return _fill_layers(model, layers, adapter, allow_base_mismatch)
-    config = applicable(model, adapter.config)
-    targets = plan(model, config)
-    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
-    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
-    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
+    by_hand = bool(layers) and injection_of(model) is None
+    adapted: Sequence[tuple[str, nn.Module]] = layers
+    if by_hand:
+        expected = _shapes_of(layers, adapter)
+    else:
+        targets = match_modules(model, adapter.config, trained=True)
+        adapted = [(target.name, target.module) for target in targets]
+        expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    in_full = fully_trained_tensors(model, adapter.config, adapted)
+    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
-    previous = adapter_of(model) if injection_of(model) is not None else None
-    try:
-        report = _put_on(model, Adapter(config, adapter.tensors), expected)
-    except BaseException:
-        if previous is not None:
-            _put_on(model, previous, previous.tensors)
-        elif injection_of(model) is not None:
-            remove(model)
-        raise
+    report = None
+    if by_hand:
+        pairs = _pairs(layers, in_full, adapter)
+        unmerge(model)
+        _copy(pairs)
+    else:
+        report = _replace(model, adapter)
     return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
-def _put_on(model: nn.Module, adapter: Adapter, keys: Iterable[str]) -> InjectReport | None:
-    """Injects an adapter that is known to fit, in place of the one that is there."""
+def _replace(model: nn.Module, adapter: Adapter) -> InjectReport | None:
+    """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
+    previous = adapter_of(model) if injection_of(model) is not None else None
+    try:
+        return _put_on(model, adapter)
+    except BaseException:
+        if previous is not None:
+            _put_on(model, previous)
+        elif injection_of(model) is not None:
+            remove(model)
+        raise
+
+
+def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
+    """Injects an adapter that has been checked, in place of the one that the model holds."""
     record, report = injection_of(model), None
     if record is not None and record.config == adapter.config:
-        unmerge(model)  # the same layers with other numbers: switching is copying
+        unmerge(model)  # the same layers with other values: copying is enough
     else:
         if record is not None:
             remove(model)
-        report = inject(model, adapter.config)
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key in keys:
-            state[_parameter_name(key)].copy_(adapter.tensors[key])
+        report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True))
+    layers = adapted_layers(model)
+    _copy(_pairs(layers, fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
 
 
-def _fill_layers(
-    model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
-) -> ApplyReport:
-    """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
+def _shapes_of(layers: Sequence[tuple[str, LoRALayer]], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that an adapter's tensors must have for layers that a model was built from."""
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
+        keys = layer.tensor_keys()
+        shapes = {f"{name}.{keys[leaf]}": tuple(tensor.shape) for leaf, tensor in layer.trained_tensors().items()}
         # lora_state_dict writes Microsoft's folded convolutions as they are.
-        as_is = key_A in adapter.tensors and adapter.tensors[key_A].shape == layer.lora_A.shape
-        factors = (layer.lora_A, layer.lora_B) if as_is else _factors_of(name, layer)
-        expected[key_A], expected[key_B] = tuple(factors[0].shape), tuple(factors[1].shape)
-    in_full = trained_in_full(model, applicable(model, adapter.config), layers)
-    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
-    _check_tensors(model, adapter, expected, allow_base_mismatch)
-    base = _check_base(model, adapter, allow_base_mismatch)
-    pairs = [(tensor, adapter.tensors[key]) for key, tensor in in_full.items()]
+        if any(key in adapter.tensors and adapter.tensors[key].shape != shape for key, shape in shapes.items()):
+            with _named_errors(name):
+                shapes = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.to_adapter().items()}
+        expected |= shapes
+    return expected
+
+
+def _pairs(
+    layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor], adapter: Adapter
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs each trained tensor of a model with the adapter's values for it."""
+    pairs = [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
     for name, layer in layers:
-        key_A, key_B = factor_keys(name, type(layer))
-        A, B = _folded(name, layer, adapter.tensors[key_A], adapter.tensors[key_B])
-        pairs += [(layer.lora_A, A), (layer.lora_B, B)]
-    with torch.no_grad():
-        for _, layer in layers:
-            layer.unmerge()
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-    return ApplyReport(applied=len(expected), base=base)
+        with _named_errors(name):
+            values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
+        pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
+    return pairs
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in pairs:
+        tensor.copy_(values)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Puts the layer's name before its errors."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
     """Returns the same adapter with its fused blocks written out as plain low-rank updates.
 
     A module of rank r with k of n blocks enabled is exactly a plain one of rank r * k with a block-diagonal B and
-    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The blocks are noted in the metadata, from which
-    `narrow_blocks` restores them.
+    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The metadata says which blocks, so that `narrow_blocks` can
+    restore them.
     """
     config = adapter.config
     if not config.enable_lora:
@@ -214,23 +250,19 @@ def expand_blocks(adapter: Adapter) -> Adapter:
     tensors = dict(adapter.tensors)
     ranks, alphas = dict[str, int](), dict[str, float]()
     for module in adapter.modules:
-        if module in ranks:
-            continue
-        blocks = config.blocks_of(module)
         r, alpha = config.rank_of(module), config.alpha_of(module)
+        blocks = config.blocks_of(adapter.target_of(module))
         if blocks is not None:
             k = sum(blocks)
-            tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
-            # nn.MultiheadAttention: PEFT has one rank for both projections.
-            if (inner := f"{module}.out_proj") in adapter.modules:
-                tensors[f"{inner}.lora_A"] = F.pad(tensors[f"{inner}.lora_A"], (0, 0, 0, r * (k - 1)))
-                tensors[f"{inner}.lora_B"] = F.pad(tensors[f"{inner}.lora_B"], (0, r * (k - 1)))
-                ranks[inner], alphas[inner] = r * k, alpha * (k**0.5 if config.use_rslora else k)
+            if module == adapter.target_of(module):
+                tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
+            else:  # PEFT has one rank for both projections of an nn.MultiheadAttention
+                tensors[f"{module}.lora_A"] = F.pad(tensors[f"{module}.lora_A"], (0, 0, 0, r * (k - 1)))
+                tensors[f"{module}.lora_B"] = F.pad(tensors[f"{module}.lora_B"], (0, r * (k - 1)))
             r, alpha = r * k, alpha * (k**0.5 if config.use_rslora else k)
         ranks[module], alphas[module] = r, alpha
-    noted = {key: [bool(on) for on in blocks] for key, blocks in config.enable_lora.items()}
     plain = with_ranks(config.replace(enable_lora={}), ranks, alphas)
-    return Adapter(plain, tensors, {**adapter.metadata, BLOCKS: _to_json(noted)})
+    return Adapter(plain, tensors, {**adapter.metadata, BLOCKS: json.dumps(config.enable_lora)})
 
 
 def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
@@ -239,108 +271,126 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     Raises:
         AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
     """
-    config = LoraConfig(enable_lora=enable_lora)
+    enable_lora = LoraConfig(enable_lora=enable_lora).enable_lora
+    _check_matching(BLOCKS, enable_lora, adapter.modules)
+    fused = adapter.config.replace(enable_lora=enable_lora)
+    if not all(map(is_plain_name, enable_lora)):
+        blocks_by_name = {name: fused.blocks_of(name) for name in adapter.modules}
+        fused = fused.replace(enable_lora=_as_pattern(blocks_by_name, None))
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
-        if module in ranks:
-            continue
-        blocks = config.blocks_of(module)
         r, alpha = adapter.config.rank_of(module), adapter.config.alpha_of(module)
+        blocks = fused.blocks_of(adapter.target_of(module))
         if blocks is not None:
-            k, wide = sum(blocks), tensors[f"{module}.lora_B"]
-            fits = r % k == 0 and wide.dim() == 2 and wide.shape[0] % len(blocks) == 0 and wide.shape[1] == r
-            if fits:
-                size, r = wide.shape[0] // len(blocks), r // k
-                rows = [wide[i * size : (i + 1) * size] for i, on in enumerate(blocks) if on]
-                narrow = torch.cat([row[:, j * r : (j + 1) * r] for j, row in enumerate(rows)]).contiguous()
-                fits = torch.equal(block_diagonal_B(narrow, blocks), wide)
-            if not fits:
-                faults.append(f"{module}: lora_B {tuple(wide.shape)} is not block-diagonal for blocks {list(blocks)}")
-                continue
-            tensors[f"{module}.lora_B"] = narrow
-            alpha = alpha / (k**0.5 if adapter.config.use_rslora else k)
-            if (inner := f"{module}.out_proj") in adapter.modules:
-                A, B = tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"]
+            k = sum(blocks)
+            r, alpha = r // k, alpha / (k**0.5 if fused.use_rslora else k)
+            A, B = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
+            if module != adapter.target_of(module):
                 if A[r:].any() or B[:, r:].any():
-                    faults.append(f"{inner}: has a rank above {r}, which it shares with {module}")
-                tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"] = A[:r].clone(), B[:, :r].clone()
-                ranks[inner], alphas[inner] = r, alpha
+                    faults.append(f"{module}: has a rank above {r}, which it shares with {adapter.target_of(module)}")
+                A, B = A[:r].clone(), B[:, :r].clone()
+            elif B.dim() == 2 and B.shape[0] % len(blocks) == 0 and B.shape[1] == r * k:
+                wide, B = B, diagonal_blocks(B, blocks)
+                if not torch.equal(block_diagonal_B(B, blocks), wide):
+                    faults.append(_not_diagonal(module, wide, blocks))
+            else:
+                faults.append(_not_diagonal(module, B, blocks))
+            tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = A, B
         ranks[module], alphas[module] = r, alpha
     if faults:
-        raise AdapterError(list_faults("the fused blocks noted in the file do not fit its tensors", faults))
-    kept = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
-    fused = with_ranks(adapter.config, ranks, alphas).replace(enable_lora=config.enable_lora)
-    return Adapter(fused, tensors, kept)
+        raise AdapterError(list_faults("the fused blocks in the file's metadata do not fit its tensors", faults))
+    metadata = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
+    return Adapter(with_ranks(fused, ranks, alphas), tensors, metadata)
+
+
+def _not_diagonal(module: str, B: Tensor, blocks: Sequence[bool]) -> str:
+    return f"{module}: lora_B {tuple(B.shape)} is not block-diagonal for blocks {list(blocks)}"
+
+
+def without_expressions(adapter: Adapter) -> Adapter:
+    """Returns an adapter from a file with the names of its modules in place of the file's regular expressions.
+
+    A file's tensors say which modules are adapted and with which r, so its expressions for these are never matched,
+    however long that would take.  Those of alpha_pattern are matched once, with the modules that have tensors.
+
+    Raises:
+        AdapterError: alpha_pattern holds expressions that could take forever to match.
+    """
+    config, modules = adapter.config, adapter.modules
+    _check_matching("alpha_pattern", config.alpha_pattern, modules)
+    if not all(map(is_plain_name, (*config.rank_pattern, *config.alpha_pattern))):
+        ranks = dict.fromkeys(modules, config.r)
+        for module in modules:
+            A = adapter.tensors.get(adapter.factor_keys(module)[0])
+            # A rank that no setting explains stays a fault.
+            if A is not None and A.dim() > 0 and A.shape[0] in config.rank_pattern.values():
+                ranks[module] = A.shape[0]
+        config = with_ranks(config, ranks, {module: config.alpha_of(module) for module in modules})
+    target, exclude = config.target_modules, config.exclude_modules
+    layers = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+    if (
+        (isinstance(target, str) and target != ALL_LINEAR)
+        or isinstance(exclude, str)
+        or not all(map(is_plain_name, layers))
+    ):
+        config = config.replace(
+            # An expression, since entries of a list also match as endings of other names.
+            target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    return replace(adapter, config=config)
+
+
+def _check_matching(setting: str, patterns: Collection[str], modules: Sequence[str]) -> None:
+    """Refuses expressions of a file that could take forever to match the modules that the file names."""
+    if matching_steps(patterns, modules) > _MAX_STEPS:
+        raise AdapterError(
+            list_faults(
+                f"matching the expressions of {setting} with {len(modules):,} modules may take forever",
+                [key[:80] for key in patterns if not is_plain_name(key)],
+                f"Write names of modules or their endings into {setting} instead.",
+            )
+        )
 
 
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
     """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    if not ranks:
+        return config.replace(rank_pattern={}, alpha_pattern={})
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return config.replace(
-        r=r,
-        lora_alpha=alpha,
-        rank_pattern=_as_pattern({name: value for name, value in ranks.items() if value != r}, ranks),
-        alpha_pattern=_as_pattern({name: value for name, value in alphas.items() if value != alpha}, alphas),
+        r=r, lora_alpha=alpha, rank_pattern=_as_pattern(ranks, r), alpha_pattern=_as_pattern(alphas, alpha)
     )
 
 
-def _as_pattern(odd: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
-    """Shortens full names to name endings where all modules of that ending agree."""
-    names = list(every)
+def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns a pattern for the values that are not the default; its keys are name endings where they suffice."""
+    by_ending: dict[str, set[Any]] = {}
+    endings = set[str]()
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+        parts = name.split(".")
+        endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
     pattern: dict[str, Any] = {}
-    for name, value in odd.items():
-        if odd.get(name.removesuffix(".out_proj")) == value and name.endswith(".out_proj"):
-            continue  # what is said of an attention holds for its out_proj
-        # "^" for a name that is an ending of others, as "0" is of "block.0".
-        for key in (name.rpartition(".")[2], name, f"^{name}"):
-            if all(odd.get(n) == value for n in names if first_match({key: None}, n)):
-                pattern[key] = value
-                break
+    for name, value in values.items():
+        # An attention's value is that of its out_proj too.
+        if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
+            continue
+        ending = name.rpartition(".")[2]
+        if len(by_ending[ending]) == 1:
+            key = _literal(ending)
+        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
+            key = f"^{_literal(name)}" if name in endings else _literal(name)
+        pattern[key] = value
     return pattern
 
 
-def _to_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
-
-
-def _factors_of(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """Returns a layer's two tensors in the adapter's form: Microsoft's folded convolutions become PEFT's."""
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    if not isinstance(layer, LoRAFoldedConv):
-        return A, B
-    conv = cast(nn.Conv2d, layer)
-    if conv.groups != 1:
-        raise AdapterError(
-            f"{name}: a convolution in {conv.groups} groups has no portable form; "
-            "save it with torch.save(loralib.lora_state_dict(model), path)"
-        )
-    return _unfold(A, layer), B.reshape(layer.base_weight.shape[0], -1, *(1 for _ in conv.kernel_size))
-
-
-def _unfold(A: Tensor, layer: LoRALayer) -> Tensor:
-    """Returns the A of PEFT's convolution for Microsoft's.
-
-    Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as a
-    plain product of rank r * prod(kernel), with A repeated block-diagonally.
-    """
-    outputs, inputs, *kernel = layer.base_weight.shape
-    repeated: Tensor = torch.block_diag(*[A] * (layer.lora_B.shape[0] // outputs))
-    return repeated.view(-1, inputs, *kernel)
-
-
-def _folded(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns an adapter's two tensors in a hand-made layer's form: the inverse of `_factors_of`."""
-    if A.shape == layer.lora_A.shape:
-        return A, B
-    rows, columns = layer.lora_A.shape
-    narrow = A.flatten(1)[:rows, :columns]
-    if not torch.equal(_unfold(narrow, layer), A):
-        raise AdapterError(f"{name}: not of Microsoft's folded form; put this adapter on a plain model instead")
-    return narrow, B.reshape(layer.lora_B.shape)
+def _literal(name: str) -> str:
+    return name if is_plain_name(name) else re.escape(name)
 
 
 def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
@@ -351,10 +401,10 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
     """
     ranks, alphas, blocks = dict[str, int](), dict[str, float](), dict[str, tuple[bool, ...]]()
     for name, layer in layers:
-        wide = layer.base_weight[0, 0].numel() if isinstance(layer, LoRAFoldedConv) else 1
+        factor = layer._base_shape[2:].numel() if isinstance(layer, LoRAFoldedConv) else 1  # see to_adapter
         plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # not so under rsLoRA
-        ranks[name] = layer.r * wide
-        alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * wide
+        ranks[name] = layer.r * factor
+        alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * factor
         if isinstance(layer, LoRALinear) and layer.blocks is not None:
             blocks[name] = layer.blocks
     bias, modules_to_save = _trained_besides(model, layers)
@@ -363,37 +413,32 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
         bias=bias,
         modules_to_save=modules_to_save or None,
-        enable_lora=_as_pattern(blocks, ranks),
+        enable_lora=_as_pattern({name: blocks.get(name) for name, _ in layers}, None),
     )
     return with_ranks(config, ranks, alphas)
 
 
 def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
-    """Returns `bias` and `modules_to_save` for what trains besides the low-rank factors."""
+    """Returns `bias` and `modules_to_save` for what trains besides the layers' own tensors."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     bias = "none"
     for mode in ("all", "lora_only"):
-        biases = {name for name, p in trained_in_full(model, LoraConfig(bias=mode), layers).items() if p.requires_grad}
-        every = set(trained_in_full(model, LoraConfig(bias=mode), layers))
-        if every and biases == every:
-            bias, trained = mode, trained - every
+        biases = fully_trained_tensors(model, LoraConfig(bias=mode), layers)
+        if biases and all(parameter.requires_grad for parameter in biases.values()):
+            bias, trained = mode, trained - biases.keys()
             break
     owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(trained))
     adapted = {name for name, _ in layers}
-    homeless = [name for name in sorted(trained) if name.rpartition(".")[0] in adapted | {""}]
-    if homeless:
+    unsaved = [name for name in sorted(trained) if name.rpartition(".")[0] in adapted | {""}]
+    if unsaved:
         raise AdapterError(
             list_faults(
                 "these parameters train, and an adapter has no place for them",
-                homeless,
+                unsaved,
                 "Freeze them with mark_only_lora_as_trainable(model), or save the whole model with torch.save.",
             )
         )
     return bias, list(owners)
-
-
-def _parameter_name(key: str) -> str:
-    return key.replace(".lora_embedding_", ".lora_")
 
 
 def _check_tensors(
@@ -404,9 +449,8 @@ def _check_tensors(
     base = model.state_dict() | (record.originals if record is not None else {})
     for name, tensor in adapter.tensors.items():
         if name not in expected:
-            # Some writers carry base weights along (PEFT embeddings, Microsoft whole models): they must be this base's.
-            carried = name in base and base[name].shape == tensor.shape
-            if not carried:
+            # Some files also hold base weights (PEFT's embeddings, Microsoft's whole models): they must be this base's.
+            if name not in base or base[name].shape != tensor.shape:
                 faults.append(f"unexpected  {name} {tuple(tensor.shape)}")
             elif not allow_mismatch and not _same_values(base[name], tensor):
                 faults.append(f"other base  {name} {tuple(tensor.shape)} differs from the model's (trained in full?)")
@@ -428,35 +472,32 @@ def _check_tensors(
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Tells whether a tensor holds neither NaN nor infinite values; PyTorch does not say so of 8-bit floats."""
+    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite takes no 8-bit floats."""
     return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors agree up to the rounding of bf16, in which either may have been kept."""
+    """Whether two tensors agree up to the rounding of bf16, in which either may have been stored."""
     ours, theirs = ours.detach().cpu().float(), theirs.detach().cpu().float()
     return bool(((ours - theirs).abs() <= 2**-7 * theirs.abs() + 1e-6).all())
 
 
 def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
-    """Compares fingerprints; returns what `ApplyReport.base` says."""
+    """Compares fingerprints and returns the value of `ApplyReport.base`."""
     theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
+    named = adapter.config.base_model_name_or_path
+    load = f"Load the base it was trained on{f' ({named})' if named else ''}."
     if theirs is None:
         return "unknown"
     if theirs.partition(":")[0] != ours.partition(":")[0]:
         raise BaseMismatchError(
             f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
-            f"(fingerprint {theirs}, here {ours}). Load the base it was trained on"
-            f"{_named(adapter.config.base_model_name_or_path)}."
+            f"(fingerprint {theirs}, here {ours}). {load}"
         )
     if theirs != ours and not allow_mismatch:
         raise BaseMismatchError(
             f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "
-            f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}. "
-            "If you mean this one: allow_base_mismatch=True in Python, --allow_base_mismatch of `loralib merge`."
+            f"{ours}). {load} To use this one anyway: allow_base_mismatch=True in Python, --allow_base_mismatch of "
+            "`loralib merge`."
         )
     return "checked" if theirs == ours else "other"
-
-
-def _named(name: str | None) -> str:
-    return f" ({name})" if name else ""

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import re
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from .errors import AdapterError, ConfigError, did_you_mean, list_faults
+from .settings import check, setting, settings_class
 
-__all__ = ["ALL_LINEAR", "LoraConfig", "first_match", "matches"]
+__all__ = [
+    "ALL_LINEAR",
+    "LoraConfig",
+    "first_match",
+    "is_plain_name",
+    "matches",
+    "matching_steps",
+    "parse_enable_lora",
+    "parse_target_modules",
+]
 
 ALL_LINEAR = "all-linear"
 
@@ -26,13 +34,12 @@ _HARMLESS = frozenset(
 )
 
 
-def _knob(default: Any, text: str) -> Any:
-    """Declares a field once: its default and the help text that flags, TOML keys and docs are made from."""
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+_MAX_RANK: Final = 1_000_000  # wider than any layer
+_MAX_ENTRIES: Final = 20_000
+_MAX_KEY: Final = 1000  # characters of a key in a file
 
 
+@settings_class
 @dataclass(frozen=True)
 class LoraConfig:
     """The settings of one LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
@@ -41,40 +48,69 @@ class LoraConfig:
     ``W x + scaling * B A x`` with A (r, in), B (out, r) and ``scaling = lora_alpha / r``.
 
     Raises:
-        ConfigError: one or more fields hold a value they cannot have; all are reported together.
+        ConfigError: one or more settings are invalid; the message lists all of them.
 
     >>> LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}).r
     4
     >>> LoraConfig(r=0)
     Traceback (most recent call last):
         ...
-    loralib.errors.ConfigError: 1 setting of the adapter cannot be used:
-      r is 0, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)
+    loralib.errors.ConfigError: 1 setting of the adapter is invalid:
+      r is 0, expected a whole number of at least 1 (4 to 64 are usual)
     """
 
-    r: int = _knob(8, "rank of the update: the inner size of A (r, in) and B (out, r)")
-    lora_alpha: float = _knob(8, "the update is scaled by lora_alpha / r")
-    target_modules: str | Sequence[str] | None = _knob(
-        None, "modules to adapt: names or name endings, one regular expression for the whole name, or 'all-linear'"
+    r: int = setting(
+        8,
+        "rank of the update: the inner size of A (r, in) and B (out, r)",
+        at_least=1,
+        at_most=_MAX_RANK,
+        expected="a whole number of at least 1 (4 to 64 are usual)",
     )
-    lora_dropout: float = _knob(0.0, "probability of dropping an input of the low-rank path while training")
-    bias: str = _knob("none", "which biases train too: 'none', 'all' or 'lora_only' (those of adapted layers)")
-    use_rslora: bool = _knob(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)")
-    modules_to_save: Sequence[str] | None = _knob(None, "modules trained in full and saved with the adapter")
-    exclude_modules: str | Sequence[str] | None = _knob(None, "modules left alone: names, endings or one expression")
-    layers_to_transform: int | Sequence[int] | None = _knob(None, "numbers of the layers to adapt; default: all")
-    layers_pattern: str | Sequence[str] | None = _knob(None, "name of the list of layers, as 'layers' or 'h'")
-    rank_pattern: Mapping[str, int] = _knob({}, "another r for modules whose name ends so; the first match counts")
-    alpha_pattern: Mapping[str, float] = _knob({}, "another lora_alpha for modules whose name ends so")
-    enable_lora: Mapping[str, Sequence[bool]] = _knob(
-        {}, "for fused projections: which equal blocks of the output to adapt, as {'c_attn': [True, False, True]}"
+    lora_alpha: float = setting(
+        8, "the update is scaled by lora_alpha / r", rule=bool, expected="a number other than 0 (often 2 * r)"
     )
-    init_lora_weights: bool | str = _knob(True, "True: A random and B zero, so that training starts from the base")
-    fan_in_fan_out: bool = _knob(False, "the base weight is stored (in, out); found out by itself for Conv1D")
-    use_dora: bool = _knob(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
-    lora_bias: bool = _knob(False, "B has a bias; read, not trained here")
-    task_type: str | None = _knob(None, "what the model is for, as 'CAUSAL_LM'; a note for other tools")
-    base_model_name_or_path: str | None = _knob(None, "the base model the adapter belongs to; never a cache path")
+    target_modules: str | Sequence[str] | None = setting(
+        None,
+        "modules to adapt: a list of names or name endings, one regular expression for the whole name, or 'all-linear'",
+        rule=bool,
+        expected="a list of names, one regular expression or 'all-linear'",
+    )
+    lora_dropout: float = setting(
+        0.0, "probability of dropping an input of the low-rank path during training", at_least=0, below=1
+    )
+    bias: str = setting(
+        "none",
+        "biases to train as well: 'none', 'all' or 'lora_only' (those of adapted layers)",
+        choices=("none", "all", "lora_only"),
+    )
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)")
+    modules_to_save: Sequence[str] | None = setting(None, "modules trained in full and saved with the adapter")
+    exclude_modules: str | Sequence[str] | None = setting(
+        None, "modules not to adapt: a list of names or name endings, or one regular expression"
+    )
+    layers_to_transform: int | Sequence[int] | None = setting(None, "numbers of the layers to adapt; None adapts all")
+    layers_pattern: str | Sequence[str] | None = setting(None, "name of the list of layers, such as 'layers' or 'h'")
+    rank_pattern: Mapping[str, int] = setting(
+        {}, "a different r for modules whose names end in a key; the first match counts", at_least=1, at_most=_MAX_RANK
+    )
+    alpha_pattern: Mapping[str, float] = setting(
+        {},
+        "a different lora_alpha for modules whose names end in a key; the first match counts",
+        rule=bool,
+        expected="a number other than 0",
+    )
+    enable_lora: Mapping[str, Sequence[bool]] = setting(
+        {},
+        "for fused projections: which equal blocks of the output to adapt, as in {'c_attn': [True, False, True]}",
+        rule=any,
+        expected="a table of lists of booleans, at least one of them true",
+    )
+    init_lora_weights: bool | str = setting(True, "True: A random and B zero, so that training starts from the base")
+    fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
+    use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
+    lora_bias: bool = setting(False, "B has a bias; read, not trained here")
+    task_type: str | None = setting(None, "what the model is for, as 'CAUSAL_LM'; a note for other tools")
+    base_model_name_or_path: str | None = setting(None, "the base model the adapter belongs to; never a cache path")
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -87,95 +123,40 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
             value = getattr(self, name)
             if isinstance(value, Mapping) or value is None:
-                object.__setattr__(self, name, dict(value or {}))
-        faults = self._type_faults()
-        if not faults:
-            object.__setattr__(self, "enable_lora", {key: tuple(blocks) for key, blocks in self.enable_lora.items()})
-            faults = self._faults()
-        if faults:
-            count = f"{len(faults)} setting{'s' if len(faults) > 1 else ''}"
-            raise ConfigError(list_faults(f"{count} of the adapter cannot be used", faults))
-
-    def _type_faults(self) -> list[str]:
-        """Names the fields whose values are not of the kind that the other checks expect."""
-        flag, name, names = ("True or False", _is_flag), ("a text", _is_text), ("a list of names", _is_texts)
-        either = ("a name or a list of names", lambda value: _is_text(value) or _is_texts(value))
-        numbers = ("a whole number or a list of such", _is_ints)
-        keyed = ("values by name", lambda value: isinstance(value, dict) and _is_texts(tuple(value)))
-        start = ("True, False or a name", lambda value: isinstance(value, (bool, str)))
-        kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
-            **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), flag),
-            **dict.fromkeys(("task_type", "base_model_name_or_path"), name),
-            **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), either),
-            **dict.fromkeys(("rank_pattern", "alpha_pattern", "enable_lora"), keyed),
-            "modules_to_save": names,
-            "layers_to_transform": numbers,
-            "init_lora_weights": start,
-        }
-        values = {field: getattr(self, field) for field in kinds}
-        faults = [
-            f"{field} is {list(value) if isinstance(value, tuple) else value!r}"[:200] + f", expected {kinds[field][0]}"
-            for field, value in values.items()
-            if not kinds[field][1](value)
-        ]
-        if not faults:
-            odd = [key for key, blocks in self.enable_lora.items() if not isinstance(blocks, (list, tuple))]
-            faults += [f"enable_lora[{key!r}] is {self.enable_lora[key]!r}, expected a list of booleans" for key in odd]
-        return faults
+                entries = (value or {}).items()
+                value = {key: tuple(item) if isinstance(item, list) else item for key, item in entries}
+                object.__setattr__(self, name, value)
+        check(self, "the adapter", self._faults)
 
     def _faults(self) -> list[str]:
-        faults = []
-        if not _is_int(self.r) or self.r < 1:
-            faults.append(
-                f"r is {self.r!r}, expected a whole number of at least 1 (the rank of the update; 4 to 64 are usual)"
-            )
-        elif self.r > _MOST_R:
-            faults.append(f"r is above {_MOST_R:,}, wider than any layer")
-        if not _is_number(self.lora_alpha) or self.lora_alpha == 0:
-            faults.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number other than 0 (often 2 * r)")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            faults.append(f"lora_dropout is {self.lora_dropout!r}, expected a probability from 0 to below 1")
-        if self.bias not in ("none", "all", "lora_only"):
-            faults.append(f"bias is {self.bias!r}, expected 'none', 'all' or 'lora_only'")
-        if self.target_modules is not None and not self.target_modules:
-            faults.append("target_modules is empty, expected at least one name, or 'all-linear'")
-        layers = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        faults += self._pattern_faults(layers or ())
-        if layers and self.layers_to_transform is None:
-            faults.append(f"layers_pattern is {list(layers)!r}, which says nothing without layers_to_transform")
-        for key, rank in self.rank_pattern.items():
-            if not _is_int(rank) or not 1 <= rank <= _MOST_R:
-                faults.append(f"rank_pattern[{key!r}] is {str(rank)[:80]}, expected a whole number of at least 1")
-        for key, alpha in self.alpha_pattern.items():
-            if not _is_number(alpha) or alpha == 0:
-                faults.append(f"alpha_pattern[{key!r}] is {alpha!r}, expected a finite number other than 0")
-        for key, blocks in self.enable_lora.items():
-            if not blocks or not all(isinstance(block, bool) for block in blocks) or not any(blocks):
-                faults.append(f"enable_lora[{key!r}] is {list(blocks)!r}, expected booleans, at least one of them True")
-        return faults
-
-    def _pattern_faults(self, layers: Sequence[str]) -> list[str]:
-        """Names lists and expressions that would take too long to match: a file from elsewhere may hold them."""
-        keyed = ("rank_pattern", "alpha_pattern", "enable_lora")
-        counted = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", *keyed)
+        """Finds texts that would garble a terminal, lists that are too long, and invalid regular expressions."""
+        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        texts = {
+            name: (value,) if isinstance(value, str) else value
+            for name, value in values.items()
+            if isinstance(value, (str, tuple, dict))
+        }
         faults = [
-            f"{name} has {len(value):,} entries, expected at most {_MOST_ENTRIES:,}"
-            for name, value in ((name, getattr(self, name)) for name in counted)
-            if isinstance(value, (tuple, dict)) and len(value) > _MOST_ENTRIES
+            f"{name} has {len(entries):,} entries, expected at most {_MAX_ENTRIES:,}"
+            for name, entries in texts.items()
+            if len(entries) > _MAX_ENTRIES
+        ] or [
+            f"{name} holds {text!r}"[:200] + ", expected printable text"
+            for name, entries in texts.items()
+            for text in entries
+            if isinstance(text, str) and not text.isprintable()
         ]
-        if faults or len(layers) > _MOST_ENTRIES:
-            return faults or ["layers_pattern has too many entries"]
-        named = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules"))
-        found = [(name, value, 1) for name, value in named if isinstance(value, str)]
-        # Keys are matched behind a `(.*\.)?` of their own.
-        found += [(f"a key of {name}", key, _OPEN) for name in keyed for key in getattr(self, name)]
-        found += [("layers_pattern", pattern, _OPEN) for pattern in layers]
-        left = float(_MOST_WAYS)
-        for name, expression, times in found:
-            more, ways = _expression_faults(name, expression, left / times)
-            faults += more
-            left -= ways * times
-        return faults
+        if faults:
+            return faults
+        named = ("target_modules", "exclude_modules")
+        keyed = ("rank_pattern", "alpha_pattern", "enable_lora")
+        layers = texts.get("layers_pattern", ())
+        expressions = [(name, values[name]) for name in named if isinstance(values[name], str)]
+        expressions += [(f"a key of {name}", key) for name in keyed for key in values[name]]
+        expressions += [("layers_pattern", pattern) for pattern in layers]
+        if layers and self.layers_to_transform is None:
+            faults.append(f"layers_pattern is {self.layers_pattern!r}, which needs layers_to_transform")
+        return faults + [fault for name, text in expressions if (fault := _expression_fault(name, text))]
 
     def rank_of(self, name: str) -> int:
         """Returns r for the module of that dotted name."""
@@ -260,6 +241,59 @@ class LoraConfig:
         return cls(**chosen)
 
 
+def parse_target_modules(text: str) -> str | list[str]:
+    """Reads target_modules as the command line and TOML files write it.
+
+    Args:
+        text: names separated by commas, ``all-linear``, or one regular expression for whole names.
+
+    Returns:
+        What `LoraConfig` takes: a list of names, or the text itself.
+
+    >>> parse_target_modules("self_attn.q_proj,mlp.down_proj")
+    ['self_attn.q_proj', 'mlp.down_proj']
+    >>> parse_target_modules(r".*[qv]_proj"), parse_target_modules("all-linear")
+    ('.*[qv]_proj', 'all-linear')
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    are_names = all(part.isidentifier() or part.isdigit() for name in names for part in name.split("."))
+    return names if are_names else text
+
+
+def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[str, tuple[bool, ...]]:
+    """Reads enable_lora as the command line and TOML files write it.
+
+    Args:
+        text: the blocks of each fused projection, as ``c_attn=1,0,1;other=1,1,0``; ``1,0,1`` alone is for all targets.
+        targets: the target modules.
+
+    Returns:
+        What `LoraConfig` takes.
+
+    Raises:
+        ConfigError: the text is of another form.
+
+    >>> parse_enable_lora("c_attn=1,0,1", None)
+    {'c_attn': (True, False, True)}
+    >>> parse_enable_lora("1,1,0", ["qkv"])
+    {'qkv': (True, True, False)}
+    """
+    blocks = {}
+    for entry in filter(None, map(str.strip, text.split(";"))):
+        names, equals, flags = entry.rpartition("=")
+        values = [_FLAGS.get(flag.strip().lower()) for flag in flags.split(",") if flag.strip()]
+        keys = [names.strip()] if equals else [] if targets is None or isinstance(targets, str) else targets
+        if not keys or not all(keys) or not values or None in values:
+            raise ConfigError(
+                f"enable_lora is {text!r}, expected as many of 1 and 0 as each projection has blocks: c_attn=1,0,1; "
+                "or 1,0,1 alone where target_modules is a list of names"
+            )
+        blocks.update(dict.fromkeys(keys, tuple(value is True for value in values)))
+    return blocks
+
+
+_FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
+
 # Fields that PEFT learned after 0.5: written only when they say something.
 _NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "enable_lora"})
 
@@ -287,16 +321,25 @@ def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
     return None
 
 
-def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
+def first_match(patterns: Iterable[str], name: str) -> str | None:
     """Returns the first key K for which ``(.*\\.)?(K)$`` fits a dotted module name (PEFT's rule), or None.
 
     >>> first_match({"layers.1.q_proj": 4, "q_proj": 8}, "model.layers.1.q_proj")
     'layers.1.q_proj'
     """
-    for key in patterns:
-        if _ending(key).match(name):
-            return key
-    return None
+    keys = tuple(patterns)
+    plain, expressions = _by_kind(keys)
+    endings = (name, *(name[dot + 1 :] for dot, letter in enumerate(name) if letter == "."))
+    fitting = [plain[ending] for ending in endings if ending in plain]
+    fitting += [number for number, expression in expressions if expression.match(name)]
+    return keys[min(fitting)] if fitting else None
+
+
+@functools.lru_cache(maxsize=16)
+def _by_kind(keys: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[int, re.Pattern[str]]]]:
+    """Returns the places of names, which are looked up, and those of expressions, which are run one by one."""
+    plain = {key: number for number, key in enumerate(keys) if is_plain_name(key)}
+    return plain, [(n, re.compile(rf"(.*\.)?({key})$")) for n, key in enumerate(keys) if key not in plain]
 
 
 def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
@@ -305,99 +348,47 @@ def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
     return first_match(patterns, name.removesuffix(".out_proj")) if key is None else key
 
 
-@functools.cache  # re's own cache holds 512, and a config may name every module of a large model
-def _ending(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def is_plain_name(key: str) -> bool:
+    """Whether a pattern is just a dotted name, which is compared and not run as a regular expression."""
+    return re.fullmatch(r"[\w.-]+", key) is not None
 
 
-def _expression_faults(name: str, expression: str, most: float) -> tuple[list[str], float]:
-    """Returns what is wrong with a regular expression, and how many ways of matching a name may have to be tried."""
-    if _PLAIN.fullmatch(expression):  # thousands of modules may be named one by one
-        return [], 1
-    if len(expression) > 10_000:
-        return [f"{name} has {len(expression):,} characters; give a list of names instead"], 0
+def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
+    """Bounds how many steps `first_match` takes, for patterns and names that come from a file.
+
+    A regular expression tries every way to share a name between its repeats, for every choice of alternatives.
+
+    >>> matching_steps(["q_proj", r"layers\\.[01]\\..*_proj"], ["layers.0.q_proj"])
+    49.0
+    >>> matching_steps(["(a*)*"], ["a"])
+    inf
+    """
+    length = max(map(len, names), default=0) + 1
+    dots = max((name.count(".") for name in names), default=0) + 1
+    total = 0.0
+    for pattern in patterns:
+        if is_plain_name(pattern):
+            total += 1
+            continue
+        # Escapes and sets stand for one letter each: repeats, groups and alternatives are left.
+        bare = re.sub(r"\\.|\[\^?(?:\\.|.)(?:\\.|[^]\\])*\]", "x", pattern[:_MAX_KEY]).replace("(?:", "(")
+        repeats, groups = len(re.findall(r"[*+?{]+", bare)), bare.count("(") + 1
+        if len(pattern) > _MAX_KEY or repeats > 9 or groups > 9 or re.search(r"\)[*+{]|\(\?", bare):
+            return math.inf
+        total += (bare.count("|") / groups + 1) ** groups * float(length) ** repeats * dots
+    return total * len(names)
+
+
+def _expression_fault(name: str, expression: str) -> str | None:
+    if is_plain_name(expression):  # thousands of modules may be named one by one
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(expression)
-        ways = _ways(_parser.parse(expression))
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} is {expression[:80]!r}, which is no regular expression: {error}"], 0
-    if ways > most:
-        return [
-            f"{name} is {expression[:80]!r}, which may take forever to match: it repeats what can match in several "
-            "ways, or has too many open ends; give a list of names, or use .* less often"
-        ], 0
-    return [], ways
-
-
-# Matching tries every way to share a name between the open parts of an expression.
-_OPEN = 32  # where `.*` may end, as far as it adds up: n of them share 64 letters in about 32**n ways
-_MOST_WAYS = _OPEN**5  # of all expressions of a config together
-_MOST_ENTRIES = 20_000
-_MOST_R = 1_000_000
-_PLAIN = re.compile(r"[\w.-]{1,1000}")
-_parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
-
-
-def _ways(parsed: Any) -> float:
-    """Bounds in how many ways a parsed expression can match the beginning of a name."""
-    ways = 1.0
-    for kind, value in parsed:
-        if str(kind) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            least, most, inner = value
-            ways *= _ways_of_repeat(min(least, _OPEN), min(most, _OPEN), _ways(inner))
-        elif str(kind) == "BRANCH":
-            # Of branches that begin with different letters one at most fits.
-            beginning = dict.fromkeys(map(_first_letter, value[1]), 0.0)
-            for branch in value[1]:
-                beginning[_first_letter(branch)] += _ways(branch)
-            ways *= beginning.pop(None, 0) + max(beginning.values(), default=0)
-        elif str(kind) == "GROUPREF_EXISTS":
-            ways *= sum(_ways(part) for part in value[1:] if part is not None)
-        elif str(kind) in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-            ways *= _ways(value[-1])
-        elif str(kind) == "ATOMIC_GROUP":
-            ways *= _ways(value)
-    return ways
-
-
-def _ways_of_repeat(least: int, most: int, inner: float) -> float:
-    if inner == 1:
-        return min(most - least + 1, _OPEN)
-    # least to most times, each in any way; more than enough is enough.
-    return sum(min(inner**times, 1e18) for times in range(least, most + 1)) if inner < 1e18 else math.inf
-
-
-def _first_letter(parsed: Any) -> str | None:
-    kind, value = next(iter(parsed), ("", 0))
-    return chr(value).casefold() if str(kind) == "LITERAL" else None
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value.isprintable())
-
-
-def _is_texts(value: object) -> bool:
-    return value is None or (
-        isinstance(value, tuple) and all(item and isinstance(item, str) and item.isprintable() for item in value)
-    )
-
-
-def _is_ints(value: object) -> bool:
-    return value is None or _is_int(value) or (isinstance(value, tuple) and all(_is_int(item) for item in value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        return f"{name} is {expression[:80]!r}, which is not a regular expression: {error}"
+    return None
 
 
 def _is_off(value: object) -> bool:

@@ -8,7 +8,18 @@ from typing import Any, TextIO
 
 from .errors import MissingDependencyError
 
-__all__ = ["count", "duration", "ensure_safe", "percent", "printable", "progress", "say", "size", "table"]
+__all__ = [
+    "count",
+    "duration",
+    "ensure_safe",
+    "parameter_table",
+    "percent",
+    "printable",
+    "progress",
+    "say",
+    "size",
+    "table",
+]
 
 # What a console without these characters shows instead; everything else becomes "?".
 _PLAIN = str.maketrans(
@@ -157,6 +168,23 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[object] = ()) -> st
         for row in cells
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def parameter_table(parameters: Iterable[Any]) -> str:
+    """Returns a table of total, trainable and frozen parameters.
+
+    Args:
+        parameters: what ``model.parameters()`` yields.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    total = sum(number for number, _ in sizes)
+    trainable = sum(number for number, trains in sizes if trains)
+    rows = [
+        ("Total", count(total), "100.00%"),
+        ("Trainable", count(trainable), percent(trainable, total)),
+        ("Frozen", count(total - trainable), percent(total - trainable, total)),
+    ]
+    return table(rows, ("parameters", "number", "share"))
 
 
 def count(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Every LoRA formula, once: forward, merge, export and serving all call these.
+"""Every LoRA formula, once: forward, merging, export and serving all call these.
 
 Hu et al. 2021 (arXiv:2106.09685), section 4.1: a frozen weight W is updated by a product of two thin matrices,
 
@@ -21,6 +21,8 @@ __all__ = [
     "balanced_factors",
     "block_diagonal_B",
     "delta_weight",
+    "dense",
+    "diagonal_blocks",
     "dora_weight",
     "effective_rank",
     "low_rank",
@@ -83,6 +85,14 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (B.to(wide) @ A.to(wide)) * scaling
 
 
+def dense(weight: Tensor) -> Tensor:
+    """Returns a base weight as an ordinary floating-point tensor, in the shape that its layer computes with.
+
+    Whatever reads a base weight's values or shape goes through here, so that another kind of storage is a line here.
+    """
+    return weight
+
+
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
     """Computes ``W + delta`` in at least fp32 and rounds once, to the dtype of W.
 
@@ -116,6 +126,17 @@ def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:
     return torch.cat([next(enabled) if on else off for on in blocks])
 
 
+def diagonal_blocks(B: Tensor, blocks: Sequence[bool]) -> Tensor:
+    """Undoes `block_diagonal_B`, of which it keeps the blocks on the diagonal.
+
+    >>> diagonal_blocks(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), [True, False, True]).tolist()
+    [[1.0], [2.0]]
+    """
+    size, r = B.shape[0] // len(blocks), B.shape[1] // sum(blocks)
+    rows = [row for row, on in zip(B.split(size), blocks, strict=True) if on]
+    return torch.cat([row[:, i * r : (i + 1) * r] for i, row in enumerate(rows)])
+
+
 def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the singular value decomposition of ``scaling * B A`` without forming the product.
 
@@ -146,7 +167,7 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, 
         U: (out, k).
         S: (k,), in falling order.
         Vh: (k, in).
-        r: the rank wanted; above k the rest is zero.
+        r: the rank of the result; zeros are added if it exceeds k.
 
     Returns:
         A (r, in) and B (out, r), in fp32, with ``B A`` nearest to ``U diag(S) Vh``.
@@ -183,9 +204,9 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
         (out, in), in at least fp32.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-    moved = weight.to(wide) + delta.to(wide)
-    norms: Tensor = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    return moved * (magnitude.to(wide)[:, None] / norms)
+    updated = weight.to(wide) + delta.to(wide)
+    norms: Tensor = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
+    return updated * (magnitude.to(wide)[:, None] / norms)
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

@@ -1,76 +1,45 @@
-"""Adapt the layers of any model in place: match, check, switch classes, report, and take it all back.
+"""Adapts the layers of any model in place, and takes it all back.
 
-`plan` is the pure half (which modules, with which rank, or every reason why not); `inject` carries it out.
+`inject` asks `loralib.targets.match_modules` which modules to adapt, then switches their classes: the base weights stay
+the same Parameters under the same names, so that `remove` can give back the model bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter
 
-from .config import ALL_LINEAR, LoraConfig, first_match, matches
+from .config import LoraConfig
 from .console import size
-from .errors import MergeError, TargetError, did_you_mean, list_faults
-from .layers import (
-    LoRAConv,
-    LoRAEmbedding,
-    LoRALayer,
-    LoRALinear,
-    LoRAMultiheadAttention,
-    LoRAReadLinear,
-    adapted_class,
-)
+from .delta import dense
+from .errors import MergeError, TargetError, list_faults
+from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
+from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules
 from .utils import mark_only_lora_as_trainable
 
 __all__ = [
     "InjectReport",
     "Injection",
-    "TargetModule",
     "adapted_layers",
     "disabled",
     "fingerprint",
     "inject",
+    "inject_targets",
     "injection_of",
     "merge",
-    "plan",
     "remove",
     "unmerge",
 ]
 
 _RECORD = "_loralib"  # where an injected model keeps its Injection
-
-
-@dataclass(frozen=True)
-class TargetModule:
-    """One module to adapt: where it is, what it becomes and with which settings."""
-
-    name: str
-    module: nn.Module
-    path: type[LoRALayer]
-    r: int
-    lora_alpha: float
-    pattern: str
-    blocks: tuple[bool, ...] | None = None
-    fan_in_fan_out: bool = False
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the adapter's two tensors by name: what a file must hold for this module."""
-        twin = _shadow(self)
-        shape_A, shape_B = twin.factor_shapes(self.r)
-        key_A, key_B = factor_keys(self.name, self.path)
-        return {key_A: shape_A, key_B: shape_B}
 
 
 @dataclass(frozen=True)
@@ -83,7 +52,7 @@ class InjectReport:
         targets: the names of the adapted modules.
         trainable, total: numbers of parameters.
         adapter_bytes: size of the trained tensors, in bytes.
-        notes: what a user should know, one sentence each.
+        notes: surprises to know about, one sentence each.
     """
 
     model: str
@@ -115,11 +84,17 @@ class InjectReport:
 
 @dataclass
 class Injection:
-    """What an injected model remembers: its settings and all that `remove` needs."""
+    """What an injected model remembers: its settings and all that `remove` needs.
+
+    Attributes:
+        config: what was injected.
+        trainable: requires_grad of each parameter before.
+        originals: tensors of the base that are trained in full; copies of them train in their place.
+    """
 
     config: LoraConfig
-    trainable: dict[str, bool]  # requires_grad before
-    originals: dict[str, Tensor] = field(default_factory=dict)  # what copies train in place of: biases, modules_to_save
+    trainable: dict[str, bool]
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
 
 def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
@@ -146,7 +121,23 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
         )
-    targets = plan(model, config)
+    by_hand = [name for name, _ in adapted_layers(model)]
+    if by_hand:
+        raise TargetError(
+            f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
+            f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
+        )
+    return inject_targets(model, config, match_modules(model, config))
+
+
+def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule]) -> InjectReport:
+    """Adapts modules of a model that holds no adapter: the half of `inject` that changes it.
+
+    Args:
+        model: as in `inject`.
+        config: as in `inject`.
+        targets: what `loralib.targets.match_modules` returned for them.
+    """
     notes = _notes(model, targets, config)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     record = model.__dict__[_RECORD] = Injection(config, trainable)
@@ -154,77 +145,13 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
         for target in targets:
             _adapt(target, config)
         mark_only_lora_as_trainable(model)
-        in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
-        record.originals = _put(model, _copies(in_full))
+        in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
+        record.originals = _swap_tensors(model, _trainable_copies(in_full))
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
         remove(model)
         raise
-
-
-def plan(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
-    """Finds the modules that a config adapts, without touching the model.
-
-    Args:
-        model: may hold an adapter that `inject` made: the plan is for its base.
-        config: see `inject`.
-
-    Returns:
-        One entry a module, in the model's order.
-
-    Raises:
-        TargetError: as `inject`; all faults are reported together.
-    """
-    if config.use_dora or config.lora_bias or config.init_lora_weights not in (True, "kaiming"):
-        asked = "use_dora" if config.use_dora else "lora_bias" if config.lora_bias else "init_lora_weights"
-        raise TargetError(
-            f"{asked} = {getattr(config, asked)!r} cannot be injected; LoRA and rsLoRA with the default start can. "
-            "Convert such an adapter with `loralib convert --target peft` first."
-        )
-    if config.target_modules is None:
-        raise TargetError(f"target_modules is not given. {_suggestion(model)}")
-    hand_made = [] if injection_of(model) else [name for name, _ in adapted_layers(model)]
-    if hand_made:
-        raise TargetError(
-            f"{type(model).__name__} already has LoRA layers of its own ({', '.join(hand_made[:3])}"
-            f"{', ...' if len(hand_made) > 3 else ''}); inject() adapts plain layers"
-        )
-    modules = dict(_modules(model))
-    matched = _match(model, config)
-    faults = _unmatched(model, modules, matched, config)
-    targets = list[TargetModule]()
-    for name, pattern in matched.items():
-        module = modules[name]
-        path = _path_for(name, module, modules, config)
-        if isinstance(path, str):
-            faults.append(f"{name}: {path}")
-            continue
-        blocks = config.blocks_of(name)
-        target = TargetModule(
-            name, module, path, config.rank_of(name), config.alpha_of(name), pattern, blocks, _is_conv1d(module)
-        )
-        if blocks is not None and (why := _block_fault(target)):
-            faults.append(f"{name}: {why}")
-            continue
-        targets.append(target)
-        if isinstance(module, nn.MultiheadAttention):
-            # in_proj and out_proj belong together, as in PEFT.
-            output = TargetModule(
-                name=(inner := f"{name}.out_proj"),
-                module=module.out_proj,
-                path=LoRAReadLinear,
-                r=config.rank_of(inner),
-                lora_alpha=config.alpha_of(inner),
-                pattern=pattern,
-            )
-            if why := _bypass(output.module, output.path._weight_name):
-                faults.append(f"{output.name}: {why}")
-            targets.append(output)
-    if faults:
-        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
-        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
-    return targets
 
 
 def remove(model: nn.Module) -> None:
@@ -233,7 +160,9 @@ def remove(model: nn.Module) -> None:
     Raises:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
-    record = _need_injection(model)
+    record = injection_of(model)
+    if record is None:
+        raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
@@ -241,7 +170,7 @@ def remove(model: nn.Module) -> None:
             f"{', '.join(wrapped)}: torch.nn.utils.parametrize has changed the class since inject(); "
             "remove_parametrizations() first"
         )
-    _put(model, _moved(model, record.originals))
+    _swap_tensors(model, _originals(model, record))
     for _, layer in layers:
         _restore(layer)
     for name in (_RECORD, "save_pretrained", "resize_token_embeddings"):
@@ -303,61 +232,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.unmerge()
             layer.enabled = False
         if record is not None:
-            trained = _put(model, _moved(model, record.originals))
+            trained = _swap_tensors(model, _originals(model, record))
         yield
     finally:
-        _put(model, trained)
+        _swap_tensors(model, trained)
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged and not (layer.merge_weights and layer.training):  # train() would have unmerged it
                 layer.merge()
-
-
-def trained_in_full(
-    model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
-) -> dict[str, Tensor]:
-    """Returns what a config trains besides low-rank factors, by name: biases, and all that modules_to_save hold.
-
-    Args:
-        model: plain or adapted.
-        config: `bias` and `modules_to_save` count.
-        adapted: the adapted modules with their names, for ``bias="lora_only"``.
-    """
-    chosen = dict[str, Tensor]()
-    if config.bias == "all":
-        # PEFT leaves out in_proj_bias where it adapts the attention.
-        left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
-        parameters = model.named_parameters(remove_duplicate=False)
-        chosen |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
-    elif config.bias == "lora_only":
-        biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
-        chosen |= {name: bias for name, bias in biases if bias is not None}
-    for name, module in model.named_modules():
-        if config.saves(name):
-            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
-            chosen |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-    return chosen
-
-
-def applicable(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Returns the config of a finished adapter without what says nothing about this model.
-
-    PEFT lets entries that match nothing pass, and writes some itself (``modules_to_save=["classifier", "score"]``).
-    When an adapter is loaded its tensors decide what is adapted, so such entries may go; for `inject` they are errors.
-    """
-    idle = _idle(model, dict(_modules(model)), _match(model, config), config)
-    changes: dict[str, Any] = {}
-    for knob, entries in idle.items():
-        value = getattr(config, knob)
-        if isinstance(value, Mapping):
-            changes[knob] = {key: setting for key, setting in value.items() if key not in entries}
-        elif not isinstance(value, (str, int)) and set(value) - set(entries):
-            changes[knob] = [entry for entry in value if entry not in entries]
-        elif knob not in ("target_modules", "layers_to_transform"):
-            changes[knob] = None
-    if not config.changes_base:  # another start, once trained, is like any other
-        changes["init_lora_weights"] = True
-    return config.replace(**changes)
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -368,12 +250,6 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 def injection_of(model: nn.Module) -> Injection | None:
     """Returns what `inject` left on the model, or None."""
     return cast("Injection | None", model.__dict__.get(_RECORD))
-
-
-def factor_keys(name: str, path: type[LoRALayer]) -> tuple[str, str]:
-    """Returns the names of a module's two tensors in an adapter: embeddings have names of their own, as in PEFT."""
-    kind = "lora_embedding_" if issubclass(path, LoRAEmbedding) else "lora_"
-    return f"{name}.{kind}A", f"{name}.{kind}B"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -392,298 +268,20 @@ def fingerprint(model: nn.Module) -> str:
         if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        shapes.update(f"{name} {tuple(dense(parameter).shape)}\n".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
+            flat = dense(parameter).detach().reshape(-1)
             samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
             values.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
 
 
-# Matching.
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if name)
-
-
-def _match(model: nn.Module, config: LoraConfig) -> dict[str, str]:
-    """Returns the pattern that fits each matched module."""
-    matched: dict[str, str] = {}
-    everything = config.target_modules == ALL_LINEAR
-    head = _head(model)
-    if everything:
-        _refuse_expert_weights(model, config)
-    inside_attention = {f"{name}.out_proj" for name, m in _modules(model) if isinstance(m, nn.MultiheadAttention)}
-    for name, module in _modules(model):
-        if everything:
-            chosen = _looks_linear(module) and module is not head and name not in inside_attention
-            pattern = ALL_LINEAR if chosen else None
-        else:
-            pattern = matches(config.target_modules, name)
-        if pattern is None or _excluded(name, config):
-            continue
-        if config.layers_to_transform is not None and not _in_layers(name, config):
-            continue
-        matched[name] = pattern
-    return matched
-
-
-def _excluded(name: str, config: LoraConfig) -> bool:
-    return matches(config.exclude_modules, name) is not None or _within_saved(name, config)
-
-
-def _within_saved(name: str, config: LoraConfig) -> bool:
-    parts = name.split(".")
-    return any(config.saves(".".join(parts[: i + 1])) for i in range(len(parts)))
-
-
-def _in_layers(name: str, config: LoraConfig) -> bool:
-    chosen = config.layers_to_transform
-    return _layer_number(name, config) in ((chosen,) if isinstance(chosen, int) else chosen or ())
-
-
-def _layer_number(name: str, config: LoraConfig) -> int | None:
-    """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
-    for pattern in _entries(config.layers_pattern) or (r"[^.]*",):
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found[1])
-    return None
-
-
-def _idle(
-    model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
-) -> dict[str, list[Any]]:
-    """Returns the entries of each knob that match nothing."""
-
-    def fits(entry: str, knob: str, names: Iterable[str]) -> bool:
-        pattern = entry if isinstance(getattr(config, knob), str) else (entry,)
-        return any(matches(pattern, name) for name in names)
-
-    idle: dict[str, list[Any]] = {}
-    # An entry counts as used also where an earlier one of the list took all its modules.
-    wanted = _entries(config.target_modules)
-    idle["target_modules"] = [e for e in wanted if e != ALL_LINEAR and not fits(e, "target_modules", matched)]
-    if config.target_modules == ALL_LINEAR and not matched:
-        idle["target_modules"] = [ALL_LINEAR]
-    for knob in ("rank_pattern", "alpha_pattern", "enable_lora"):
-        idle[knob] = [key for key in getattr(config, knob) if not any(first_match({key: None}, n) for n in matched)]
-    idle["exclude_modules"] = [e for e in _entries(config.exclude_modules) if not fits(e, "exclude_modules", modules)]
-    idle["modules_to_save"] = [e for e in config.modules_to_save or () if not any(n.endswith(e) for n in modules)]
-    if config.layers_to_transform is not None:
-        chosen = config.layers_to_transform
-        numbers = (chosen,) if isinstance(chosen, int) else chosen
-        used = {_layer_number(name, config) for name in matched}
-        idle["layers_to_transform"] = [number for number in numbers if number not in used]
-    return {knob: entries for knob, entries in idle.items() if entries}
-
-
-def _unmatched(
-    model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
-) -> list[str]:
-    """Says of every entry of the config that matches nothing what it might have meant."""
-    faults = []
-    for knob, entries in _idle(model, modules, matched, config).items():
-        if knob == "target_modules":
-            hidden = " (after exclude_modules, modules_to_save and layers_to_transform)" if _narrowed(config) else ""
-            near = "".join(_near(model, entry, modules) for entry in entries)
-            faults.append(f"target_modules {entries} match nothing{hidden}.{near} {_suggestion(model)}")
-        elif knob == "layers_to_transform":
-            if matched:
-                faults += [f"layers_to_transform names layer {n}, which has no adapted module" for n in entries]
-        elif knob in ("exclude_modules", "modules_to_save"):
-            faults += [f"{knob} {entry!r} matches nothing.{_near(model, entry, modules)}" for entry in entries]
-        else:
-            faults += [
-                f"{knob}[{key!r}] matches none of the adapted modules.{_near(model, key, matched)}" for key in entries
-            ]
-    return faults
-
-
-def _near(model: nn.Module, entry: str, names: Iterable[str]) -> str:
-    """Returns which module names, cut to as many parts as the entry has, are like it."""
-    if any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_parameters()):
-        return f" {entry!r} is a parameter, not a module, and cannot be adapted."
-    parts = entry.count(".") + 1
-    if any(matches((entry,), name) for name in names):
-        return ""  # it is there, and left out by another setting
-    return did_you_mean(entry, dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
-
-
-def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _narrowed(config: LoraConfig) -> bool:
-    return bool(config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None)
-
-
-def _suggestion(model: nn.Module) -> str:
-    """Names what could be adapted, with counts, and something to try."""
-    head = _head(model)
-    linear = [name for name, m in model.named_modules() if name and m is not head and _looks_linear(m)]
-    if _looks_linear(model):
-        return "It is a layer itself: inject() adapts what is inside a model, as nn.Sequential(layer)."
-    if not linear:
-        return "The model has no linear-like module."
-    counts = Counter(name.rsplit(".", 1)[-1] for name in linear)
-    listing = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
-    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'."
-
-
-def _looks_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D (a linear layer whose weight is stored (in, out))."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    try:
-        return cast("nn.Module | None", model.get_output_embeddings())  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):  # no transformers model, or one without a head
-        return None
-
-
-def _refuse_expert_weights(model: nn.Module, config: LoraConfig) -> None:
-    """Mixture-of-experts models keep their experts in parameters of their own, which no linear layer holds."""
-    experts = [
-        f"{name}.{leaf}"
-        for name, module in _modules(model)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if "expert" in f"{name}.{type(module).__name__}".lower()
-        and parameter.dim() > 1
-        and not isinstance(module, nn.Embedding)
-        and not _looks_linear(module)
-        and not _excluded(name, config)
-    ]
-    if experts:
-        raise TargetError(
-            f"'all-linear' would miss {len(experts)} expert weights of {type(model).__name__} ({experts[0]}, ...): "
-            "they are parameters of their own, not linear layers, and cannot be adapted. To adapt the other layers on "
-            "purpose, name them (target_modules=['q_proj', 'v_proj']), or add the experts to exclude_modules."
-        )
-
-
-# What a module can become.
-
-
-def _path_for(
-    name: str, module: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig
-) -> type[LoRALayer] | str:
-    """Returns the mixin for a module, or the reason why it cannot be adapted."""
-    base = _base_class(module)
-    parent = modules.get(name.rpartition(".")[0])
-    path = _kind(name, module, base, parent, modules)
-    if isinstance(path, str):
-        return path
-    if issubclass(path, LoRAMultiheadAttention) and config.lora_dropout:
-        return f"lora_dropout {config.lora_dropout} cannot act inside nn.MultiheadAttention; set it to 0"
-    return _bypass(module, path._weight_name) or path
-
-
-def _kind(
-    name: str,
-    module: nn.Module,
-    base: type[nn.Module],
-    parent: nn.Module | None,
-    modules: Mapping[str, nn.Module],
-) -> type[LoRALayer] | str:
-    if isinstance(module, nn.MultiheadAttention):
-        if not module._qkv_same_embed_dim:
-            return "attention with kdim or vdim of its own keeps three weights and cannot be adapted"
-        return LoRAMultiheadAttention if base.forward is nn.MultiheadAttention.forward else _own_forward(base)
-    if isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(parent, nn.MultiheadAttention):
-        attention = name.rpartition(".")[0].rpartition(".")[2]
-        return f"nn.MultiheadAttention reads this weight itself; target {attention!r}: in_proj and out_proj are adapted"
-    if _is_conv1d(module):
-        return LoRALinear
-    if isinstance(module, nn.Linear):
-        if base.forward is not nn.Linear.forward:
-            return _own_forward(base)
-        return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
-    if isinstance(module, nn.Embedding):
-        twins = [n for n, m in modules.items() if m is not module and _same_table(m, module)]
-        if twins and name.rpartition(".")[2] == "shared":  # T5, BART and their like
-            ends = sorted({twin.rpartition(".")[2] for twin in twins})
-            return f"it only holds the weight of {', '.join(twins)}, which look rows up: target {ends} instead"
-        # What has an embed_scale multiplies the rows with it (Gemma, BART); others do who knows what.
-        scaled = base.forward is not nn.Embedding.forward and hasattr(module, "embed_scale")
-        return LoRAEmbedding if scaled or base.forward is nn.Embedding.forward else _own_forward(base)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if base.forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
-            return _own_forward(base)
-        if module.groups != 1:
-            return (
-                f"a convolution in {module.groups} groups has no low-rank update that can be merged; "
-                "build it with loralib.Conv2d instead"
-            )
-        return LoRAConv
-    inside = [
-        child.rpartition(".")[2] for child, m in modules.items() if child.startswith(f"{name}.") and _looks_linear(m)
-    ]
-    hint = f"; target what is inside it: {', '.join(dict.fromkeys(inside))}" if inside else ""
-    return (
-        f"{base.__name__} cannot be adapted (Linear, Conv1D, Embedding, Conv1d/2d/3d and MultiheadAttention can){hint}"
-    )
-
-
-def _same_table(one: nn.Module, other: nn.Module) -> bool:
-    return isinstance(one, nn.Embedding) and one._parameters.get("weight") is other._parameters.get("weight")
-
-
-def _own_forward(base: type[nn.Module]) -> str:
-    return f"{base.__name__} has a forward of its own, which an update could not be added to safely"
-
-
-def _bypass(module: nn.Module, weight_name: str) -> str | None:
-    """Returns why switching the class of this module would silently do nothing, or could not be done, if so."""
-    bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    if bound is not None and not _is_own_forward(module, bound):
-        return "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
-    if hasattr(module, "parametrizations"):
-        return "its weight is computed by torch.nn.utils.parametrize; remove the parametrization first"
-    weight = module._parameters.get(weight_name)
-    if weight is None:
-        return "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
-    if isinstance(weight, UninitializedParameter):
-        return "it is lazy and has no size yet; run the model once before injecting"
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
-        kind = f"{type(weight.data).__name__} of {weight.dtype}"
-        return f"its weight is quantised or of a special kind ({kind}), expected a floating-point tensor"
-    if weight.is_meta and hasattr(module, "_hf_hook"):
-        return "its weight is offloaded by accelerate; load the model without offloading this layer"
-    return None
-
-
-def _is_own_forward(module: nn.Module, bound: object) -> bool:
-    """Whether a forward kept on the instance is its class's: accelerate leaves such ones, and they can be renewed."""
-    return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
-
-
-def _block_fault(target: TargetModule) -> str | None:
-    blocks = target.blocks or ()
-    if not issubclass(target.path, LoRALinear):
-        return f"enable_lora is for linear layers, not {type(target.module).__name__}"
-    outputs = cast(LoRALinear, _shadow(dataclasses.replace(target, blocks=None)))._sizes()[1]
-    if outputs % len(blocks):
-        return f"enable_lora has {len(blocks)} blocks, which does not divide its {outputs} outputs"
-    return None
-
-
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    halves = type(module).__dict__.get("_halves")
-    return halves[1] if halves else type(module)
-
-
-# Carrying it out.
+# One layer.
 
 
 def _adapt(target: TargetModule, config: LoraConfig) -> None:
     layer = cast(LoRALayer, target.module)
-    _switch_class(layer, adapted_class(target.path, type(target.module)))
+    _switch_class(layer, adapted_class(target.mixin, type(target.module)))
     if isinstance(layer, LoRALinear):
         layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks
     layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
@@ -694,68 +292,66 @@ def _restore(layer: LoRALayer) -> None:
     if halves is None:  # built from loralib's layers, with r = 0
         return
     layer.unmerge()
-    for name in ("lora_A", "lora_B"):
-        layer._parameters.pop(name, None)
-    for name in LoRALayer.__annotations__ | LoRALinear.__annotations__:
-        layer.__dict__.pop(name, None)
+    for name in layer.trained_tensors():
+        del layer._parameters[name]
+    for mixin in halves[0].__mro__:
+        if issubclass(mixin, LoRALayer):
+            for name in mixin.__annotations__:
+                layer.__dict__.pop(name, None)
     _switch_class(layer, halves[1])
 
 
 def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Makes a module another class's, and renews what accelerate's hooks keep: the forward, bound to the instance."""
     for name in ("forward", "_old_forward"):
-        if _is_own_forward(module, module.__dict__.get(name)):
+        if is_own_forward(module, module.__dict__.get(name)):
             module.__dict__[name] = cls.forward.__get__(module)
     module.__class__ = cls
-
-
-def _shadow(target: TargetModule) -> LoRALayer:
-    """Returns a throw-away view of the module as the layer it will become, to ask it for shapes."""
-    cls = adapted_class(target.path, _base_class(target.module))
-    twin = cls.__new__(cls)
-    twin.__dict__.update(target.module.__dict__)
-    if issubclass(target.path, LoRALinear):
-        twin.__dict__.update(fan_in_fan_out=target.fan_in_fan_out, blocks=target.blocks)
-    return twin
 
 
 # Parameters and buffers by name.
 
 
-def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
-    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors}
-    before = {name: _held(module, leaf) for name, (module, leaf) in places.items()}
+    places = {name: _place(model, name) for name in tensors}
+    before = {name: _tensor_at(module, leaf) for name, (module, leaf) in places.items()}
     for name, (module, leaf) in places.items():
         setattr(module, leaf, tensors[name])
     return before
 
 
-def _held(module: nn.Module, leaf: str) -> Tensor:
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _tensor_at(module: nn.Module, leaf: str) -> Tensor:
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _trainable_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies that train, so that a weight tied to an original keeps the base's values."""
     copies = dict[int, Tensor]()  # names of one tensor share one copy
     for tensor in tensors.values():
         if id(tensor) not in copies:
             copy = tensor.detach().clone()
-            trains = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(copy, requires_grad=copy.is_floating_point()) if trains else copy
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=copy.is_floating_point())
+            copies[id(tensor)] = copy
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _moved(model: nn.Module, originals: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The model may have been moved or cast since: what was set aside follows it."""
-    for name, original in originals.items():
-        now = _held(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-        original.data = original.data.to(now.device, now.dtype)
-    return originals
+def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
+    """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
+    for name, original in record.originals.items():
+        copy = _tensor_at(*_place(model, name))
+        original.data = original.data.to(copy.device, copy.dtype)
+    return record.originals
 
 
 def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig) -> tuple[str, ...]:
-    """Returns what a user should know about tied weights, and about training in full in half precision."""
+    """Returns notes for the user: on tied weights, and on training in full in half precision."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -763,20 +359,20 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
                 owners.setdefault(id(parameter), []).append(name)
     notes = []
     for target in targets:
-        weight = target.module._parameters.get(target.path._weight_name)
+        weight = target.module._parameters.get(target.mixin._weight_name)
         twins = [name for name in owners[id(weight)] if name != target.name]
         if twins:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
                 "(as in PEFT), and merging gives it a weight of its own"
             )
-    attention = [target.name for target in targets if issubclass(target.path, LoRAMultiheadAttention)]
+    attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:
         notes.append(
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
         )
-    in_full = trained_in_full(model, config, [(target.name, target.module) for target in targets])
+    in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
     if half:
         notes.append(
@@ -799,14 +395,7 @@ def _report(model: nn.Module, targets: Sequence[TargetModule], notes: tuple[str,
     )
 
 
-def _need_injection(model: nn.Module) -> Injection:
-    record = injection_of(model)
-    if record is None:
-        raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
-    return record
-
-
-# What transformers' own methods would get wrong on an adapted model.
+# transformers' own methods that would go wrong on an adapted model.
 
 
 def _guard_methods(model: nn.Module) -> None:

@@ -1,51 +1,160 @@
-"""Settings: declared once, as fields of a dataclass, and read from TOML.
+"""Settings: a dataclass field declares its type, range, help text and spellings once.
 
-Errors name the file, every unknown key and every value of another kind.
+The same declaration checks a value given in Python, makes the command-line flag, reads the TOML key, and fills
+``help()`` and the tables in the docs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, list_faults
 
-__all__ = ["kinds_of", "parse_toml", "read_toml", "setting", "setting_faults"]
+__all__ = ["canonical", "check", "kinds_of", "parse_toml", "read_toml", "setting", "setting_faults", "settings_class"]
+
+Config = TypeVar("Config")
 
 
 def setting(
     default: Any,
-    text: str,
-    group: str,
+    help: str,
+    group: str = "",
     choices: tuple[str, ...] | None = None,
-    several: Literal["in a row", "one by one"] | None = None,
+    *,
+    several: Literal["names", "files", "repeat"] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    rule: Callable[[Any], bool] | None = None,
+    expected: str | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
-    """Declares a setting: a dataclass field that tells all that its flag, its TOML key and its row in the docs need.
+    """Declares a setting as a dataclass field; its annotation says which types of value it takes.
 
     Args:
-        default: its value where none is given.
-        text: its help text.
-        group: under which heading it stands.
-        choices: the values that it may have; None: any.
-        several: how its flag takes more than one value: "in a row" (``--data a b``) or "one by one" (``--stop a
-            --stop b``: a row of texts would swallow what stands behind it); None: it takes one.
+        default: the default value.
+        help: the help text.
+        group: the heading of its flag in ``--help`` and in the docs.
+        choices: the only values allowed; None allows any.
+        several: how its flag takes several values. "names": ``--x a,b`` or ``--x a b``. "files": the same, but a comma
+            in the name of an existing file does not split it. "repeat": ``--x a --x b``. None: one value.
+        at_least: lower bound, inclusive. Bounds and `rule` apply to each value of a mapping.
+        above: lower bound, exclusive.
+        at_most: upper bound, inclusive.
+        below: upper bound, exclusive.
+        rule: a further test that a value of the right type must pass.
+        expected: describes valid values in error messages; by default made from type, bounds and choices.
+        aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
 
     Returns:
         The field.
 
     >>> @dataclasses.dataclass
     ... class Bath:
-    ...     warmth: int = setting(38, "degrees Celsius", "water")
-    >>> Bath().warmth
+    ...     temperature: int = setting(38, "degrees Celsius", "water", at_least=0, below=100)
+    >>> Bath().temperature
     38
+    >>> setting_faults(Bath, {"temperature": 120})
+    ['temperature is 120, expected a whole number from 0 to below 100']
     """
-    about = {"help": text, "group": group, "choices": choices, "several": several}
+    about = {name: value for name, value in locals().items() if name != "default"}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
+
+
+def settings_class(config: type[Config]) -> type[Config]:
+    """Decorates a dataclass of settings: ``help()`` lists its fields, and ``__init__`` takes their second spellings."""
+    specs = dataclasses.fields(cast(Any, config))
+    listed = "".join(f"\n        {spec.name}: {spec.metadata['help']}." for spec in specs if "help" in spec.metadata)
+    if config.__doc__ is not None and "Attributes:" not in config.__doc__:
+        config.__doc__ = f"{config.__doc__.rstrip()}\n\n    Attributes:{listed}\n    "
+    if any(spec.metadata.get("aliases") for spec in specs):
+        init: Any = config.__init__
+
+        @functools.wraps(init)
+        def __init__(self: Any, *args: Any, **values: Any) -> None:
+            init(self, *args, **canonical(config, values))
+
+        cast(Any, config).__init__ = __init__
+    return config
+
+
+def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values under the fields' own names instead of their second spellings.
+
+    Raises:
+        ConfigError: a setting is given in both spellings.
+    """
+    names = _spellings(config)
+    renamed: dict[str, Any] = {}
+    for name, value in values.items():
+        key = names.get(name, name)
+        if key in renamed:
+            raise ConfigError(_given_twice(key, values, names))
+        renamed[key] = value
+    return renamed
+
+
+def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) -> None:
+    """Checks a settings dataclass, from its ``__post_init__``; a path object in it becomes text.
+
+    Args:
+        config: the dataclass.
+        what: whose settings these are, for the message.
+        rules: finds faults in how fields go together; called when each value is of its type.
+
+    Raises:
+        ConfigError: one or more settings are invalid; the message lists all of them.
+    """
+    values = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    for name, value in values.items():
+        if value is not (text := _without_paths(value)):
+            object.__setattr__(config, name, text)
+            values[name] = text
+    faults = setting_faults(type(config), values)
+    hints = _hints(config.__class__)
+    if all(_fits(value, hints[name]) for name, value in values.items()):
+        faults += rules()
+    if faults:
+        count = f"{len(faults)} settings of {what} are" if len(faults) > 1 else f"1 setting of {what} is"
+        raise ConfigError(list_faults(f"{count} invalid", faults))
+
+
+def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> list[str]:
+    """Lists what is wrong with values for a settings dataclass: unknown names, wrong types, values out of range.
+
+    Args:
+        config: the dataclass.
+        values: by name, as a TOML table has them.
+        where: goes before each name in a message.
+
+    Returns:
+        One line for each fault.
+
+    >>> from loralib.config import LoraConfig
+    >>> setting_faults(LoraConfig, {"lora_alhpa": 16, "use_dora": "yes"})
+    ["lora_alhpa is no setting. Did you mean 'lora_alpha' or 'lora_bias'?", "use_dora is 'yes', expected true or false"]
+    """
+    specs = {spec.name: spec for spec in dataclasses.fields(config)}
+    names, hints, faults = _spellings(config), _hints(config), []
+    for name, value in values.items():
+        if name not in names:
+            faults.append(f"{where}{name} is no setting.{did_you_mean(name, names)}")
+        elif name != names[name] and names[name] in values:
+            faults.append(where + _given_twice(names[name], values, names))
+        else:
+            faults += _value_faults(f"{where}{name}", value, hints[names[name]], specs[names[name]].metadata)
+    return faults
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:
@@ -56,21 +165,21 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
         name: what messages call it, for instance ``--config run.toml``.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        ConfigError: the file cannot be read, or is not valid TOML.
     """
     try:
         return parse_toml(path.read_text(encoding="utf-8"), name)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is no TOML: {error}") from error
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """Reads TOML.
+    """Parses TOML.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not valid TOML.
 
     >>> parse_toml("lr = 2e-4", "an example")
     {'lr': 0.0002}
@@ -82,36 +191,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
         return dict(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is no TOML: {error}") from error
-
-
-def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> list[str]:
-    """Says which keys a settings dataclass does not have, and which values are of another kind than its fields.
-
-    Args:
-        config: a dataclass; sequences in it are of texts, and mappings to lists.
-        values: what would be given to it, as TOML has it.
-        where: what stands before a key in a message.
-
-    Returns:
-        One line a fault.
-
-    >>> from loralib.config import LoraConfig
-    >>> setting_faults(LoraConfig, {"lora_alhpa": 16, "r": "8"})
-    ["lora_alhpa is no setting. Did you mean 'lora_alpha' or 'lora_bias'?", "r is '8', expected a whole number"]
-    """
-    hints = typing.get_type_hints(config)
-    known = [spec.name for spec in dataclasses.fields(config)]
-    faults = []
-    for name, value in values.items():
-        if name not in known:
-            faults.append(f"{where}{name} is no setting.{did_you_mean(name, known)}")
-            continue
-        kinds = kinds_of(hints[name])
-        if not any(_fits(value, kind) for kind in kinds):
-            wanted = [_KINDS[typing.get_origin(kind) or kind] for kind in kinds if kind is not types.NoneType]
-            faults.append(f"{where}{name} is {value!r}, expected {' or '.join(wanted)}")
-    return faults
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -123,22 +203,100 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-_KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text in quotes",
-    Sequence: "a list of texts",
-    Mapping: "a table of lists",
-}
+_hints = functools.cache(typing.get_type_hints)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind that a setting may have; true and false are no numbers."""
-    if typing.get_origin(kind) is Sequence:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if typing.get_origin(kind) is Mapping:
-        return isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
+def _spellings(config: type) -> dict[str, str]:
+    """Maps each accepted name to its field."""
+    specs = dataclasses.fields(config)
+    return {name: spec.name for spec in specs for name in (spec.name, *spec.metadata.get("aliases", ()))}
+
+
+def _given_twice(key: str, values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    both = [name for name in values if names.get(name) == key]
+    return f"{' and '.join(both)} are the same setting, expected one of them"
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(item, os.PathLike) for item in value):
+        return [_without_paths(item) for item in value]
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type: a bool is no number, a float is finite, and items of a list of texts have text."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is Sequence:
+        return isinstance(value, (list, tuple)) and all(item != "" and _fits(item, parts[0]) for item in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(
+            key != "" and _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+        )
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # room for a product before it overflows
+    return isinstance(value, kind)
+
+
+def _value_faults(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> list[str]:
+    mapping = next((kind for kind in kinds_of(hint) if typing.get_origin(kind) is Mapping), None)
+    if mapping is not None and isinstance(value, Mapping) and all(isinstance(key, str) and key for key in value):
+        inner = typing.get_args(mapping)[1]
+        return [fault for key, v in value.items() for fault in _value_faults(f"{name}[{key!r}]", v, inner, about)]
+    if _fits(value, hint) and _in_range(value, about):
+        return []
+    choices = about.get("choices") or ()
+    near = did_you_mean(value, choices) if isinstance(value, str) else ""
+    expected = about.get("expected") or " or ".join(map(repr, choices)) or _description(hint, about)
+    return [f"{name} is {value!r}"[:200] + f", expected {expected}" + (f".{near}" if near else "")]
+
+
+def _in_range(value: Any, about: Mapping[str, Any]) -> bool:
+    if value is None:
+        return True
+    if about.get("choices") and value not in about["choices"]:
+        return False
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = about.get("at_least"), about.get("at_most")
+        above, below = about.get("above"), about.get("below")
+        if (low is not None and value < low) or (above is not None and value <= above):
+            return False
+        if (high is not None and value > high) or (below is not None and value >= below):
+            return False
+    rule = about.get("rule")
+    return rule is None or bool(rule(value))
+
+
+def _description(hint: Any, about: Mapping[str, Any]) -> str:
+    """Says in words which values are valid, as "a whole number of at least 1"."""
+    kinds = [_name_of(kind) for kind in kinds_of(hint) if kind is not types.NoneType]
+    low, above, high, below = (about.get(name) for name in ("at_least", "above", "at_most", "below"))
+    upper = f"at most {high:,}" if high is not None else f"below {below:,}" if below is not None else ""
+    if low is not None:
+        kinds[0] += f" from {low:,} to {upper.removeprefix('at most ')}" if upper else f" of at least {low:,}"
+    elif above is not None:
+        kinds[0] += f" above {above:,}" + (f" and {upper}" if upper else "")
+    return " or ".join(kinds)
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_PLURALS = {bool: "booleans", int: "whole numbers", float: "numbers", str: "strings"}
+
+
+def _name_of(kind: Any, plural: bool = False) -> str:
+    """Returns what a type is called in messages.
+
+    >>> _name_of(Mapping[str, Sequence[bool]])
+    'a table of lists of booleans'
+    """
+    parts = typing.get_args(kind)
+    if not parts:
+        return (_PLURALS if plural else _NAMES).get(kind) or f"a {kind.__name__}"
+    container = "list" if typing.get_origin(kind) is Sequence else "table"
+    inner = " or ".join(_name_of(part, plural=True) for part in kinds_of(parts[-1]))
+    return f"{container}s of {inner}" if plural else f"a {container} of {inner}"

@@ -1,7 +1,7 @@
-"""All checks and tests, from a fresh machine, with one command: python scripts/test.py.
+"""Runs all checks and tests on a fresh machine with one command: python scripts/test.py.
 
-Makes .venv if needed, then runs ruff, mypy and pytest, all of them even if one fails.  Further arguments go to pytest:
-python scripts/test.py tests/test_base.py -k hub
+Makes .venv if needed, then runs ruff, mypy and pytest, even if one of them fails.  Tests run in two processes.  Further
+arguments go to pytest: python scripts/test.py tests/test_base.py -k hub (add -n 0 to stay in one process)
 """
 
 import sys
@@ -19,7 +19,8 @@ def main():
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
-        ["pytest"] + for_pytest,  # noqa: RUF005  last, so that its closing line is
+        # Last, so that its closing line is.
+        ["pytest", "-n", "2", "--dist", "worksteal"] + for_pytest,  # noqa: RUF005
     )
     codes = [run(["-m"] + check) for check in checks]  # noqa: RUF005
     failed = [check[0] for check, code in zip(checks, codes) if code]  # noqa: B905

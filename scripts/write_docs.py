@@ -1,7 +1,7 @@
 """Writes the generated parts of the docs: `python scripts/write_docs.py`, in the project's environment.
 
-A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; `PARTS` says what is where.  A test fails when
-one is out of date.
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; `PARTS` lists them by document.  A test fails
+when one is out of date.
 """
 
 from __future__ import annotations
@@ -19,40 +19,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "data/e2e"  # beside the two scripts
-_MADE = frozenset({"__pycache__", "build", "dist", "lora_model", "reproduced"})  # folders that a checkout may grow
-_WIDEST = 100  # characters of what is said about a file
+_GENERATED = frozenset({"__pycache__", "build", "dist", "lora_model", "reproduced"})  # folders made by running things
 
 
 def files() -> list[str]:
-    """The files of the repository: those that git tracks, or all that look like it where git is not in charge."""
+    """The files of the repository: those that git tracks or, without git, all that do not look generated."""
     try:
-        found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
+        names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
     except OSError:  # no git
-        found = []
-    if not found:
+        names = []
+    if not names:
         walked = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-        found = [path.as_posix() for path in walked if not any(_is_made(part) for part in path.parts)]
-    return sorted(name for name in found if (ROOT / name).is_file())
-
-
-def tree() -> str:
-    """The files as an indented tree, each with the first words of what it says about itself."""
-    lines: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    for name in sorted(files(), key=lambda name: [(part != last, part) for part, last in _parts(name)]):
-        *folders, leaf = name.split("/")
-        for depth in range(len(folders)):
-            folder = "/".join(folders[: depth + 1])
-            if folder not in seen:
-                seen.add(folder)
-                lines.append((f"{'  ' * depth}{folders[depth]}/", ""))
-        lines.append((f"{'  ' * len(folders)}{leaf}", _about(ROOT / name)))
-    width = max(len(entry) for entry, _ in lines)
-    return "```\n" + "".join(f"{entry:<{width}}  {about}".rstrip() + "\n" for entry, about in lines) + "```"
+        names = [path.as_posix() for path in walked if not any(_is_generated(part) for part in path.parts)]
+    return sorted(name for name in names if (ROOT / name).is_file())
 
 
 def import_order() -> str:
-    """Which module may import which, from the test that holds the order."""
+    """Which module may import which, as the test that checks the order has it."""
     source = (ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8")
     (rows,) = (
         ast.literal_eval(node.value)
@@ -65,20 +48,22 @@ def import_order() -> str:
 
 
 def flags(config: str) -> str:
-    """The settings of a dataclass as tables of flags, one a group."""
+    """The settings of a dataclass as tables of flags, one per group."""
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for spec in dataclasses.fields(_config(config)):
         on = spec.default is True
         flag = f"`--{'no_' if on else ''}{spec.name}`"
         text = str(spec.metadata["help"])
-        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), f"do not {text}" if on else text))
+        text = f"do not {text}" if on else text
+        text += "".join(f" (also `--{name}`)" for name in spec.metadata["aliases"])
+        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), text))
     header = ("flag", "default", "meaning")
     titles = [f"**{title.capitalize()}**\n\n" if len(groups) > 1 else "" for title in groups]
     return "\n\n".join(title + table(header, rows) for title, rows in zip(titles, groups.values(), strict=True))
 
 
 def commands() -> str:
-    """The commands of the command line that are there, as a table."""
+    """The commands of the command line, as a table."""
     from loralib.cli import COMMANDS
 
     here = [(f"`loralib {name}`", about) for name, about in COMMANDS.items() if _is_module(f"cli/{name}")]
@@ -104,7 +89,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         name: functools.partial(figures, name)
         for name in ("speed", "speed on another processor", "time to loss", "memory", "breakdown", "generation")
     },
-    "docs/architecture.md": {"tree": tree, "import order": import_order},
+    "docs/architecture.md": {"import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
         "training flags": lambda: flags("TrainConfig"),
         "inference flags": lambda: flags("InferenceConfig"),
@@ -113,7 +98,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def updated(name: str) -> str:
-    """Returns a document with its generated parts as they should be."""
+    """Returns a document with its generated parts brought up to date."""
     text = (ROOT / name).read_text(encoding="utf-8")
     for part, make in PARTS[name].items():
         pattern = re.compile(rf"(<!-- {part} -->\n)(?:.*?\n)?(<!-- /{part} -->)", re.DOTALL)
@@ -125,14 +110,14 @@ def updated(name: str) -> str:
 
 
 def _config(name: str) -> Any:
-    from loralib.inference import InferenceConfig
+    from loralib.cli._inference import InferenceConfig
     from loralib.training import TrainConfig
 
     return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]
 
 
 def _default(spec: Any) -> str:
-    """What a setting is if not given, to the two scripts of examples/NLG."""
+    """The default of a setting in the two scripts of examples/NLG."""
     if spec.name.endswith("_data"):
         return f"`{SAMPLE}/{spec.name.removesuffix('_data')}.txt`"
     if spec.default is None or isinstance(spec.default, bool):
@@ -140,13 +125,8 @@ def _default(spec: Any) -> str:
     return f"`{spec.default:g}`" if isinstance(spec.default, float) else f"`{spec.default}`"
 
 
-def _parts(name: str) -> Iterable[tuple[str, str]]:
-    *folders, leaf = name.split("/")
-    return [(folder, "") for folder in folders] + [(leaf, leaf)]
-
-
-def _is_made(part: str) -> bool:
-    return part in _MADE or part.endswith((".egg-info", ".pyc")) or (part.startswith(".") and part not in _HIDDEN)
+def _is_generated(part: str) -> bool:
+    return part in _GENERATED or part.endswith((".egg-info", ".pyc")) or (part.startswith(".") and part not in _HIDDEN)
 
 
 _HIDDEN = frozenset({".ci", ".gitignore"})
@@ -155,24 +135,6 @@ _HIDDEN = frozenset({".ci", ".gitignore"})
 def _is_module(name: str) -> bool:
     place = ROOT / "loralib" / name
     return place.with_name(place.name + ".py").is_file() or (place / "__init__.py").is_file()
-
-
-def _about(path: Path) -> str:
-    """The first sentence of a module's docstring, or the title of a document, cut to what fits a line."""
-    if path.suffix == ".py":
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    elif path.suffix == ".md":
-        text = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-    elif path.suffix == ".c":
-        text = path.read_text(encoding="utf-8").partition("*/")[0].replace("\n *", "\n").lstrip("/* ")
-    else:
-        return ""
-    paragraph = " ".join(text.partition("\n\n")[0].split()).replace("`", "")
-    sentence = re.split(r"\.\s+(?=[A-Z])", paragraph)[0].rstrip(".")
-    if len(sentence) <= _WIDEST:
-        return sentence
-    breaks = [found.start() for found in re.finditer(r"[:;,] ", sentence[:_WIDEST])]
-    return sentence[: breaks[-1]] if breaks else sentence
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""What all tests share: no network, modest threads, a cache of their own, and the reference data."""
+"""What all tests share: no network, few threads, a cache of their own, and the reference data."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,13 +17,19 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the programs that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The converted base model outlives a run beside pytest's own cache, and leaves the user's cache alone.
+    # The converted base model is kept between runs in pytest's own cache, and the user's cache is left alone.
     os.environ.setdefault("LORALIB_CACHE", str(config.cache.mkdir("loralib")))
+    # Several workers would all convert it at once, in the time of one each.
+    if config.getoption("numprocesses", None) and not [*Path(os.environ["LORALIB_CACHE"]).glob("smollm2-*")]:
+        convert = "from loralib.bases import load_tokenizer; load_tokenizer('smollm2-135m')"
+        subprocess.run([sys.executable, "-c", convert], cwd=ROOT, check=False)  # what fails here, tests will report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def modest_threads() -> None:
-    """Two threads at most: results must not depend on the machine's size, and machines are shared."""
+    """Two threads at most, and one per worker: results must not depend on the machine, and machines are shared."""
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import loralib as lora
-from loralib.adapter import BASE, Adapter, expand_blocks, narrow_blocks
+from loralib.adapter import BASE, Adapter, expand_blocks, narrow_blocks, without_expressions
+from loralib.combine import faults_of
 from loralib.errors import AdapterError, BaseMismatchError, TargetError
 from loralib.injection import adapted_layers, injection_of
 
@@ -161,7 +162,7 @@ def test_a_failure_while_putting_on_gives_back_what_was_there(held: bool, monkey
     model = trained(seed=2, modules_to_save=["4"]) if held else net()
     before, y = state(model), model(X)
     other = lora.adapter_of(trained(seed=3, r=3, target_modules=["3"]))
-    real, calls = module.inject, []
+    real, calls = module.inject_targets, []
 
     def fails(*args: Any) -> Any:
         calls.append(args)
@@ -170,7 +171,7 @@ def test_a_failure_while_putting_on_gives_back_what_was_there(held: bool, monkey
             raise MemoryError
         return report
 
-    monkeypatch.setattr(module, "inject", fails)
+    monkeypatch.setattr(module, "inject_targets", fails)
     with pytest.raises(MemoryError):
         lora.apply_adapter(model, other)
     assert same(state(model), before)
@@ -283,3 +284,26 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         narrow_blocks(plain, {"0": [False, True, True]})
     with pytest.raises(AdapterError, match="not block-diagonal"):
         narrow_blocks(plain, {"0": [True, True, True]})
+
+
+# Settings from files.
+
+
+def test_the_tensors_of_a_file_say_what_its_expressions_would() -> None:
+    tensors = {f"h.{n}.{leaf}.lora_{part}": torch.ones(2, 2) for n in (0, 1) for leaf in "qv" for part in "AB"}
+    tensors |= {"h.1.q.lora_A": torch.ones(3, 2), "h.1.q.lora_B": torch.ones(2, 3)}
+    config = lora.LoraConfig(
+        r=2, target_modules=r"h\..*", rank_pattern={r".*1\.q": 3}, alpha_pattern={r"1\..*": 5, "q": 4}
+    )
+    read = without_expressions(Adapter(config, tensors)).config
+    assert read.target_modules == r"h\.0\.q|h\.0\.v|h\.1\.q|h\.1\.v"
+    assert [read.rank_of(f"h.{name}") for name in ("0.q", "0.v", "1.q", "1.v")] == [2, 2, 3, 2]
+    assert [read.alpha_of(f"h.{name}") for name in ("0.q", "0.v", "1.q", "1.v")] == [4, 8, 5, 5]
+    plain = config.replace(target_modules=["q", "v"], rank_pattern={"1.q": 3}, alpha_pattern={})
+    assert without_expressions(Adapter(plain, tensors)).config == plain
+
+
+def test_a_rank_that_no_setting_explains_stays_a_fault() -> None:
+    tensors = {"q.lora_A": torch.ones(4, 2), "q.lora_B": torch.ones(2, 4)}
+    config = lora.LoraConfig(r=2, target_modules=["q"], rank_pattern={".*q": 3})
+    assert "do not have the rank of r = 2" in faults_of(without_expressions(Adapter(config, tensors)))[0]

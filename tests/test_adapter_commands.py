@@ -67,7 +67,10 @@ def adapter(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(*words: object) -> int:
-    return main([str(word) for word in words])
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stopped:  # of argparse
+        return int(stopped.code or 0)
 
 
 def fresh(base: Path) -> Any:
@@ -97,12 +100,12 @@ def test_inspect_verify(adapter: str, base: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("target", ["peft", "vllm", "llamacpp", "mlx"])
 def test_convert(target: str, adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / ("a.gguf" if target == "llamacpp" else "out")
-    assert run("convert", adapter, path, "--target", target, "--base", base) == 0
+    assert run("convert", adapter, path, "--target", target, "--model", base) == 0
     assert "read back and compared: exact" in capsys.readouterr().out
     lora.load_adapter(model := fresh(base), path)
     torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
     # And back to PEFT's form.
-    assert run("convert", path, tmp_path / "back", "--base", base) == 0
+    assert run("convert", path, "-o", tmp_path / "back", "--base", base) == 0  # other spellings of the same
     lora.load_adapter(model, tmp_path / "back")
     torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
 
@@ -112,7 +115,7 @@ def test_what_another_tool_trained_writes_text(
     target: str, adapter: str, base: Path, tmp_path: Path, capsys: Any
 ) -> None:
     path = tmp_path / ("a.gguf" if target == "llamacpp" else "out")
-    assert run("convert", adapter, path, "--target", target, "--base", base) == 0
+    assert run("convert", adapter, path, "--target", target, "--model", base) == 0
     capsys.readouterr()
     texts = []
     for given in (adapter, path):
@@ -132,7 +135,7 @@ def test_convert_without_the_base_where_it_is_not_needed(adapter: str, tmp_path:
     assert run("convert", adapter, tmp_path / "a", "--target", "vllm", "--rank", 2, "--dtype", "bf16") == 0
     shown = capsys.readouterr().out
     assert "Loading" not in shown
-    assert "base was not looked at" in shown
+    assert "base model was not examined (give --model MODEL)" in shown
     assert "off by" in shown
     assert "rounding to bf16" in shown
     config = lora.read_adapter(tmp_path / "a").config
@@ -148,6 +151,11 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
     torch.save({"model_state_dict": {f"module.{name}": t for name, t in tensors.items()}}, tmp_path / "gpt2.bin")
     how = ("--lora_dim", 4, "--lora_alpha", 32, "--target_modules", "c_attn", "--enable_lora", "1,0,1")
     assert run("convert", tmp_path / "gpt2.bin", tmp_path / "gpt2", *how) == 0
+    again = ("--rank", 4, "--lora-alpha", 32, "--target_modules", "c_attn,", "--enable_lora", "c_attn=1,0,1")
+    assert run("convert", tmp_path / "gpt2.bin", tmp_path / "again", *again) == 0
+    first, second = (lora.read_adapter(tmp_path / name) for name in ("gpt2", "again"))
+    assert first.config == second.config
+    assert all(torch.equal(first.tensors[name], tensor) for name, tensor in second.tensors.items())
     wide = lora.read_adapter(tmp_path / "gpt2").tensors["transformer.h.0.attn.c_attn.lora_B"]
     narrow = tensors["transformer.h.0.attn.c_attn.lora_B"]
     torch.testing.assert_close(wide[:6, :4], 8 * narrow[:6])
@@ -185,20 +193,20 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
 
 def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
     before = {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()}
-    assert run("merge", adapter, base, "--base", base) == 2
+    assert run("merge", adapter, base, "--model", base) == 2
     assert "is the base model itself" in capsys.readouterr().err
-    assert run("merge", adapter, adapter, "--base", base) == 2
+    assert run("merge", adapter, adapter, "--model", base) == 2
     assert "holds an adapter" in capsys.readouterr().err
-    assert run("convert", adapter, adapter, "--target", "mlx", "--base", base) == 2
+    assert run("convert", adapter, adapter, "--target", "mlx", "--model", base) == 2
     assert "holds an adapter in another form" in capsys.readouterr().err
     assert {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()} == before
-    assert run("convert", adapter, tmp_path, "--target", "mlx", "--base", base) == 0
-    assert run("convert", tmp_path, tmp_path, "--target", "peft", "--base", base) == 2
+    assert run("convert", adapter, tmp_path, "--target", "mlx", "--model", base) == 0
+    assert run("convert", tmp_path, tmp_path, "--target", "peft", "--model", base) == 2
     assert "holds an adapter in another form" in capsys.readouterr().err
 
 
 def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
-    half = ("-o", tmp_path / "half", "--weights", 0.25, 0.25)
+    half = ("-o", tmp_path / "half", "--weights", "0.25,0.25")
     assert run("combine", adapter, adapter, *half) == 0
     assert "rank 8" in capsys.readouterr().out
     assert run("combine", tmp_path / "half", tmp_path / "half", "-o", tmp_path / "whole", "--rank", 4) == 0
@@ -218,20 +226,24 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "nowhere"), "nowhere does not exist"),
     (("convert", "nowhere", "out"), "nowhere does not exist"),
     (("convert", "ADAPTER", "out", "--rank", "0"), "--rank is 0"),
-    (("convert", "ADAPTER", "out", "--target", "mlx", "--base", "nowhere/at/all"), "nowhere/at/all"),
+    (("convert", "ADAPTER", "out", "--target", "mlx", "--model", "nowhere/at/all"), "nowhere/at/all"),
+    (("inspect", "FILE", "--lora_alpha", "4"), "needs --rank, --lora_alpha and --target_modules"),
     (("convert", "ADAPTER", ""), "the output is ''"),
     (("merge", "ADAPTER", " "), "the output is ' '"),
+    (("merge", "ADAPTER"), "required: OUTPUT"),
+    (("merge", "ADAPTER", "out", "-o", "other"), "'other' is a second output"),
     (("combine", "ADAPTER", "-o", ""), "the output is ''"),
     (("combine", "ADAPTER", "-o", "out", "--energy", "2"), "energy is 2"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--method", "ties"), "density is None"),
     (("combine", "ADAPTER", "-o", "out", "--subtract"), "take two adapters"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--energy", "0.5"), "resizes one adapter"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1"), "2 adapters and 1 weights"),
+    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1,x"), "'1,x' was given, expected numbers"),
     (("convert", "FILE", "out"), "--lora_dim, --lora_alpha, --target_modules"),
-    (("convert", "FILE", "out", "--lora_dim", "4"), "goes with --lora_alpha and --target_modules"),
+    (("convert", "FILE", "out", "--lora_dim", "4"), "needs --rank, --lora_alpha and --target_modules"),
     (
         ("convert", "FILE", "o", "--lora_dim", "4", "--lora_alpha", "4", "--target_modules", "q", "--enable_lora", "2"),
-        "expected as many of 1 and 0 as blocks",
+        "expected as many of 1 and 0 as each projection has blocks",
     ),
 ]
 
@@ -251,8 +263,8 @@ def test_mistakes_get_one_message(
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "merge", "combine"])
 def test_help_teaches(command: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        run(command, "--help")
+    assert run(command, "--help") == 0
     shown = capsys.readouterr().out
     assert f"loralib {command}" in shown
-    assert "--base" in shown
+    assert "--model" in shown
+    assert "--base" not in shown  # the second spelling

@@ -1,8 +1,9 @@
-"""Who may import whom: each row of the design knows the rows above it and nothing below, also inside functions."""
+"""Who may import whom: each row of the design imports rows above it and none below, inside functions too."""
 
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
 
-# docs/architecture.md says why.  A folder counts as one module here, and its files may import each other.
+# docs/architecture.md says why.  A package counts as one module here, and its files may import each other.
 ROWS = [
     ["errors"],
     ["files", "console", "settings"],
     ["delta", "config"],
     ["layers"],
-    ["utils"],
+    ["utils", "targets"],
     ["injection"],
     ["adapter"],
     ["combine"],
@@ -28,7 +29,7 @@ ROWS = [
     ["data"],
     ["training"],
     ["generation"],
-    ["inference", "inspection"],
+    ["inspection"],
     ["serve"],
     ["nlg"],
     ["__init__"],
@@ -38,10 +39,10 @@ ROWS = [
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings")]
 
-# The one look upwards, at call time: save_pretrained of an injected model saves the adapter, in the user's own words.
+# The one import from below, at call time: save_pretrained() of an injected model saves its adapter.
 UPWARDS = {("injection", "__init__")}
 
-# Which file may import what besides torch and Python's own library; a library with one owner is easy to replace.
+# Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {
     "transformers": {"bases.loading", "engine.attention", "engine.tree_attention"},
     "huggingface_hub": {"bases.loading"},
@@ -52,6 +53,8 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "filelock": {"files"},
+    "psutil": {"files"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 
@@ -63,23 +66,47 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def imports(name: str, source: str) -> set[str]:
-    """Returns what a module imports, anywhere in it: "loralib.x.y" for our own, dotted names for others.
+    """Returns what a module imports anywhere in its text: "loralib.x.y" for our own modules, dotted names for others.
 
     Args:
         name: the module's dotted name below loralib; a package's ends with "__init__".
         source: its text.
     """
     package = ["loralib", *name.split(".")[:-1]]
-    found: set[str] = set()
+    result: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
-            source_name = ".".join([*above, *([node.module] if node.module else [])])
+            origin = ".".join([*above, *([node.module] if node.module else [])])
             # "from . import x": x may be a module
-            found |= {f"{source_name}.{alias.name}" for alias in node.names} if not node.module else {source_name}
-    return found
+            result |= {f"{origin}.{alias.name}" for alias in node.names} if not node.module else {origin}
+    return result
+
+
+def reached(*modules: str) -> set[str]:
+    """Returns all modules of loralib that these import, directly or through others (dotted names below loralib)."""
+    result: set[str] = set()
+    queue = list(modules)
+    while queue:
+        for other in GRAPH[queue.pop()]:
+            name = other.removeprefix("loralib.")
+            name = name if name in GRAPH else f"{name}.__init__"
+            if other.startswith("loralib.") and name in GRAPH and name not in result:
+                result.add(name)
+                queue.append(name)
+    return result
+
+
+def defining(*functions: str) -> set[str]:
+    """Returns the modules that define these functions (dotted names below loralib)."""
+    return {
+        name
+        for name, path in files()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name in functions
+    }
 
 
 def top(dotted: str) -> str:
@@ -140,11 +167,28 @@ def test_modules_import_only_rows_above_them() -> None:
 
 def test_outside_libraries_have_their_owners() -> None:
     known = {*sys.stdlib_module_names, "torch", "loralib", "tomllib"}
-    found: dict[str, set[str]] = {}
+    owners: dict[str, set[str]] = {}
     for name, others in GRAPH.items():
         for library in {other.split(".")[0] for other in others} - known:
-            found.setdefault(library, set()).add(name)
-    assert found == OUTSIDE
+            owners.setdefault(library, set()).add(name)
+    assert owners == OUTSIDE
+
+
+def test_nlg_is_imported_by_the_command_line_alone() -> None:
+    assert {who for who, whom in EDGES if whom == "nlg"} == {"cli"}
+
+
+@pytest.mark.parametrize("module", [m for m in ("nlg.perplexity", "inspection", "cli._inference") if m in GRAPH])
+def test_measuring_and_writing_need_no_training_loop(module: str) -> None:
+    assert "training.trainer" in GRAPH
+    assert "training.trainer" not in reached(module)
+
+
+def test_saving_needs_no_portable_export() -> None:
+    savers = defining("save_adapter", "write_peft")
+    assert "formats.peft" in savers
+    assert {name.split(".")[0] for name in savers} == {"formats"}
+    assert "formats.portable" not in reached(*savers)
 
 
 @pytest.mark.parametrize("module", CORE)
@@ -178,3 +222,30 @@ print(*sorted(outside - {name.split(".")[0] for name in before}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.stdout.split() == ["loralib"], done.stderr
+
+
+def test_every_module_can_be_imported_by_its_name() -> None:
+    """No function stands in the place of a module, and no module takes the place of a public name."""
+    code = """
+import importlib, json, sys
+import loralib
+def public(package):
+    return {name: getattr(package, name) for name in getattr(package, "__all__", ())}
+before = {"loralib": public(loralib)}
+faults = []
+for name in json.loads(sys.stdin.read()):
+    scope = {}
+    exec(f"import {name} as module", scope)
+    if scope["module"] is not sys.modules[name]:
+        faults.append(f"import {name} gives {scope['module']!r}")
+    before[name] = public(sys.modules[name])
+for name, values in before.items():
+    faults += [f"{name}.{key} changed" for key, value in public(sys.modules[name]).items() if values[key] is not value]
+print(json.dumps(faults))
+"""
+    names = [f"loralib.{name}".removesuffix(".__init__") for name in GRAPH if name not in ("__init__", "__main__")]
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(names), capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []

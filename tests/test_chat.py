@@ -14,7 +14,7 @@ import transformers
 import loralib as lora
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
-from loralib.cli.chat import Talk
+from loralib.cli.chat import Conversation
 from loralib.generation import Generator, Sampling
 
 CONTEXT = 96
@@ -73,7 +73,7 @@ def test_commands(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     first, again, *others = out.splitlines()
     assert first == again == others[0]
     assert len(others) == 1
-    for words in ("nothing was asked yet", "(forgotten)", "/exit    leave", "Did you mean '/reset'"):
+    for words in ("there is no question yet", "(new conversation)", "/exit    leave", "Did you mean '/reset'"):
         assert words in err
 
 
@@ -94,29 +94,29 @@ def test_an_adapter_answers(
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_ends(parts: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    talk = Talk(*parts, GREEDY, system="Be kind.")
+    talk = Conversation(*parts, GREEDY, system="Be kind.")
     for number in range(9):
         talk.answer(f"Question number {number}, please?")
         assert len(talk._ids(talk.turns)) <= CONTEXT + 8
     assert len(talk.turns) < 18
     assert talk.turns[-2]["content"] == "Question number 8, please?"
-    assert talk._ids(talk.turns)[:3] == Talk(*parts, GREEDY, system="Be kind.")._ids([])[:3]
-    assert f"turns were forgotten: the model's context has {CONTEXT} tokens" in capsys.readouterr().err
+    assert talk._ids(talk.turns)[:3] == Conversation(*parts, GREEDY, system="Be kind.")._ids([])[:3]
+    assert f"turns were dropped: the model's context has {CONTEXT} tokens" in capsys.readouterr().err
 
 
 def test_a_turn_longer_than_the_context_is_left_out(parts: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    talk = Talk(*parts, GREEDY)
+    talk = Conversation(*parts, GREEDY)
     talk.answer("Hi")
     before = list(talk.turns)
     talk.answer("word " * 200)
-    assert "It was left out" in capsys.readouterr().err
+    assert "It was ignored" in capsys.readouterr().err
     assert talk.turns == before
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_talk(
     parts: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talk = Talk(*parts, GREEDY)
+    talk = Conversation(*parts, GREEDY)
     step, steps = Generator.step, iter(range(3))
 
     def interrupted(self: Generator) -> Any:
@@ -175,7 +175,7 @@ def test_a_model_without_a_template(
     assert chat("Hi\nAnd?\n", monkeypatch, "--model", str(directory), "--plain") == 0
     assert capsys.readouterr().out.count("\n") >= 2
     model, tokenizer = lora.load_base(str(directory), dtype="fp32")
-    talk = Talk(model, tokenizer, GREEDY, system="Be kind.", plain=True)
+    talk = Conversation(model, tokenizer, GREEDY, system="Be kind.", plain=True)
     talk.turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     ids = talk._ids([*talk.turns, {"role": "user", "content": "And?"}])
     assert tokenizer.decode(ids) == "Be kind.\nUser: Hi\nAssistant: Hello.\nUser: And?\nAssistant:"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loralib.nlg  # noqa: F401  reads published data
 from loralib.data import (
     Example,
     TokenExample,
@@ -24,6 +25,7 @@ from loralib.data import (
     read_sources,
     tokenize,
 )
+from loralib.data.readers import _READERS
 from loralib.errors import ConfigError, DataError
 
 CHATML = (
@@ -260,6 +262,14 @@ def test_published_files_of_another_form(tmp_path: Path, name: str, content: str
     assert message in str(caught.value)
 
 
+def test_published_files_are_read_once_nlg_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("e2e.csv", "dart", "webnlg"):
+        monkeypatch.delitem(_READERS, key)
+    for name, content in (("a.json", '[{"annotations": []}]'), ("a.xml", "<entries/>"), ("a.csv", "mr,ref\na,b\n")):
+        with pytest.raises(DataError, match=f"{name}: .*Add `import loralib.nlg`"):
+            read_examples(write(tmp_path / name, content))
+
+
 def test_group_by_prompt_keeps_order_and_all_references() -> None:
     rows = [Example.of("b", "1"), Example.of("a", "2"), Example.of("b", "3")]
     assert [(e.prompt, e.references) for e in group_by_prompt(rows)] == [("b", ("1", "3")), ("a", ("2",))]
@@ -458,11 +468,11 @@ def test_chats_that_cannot_be_written() -> None:
         tokenize(TALK, make_tokenizer())
     with pytest.raises(DataError, match="rewrites what comes before turn 3"):
         tokenize(TALK, make_tokenizer(template=REWRITES))
-    with pytest.raises(DataError, match=r"leaves out or rewrites turn 1 \(system\)"):
+    with pytest.raises(DataError, match=r"omits or rewrites turn 1 \(system\)"):
         tokenize(TALK, make_tokenizer(template=DEAF))
-    with pytest.raises(DataError, match="begins turn 3 otherwise than it does in generation"):
+    with pytest.raises(DataError, match="does not begin turn 3 as it begins an answer in generation"):
         tokenize(TALK, make_tokenizer(template=BEGINS))
-    with pytest.raises(DataError, match=r"leaves out or rewrites turn 3 \(assistant\)"):
+    with pytest.raises(DataError, match=r"omits or rewrites turn 3 \(assistant\)"):
         tokenize(
             TALK,
             make_tokenizer(
@@ -540,5 +550,5 @@ def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
     plain = tokenize(Example.of("A:", "Be"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(list(plain.ids)) == [*"▁A:Be", "</s>"]
     assert list(plain.ids[:3]) == prompt_ids("A:", tokenizer)
-    with pytest.raises(DataError, match="refuses these messages: no system"):
+    with pytest.raises(DataError, match="rejects these messages: no system"):
         tokenize(TALK, make_tokenizer(template="{{ raise_exception('no system') }}"))

@@ -40,7 +40,7 @@ class Letters:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: Letters())
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_preview_shows_characters_whole_and_lets_none_act_on_the_terminal(
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"prompt": "a\t", "completion": "\x1b[2J\r😀\u202e"}), encoding="utf-8"
     )
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: smollm2[1])
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: smollm2[1])
     assert run("preview", tmp_path / "a.jsonl") == 0
     shown = capsys.readouterr().out.split("\n")[1].replace("·", "")
     assert shown == "a\\t[\\x1b[2J\\r😀\\u202e<|im_end|>]"
@@ -155,7 +155,7 @@ def test_preview_of_several_weighted_files(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_exit_with_2_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loralib.base.load_tokenizer", lambda name: pytest.fail("too early"))
+    monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: pytest.fail("too early"))
     (tmp_path / "a.txt").write_text("no bars", encoding="utf-8")
     assert run("preview", tmp_path / "a.txt") == 2
     assert "a.txt:1: no `||` in 'no bars'" in capsys.readouterr().err
@@ -185,12 +185,12 @@ def test_what_is_read_is_not_written_over(
     source = Path("a.txt")
     source.write_text("ab||ca\n", encoding="utf-8")
     assert run("convert", source, tmp_path / "a.txt") == 2
-    assert "is read by this command, and would be lost" in capsys.readouterr().err
+    assert "is also an input of this command and would be overwritten" in capsys.readouterr().err
     decode = ["decode", "--vocab", vocabulary, "--sample_file", "s", "--input_file", "reference0"]
     assert run(*decode, "--output_pred_file", "p", "--output_ref_file", "p") == 2
-    assert "p is written already by this command" in capsys.readouterr().err
+    assert "p is also another output of this command" in capsys.readouterr().err
     assert run(*decode, "--output_pred_file", "p", "--output_ref_file", ".", "--ref_type", "dart") == 2
-    assert "reference0 is read by this command" in capsys.readouterr().err
+    assert "reference0 is also an input of this command" in capsys.readouterr().err
     assert source.read_text(encoding="utf-8") == "ab||ca\n"
     assert not Path("p").exists()
 

@@ -1,4 +1,4 @@
-"""What the docs say is so: snippets and commands run, links lead somewhere, and numbers, tables and trees are true."""
+"""What the docs say is so: snippets and commands run, links lead somewhere, and numbers and tables are true."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 
 import loralib as lora
 from loralib.cli import main, run_command
-from loralib.training.report import parameter_table
+from loralib.console import parameter_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -290,13 +290,13 @@ def test_shown_counts_are_those_of_the_default_run(name: str, smollm2: tuple[Any
     model = copy.deepcopy(smollm2[0])
     report = lora.inject(model, lora.TrainConfig().lora_config())
     shown = "".join(content for _, content in blocks(name))
-    assert parameter_table(model) in shown
+    assert parameter_table(model.parameters()) in shown
     assert f"all-linear ({len(report.targets)} modules): r=16, lora_alpha=32" in shown
 
 
 def test_the_guide_counts_what_run_demo_has() -> None:
     model, _ = lora.load_base("run-demo", device="cpu")
-    table = parameter_table(model)
+    table = parameter_table(model.parameters())
     assert table in "".join(content for _, content in blocks(GUIDES["en"]))
     (rows,) = [rows for rows in tables(GUIDES["en"]) if rows[0] == ["part", "frozen", "LoRA"]]
     for column, trains in ((1, False), (2, True)):

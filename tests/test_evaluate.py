@@ -226,7 +226,7 @@ def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixtu
     [
         ("a\n\nb\n", "x\n", [], "references for 2 inputs, but"),
         ("a\nb\n\nc\n", "x\ny\nz\n", [], "one for each reference: write one text for each input"),
-        ("a\n\nb\n", "x\ny\n\n", [], "Blank lines at its end: 1, and each counts as a text"),
+        ("a\n\nb\n", "x\ny\n\n", [], "Blank lines at the end: 1, and each counts as a text"),
         ("a\n\n\nb\n", "x\ny\nz\n", [], "references.txt:3: a blank line where a reference was expected"),
         ("a\n\nb\n", "\n\n", [], "texts.txt is empty"),
         ("", "x\n", [], "references.txt is empty"),
@@ -234,7 +234,7 @@ def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixtu
         ("a\n", "x\n", ["--layout", "directory"], "holds no files reference0, reference1"),
         ("a\n", "x\n", ["--layout", "data"], "no `||`"),
         ("a\n", "x\n", ["--subset", "seem"], "there is no subset 'seem'. Did you mean 'seen' or 'unseen'?"),
-        ("a\n", "x\n", ["--subset", "seen"], "which inputs are seen is not known"),
+        ("a\n", "x\n", ["--subset", "seen"], "cannot tell which inputs are seen"),
         ("a\n", "x\n", ["--metrics", "bluu"], "Did you mean 'bleu'?"),
         ("a\n", "x\n", ["--source", "none.txt"], "none.txt does not exist"),
     ],
@@ -253,7 +253,7 @@ def test_mistakes_give_one_message(
 def test_directories_that_do_not_fit(write: Write, hypothesis: Path) -> None:
     folder = write("refs/reference0", "a\nb\nc\n").parent
     write("refs/reference1", "a\nb\n")
-    with pytest.raises(DataError, match="not equally long"):
+    with pytest.raises(DataError, match="differ in length"):
         read_texts(folder, hypothesis)
     write("refs/reference1", "a\n\nc\n")
     write("refs/reference0", "a\n\nc\n")
@@ -316,7 +316,7 @@ def test_texts_and_a_model_are_scored_together(write: Write, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "no texts to score: give HYP, a file with one text a line, or --perplexity"),
+        ([], "there is nothing to score: give HYP, a file with one text per line, or --perplexity"),
         (["texts.txt", "--adapter", "x", "--model", "y"], "--model needs --perplexity\n  --adapter needs --perplexity"),
         ([*TINY, "--subset", "seen", "--metrics", "BLEU"], "--subset needs HYP\n  --metrics needs HYP"),
         ([*TINY, "--adapter", "nowhere"], "nowhere"),
@@ -342,5 +342,5 @@ def test_a_model_whose_numbers_overflow_has_no_perplexity() -> None:
     model, tokenizer = load_base("scratch-32x1-seed0", dtype="fp32", device="cpu")
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.inf)
-    with pytest.raises(ConfigError, match=r"numbers overflow\. Load it with dtype fp32"):
+    with pytest.raises(ConfigError, match=r"the dtype overflows\. Load the model with dtype fp32"):
         perplexity(model, tokenizer, [Example.of("name : A\n", "A is a pub.")])

@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import random
+import re
 import struct
 import sys
 import time
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import loralib as lora
-from loralib.adapter import Adapter, adapter_of
+from loralib.adapter import Adapter, adapter_of, apply_adapter
 from loralib.config import LoraConfig, matches
 from loralib.errors import AdapterError, ConfigError, FormatError, LoraError
 from loralib.formats import (
@@ -49,6 +50,7 @@ from loralib.formats.tensors import (
     read_pickle,
     read_safetensors,
 )
+from loralib.injection import adapted_layers, remove
 from loralib.inspection import inspect_adapter
 
 FILES = 20_000
@@ -757,19 +759,39 @@ def test_names_that_look_like_messages() -> None:
         "(?:.|..)*x",
         "(?:.{1,10}){1,10}x",
         ".?" * 40 + "x",
+        r"[._\][](a+)+]",  # a set, whose end is easily mistaken, and a repeated repeat
         "(?i)(?:mo|MO)*x",
         "x*" * 10_000,
         "(" * 5_000,
     ],
 )
-def test_expressions_that_never_end(expression: str) -> None:
-    for settings_ in (
+def test_expressions_that_never_end(expression: str, tmp_path: Path) -> None:
+    """A file's tensors say what is adapted, so such expressions are not matched; where they must be, they are named."""
+    name = "model.layers.0.self_attn." + "a" * 40 + "_proj"
+    model: nn.Module = nn.Linear(3, 4)
+    for part in reversed(name.split(".")):
+        model = nn.ModuleDict({part: model})
+    good = {"r": 2, "target_modules": [name.rpartition(".")[2]], "layers_to_transform": [0], "layers_pattern": "layers"}
+    tensors = {f"{name}.lora_A": torch.ones(3, 3), f"{name}.lora_B": torch.ones(4, 3)}
+    write_peft(Adapter(LoraConfig(r=3, target_modules=["x"]), tensors), tmp_path)
+    started = time.perf_counter()
+    for wrong in (
         {"target_modules": expression},
-        {"rank_pattern": {expression: 2}},
+        {"exclude_modules": expression},
         {"layers_pattern": [expression]},
+        {"rank_pattern": {expression: 3}},
+        {"alpha_pattern": {expression: 3}},
     ):
-        with pytest.raises(ConfigError):
-            LoraConfig(**settings_)
+        settings_ = {**good, "peft_type": "LORA", "rank_pattern": {"a" * 40 + "_proj": 3}, **wrong}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings_))
+        if "alpha_pattern" in wrong or expression.startswith("(((("):
+            with pytest.raises((AdapterError, ConfigError), match=re.escape(expression[:40])):
+                read_adapter(tmp_path)
+        else:
+            apply_adapter(model, read_adapter(tmp_path))
+            assert [name for name, _ in adapted_layers(model)] == [name]
+            remove(model)
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize(
@@ -793,13 +815,21 @@ def test_more_patterns_than_any_model_has() -> None:
     for field, value in (
         ("target_modules", ["x"] * 20_001),
         ("rank_pattern", {f"x{n}": 2 for n in range(20_001)}),
-        ("rank_pattern", {f".*.*.*x{n}": 2 for n in range(100)}),
         ("r", 10**400),
         ("rank_pattern", {"x": 10**400}),
     ):
         with pytest.raises(ConfigError) as caught:
             LoraConfig(**{field: value})
         assert len(str(caught.value)) < 10_000
+
+
+def test_more_expressions_than_can_be_matched_in_time(tmp_path: Path) -> None:
+    tensors = {f"layers.{n}.q_proj.lora_A": torch.ones(2, 3) for n in range(100)}
+    tensors |= {f"layers.{n}.q_proj.lora_B": torch.ones(3, 2) for n in range(100)}
+    config = LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern={f".*.*.*.*x{n}": 2 for n in range(100)})
+    write_peft(Adapter(config, tensors), tmp_path)
+    with pytest.raises(AdapterError, match="alpha_pattern with 100 modules may take forever"):
+        read_adapter(tmp_path)
 
 
 def test_many_patterns_are_matched_in_time() -> None:

@@ -56,7 +56,7 @@ def test_prompts_on_the_command_line_and_from_standard_input(
 def test_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert main(["generate", *TINY]) == 2
-    assert "standard input is no utf-8 text" in capsys.readouterr().err
+    assert "standard input is not utf-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("watched", [True, False], ids=["terminal", "pipe"])
@@ -213,7 +213,7 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
     for command, words in (
         (["x", *TINY, "--output", str(tmp_path / "notes.jsonl")], "not written by this command"),
         (["x", *TINY, "--output", str(tmp_path / "data.jsonl")], "not written by this command"),
-        (["x", *TINY, "--output", str(tmp_path)], "cannot go on with"),
+        (["x", *TINY, "--output", str(tmp_path)], "cannot continue"),
         (["x", *TINY, "--output", str(tmp_path / "notes.jsonl" / "out.jsonl")], "cannot"),
         (["--input", str(tmp_path / "none.txt"), *TINY, *output], "none.txt"),
         (["--input", str(tmp_path / "text.jsonl"), *TINY, *output], "text.jsonl:1 has no prompt"),
@@ -237,7 +237,7 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / "texts.jsonl"
     with hold_file(output, "--output"):
         assert main(["generate", "x", *TINY, "--output", str(output)]) == 2
-    assert "texts.jsonl is held by another run" in capsys.readouterr().err
+    assert "texts.jsonl is in use by another run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -292,7 +292,7 @@ def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
         ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines are not of that form"),
         ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', "a.json[1]: prompt is a number"),
-        ("a.jsonl", "\n", "is empty, expected a JSON object a line"),
+        ("a.jsonl", "\n", "is empty, expected one JSON object per line"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),
         ("a.txt", "name : A||It is A.\nname : B\n", "a.txt:2: no `||`"),
     ],
@@ -309,4 +309,4 @@ def test_files_that_hold_other_things(
 
 def test_a_prompt_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "caf\udce9", *TINY]) == 2  # what Python makes of a byte that is no UTF-8
-    assert "prompt 1 is no text in the encoding" in capsys.readouterr().err
+    assert "prompt 1 is not text in the encoding" in capsys.readouterr().err

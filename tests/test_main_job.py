@@ -65,7 +65,7 @@ def tiny_adapter(load_file: Callable[[Path], ModuleType], tmp_path_factory: pyte
 
 def test_the_flags_of_the_guide_and_their_defaults() -> None:
     config = lora.TrainConfig()
-    assert (config.num_epochs, config.batch_size, config.lora_dim, config.lr, config.seq_len) == (2, 4, 16, 1e-4, 64)
+    assert (config.num_epochs, config.batch_size, config.rank, config.lr, config.seq_len) == (2, 4, 16, 1e-4, 64)
     assert (config.max_train_samples, config.max_valid_samples, config.output_dir) == (100, 64, "lora_model")
     assert (config.alpha, config.target_modules, config.model) == (32, "all-linear", "smollm2-135m")
 
@@ -228,10 +228,10 @@ def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None
         "packing is 'no', expected true or false",
         "seed is 1.5, expected a whole number",
         "lr is True, expected a number",
-        "model is 3, expected a text in quotes",
-        "output_dir is ['here'], expected a text in quotes",
-        "enable_lora is 3, expected a text in quotes or a table of lists",
-        "train_data is [1], expected a text in quotes or a list of texts",
+        "model is 3, expected a string",
+        "output_dir is ['here'], expected the name of a directory",
+        "enable_lora is 3, expected a string or a table of lists of booleans or whole numbers",
+        "train_data is [1], expected a string or a list of strings",
     ]
     refused(run("run_training", "--config", "bad.toml"), *lines)
     (tmp_path / "good.toml").write_text(
@@ -285,7 +285,7 @@ def test_bad_training_files(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["0", "-3"])
 def test_a_rank_below_one(run: Run, tmp_path: Path, value: str) -> None:
-    refused(run("run_training", *TINY[:-2], "--lora_dim", value), f"lora_dim is {value}", "at least 1")
+    refused(run("run_training", *TINY[:-2], "--lora_dim", value), f"rank is {value}", "at least 1")
     assert not list(tmp_path.iterdir())
 
 
@@ -335,7 +335,7 @@ def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
     refused(run("run_inference", "--adapter", "nowhere"), "does not exist")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     refused(run("run_inference", "--adapter", "notes.txt"), "notes.txt is no adapter: expected the directory")
-    refused(run("run_inference", "--adapter", ""), "expected the directory of one, or of several")
+    refused(run("run_inference", "--adapter", ""), "expected the directory of an adapter, or several")
 
 
 def test_a_checkpoint_that_does_not_say_its_settings(run: Run, tiny_adapter: Path) -> None:

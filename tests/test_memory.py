@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 
-from loralib.training.memory import objects_set_aside
+from loralib.training.memory import freeze_objects
 
 PROGRAM = """
 import resource, sys
 import torch
-from loralib.training.memory import freed_memory_kept
+from loralib.training.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -21,7 +21,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
-with freed_memory_kept():
+with keep_freed_memory():
     faults()
     during = faults()
 faults()
@@ -45,7 +45,7 @@ def test_objects_are_set_aside_for_the_time_of_a_run_only():
     gc.collect()
     kept = Cycle()
     old, living = weakref.ref(Cycle()), weakref.ref(kept)
-    with objects_set_aside():
+    with freeze_objects():
         assert old() is None  # garbage is not set aside
         del kept
         new = weakref.ref(Cycle())

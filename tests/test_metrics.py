@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralib.errors import DataError, LoraError, MissingDependencyError
-from loralib.nlg.metrics import SCORES, Score, bleu, chrf, cider, meteor, nist, rouge_l, ter
-from loralib.nlg.metrics.rouge import lcs_length
-from loralib.nlg.metrics.sacre import words_13a
+from loralib.nlg.metrics import SCORES, Score
+from loralib.nlg.metrics.bleu import bleu
+from loralib.nlg.metrics.cider import cider
+from loralib.nlg.metrics.meteor import meteor
+from loralib.nlg.metrics.nist import nist
+from loralib.nlg.metrics.rouge import lcs_length, rouge_l
+from loralib.nlg.metrics.sacre import chrf, ter, words_13a
 
 OTHERS = [name for name in SCORES if name != "METEOR"]
 
@@ -175,7 +179,7 @@ def test_meteor_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_meteor_that_stops_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: sys.executable)  # which knows no -jar
-    monkeypatch.setattr(sys.modules["loralib.nlg.metrics.meteor"], "_jar", lambda: tmp_path)
+    monkeypatch.setattr("loralib.nlg.metrics.meteor._jar", lambda: tmp_path)
     with pytest.raises(LoraError, match=r"the program stopped: \w+"):
         meteor([["a"]], ["a"])
 

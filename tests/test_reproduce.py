@@ -112,7 +112,7 @@ def test_the_papers_recipes_are_those_of_its_table_11() -> None:
             recipe = load_recipe(f"{dataset}-gpt2-{size}")
             train, decode = recipe.train, recipe.decode
             assert train.lora_config().enable_lora == {"c_attn": (True, False, True)}
-            assert (train.lora_dim, train.alpha, train.lr, train.batch_size, train.num_epochs) == (4, 32, 2e-4, 8, 5)
+            assert (train.rank, train.alpha, train.lr, train.batch_size, train.num_epochs) == (4, 32, 2e-4, 8, 5)
             assert (train.warmup_steps, train.schedule, train.loraplus_lr_ratio) == (500, "linear", 1)
             regular = (train.lora_dropout, train.label_smoothing, train.weight_decay)
             assert regular == ((0, 0, 0) if dataset == "dart" else (0.1, 0.1, 0.01))
@@ -385,9 +385,9 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_goes_on(
     run: Run, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loralib.training import loop
+    from loralib.training import run_directory
 
-    saved, appended = loop.save_checkpoint, decoding.append_lines
+    saved, appended = run_directory.save_checkpoint, decoding.append_lines
 
     def save_and_die(*args: Any, **kwargs: Any) -> Any:
         saved(*args, **kwargs)
@@ -400,7 +400,7 @@ def test_a_run_that_was_killed_goes_on(
         raise Killed
 
     with monkeypatch.context() as patch:  # in training, when the first of three updates was saved
-        patch.setattr(loop, "save_checkpoint", save_and_die)
+        patch.setattr(run_directory, "save_checkpoint", save_and_die)
         with pytest.raises(Killed):
             run()
     with monkeypatch.context() as patch:  # in decoding, within the third text
@@ -438,15 +438,15 @@ def test_a_model_that_is_made_here_is_another_one_with_another_seed(
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loralib.training import loop
+    from loralib.training.trainer import Trainer
 
     def stopped(self: Any) -> bool:
         self.stop.signal_number = 2
         return False
 
-    monkeypatch.setattr(loop._Run, "_stopped_early", stopped)
+    monkeypatch.setattr(Trainer, "_is_over", stopped)
     printed = run(code=130)
-    assert "Run the same command again to go on." in printed
+    assert "Run the same command again to continue." in printed
     assert "--resume" not in printed
 
 

@@ -179,7 +179,7 @@ def test_all_checks_run_and_any_failure_counts(
     monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
     assert script("test", run)() == expected
     assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "pytest"]
-    assert done[-1] == ["pytest", "-k", "hub", "--tb=short"]
+    assert done[-1] == ["pytest", "-n", "2", "--dist", "worksteal", "-k", "hub", "--tb=short"]
 
 
 @pytest.mark.parametrize("failing", [None, "run_training.py", "run_inference.py"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -16,14 +17,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loralib.engine.linears import Linears
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loralib as lora
 from loralib import errors
@@ -31,12 +33,41 @@ from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
 from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
+from loralib.training import run_directory, trainer
 from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
-from loralib.training.job import _tell
+from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
-from loralib.training.report import memory_estimate, read_metrics
+from loralib.training.report import plot_losses, read_metrics
+from loralib.training.step import Step, StepStats, make_step
 
 VOCABULARY = 23
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes on so many threads; the children of a fork, which have none of their parent's, need one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_runs() -> Iterator[None]:
+    """Leaves out what takes most of a tiny run's time and few of these tests are about.
+
+    That is: drawing, collecting the garbage of all other tests, and waiting for other threads.
+    """
+    with threads(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "plot_losses", lambda *_: False)
+        patch.setattr(trainer, "freeze_objects", nullcontext)
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their loss curve all the same."""
+    monkeypatch.setattr(run_directory, "plot_losses", plot_losses)
 
 
 def tiny_model(dropout: float = 0.0) -> Any:
@@ -78,6 +109,7 @@ def train(config: lora.TrainConfig, model: Any = None, **kwargs: Any) -> Any:
 # Learning.
 
 
+@pytest.mark.usefixtures("plots")
 def test_training_learns_and_leaves_everything_a_user_needs(tmp_path: Path) -> None:
     model = tiny_model()
     frozen = {name: p.clone() for name, p in model.named_parameters()}
@@ -128,9 +160,58 @@ def test_the_loss_does_not_depend_on_how_an_update_is_split(tmp_path: Path) -> N
 def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     written = []
     for number, seed in enumerate((0, 0, 1)):
-        config = settings(tmp_path / str(number), seed=seed, lora_dropout=0.1)
-        written.append((train(config).output_dir / "adapter_model.safetensors").read_bytes())
+        config = settings(tmp_path / str(number), seed=seed, lora_dropout=0.1, num_epochs=1)
+        with threads(2):
+            written.append((train(config).output_dir / "adapter_model.safetensors").read_bytes())
     assert written[0] == written[1] != written[2]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_runs_in_two_threads_give_the_bits_of_one_after_the_other(tmp_path: Path, dropout: float) -> None:
+    """Both draw from the one global random generator: for the adapter's first values, and for dropout."""
+
+    def outcome(place: str, seed: int, model: Any) -> dict[str, Any]:
+        config = settings(tmp_path / place / str(seed), seed=seed, lora_dropout=dropout, num_epochs=2)
+        return kept(train(config, model).output_dir)
+
+    models = [tiny_model() for _ in range(4)]
+    alone = [outcome("alone", seed, models[seed]) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(outcome, "together", seed, models[2 + seed]) for seed in range(2)]
+    assert [run.result() for run in runs] == alone
+
+
+def test_an_update_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each item(), float() or bool() of a tensor is a wait; one tolist() for loss and norm is not counted on a CPU."""
+
+    class CountReads(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    mode, counts = CountReads(), []
+    update, forward_backward = trainer.Trainer._update, Step.forward_backward
+
+    def counted(self: Any, batches: Any) -> None:
+        mode.reads = 0
+        with mode:
+            update(self, batches)
+        counts.append(mode.reads)
+
+    def on_device(self: Any, batch: Any, **kwargs: Any) -> StepStats:
+        reads = mode.reads  # the step's own are its own matter
+        stats = forward_backward(self, batch, **kwargs)
+        mode.reads = reads
+        return stats
+
+    plain = train(settings(tmp_path / "plain", num_epochs=1, grad_accum=2)).losses
+    monkeypatch.setattr(trainer.Trainer, "_update", counted)
+    monkeypatch.setattr(Step, "forward_backward", on_device)
+    assert train(settings(tmp_path / "counted", num_epochs=1, grad_accum=2)).losses == plain
+    assert counts[0] > 0, "the check that gradients reach every layer, once a run"
+    assert counts[1:] == [0] * (len(plain) - 1)
 
 
 def test_gradient_checkpointing_gives_the_same_losses_and_computes_twice(tmp_path: Path) -> None:
@@ -184,7 +265,7 @@ def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
 
 
 def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
-    from loralib.training.step import evaluate_loss, make_step
+    from loralib.training.step import evaluate_loss
 
     model, examples = tiny_model(), copying_examples()
     step, sizes = make_step(model), []
@@ -208,7 +289,7 @@ def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm2[1]), **sizes))
     texts = [Example.of("name : X\n", "X it is."), Example.of("name : Y\n", "Y " * 100)]
     lora.train(model, texts, config, tokenizer=smollm2[1])
-    assert "Training data: dropped 1 example: 1 longer than seq_len" in capsys.readouterr().out
+    assert "Loaded 1 training examples (dropped 1 example: 1 longer than seq_len)" in capsys.readouterr().out
 
 
 def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -> None:
@@ -224,6 +305,33 @@ def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -
     result = lora.train(model, text, config.replace(data_format="text"), tokenizer=smollm2[1], verbose=False)
     events = list(read_metrics(result.output_dir / "metrics.jsonl"))
     assert events[-1]["trained_tokens"] == 99  # the last line end is none; nothing comes before the first token
+
+
+def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    for number, first_line in enumerate(
+        (
+            "LoRA on all-linear (14 modules): r=4, lora_alpha=8",
+            "The network has an adapter already; --lora_dim and --target_modules do not apply.",
+        )
+    ):
+        lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == first_line
+        starts = ["parameters", "Total", "Trainable", "Frozen", "Memory", "Epoch 1", "Done: 4 updates", "Adapter: "]
+        places = [next(place for place, line in enumerate(lines) if line.startswith(start)) for start in starts]
+        assert places == sorted(places)
+
+
+def test_what_the_declared_tool_could_not_compute_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    config = settings(tmp_path, target_modules="embed_tokens,q_proj", target="llamacpp")
+    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp cannot compute this adapter rightly.*embed_tokens"):
+        train(config, model)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("asked", ["early_stopping", "eval_steps"])
@@ -253,15 +361,16 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
     model.bfloat16()
     if can_prepack(model.lm_head.weight):  # every linear twice more, the head too
         linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
-        assert Linears(model).copies_bytes == 2 * linears
-        weights = sum(p.nbytes for p in model.parameters()) + 2 * linears
-        assert memory_estimate(model, 0, False)[0] - weights == empty - sum(p.numel() for p in model.parameters()) * 4
+        prepacked = make_step(model).prepacked_bytes
+        assert prepacked == 2 * linears
+        in_bf16 = sum(p.nbytes for p in model.parameters()) + 2 * linears
+        assert memory_estimate(model, 0, False, prepacked)[0] - in_bf16 == empty - weights
 
 
 def test_logs_get_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("loralib.training.trainer"), "_SILENCE", 0.0)
+    monkeypatch.setattr(importlib.import_module("loralib.training.reporter"), "_SILENCE", 0.0)
     lora.train(tiny_model(), copying_examples(), settings(tmp_path, num_epochs=1))
     assert re.search(r"Update 2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s, .* left", capsys.readouterr().out)
 
@@ -299,9 +408,9 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.
         tiny_model(), copying_examples(), config.replace(overwrite=True), valid_data=copying_examples(6, seed=1)
     )  # fmt: skip
     told = f"Stopped early, after update {result.steps} of 160: the last 2 validations were no better"
-    assert told in capsys.readouterr().out
-    _tell(result)
-    assert "The best one was that of update" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert told in out
+    assert f"The best adapter is that of update {result.best[0]} " in out
     assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
     assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
         result.output_dir / "README.md"
@@ -329,7 +438,7 @@ def test_the_best_adapter_of_an_earlier_run_does_not_stay_beside_another(tmp_pat
 
 def test_only_an_untrained_adapter_is_called_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
-    for number, told in enumerate(("(the base model)", "of the one before")):
+    for number, told in enumerate(("(the base model)", "of the loss before training")):
         config = settings(tmp_path / str(number), num_epochs=1)
         lora.train(model, copying_examples(), config, valid_data=copying_examples(6, seed=1))
         out = capsys.readouterr().out
@@ -465,26 +574,25 @@ def kept(directory: Path) -> dict[str, Any]:
 KILLED = {"num_epochs": 4, "save_steps": 2, "eval_steps": 3, "lora_dropout": 0.1, "grad_accum": 2}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A forked child has none of its parent's OpenMP threads and would wait for them for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("number", range(6))
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
-    """SIGKILL at random moments, again and again until the run gets through."""
-    whole = train(settings(tmp_path / "whole", **KILLED)).output_dir
-    config = settings(tmp_path / "killed", **KILLED)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """What a run that nobody kills leaves, and how many seconds it takes."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    train(settings(directory / "warm-up", **KILLED))
     started = time.perf_counter()
-    train(settings(tmp_path / "timing", **KILLED))
-    lasts = time.perf_counter() - started
-    rng = random.Random(number)
+    result = train(settings(directory, **KILLED))
+    return kept(result.output_dir), time.perf_counter() - started
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("seed", range(6))
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, seed: int, uninterrupted: tuple[dict[str, Any], float]
+) -> None:
+    """SIGKILL at random moments, again and again until the run gets through."""
+    expected, seconds = uninterrupted
+    config = settings(tmp_path, **KILLED)
+    rng = random.Random(seed)
     for attempt in range(25):
         child = os.fork()
         if child == 0:  # the child process: run, and leave without pytest's teardown
@@ -494,7 +602,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> 
                 os._exit(0)
             except BaseException:
                 os._exit(1)
-        time.sleep(rng.uniform(0, lasts) if attempt < 20 else 20 * lasts)
+        time.sleep(rng.uniform(0, seconds) if attempt < 20 else 20 * seconds)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert status == 0
@@ -503,7 +611,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> 
         os.waitpid(child, 0)
     else:
         pytest.fail("the run never got through")
-    assert kept(Path(config.output_dir)) == kept(whole)
+    assert kept(Path(config.output_dir)) == expected
 
 
 no_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
@@ -523,8 +631,8 @@ def hangup(handler: Any) -> Iterator[None]:
     ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=no_hangup)]
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, name: str, code: int) -> None:
-    whole = train(settings(tmp_path / "whole", num_epochs=4)).output_dir
-    config = settings(tmp_path / "stopped", num_epochs=4)
+    whole = train(settings(tmp_path / "whole")).output_dir
+    config = settings(tmp_path / "stopped")
     model = tiny_model()
     calls = []
 
@@ -633,8 +741,20 @@ def test_a_checkpoint_without_a_checksum_is_called_what_it_is(tmp_path: Path) ->
     (last,) = checkpoint_files(train(config).output_dir / "checkpoints")
     tensors, about = read_safetensors(last)
     write_safetensors(last, tensors, {"loralib.checkpoint": about["loralib.checkpoint"]})
-    with pytest.raises(errors.FormatError, match="of an early loralib, which wrote no checksum"):
+    with pytest.raises(errors.FormatError, match="written by an early loralib without a checksum"):
         train(config.replace(resume=True))
+
+
+def test_a_run_from_before_a_setting_was_renamed_resumes(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=1, keep_checkpoints=1)
+    whole = kept(train(config).output_dir)
+    directory = Path(config.output_dir) / "checkpoints"
+    last = last_checkpoint(directory)
+    assert last is not None
+    old = {{"rank": "lora_dim"}.get(name, name): value for name, value in last[0].settings.items()}
+    assert "lora_dim" in old
+    save_checkpoint(directory, dataclasses.replace(last[0], settings=old), keep=1)
+    assert kept(train(config.replace(resume=True)).output_dir) == whole
 
 
 def test_a_new_checkpoint_outlasts_later_ones_that_could_not_be_read(tmp_path: Path) -> None:
@@ -694,7 +814,7 @@ def test_a_log_that_was_cut_is_gone_on_with_and_said(tmp_path: Path, capsys: pyt
     lora.train(
         tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(6, seed=1)
     )  # fmt: skip
-    assert "lacks lines of the run that goes on" in capsys.readouterr().out
+    assert "lacks lines of the resumed run" in capsys.readouterr().out
     assert [event["step"] for event in read_metrics(log)] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
 
 
@@ -772,7 +892,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_when_there_is_space(small_
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     from loralib.files import hold_directory
 
-    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="held by another run"):
+    with hold_directory(tmp_path / "run"), pytest.raises(errors.OutputError, match="in use by another run"):
         train(settings(tmp_path))
 
 
@@ -826,7 +946,7 @@ def test_paper_adamw_is_torch_s_where_they_agree() -> None:
 def test_every_bad_setting_is_named_at_once() -> None:
     with pytest.raises(errors.ConfigError) as caught:
         lora.TrainConfig(lora_dim=0, lr=-1.0, schedule="square", num_epochs=0, batch_size=0)
-    for name in ("lora_dim is 0", "lr is -1.0", "schedule is 'square'", "both 0", "batch_size is 0", "5 settings"):
+    for name in ("rank is 0", "lr is -1.0", "schedule is 'square'", "both 0", "batch_size is 0", "5 settings"):
         assert name in str(caught.value)
 
 
@@ -885,6 +1005,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_a_message(
         train(settings(tmp_path, report_to="tensorboard"))
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_picture_takes_any_name_and_one_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 

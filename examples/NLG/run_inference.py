@@ -1,4 +1,4 @@
-"""Show what a trained adapter does: load it, predict, write text beside the base model's, merge, switch.
+"""Show what a trained adapter does: load it, generate text with and without it, merge it, switch to another.
 
 python examples/NLG/run_inference.py
 python examples/NLG/run_inference.py --prompt "name : The Olive Yard | food : Greek | area : old harbour"
@@ -18,14 +18,14 @@ DEFAULTS = {"test_data": str(Path(__file__).resolve().parent / "data" / "e2e" / 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting."""
-    from loralib.inference import InferenceConfig
+    from loralib.cli._inference import InferenceConfig
 
     add_fields(parser, InferenceConfig, DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Shows."""
-    from loralib.inference import InferenceConfig, run_inference
+    """Shows what the adapters do."""
+    from loralib.cli._inference import InferenceConfig, run_inference
 
     run_inference(from_args(InferenceConfig, args, DEFAULTS))
 

@@ -1,4 +1,4 @@
-"""Train LoRA on E2E data: freeze a pretrained model, learn two thin matrices a layer, save a few megabytes.
+"""Train LoRA on E2E data: freeze a pretrained model, learn two thin matrices per layer, save a few megabytes.
 
   python examples/NLG/run_training.py
   python examples/NLG/run_training.py --num_epochs 3 --batch_size 8 --lora_dim 32 --lr 5e-5 --max_train_samples 200
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains."""
+    """Trains and saves the adapter."""
     from loralib import TrainConfig
     from loralib.training.job import run_job
 

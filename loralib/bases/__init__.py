@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapted import base_of, load_adapted
 from .loading import DEFAULT_BASE, load_base, load_tokenizer, pick_device, pick_dtype
 
-__all__ = ["DEFAULT_BASE", "load_base", "load_tokenizer", "pick_device", "pick_dtype"]
+__all__ = ["DEFAULT_BASE", "base_of", "load_adapted", "load_base", "load_tokenizer", "pick_device", "pick_dtype"]

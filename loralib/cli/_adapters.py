@@ -1,4 +1,4 @@
-"""What the commands on adapters share: reading them in any format, and their bases."""
+"""What the commands share: naming a model and an adapter, reading the adapter in any format, naming the output."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ._flags import add_flag, add_list
+
 if TYPE_CHECKING:
     from torch import nn
 
     from ..adapter import Adapter
+    from ..config import LoraConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
-# What a model is asked where the user gives no prompts: a few kinds of text.
+# Prompts of different kinds, for when the user gives none.
 PROMPTS = (
     "name : The Wooden Boat | Type : coffee shop | food : Italian | area : harbour\n",
     "The capital of France is",
@@ -21,84 +24,108 @@ PROMPTS = (
 )
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Adds the adapter's path, its base, and what a checkpoint of Microsoft's loralib does not say."""
+def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False, makes_rank: bool = False) -> None:
+    """Adds the adapter's path, its base model, and the settings that a Microsoft checkpoint does not store.
+
+    Args:
+        parser: gets the arguments.
+        several: whether the command takes several adapters.
+        makes_rank: whether the command has a ``--rank`` of its own, the rank of its result.
+    """
     parser.add_argument(
         "adapters" if several else "adapter",
         nargs="+" if several else None,
         metavar="ADAPTER",
         help="a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib",
     )
-    parser.add_argument(
-        "--base", metavar="MODEL", help="base model: a name or path; default: the one that the adapter names"
-    )
-    group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not say its settings")
-    group.add_argument("--lora_dim", type=int, metavar="N", help="rank r it was trained with")
+    add_flag(parser, "--model", "--base", help="base model: a name or path (default: the one named in the adapter)")
+    group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not store its settings")
+    names = ("--lora_dim",) if makes_rank else ("--rank", "--lora_dim")
+    text = "rank r it was trained with" + (" (or --rank, where the result keeps the rank)" if makes_rank else "")
+    add_flag(group, *names, dest="lora_dim", type=int, metavar="N", help=text)
     group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha it was trained with")
-    group.add_argument("--target_modules", nargs="+", metavar="NAME", help="adapted modules, as c_attn")
+    add_list(group, "--target_modules", metavar="NAMES", help="adapted modules, as in q_proj,v_proj")
     group.add_argument(
-        "--enable_lora", metavar="BOOLS", help="adapted blocks of fused projections, as 1,0,1 for q and v of GPT-2"
+        "--enable_lora",
+        metavar="BLOCKS",
+        help="adapted blocks of fused projections, as in c_attn=1,0,1 (q and v of GPT-2)",
     )
-    group.add_argument("--modules_to_save", nargs="+", metavar="NAME", help="modules in it trained in full: classifier")
+    add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were trained in full")
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds what `loralib.inference.load_adapted` wants to know: the adapter, its base, and how to load it."""
-    parser.add_argument(
-        "--adapter",
-        metavar="ADAPTER",
-        help="an adapter to put on the base model: a PEFT or MLX directory, or a GGUF LoRA file",
-    )
-    parser.add_argument("--model", help="base model (default: the adapter's, else smollm2-135m)")
+    """Adds the arguments of `loralib.bases.load_adapted`."""
+    parser.add_argument("--adapter", metavar="ADAPTER", help="adapter: a PEFT or MLX directory, or a GGUF LoRA file")
+    add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
 
 
-def require_output(path: str) -> None:
-    """Refuses an output without a name, which would be the current directory.
+class _Output(argparse.Action):
+    """Stores the output, which is the last word of the command or follows -o."""
 
-    Raises:
-        ConfigError: the name is empty.
-    """
-    from ..errors import ConfigError
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if namespace.output is not None:
+            raise argparse.ArgumentError(self, f"{values!r} is a second output, expected one")
+        if not values.strip():
+            raise argparse.ArgumentError(
+                self, f"the output is {values!r}, expected a name (. is the current directory)"
+            )
+        namespace.output = values
+        for action in parser._actions:
+            if action.dest == "output":
+                action.required = False
 
-    if not path.strip():
-        raise ConfigError(f"the output is {path!r}, expected the name of what to write (. is the current directory)")
+
+def add_output_argument(parser: argparse.ArgumentParser, help: str, last_word: bool = True) -> None:
+    """Adds ``-o OUTPUT``; a command on one adapter takes the output as its last word too."""
+    if last_word:
+        parser.add_argument("output", action=_Output, metavar="OUTPUT", help=f"{help}; or give it as -o OUTPUT")
+    hint = argparse.SUPPRESS if last_word else help
+    parser.add_argument("-o", "--output", action=_Output, required=not last_word, metavar="OUTPUT", help=hint)
+
+
+def add_initial_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--initial_adapter``."""
+    parser.add_argument(
+        "--initial_adapter", metavar="DIR", help="the adapter as saved before training (CorDA, randomised PiSSA)"
+    )
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
-    from ..config import LoraConfig
-    from ..errors import ConfigError
     from ..formats import read_adapter
 
-    config = None
-    if args.lora_dim is not None:
-        if args.lora_alpha is None or args.target_modules is None:
-            raise ConfigError("--lora_dim goes with --lora_alpha and --target_modules")
-        blocks = {}
-        if args.enable_lora is not None:
-            known = {"1": True, "0": False, "true": True, "false": False}
-            words = [word.strip().lower() for word in args.enable_lora.split(",")]
-            if not all(word in known for word in words):
-                raise ConfigError(
-                    f"--enable_lora is {args.enable_lora!r}, expected as many of 1 and 0 as blocks: 1,0,1"
-                )
-            blocks = {name: [known[word] for word in words] for name in args.target_modules}
-        config = LoraConfig(
-            r=args.lora_dim,
-            lora_alpha=args.lora_alpha,
-            target_modules=args.target_modules,
-            enable_lora=blocks,
-            modules_to_save=args.modules_to_save,
-        )
-    return read_adapter(path, config=config, model=model)
+    return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
+
+
+def _settings_of_checkpoint(args: argparse.Namespace) -> LoraConfig | None:
+    """Returns the settings of a Microsoft checkpoint, if the command was given them."""
+    from ..config import LoraConfig, parse_enable_lora
+    from ..errors import ConfigError
+
+    given = ("lora_dim", "lora_alpha", "target_modules", "enable_lora", "modules_to_save")
+    if all(getattr(args, name) is None for name in given):
+        return None
+    if args.lora_dim is None and getattr(args, "rank", None) is not None:
+        # The rank of a checkpoint that is described; see the help of --lora_dim.
+        args.lora_dim, args.rank = args.rank, None
+    if args.lora_dim is None or args.lora_alpha is None or args.target_modules is None:
+        raise ConfigError("a checkpoint of Microsoft's loralib needs --rank, --lora_alpha and --target_modules")
+    blocks = {} if args.enable_lora is None else parse_enable_lora(args.enable_lora, args.target_modules)
+    return LoraConfig(
+        r=args.lora_dim,
+        lora_alpha=args.lora_alpha,
+        target_modules=args.target_modules,
+        enable_lora=blocks,
+        modules_to_save=args.modules_to_save,
+    )
 
 
 def read_with_base(
     path: str, args: argparse.Namespace, needs_base: Callable[[Adapter], bool]
 ) -> tuple[Adapter, nn.Module | None, Any]:
-    """Reads an adapter and, where ``--base``, its format or the command asks for it, its base in fp32 and tokenizer."""
+    """Reads an adapter and, where ``--model``, its format or the command needs it, its base in fp32 and tokenizer."""
     from ..bases import load_base
     from ..console import say
     from ..errors import BaseModelError
@@ -106,10 +133,10 @@ def read_with_base(
 
     adapter = None if is_read_with_base(path) else read(path, args)
     model, tokenizer = None, None
-    if args.base or adapter is None or needs_base(adapter):
-        name = args.base or (adapter.config.base_model_name_or_path if adapter is not None else None)
+    if args.model or adapter is None or needs_base(adapter):
+        name = args.model or (adapter.config.base_model_name_or_path if adapter is not None else None)
         if name is None:
-            raise BaseModelError(f"{path} does not name its base model; give --base MODEL")
+            raise BaseModelError(f"{path} does not name its base model; give --model MODEL")
         say(f"Loading {name} ...")
         model, tokenizer = load_base(name, dtype="fp32", device="cpu")
     return (adapter if adapter is not None else read(path, args, model)), model, tokenizer

@@ -1,11 +1,11 @@
-"""Talk to a base model and, if given, an adapter.
+"""Chat with a base model and, if given, an adapter.
 
   loralib chat --adapter lora_model
   loralib chat --model ./my-model --system "Answer in one sentence." --temperature 0
 
-Turns are written with the model's own chat template; --plain writes them as simple text for a model without one.  When
-the talk outgrows the model's context, its oldest turns are forgotten, and that is said.  Ctrl-C stops an answer; /exit,
-or the end of the input, leaves.  Lines may be piped in: each gets its answer.
+Turns are formatted with the model's chat template, or with --plain as simple text for a model without one.  When the
+conversation outgrows the model's context, its oldest turns are dropped, with a message.  Ctrl-C stops an answer; /exit
+or the end of the input leaves.  Lines may be piped in: each gets an answer.
 """
 
 from __future__ import annotations
@@ -19,51 +19,52 @@ from typing import Any, Final
 
 from ..console import say
 from ..errors import ConfigError, DataError, did_you_mean
-from . import add_fields, from_args
 from ._adapters import add_model_arguments
+from ._flags import add_fields, from_args
 
 _DEFAULTS: Final = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9}
 _COMMANDS: Final = {
-    "/reset": "forget everything said so far",
-    "/retry": "answer the last question once more",
+    "/reset": "start a new conversation",
+    "/retry": "answer the last question again",
     "/help": "show these commands",
     "/exit": "leave",
 }
-# An answer has room for so much of the context, or for max_new_tokens if that is less.
-_ROOM: Final = 1 / 4
+# The share of the context that is kept free for an answer, unless max_new_tokens is less.
+_ANSWER_SHARE: Final = 1 / 4
 
 Turn = dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, what it is told first, and a flag for every setting of `Sampling`."""
+    """Adds the model, the system prompt, and a flag for every setting of `Sampling`."""
     from ..generation import Sampling
 
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
-    parser.add_argument("--plain", action="store_true", help="write turns as 'User: ...' without a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt: what the model is told first")
+    parser.add_argument("--plain", action="store_true", help="format turns as 'User: ...' without a chat template")
     add_fields(parser, Sampling, _DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers one line after the other until there are no more."""
+    """Answers each line of the input."""
+    from ..bases import load_adapted
     from ..generation import Sampling
-    from ..inference import load_adapted
 
     sampling = from_args(Sampling, args, _DEFAULTS)
     if sampling.num_beams > 1:
         raise ConfigError(
-            "a beam search knows its text only at the end; leave --num_beams out, or use loralib generate"
+            "beam search knows its text only at the end, but chat prints as it goes; leave out --num_beams, or use "
+            "loralib generate"
         )
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=True)
     if not args.plain and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so the model was not made for talking. "
-            "Choose an instruct model, add --plain for turns in simple text, or continue a text with loralib generate."
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so this is not a chat model. "
+            "Choose an instruct model, add --plain to format turns as simple text, or use loralib generate."
         )
-    talk = Talk(model, tokenizer, sampling, system=args.system, plain=args.plain)
+    conversation = Conversation(model, tokenizer, sampling, system=args.system, plain=args.plain)
     watched = sys.stdin is not None and sys.stdin.isatty()
-    with contextlib.suppress(AttributeError, OSError):  # absent where the stream has been replaced; too late once read
+    with contextlib.suppress(AttributeError, OSError):  # the stream may have been replaced, or already read from
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if watched:
         say("Ctrl-C stops an answer, /help shows commands, /exit leaves.", file=sys.stderr)
@@ -72,35 +73,35 @@ def run(args: argparse.Namespace) -> None:
             line = _read_line(watched)
             if line is None or line in ("/exit", "/quit"):
                 return
-            _react(talk, line)
+            _react(conversation, line)
         except KeyboardInterrupt:
             say("\n(/exit leaves)", file=sys.stderr)
 
 
-def _react(talk: Talk, line: str) -> None:
-    """Does what a line asks for."""
+def _react(conversation: Conversation, line: str) -> None:
+    """Runs a command, or answers a question."""
     if line == "/reset":
-        talk.reset()
-        say("(forgotten)", file=sys.stderr)
+        conversation.reset()
+        say("(new conversation)", file=sys.stderr)
     elif line == "/help":
         for name, about in _COMMANDS.items():
             say(f"{name:<8} {about}", file=sys.stderr)
     elif line == "/retry":
-        question = talk.take_back()
+        question = conversation.take_back()
         if question is None:
-            say("(nothing was asked yet)", file=sys.stderr)
+            say("(there is no question yet)", file=sys.stderr)
         else:
-            talk.answer(question)
+            conversation.answer(question)
     elif line.startswith("/"):
         say(
             f"There is no command {line.split()[0]!r}.{did_you_mean(line, _COMMANDS)} /help shows all.", file=sys.stderr
         )
     elif line:
-        talk.answer(line)
+        conversation.answer(line)
 
 
 def _read_line(watched: bool) -> str | None:
-    """The next line without blanks around it, or None at the end of the input."""
+    """Returns the next line, stripped, or None at the end of the input."""
     if sys.stdin is None:
         return None
     if watched:
@@ -115,15 +116,15 @@ def _read_line(watched: bool) -> str | None:
     return line.strip() if line else None
 
 
-class Talk:
-    """What was said, and the model that answers.
+class Conversation:
+    """A conversation and the model that answers.
 
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        sampling: settings; answer i gets the seed ``seed + i``.
-        system: what comes before the first turn.
-        plain: write turns as simple text instead of with the tokenizer's chat template.
+        sampling: settings; answer i uses the seed ``seed + i``.
+        system: the system prompt.
+        plain: format turns as simple text instead of with the tokenizer's chat template.
     """
 
     def __init__(
@@ -136,11 +137,11 @@ class Talk:
         self.turns: list[Turn] = []
 
     def reset(self) -> None:
-        """Forgets all turns."""
+        """Starts a new conversation."""
         self.turns = []
 
     def take_back(self) -> str | None:
-        """Forgets the last question and its answer; returns the question."""
+        """Removes the last question and its answer; returns the question."""
         if not self.turns:
             return None
         question = self.turns[-2]["content"]
@@ -148,7 +149,7 @@ class Talk:
         return question
 
     def answer(self, question: str) -> None:
-        """Prints an answer as it comes and remembers it; Ctrl-C ends it early."""
+        """Prints an answer as it is generated and adds it to the turns; Ctrl-C ends it early."""
         from ..generation import Generator
 
         asked = [*self.turns, {"role": "user", "content": question}]
@@ -176,27 +177,27 @@ class Talk:
         self.turns = [*asked, {"role": "assistant", "content": "".join(said)}]
 
     def _fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
-        """Returns the turns that the context has room for, the newest, and their tokens.
+        """Returns the newest turns that fit the context, and their tokens.
 
         Raises:
-            DataError: not even the last one fits, or the chat template refuses it.
+            DataError: not even the last turn fits, or the chat template rejects it.
         """
         from ..generation.limits import context_length
 
-        turns, forgotten = list(turns), 0
+        turns, dropped = list(turns), 0
         ids = self._ids(turns)
         limit = context_length(self._model)
-        room = 0 if limit is None else min(self._sampling.max_new_tokens, int(limit * _ROOM))
+        room = 0 if limit is None else min(self._sampling.max_new_tokens, int(limit * _ANSWER_SHARE))
         while limit is not None and len(ids) + room > limit and len(turns) > 1:
-            turns, forgotten = turns[2:], forgotten + 2  # a question and its answer
+            turns, dropped = turns[2:], dropped + 2  # a question and its answer
             ids = self._ids(turns)
         if limit is not None and len(ids) > limit:
             raise DataError(
-                f"That has {len(ids):,} tokens, the model's context has {limit:,}. It was left out; say it shorter."
+                f"That has {len(ids):,} tokens, but the model's context has {limit:,}. It was ignored; use fewer words."
             )
-        if forgotten:
+        if dropped:
             say(
-                f"(The oldest {forgotten} turns were forgotten: the model's context has {limit:,} tokens.)",
+                f"(The oldest {dropped} turns were dropped: the model's context has {limit:,} tokens.)",
                 file=sys.stderr,
             )
         return turns, ids
@@ -211,6 +212,6 @@ class Talk:
             return prompt_ids(text, self._tokenizer)
         try:
             text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs and raise their own errors, jinja2's among them
-            raise DataError(f"The model's chat template refuses this: {error}") from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the start token
+        except Exception as error:  # templates are programs that raise errors of their own
+            raise DataError(f"The model's chat template rejects this: {error}") from None
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has the start token

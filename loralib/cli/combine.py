@@ -1,52 +1,52 @@
-"""Make one adapter of several of the same base, or one of another rank.
+"""Combine several adapters of the same base model into one, or change the rank of one.
 
-loralib combine french polite -o both --weights 0.7 0.3 --method svd --rank 16
+loralib combine french polite -o both --weights 0.7,0.3 --method svd --rank 16
 loralib combine tuned unwanted -o without --subtract
 loralib combine start end -o between --interpolate 0.25
 loralib combine big -o small --rank 4
 
-The command says how far the result is from what was asked for.
+The command prints how far the result is from the exact one.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from ._adapters import add_adapter_arguments, read_with_base, require_output
+from ._adapters import add_adapter_arguments, add_output_argument, read_with_base
+from ._flags import add_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Adds the adapters, the output and how to combine."""
     from ..combine import METHODS
 
-    add_adapter_arguments(parser, several=True)
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="directory of the result, in PEFT's form")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="one for each adapter (default 1)")
+    add_adapter_arguments(parser, several=True, makes_rank=True)
+    add_output_argument(parser, "directory of the result, in PEFT's format", last_word=False)
+    add_list(parser, "--weights", item=float, metavar="X,X", help="one weight for each adapter (default 1)")
     parser.add_argument(
         "--method",
         choices=tuple(METHODS),
         help="default: svd with --rank, else cat. " + "; ".join(f"{name}: {about}" for name, about in METHODS.items()),
     )
-    parser.add_argument("--rank", type=int, metavar="R", help="rank of the result, for the methods that cut")
+    parser.add_argument("--rank", type=int, metavar="N", help="rank of the result, for the methods that reduce it")
     parser.add_argument("--density", type=float, metavar="X", help="share of values to keep (TIES, DARE, pruning)")
     parser.add_argument(
         "--majority_sign", default="total", choices=("total", "frequency"), help="how TIES elects signs"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what DARE drops")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of what DARE drops")
     special = parser.add_mutually_exclusive_group()
-    special.add_argument("--subtract", action="store_true", help="the first minus the second")
+    special.add_argument("--subtract", action="store_true", help="the first adapter minus the second")
     special.add_argument("--interpolate", type=float, metavar="T", help="(1 - T) * first + T * second")
     special.add_argument("--energy", type=float, metavar="X", help="one adapter: keep this share of its squared norm")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Combines."""
+    """Combines the adapters and writes the result."""
     from ..combine import combine, interpolate, resize, subtract
     from ..console import say
     from ..errors import ConfigError
     from ..formats import write_peft
 
-    require_output(args.output)
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     config = result.adapter.config
     ranks = {config.rank_of(name) for name in result.adapter.modules}
     said = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-    exact = "exact" if result.error == 0 else f"off by {result.error:.2%} of what was asked for"
+    exact = "exact" if result.error == 0 else f"off by {result.error:.2%} of the exact result"
     if 0 < result.error < 1:
         exact += f" ({result.energy:.2%} of the squared norm kept)" if len(adapters) == 1 else ""
     say(f"{len(result.adapter.modules)} modules of {said} written to {args.output}: {exact}")

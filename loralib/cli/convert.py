@@ -1,12 +1,12 @@
-"""Turn an adapter into a form that another tool computes rightly, and check what was written.
+"""Convert an adapter to a form that another tool computes correctly, and check what was written.
 
 loralib convert lora_model portable --target vllm
-loralib convert lora_model lora.gguf --target llamacpp --base smollm2-135m
-loralib convert GPT2_M.bin adapter --lora_dim 4 --lora_alpha 32 --target_modules c_attn --enable_lora 1,0,1
+loralib convert lora_model lora.gguf --target llamacpp --model smollm2-135m
+loralib convert GPT2_M.bin adapter --lora_dim 4 --lora_alpha 32 --target_modules c_attn --enable_lora c_attn=1,0,1
 
-Other tools ignore parts of an adapter's settings without a word: rsLoRA, alphas of single modules, PiSSA's start.  The
-result has none of those: the scaling is in the weights, all modules have one rank.  What cannot be said so, or is not
-loaded there, is refused with the reason.
+Other tools silently ignore some settings of an adapter: rsLoRA, alphas of single modules, PiSSA's initialisation.  The
+result has none of those: the scaling is part of the weights, and all modules have one rank.  What cannot be expressed
+this way, or would not load there, is refused with the reason.
 """
 
 from __future__ import annotations
@@ -14,24 +14,31 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base, require_output
+from ._adapters import (
+    DTYPES,
+    add_adapter_arguments,
+    add_initial_adapter_argument,
+    add_output_argument,
+    read,
+    read_with_base,
+)
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
-    add_adapter_arguments(parser)
-    parser.add_argument("output", metavar="OUTPUT", help="directory to write; for llamacpp and microsoft a file")
+    """Adds the adapter, the output, and the tool it is for."""
+    add_adapter_arguments(parser, makes_rank=True)
+    add_output_argument(parser, "directory to write, or a file for llamacpp and microsoft")
     parser.add_argument(
         "--target",
         default="peft",
         choices=("peft", "vllm", "llamacpp", "mlx", "microsoft"),
-        help="tool that the result is for (default peft); microsoft: the flat file of its loralib, unchanged",
+        help="the tool that will use the result (default peft); microsoft: the flat file of its loralib, unchanged",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: as it is; GGUF: fp32)")
-    parser.add_argument("--rank", type=int, metavar="R", help="give the result this rank, and say how far off it is")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
+    parser.add_argument("--rank", type=int, metavar="N", help="rank of the result; its error is printed")
     parser.add_argument(
         "--max_error",
         type=float,
@@ -39,13 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest relative error to accept for DoRA without --rank (default 0.01)",
     )
-    parser.add_argument(
-        "--initial_adapter", metavar="DIR", help="the adapter as saved before training (CorDA, randomised PiSSA)"
-    )
+    add_initial_adapter_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts."""
+    """Converts the adapter and checks the result."""
     import torch
 
     from ..bases import pick_dtype
@@ -54,7 +59,6 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
     from ..formats import export, make_portable, write_microsoft
 
-    require_output(args.output)
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
     if args.target == "microsoft":
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     for note in portable.notes:
         say(f"  {note}")
     if model is None and args.target != "peft":
-        say("  the base was not looked at (--base MODEL): layers that share weights were not checked for")
+        say("  the base model was not examined (give --model MODEL): layers that share weights were not detected")
     exact = "exact" if portable.error == 0 else f"off by {portable.error:.2%} of the update"
     rounded = f", rounding to {args.dtype} moves an update by up to {moved:.2%}" if moved else ""
     say(f"{len(portable.adapter.modules)} modules written to {args.output}, read back and compared: {exact}{rounded}")

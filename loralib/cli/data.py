@@ -1,4 +1,4 @@
-"""Look at training data before training on it, convert it, fetch it.
+"""Preview training data, convert it, and download it.
 
 loralib data preview train.txt --seq_len 64
 loralib data e2e data/e2e
@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
+from ._flags import add_flag
 
 if TYPE_CHECKING:
     from ..data import Encoded, TokenExample
 
-_BROKEN = "\ufffd"  # what a part of a character decodes to
+_BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands preview, convert, decode and e2e."""
+    """Adds the actions preview, convert, decode and e2e."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_preview(actions)
     _add_convert(actions)
@@ -33,10 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_e2e(actions)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Runs the chosen subcommand."""
+def run(args: argparse.Namespace) -> None:
+    """Runs the chosen action."""
     {"preview": _preview, "convert": _convert, "decode": _decode, "e2e": _e2e}[args.action](args)
-    return None
 
 
 # --- preview -------------------------------------------------------------------------------------------------------
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int | None:
 def _add_preview(actions: Any) -> None:
     preview = actions.add_parser(
         "preview",
-        help="show which tokens would be trained, and what would be dropped and why",
-        description="Shows examples as the model will see them: token by token, trained tokens in green (without "
-        "colour: in brackets). Nothing is trained. Look here first when a model learns the wrong thing.",
+        help="show which tokens would be trained, and which examples would be dropped and why",
+        description="Shows examples as the model will see them: token by token, trained tokens in green (in brackets "
+        "where there is no colour). Nothing is trained. Start here when a model learns the wrong thing.",
         epilog="example: loralib data preview train.txt chats.jsonl:0.5 --seq_len 128",
     )
     preview.add_argument(
@@ -55,34 +55,37 @@ def _add_preview(actions: Any) -> None:
         nargs="+",
         metavar="PATH[:WEIGHT]",
         help="files of examples: lines `meaning representation||text`, JSONL (prompt and completion, messages, or "
-        "text), DART or WebNLG; a weight of 2 shows a file's examples twice an epoch, 0.5 a random half of them",
+        "text), DART or WebNLG; a weight of 2 uses a file's examples twice per epoch, 0.5 a random half of them",
     )
-    preview.add_argument("--model", default="smollm2-135m", help="whose tokenizer (default: smollm2-135m)")
     preview.add_argument(
+        "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
+    )
+    add_flag(
+        preview,
         "--data_format",
         "--format",
         default="auto",
-        help="auto (by the name, .txt being E2E lines), e2e, jsonl, text (plain), dart or webnlg (default: auto)",
+        help="auto (by the file name; .txt is E2E lines), e2e, jsonl, text (plain), dart or webnlg (default: auto)",
     )
     preview.add_argument(
         "--seq_len",
         type=int,
         default=64,
-        help="the most tokens of an example; longer ones are dropped, never cut (default: 64)",
+        help="maximum tokens of an example; longer ones are dropped, never truncated (default: 64)",
     )
     preview.add_argument(
-        "--objective", default="clm", help="clm trains completions only, jlm every token (default: clm)"
+        "--objective", default="clm", help="clm trains on completions only, jlm on every token (default: clm)"
     )
     preview.add_argument(
-        "--max_samples", type=int, help="draw so many examples, of as many prompts as possible; 0: all"
+        "--max_samples", type=int, help="draw this many examples, from as many prompts as possible; 0: all"
     )
-    preview.add_argument("--seed", type=int, default=0, help="of the draw (default: 0, as in training)")
-    preview.add_argument("--count", type=int, default=5, help="how many examples to show (default: 5)")
+    preview.add_argument("--seed", type=int, default=0, help="random seed of the draw (default: 0, as in training)")
+    preview.add_argument("--count", type=int, default=5, help="number of examples to show (default: 5)")
     preview.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="auto colours in a terminal, unless NO_COLOR is set",
+        help="auto uses colour on a terminal, unless NO_COLOR is set",
     )
 
 
@@ -91,7 +94,7 @@ def _preview(args: argparse.Namespace) -> None:
     from ..console import say
     from ..data import load_examples, read_sources
 
-    sources = read_sources(args.paths, args.data_format)  # first, since faults in data show at once
+    sources = read_sources(args.paths, args.data_format)  # first: faults in data show before loading
     tokenizer = load_tokenizer(args.model)
     encoded = load_examples(
         sources,
@@ -112,7 +115,7 @@ def _preview(args: argparse.Namespace) -> None:
 
 
 def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
-    """The tokens side by side, a dot between two; runs of trained tokens green, or in brackets."""
+    """Returns the tokens separated by dots, with runs of trained tokens in green or in brackets."""
     painted = []
     for is_trained, run in itertools.groupby(zip(example.ids, example.trained, strict=True), key=lambda pair: pair[1]):
         text = "·".join(_texts([token for token, _ in run], tokenizer))
@@ -124,17 +127,17 @@ def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
 
 
 def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """The text of each token; tokens that are parts of one character come together, as that character."""
+    """Yields the text of each token; tokens that are parts of one character are joined."""
     at = 0
     while at < len(ids):
-        for end in range(at + 1, min(at + 4, len(ids)) + 1):  # UTF-8 has four bytes at most
+        for end in range(at + 1, min(at + 4, len(ids)) + 1):  # a character has at most four bytes in UTF-8
             text = tokenizer.decode(ids[at:end])
             if _BROKEN not in text:
                 break
         else:
             end, text = at + 1, tokenizer.decode(ids[at : at + 1])
         at = end
-        # A line end or an escape code in the data must not act on the terminal.
+        # A line end or an escape code in the data must not reach the terminal.
         yield "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -154,13 +157,13 @@ def _summary(encoded: Encoded) -> str:
 
 
 def _is_coloured(choice: str) -> bool:
-    """Colour where someone watches and did not opt out (https://no-color.org: NO_COLOR set and not empty)."""
+    """Whether to use colour: on a terminal, unless the user opted out (https://no-color.org)."""
     if choice != "auto":
         return choice == "always"
-    watched = sys.stdout is not None and sys.stdout.isatty()
-    if watched and os.name == "nt":
-        os.system("")  # makes older Windows consoles understand colour codes
-    return watched and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    if is_terminal and os.name == "nt":
+        os.system("")  # enables colour codes in older Windows consoles
+    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 # --- convert and decode --------------------------------------------------------------------------------------------
@@ -169,15 +172,22 @@ def _is_coloured(choice: str) -> bool:
 def _add_convert(actions: Any) -> None:
     convert = actions.add_parser(
         "convert",
-        help="E2E, DART or WebNLG as published to the LoRA paper's JSONL, as text or as token ids",
+        help="convert E2E, DART or WebNLG to the LoRA paper's JSONL, as text or as token ids",
         description="Reads E2E (`meaning representation||text` lines, or the challenge's CSV), DART (JSON) or WebNLG "
-        "(JSON or XML) and writes JSONL with context and completion; with --vocab as GPT-2 token ids. A JSONL file "
-        "that this command wrote may be the input too.",
+        "(JSON or XML) and writes JSONL with context and completion; with --vocab as GPT-2 token ids. The input "
+        "may also be a JSONL file that this command wrote.",
         epilog="example: loralib data convert dev.json dev_encoded.jsonl --vocab gpt2 --add_bos --add_eos",
     )
     convert.add_argument("input", help="the published file")
     convert.add_argument("output", help="the JSONL file to write")
-    convert.add_argument("--format", default="auto", choices=("auto", "e2e", "dart", "webnlg", "jsonl"))
+    add_flag(
+        convert,
+        "--data_format",
+        "--format",
+        default="auto",
+        choices=("auto", "e2e", "dart", "webnlg", "jsonl"),
+        help="format of the input (default: auto, by the file name)",
+    )
     convert.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
     convert.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
     convert.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
@@ -191,9 +201,9 @@ def _convert(args: argparse.Namespace) -> None:
     from ..nlg.published import read_rows
 
     if (args.add_bos or args.add_eos) and not args.vocab:
-        raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab. Pass GPT-2's vocabulary.")
+        raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
-    format = guess_format(args.input) if args.format == "auto" else args.format
+    format = guess_format(args.input) if args.data_format == "auto" else args.data_format
     rows = read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
         encoded = encode_rows(rows, load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
@@ -204,35 +214,36 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _refuse_loss(read: Sequence[str], written: Sequence[str]) -> None:
-    """Refuses to write a file over another one of the same command."""
+    """Refuses to overwrite another file of the same command."""
     files = [Path(path).resolve() for path in [*read, *written]]
     for number, path in enumerate(written, len(read)):
         if files[number] in files[:number]:
-            other = "is read" if files[number] in files[: len(read)] else "is written already"
-            raise OutputError(f"{path} {other} by this command, and would be lost. Choose another file.")
+            other = "an input" if files[number] in files[: len(read)] else "another output"
+            raise OutputError(f"{path} is also {other} of this command and would be overwritten. Choose another file.")
 
 
 def _add_decode(actions: Any) -> None:
     decode = actions.add_parser(
         "decode",
-        help="predicted GPT-2 token ids to text, beside references as the official scorers want them",
-        description="Turns the ids that a beam search wrote into one text a line, and the references of the same "
-        "inputs into the scorers' layout: one file with blank lines for E2E, a directory with reference0, reference1, "
+        help="convert predicted GPT-2 token ids to text, and the references to the official scorers' layout",
+        description="Converts the ids that a beam search wrote to one text per line, and the references of the same "
+        "inputs to the scorers' layout: one file with blank lines for E2E, a directory with reference0, reference1, "
         "... for DART and WebNLG.",
     )
     decode.add_argument("--vocab", required=True, help="a directory with GPT-2's vocab.json and merges.txt")
     decode.add_argument("--sample_file", required=True, help="JSONL with id and predict")
-    decode.add_argument(
-        "--input_file", required=True, help="the formatted JSONL (loralib data convert) that was decoded"
-    )
-    decode.add_argument("--output_pred_file", required=True, help="gets one prediction a line")
-    decode.add_argument("--output_ref_file", required=True, help="gets the references; a directory unless e2e")
+    decode.add_argument("--input_file", required=True, help="the JSONL from loralib data convert that was decoded")
+    decode.add_argument("--output_pred_file", required=True, help="file for the predictions, one per line")
+    decode.add_argument("--output_ref_file", required=True, help="file for the references; a directory unless e2e")
     decode.add_argument("--ref_type", default="e2e", choices=("e2e", "webnlg", "dart"), help="layout of references")
-    decode.add_argument("--ref_num", type=int, default=4, help="how many reference files, unless e2e (default: 4)")
-    decode.add_argument("--tokenize", action="store_true", help="put blanks around punctuation")
-    decode.add_argument("--lower", action="store_true", help="lower-case")
+    decode.add_argument("--ref_num", type=int, default=4, help="number of reference files, unless e2e (default: 4)")
+    decode.add_argument("--tokenize", action="store_true", help="put spaces around punctuation")
+    decode.add_argument("--lower", action="store_true", help="convert to lower case")
     decode.add_argument(
-        "--filter", default="all", choices=("all", "seen", "unseen"), help="WebNLG: only categories (not) in training"
+        "--filter",
+        default="all",
+        choices=("all", "seen", "unseen"),
+        help="WebNLG: only categories seen, or unseen, in training",
     )
 
 
@@ -270,14 +281,14 @@ def _decode(args: argparse.Namespace) -> None:
 def _add_e2e(actions: Any) -> None:
     e2e = actions.add_parser(
         "e2e",
-        help="fetch the full E2E NLG Challenge data (51,426 texts, 12 MB, CC BY-SA 4.0)",
-        description="Fetches the E2E data from its authors' GitHub repository, compares SHA-256 checksums, and writes "
-        "train.txt, valid.txt and test.txt for --train_data and --valid_data. The sample in examples/NLG is another, "
-        "smaller set, written for this project.",
+        help="download the full E2E NLG Challenge data (51,426 texts, 12 MB, CC BY-SA 4.0)",
+        description="Downloads the E2E data from its authors' GitHub repository, checks SHA-256 checksums, and writes "
+        "train.txt, valid.txt and test.txt for --train_data and --valid_data. The sample in examples/NLG is a "
+        "different, smaller set, written for this project.",
     )
-    e2e.add_argument("directory", help="where train.txt, valid.txt and test.txt go")
-    e2e.add_argument("--source", help="a mirror's address, or a directory with the three CSV files")
-    e2e.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    e2e.add_argument("directory", help="directory for train.txt, valid.txt and test.txt")
+    e2e.add_argument("--source", help="URL of a mirror, or a directory with the three CSV files")
+    e2e.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def _e2e(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ loralib evaluate data/e2e/test.txt texts.jsonl --json
 loralib evaluate webnlg/references texts.txt --source webnlg/test.json
 loralib evaluate data/e2e/test.txt --perplexity --adapter lora_model
 
-With --perplexity, a model is scored: how well it foretells the texts of REF, a data file, each after its prompt.
+--perplexity scores a model: how well it predicts the texts of REF, a data file, each after its prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ._adapters import add_model_arguments
+from ._flags import add_flag, add_list
 
 if TYPE_CHECKING:
     from ..nlg.evaluation import Evaluation
@@ -23,52 +24,56 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the two files and what to do with them."""
+    """Adds the two files, the scores to compute, and the model for perplexity."""
     parser.add_argument(
         "reference",
         metavar="REF",
-        help="references: a file with one a line and a blank line between those of different inputs (E2E); a directory "
-        "of files reference0, reference1, ... in step (DART, WebNLG); or a data file as published (lines `meaning "
-        "representation||text`, E2E's CSV, DART's JSON, WebNLG's JSON or XML) or converted (JSONL)",
+        help="references: a file with one per line and a blank line between those of different inputs (E2E); a "
+        "directory of parallel files reference0, reference1, ... (DART, WebNLG); or a data file as published (lines "
+        "`meaning representation||text`, E2E's CSV, DART's JSON, WebNLG's JSON or XML) or converted (JSONL)",
     )
     parser.add_argument(
         "hypothesis",
         metavar="HYP",
         nargs="?",
-        help="the texts to score, in the order of the inputs: one a line, or what loralib generate --output wrote (not "
+        help="texts to score, in the order of the inputs: one per line, or the file of loralib generate --output (not "
         "needed with --perplexity)",
     )
     parser.add_argument(
-        "--layout", default="auto", help="of REF: groups, directory or data (default: auto, which looks what is there)"
+        "--layout", default="auto", help="layout of REF: groups, directory or data (default: auto, which detects it)"
     )
     parser.add_argument(
         "--source",
         metavar="FILE",
-        help="the data file that the texts were made for, where REF is none itself: it tells the meaning "
-        "representations (for slot errors) and WebNLG's categories (for seen and unseen)",
+        help="the data file that the texts were generated from, unless REF is one: it has the meaning representations "
+        "(for slot errors) and WebNLG's categories (for seen and unseen)",
     )
     parser.add_argument(
         "--subset",
         default="all",
-        help="all, seen or unseen: score only such WebNLG categories (default: all, and "
-        "each of the other two beside it where categories are known)",
+        help="all, seen or unseen: score only these WebNLG categories (default: all, and each of the other two as well "
+        "if categories are known)",
     )
-    parser.add_argument(
+    add_list(
+        parser,
         "--metrics",
-        nargs="+",
-        metavar="NAME",
-        help="which scores: BLEU NIST METEOR ROUGE_L CIDEr TER chrF SER (default: all that can be made; TER takes "
-        "longest, METEOR needs Java)",
+        metavar="NAMES",
+        help="scores to compute: BLEU,NIST,METEOR,ROUGE_L,CIDEr,TER,chrF,SER (default: all that are possible; TER "
+        "takes the longest, METEOR needs Java)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     model = parser.add_argument_group("perplexity")
-    model.add_argument("--perplexity", action="store_true", help="of a model on REF's texts, a token and a word")
+    model.add_argument(
+        "--perplexity", action="store_true", help="compute a model's perplexity on REF's texts, per token and per word"
+    )
     add_model_arguments(model)
-    model.add_argument("--format", help="of REF: auto, e2e, jsonl, text, dart or webnlg (default auto)")
+    add_flag(
+        model, "--data_format", "--format", help="format of REF: auto, e2e, jsonl, text, dart or webnlg (default auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scores and prints."""
+    """Computes the scores and prints them."""
     from ..console import say
     from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 
@@ -99,27 +104,31 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses flags that would change nothing."""
+    """Refuses flags that would have no effect."""
     from ..errors import ConfigError, list_faults
 
     if args.hypothesis is None and not args.perplexity:
-        raise ConfigError("no texts to score: give HYP, a file with one text a line, or --perplexity to score a model.")
+        raise ConfigError(
+            "there is nothing to score: give HYP, a file with one text per line, or --perplexity to score a model."
+        )
     if args.perplexity and args.hypothesis is None:
         without = {"layout": "auto", "source": None, "subset": "all", "metrics": None}
         faults = [f"--{name} needs HYP" for name, default in without.items() if getattr(args, name) != default]
     else:
-        names = ("model", "adapter", "format", "dtype", "device")
+        names = ("model", "adapter", "data_format", "dtype", "device")
         faults = [f"--{name} needs --perplexity" for name in names if getattr(args, name) and not args.perplexity]
     if faults:
-        raise ConfigError(list_faults("these flags would change nothing", faults, "Leave them out, or give the rest."))
+        raise ConfigError(
+            list_faults("these flags would have no effect", faults, "Leave them out, or give what they need.")
+        )
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
+    from ..bases import load_adapted
     from ..data import read_examples
-    from ..inference import load_adapted
     from ..nlg.perplexity import perplexity
 
-    examples = read_examples(args.reference, args.format or "auto")  # first, since faults in data show at once
+    examples = read_examples(args.reference, args.data_format or "auto")  # first: faults in data show before loading
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)
     return perplexity(model, tokenizer, examples)
 
@@ -128,7 +137,7 @@ def _perplexity_table(done: Perplexity) -> str:
     from ..console import table
 
     rows = [[name, f"{score.value:.4f}", "lower", score.signature] for name, score in done.scores.items()]
-    numbers = f"{done.texts:,} texts, {done.tokens:,} tokens, {done.words:,} words, loss {done.loss:.4f} nats a token"
+    numbers = f"{done.texts:,} texts, {done.tokens:,} tokens, {done.words:,} words, loss {done.loss:.4f} nats per token"
     left = f"; left out: {done.dropped:,} longer than the model's context, or empty" if done.dropped else ""
     return f"{numbers}{left}\n\n" + table(rows, ["metric", "score", "better", "how it was made"])
 

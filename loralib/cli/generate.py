@@ -1,16 +1,15 @@
-"""Write text with a base model and, if given, an adapter.
+"""Generate text with a base model and, if given, an adapter.
 
   loralib generate "name : The Tall Fiddler | Type : pub | area : riverside" --adapter lora_model
   loralib generate --input test.txt --adapter lora_model --output texts.jsonl --num_beams 10
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
-Prompts come from the command line, from standard input, one a line, or from a file: lines of text, E2E's with or
-without a text behind ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
-With --output, every text is one JSON line, with what it was made with; a run that was killed goes on behind the last
-whole line, and only with the same prompts and settings.
+Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E's with or
+without a text after ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
+With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
+complete line, provided that prompts and settings are the same.
 
-Where tokens are drawn, a seed gives the same texts with any --batch in --dtype fp32; bf16 rounds otherwise for other
-numbers of prompts.
+A seed gives the same samples with any --batch_size in --dtype fp32; bf16 rounds differently for each number of prompts.
 """
 
 from __future__ import annotations
@@ -26,36 +25,42 @@ from typing import Any
 from ..console import progress, say
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
-from . import add_fields, from_args
 from ._adapters import add_model_arguments
+from ._flags import add_fields, add_flag, from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
     from ..generation import Sampling
 
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; default: standard input")
-    parser.add_argument("--input", metavar="FILE", help="a file of prompts; each different prompt is written once")
-    parser.add_argument("--format", default="auto", help="of the file: auto, e2e, jsonl, dart or webnlg (default auto)")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="where the texts go, one JSON line each")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
+    parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
+    add_flag(
+        parser,
+        "--data_format",
+        "--format",
+        default="auto",
+        help="format of the file: auto, e2e, jsonl, dart or webnlg (default auto)",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
+    add_flag(parser, "--batch_size", "--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
     add_fields(parser, Sampling)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes texts to the terminal, or to a file."""
+    """Prints the texts, or writes them to a file."""
     from ..generation import Sampling
 
-    if args.batch < 1:
-        raise ConfigError(f"--batch is {args.batch}, expected at least 1")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch_size is {args.batch_size}, expected at least 1")
     if args.merge and args.adapter is None:
         raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
     prompts = _prompts(args)
     if args.output is None:
-        _print(*_load(args, prompts), sampling, args.batch)
+        _print(*_load(args, prompts), sampling, args.batch_size)
         return
     with hold_file(args.output, "--output"):
         _write(args, prompts, sampling)
@@ -63,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
-    """Returns model, tokenizer, and the prompts' token ids: what cannot be continued is said before anything else."""
+    """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
+    from ..bases import load_adapted
     from ..generation.stream import encode_prompts
-    from ..inference import load_adapted
 
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
@@ -77,28 +82,30 @@ def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, l
 
 
 def _prompts(args: argparse.Namespace) -> list[Any]:
-    """Returns texts, or chats as examples: these are written as text by the model's own template."""
+    """Returns texts, or chats as examples, which the model's chat template will format."""
     from ..data.lines import is_text
     from ..data.prompts import as_prompt, read_prompts
 
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        examples = read_prompts(args.input, args.format)
+        examples = read_prompts(args.input, args.data_format)
         return [example if example.messages else example.prompt for example in examples]
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
-            f"prompt {number} is no text in the encoding of this terminal"
+            f"prompt {number} is not text in the encoding of this terminal"
             for number, prompt in enumerate(args.prompts, 1)
             if not is_text(prompt)
         ]
         if faults:
-            raise DataError(list_faults("there is nothing to continue", faults, "Write some text, or leave them out."))
+            raise DataError(
+                list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
+            )
         return [as_prompt(prompt) for prompt in args.prompts]
     prompts = [as_prompt(line) for line in _standard_input().splitlines() if line.strip()]
     if not prompts:
-        raise DataError("no prompt given: write it behind the command, name --input FILE, or pipe lines in")
+        raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
 
 
@@ -108,16 +115,16 @@ def _standard_input() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is no {error.encoding} text: {error.reason}; pipe in UTF-8") from error
+        raise DataError(f"standard input is not {error.encoding} text: {error.reason}; pipe in UTF-8") from error
 
 
 def _shown(prompt: Any) -> str:
-    """The text of a prompt."""
+    """Returns the text of a prompt."""
     return prompt if isinstance(prompt, str) else str(prompt.prompt)
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """The token ids of a prompt; those of a chat end where its last answer begins."""
+    """Returns the token ids of a prompt; those of a chat end where its last answer begins."""
     from ..data import prompt_ids, tokenize
 
     if isinstance(prompt, str):
@@ -135,18 +142,18 @@ def _ids(prompt: Any, tokenizer: Any) -> list[int]:
 def _texts(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
 ) -> Iterator[tuple[int, str, str]]:
-    """Yields number, text and finish_reason of each prompt from `start` on, in order, computed some at a time."""
+    """Yields number, text and finish_reason of each prompt from `start` on, in order, a batch at a time."""
     from ..generation import generate
 
     for at in range(start, len(rows), batch):
-        # Prompt i gets the seed of prompt i, wherever the run was taken up.
+        # Prompt i has the same seed wherever the run was resumed.
         own = dataclasses.replace(sampling, seed=sampling.seed + at)
         for number, text in enumerate(generate(model, tokenizer, rows[at : at + batch], own), at):
             yield number, text.text, text.finish_reason
 
 
 def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
-    """Prints continuations with a blank line between them; where someone watches, each as it comes."""
+    """Prints continuations with a blank line between them; on a terminal, each as it is generated."""
     from ..generation import stream
 
     if sys.stdout is None or not sys.stdout.isatty():
@@ -161,55 +168,55 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
         say()
 
 
-# The file of texts.
+# The output file.
 
 
 def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> None:
-    """Appends what the file lacks."""
+    """Appends the texts that the file does not have yet."""
     settings = made_with(args, sampling)
     done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
     if done:
-        say(f"{args.output} has {done} of {len(prompts)} texts already; going on behind them")
+        say(f"{args.output} has {done} of {len(prompts)} texts already; continuing after them")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts)
     lines = (
         {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
-        for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch)
+        for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch_size)
     )
-    with progress(total=len(prompts), description="writing", unit="text") as bar:
+    with progress(total=len(prompts), description="generating", unit="text") as bar:
         bar.update(done)
         append_lines(Path(args.output), lines, bar.update)
 
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
-    """Returns what the texts depend on besides their prompts: model, adapter, and the settings that were chosen."""
+    """Returns what the texts depend on besides their prompts: model, adapter and non-default settings."""
+    from ..bases import base_of
     from ..formats import is_read_with_base, read_adapter
     from ..generation import Sampling
-    from ..inference import base_of
 
     named = args.adapter and not is_read_with_base(args.adapter)
-    found: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
+    result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
         path = Path(args.adapter)
         files = [path] if path.is_file() else sorted(path.glob("adapter*.*"))
-        found["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    found |= {name: getattr(args, name) for name in ("merge", "dtype") if getattr(args, name)}
+        result["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    result |= {name: getattr(args, name) for name in ("merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
-    return found | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    return result | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
 def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
-    """Counts the texts that an earlier run finished; a last line that it left half-written is cut off.
+    """Counts the texts that an earlier run finished; an incomplete last line is removed.
 
     Args:
-        path: the file of texts; need not be there.
-        prompts: of all texts, in order.
-        settings: what they are made with; every line has to say the same.
+        path: the output file; need not exist.
+        prompts: all prompts, in order.
+        settings: the settings, which every line must record too.
 
     Raises:
-        OutputError: the file is something else, or holds texts for other prompts or made with other settings.
+        OutputError: the file is something else, or its texts have other prompts or settings.
     """
 
     def check(lines: list[dict[str, Any]]) -> None:

@@ -1,41 +1,39 @@
-"""Look at an adapter: what it is, what it learned, where it can be used; and verify it on its base.
+"""Examine an adapter: its settings, what it learned, and which tools can use it; and verify it on its base model.
 
 loralib inspect lora_model
 loralib inspect lora_model --plot norms.png --layers
 loralib inspect lora_model --verify smollm2-135m --prompt "name : Alimentum | area : riverside"
 
---verify loads the base, compares adapter, merged and exported logits, and says in plain words what is wrong and how to
-fix it; the exit code is 1 if something is.
+--verify loads the base model, compares the logits of adapter, merged model and exports, and explains each problem and
+its fix; the exit code is 1 if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
+from ._adapters import PROMPTS, add_adapter_arguments, add_initial_adapter_argument, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Adds the adapter and what to show of it."""
     add_adapter_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="list every module")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the norms of all updates as a heat map")
-    parser.add_argument("--verify", metavar="BASE", help="load this base model and run every check there is")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map of the norms of all updates")
+    parser.add_argument("--verify", metavar="MODEL", help="load this base model and run every check")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="for --verify: a prompt as in training; may be given again"
+        "--prompt", action="append", metavar="TEXT", help="for --verify: a prompt as in training; may be repeated"
     )
-    parser.add_argument(
-        "--initial_adapter", metavar="DIR", help="the adapter as saved before training (CorDA, randomised PiSSA)"
-    )
+    add_initial_adapter_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspects; returns 1 if something is wrong with the adapter."""
+    """Prints the report; returns 1 if something is wrong with the adapter."""
     from ..console import say
     from ..inspection import inspect_adapter, plot, verify
 
     if args.verify:
-        args.base = args.verify
+        args.model = args.verify
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: bool(args.verify))
     inspection = inspect_adapter(adapter)
     say(inspection)

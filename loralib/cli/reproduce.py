@@ -1,11 +1,11 @@
-"""Do what the LoRA paper did, in one command: train, decode each input of the test set once, score, report.
+"""Reproduce the LoRA paper in one command: train, decode each distinct input of the test set, score, report.
 
 loralib reproduce e2e
 loralib reproduce e2e --data data/e2e --model gpt2-medium
 loralib reproduce webnlg --model gpt2-large --output_dir webnlg_large --set train.num_epochs=1
 
-Run it again to go on after an interruption: a stage whose result belongs to the same settings and data is skipped, and
-after a change only what depends on it is made again.
+Run it again to continue after an interruption: stages whose results have the same settings and data are skipped, and
+after a change only the stages that depend on it run again.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..errors import ConfigError, did_you_mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the data set, the model, the recipe and changes of it."""
-    parser.add_argument("dataset", metavar="e2e|dart|webnlg", help="which data set")
+    """Adds the data set, the model, the recipe and changes to it."""
+    parser.add_argument("dataset", metavar="e2e|dart|webnlg", help="the data set")
     parser.add_argument("--model", default="smollm2-135m", help="base model (default smollm2-135m)")
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="holds the training, validation and test file as published (default: data/NAME, and for e2e the sample in "
-        "examples/NLG/data/e2e)",
+        help="directory with the published training, validation and test files (default: data/NAME; for e2e also the "
+        "sample in examples/NLG/data/e2e)",
     )
     parser.add_argument(
         "--recipe",
         metavar="FILE.toml",
-        help="how to train and decode: a file, or one that comes with loralib by name (default: the one for data set "
-        "and model, else smollm2-135m)",
+        help="how to train and decode: a file, or the name of a recipe of loralib's (default: the one for data set and "
+        "model, else smollm2-135m)",
     )
     parser.add_argument(
         "--set",
@@ -39,17 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="change settings of the recipe, as train.lr=1e-4 decode.num_beams=4 max_inputs=50",
+        help="change settings of the recipe, as in train.lr=1e-4 decode.num_beams=4 max_inputs=50",
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="where everything goes (default: reproduced/NAME-MODEL)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of training (default: the recipe's)")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="of the base (default: the recipe's)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the fastest there is)")
-    parser.add_argument("--print_recipe", action="store_true", help="print the recipe as TOML, to start one's own from")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="directory for all results (default: reproduced/NAME-MODEL)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed of training (default: the recipe's)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="dtype of the base model (default: the recipe's)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
+    parser.add_argument(
+        "--print_recipe", action="store_true", help="print the recipe as TOML, as a starting point for your own"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reproduces, or prints the recipe."""
+    """Runs the recipe, or prints it."""
     from ..nlg.reproduction import (
         DATASETS,
         choose_recipe,
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     last = Path(args.model).name or "model"
     output = Path("reproduced") / f"{args.dataset}-{last}" if args.output_dir is None else args.output_dir
     if args.recipe is None and recipe.name not in (last, f"{args.dataset}-{last}"):
-        say(f"There is no recipe for {args.dataset} with {args.model}: taking that of {recipe.name} "
-            f"(--recipe takes another: {', '.join(recipe_names())})")  # fmt: skip
+        say(f"There is no recipe for {args.dataset} with {args.model}: using {recipe.name} "
+            f"(choose another with --recipe: {', '.join(recipe_names())})")  # fmt: skip
     say(f"{args.dataset} with {args.model}, recipe {recipe.name}, data {files.train.parent}")
     reproduce(args.dataset, recipe, files, output)

@@ -1,7 +1,7 @@
-"""Train a LoRA adapter: the base model stays frozen, only two thin matrices a layer learn.
+"""Train a LoRA adapter: the base model stays frozen, and only two thin matrices per layer learn.
 
 loralib train --train_data train.txt --valid_data valid.txt
-loralib train --train_data chat.jsonl --model ./my-model --lora_dim 8 --num_epochs 3
+loralib train --train_data chat.jsonl --model ./my-model --rank 8 --num_epochs 3
 loralib train --config run.toml --resume
 """
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains."""
+    """Trains and saves the adapter."""
     from ..training import TrainConfig
     from ..training.job import run_job
 

@@ -1,4 +1,4 @@
-"""UTF-8 text files read whole, with errors that name the file, the line and the fix."""
+"""Reads whole UTF-8 text files, with errors that name the file, the line and the fix."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["are_not", "is_text", "read_bytes", "read_lines", "read_text", "shown
 
 
 def read_text(path: str | Path, expected: str = "some text") -> str:
-    """Returns the text of a UTF-8 file that is not empty; a byte-order mark is dropped.
+    """Returns the text of a UTF-8 file without its byte-order mark.
 
     Args:
-        path: the file.
-        expected: what should be in it, for the message that it is empty.
+        path: the file; it must not be empty.
+        expected: what it should hold, for error messages.
 
     Raises:
-        DataError: the file is missing, a directory, empty or not UTF-8 (every line that is not, with byte offset).
+        DataError: the file is missing, a directory, empty or not UTF-8 (each such line is listed with its byte offset).
     """
     path = Path(path)
     raw = read_bytes(path)
@@ -30,7 +30,7 @@ def read_text(path: str | Path, expected: str = "some text") -> str:
 
 
 def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
-    r"""Returns the lines of a UTF-8 file without their ends (\n, \r\n or \r; no other character ends a line).
+    r"""Returns the lines of a UTF-8 file without their ends, which are \n, \r\n or \r and no other characters.
 
     Raises:
         DataError: as `read_text`.
@@ -51,7 +51,7 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(_why_missing(path)) from None
     except (IsADirectoryError, PermissionError) as error:
         if path.is_dir():
-            raise DataError(f"{path} is a directory. Give a file in it.") from None
+            raise DataError(f"{path} is a directory. Name a file in it.") from None
         raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
@@ -61,9 +61,9 @@ def _why_missing(path: Path) -> str:
     directory = path.absolute().parent
     if not directory.is_dir():
         return f"{path} does not exist, nor does the directory {directory}. Check the path."
-    beside = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
-    near = did_you_mean(path.name, beside)
-    listed = ", ".join([*beside[:8], "..."] if len(beside) > 8 else beside) or "no files"
+    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
+    near = did_you_mean(path.name, names)
+    listed = ", ".join([*names[:8], "..."] if len(names) > 8 else names) or "no files"
     return f"{path} does not exist.{near or f' Check the path: {directory} has {listed}.'}"
 
 
@@ -75,15 +75,15 @@ def _why_not_utf8(path: Path, raw: bytes) -> str:
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
-            at = offset + error.start
-            faults.append(f"{path}:{number}: byte 0x{line[error.start]:02x} at offset {at} ({error.reason})")
+            byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
+            faults.append(f"{path}:{number}: {byte} ({error.reason})")
         offset += len(line) + 1
     fix = "Save the file as UTF-8 (many editors: Save As, Encoding), or convert it: iconv -f CP1252 -t UTF-8."
     return list_faults(f"{path} is not UTF-8: {are_not(len(faults))}", faults, fix)
 
 
 def is_text(value: object) -> bool:
-    """Tells whether a value from JSON is text that a tokenizer takes: JSON can smuggle in halves of characters.
+    """Tells whether a value from JSON is text that a tokenizer accepts: JSON strings may hold lone surrogates.
 
     >>> is_text("é"), is_text("\\ud800"), is_text(None)
     (True, False, False)
@@ -98,7 +98,7 @@ def is_text(value: object) -> bool:
 
 
 def shown(line: str, width: int = 60) -> str:
-    """Returns a line in quotes for a message, cut to a width."""
+    """Returns a line in quotes, shortened for a message."""
     return repr(line if len(line) <= width else line[: width - 3] + "...")
 
 

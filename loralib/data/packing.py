@@ -1,8 +1,9 @@
-"""Packing: a step's examples laid out in one row, without padding and with shared beginnings written once.
+"""Packing: the examples of a step in one row, without padding and with shared prefixes written once.
 
-Examples that begin alike form a prefix tree.  Laid out in depth-first order, the tree needs a single number a token,
-the end of its subtree: token k may be seen by exactly the tokens k, k + 1, ..., ends[k] - 1.  That covers unrelated
-examples (their intervals are disjoint), siblings under one prompt (neither lies in the other's interval) and causality.
+Examples with a common prefix form a prefix tree.  In depth-first order, one number per token describes the whole
+attention mask, the end of the token's subtree: token k is seen by exactly the tokens k, k + 1, ..., ends[k] - 1.  That
+covers unrelated examples (their intervals are disjoint), siblings under one prompt (neither lies in the other's
+interval) and causality.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ __all__ = ["Pack", "pack", "pad"]
 
 @dataclass(frozen=True)
 class Pack:
-    """A step's tokens and what its loss asks of them.  T tokens a row, R states that predict, N predictions.
+    """The tokens of a step and the predictions in its loss: T tokens per row, R predicting states, N predictions.
 
     Attributes:
         ids: (B, T) token ids; a packed step has B = 1.
-        positions: (B, T) place of each token in its own example, from 0.
-        ends: (T,) of a packed step: token k is seen by the tokens k .. ends[k] - 1 of the row.  None for a padded step.
-        mask: (B, T) of a padded step: 1 where a token is, 0 where padding is.  None for a packed step.
-        states: (R,) indices into the B * T tokens: those whose hidden state predicts something, ascending.
-        rows: (N,) indices into `states`, ascending: which state makes the prediction.
-        targets: (N,) the id to predict.
-        weights: (N,) how many examples ask for this prediction, float32.
-        tokens: tokens of the examples as they came, without padding and without sharing.
-        trained_tokens: predictions of the examples as they came: the sum of `weights`.
+        positions: (B, T) position of each token in its own example, from 0.
+        ends: (T,) in a packed step: token k is seen by the tokens k .. ends[k] - 1 of the row.  None in a padded step.
+        mask: (B, T) in a padded step: 1 for tokens, 0 for padding.  None in a packed step.
+        states: (R,) indices into the B * T tokens: those whose hidden states predict something, ascending.
+        rows: (N,) indices into `states`, ascending: the state that makes each prediction.
+        targets: (N,) token ids to predict.
+        weights: (N,) how many examples share each prediction, float32.
+        tokens: tokens of the given examples, without padding or sharing.
+        trained_tokens: predictions of the given examples: the sum of `weights`.
     """
 
     ids: Tensor
@@ -52,28 +53,28 @@ class Pack:
 
     @property
     def processed_tokens(self) -> int:
-        """How many tokens the model computes."""
+        """How many tokens the model computes, B * T."""
         return self.ids.numel()
 
     def to(self, device: torch.device | str) -> Pack:
-        """Returns the same pack with its tensors on a device."""
+        """Returns a copy with its tensors on a device."""
         moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return Pack(**moved)
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
-    """Lays out examples in one row.
+    """Packs examples into one row.
 
-    Tokens after an example's last trained one change no loss and are left out; so is that last one itself, which is
-    only ever predicted.
+    An example's last trained token is only ever predicted, and the tokens after it do not affect the loss: neither is
+    in the row.
 
     Args:
-        examples: token ids with the mask of trained ones.
-        share: write beginnings that several examples have in common once.  Exact: what a token computes depends on the
-            tokens before it alone.  A prediction that k examples share gets weight k.
+        examples: token ids with their loss masks.
+        share: write prefixes that several examples share once.  This is exact, since a token's hidden state depends on
+            no later token.  A prediction that k examples share gets weight k.
 
     Returns:
-        The row.  With nothing to train it is empty.
+        The row; it is empty if nothing is trained.
 
     >>> from loralib.data.tokens import TokenExample
     >>> flags = (False, False, True, True)
@@ -86,28 +87,30 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
-    path: list[int] = []  # for each position of the example at hand, where in the row its token stands
+    path: list[int] = []  # index in the row of each token of the current example
     previous: tuple[int, ...] = ()
-    predictions: Counter[tuple[int, int]] = Counter()  # (place in the row, id to predict) -> how many examples ask
-    rows = [(example.ids[: _last_trained(example)], example) for example in examples]
-    if share:  # in sorted order, what an example has in common with any before it, it has with its neighbour
-        rows.sort(key=lambda row: row[0])
-    for needed, example in rows:
-        common = _common(previous, needed) if share else 0
-        for place in path[common:]:
-            ends[place] = len(ids)
+    predictions: Counter[tuple[int, int]] = Counter()  # (index in the row, id to predict) -> examples that share it
+    inputs = [(example.ids[: _last_trained(example)], example) for example in examples]
+    if share:  # in sorted order, the longest prefix shared with any earlier example is shared with the previous one
+        inputs.sort(key=lambda pair: pair[0])
+    for tokens, example in inputs:
+        common = _common_length(previous, tokens) if share else 0
+        # Leave the branch of the previous example: the subtrees below the common prefix end here.
+        for index in path[common:]:
+            ends[index] = len(ids)
         del path[common:]
-        for position in range(common, len(needed)):
+        # Add the new branch.
+        for position in range(common, len(tokens)):
             path.append(len(ids))
-            ids.append(needed[position])
+            ids.append(tokens[position])
             positions.append(position)
             ends.append(-1)
-        previous = needed
+        previous = tokens
         for position, trained in enumerate(example.trained):
             if trained:
                 predictions[path[position - 1], example.ids[position]] += 1
-    for place in path:
-        ends[place] = len(ids)
+    for index in path:
+        ends[index] = len(ids)
     return _pack(
         ids=torch.tensor([ids], dtype=torch.long),
         positions=torch.tensor([positions], dtype=torch.long),
@@ -119,10 +122,10 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
 
 
 def pad(examples: Sequence[TokenExample]) -> Pack:
-    """Lays out examples one below the other, filled up to the longest with id 0 at the right.
+    """Puts each example in a row of its own, padded on the right with id 0 to the length of the longest.
 
     Args:
-        examples: token ids with the mask of trained ones.
+        examples: token ids with their loss masks.
 
     >>> from loralib.data.tokens import TokenExample
     >>> padded = pad([TokenExample((5, 6, 7), (False, True, True)), TokenExample((5, 6), (False, True))])
@@ -148,11 +151,11 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
 
 
 def _last_trained(example: TokenExample) -> int:
-    """The place of the last trained token, or 0."""
-    return max((place for place, trained in enumerate(example.trained) if trained), default=0)
+    """Returns the position of the last trained token, or 0."""
+    return max((position for position, trained in enumerate(example.trained) if trained), default=0)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))  # noqa: B905 - the shorter one ends it
 
 
@@ -165,9 +168,8 @@ def _pack(
     tokens: int,
     predictions: Counter[tuple[int, int]],
 ) -> Pack:
-    wanted = sorted(predictions.items())
-    places = torch.tensor([place for (place, _), _ in wanted], dtype=torch.long)
-    states, rows = torch.unique(places, return_inverse=True)
+    items = sorted(predictions.items())
+    states, rows = torch.unique(torch.tensor([index for (index, _), _ in items], dtype=torch.long), return_inverse=True)
     return Pack(
         ids=ids,
         positions=positions,
@@ -175,8 +177,8 @@ def _pack(
         mask=mask,
         states=states,
         rows=rows,
-        targets=torch.tensor([target for (_, target), _ in wanted], dtype=torch.long),
-        weights=torch.tensor([count for _, count in wanted], dtype=torch.float32),
+        targets=torch.tensor([target for (_, target), _ in items], dtype=torch.long),
+        weights=torch.tensor([count for _, count in items], dtype=torch.float32),
         tokens=tokens,
         trained_tokens=predictions.total(),
     )

@@ -1,7 +1,7 @@
-"""Files of training text as values: E2E lines, JSONL (prompt/completion, chat, text), plain text, DART, WebNLG.
+"""Reads files of training text: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
 
-A reader turns a file into `Example` values and knows nothing of tokenizers; see ``tokens.py`` for the next step.
-Every fault of a file is reported at once, with its line, what was expected and what to do.
+A reader turns a file into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
+All faults of a file are reported together, each with its line, what was expected and how to fix it.
 """
 
 from __future__ import annotations
@@ -11,30 +11,34 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
-from ..nlg.published import SEPARATOR, read_rows
 from .lines import are_not, is_text, read_lines, read_text, shown
 
 __all__ = [
     "FORMATS",
+    "SEPARATOR",
     "Example",
     "Source",
     "draw",
     "group_by_prompt",
     "guess_format",
+    "meaning_prompt",
     "parse_source",
     "read_examples",
     "read_records",
     "read_sources",
+    "register_reader",
 ]
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
+SEPARATOR: Final = "||"  # between the meaning representation and the text of an E2E line
 
 _RECORDS: Final = "prompt and completion, messages, or text"
-_JSON: Final = "a JSON object a line (or a JSON list of objects) with "
+_JSON: Final = "one JSON object per line (or a JSON list of objects) with "
 _EXPECTED: Final = {
     "e2e": "lines of the form `meaning representation||text`",
     "jsonl": _JSON + _RECORDS,
@@ -51,12 +55,12 @@ class Example:
     """One training example as text.
 
     Attributes:
-        segments: pieces of text in order, each with whether it is trained; prompt and completion are
-            ``((prompt, False), (completion, True))``, plain text is ``((text, True),)``.
-        references: all the completions that the file gives for this prompt, in file order (of a chat: none).
-        source: ``file:line`` for messages.
-        messages: (role, content) turns of a chat; its segments are made by the model's own chat template
-            when the example is tokenized, so a chat has no segments of its own.
+        segments: pieces of text in order, each with a flag that says whether the model is trained to write it. A
+            prompt and its completion are ``((prompt, False), (completion, True))``; plain text is ``((text, True),)``.
+        references: every completion the file gives for this prompt, in file order (empty for a chat).
+        source: ``file:line``, for error messages.
+        messages: (role, content) turns of a chat. The model's own chat template makes its segments when the example
+            is tokenized, so a chat has none of its own.
 
     >>> Example.of("name : The Wharf", "It is The Wharf.").completion
     'It is The Wharf.'
@@ -69,24 +73,19 @@ class Example:
 
     @classmethod
     def of(cls, prompt: str, completion: str, source: str = "") -> Example:
-        """The example that trains ``completion`` after ``prompt``."""
+        """Returns the example that trains ``completion`` after ``prompt``."""
         return cls(((prompt, False), (completion, True)), (completion,), source)
 
     @property
     def prompt(self) -> str:
-        """What comes before the first trained text (of a chat: the turns before its last answer)."""
+        """The text before the first trained segment (of a chat: the turns before its last answer)."""
         if self.messages:
             return "\n".join(content for _, content in self.messages[: self._last_answer()])
-        texts = []
-        for text, trained in self.segments:
-            if trained:
-                break
-            texts.append(text)
-        return "".join(texts)
+        return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
 
     @property
     def completion(self) -> str:
-        """The last trained text (of a chat: its last answer)."""
+        """The last trained segment (of a chat: its last answer)."""
         if self.messages:
             return self.messages[self._last_answer()][1]
         return next((text for text, trained in reversed(self.segments) if trained), "")
@@ -96,17 +95,17 @@ class Example:
 
 
 class Source(NamedTuple):
-    """The examples of one file, and how often each is shown an epoch."""
+    """The examples of one file, and how many times each is shown per epoch."""
 
     examples: list[Example]
     weight: float = 1.0
 
 
 def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto") -> list[Source]:
-    """Reads one file or several; a text ``path:weight`` gives a file's weight.
+    """Reads one file or several; the string ``path:weight`` sets a file's weight.
 
     Raises:
-        DataError: a file cannot be read (see `read_examples`), a weight is none, or there is no file.
+        DataError: a file cannot be read (see `read_examples`), a weight is not a positive number, or no file is given.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -120,45 +119,55 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     """Reads one file of examples.
 
     Args:
-        path: the file. E2E has a line ``meaning representation||text`` an example, or is the challenge's CSV; JSONL
-            has an object a line with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as
-            `format_rows` writes them), ``messages`` (a chat) or ``text``, and a .json file may have them in one list;
-            DART and WebNLG are JSON (WebNLG also XML) as published.
-        format: one of `FORMATS`; "auto" goes by the file's name and form. Plain text has to be asked for,
-            since a line that forgot its ``||`` would look the same.
+        path: the file. An E2E file has one ``meaning representation||text`` per line. JSONL has one object per line
+            with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as `loralib data convert` writes
+            them), ``messages`` (a chat) or ``text``; a .json file may hold these objects in one list. The E2E
+            challenge's CSV, DART's JSON and WebNLG's JSON or XML are read once `loralib.nlg` has been imported.
+        format: one of `FORMATS`; "auto" goes by the file's name and content. Plain text must be asked for by name,
+            since it looks just like an E2E file whose lines lack their ``||``.
 
     Returns:
         The examples in file order. ``references`` holds all completions of the same prompt. The prompt of a
-        meaning representation is its text and a line end.
+        meaning representation is its text and a line break.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8, or has lines that do not fit; all such lines at once.
+        DataError: the file is missing, empty or not UTF-8, or lines have another form (all of them are listed).
     """
     path = Path(path).expanduser()
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     if format == "auto":
         format = guess_format(path)
-    if format in ("dart", "webnlg") or (format == "e2e" and path.suffix.lower() == ".csv"):
-        rows = enumerate(read_rows(path, format), 1)
-        examples = [Example.of(_prompt(row.context), row.completion.strip(), f"{path}:{i}") for i, row in rows]
-    else:
-        reader: dict[str, Callable[[Path], list[Example]]] = {"e2e": _read_e2e, "jsonl": read_records}
-        examples = reader.get(format, _read_plain)(path)
+    key = "e2e.csv" if format == "e2e" and path.suffix.lower() == ".csv" else format
+    if key not in _READERS:
+        raise DataError(
+            f"{path}: the reader for {key} files is in loralib.nlg. Add `import loralib.nlg` to your program."
+        )
+    examples = _READERS[key](path)
     if not examples:
         raise DataError(f"{path} holds no examples, expected {_EXPECTED[format]}.")
     return _with_references(examples)
 
 
+def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
+    """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
+
+    Args:
+        key: one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv.
+        read: takes the path of a file and returns its examples in file order.
+    """
+    _READERS[key] = read
+
+
 def read_records(
-    path: Path, complete: Callable[[Any], Any] = lambda record: record, wanted: str = _RECORDS
+    path: Path, complete: Callable[[Any], Any] = lambda record: record, expected: str = _RECORDS
 ) -> list[Example]:
     """Reads examples from lines of JSON, or from a .json file that is one list of records.
 
     Args:
         path: the file.
-        complete: makes of each record what `read_examples` takes, for instance by adding what it may leave out.
-        wanted: what a record should have, for messages.
+        complete: turns each record into one that `read_examples` takes, for instance by filling in an omitted field.
+        expected: the fields a record should have, for error messages.
 
     Returns:
         The examples in file order; their references are those of their own record.
@@ -169,7 +178,7 @@ def read_records(
     examples, faults = [], []
     listed = _listed(path)
     if listed is None:
-        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, _JSON + wanted)]
+        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, _JSON + expected)]
     else:
         rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
     for where, row in rows:
@@ -183,19 +192,19 @@ def read_records(
         except (RecursionError, ValueError):
             faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
     if faults:
-        heading = f"expected a JSON object a line with {wanted}, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Mend or remove them."))
+        heading = f"expected one JSON object per line with {expected}, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, "Fix or remove them."))
     return examples
 
 
 def guess_format(path: str | Path) -> str:
-    """Tells "e2e", "jsonl", "dart" or "webnlg" by a file's name, and for .json by what is in it."""
+    """Returns "e2e", "jsonl", "dart" or "webnlg", judging by a file's name and, for .json, by its content."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
         try:
             value = json.loads(read_text(path))
-        except (ValueError, RecursionError):  # DataError is a ValueError: its reader will say what is wrong
+        except (ValueError, RecursionError):  # DataError is a ValueError; the reader will report what is wrong
             return "jsonl"
         if isinstance(value, dict):
             return "webnlg" if "entries" in value else "jsonl"
@@ -218,15 +227,15 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
 
 
 def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Item], object]) -> list[Item]:
-    """Draws items by seed so that as many different keys as possible are among them.
+    """Draws a random sample with as many different keys as possible.
 
-    Keys and the items of each are shuffled; then one item of every key is taken in turn, round after round.
+    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.
 
     Args:
         items: what to draw from.
-        count: how many; None or more than there are: all of them, in their own order.
-        seed: the same seed draws the same items.
-        key: what should differ, for instance an example's prompt (its meaning representation).
+        count: how many to draw; None, or more than there are, returns all of them in their own order.
+        seed: random seed.
+        key: what should differ between the items drawn, for instance an example's prompt.
 
     >>> sorted(draw(["a1", "a2", "a3", "b1"], 2, seed=0, key=lambda item: item[0]))[-1]
     'b1'
@@ -241,16 +250,12 @@ def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Ite
     generator.shuffle(queues)
     for queue in queues:
         generator.shuffle(queue)
-    drawn: list[Item] = []
-    round_ = 0
-    while len(drawn) < count:
-        drawn.extend(queue[round_] for queue in queues if round_ < len(queue))
-        round_ += 1
-    return drawn[:count]
+    rounds = range(max(map(len, queues)))
+    return list(islice((queue[number] for number in rounds for queue in queues if number < len(queue)), count))
 
 
 def parse_source(text: str) -> tuple[Path, float]:
-    r"""Splits ``path:weight``; a path alone weighs 1.
+    r"""Splits ``path:weight``; a path alone has weight 1.
 
     >>> parse_source("data/train.txt:0.5")[1], parse_source(r"C:\data\train.txt")[1]
     (0.5, 1.0)
@@ -278,11 +283,11 @@ def _read_e2e(path: Path) -> list[Example]:
     for number, line in _numbered(path, _EXPECTED["e2e"]):
         fields = line.split(SEPARATOR)
         if len(fields) == 2:
-            examples.append(Example.of(_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
+            examples.append(Example.of(meaning_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
         elif len(fields) == 1:
             faults.append(f"{path}:{number}: no `||` in {shown(line)}")
         else:
-            faults.append(f"{path}:{number}: {len(fields) - 1} `||` in {shown(line)}; only one can part the two")
+            faults.append(f"{path}:{number}: {len(fields) - 1} `||` in {shown(line)}, expected one")
     if faults:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
@@ -293,12 +298,12 @@ def _read_e2e(path: Path) -> list[Example]:
 
 
 def _listed(path: Path) -> list[Any] | None:
-    """The records of a .json file that is one list, or one record; None where it has lines, or is no JSON."""
+    """Returns the records of a .json file that is one list or one record; None where it has lines, or is not JSON."""
     if path.suffix.lower() != ".json":
         return None
     try:
         value = json.loads(read_text(path))
-    except (ValueError, RecursionError):  # DataError is a ValueError: what is wrong is told line by line
+    except (ValueError, RecursionError):  # DataError is a ValueError; faults are reported line by line
         return None
     return value if isinstance(value, list) else [value]
 
@@ -312,7 +317,7 @@ def _from_record(record: Any, where: str) -> Example:
         key = "prompt" if "prompt" in record else "context"
         prompt, completion = _text(record, key), _text(record, "completion")
         if key == "context":  # a meaning representation, as in the E2E form
-            prompt, completion = _prompt(prompt), completion.strip()
+            prompt, completion = meaning_prompt(prompt), completion.strip()
         return Example.of(prompt, completion, where)
     if "text" in record:
         return Example(((_text(record, "text"), True),), (), where)
@@ -329,37 +334,49 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     for index, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise DataError(f"messages[{index}] is {_kind(turn)}, expected an object with 'role' and 'content'")
-        for key, usual in _UNHEARD.items():
-            if turn.get(key, usual) not in (usual, None, []):
+        for key, default in _UNUSED.items():
+            if turn.get(key, default) not in (default, None, []):
                 raise DataError(
-                    f"messages[{index}].{key} would be lost: of a turn, role and content are trained on. Write it into "
-                    "the content as the model should, or remove it"
+                    f"messages[{index}].{key} would be lost: only role and content are used. Write it into the content "
+                    "as the model should, or remove it"
                 )
         role = _text(turn, "role", f"messages[{index}].")
         near = "" if role in _ROLES else did_you_mean(role.strip().lower(), _ROLES[:3])
-        if near:  # others are for the template to know
+        if near:  # the chat template judges other roles
             raise DataError(f"messages[{index}].role is {role!r}.{near}")
         turns.append((role, _text(turn, "content", f"messages[{index}].")))
     if not any(role == "assistant" for role, _ in turns):
-        raise DataError("'messages' has no turn with role 'assistant', so nothing to train on")
+        raise DataError("'messages' has no turn with role 'assistant', so there is nothing to train on")
     return tuple(turns)
 
 
-# What a turn may hold besides, and templates would write or trainers heed.
-_UNHEARD: Final = {"tool_calls": None, "function_call": None, "reasoning_content": "", "thinking": "", "weight": 1}
+# Other fields of a turn that a template would write or another trainer would follow, with their neutral values.
+_UNUSED: Final = {"tool_calls": None, "function_call": None, "reasoning_content": "", "thinking": "", "weight": 1}
 _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 
 
 def _read_plain(path: Path) -> list[Example]:
-    """The whole file is one document: tokens are cut into windows later, where its length in tokens is known."""
+    """Reads the whole file as one document; it is cut into windows later, once its length in tokens is known."""
     return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
+
+
+_READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {
+    "e2e": _read_e2e,
+    "jsonl": read_records,
+    "text": _read_plain,
+}
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 
-def _prompt(meaning_representation: str) -> str:
-    return meaning_representation.strip() + "\n"
+def meaning_prompt(meaning: str) -> str:
+    r"""Returns the prompt of a meaning representation: its text and a line break.
+
+    >>> meaning_prompt(" name : The Mill ")
+    'name : The Mill\n'
+    """
+    return meaning.strip() + "\n"
 
 
 def _with_references(examples: list[Example]) -> list[Example]:
@@ -387,7 +404,7 @@ def _kind(value: object) -> str:
         dict: "an object",
         list: "a list",
         str: "text with half a character (a lone surrogate)",
-        bool: "a truth value",
+        bool: "true or false",
         type(None): "null",
     }
     return names.get(type(value), "a number")

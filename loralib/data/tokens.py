@@ -1,4 +1,4 @@
-"""From `Example` values to token ids with a loss mask, over-long ones dropped and counted, never cut."""
+"""Turns `Example` values into token ids with a loss mask; examples that are too long are dropped, never cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 OBJECTIVES: Final = ("clm", "jlm")
 
-# Transformers is imported by base.py alone; here a tokenizer is anything that behaves like its fast tokenizers.
+# Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
 
 _TOO_LONG: Final = "longer than seq_len"
@@ -38,8 +38,8 @@ class TokenExample:
 
     Attributes:
         ids: T token ids.
-        trained: T truth values; where ``trained[i]`` holds, the loss of predicting ``ids[i]`` from ``ids[:i]``
-            counts. ``trained[0]`` is always False: nothing comes before it.
+        trained: the loss mask, T booleans: ``trained[i]`` says whether the loss includes the prediction of ``ids[i]``
+            from ``ids[:i]``. ``trained[0]`` is always False, since nothing comes before it.
     """
 
     ids: tuple[int, ...]
@@ -51,12 +51,12 @@ class TokenExample:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token examples that fit, and how many did not.
+    """The token examples that fit, and the number of those that did not.
 
     Attributes:
         examples: the token examples.
-        texts: the `Example` of each, at the same index.
-        dropped: how many examples were dropped, by reason; only reasons that occurred.
+        texts: the `Example` that each was made from, at the same index.
+        dropped: how many examples were dropped for each reason that occurred.
     """
 
     examples: list[TokenExample]
@@ -68,7 +68,7 @@ class Encoded:
 
     @property
     def drop_note(self) -> str:
-        """One line for the reader, or "" if nothing was dropped.
+        """A line for the user, or "" if nothing was dropped.
 
         >>> Encoded([], [], {"longer than seq_len": 2, "empty completion": 1}).drop_note
         'dropped 3 examples: 2 longer than seq_len, 1 empty completion'
@@ -88,39 +88,40 @@ def load_examples(
     seed: int = 0,
     format: str = "auto",
 ) -> Encoded:
-    """Reads, tokenizes and draws the examples of one or several weighted files.
+    """Reads, tokenizes and samples the examples of one or several weighted files.
 
     Args:
-        sources: one path, or several, or what `read_sources` read of them (which is quick, and shows faults before a
-            model is loaded); ``path:weight`` shows each example of a file ``weight`` times an epoch (2: twice; 0.5:
-            half of them, drawn by seed).
+        sources: one path, several, or the result of `read_sources` (which is quick, and so reports faults before a
+            model is loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a
+            random half of them).
         tokenizer: the model's tokenizer.
-        seq_len: the most tokens an example may have; longer ones are dropped and counted (plain text is cut into
+        seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
             windows instead).
         objective: "clm" trains completions, "jlm" all tokens.
-        max_samples: the most examples in all; drawn by seed after dropping, as many different prompts as possible,
-            from several files by weight times size.
-        seed: of the draw.
-        format: of files that are still to be read; see `read_examples`.
+        max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
+            possible; several files share it in proportion to weight times size.
+        seed: random seed of the sample.
+        format: the format of files still to be read; see `read_examples`.
 
     Raises:
-        DataError: a file cannot be read, or nothing is left of it.
+        DataError: a file cannot be read, or none of its examples fits.
+        ConfigError: max_samples, objective or seq_len has an impossible value.
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
     if isinstance(sources, (str, Path)):
         sources = [sources]
     paths = [source for source in sources if not isinstance(source, Source)]
-    read = [source for source in sources if isinstance(source, Source)]
-    if paths or not read:
-        read += read_sources(paths, format)
-    parts = [encode(source.examples, tokenizer, seq_len, objective) for source in read]
-    wanted = [max(1, round(source.weight * len(part))) for source, part in zip(read, parts, strict=True)]
-    if max_samples is not None and sum(wanted) > max_samples:
-        wanted = _shares(wanted, max_samples)
+    loaded = [source for source in sources if isinstance(source, Source)]
+    if paths or not loaded:
+        loaded += read_sources(paths, format)
+    parts = [encode(source.examples, tokenizer, seq_len, objective) for source in loaded]
+    counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
+    if max_samples is not None and sum(counts) > max_samples:
+        counts = _shares(counts, max_samples)
     drawn: list[tuple[Example, TokenExample]] = []
     dropped: Counter[str] = Counter()
-    for part, count in zip(parts, wanted, strict=True):
+    for part, count in zip(parts, counts, strict=True):
         pairs = list(zip(part.texts, part.examples, strict=True))
         copies, rest = divmod(count, len(pairs))
         drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
@@ -129,22 +130,25 @@ def load_examples(
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, objective: str = "clm") -> Encoded:
-    """Tokenizes examples and drops, with a count by reason, those that are too long or have nothing to train.
+    """Tokenizes examples; drops and counts those that are too long or have an empty completion.
 
     Args:
         examples: what to tokenize.
         tokenizer: the model's tokenizer.
-        seq_len: the most tokens an example may have, its end token included. Plain text that is longer is cut
-            into windows that overlap by one token, so that each token is trained once.
+        seq_len: maximum number of tokens in an example, its end token included. Longer plain text is cut into windows
+            that overlap by one token, so that each token is trained once.
         objective: "clm" (causal, completions only) or "jlm" (joint, every token).
+
+    Returns:
+        The examples that fit, in their order.
 
     Raises:
         DataError: no example is left, or the tokenizer has no end token.
         ConfigError: unknown objective, or seq_len below 2.
     """
     if objective not in OBJECTIVES:
-        known = " or ".join(map(repr, OBJECTIVES))
-        raise ConfigError(f"objective is {objective!r}, expected {known}.{did_you_mean(objective, OBJECTIVES)}")
+        expected = " or ".join(map(repr, OBJECTIVES))
+        raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
     if seq_len < 2:
         raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
     examples = list(examples)
@@ -156,10 +160,10 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
     dropped: Counter[str] = Counter()
     shortest = 0
     for example, pieces in zip(examples, segments, strict=True):
-        if not _says_something(example, pieces):
+        if not _has_completion(example, pieces):
             dropped[_EMPTY] += 1
             continue
-        whole = _join(example, pieces, _placed(pieces, ids_of, tokenizer), start, end, objective)
+        whole = _join(example, pieces, _ids_in_place(pieces, ids_of, tokenizer), start, end, objective)
         windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
         if not windows:
             dropped[_TOO_LONG] += 1
@@ -168,38 +172,38 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
         texts += [example] * len(windows)
     encoded = Encoded(tokens, texts, dict(dropped))
     if not tokens:
-        where = examples[0].source.rpartition(":")[0] if examples else "the data"
-        why = encoded.drop_note or "there were none"
-        longer = f" The shortest has {shortest} tokens: raise seq_len to at least that." if shortest else ""
-        raise DataError(f"no example of {where or 'the data'} is left ({why}).{longer}")
+        where = examples[0].source.rpartition(":")[0] if examples else ""
+        reason = encoded.drop_note or "there were none"
+        fix = f" The shortest has {shortest} tokens: raise seq_len to at least that." if shortest else ""
+        raise DataError(f"no example of {where or 'the data'} is left ({reason}).{fix}")
     return encoded
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
-    """Tokenizes one example, whole: a completion ends with the end token and is never cut.
+    """Tokenizes one example whole: a completion ends with the end token and is never cut.
 
-    What comes before a completion has the ids that it has by itself, as in generation.
+    The text before a completion gets the ids that it has on its own, as in generation.
     """
     pieces = _segments(example, tokenizer)
-    ids = _placed(pieces, _ids_of([pieces], tokenizer), tokenizer)
+    ids = _ids_in_place(pieces, _ids_of([pieces], tokenizer), tokenizer)
     return _join(example, pieces, ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids a prompt has in training and in generation: the tokenizer's start token, if it adds one, and its text.
+    """Returns a prompt's ids in training and generation: the start token, if the tokenizer adds one, and the text.
 
-    An empty prompt without a start token is the end token alone (GPT-2's convention), since a model needs
-    something to go on from.
+    An empty prompt without a start token becomes the end token alone (GPT-2's convention), since a model needs at
+    least one token to continue.
     """
     ids = _start_ids(tokenizer) + _token_ids({prompt}, tokenizer)[prompt]
     return ids or [_end_id(tokenizer)]
 
 
 def _all_segments(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[tuple[str, bool], ...]]:
-    """The segments of each example.
+    """Returns the segments of each example.
 
     Raises:
-        DataError: names all chats that the model's template cannot write.
+        DataError: lists all chats that the model's template cannot render.
     """
     segments, faults = [], []
     for example in examples:
@@ -207,7 +211,7 @@ def _all_segments(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tup
             segments.append(_segments(example, tokenizer))
         except DataError as error:
             faults.append(str(error))
-            if not tokenizer.chat_template:  # the rest of them cannot be written either
+            if not tokenizer.chat_template:  # no other chat can be rendered either
                 break
     if len(faults) > 1:
         raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", faults))
@@ -220,41 +224,41 @@ def _segments(example: Example, tokenizer: Tokenizer) -> tuple[tuple[str, bool],
     return render_chat(example, tokenizer) if example.messages else example.segments
 
 
-def _says_something(example: Example, pieces: Sequence[tuple[str, bool]]) -> bool:
-    if example.messages:  # whose trained text holds what the template writes around an answer, too
+def _has_completion(example: Example, pieces: Sequence[tuple[str, bool]]) -> bool:
+    if example.messages:  # a chat's trained text also holds what the template writes around an answer
         return any(content.strip() for role, content in example.messages if role == "assistant")
     return any(text.strip() for text, trained in pieces if trained)
 
 
 def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Token ids of all that `_placed` compares: each piece of each example, and the pieces of each together."""
+    """Returns the ids of the texts that `_ids_in_place` compares: the pieces of each example, and its whole text."""
     texts = set()
     for pieces in segments:
         texts |= {"".join(text for text, _ in pieces), *(text for text, _ in pieces)}
     return _token_ids(texts, tokenizer)
 
 
-def _placed(
+def _ids_in_place(
     pieces: Sequence[tuple[str, bool]], ids_of: Mapping[str, list[int]], tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Token ids of each piece in its place: those that it adds to the ids of all before it.
+    """Returns the ids of each piece in its place: those that it adds to the ids of the text before it.
 
-    Mostly these are the ids that it has alone.  But some tokenizers (Llama 2's kind) begin whatever they are given with
-    a blank, which a piece in its place does not have.  Where no token ends between two pieces, the second has the ids
-    that it has alone: what comes before must be what generation is given.
+    Usually these are the ids of the piece alone.  But some tokenizers (Llama 2's kind) put a blank before whatever they
+    are given, which a piece in the middle of a text does not have.  Where a token would span two pieces, the second one
+    gets the ids that it has alone, since the text before it must have the ids that generation gives it.
     """
     alone = [ids_of[text] for text, _ in pieces]
-    untils = list(accumulate(text for text, _ in pieces))
-    if [token for ids in alone for token in ids] == ids_of[untils[-1]]:
+    prefixes = list(accumulate(text for text, _ in pieces))
+    if [token for ids in alone for token in ids] == ids_of[prefixes[-1]]:
         return alone
-    together = _token_ids(set(untils), tokenizer)
-    placed: list[list[int]] = []
-    done: list[int] = []
-    for until, by_itself in zip(untils, alone, strict=True):
-        ids = together[until]
-        placed.append(ids[len(done) :] if ids[: len(done)] == done else by_itself)
-        done = done + placed[-1]
-    return placed
+    ids_of_prefixes = _token_ids(set(prefixes), tokenizer)
+    result: list[list[int]] = []
+    before: list[int] = []
+    for prefix, piece_ids in zip(prefixes, alone, strict=True):
+        ids = ids_of_prefixes[prefix]
+        result.append(ids[len(before) :] if ids[: len(before)] == before else piece_ids)
+        before = before + result[-1]
+    return result
 
 
 def _join(
@@ -267,7 +271,7 @@ def _join(
 ) -> TokenExample:
     ids: list[int] = []
     trained: list[bool] = []
-    if not example.messages:  # a chat's template writes its own start and end tokens; all else gets them here
+    if not example.messages:  # a chat template writes its own start and end tokens
         is_prompt_empty = not _is_plain(example) and not ids_of_pieces[0]
         ids += start or ([end] if is_prompt_empty else [])  # as in prompt_ids
         trained += [False] * len(ids)
@@ -283,14 +287,14 @@ def _join(
 
 
 def _token_ids(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Token ids of each text, without start or end tokens; one call, since tokenizers are fast in batches."""
+    """Returns the ids of each text without start or end tokens, by one call: tokenizers are fast on batches."""
     ordered = [text for text in texts if text]
     ids = tokenizer(ordered, add_special_tokens=False)["input_ids"] if ordered else []
     return {"": [], **{text: list(row) for text, row in zip(ordered, ids, strict=True)}}
 
 
 def _start_ids(tokenizer: Tokenizer) -> list[int]:
-    """The start token, if the tokenizer puts one before a text (Llama and Gemma do, GPT-2 does not)."""
+    """Returns the start token if the tokenizer puts one before a text (Llama's and Gemma's do, GPT-2's does not)."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
 
@@ -306,14 +310,14 @@ def _is_plain(example: Example) -> bool:
 
 
 def _windows(whole: TokenExample, seq_len: int) -> list[TokenExample]:
-    """Pieces of at most seq_len tokens; each begins with the last token of the one before, which is not trained."""
+    """Cuts into windows of at most seq_len tokens; each begins with the last token of the previous one, untrained."""
     starts = range(0, max(1, len(whole) - 1), seq_len - 1)
-    pieces = ((whole.ids[at : at + seq_len], whole.trained[at + 1 : at + seq_len]) for at in starts)
-    return [TokenExample(ids, (False, *trained)) for ids, trained in pieces]
+    windows = (slice(start, start + seq_len) for start in starts)
+    return [TokenExample(whole.ids[window], (False, *whole.trained[window][1:])) for window in windows]
 
 
 def _shares(sizes: Sequence[int], total: int) -> list[int]:
-    """Splits ``total`` in proportion to ``sizes``, by largest remainder, at least one each where it goes round."""
+    """Splits ``total`` in proportion to ``sizes`` by the largest-remainder method."""
     exact = [total * size / sum(sizes) for size in sizes]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks
+from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks, without_expressions
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
@@ -65,7 +65,7 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     named = {_name_here(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
         raise FormatError(f"{directory} names a tensor twice, in an older and a newer way; copy the adapter again")
-    adapter = Adapter(config, named, metadata)
+    adapter = without_expressions(Adapter(config, named, metadata))
     if BLOCKS in metadata:
         try:
             blocks = parse_json(metadata[BLOCKS])

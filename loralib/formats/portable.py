@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from ..adapter import Adapter, expand_blocks
 from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
 from ..config import LoraConfig, matches
-from ..delta import balanced_factors, delta_weight, dora_weight, olora_factors, pissa_factors, scaling_of
+from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
-from ..injection import plan
-from ..layers import LoRAEmbedding, LoRALinear
+from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
+from ..targets import match_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, write_peft
@@ -252,12 +252,12 @@ def base_matrix(model: nn.Module, module: str) -> Tensor:
     """Returns a module's base weight as the matrix (out, in) that low-rank updates are added to."""
     layer: Any = model.get_submodule(module)
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-    return turned(layer, weight.detach().flatten(1))
+    return turned(layer, dense(weight).detach().flatten(1))
 
 
 def turned(layer: nn.Module, matrix: Tensor) -> Tensor:
     """Turns a matrix from (out, in) to how a layer stores its weight, or back."""
-    stored_in_out = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    stored_in_out = isinstance(layer, nn.Embedding) or is_conv1d(layer)
     return matrix.T if stored_in_out else matrix
 
 
@@ -382,9 +382,9 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     faults = []
     shared = _shared_weights(model)
     title = TARGETS[target].title
-    for found in plan(model, config):
+    for found in match_modules(model, config):
         layer = found.module
-        if not issubclass(found.path, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
+        if not issubclass(found.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{found.name}: {type(layer).__name__} is not adapted by {title}")
         elif found.name in shared:
             faults.append(
@@ -437,12 +437,7 @@ def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
 
     'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
     """
-    chosen = [
-        name
-        for name in adapter.modules
-        # nn.MultiheadAttention's out_proj comes with the attention module.
-        if not (name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.modules)
-    ]
+    chosen = list(adapter.target_modules)
     if model is None:
         return chosen
     names = [name for name, _ in model.named_modules()]

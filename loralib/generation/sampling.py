@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,8 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, list_faults
-from ..settings import setting
+from ..settings import check, setting, settings_class
 
 __all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
 
@@ -19,6 +17,7 @@ __all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
 _FIRST_CUT: Final = 256
 
 
+@settings_class
 @dataclass(frozen=True)
 class Sampling:
     """The settings of one request: how long it gets and how each token is chosen.
@@ -30,51 +29,61 @@ class Sampling:
     after some tokens.
 
     Raises:
-        ConfigError: one or more settings cannot be used; all are reported together.
+        ConfigError: one or more settings are invalid; the message lists all of them.
 
     >>> Sampling(temperature=0.7, stop="END").stop
     ('END',)
     """
 
-    max_new_tokens: int = setting(128, "tokens to generate at most", "length")
-    min_new_tokens: int = setting(0, "tokens before which the text may not end", "length")
+    max_new_tokens: int = setting(128, "maximum number of tokens to generate", "length", at_least=1)
+    min_new_tokens: int = setting(0, "minimum number of tokens before the text may end", "length", at_least=0)
     stop: str | Sequence[str] = setting(
-        (), "text that ends the generation and is left out; may be given again", "length", several="one by one"
+        (),
+        "text that ends the generation and is left out; may be repeated",
+        "length",
+        several="repeat",
+        expected="strings that are not empty (an empty one would stop at once)",
     )
-    temperature: float = setting(0.0, "0 takes the likeliest token; 1 draws by the model's probabilities", "choice")
-    top_k: int = setting(0, "draw among so many likeliest tokens; 0: all", "choice")
-    top_p: float = setting(1.0, "draw among the likeliest tokens that together have this probability", "choice")
-    min_p: float = setting(0.0, "draw among tokens with this share of the likeliest one's probability", "choice")
-    repetition_penalty: float = setting(1.0, "above 1: makes tokens that were generated before less likely", "choice")
-    no_repeat_ngram_size: int = setting(0, "generate no sequence of so many tokens twice; 0: off", "choice")
-    seed: int = setting(0, "of what is drawn; prompt i gets seed + i", "choice")
-    num_beams: int = setting(1, "above 1: beam search, which keeps so many beginnings", "beam search")
-    length_penalty: float = setting(1.0, "scores are log-probability / length ** this; below 1: shorter", "beam search")
+    temperature: float = setting(
+        0.0, "0: the most likely token; 1: sample from the model's probabilities", "sampling", at_least=0
+    )
+    top_k: int = setting(0, "sample among this many most likely tokens; 0: all", "sampling", at_least=0)
+    top_p: float = setting(
+        1.0, "sample among the most likely tokens that together have this probability", "sampling", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "sample among tokens with this share of the top token's probability", "sampling", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: makes tokens that were already generated less likely", "sampling", above=0
+    )
+    no_repeat_ngram_size: int = setting(
+        0, "generate no sequence of this many tokens twice; 0: off", "sampling", at_least=0
+    )
+    seed: int = setting(0, "random seed; prompt i uses seed + i", "sampling")
+    num_beams: int = setting(1, "above 1: beam search with this many beams", "beam search", at_least=1)
+    length_penalty: float = setting(
+        1.0,
+        "scores are log-probability / length ** length_penalty; below 1: shorter",
+        "beam search",
+        at_least=-100,
+        at_most=100,
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        rules: dict[str, tuple[bool, str]] = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "a whole number of at least 1"),
-            "min_new_tokens": (self.min_new_tokens >= 0, "0 (off) or a number of tokens"),
-            "stop": (all(self.stop), "texts that are not empty: an empty one would stop at once"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number (1: as trained)"),
-            "top_k": (self.top_k >= 0, "0 (off) or how many tokens to draw from"),
-            "top_p": (0 < self.top_p <= 1, "a probability above 0 (1: off)"),
-            "min_p": (0 <= self.min_p <= 1, "a share from 0 (off) to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number (1: off)"),
-            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or a number of tokens"),
-            "num_beams": (self.num_beams >= 1, "1 (off) or a number of beams"),
-            "length_penalty": (abs(self.length_penalty) <= 100, "a number such as 0.8 or 1"),
-        }
-        faults = [f"{name} is {getattr(self, name)!r}, expected {want}" for name, (ok, want) in rules.items() if not ok]
+        if isinstance(self.stop, (str, list)):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        check(self, "text generation", self._faults)
+
+    def _faults(self) -> list[str]:
+        faults = []
         if self.min_new_tokens > self.max_new_tokens:
             faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
         if self.num_beams > 1:
-            drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
-            clashes = [name for name, off in drawn.items() if getattr(self, name) != off]
-            faults += [f"{name} has no meaning in beam search (num_beams is {self.num_beams})" for name in clashes]
-        if faults:
-            raise ConfigError(list_faults("generation cannot work with these settings", faults))
+            off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
+            clashes = [name for name, value in off.items() if getattr(self, name) != value]
+            faults += [f"{name} has no effect in beam search (num_beams is {self.num_beams})" for name in clashes]
+        return faults
 
     @property
     def plain(self) -> bool:

@@ -1,6 +1,6 @@
-"""The LoRA paper's file formats: formatted and encoded JSONL out, predicted ids and references back in.
+"""The LoRA paper's file formats: writes formatted and encoded JSONL, reads predicted ids and references.
 
-Hu et al. 2021 trained GPT-2 on E2E, DART and WebNLG through these files; the functions give the same bytes.
+Hu et al. 2021 trained GPT-2 on E2E, DART and WebNLG with such files; these functions write the same bytes.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class EncodedRow(TypedDict):
 
 
 class Prediction(NamedTuple):
-    """What a model wrote for one row of the input file."""
+    """The token ids that a model wrote for one row of the input file."""
 
     id: int
     predict: list[int]
 
 
 def format_rows(rows: Iterable[Row]) -> str:
-    r"""Writes rows as JSONL: ``context``, ``completion``, and for WebNLG ``cate`` (is its category a seen one).
+    r"""Writes rows as JSONL: ``context``, ``completion``, and for WebNLG ``cate`` (whether its category is seen).
 
     >>> format_rows([Row("name : Café", "It is a café.")])
     '{"context": "name : Caf\\u00e9", "completion": "It is a caf\\u00e9."}\n'
@@ -67,48 +67,48 @@ def format_rows(rows: Iterable[Row]) -> str:
 
 
 def read_formatted(path: str | Path) -> list[Row]:
-    """Reads what `format_rows` wrote.
+    """Reads a file that `format_rows` wrote.
 
     Raises:
-        DataError: the file cannot be read, or lines are not of that form; all such lines at once.
+        DataError: the file cannot be read, or lines have another form; all such lines are listed.
     """
 
-    def row(record: Any) -> Row:
-        found = Row(record["context"], record["completion"], record.get("cate"))
-        if not (is_text(found.context) and is_text(found.completion)):
+    def parse(record: Any) -> Row:
+        row = Row(record["context"], record["completion"], record.get("cate"))
+        if not (is_text(row.context) and is_text(row.completion)):
             raise TypeError
-        return found
+        return row
 
     form = '{"context": text, "completion": text}'
-    return _read_records(path, row, form, "Make the file with `loralib data convert`.")
+    return _read_records(path, parse, form, "Make the file with `loralib data convert`.")
 
 
 def load_bpe(directory: str | Path) -> Tokenizer:
-    """GPT-2's byte-pair encoding from its two files, without special tokens: text is only ever text.
+    """Loads GPT-2's byte-pair encoding from its two files, without special tokens: all text is encoded as text.
 
     Args:
-        directory: holds vocab.json and merges.txt (or encoder.json and vocab.bpe, as Microsoft names them).
+        directory: has vocab.json and merges.txt (or encoder.json and vocab.bpe, as Microsoft names them).
 
     Raises:
-        DataError: the files are not there, or are not a byte-level vocabulary with an end token.
+        DataError: the files are missing, or are not a byte-level vocabulary with an end token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     directory = Path(directory)
     pairs = [(directory / v, directory / m) for v, m in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))]
-    found = next(((vocab, merges) for vocab, merges in pairs if vocab.is_file() and merges.is_file()), None)
-    if found is None:
+    pair = next(((vocab, merges) for vocab, merges in pairs if vocab.is_file() and merges.is_file()), None)
+    if pair is None:
         raise DataError(
             f"{directory} has neither vocab.json and merges.txt nor encoder.json and vocab.bpe. "
-            "Give the directory of GPT-2's vocabulary, for instance a copy of the hub's gpt2."
+            "Give the directory of GPT-2's vocabulary, for instance a copy of gpt2 from the hub."
         )
     try:
-        tokenizer = Tokenizer(models.BPE.from_file(*map(str, found)))
+        tokenizer = Tokenizer(models.BPE.from_file(*map(str, pair)))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{found[0]} and {found[1]} are not a BPE vocabulary: {error}. Fetch them again.") from None
+        raise DataError(f"{pair[0]} and {pair[1]} are not a BPE vocabulary: {error}. Download them again.") from None
     if tokenizer.token_to_id(_END) is None:
-        raise DataError(f"{found[0]} has no token {_END!r}, so it is not GPT-2's vocabulary. Choose another directory.")
-    # The class stubs of tokenizers declare these attributes read-only.
+        raise DataError(f"{pair[0]} has no token {_END!r}, so it is not GPT-2's vocabulary. Choose another directory.")
+    # The stubs of tokenizers declare these attributes read-only.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -120,15 +120,15 @@ def encode_rows(
     """Encodes rows as the paper did.
 
     Args:
-        rows: what to encode.
+        rows: the rows to encode.
         bpe: from `load_bpe`.
-        add_bos: end the CONTEXT with the end-of-text token (the model starts writing after it).
+        add_bos: end the context with the end-of-text token, after which the model starts to write.
         add_eos: end the completion with the end-of-text token.
 
     Returns:
-        One row of ids each; a completion begins with one blank.
+        The ids of each row; a completion begins with one blank.
     """
-    end = bpe.token_to_id(_END) or 0  # load_bpe made sure that it is there
+    end = bpe.token_to_id(_END) or 0  # load_bpe made sure that it exists
     contexts = bpe.encode_batch([row.context for row in rows])
     completions = bpe.encode_batch([f" {row.completion}" for row in rows])
     return [
@@ -144,25 +144,25 @@ def format_encoded(rows: Iterable[EncodedRow]) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Predictions and the references of each, one entry a distinct context; the properties are files' contents."""
+    """Predictions and their references, one entry per distinct context; the properties are the contents of files."""
 
     predictions: list[str]
     references: list[list[str]]
 
     @property
     def prediction_file(self) -> str:
-        """One prediction a line (a prediction that holds a line end takes two, as in the paper's files)."""
+        """One prediction per line (one with a line break takes two lines, as in the paper's files)."""
         return "".join(f"{text}\n" for text in self.predictions)
 
     @property
     def reference_file(self) -> str:
-        """E2E's layout: references one a line, a blank line after those of each context."""
+        """E2E's layout: one reference per line, and a blank line after the references of each context."""
         return "".join("".join(f"{text}\n" for text in texts) + "\n" for texts in self.references)
 
     def reference_columns(self, count: int) -> list[str]:
-        """The layout of DART and WebNLG: ``count`` files (reference0, ...) of one line a context.
+        """The layout of DART and WebNLG: ``count`` files (reference0, ...) with one line per context.
 
-        A context with fewer references repeats its first.
+        A context with fewer references repeats its first one.
 
         >>> Decoded(["-", "-"], [["a", "b"], ["c"]]).reference_columns(2)
         ['a\\nc\\n', 'b\\nc\\n']
@@ -177,16 +177,16 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """Reads the ids that a beam search wrote: JSONL with ``id`` and ``predict``.
 
     Raises:
-        DataError: the file cannot be read, or lines are not of that form; all such lines at once.
+        DataError: the file cannot be read, or lines have another form; all such lines are listed.
     """
 
-    def prediction(record: Any) -> Prediction:
+    def parse(record: Any) -> Prediction:
         ids = record["predict"]
         if type(record["id"]) is not int or not all(type(token) is int and token >= 0 for token in ids):
             raise TypeError
         return Prediction(record["id"], list(ids))
 
-    return _read_records(path, prediction, '{"id": number, "predict": [numbers]}', "Make it with a beam search.")
+    return _read_records(path, parse, '{"id": number, "predict": [numbers]}', "Make it with a beam search.")
 
 
 def decode_predictions(
@@ -198,20 +198,20 @@ def decode_predictions(
     lower: bool = False,
     filter: str = "all",
 ) -> Decoded:
-    """Turns predicted ids into text beside the references of the same context.
+    """Turns predicted ids into text, together with the references of each context.
 
-    Text ends at the end-of-text token or at a blank line; contexts come in order of first appearance.
+    A text ends at the end-of-text token or a blank line; contexts come in order of first appearance.
 
     Args:
-        rows: the formatted input that was predicted.
-        predictions: in any order; ``id`` is a row's index, and the last prediction for a context counts.
+        rows: the formatted input that was decoded.
+        predictions: predictions in any order; ``id`` is a row's index, and the last prediction for a context counts.
         bpe: from `load_bpe`.
-        tokenize: split at every character that is no letter, digit or underscore.
-        lower: lower-case.
+        tokenize: split at every character other than letters, digits and underscores.
+        lower: convert to lower case.
         filter: "all", or only the rows of WebNLG's "seen" or "unseen" categories.
 
     Raises:
-        DataError: ids beyond the rows, contexts without a prediction, or a filter on rows without ``cate``.
+        DataError: an id is not in the input, a context has no prediction, or a filter meets rows without ``cate``.
     """
     if filter != "all" and any(row.seen is None for row in rows):
         raise DataError(f"filter {filter!r} needs rows with 'cate', which only WebNLG's have. Use filter 'all'.")
@@ -219,20 +219,20 @@ def decode_predictions(
     for row in rows:
         if filter == "all" or row.seen == (filter == "seen"):
             references.setdefault(row.context, []).append(row.completion)
-    written: dict[str, list[int]] = {}
-    beyond = []
+    ids: dict[str, list[int]] = {}
+    faults = []
     for prediction in predictions:
-        strange = [token for token in prediction.predict if token >= bpe.get_vocab_size()]
+        unknown = [token for token in prediction.predict if token >= bpe.get_vocab_size()]
         if not 0 <= prediction.id < len(rows):
-            beyond.append(f"id {prediction.id}: the input has rows 0 to {len(rows) - 1}")
-        elif strange:
-            beyond.append(f"id {prediction.id}: token {strange[0]} of a vocabulary of {bpe.get_vocab_size()}")
+            faults.append(f"id {prediction.id}: the input has rows 0 to {len(rows) - 1}")
+        elif unknown:
+            faults.append(f"id {prediction.id}: token {unknown[0]} of a vocabulary of {bpe.get_vocab_size()}")
         else:
-            written[rows[prediction.id].context] = prediction.predict
-    if beyond:
-        fix = "Give the input file and the vocabulary that were decoded with."
-        raise DataError(list_faults("predictions do not belong to this input", beyond, fix))
-    missing = [shown(context) for context in references if context not in written]
+            ids[rows[prediction.id].context] = prediction.predict
+    if faults:
+        fix = "Give the input file and the vocabulary that were used for decoding."
+        raise DataError(list_faults("predictions do not belong to this input", faults, fix))
+    missing = [shown(context) for context in references if context not in ids]
     if missing:
         raise DataError(list_faults("no prediction for these contexts", missing, "Decode the whole input file."))
 
@@ -241,7 +241,7 @@ def decode_predictions(
         text = text.lower() if lower else text
         return " ".join(" ".join(re.split(r"(\W)", text)).split()) if tokenize else text
 
-    texts = bpe.decode_batch([written[context] for context in references], skip_special_tokens=False)
+    texts = bpe.decode_batch([ids[context] for context in references], skip_special_tokens=False)
     return Decoded([clean(text) for text in texts], [[clean(text) for text in group] for group in references.values()])
 
 
@@ -253,5 +253,6 @@ def _read_records(path: str | Path, parse: Callable[[Any], Record], form: str, f
         except (KeyError, RecursionError, TypeError, ValueError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        raise DataError(list_faults(f"expected {form} a line, but {are_not(len(faults))} of that form", faults, fix))
+        heading = f"expected {form} on each line, but {are_not(len(faults))} of that form"
+        raise DataError(list_faults(heading, faults, fix))
     return records

@@ -1,4 +1,4 @@
-"""Score a file of texts against references, in the layouts of E2E, DART and WebNLG."""
+"""Scores a file of texts against references in the layouts of E2E, DART and WebNLG."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..data.lines import are_not, read_lines, read_text, shown
-from ..data.readers import guess_format
+from ..data.readers import SEPARATOR, guess_format
 from ..errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
 from .convert import read_formatted
 from .metrics import SCORES, Score, slot_error_rate
 from .metrics.slots import parse_meaning
-from .published import SEPARATOR, Row, read_rows
+from .published import Row, read_rows
 
 __all__ = ["LAYOUTS", "SUBSETS", "Evaluation", "Texts", "evaluate", "metric_names", "read_texts"]
 
@@ -27,13 +27,13 @@ _SLOT_ERRORS: Final = "SER"
 
 @dataclass(frozen=True)
 class Texts:
-    """What is scored.
+    """Hypotheses and what they are scored against.
 
     Attributes:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
-        meanings: the meaning representation of each, where they are known.
-        seen: whether the WebNLG category of each was in the training set, where that is known.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
+        meanings: the meaning representation of each, if known.
+        seen: whether the WebNLG category of each was in the training set, if known.
     """
 
     references: tuple[tuple[str, ...], ...]
@@ -42,11 +42,11 @@ class Texts:
     seen: tuple[bool, ...] = ()
 
     def subset(self, name: str) -> Texts:
-        """The part with seen or unseen categories.
+        """Returns the part with seen or unseen categories.
 
         Raises:
-            ConfigError: there is no such subset.
-            DataError: categories are not known, or nothing is left.
+            ConfigError: unknown subset.
+            DataError: the categories are unknown, or the subset is empty.
         """
         if name not in SUBSETS:
             known = ", ".join(SUBSETS)
@@ -55,7 +55,7 @@ class Texts:
             return self
         if not self.seen:
             raise DataError(
-                f"which inputs are {name} is not known. Give WebNLG's data file as REF, or by --source in addition."
+                f"cannot tell which inputs are {name}. Give WebNLG's data file as REF, or in addition as --source."
             )
         chosen = [index for index, seen in enumerate(self.seen) if seen == (name == "seen")]
         if not chosen:
@@ -74,10 +74,10 @@ class Evaluation:
 
     Attributes:
         scores: by name, in the order of `SCORES`, the slot error rate last.
-        hypotheses: how many texts were scored.
-        empty: which of them have no words, counted from 1; they are scored as such.
-        skipped: names of scores that could not be made, with the reason.
-        subsets: WebNLG's seen and unseen categories on their own, where both are there.
+        hypotheses: number of texts scored.
+        empty: numbers of the texts without words, from 1; they are scored as empty texts.
+        skipped: scores that could not be computed, with the reason.
+        subsets: separate scores for WebNLG's seen and unseen categories, if both occur.
     """
 
     scores: dict[str, Score]
@@ -87,7 +87,7 @@ class Evaluation:
     subsets: dict[str, Evaluation] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """One object: each score under its name (None where skipped), and how they were made."""
+        """Returns one JSON object: each score under its name (None if skipped), and the signatures."""
         value: dict[str, Any] = {name: score.value for name, score in self.scores.items()}
         value |= dict.fromkeys(self.skipped)
         value["hypotheses"] = self.hypotheses
@@ -101,18 +101,18 @@ class Evaluation:
 
 
 def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
-    """Scores texts, as a whole and, where WebNLG's categories are known, for seen and unseen ones.
+    """Scores texts as a whole and, if WebNLG's categories are known, also its seen and unseen ones separately.
 
     Args:
-        texts: what `read_texts` gives.
-        metrics: names of scores; default: all that can be made here.
+        texts: the texts, from `read_texts`.
+        metrics: names of scores; default: all that can be computed with what is installed.
 
     Raises:
         DataError: there is nothing to score.
-        MissingDependencyError: a score that was asked for by name needs what is not installed.
+        MissingDependencyError: a score requested by name needs something that is not installed.
 
-    >>> made = evaluate(Texts((("a pub by the river",),), ("a pub by the river",)), ["BLEU", "ROUGE_L"])
-    >>> [str(score) for score in made.scores.values()][0]
+    >>> evaluation = evaluate(Texts((("a pub by the river",),), ("a pub by the river",)), ["BLEU", "ROUGE_L"])
+    >>> str(evaluation.scores["BLEU"])
     'BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:none|like:e2e-metrics|version:1 = 1.0000'
     """
     scores: dict[str, Score] = {}
@@ -132,7 +132,7 @@ def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
         elif metrics:
             raise DataError(
                 "slot errors need meaning representations (`name : X | food : Y | ...`). "
-                "Give E2E's data file as REF, or by --source in addition."
+                "Give E2E's data file as REF, or in addition as --source."
             )
     empty = tuple(number for number, text in enumerate(texts.hypotheses, 1) if not text.strip())
     subsets = {}
@@ -143,20 +143,23 @@ def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
 
 
 def metric_names(words: Iterable[str]) -> list[str]:
-    """Returns names of scores as they are spelt, however they were.
+    """Returns the names of scores in their usual spelling.
+
+    Args:
+        words: names in any case, with hyphens or underscores.
 
     Raises:
-        ConfigError: there is no such score.
+        ConfigError: unknown scores; all of them are listed.
 
     >>> metric_names(["bleu", "rouge-l"])
     ['BLEU', 'ROUGE_L']
     """
     known = {name.lower(): name for name in (*SCORES, _SLOT_ERRORS)}
-    asked = [word.lower().replace("-", "_") for word in words]
-    faults = [f"{word!r}.{did_you_mean(word, known)}" for word in asked if word not in known]
+    keys = [word.lower().replace("-", "_") for word in words]
+    faults = [f"{key!r}.{did_you_mean(key, known)}" for key in keys if key not in known]
     if faults:
         raise ConfigError(list_faults("there is no such metric", faults, f"Known: {', '.join(known.values())}."))
-    return list(dict.fromkeys(known[word] for word in asked))
+    return list(dict.fromkeys(known[key] for key in keys))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -169,22 +172,22 @@ def read_texts(
 
     Args:
         reference: in one of three layouts.
-            "groups" (E2E): references one a line, a blank line between those of different inputs; a file without
-            blank lines has one reference for each input.
-            "directory" (DART, WebNLG): a directory of files reference0, reference1, ..., line by line in step; a blank
-            line where an input has fewer references.  A path up to the number works too ("refs/reference").
+            "groups" (E2E): one reference per line, and a blank line between the references of different inputs; a file
+            without blank lines has one reference for each input.
+            "directory" (DART, WebNLG): a directory of files reference0, reference1, ... with one line per input, which
+            is blank where an input has fewer references.  A path up to the number works too ("refs/reference").
             "data": a data file as published (E2E's ``meaning representation||text`` or CSV, DART's JSON, WebNLG's JSON
-            or XML) or converted (JSONL with context and completion); texts of the same input belong together, in the
-            order in which inputs first appear.
-        hypothesis: texts, one a line, in the order of the inputs; an empty line is an empty text.  Or JSON lines with
-            ``text``, as ``loralib generate`` writes them (those of a reproduction are put in order by their ``id``).
-        layout: one of `LAYOUTS`; "auto" tells by what is there.
-        source: a data file that tells the inputs, for slot errors and WebNLG's seen categories, where ``reference``
-            is no data file itself.
+            or XML) or converted (JSONL with context and completion); texts of the same input are its references, in
+            the order in which inputs first appear.
+        hypothesis: one text per line, in the order of the inputs; an empty line is an empty text.  Or JSON lines with
+            ``text``, as ``loralib generate`` writes them; if all have a number as ``id``, they are sorted by it.
+        layout: one of `LAYOUTS`; "auto" chooses by the files.
+        source: the data file with the inputs, for slot errors and WebNLG's seen categories, if ``reference`` is not a
+            data file itself.
 
     Raises:
-        DataError: a file cannot be read or has another form, or numbers do not match.
-        ConfigError: there is no such layout.
+        DataError: a file cannot be read or has another form, or the numbers of texts do not match.
+        ConfigError: unknown layout.
     """
     reference = Path(reference)
     if layout not in LAYOUTS:
@@ -193,7 +196,7 @@ def read_texts(
         layout = _guess_layout(reference)
     groups = _read_data(reference) if layout == "data" else None
     if layout == "groups":
-        # The E2E scorer's idea of a line: it also ends at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
+        # Lines as the E2E scorer splits them: also at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
         hypotheses = _read_hypotheses(Path(hypothesis), str.splitlines)
         references = _read_groups(reference)
         if len(references) == 1 < len(hypotheses):
@@ -208,7 +211,7 @@ def read_texts(
         if len(groups) != len(hypotheses):
             raise DataError(
                 f"{source} has {len(groups)} inputs, but {hypothesis} has {len(hypotheses)} texts. "
-                "Give the data file that the texts were made for."
+                "Give the data file that the texts were written for."
             )
     rows = [group.first for group in groups or ()]
     return Texts(
@@ -222,9 +225,9 @@ def read_texts(
 
 
 def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None) -> list[str]:
-    """The texts of a file, each on one line; `split` has another idea of a line than `read_lines`."""
+    """Reads the texts of a file, one per line; `split` replaces the way `read_lines` splits lines."""
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        expected = "texts, one a line"
+        expected = "one text per line"
         lines = read_lines(path, expected) if split is None else split(read_text(path, expected))
         return [line.strip() for line in lines]
     records, faults = [], []
@@ -237,16 +240,16 @@ def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        heading = f"expected a JSON object a line with 'text', but {are_not(len(faults))} of that form"
+        heading = f"expected one JSON object per line with 'text', but {are_not(len(faults))} of that form"
         raise DataError(list_faults(heading, faults, "Give what loralib generate wrote, or a file of texts."))
-    if all(isinstance(place, int) for place, _ in records):
+    if all(isinstance(id, int) for id, _ in records):
         records.sort(key=lambda record: record[0])
     return [text for _, text in records]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """An input's first row, and the texts of all of its rows."""
+    """The first row of an input, and the texts of all its rows."""
 
     first: Row
     texts: list[str]
@@ -283,17 +286,15 @@ def _read_groups(path: Path) -> list[list[str]]:
 def _read_directory(path: Path) -> list[list[str]]:
     files = _reference_files(path)
     if not files:
-        there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
+        names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
         raise DataError(
-            f"{path} holds no files reference0, reference1, ... (it has: {', '.join(there) or 'nothing'}). "
+            f"{path} holds no files reference0, reference1, ... (it has: {', '.join(names) or 'nothing'}). "
             "Give the directory with these files, or choose another --layout."
         )
-    columns = {file: read_lines(file, "references, one a line") for file in files}
+    columns = {file: read_lines(file, "one reference per line") for file in files}
     if len({len(lines) for lines in columns.values()}) > 1:
         faults = [f"{file}: {len(lines)} lines" for file, lines in columns.items()]
-        raise DataError(
-            list_faults("reference files are not equally long", faults, "Every input needs a line in each.")
-        )
+        raise DataError(list_faults("reference files differ in length", faults, "Each needs one line for every input."))
     groups = [[text.strip() for text in texts if text.strip()] for texts in zip(*columns.values(), strict=True)]
     faults = [f"line {number}: blank in every file" for number, texts in enumerate(groups, 1) if not texts]
     if faults:
@@ -302,19 +303,19 @@ def _read_directory(path: Path) -> list[list[str]]:
 
 
 def _reference_files(path: Path) -> list[Path]:
-    """The files of a directory whose names end in "reference" and a number, or those that complete a path; in order."""
+    """Returns a directory's files named "...reference" and a number, or those that complete a path, by number."""
     directory, start = (path, ".*references?") if path.is_dir() else (path.parent, re.escape(path.name))
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         if match := re.fullmatch(rf"{start}(\d+)(?:\.\w+)?", entry.name):
             number = int(match[1])
-            if number in found:
+            if number in files:
                 raise DataError(
-                    f"{directory} has two files number {number}: {found[number].name} and {entry.name}. "
+                    f"{directory} has two files number {number}: {files[number].name} and {entry.name}. "
                     f"Give the part before the number too, for instance {directory / entry.name[: match.start(1)]}."
                 )
-            found[number] = entry
-    return [found[number] for number in sorted(found)]
+            files[number] = entry
+    return [files[number] for number in sorted(files)]
 
 
 def _read_data(path: Path) -> list[_Group]:
@@ -334,5 +335,5 @@ def _why_not_as_many(
     if len(hypotheses) == sum(map(len, references)):
         return f"{message} That is one for each reference: write one text for each input."
     if len(hypotheses) - blank <= len(references) < len(hypotheses):
-        return f"{message} Blank lines at its end: {blank}, and each counts as a text: remove what is too much."
-    return f"{message} Write one text a line for each input, in the same order."
+        return f"{message} Blank lines at the end: {blank}, and each counts as a text: remove the extra ones."
+    return f"{message} Write one text per line for each input, in the same order."

@@ -1,4 +1,4 @@
-"""Fetches the E2E NLG Challenge's data (Novikova et al. 2017) from where its authors publish it."""
+"""Downloads the E2E NLG Challenge's data (Novikova et al. 2017) from its authors' repository."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import urllib.request
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ..data.readers import SEPARATOR
 from ..errors import DataError, OutputError, list_faults
 from ..files import write_text
-from .published import SEPARATOR, read_e2e_csv
+from .published import read_e2e_csv
 
 __all__ = ["SOURCE", "fetch_e2e"]
 
@@ -23,7 +24,7 @@ class _File(NamedTuple):
     rows: int
 
 
-# Sizes, hashes and numbers of rows are those that the hub's `datasets` library (Apache-2.0) recorded for these files.
+# Sizes, hashes and row counts are those that the hub's `datasets` library (Apache-2.0) records for these files.
 _FILES: Final = {
     "train.txt": _File(
         "trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6", 9_340_189, 42_061
@@ -43,38 +44,38 @@ Source: https://github.com/tuetschek/e2e-dataset (trainset.csv, devset.csv, test
 Authors: Jekaterina Novikova, Ondrej Dusek and Verena Rieser
 Licence: Creative Commons Attribution-ShareAlike 4.0, https://creativecommons.org/licenses/by-sa/4.0/
 Paper: The E2E Dataset: New Challenges for End-to-End Generation, SIGDIAL 2017, https://arxiv.org/abs/1706.09254
-Changed: one line a text, attributes written `name : X | Type : pub | ...`; no text was left out.
+Changed: one line per text, attributes written `name : X | Type : pub | ...`; no text was omitted.
 """
 
 
 def fetch_e2e(directory: str | Path, *, source: str = SOURCE, overwrite: bool = False) -> list[Path]:
-    """Fetches, checks and converts the full E2E data; nothing is written before everything is checked.
+    """Downloads, checks and converts the full E2E data; nothing is written until everything has been checked.
 
     Args:
-        directory: gets train.txt, valid.txt, test.txt and SOURCE.txt (authors and licence).
-        source: where trainset.csv, devset.csv and testset_w_refs.csv are: a web address or a directory.
-        overwrite: replace files of these names.
+        directory: where to write train.txt, valid.txt, test.txt and SOURCE.txt (authors and licence).
+        source: the web address or directory that has trainset.csv, devset.csv and testset_w_refs.csv.
+        overwrite: replace existing files of these names.
 
     Returns:
-        The written data files.
+        The paths of the data files.
 
     Raises:
-        DataError: a file cannot be fetched, or has another SHA-256 than the published one.
+        DataError: a file cannot be downloaded, or its SHA-256 is not the published one.
         OutputError: the directory already has such files, or cannot be written.
     """
     directory = Path(directory)
-    there = [str(directory / name) for name in _FILES if (directory / name).exists()]
-    if there and not overwrite:
+    existing = [str(directory / name) for name in _FILES if (directory / name).exists()]
+    if existing and not overwrite:
         fix = "Choose another directory, or pass --overwrite to replace them."
-        raise OutputError(list_faults("these files are there already", there, fix))
+        raise OutputError(list_faults("these files already exist", existing, fix))
     texts = {}
     for name, file in _FILES.items():
         raw = _fetch(source, file)
         digest = hashlib.sha256(raw).hexdigest()
         if digest != file.sha256:
             raise DataError(
-                f"{source}/{file.name} has SHA-256 {digest}, expected {file.sha256}: it was changed or cut on its way "
-                f"({len(raw):,} bytes, expected {file.size:,}). Fetch it again, or from another source."
+                f"{source}/{file.name} has SHA-256 {digest}, expected {file.sha256}: it was changed or truncated "
+                f"({len(raw):,} bytes, expected {file.size:,}). Download it again, or from another source."
             )
         rows = read_e2e_csv(raw.decode("utf-8-sig"), file.name)
         if len(rows) != file.rows:
@@ -88,8 +89,8 @@ def fetch_e2e(directory: str | Path, *, source: str = SOURCE, overwrite: bool = 
 
 def _fetch(source: str, file: _File) -> bytes:
     by_hand = (
-        f"Check the network and its proxy (HTTPS_PROXY), or copy {', '.join(f.name for f in _FILES.values())} "
-        "here by other means and pass their directory as --source."
+        f"Check the network and its proxy (HTTPS_PROXY), or get {', '.join(f.name for f in _FILES.values())} "
+        "in another way and pass their directory as --source."
     )
     if not source.startswith(("https://", "http://")):
         try:
@@ -98,7 +99,7 @@ def _fetch(source: str, file: _File) -> bytes:
             raise DataError(f"cannot read {Path(source) / file.name}: {error.strerror}. {by_hand}") from None
     try:
         with urllib.request.urlopen(f"{source}/{file.name}", timeout=30) as answer:
-            return bytes(answer.read(file.size + 1))  # one byte more is enough to know that it is another file
+            return bytes(answer.read(file.size + 1))  # one extra byte shows that it is another file
     except (OSError, ValueError) as error:  # URLError, timeouts and broken connections are OSErrors
         reason = getattr(error, "reason", None) or error
-        raise DataError(f"cannot fetch {source}/{file.name}: {reason}. {by_hand}") from None
+        raise DataError(f"cannot download {source}/{file.name}: {reason}. {by_hand}") from None

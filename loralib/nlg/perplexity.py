@@ -1,4 +1,4 @@
-"""Perplexity: how well a model, adapted or not, foretells texts that people wrote."""
+"""Perplexity: how well a model predicts human-written text."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model loses on texts.
+    """A model's loss on texts.
 
     Attributes:
-        loss: average over the tokens, in nats.
-        tokens: how many, end tokens included.
-        words: how many, as blanks separate them.
-        texts: how many.
-        dropped: texts that are longer than the model's context, or empty.
-        signature: how it was made.
+        loss: average loss per token, in nats.
+        tokens: number of tokens, end tokens included.
+        words: number of words, separated by white space.
+        texts: number of texts.
+        dropped: number of texts that are empty or longer than the model's context.
+        signature: how the numbers were computed.
     """
 
     loss: float
@@ -43,12 +43,12 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """``exp`` of the loss a token: comparable between models with the same tokenizer."""
+        """``exp`` of the loss per token, for comparing models with the same tokenizer."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def per_word(self) -> float:
-        """``exp`` of the loss a word: comparable between models with other tokenizers too."""
+        """``exp`` of the loss per word, for comparing models with different tokenizers."""
         return math.exp(min(self.loss * self.tokens / self.words, 700.0)) if self.words else math.inf
 
     @property
@@ -62,21 +62,21 @@ class Perplexity:
 
 
 def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Perplexity:
-    """Measures the loss of completions, each after its prompt, with the end token that follows it.
+    """Measures the loss on completions, each given its prompt, including the end token.
 
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        examples: what to measure on; each text counts, also several of one prompt.
+        examples: the texts; every one counts, even if several have the same prompt.
 
     Raises:
-        ConfigError: the loss is no number in the dtype that the model is in.
-        DataError: no text is left.
+        ConfigError: the loss is not finite in the model's dtype.
+        DataError: no text fits the model's context.
     """
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
     loss = evaluate_loss(make_step(model), model, encoded.examples)
     if not math.isfinite(loss):
-        raise ConfigError(f"the loss on these texts is {loss}: the model's numbers overflow. Load it with dtype fp32.")
+        raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
     words = sum(

@@ -1,12 +1,13 @@
-"""E2E, DART and WebNLG as their authors publish them, read as rows of a linearised input and one text.
+"""Reads E2E, DART and WebNLG as their authors publish them: rows of a linearised input and one text.
 
-The linearisation is the one of the LoRA paper's experiments (Hu et al. 2021, section 5.4): triples as
+The linearisation is that of the LoRA paper's experiments (Hu et al. 2021, section 5.4): triples become
 ``subject : relation : object``, joined by `` | ``; E2E's meaning representations stay as they are.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
@@ -16,18 +17,17 @@ from typing import Any, Final, NamedTuple
 from xml.etree import ElementTree
 
 from ..data.lines import are_not, is_text, read_lines, read_text, shown
+from ..data.readers import SEPARATOR, Example, meaning_prompt, register_reader
 from ..errors import DataError, list_faults
 
-__all__ = ["SEEN_CATEGORIES", "SEPARATOR", "Row", "read_e2e_csv", "read_rows"]
+__all__ = ["SEEN_CATEGORIES", "Row", "read_e2e_csv", "read_rows"]
 
-SEPARATOR: Final = "||"
-
-# WebNLG 2017's training categories; its test set has five more, called unseen.
+# The categories in WebNLG 2017's training set; its test set has five more, which are called unseen.
 SEEN_CATEGORIES: Final = frozenset(
     "Airport Astronaut Building City ComicsCharacter Food Monument SportsTeam University WrittenWork".split()
 )
 
-# The E2E challenge's CSV names some attributes otherwise than the `||` form does.
+# Attributes that have another name in the E2E challenge's CSV than in the `||` form.
 _CSV_NAMES: Final = {
     "eatType": "Type",
     "priceRange": "price",
@@ -37,7 +37,13 @@ _CSV_NAMES: Final = {
 
 
 class Row(NamedTuple):
-    """One linearised input and one text for it; ``seen`` says whether a WebNLG category was in its training set."""
+    """One linearised input and one text for it.
+
+    Attributes:
+        context: the input.
+        completion: the text.
+        seen: whether the row's WebNLG category is in the training set; None for other data sets.
+    """
 
     context: str
     completion: str
@@ -45,18 +51,18 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path, format: str) -> list[Row]:
-    """Reads a published file, blanks around texts kept as they are.
+    """Reads a published file, keeping the white space around texts.
 
     Args:
-        path: E2E: lines ``meaning representation||text`` (of further fields nothing is kept) or the challenge's
-            CSV with columns mr and ref; DART: its JSON; WebNLG: its JSON or XML.
+        path: E2E: lines ``meaning representation||text`` (further fields are ignored) or the challenge's CSV with
+            columns mr and ref; DART: JSON; WebNLG: JSON or XML.
         format: "e2e", "dart" or "webnlg".
 
     Returns:
-        One row a text, in file order; WebNLG's texts only where their comment is "good".
+        One row per text, in file order; of WebNLG's texts those whose comment is "good".
 
     Raises:
-        DataError: the file cannot be read or does not have that form; all places at once.
+        DataError: the file cannot be read or has another form; all such places are listed.
     """
     readers: dict[str, Callable[[Path], list[Row]]] = {"e2e": _read_e2e, "dart": _read_dart, "webnlg": _read_webnlg}
     return readers[format](Path(path))
@@ -74,7 +80,7 @@ def _read_e2e(path: Path) -> list[Row]:
             faults.append(f"{path}:{number}: no `||` in {shown(line)}")
     if faults:
         heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Mend or remove the lines."))
+        raise DataError(list_faults(heading, faults, "Fix or remove the lines."))
     return rows
 
 
@@ -97,7 +103,7 @@ def read_e2e_csv(text: str, path: str) -> list[Row]:
             faults.append(f"{path}:{table.line_num}: {shown(record['mr'] or '')}")
     if faults:
         heading = f"expected mr as `name[value], ...` and ref as text, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Mend or remove the lines."))
+        raise DataError(list_faults(heading, faults, "Fix or remove the lines."))
     return rows
 
 
@@ -137,12 +143,12 @@ def _read_webnlg(path: Path) -> list[Row]:
 
 
 def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
-    if "<!ENTITY" in text:  # a few of them can stand for gigabytes
-        raise DataError(f"{path} defines XML entities, which WebNLG's files do not. Fetch the file again.")
+    if "<!ENTITY" in text:  # a few of these can expand to gigabytes
+        raise DataError(f"{path} defines XML entities, which WebNLG's files do not. Download the file again.")
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
-        raise DataError(f"{path} is not XML: {error}. Fetch or save the file again.") from None
+        raise DataError(f"{path} is not XML: {error}. Download or save the file again.") from None
 
     def rows(entry: ElementTree.Element) -> Iterator[Row]:
         triples = [(triple.text or "").split(" | ") for triple in entry.iterfind("modifiedtripleset/mtriple")]
@@ -156,22 +162,22 @@ def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
 
 
 def _all_rows(path: Path, entries: list[Any], rows: Callable[[Any], Iterator[Row]], expected: str) -> list[Row]:
-    """Rows of all entries; an entry of another shape is a fault, and all of them are reported together."""
-    found: list[Row] = []
+    """Returns the rows of all entries; entries of another form are reported together."""
+    result: list[Row] = []
     faults = []
     for number, entry in enumerate(entries, 1):
         try:
-            made = list(rows(entry))
-            if not all(is_text(row.context) and is_text(row.completion) for row in made):
+            entry_rows = list(rows(entry))
+            if not all(is_text(row.context) and is_text(row.completion) for row in entry_rows):
                 raise TypeError
-            found += made
+            result += entry_rows
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            missing = f"{error} is missing" if isinstance(error, KeyError) else "other form"
+            missing = f"{error} is missing" if isinstance(error, KeyError) else "another form"
             faults.append(f"{path}: entry {number}: {missing}")
     if faults:
         heading = f"expected entries with {expected}, but {len(faults)} of {len(entries)} differ"
-        raise DataError(list_faults(heading, faults, "Fetch the file again, or remove the entries."))
-    return found
+        raise DataError(list_faults(heading, faults, "Download the file again, or remove the entries."))
+    return result
 
 
 def _read_json(path: Path) -> Any:
@@ -179,9 +185,18 @@ def _read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        raise DataError(f"{where}. Fetch or save the file again.") from None
+        raise DataError(f"{where}. Download or save the file again.") from None
     except DataError:
         raise
     except (RecursionError, ValueError):
         what = "JSON nested too deeply, or with a number of thousands of digits"
-        raise DataError(f"{path}: {what}. Fetch or save the file again.") from None
+        raise DataError(f"{path}: {what}. Download or save the file again.") from None
+
+
+def _read_examples(path: Path, format: str) -> list[Example]:
+    rows = enumerate(read_rows(path, format), 1)
+    return [Example.of(meaning_prompt(row.context), row.completion.strip(), f"{path}:{number}") for number, row in rows]
+
+
+for _key, _format in (("e2e.csv", "e2e"), ("dart", "dart"), ("webnlg", "webnlg")):
+    register_reader(_key, functools.partial(_read_examples, format=_format))

@@ -1,4 +1,4 @@
-"""Memory during a run: what is freed is kept for the next step, and what stays is not looked through for garbage."""
+"""Memory during a run: what it will need, what to keep, and what to say when it runs out."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["freed_memory_kept", "objects_set_aside"]
+import torch
+from torch import Tensor, nn
 
-# Parameters of glibc's mallopt(3).  Their first use ends glibc's own adjustment of both, so a run leaves them at what
-# that would have come to: blocks of up to 32 MiB from the heap, of which 64 MiB may lie idle at its end.
+from ..errors import ConfigError, TrainingError
+from ..files import free_memory
+from ..injection import adapted_layers
+from ..layers import is_conv1d
+
+__all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "keep_freed_memory", "memory_estimate"]
+
+# Parameters of glibc's mallopt(3).  Setting either ends glibc's own adjustment of both, so a run leaves them where that
+# would have ended up: blocks of up to 32 MiB come from the heap, of which 64 MiB may lie idle at its end.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MMAP_USUAL, _TRIM_USUAL = 32 << 20, 64 << 20
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Lets the process keep what it frees, for the time of a run.
+def keep_freed_memory() -> Iterator[None]:
+    """Keeps memory that the process frees for its next step, instead of returning it to the system.
 
-    A step frees large tensors that the next step asks for again.  glibc returns such blocks to the system, which hands
-    them out again page by page, each cleared first.  Where the environment sets glibc's allocator, it is left alone.
+    A step frees large tensors that the next one allocates again.  glibc returns such blocks to the system, which hands
+    them out again page by page, each cleared first.  An allocator that the environment configures is left alone.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # refused by older ones
+    if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
     libc.mallopt(_TRIM_THRESHOLD, -1)
     try:
@@ -41,13 +49,13 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 @contextmanager
-def objects_set_aside() -> Iterator[None]:
-    """Keeps Python's garbage collector from looking at the objects that are there now, for the time of a run.
+def freeze_objects() -> Iterator[None]:
+    """Exempts the objects that exist now from Python's garbage collection.
 
-    With PyTorch and transformers loaded they are half a million, and stay.  To walk over them all took 0.2 s, every 30
-    steps of a small model.
+    PyTorch and transformers hold half a million objects, which stay.  Walking over them took 0.2 s every 30 steps of a
+    small model.
     """
-    gc.collect()  # what is garbage now would be set aside, too
+    gc.collect()  # garbage would be frozen, too
     gc.freeze()
     try:
         yield
@@ -56,10 +64,84 @@ def objects_set_aside() -> Iterator[None]:
 
 
 def _glibc() -> Any:
-    """The C library, if it is glibc and set by nobody; other allocators keep memory, or have no such setting."""
+    """The C library if it is glibc with default settings; other allocators keep memory, or have no such setting."""
     if not sys.platform.startswith("linux"):
         return None
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None
+
+
+@contextmanager
+def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Recomputes activations in the backward pass instead of storing them.
+
+    Raises:
+        ConfigError: the model does not offer it.
+    """
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5
+    enable = getattr(model, f"{kind}_checkpointing_enable", None)
+    disable = getattr(model, f"{kind}_checkpointing_disable", None)
+    if not callable(enable) or not callable(disable):
+        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not offer it; leave it out")
+    was_on = bool(getattr(model, f"is_{kind}_checkpointing", False))
+    enable({"use_reentrant": False})  # the reentrant kind trains nothing below a frozen embedding
+    try:
+        yield
+    finally:
+        if not was_on:
+            disable()
+
+
+# How allocators report it: PyTorch's on Linux and macOS, on Windows, on CUDA and MPS, cuBLAS.
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns whatever says that memory ran out into a TrainingError with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(message in str(error) for message in _MESSAGES):
+            raise
+        raise TrainingError(f"memory ran out. {advice()}") from error
+
+
+def memory_estimate(
+    model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0
+) -> tuple[float, float | None]:
+    """Estimates the memory that training needs.
+
+    Args:
+        model: adapted.
+        tokens: tokens of one step.
+        checkpointing: whether activations are recomputed.
+        prepacked_bytes: of the prepacked copies of frozen weights (see `Step`).
+
+    Returns:
+        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact.  The rest
+        was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the
+        inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around
+        them), twice where they are not.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
+    # Gradient, two moments and the initial values, all in fp32.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    adapted = {layer for _, layer in adapted_layers(model)}
+    activations = 0.0  # of one token
+    for module in model.modules():
+        is_adapted = module in adapted
+        weight = getattr(module, "base_weight" if is_adapted else "weight", None)
+        if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        if not is_adapted and weight.shape[0] == vocabulary:  # the head computes in chunks
+            continue
+        width = weight.shape[0 if is_conv1d(module) or getattr(module, "fan_in_fan_out", False) else 1]
+        activations += (3.5 if is_adapted else 2) * width * weight.element_size()
+    head_chunk = 256 * vocabulary * 8
+    device = next(model.parameters()).device
+    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+    return weights + trained + tokens * activations * (0.25 if checkpointing else 1.0) + head_chunk, free

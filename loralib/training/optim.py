@@ -13,25 +13,26 @@ from ..injection import adapted_layers
 from ..layers import LoRAEmbedding
 from .config import TrainConfig
 
-__all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups"]
+__all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
 
 
-def lr_factor(config: TrainConfig, step: int, total: int) -> float:
-    """Returns the learning rate at a step as a share of its peak.
+def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
+    """Returns the learning rate of an update as a share of its peak.
 
     Args:
         config: its `schedule`, `warmup_steps` and `arithmetic`.
-        step: number of the update, from 0; with the paper's arithmetic, of the micro-batch.
-        total: how many there will be.
+        update: number of the update, from 0.
+        updates: how many there will be.
 
     Returns:
         From 0 to 1.  The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and
         its cosine does not subtract the warm-up.
 
-    >>> [round(lr_factor(TrainConfig(warmup_steps=2), step, 6), 2) for step in range(6)]
+    >>> [round(lr_factor(TrainConfig(warmup_steps=2), update, 6), 2) for update in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    warmup = config.warmup_steps
+    warmup, ticks = config.warmup_steps, _ticks(config)
+    step, total = (update + 1) * ticks - 1, updates * ticks
     paper = config.arithmetic == "paper"
     if step < warmup:
         return (step if paper else step + 1) / warmup
@@ -43,8 +44,18 @@ def lr_factor(config: TrainConfig, step: int, total: int) -> float:
     return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
+def reaches_peak(config: TrainConfig, updates: int) -> bool:
+    """Whether a run of so many updates outlasts the learning rate's warm-up."""
+    return config.warmup_steps <= updates * _ticks(config)
+
+
+def _ticks(config: TrainConfig) -> int:
+    """How often the schedule advances in an update: the paper's does so with every batch."""
+    return config.grad_accum if config.arithmetic == "paper" else 1
+
+
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Sorts trained parameters into groups of one learning rate.
+    """Groups the trained parameters by learning rate.
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and should learn `loraplus_lr_ratio` times faster than
     A.  An embedding's B starts random and its A at zero, so it keeps the common rate.
@@ -56,13 +67,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     Returns:
         Groups with their peak rate under "peak".
     """
-    fast = (
-        [layer.lora_B for _, layer in adapted_layers(model) if not isinstance(layer, LoRAEmbedding)]
-        if config.loraplus_lr_ratio != 1
-        else []
-    )
-    faster = {id(parameter) for parameter in fast}
-    common = [p for p in model.parameters() if p.requires_grad and id(p) not in faster]
+    layers = [] if config.loraplus_lr_ratio == 1 else adapted_layers(model)
+    fast = [
+        tensor
+        for _, layer in layers
+        if not isinstance(layer, LoRAEmbedding)
+        for name, tensor in layer.trained_tensors().items()
+        if name == "lora_B" and tensor.requires_grad
+    ]
+    fast_ids = {id(tensor) for tensor in fast}
+    common = [p for p in model.parameters() if p.requires_grad and id(p) not in fast_ids]
     groups = [{"params": common, "peak": config.lr}, {"params": fast, "peak": config.lr * config.loraplus_lr_ratio}]
     return [group for group in groups if group["params"]]
 

@@ -1,42 +1,25 @@
-"""What a run shows and leaves to look at: metrics.jsonl, the loss curve, the model card, a memory estimate."""
+"""What a run leaves to look at: metrics.jsonl, the loss curve, and the model card."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import count, percent, say, size, table
-from ..engine.adapted_linears import TrainingLinears
+from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
-from ..files import free_memory, write_text, write_whole
+from ..files import write_text, write_whole
 from ..injection import adapted_layers
-from ..layers import LoRAEmbedding, LoRALayer
+from .checkpoint import Progress
 from .config import TrainConfig
 
-__all__ = [
-    "Metrics",
-    "learned_norms",
-    "memory_estimate",
-    "parameter_table",
-    "plot_losses",
-    "read_metrics",
-    "tell",
-    "write_card",
-]
-
-
-def tell(*parts: object) -> None:
-    """Prints, where that is possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-    with suppress(OSError):
-        say(*parts)
+__all__ = ["Metrics", "plot_losses", "read_metrics", "write_card"]
 
 
 class Metrics:
@@ -44,48 +27,62 @@ class Metrics:
 
     Args:
         directory: holds the file.
-        keep: how many bytes of an earlier run's file to go on from; what a crash left behind them is cut off.
+        progress: of the run that resumes, or a new one.  Whatever a crash left in the file after its `metrics_bytes` is
+            cut off, and what TensorBoard has of later updates is discarded.
+        updates_per_epoch: how many updates make an epoch.
         tensorboard: also write event files under ``directory/tensorboard``.
-        first_step: the first update that will be logged; what TensorBoard has of it and later ones no longer counts.
 
     Attributes:
-        note: what is missing of the file that should go on, for the user; else "".
+        path: the file.
+        note: which lines of the resumed run the file lacks, for the user; else "".
     """
 
-    def __init__(self, directory: Path, keep: int, tensorboard: bool = False, first_step: int = 0) -> None:
+    def __init__(self, directory: Path, progress: Progress, updates_per_epoch: int, tensorboard: bool = False) -> None:
         self.path = directory / "metrics.jsonl"
         self.note = ""
+        self._updates_per_epoch = updates_per_epoch
+        keep = progress.metrics_bytes
         try:
             # Unbuffered: a line that could not be written is not tried again when the file is closed.
             self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
             there = self._file.seek(0, os.SEEK_END)
             if there < keep:  # someone cut it: its last line may be half a line
-                self.note = (
-                    f"{self.path} lacks lines of the run that goes on: {keep:,} bytes were written, {there:,} are"
-                )
+                self.note = f"{self.path} lacks lines of the resumed run: it has {there:,} of {keep:,} bytes"
                 self._file.seek(0)
                 keep = self._file.read().rfind(b"\n") + 1
             self._file.truncate(keep)
             self._file.seek(keep)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        first_step = progress.step + bool(progress.valid_losses or progress.step)
         self._board = _tensorboard(directory, first_step) if tensorboard else None
 
-    def add(self, event: str, step: int, **values: Any) -> None:
-        """Appends one event."""
-        line = json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
-        with self._explained():
+    def add(self, event: str, progress: Progress, loss: float, lr: float, seconds: float) -> None:
+        """Appends a "train" or "valid" event: its loss, learning rate and duration, and how far the run is."""
+        values = {
+            "event": event,
+            "step": progress.step,
+            "epoch": round(progress.epoch + progress.update / self._updates_per_epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "examples": progress.examples,
+            "tokens": progress.tokens,
+            "trained_tokens": progress.trained_tokens,
+            "step_s": round(seconds, 4),
+        }
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
+        with self._explain_errors():
             written = self._file.write(line)
-            if written < len(line):  # the disk had room for a part; the rest says why
+            if written < len(line):  # the disk had room for a part; writing the rest raises the reason
                 self._file.write(line[written:])
             if self._board is not None:
-                self._board.add_scalar(f"{event}/loss", values["loss"], step)
+                self._board.add_scalar(f"{event}/loss", loss, progress.step)
                 if event == "train":
-                    self._board.add_scalar("train/lr", values["lr"], step)
+                    self._board.add_scalar("train/lr", lr, progress.step)
 
     def sync(self) -> int:
-        """Makes all lines last through a crash; returns the length of the file in bytes."""
-        with self._explained():
+        """Makes all lines survive a crash; returns the length of the file in bytes."""
+        with self._explain_errors():
             os.fsync(self._file.fileno())
             if self._board is not None:
                 self._board.flush()
@@ -95,12 +92,12 @@ class Metrics:
         """Closes the file."""
         self._file.close()
         if self._board is not None:
-            with suppress(OSError):  # it writes what is left; `sync` has said what fails
+            with suppress(OSError):  # it writes what is left; `sync` has reported failures
                 self._board.close()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """TensorBoard's writer, too, says only later that a disk is full, as the error that it was."""
+    def _explain_errors(self) -> Iterator[None]:
+        """TensorBoard's writer reports a full disk too, though only at a later call."""
         try:
             yield
         except OSError as error:
@@ -123,7 +120,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-_FEW = 60  # points that are drawn as such
+_MAX_MARKERS = 60  # with more points a line has no markers
 
 
 def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
@@ -132,10 +129,10 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     Args:
         metrics: the events.
         picture: the PNG to write.
-        title: what stands above the plot.
+        title: of the plot.
 
     Returns:
-        False where matplotlib is not installed: no picture then.
+        False if matplotlib is not installed; then there is no picture.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -150,25 +147,25 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     trained = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
     valid = [(e["step"], e["loss"]) for e in events if e["event"] == "valid"]
     if trained:
-        dot = "." if len(trained) <= _FEW else None  # of a single update there is no line
+        dot = "." if len(trained) <= _MAX_MARKERS else None  # a single update makes no line
         axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, marker=dot, label="training, each update")
         axes.plot(*zip(*_smoothed(trained), strict=True), color="#2171b5", linewidth=2, label="training, smoothed")
     if valid:
-        dot = "o" if len(valid) <= _FEW else None
+        dot = "o" if len(valid) <= _MAX_MARKERS else None
         axes.plot(*zip(*valid, strict=True), color="#d94801", marker=dot, linewidth=2, label="validation")
-        said: Any = {"textcoords": "offset points", "color": "#d94801"}
-        # The first losses fall through where it stands.
-        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), bbox=behind, **said)
+        style: Any = {"textcoords": "offset points", "color": "#d94801"}
+        # The first losses fall steeply, right through this label.
+        background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), bbox=background, **style)
         if len(valid) > 1:
-            axes.annotate(f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), **said)
-    axes.set_title(title, parse_math=False)  # a path may have dollar signs
-    axes.set(xlabel="update", ylabel="loss (nats a token)")
+            axes.annotate(f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), **style)
+    axes.set_title(title, parse_math=False)  # a path may contain dollar signs
+    axes.set(xlabel="update", ylabel="loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    # Neither date nor version in the file: the same run draws the same picture.
+    # Neither date nor version in the file: the same run draws the same bytes.
     write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
     return True
 
@@ -182,110 +179,57 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return out
 
 
-def parameter_table(model: nn.Module) -> str:
-    """Returns total, trainable and frozen parameters with percentages, as a table."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = [
-        ("Total", count(total), "100.00%"),
-        ("Trainable", count(trainable), percent(trainable, total)),
-        ("Frozen", count(total - trainable), percent(total - trainable, total)),
-    ]
-    return table(rows, ("parameters", "number", "share"))
+_TAGS = b"tags: [lora, loralib]"  # marks a card as ours
 
 
-def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple[float, float | None]:
-    """Estimates the memory that training needs.
-
-    Args:
-        model: adapted.
-        tokens: tokens of one step.
-        checkpointing: whether activations are recomputed.
-
-    Returns:
-        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact, with their
-        copies in the processor's order.  What a token keeps for the backward pass was measured on SmolLM2 and GPT-2:
-        the inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep
-        around them), twice where they are not.
-    """
-    weights = (
-        sum(p.numel() * p.element_size() for p in model.parameters())
-        + TrainingLinears(list(model.modules())).prepacked_bytes
-    )
-    # Gradient, two moments, and the values of before, all in fp32.
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
-    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
-    adapted = {layer for _, layer in adapted_layers(model)}
-    kept = 0.0
-    for module in model.modules():
-        if isinstance(module, LoRALayer) and module in adapted and not isinstance(module, LoRAEmbedding):
-            kept += 3.5 * module.lora_A.shape[-1] * module.base_weight.element_size()
-        elif (
-            isinstance(weight := getattr(module, "weight", None), Tensor)
-            and weight.dim() == 2
-            and module not in adapted
-        ):
-            width = weight.shape[0 if type(module).__name__ == "Conv1D" else 1]
-            if not isinstance(module, nn.Embedding) and weight.shape[0] != vocabulary:  # nor the head, done in chunks
-                kept += 2 * width * weight.element_size()
-    chunk = 256 * vocabulary * 8
-    device = next(model.parameters()).device
-    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
-    return weights + trained + tokens * kept * (0.25 if checkpointing else 1.0) + chunk, free
-
-
-def learned_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Returns, per adapted layer, the Frobenius norm of its update, absolute and as a share of the base weight's."""
-    norms = {}
-    for name, layer in adapted_layers(model):
-        delta = float(layer.delta_weight().detach().norm())
-        base = float(layer.base_weight.detach().float().norm())
-        norms[name] = (delta, delta / base if base else 0.0)
-    return norms
-
-
-_TAGS = b"tags: [lora, loralib]"  # by which a card of ours is known
-
-
-def write_card(directory: Path, model: nn.Module, config: TrainConfig, facts: Mapping[str, str]) -> None:
+def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress: Progress, example_count: int) -> None:
     """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned.
 
-    Another's README.md stays: the directory may be somebody's project.
+    A README.md of somebody else stays: the directory may be a project.
+
+    Args:
+        directory: of the adapter; loss.png is there already.
+        model: adapted and trained.
+        config: of the run.
+        progress: at the run's end.
+        example_count: number of training examples.
     """
     card = directory / "README.md"
     if card.exists() and _TAGS not in card.read_bytes():
         return
-    base = getattr(model, "name_or_path", "") or config.model
+    name = getattr(model, "name_or_path", "") or config.model
     adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
     targets = (
         adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
     )
-    norms = sorted(learned_norms(model).items(), key=lambda item: -item[1][1])
-    shown = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for name, (delta, share) in norms[:10])
-    told = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    layers = adapted_layers(model)
+    norms = [(name, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for name, layer in layers]
+    sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
+    shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
+    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, example_count).items())
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
         card,
         f"""---
-base_model: {json.dumps(base, ensure_ascii=False)}
+base_model: {json.dumps(name, ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {name}
 
 Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
 {picture}
 | | |
 |---|---|
-{told}
+{facts}
 
 ## Use it
 
 ```python
 import loralib as lora
 
-model, tokenizer = lora.load_base({json.dumps(base, ensure_ascii=False)})
+model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
@@ -293,15 +237,31 @@ PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.
 
 ## What was learned
 
-Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(norms)} layers.
+Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(layers)} layers.
 
 | layer | update | share |
 |---|---:|---:|
-{shown}
+{shares}
 """,
     )
 
 
-def megabytes(path: Path) -> str:
-    """Returns the measured size of a file, for people."""
-    return size(path.stat().st_size)
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().float().norm())
+
+
+def _facts(config: TrainConfig, progress: Progress, example_count: int) -> dict[str, str]:
+    facts = {
+        "training examples": f"{example_count:,}",
+        "updates": f"{progress.step:,} of {config.batch_size * config.grad_accum} examples",
+        "learning rate": f"{config.lr:g}, B {config.loraplus_lr_ratio:g} times that (LoRA+), {config.schedule}",
+        "training loss, by epoch": ", ".join(f"{loss:.4f}" for loss in progress.train_losses),
+        "seed": str(config.seed),
+    }
+    if progress.valid_losses:
+        first, last = progress.valid_losses[0][1], progress.valid_losses[-1][1]
+        facts["validation loss"] = f"{first:.4f} before, {last:.4f} after ({last / first:.0%})"
+    best = progress.best_validation()
+    if best is not None and best[0] != progress.step:
+        facts["best validation loss"] = f"{best[1]:.4f} after update {best[0]:,}: the adapter in `best`"
+    return facts

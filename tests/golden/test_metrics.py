@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from loralib.nlg.evaluation import read_texts
-from loralib.nlg.metrics import SCORES, meteor
+from loralib.nlg.metrics import SCORES
+from loralib.nlg.metrics.meteor import meteor
 from loralib.nlg.metrics.ptb import ptb_instances
 
 pytestmark = pytest.mark.golden

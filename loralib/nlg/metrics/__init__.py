@@ -1,11 +1,11 @@
-"""Scores of generated text, each from raw texts alone and with a signature that says how it was made.
+"""Scores of generated text, each computed from raw text and printed with a signature that says how.
 
-    from loralib.nlg.metrics import bleu
+    from loralib.nlg.metrics import SCORES
 
-    print(bleu(references=[["a pub by the river", "a riverside pub"]], hypotheses=["a pub by the river"]))
+    print(SCORES["BLEU"](references=[["a pub by the river", "a riverside pub"]], hypotheses=["a pub by the river"]))
 
-Every metric takes, for each hypothesis, its references, and the hypotheses; `SCORES` lists them by the names that the
-official scorers print.  The slot error rate takes meaning representations in place of references.
+Every metric takes the references of each hypothesis, and the hypotheses; `SCORES` lists the metrics by the names that
+the official scorers print.  The slot error rate takes meaning representations in place of references.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from .bleu import bleu
-from .cider import cider
-from .meteor import meteor
-from .nist import nist
-from .rouge import rouge_l
-from .sacre import chrf, ter
+from . import bleu, cider, meteor, nist, rouge, sacre
 from .score import References, Score
 from .slots import SlotErrors, missing_slots, slot_error_rate
 
@@ -27,23 +22,16 @@ __all__ = [
     "References",
     "Score",
     "SlotErrors",
-    "bleu",
-    "chrf",
-    "cider",
-    "meteor",
     "missing_slots",
-    "nist",
-    "rouge_l",
     "slot_error_rate",
-    "ter",
 ]
 
 SCORES: Final[dict[str, Callable[[References, Sequence[str]], Score]]] = {
-    "BLEU": bleu,
-    "NIST": nist,
-    "METEOR": meteor,
-    "ROUGE_L": rouge_l,
-    "CIDEr": cider,
-    "TER": ter,
-    "chrF": chrf,
+    "BLEU": bleu.bleu,
+    "NIST": nist.nist,
+    "METEOR": meteor.meteor,
+    "ROUGE_L": rouge.rouge_l,
+    "CIDEr": cider.cider,
+    "TER": sacre.ter,
+    "chrF": sacre.chrf,
 }

@@ -24,9 +24,8 @@ from ...files import hold_directory, remove_file, write_json, write_text
 from ...formats import read_adapter
 from ...training import TrainConfig, train
 from ...training.checkpoint import last_checkpoint
-from ...training.job import load_base_of
+from ...training.inputs import load_base_for, load_examples_for
 from ...training.report import read_metrics
-from ...training.trainer import load_examples_of
 from ..convert import format_rows, read_formatted
 from ..evaluation import evaluate, read_texts
 from ..perplexity import perplexity
@@ -213,7 +212,7 @@ class _Reproduction:
         if self._loaded is None:
             config = self.recipe.train
             say(f"  loading {config.model}")
-            self._loaded = load_base_of(config)
+            self._loaded = load_base_for(config)
         return self._loaded
 
     def _adapted_model(self) -> tuple[Any, Any]:
@@ -226,7 +225,7 @@ class _Reproduction:
     def _encoded(self, path: Path, config: TrainConfig, most: int) -> Encoded:
         _, tokenizer = self._model()
         source = as_source(read_split(path, self.dataset), path, self.recipe.form, tokenizer)
-        return load_examples_of(config, [source], tokenizer, most)
+        return load_examples_for(config, [source], tokenizer, most)
 
     @functools.cached_property
     def _rows(self) -> list[Row]:

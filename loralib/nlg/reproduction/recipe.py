@@ -11,7 +11,7 @@ from typing import Any, Final
 from ...bases import DEFAULT_BASE
 from ...errors import ConfigError, LoraError, did_you_mean, list_faults
 from ...generation import Sampling
-from ...settings import parse_toml, read_toml, setting_faults
+from ...settings import check, parse_toml, read_toml, setting, setting_faults, settings_class
 from ...training import TrainConfig
 from ..metrics import SCORES
 
@@ -25,30 +25,38 @@ _FOLDER: Final = Path(__file__).parent / "recipes"
 _GIVEN: Final = ("model", "train_data", "valid_data", "data_format", "output_dir", "resume", "overwrite", "device")
 
 
+@settings_class
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained and decoded for a data set.
 
-    Attributes:
-        name: of the file, for the reader.
-        form: how a row becomes a prompt: "lines" (input, line end, text) or "paper" (input, end token, blank, text, as
-            the LoRA paper's code does it; it also ends a text at a blank line).
-        max_inputs: decode and score the first inputs of the test file only; 0: all.
-        train: the settings of training.
-        decode: the settings of decoding.
-        published: figures of others by subset ("all", "seen", "unseen") and metric, in our metrics' scale.
-        source: where these come from.
-        note: what a reader should know of them.
+    Raises:
+        ConfigError: one or more settings are invalid; the message lists all of them.
     """
 
-    name: str
-    form: str = "lines"
-    max_inputs: int = 0
-    train: TrainConfig = field(default_factory=TrainConfig)
-    decode: Sampling = field(default_factory=Sampling)
-    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    source: str = ""
-    note: str = ""
+    name: str = setting("", "name of its file, for the reader")
+    form: str = setting(
+        "lines",
+        "how a row becomes a prompt: lines (input, line end, text) or paper (input, end token, blank, text, as in the "
+        "LoRA paper's code, which also ends a text at a blank line)",
+        choices=FORMS,
+    )
+    max_inputs: int = setting(
+        0,
+        "decode and score only the first inputs of the test file; 0: all",
+        at_least=0,
+        expected="0 (all) or a number of inputs",
+    )
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the settings of training"})
+    decode: Sampling = field(default_factory=Sampling, metadata={"help": "the settings of decoding"})
+    published: Mapping[str, Mapping[str, float]] = setting(
+        {}, "published scores by subset (all, seen, unseen) and metric, in the scale of our metrics"
+    )
+    source: str = setting("", "where the published scores come from")
+    note: str = setting("", "what a reader should know about them")
+
+    def __post_init__(self) -> None:
+        check(self, "the recipe")
 
 
 def recipe_names() -> list[str]:
@@ -190,12 +198,8 @@ def _own_faults(values: Mapping[str, Any]) -> list[str]:
             inside = [key for key in everywhere if key.endswith(f".{name}")]
             near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else did_you_mean(name, known)
             faults.append(f"{name} is no key of a recipe.{near}")
-    form, most = values.get("form", "lines"), values.get("max_inputs", 0)
-    if form not in FORMS:
-        faults.append(f"form is {form!r}, expected {' or '.join(map(repr, FORMS))}.{did_you_mean(str(form), FORMS)}")
-    if not isinstance(most, int) or isinstance(most, bool) or most < 0:
-        faults.append(f"max_inputs is {most!r}, expected 0 (all) or a number of inputs")
-    return faults
+    own = ("form", "max_inputs")
+    return faults + setting_faults(Recipe, {name: values[name] for name in own if name in values})
 
 
 def _published_faults(published: Mapping[str, Any], where: str = "published.") -> list[str]:

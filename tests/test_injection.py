@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import MergeError, TargetError
-from loralib.injection import adapted_layers, fingerprint, injection_of, plan
+from loralib.injection import adapted_layers, fingerprint, injection_of
 from loralib.layers import LoRAEmbedding, LoRALayer
+from loralib.targets import match_modules
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30]])
 
@@ -330,7 +331,7 @@ def test_without_an_adapter_there_is_nothing_to_remove_or_merge() -> None:
         pass
 
 
-@pytest.mark.parametrize("step", ["_adapt", "_copies", "_guard_methods", "_report"])
+@pytest.mark.parametrize("step", ["_adapt", "_trainable_copies", "_guard_methods", "_report"])
 def test_a_failure_in_between_leaves_the_model_untouched(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that nobody foresaw, such as running out of memory at the third layer."""
     module = sys.modules["loralib.injection"]
@@ -784,7 +785,7 @@ def test_a_plan_changes_nothing_and_knows_the_shapes() -> None:
     model = gpt2()
     before = snapshot(model)
     settings = config(["c_attn", "wte"], enable_lora={"c_attn": [True, False, True]})
-    shapes = {key: shape for target in plan(model, settings) for key, shape in target.shapes().items()}
+    shapes = {key: shape for target in match_modules(model, settings) for key, shape in target.shapes().items()}
     assert_same(snapshot(model), before)
     lora.inject(model, settings)
     tensors = lora.adapter_of(model).tensors

@@ -1,4 +1,4 @@
-"""What an adapter does, shown: statistics, predictions, text beside the base's, merging, switching between tasks."""
+"""What examples/NLG/run_inference.py shows of an adapter: statistics, predictions, texts, merging, switching."""
 
 from __future__ import annotations
 
@@ -12,87 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, ApplyReport, apply_adapter
-from .bases import DEFAULT_BASE, load_base
-from .console import duration, say, table
-from .data import draw, group_by_prompt, prompt_ids, read_examples
-from .data.readers import Example
-from .errors import BaseModelError, ConfigError, LoraError
-from .formats import is_read_with_base, read_adapter
-from .generation import generate
-from .injection import disabled, merge, unmerge
-from .nlg.metrics.slots import parse_meaning, slot_error_rate
-from .settings import setting
-from .training.report import parameter_table
+from ..adapter import Adapter, ApplyReport, apply_adapter
+from ..bases import base_of, load_base
+from ..console import duration, parameter_table, say, table
+from ..data import draw, group_by_prompt, prompt_ids, read_examples
+from ..data.readers import Example
+from ..errors import ConfigError, LoraError
+from ..formats import read_adapter
+from ..generation import generate
+from ..injection import disabled, merge, unmerge
+from ..nlg.metrics.slots import parse_meaning, slot_error_rate
+from ..settings import check, setting, settings_class
 
-__all__ = ["InferenceConfig", "base_of", "load_adapted", "run_inference"]
+__all__ = ["InferenceConfig", "run_inference"]
 
 
+@settings_class
 @dataclass(frozen=True)
 class InferenceConfig:
-    """The settings of one showing; see ``run_inference.py --help``."""
+    """The settings of run_inference.py."""
 
     adapter: str | Sequence[str] = setting(
-        "lora_model", "directory of the adapter; several show switching", "inference", several="in a row"
+        "lora_model",
+        "directory of the adapter; give several to see switching between tasks",
+        "inference",
+        several="files",
+        rule=bool,
+        expected="the directory of an adapter, or several",
     )
-    model: str | None = setting(None, "base model; default: the one that the adapter names", "inference")
-    prompt: str | None = setting(None, "write text for this prompt instead of the test data", "inference")
-    test_data: str | None = setting(None, "E2E file whose meaning representations are written out", "inference")
-    samples: int = setting(3, "how many meaning representations to write out", "inference")
-    max_new_tokens: int = setting(60, "most tokens to write for each", "inference")
-    no_merge: bool = setting(False, "leave out merging", "inference")
-    seed: int = setting(0, "of the choice of meaning representations", "inference")
+    model: str | None = setting(None, "base model (default: the one named in the adapter)", "inference")
+    prompt: str | None = setting(None, "generate text for this prompt instead of the test data", "inference")
+    test_data: str | None = setting(None, "E2E file with meaning representations to write out", "inference")
+    samples: int = setting(3, "number of meaning representations to write out", "inference", at_least=1)
+    max_new_tokens: int = setting(60, "maximum number of tokens to generate for each", "inference", at_least=1)
+    no_merge: bool = setting(False, "skip merging", "inference")
+    seed: int = setting(0, "random seed for choosing meaning representations", "inference")
     dtype: str = setting("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
-    device: str | None = setting(None, "cpu, cuda, mps ...; default: the fastest there is", "inference")
+    device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", "inference")
 
     def __post_init__(self) -> None:
-        if not self.adapter or not all(self.adapter):
-            raise ConfigError(f"adapter is {self.adapter!r}, expected the directory of one, or of several")
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"samples is {self.samples} and max_new_tokens is {self.max_new_tokens}, expected at least 1 of each"
-            )
-
-
-def base_of(adapter: Adapter | None, name: str | None = None) -> str:
-    """Returns which base model to load: the given one, else the one that the adapter names, else the default."""
-    return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
-
-
-def load_adapted(
-    adapter: str | None = None,
-    *,
-    model: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    merged: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Loads a base model and its tokenizer, and puts an adapter on it.
-
-    Args:
-        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: the base alone.
-        model: the base model; default: the one that the adapter names, else the default base. GGUF and MLX name none.
-        dtype: of the base, see `load_base`.
-        device: see `load_base`.
-        merged: merge the adapter into the weights.
-
-    Returns:
-        The model in eval mode, and its tokenizer.
-
-    Raises:
-        AdapterError: there is no adapter at that path, or it does not fit the base.
-        BaseModelError: there is no such model, or the adapter does not name it.
-        ConfigError: dtype or device are not to be had.
-    """
-    value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
-    if adapter is not None and value is None and model is None:
-        raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
-    found, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
-    if adapter is not None:
-        apply_adapter(found, read_adapter(adapter, model=found) if value is None else value)
-        if merged:
-            merge(found)
-    return found.eval(), tokenizer
+        check(self, "inference")
 
 
 def run_inference(config: InferenceConfig) -> None:
@@ -102,14 +61,14 @@ def run_inference(config: InferenceConfig) -> None:
         config: which adapters, on which base, with which prompts.
 
     Raises:
-        LoraError: a directory holds no adapter, or it does not fit the base; with a message for the user.
+        LoraError: a directory holds no adapter, or the adapter does not fit the base.
     """
     directories = [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
     adapters = {directory: read_adapter(directory) for directory in directories}
     first = adapters[directories[0]]
     examples = _examples(config)
     model, tokenizer = _load_base(config, first)
-    say(f"Adapter {directories[0]}: {_put_on(model, adapters)}")
+    say(f"Adapter {directories[0]}: {_apply_all(model, adapters)}")
     model.eval()
     _show_statistics(model, tokenizer, first, examples)
     if hasattr(model, "generate"):
@@ -129,8 +88,8 @@ def _load_base(config: InferenceConfig, adapter: Adapter) -> tuple[nn.Module, An
     return load_base(name, dtype=config.dtype, device=config.device)
 
 
-def _put_on(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:
-    """Puts each adapter on the base, the first one last: what does not fit is said before anything is shown."""
+def _apply_all(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:
+    """Applies each adapter, the first one last, so that one that does not fit is refused before anything is shown."""
     for directory, adapter in reversed(adapters.items()):
         try:
             report = apply_adapter(model, adapter)
@@ -143,14 +102,14 @@ def _examples(config: InferenceConfig) -> list[Example]:
     if config.prompt is not None:
         return [Example.of(config.prompt if config.prompt.endswith("\n") else config.prompt + "\n", "")]
     if config.test_data is None:
-        raise ConfigError("nothing to write: give --prompt TEXT or --test_data FILE")
+        raise ConfigError("there is nothing to generate text for: give --prompt TEXT or --test_data FILE")
     return draw(group_by_prompt(read_examples(config.test_data)), config.samples, config.seed, lambda e: e.prompt)
 
 
 def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, examples: Sequence[Example]) -> None:
     settings = adapter.config
     say()
-    say(parameter_table(model))
+    say(parameter_table(model.parameters()))
     say()
     rows = [
         ("rank r", settings.r),
@@ -172,7 +131,7 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
 
 
 def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], config: InferenceConfig) -> list[str]:
-    """Shows the base's and the adapted model's continuations; returns the latter."""
+    """Shows the continuations of the base and of the adapted model; returns the latter."""
     prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
     with disabled(model):
         base = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
@@ -210,7 +169,7 @@ def _show_merging(
         merged = _logits(model, ids).float()
     largest = float(apart.abs().max())
     difference = float((apart - merged).abs().max())
-    # Rounding of a few hundred additions in a row, of the largest logit.
+    # The rounding error of a few hundred additions, relative to the largest logit.
     eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = (256 if eps == torch.finfo(torch.float32).eps else 16) * eps * largest
     verdict = "they agree" if difference <= tolerance else "THEY DIFFER: report this"
@@ -242,7 +201,7 @@ def _show_switching(
 
 
 def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:
-    """Returns token ids (2, 32): what the examples say, one after another."""
+    """Returns token ids (rows, width): the texts of the examples, one after another."""
     ids = [
         token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
     ]

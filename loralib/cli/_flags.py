@@ -1,0 +1,164 @@
+"""Flags: made from the fields of settings dataclasses, and the argument parser that all commands share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar, cast
+
+from ..config import parse_target_modules
+from ..console import say
+from ..errors import ConfigError, did_you_mean, list_faults
+from ..settings import canonical, kinds_of, read_toml, setting_faults
+
+__all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
+
+Config = TypeVar("Config")
+
+_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT"}
+_EXPECTED: Final[dict[Any, str]] = {int: "a whole number", float: "a number"}
+_FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes hyphens for underscores and suggests what an unknown flag may have meant."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses a command's arguments; exits with 2 and a message if they are invalid."""
+        args, unknown = self.parse_known_args([_with_underscores(word) for word in argv])
+        if unknown:
+            flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            faults = [f"{word}.{did_you_mean(word.partition('=')[0], flags)}" for word in unknown]
+            self.error(list_faults("unknown arguments", faults))
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with 2."""
+        say(f"{self.prog}: {message}\n(see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), known)
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(known)}.{hint}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            expected = _EXPECTED.get(cast(Any, action.type), "another value")
+            raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
+
+
+def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
+    """Adds a flag; the names after the first are second spellings, which help does not show."""
+    options = {"dest": names[0].removeprefix("--"), **options}
+    group.add_argument(names[0], **options)
+    for name in names[1:]:
+        group.add_argument(name, **{**options, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+
+def add_list(group: argparse._ActionsContainer, *names: str, item: type = str, **options: Any) -> None:
+    """Adds a flag that takes a list, as ``a,b,c`` or ``a b c``, each of type `item`."""
+
+    def items(text: str) -> list[Any]:
+        return [item(part.strip()) for part in text.split(",") if part.strip()]
+
+    _add_words(group, names, items, **options)
+
+
+def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """Adds a flag for each field of a settings dataclass, with the field's help text, and ``--config FILE.toml``.
+
+    Args:
+        parser: gets the flags, in the groups that the fields name.
+        config: a dataclass whose fields are declared by `setting`.
+        defaults: defaults that replace the fields' own.
+    """
+    parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(config)
+    for spec in dataclasses.fields(config):
+        about = spec.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
+        group = groups[about["group"]]
+        names = [f"--{name}" for name in (spec.name, *about["aliases"])]
+        kind = next((kind for kind in kinds_of(hints[spec.name]) if kind in (bool, int, float, str)), str)
+        default = (defaults or {}).get(spec.name, spec.default)
+        text = about["help"].replace("%", "%%")
+        if kind is bool:
+            if default:
+                group.add_argument(
+                    f"--no_{spec.name}", dest=spec.name, action="store_false", default=None, help=f"do not {text}"
+                )
+                text = argparse.SUPPRESS
+            add_flag(group, *names, action="store_true", default=None, help=text)
+            continue
+        options = {
+            "choices": about["choices"],
+            "metavar": None if about["choices"] else _METAVARS[kind],
+            "help": text + ("" if default in (None, ()) else f" (default {default})"),
+        }
+        if about["several"] in _SPLIT:
+            _add_words(group, names, _SPLIT[about["several"]], **options)
+        else:
+            action = "append" if about["several"] == "repeat" else "store"
+            add_flag(group, *names, action=action, type=kind, **options)
+
+
+def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:
+    """Makes a settings dataclass of parsed flags: flags win over ``--config``, which wins over the defaults.
+
+    Raises:
+        ConfigError: the TOML file cannot be read or has unknown keys, or a value is invalid.
+    """
+    values = dict(defaults or {})
+    if args.config is not None:
+        given = read_toml(Path(args.config), f"--config {args.config}")
+        faults = setting_faults(config, given)
+        if faults:
+            raise ConfigError(list_faults(f"--config {args.config} has invalid settings", faults))
+        values |= canonical(config, given)
+    names = [spec.name for spec in dataclasses.fields(cast(Any, config))]
+    values |= {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return config(**values)
+
+
+def _add_words(
+    group: argparse._ActionsContainer, names: Sequence[str], items: Callable[[str], Any], **options: Any
+) -> None:
+    """Adds a flag that takes several words, each of which may stand for several items."""
+
+    class Words(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            try:
+                lists = [items(word) for word in values]
+            except ValueError:
+                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
+            joined = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
+            setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
+
+    add_flag(group, *names, nargs="+", action=Words, **options)
+
+
+def _files(word: str) -> list[str]:
+    """Splits a comma list of files; a comma may also belong to the name of a file, which may end with a weight."""
+    if os.path.exists(word) or os.path.exists(word.rpartition(":")[0]):
+        return [word]
+    return [part.strip() for part in word.split(",") if part.strip()]
+
+
+_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {"names": parse_target_modules, "files": _files}
+
+
+def _with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if _FLAG.fullmatch(flag) else word

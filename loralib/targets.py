@@ -1,0 +1,422 @@
+"""Which modules a config adapts, what each becomes, and every reason why not.  The model is only read.
+
+`match_modules` is the way in; `loralib.injection` carries out what it returns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
+
+from .config import ALL_LINEAR, LoraConfig, first_match, matches
+from .delta import dense
+from .errors import TargetError, did_you_mean, list_faults
+from .layers import (
+    LoRAConv,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    LoRAReadLinear,
+    adapted_class,
+    base_class,
+    is_conv1d,
+)
+
+__all__ = ["TargetModule", "fully_trained_tensors", "match_modules"]
+
+
+@dataclass(frozen=True)
+class TargetModule:
+    """A module to adapt.
+
+    Attributes:
+        name: its dotted name in the model.
+        module: the module itself.
+        mixin: the LoRA class that is put over the module's own.
+        r, lora_alpha: its rank and alpha.
+        pattern: the entry of target_modules that matched it.
+        blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
+        fan_in_fan_out: whether the weight is stored (in, out).
+    """
+
+    name: str
+    module: nn.Module
+    mixin: type[LoRALayer]
+    r: int
+    lora_alpha: float
+    pattern: str
+    blocks: tuple[bool, ...] | None = None
+    fan_in_fan_out: bool = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the adapter's tensors for this module, by their names in the adapter."""
+        layer = self.preview()
+        keys = layer.tensor_keys()
+        return {f"{self.name}.{keys[name]}": shape for name, shape in layer.tensor_shapes(self.r).items()}
+
+    def preview(self) -> LoRALayer:
+        """Returns the layer that the module will be, without trained tensors, to ask it for shapes."""
+        cls = adapted_class(self.mixin, base_class(self.module))
+        layer = cls.__new__(cls)
+        layer.__dict__.update(self.module.__dict__)
+        if isinstance(layer, LoRALinear):
+            layer.__dict__.update(fan_in_fan_out=self.fan_in_fan_out, blocks=self.blocks)
+        return layer
+
+
+def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False) -> list[TargetModule]:
+    """Finds the modules that a config adapts, without touching the model.
+
+    Args:
+        model: may hold an adapter that `loralib.inject` made; its base is matched.
+        config: see `loralib.inject`.
+        trained: whether it is the config of a finished adapter, whose tensors decide.  Then entries may match nothing
+            (PEFT lets them pass, and writes some itself), and how its factors were initialised does not matter.
+
+    Returns:
+        One entry for each module, in the model's order.
+
+    Raises:
+        TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
+    """
+    if trained and not config.changes_base:
+        config = config.replace(init_lora_weights=True)
+    supported = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": (True, "kaiming")}
+    for setting, values in supported.items():
+        if getattr(config, setting) not in values:
+            raise TargetError(
+                f"{setting} = {getattr(config, setting)!r} cannot be injected; LoRA and rsLoRA with the default start "
+                "can. Convert such an adapter with `loralib convert --target peft` first."
+            )
+    if config.target_modules is None:
+        raise TargetError(f"target_modules is not given. {_suggestion(model)}")
+    modules = _modules(model)
+    matched = _matched_patterns(model, modules, config)
+    faults = [] if trained and matched else _unused_entry_faults(model, modules, matched, config)
+    targets = list[TargetModule]()
+    for name, pattern in matched.items():
+        try:
+            targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config))
+        except TargetError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        if isinstance(modules[name], nn.MultiheadAttention):
+            # in_proj and out_proj belong together, as in PEFT.
+            output = f"{name}.out_proj"
+            try:
+                targets.append(_target(output, pattern, LoRAReadLinear, modules, config))
+            except TargetError as error:
+                faults.append(f"{output}: {error}")
+    if faults:
+        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
+        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
+    return targets
+
+
+def fully_trained_tensors(
+    model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
+) -> dict[str, Tensor]:
+    """Returns what a config trains besides the layers' own tensors, by name: biases and all of modules_to_save.
+
+    Args:
+        model: plain or adapted.
+        config: `bias` and `modules_to_save` count.
+        adapted: the adapted modules with their names, for ``bias="lora_only"``.
+    """
+    tensors = dict[str, Tensor]()
+    if config.bias == "all":
+        # PEFT leaves out in_proj_bias where it adapts the attention.
+        left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
+        parameters = model.named_parameters(remove_duplicate=False)
+        tensors |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
+    elif config.bias == "lora_only":
+        biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
+        tensors |= {name: bias for name, bias in biases if bias is not None}
+    for name, module in model.named_modules():
+        if config.saves(name):
+            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
+            tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return tensors
+
+
+# Matching names.
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if name}
+
+
+def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
+    """Returns the entry of target_modules that matches, for each module that one does."""
+    if config.target_modules == ALL_LINEAR:
+        _refuse_expert_weights(model, modules, config)
+        left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+        head = _output_head(model)
+        patterns = {
+            name: ALL_LINEAR
+            for name, module in modules.items()
+            if _is_linear(module) and module is not head and name not in left_out
+        }
+    else:
+        patterns = {name: entry for name in modules if (entry := matches(config.target_modules, name))}
+    return {
+        name: pattern
+        for name, pattern in patterns.items()
+        if not _is_excluded(name, config)
+        and (config.layers_to_transform is None or _layer_number(name, config) in _layer_numbers(config))
+    }
+
+
+def _is_excluded(name: str, config: LoraConfig) -> bool:
+    parts = name.split(".")
+    within_saved = any(config.saves(".".join(parts[: i + 1])) for i in range(len(parts)))
+    return within_saved or matches(config.exclude_modules, name) is not None
+
+
+def _layer_numbers(config: LoraConfig) -> Sequence[int]:
+    chosen = config.layers_to_transform
+    return (chosen,) if isinstance(chosen, int) else chosen or ()
+
+
+def _layer_number(name: str, config: LoraConfig) -> int | None:
+    """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
+    for pattern in _entries(config.layers_pattern) or (r"[^.]*",):
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match[1])
+    return None
+
+
+def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _unused_entries(
+    modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
+) -> dict[str, list[Any]]:
+    """Returns the entries that match nothing, by setting."""
+
+    def unmatched(setting: str, names: Iterable[str]) -> list[Any]:
+        value = getattr(config, setting)
+        patterns = [(value, value)] if isinstance(value, str) else [(entry, (entry,)) for entry in value or ()]
+        return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
+
+    unused: dict[str, list[Any]] = {
+        # An entry also counts as used where an earlier one of the list took all its modules.
+        "target_modules": unmatched("target_modules", matched),
+        "exclude_modules": unmatched("exclude_modules", modules),
+        "modules_to_save": [e for e in config.modules_to_save or () if not any(n.endswith(e) for n in modules)],
+    }
+    if config.target_modules == ALL_LINEAR and matched:
+        unused["target_modules"] = []
+    for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        unused[setting] = [key for key in getattr(config, setting) if not any(first_match((key,), n) for n in matched)]
+    used = {_layer_number(name, config) for name in matched}
+    unused["layers_to_transform"] = [number for number in _layer_numbers(config) if number not in used]
+    return {setting: entries for setting, entries in unused.items() if entries}
+
+
+def _unused_entry_faults(
+    model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
+) -> list[str]:
+    """Says of every entry that matches nothing what it might have meant."""
+    faults = []
+    for setting, entries in _unused_entries(modules, matched, config).items():
+        if setting == "target_modules":
+            narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
+            after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
+            hints = "".join(_similar_names(model, entry, modules) for entry in entries)
+            faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
+        elif setting == "layers_to_transform":
+            if matched:
+                faults += [f"layers_to_transform names layer {n}, which has no adapted module" for n in entries]
+        elif setting in ("exclude_modules", "modules_to_save"):
+            faults += [
+                f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries
+            ]
+        else:
+            faults += [
+                f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
+                for key in entries
+            ]
+    return faults
+
+
+def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
+    """Returns which module names, cut to as many parts as the entry has, are like it."""
+    if any(matches((entry,), name) for name, _ in model.named_parameters()):
+        return f" {entry!r} is a parameter, not a module, and cannot be adapted."
+    if any(matches((entry,), name) for name in names):
+        return ""  # it is there, and left out by another setting
+    parts = entry.count(".") + 1
+    return did_you_mean(entry, dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+
+
+def _suggestion(model: nn.Module) -> str:
+    """Names what could be adapted, with counts, and something to try."""
+    if _is_linear(model):
+        return "It is a layer itself: inject() adapts what is inside a model, as nn.Sequential(layer)."
+    head = _output_head(model)
+    endings = (name.rpartition(".")[2] for name, m in _modules(model).items() if m is not head and _is_linear(m))
+    if not (counts := Counter(endings)):
+        return "The model has no linear-like module."
+    listing = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
+    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'."
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    try:
+        return cast("nn.Module | None", model.get_output_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without a head
+        return None
+
+
+def _refuse_expert_weights(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    """Mixture-of-experts models keep their experts in parameters of their own, which no linear layer holds."""
+    experts = [
+        f"{name}.{leaf}"
+        for name, module in modules.items()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if "expert" in f"{name}.{type(module).__name__}".lower()
+        and parameter.dim() > 1
+        and not isinstance(module, nn.Embedding)
+        and not _is_linear(module)
+        and not _is_excluded(name, config)
+    ]
+    if experts:
+        raise TargetError(
+            f"'all-linear' would miss {len(experts)} expert weights of {type(model).__name__} ({experts[0]}, ...): "
+            "they are parameters of their own, not linear layers, and cannot be adapted. To adapt the other layers on "
+            "purpose, name them (target_modules=['q_proj', 'v_proj']), or add the experts to exclude_modules."
+        )
+
+
+# What a module can become.  The functions below raise TargetError with the reason alone; the name is put before it.
+
+
+def _target(
+    name: str, pattern: str, mixin: type[LoRALayer], modules: Mapping[str, nn.Module], config: LoraConfig
+) -> TargetModule:
+    module, parent = modules[name], modules.get(name.rpartition(".")[0])
+    _refuse_bypassed(module, mixin._weight_name)
+    blocks = None if isinstance(parent, nn.MultiheadAttention) else config.blocks_of(name)
+    target = TargetModule(
+        name=name,
+        module=module,
+        mixin=mixin,
+        r=config.rank_of(name),
+        lora_alpha=config.alpha_of(name),
+        pattern=pattern,
+        blocks=blocks,
+        fan_in_fan_out=is_conv1d(module),
+    )
+    if blocks is not None:
+        _refuse_blocks(target, len(blocks))
+    return target
+
+
+def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
+    """Returns the LoRA class for a module."""
+    module, parent = modules[name], modules.get(name.rpartition(".")[0])
+    base = base_class(module)
+    if isinstance(module, nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim:
+            raise TargetError("attention with kdim or vdim of its own keeps three weights and cannot be adapted")
+        _refuse_own_forward(base, nn.MultiheadAttention)
+        if config.lora_dropout:
+            raise TargetError(
+                f"lora_dropout {config.lora_dropout} cannot act inside nn.MultiheadAttention; set it to 0"
+            )
+        return LoRAMultiheadAttention
+    if isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(parent, nn.MultiheadAttention):
+        attention = name.split(".")[-2]
+        raise TargetError(
+            f"nn.MultiheadAttention reads this weight itself; target {attention!r}: in_proj and out_proj are adapted"
+        )
+    if is_conv1d(module):
+        return LoRALinear
+    if isinstance(module, nn.Linear):
+        _refuse_own_forward(base, nn.Linear)
+        return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
+    if isinstance(module, nn.Embedding):
+        twins = [n for n, m in modules.items() if m is not module and _same_table(m, module)]
+        if twins and name.rpartition(".")[2] == "shared":  # T5, BART and their like
+            endings = sorted({twin.rpartition(".")[2] for twin in twins})
+            raise TargetError(
+                f"it only holds the weight of {', '.join(twins)}, which look rows up: target {endings} instead"
+            )
+        if not hasattr(module, "embed_scale"):  # rows are multiplied with it (Gemma, BART); see LoRAEmbedding
+            _refuse_own_forward(base, nn.Embedding)
+        return LoRAEmbedding
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        _refuse_own_forward(base, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if module.groups != 1:
+            raise TargetError(
+                f"a convolution in {module.groups} groups has no low-rank update that can be merged; "
+                "build it with loralib.Conv2d instead"
+            )
+        return LoRAConv
+    inside = dict.fromkeys(
+        n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and _is_linear(m)
+    )
+    hint = f"; target what is inside it: {', '.join(inside)}" if inside else ""
+    raise TargetError(
+        f"{base.__name__} cannot be adapted (Linear, Conv1D, Embedding, Conv1d/2d/3d and MultiheadAttention can){hint}"
+    )
+
+
+def _same_table(one: nn.Module, other: nn.Module) -> bool:
+    return isinstance(one, nn.Embedding) and one._parameters.get("weight") is other._parameters.get("weight")
+
+
+def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
+    if base.forward not in [kind.forward for kind in kinds]:
+        raise TargetError(f"{base.__name__} has a forward of its own, which an update could not be added to safely")
+
+
+def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
+    """Refuses a module where switching the class would silently do nothing, or cannot be done."""
+    bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if bound is not None and not is_own_forward(module, bound):
+        raise TargetError(
+            "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
+        )
+    if hasattr(module, "parametrizations"):
+        raise TargetError("its weight is computed by torch.nn.utils.parametrize; remove the parametrization first")
+    weight = module._parameters.get(weight_name)
+    if weight is None:
+        raise TargetError(
+            "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
+        )
+    if isinstance(weight, UninitializedParameter):
+        raise TargetError("it is lazy and has no size yet; run the model once before injecting")
+    if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:
+        kind = f"{type(base.data).__name__} of {base.dtype}"
+        raise TargetError(f"its weight is quantised or of a special kind ({kind}), expected a floating-point tensor")
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        raise TargetError("its weight is offloaded by accelerate; load the model without offloading this layer")
+
+
+def is_own_forward(module: nn.Module, bound: object) -> bool:
+    """Whether a forward kept on the instance is its class's: accelerate leaves such ones, and they can be renewed."""
+    return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
+
+
+def _refuse_blocks(target: TargetModule, count: int) -> None:
+    layer = target.preview()
+    if not isinstance(layer, LoRALinear):
+        raise TargetError(f"enable_lora is for linear layers, not {type(target.module).__name__}")
+    outputs = layer._sizes()[1]
+    if outputs % count:
+        raise TargetError(f"enable_lora has {count} blocks, which does not divide its {outputs} outputs")
