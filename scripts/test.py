@@ -1,7 +1,7 @@
 """All checks and tests, from a fresh machine, with one command: python scripts/test.py.
 
 Makes .venv if needed, then runs ruff, mypy and pytest, all of them even if one fails.  Further arguments go to pytest:
-python scripts/test.py tests/test_base.py -k hub
+python scripts/test.py tests/test_bases.py -k hub
 """
 
 import sys
