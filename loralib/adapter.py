@@ -7,6 +7,7 @@ embeddings, as in PEFT); modules trained in full and trained biases stand under 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
-from .delta import block_diagonal_B, scaling_of
+from .delta import block_diagonal_B, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import InjectReport, adapted_layers, fingerprint, inject, injection_of, remove, unmerge
+from .injection import InjectReport, adapted_layers, fingerprint, inject_targets, injection_of, remove, unmerge
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
-from .targets import fully_trained_tensors, match_modules, without_unused_entries
+from .targets import fully_trained_tensors, match_modules
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
@@ -53,11 +54,13 @@ class Adapter:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The modules to target: nn.MultiheadAttention's out_proj comes with the attention."""
-        modules = frozenset(self.modules)
-        return tuple(
-            m for m in self.modules if not (m.endswith(".out_proj") and m.removesuffix(".out_proj") in modules)
-        )
+        """The modules to target, which are all but those that come with another."""
+        return tuple(dict.fromkeys(map(self.target_of, self.modules)))
+
+    def target_of(self, module: str) -> str:
+        """Returns the module to target for a module: the out_proj of an nn.MultiheadAttention comes with it."""
+        attention = module.removesuffix(".out_proj")
+        return attention if f"{attention}.lora_A" in self.tensors else module
 
     @property
     def nbytes(self) -> int:
@@ -139,16 +142,16 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     layers = adapted_layers(model)
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
-    config = without_unused_entries(model, adapter.config)
-    targets = match_modules(model, config)
-    in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
+    targets = match_modules(model, adapter.config, trained=True)
+    adapted = [(target.name, target.module) for target in targets]
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
-    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
+    for name, tensor in fully_trained_tensors(model, adapter.config, adapted).items():
+        expected[name] = tuple(tensor.shape)
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
     previous = adapter_of(model) if injection_of(model) is not None else None
     try:
-        report = _put_on(model, Adapter(config, adapter.tensors))
+        report = _put_on(model, adapter)
     except BaseException:
         if previous is not None:
             _put_on(model, previous)
@@ -166,7 +169,7 @@ def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
     else:
         if record is not None:
             remove(model)
-        report = inject(model, adapter.config)
+        report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True))
     layers = adapted_layers(model)
     _copy(_values(layers, adapter) + _values_in_full(fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
@@ -176,7 +179,7 @@ def _fill_layers(
     model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
 ) -> ApplyReport:
     """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
-    in_full = fully_trained_tensors(model, without_unused_entries(model, adapter.config), layers)
+    in_full = fully_trained_tensors(model, adapter.config, layers)
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
         keys = layer.tensor_keys()
@@ -238,23 +241,19 @@ def expand_blocks(adapter: Adapter) -> Adapter:
     tensors = dict(adapter.tensors)
     ranks, alphas = dict[str, int](), dict[str, float]()
     for module in adapter.modules:
-        if module in ranks:
-            continue
-        blocks = config.blocks_of(module)
         r, alpha = config.rank_of(module), config.alpha_of(module)
+        blocks = config.blocks_of(adapter.target_of(module))
         if blocks is not None:
             k = sum(blocks)
-            tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
-            # nn.MultiheadAttention: PEFT has one rank for both projections.
-            if (inner := f"{module}.out_proj") in adapter.modules:
-                tensors[f"{inner}.lora_A"] = F.pad(tensors[f"{inner}.lora_A"], (0, 0, 0, r * (k - 1)))
-                tensors[f"{inner}.lora_B"] = F.pad(tensors[f"{inner}.lora_B"], (0, r * (k - 1)))
-                ranks[inner], alphas[inner] = r * k, alpha * (k**0.5 if config.use_rslora else k)
+            if module == adapter.target_of(module):
+                tensors[f"{module}.lora_B"] = block_diagonal_B(tensors[f"{module}.lora_B"], blocks)
+            else:  # PEFT has one rank for both projections of an nn.MultiheadAttention
+                tensors[f"{module}.lora_A"] = F.pad(tensors[f"{module}.lora_A"], (0, 0, 0, r * (k - 1)))
+                tensors[f"{module}.lora_B"] = F.pad(tensors[f"{module}.lora_B"], (0, r * (k - 1)))
             r, alpha = r * k, alpha * (k**0.5 if config.use_rslora else k)
         ranks[module], alphas[module] = r, alpha
-    noted = {key: [bool(on) for on in blocks] for key, blocks in config.enable_lora.items()}
     plain = with_ranks(config.replace(enable_lora={}), ranks, alphas)
-    return Adapter(plain, tensors, {**adapter.metadata, BLOCKS: _to_json(noted)})
+    return Adapter(plain, tensors, {**adapter.metadata, BLOCKS: json.dumps(config.enable_lora)})
 
 
 def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
@@ -263,44 +262,41 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     Raises:
         AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
     """
-    config = LoraConfig(enable_lora=enable_lora)
-    _check_matching(BLOCKS, config.enable_lora, adapter.modules)
-    if not all(map(is_plain_name, config.enable_lora)):
-        config = config.replace(
-            enable_lora=_as_pattern({name: config.blocks_of(name) for name in adapter.modules}, None)
-        )
+    enable_lora = LoraConfig(enable_lora=enable_lora).enable_lora
+    _check_matching(BLOCKS, enable_lora, adapter.modules)
+    fused = adapter.config.replace(enable_lora=enable_lora)
+    if not all(map(is_plain_name, enable_lora)):
+        blocks_by_name = {name: fused.blocks_of(name) for name in adapter.modules}
+        fused = fused.replace(enable_lora=_as_pattern(blocks_by_name, None))
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
-        if module in ranks:
-            continue
-        blocks = config.blocks_of(module)
         r, alpha = adapter.config.rank_of(module), adapter.config.alpha_of(module)
+        blocks = fused.blocks_of(adapter.target_of(module))
         if blocks is not None:
-            k, wide = sum(blocks), tensors[f"{module}.lora_B"]
-            fits = r % k == 0 and wide.dim() == 2 and wide.shape[0] % len(blocks) == 0 and wide.shape[1] == r
-            if fits:
-                size, r = wide.shape[0] // len(blocks), r // k
-                rows = [wide[i * size : (i + 1) * size] for i, on in enumerate(blocks) if on]
-                narrow = torch.cat([row[:, j * r : (j + 1) * r] for j, row in enumerate(rows)]).contiguous()
-                fits = torch.equal(block_diagonal_B(narrow, blocks), wide)
-            if not fits:
-                faults.append(f"{module}: lora_B {tuple(wide.shape)} is not block-diagonal for blocks {list(blocks)}")
-                continue
-            tensors[f"{module}.lora_B"] = narrow
-            alpha = alpha / (k**0.5 if adapter.config.use_rslora else k)
-            if (inner := f"{module}.out_proj") in adapter.modules:
-                A, B = tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"]
+            k = sum(blocks)
+            r, alpha = r // k, alpha / (k**0.5 if fused.use_rslora else k)
+            A, B = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
+            if module != adapter.target_of(module):
                 if A[r:].any() or B[:, r:].any():
-                    faults.append(f"{inner}: has a rank above {r}, which it shares with {module}")
-                tensors[f"{inner}.lora_A"], tensors[f"{inner}.lora_B"] = A[:r].clone(), B[:, :r].clone()
-                ranks[inner], alphas[inner] = r, alpha
+                    faults.append(f"{module}: has a rank above {r}, which it shares with {adapter.target_of(module)}")
+                A, B = A[:r].clone(), B[:, :r].clone()
+            elif B.dim() == 2 and B.shape[0] % len(blocks) == 0 and B.shape[1] == r * k:
+                wide, B = B, diagonal_blocks(B, blocks)
+                if not torch.equal(block_diagonal_B(B, blocks), wide):
+                    faults.append(_not_diagonal(module, wide, blocks))
+            else:
+                faults.append(_not_diagonal(module, B, blocks))
+            tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = A, B
         ranks[module], alphas[module] = r, alpha
     if faults:
         raise AdapterError(list_faults("the fused blocks noted in the file do not fit its tensors", faults))
-    kept = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
-    fused = with_ranks(adapter.config, ranks, alphas).replace(enable_lora=config.enable_lora)
-    return Adapter(fused, tensors, kept)
+    metadata = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
+    return Adapter(with_ranks(fused, ranks, alphas), tensors, metadata)
+
+
+def _not_diagonal(module: str, B: Tensor, blocks: Sequence[bool]) -> str:
+    return f"{module}: lora_B {tuple(B.shape)} is not block-diagonal for blocks {list(blocks)}"
 
 
 def without_expressions(adapter: Adapter) -> Adapter:
@@ -391,12 +387,6 @@ def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _literal(name: str) -> str:
     return name if is_plain_name(name) else re.escape(name)
-
-
-def _to_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:

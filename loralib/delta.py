@@ -22,6 +22,7 @@ __all__ = [
     "block_diagonal_B",
     "delta_weight",
     "dense",
+    "diagonal_blocks",
     "dora_weight",
     "effective_rank",
     "low_rank",
@@ -123,6 +124,17 @@ def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:
     enabled = iter(torch.block_diag(*B.split(size)).split(size))
     off = B.new_zeros(size, sum(blocks) * B.shape[1])
     return torch.cat([next(enabled) if on else off for on in blocks])
+
+
+def diagonal_blocks(B: Tensor, blocks: Sequence[bool]) -> Tensor:
+    """Undoes `block_diagonal_B`, of which it keeps the blocks on the diagonal.
+
+    >>> diagonal_blocks(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), [True, False, True]).tolist()
+    [[1.0], [2.0]]
+    """
+    size, r = B.shape[0] // len(blocks), B.shape[1] // sum(blocks)
+    rows = [row for row, on in zip(B.split(size), blocks, strict=True) if on]
+    return torch.cat([row[:, i * r : (i + 1) * r] for i, row in enumerate(rows)])
 
 
 def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

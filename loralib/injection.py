@@ -32,6 +32,7 @@ __all__ = [
     "disabled",
     "fingerprint",
     "inject",
+    "inject_targets",
     "injection_of",
     "merge",
     "remove",
@@ -126,7 +127,17 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
-    targets = match_modules(model, config)
+    return inject_targets(model, config, match_modules(model, config))
+
+
+def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule]) -> InjectReport:
+    """Adapts modules of a model that holds no adapter: the half of `inject` that changes it.
+
+    Args:
+        model: as in `inject`.
+        config: as in `inject`.
+        targets: what `loralib.targets.match_modules` returned for them.
+    """
     notes = _notes(model, targets, config)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     record = model.__dict__[_RECORD] = Injection(config, trainable)

@@ -29,7 +29,7 @@ from .layers import (
     is_conv1d,
 )
 
-__all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "without_unused_entries"]
+__all__ = ["TargetModule", "fully_trained_tensors", "match_modules"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,14 @@ class TargetModule:
         return layer
 
 
-def match_modules(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
+def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False) -> list[TargetModule]:
     """Finds the modules that a config adapts, without touching the model.
 
     Args:
         model: may hold an adapter that `loralib.inject` made; its base is matched.
         config: see `loralib.inject`.
+        trained: whether it is the config of a finished adapter, whose tensors decide.  Then entries may match nothing
+            (PEFT lets them pass, and writes some itself), and how its factors were initialised does not matter.
 
     Returns:
         One entry for each module, in the model's order.
@@ -84,12 +86,11 @@ def match_modules(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
     Raises:
         TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
     """
-    for setting, supported in (
-        ("use_dora", (False,)),
-        ("lora_bias", (False,)),
-        ("init_lora_weights", (True, "kaiming")),
-    ):
-        if getattr(config, setting) not in supported:
+    if trained and not config.changes_base:
+        config = config.replace(init_lora_weights=True)
+    supported = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": (True, "kaiming")}
+    for setting, values in supported.items():
+        if getattr(config, setting) not in values:
             raise TargetError(
                 f"{setting} = {getattr(config, setting)!r} cannot be injected; LoRA and rsLoRA with the default start "
                 "can. Convert such an adapter with `loralib convert --target peft` first."
@@ -98,7 +99,7 @@ def match_modules(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
         raise TargetError(f"target_modules is not given. {_suggestion(model)}")
     modules = _modules(model)
     matched = _matched_patterns(model, modules, config)
-    faults = _unused_entry_faults(model, modules, matched, config)
+    faults = [] if trained and matched else _unused_entry_faults(model, modules, matched, config)
     targets = list[TargetModule]()
     for name, pattern in matched.items():
         try:
@@ -143,28 +144,6 @@ def fully_trained_tensors(
             state = module.state_dict(prefix=f"{name}.", keep_vars=True)
             tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     return tensors
-
-
-def without_unused_entries(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Returns the config of a finished adapter without the entries that match nothing in this model.
-
-    PEFT lets such entries pass, and writes some itself (``modules_to_save=["classifier", "score"]``).  When an adapter
-    is loaded its tensors decide what is adapted, so they may go; for `loralib.inject` they are errors.
-    """
-    modules = _modules(model)
-    unused = _unused_entries(modules, _matched_patterns(model, modules, config), config)
-    changes: dict[str, Any] = {}
-    for setting, entries in unused.items():
-        value = getattr(config, setting)
-        if isinstance(value, Mapping):
-            changes[setting] = {key: item for key, item in value.items() if key not in entries}
-        elif not isinstance(value, (str, int)) and set(value) - set(entries):
-            changes[setting] = [entry for entry in value if entry not in entries]
-        elif setting not in ("target_modules", "layers_to_transform"):
-            changes[setting] = None
-    if not config.changes_base:  # another start, once trained, is like any other
-        changes["init_lora_weights"] = True
-    return config.replace(**changes)
 
 
 # Matching names.

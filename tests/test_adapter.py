@@ -162,7 +162,7 @@ def test_a_failure_while_putting_on_gives_back_what_was_there(held: bool, monkey
     model = trained(seed=2, modules_to_save=["4"]) if held else net()
     before, y = state(model), model(X)
     other = lora.adapter_of(trained(seed=3, r=3, target_modules=["3"]))
-    real, calls = module.inject, []
+    real, calls = module.inject_targets, []
 
     def fails(*args: Any) -> Any:
         calls.append(args)
@@ -171,7 +171,7 @@ def test_a_failure_while_putting_on_gives_back_what_was_there(held: bool, monkey
             raise MemoryError
         return report
 
-    monkeypatch.setattr(module, "inject", fails)
+    monkeypatch.setattr(module, "inject_targets", fails)
     with pytest.raises(MemoryError):
         lora.apply_adapter(model, other)
     assert same(state(model), before)

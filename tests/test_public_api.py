@@ -52,27 +52,18 @@ def test_every_modules_all_is_true() -> None:
         assert not [name for name in names if not hasattr(module, name)], info.name
 
 
-def test_modules_never_take_the_place_of_functions() -> None:
-    """`import loralib.train` must leave loralib.train callable: a module would shadow the function."""
-    submodules = [info.name for info in pkgutil.iter_modules(lora.__path__) if info.name in lora.__all__]
-    assert {"inject", "train", "generate"} <= set(submodules)
-    code = """
-import importlib, json
-import loralib
-names = NAMES
-before = {name: callable(getattr(loralib, name)) for name in names}
-for name in names:
-    importlib.import_module(f"loralib.{name}")
-after = {name: callable(getattr(loralib, name)) for name in names}
-print(json.dumps([before, after]))
-""".replace("NAMES", repr(submodules))
-    before, after = fresh(code)
-    assert all(before.values())
-    assert all(after.values())
-    # Also where the submodule is what is imported first.
-    first = "import importlib, json\n" + "".join(f"import loralib.{name}\n" for name in submodules)
-    callables = fresh(first + f"print(json.dumps([callable(getattr(loralib, n)) for n in {submodules!r}]))")
-    assert all(callables)
+def test_no_module_has_the_name_of_something_public() -> None:
+    """``import loralib.x`` sets the attribute x of the package: a function of that name would be gone."""
+    assert not {info.name for info in pkgutil.iter_modules(lora.__path__)} & set(lora.__all__)
+
+
+def test_every_module_is_imported_by_its_name() -> None:
+    """``import a.b as m`` reads attributes on the way, which a function in the place of a package does not have."""
+    for info in pkgutil.walk_packages(lora.__path__, "loralib."):
+        if not info.name.endswith("__main__"):
+            scope: dict[str, Any] = {}
+            exec(f"import {info.name} as module", scope)
+            assert scope["module"] is sys.modules[info.name]
 
 
 def test_importing_loralib_imports_nothing_heavy() -> None:
