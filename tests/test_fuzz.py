@@ -720,7 +720,7 @@ def test_files_that_are_longer_than_they_state_are_not_read(tmp_path: Path) -> N
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(2**28)
     memory = peak_memory()
-    with pytest.raises(FormatError, match="its header states 4 bytes"):
+    with pytest.raises(FormatError, match="its header announces 4 bytes"):
         read_safetensors(tmp_path / "x.safetensors")
     assert peak_memory() - memory < 100e6
 

@@ -87,7 +87,7 @@ def read_adapter(
             kind = "GGUF" if gguf else "MLX"
             raise AdapterError(
                 f"{path} is {kind}, which has its own names for modules; give the base model (model=... in Python), or "
-                "make it a directory that every command reads with `loralib convert --base MODEL`"
+                "make it a directory that every command reads: `loralib convert` with --base"
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
@@ -96,7 +96,7 @@ def read_adapter(
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which holds no settings; give "
             "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python, or make it a directory that every "
-            "command reads with `loralib convert --lora_dim ... --lora_alpha ... --target_modules ...`"
+            "command reads: `loralib convert` with --lora_dim, --lora_alpha, --target_modules"
         )
     if config is None:
         raise AdapterError(

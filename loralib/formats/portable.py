@@ -34,6 +34,7 @@ __all__ = [
     "check_portable",
     "export",
     "full_delta",
+    "low_rank_update",
     "make_portable",
     "to_stored_layout",
 ]
@@ -236,7 +237,7 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     Returns:
         (out, in), in at least fp32.
     """
-    update = _raw_update(adapter, module)
+    update = low_rank_update(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
     if adapter.config.changes_base:
         start = _initial_update(adapter, module, weight, initial)
@@ -282,7 +283,7 @@ def _as_plain(
         differences = {}
         for name in adapter.modules:
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
-            update = _raw_update(adapter, name) + start * -1
+            update = low_rank_update(adapter, name) + start * -1
             differences[name] = update.A.float(), update.B
         adapter = with_updates(adapter, differences)
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
@@ -297,7 +298,7 @@ def _nearest(
     adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
     """Approximates DoRA, whose update has full rank, by the largest singular values of the update."""
-    own = max(_raw_update(adapter, name).r for name in adapter.modules)
+    own = max(low_rank_update(adapter, name).r for name in adapter.modules)
     largest = r or _MAX_RANK_FACTOR * own
     lost, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
     for name in adapter.modules:
@@ -321,7 +322,8 @@ def _nearest(
     return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
 
 
-def _raw_update(adapter: Adapter, module: str) -> Update:
+def low_rank_update(adapter: Adapter, module: str) -> Update:
+    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
     A, B = factors(adapter, module)
     config = adapter.config
     scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
@@ -331,11 +333,11 @@ def _raw_update(adapter: Adapter, module: str) -> Update:
 def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
     """Returns the update at initialisation, which PEFT subtracted from the base weight."""
     kind = str(adapter.config.init_lora_weights).lower()
-    update = _raw_update(adapter, module)
+    update = low_rank_update(adapter, module)
     if initial is not None:
         if f"{module}.lora_A" not in initial.tensors:
             raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
-        return _raw_update(initial, module)
+        return low_rank_update(initial, module)
     if weight is not None and kind == "pissa":
         return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
     if weight is not None and kind == "olora":
