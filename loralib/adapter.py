@@ -1,7 +1,7 @@
 """An adapter as a value: settings and tensors, taken from a model or put on one.
 
-Names of tensors are module paths followed by ``.lora_A`` and ``.lora_B`` (``.lora_embedding_A`` and ``_B`` for
-embeddings, as in PEFT); modules trained in full and trained biases stand under their own parameter names.
+A tensor's name is its module's followed by ``.lora_A`` or ``.lora_B`` (``.lora_embedding_A`` or ``_B`` for embeddings,
+as in PEFT), or whatever else a layer trains; modules and biases trained in full keep their parameters' names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,8 +39,8 @@ class Adapter:
 
     Attributes:
         config: its settings.
-        tensors: its tensors by name; see the head of this module.
-        metadata: further facts as text; ``loralib.base`` is the fingerprint of the base model.
+        tensors: its tensors by name; see the top of this module.
+        metadata: other facts as text; ``loralib.base`` is the fingerprint of the base model.
     """
 
     config: LoraConfig
@@ -61,6 +61,11 @@ class Adapter:
         """Returns the module to target for a module: the out_proj of an nn.MultiheadAttention comes with it."""
         attention = module.removesuffix(".out_proj")
         return attention if f"{attention}.lora_A" in self.tensors else module
+
+    def factor_keys(self, module: str) -> tuple[str, str]:
+        """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT."""
+        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in self.tensors else "lora_"
+        return f"{module}.{kind}A", f"{module}.{kind}B"
 
     @property
     def nbytes(self) -> int:
@@ -85,14 +90,14 @@ class ApplyReport:
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
-            "unknown": "the adapter does not say for which base: not checked",
+            "unknown": "base model not checked: the adapter does not say which one it belongs to",
             "other": "trained on a base model with other values, as allowed",
         }
         return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """Takes a copy of the adapter that a model holds.
+    """Copies the adapter that a model holds.
 
     Args:
         model: adapted by `inject`, or built from loralib's layers.
@@ -126,10 +131,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """Puts an adapter on a model: injects the layers and copies every tensor, or changes nothing.
 
     Args:
-        model: plain, or holding an adapter, which is replaced once the new one is known to fit; or built from loralib's
-            layers, which are filled.
+        model: plain; or holding an adapter, which is replaced once the new one has been checked; or built from
+            loralib's layers, which take the tensors.
         adapter: the adapter.
-        allow_base_mismatch: load although the base model's values are not those that the adapter was trained on.
+        allow_base_mismatch: accept a base model with other values than the one that the adapter was trained on.
 
     Returns:
         How many tensors were applied; all of the adapter's.
@@ -139,6 +144,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
+    if not adapter.modules:
+        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     layers = adapted_layers(model)
     if layers and injection_of(model) is None:
         return _fill_layers(model, layers, adapter, allow_base_mismatch)
@@ -162,16 +169,16 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
 
 
 def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
-    """Injects an adapter that is known to fit, in place of the one that is there."""
+    """Injects an adapter that has been checked, in place of the one that the model holds."""
     record, report = injection_of(model), None
     if record is not None and record.config == adapter.config:
-        unmerge(model)  # the same layers with other numbers: switching is copying
+        unmerge(model)  # the same layers with other values: copying is enough
     else:
         if record is not None:
             remove(model)
         report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True))
     layers = adapted_layers(model)
-    _copy(_values(layers, adapter) + _values_in_full(fully_trained_tensors(model, adapter.config, layers), adapter))
+    _copy(_pairs(layers, fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
 
 
@@ -192,25 +199,23 @@ def _fill_layers(
     expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
-    values = _values(layers, adapter) + _values_in_full(in_full, adapter)
+    pairs = _pairs(layers, in_full, adapter)
     for _, layer in layers:
         layer.unmerge()
-    _copy(values)
+    _copy(pairs)
     return ApplyReport(applied=len(expected), base=base)
 
 
-def _values(layers: list[tuple[str, LoRALayer]], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-    """Pairs what the layers train with the adapter's values for it."""
-    pairs = list[tuple[Tensor, Tensor]]()
+def _pairs(
+    layers: list[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor], adapter: Adapter
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs each trained tensor of a model with the adapter's values for it."""
+    pairs = [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
     for name, layer in layers:
         with _named_errors(name):
             values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
         pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
     return pairs
-
-
-def _values_in_full(in_full: Mapping[str, Tensor], adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-    return [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]
 
 
 @torch.no_grad()
@@ -221,7 +226,7 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 @contextlib.contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Puts the name of a layer before what it says is wrong."""
+    """Puts the layer's name before its errors."""
     try:
         yield
     except AdapterError as error:
@@ -232,8 +237,8 @@ def expand_blocks(adapter: Adapter) -> Adapter:
     """Returns the same adapter with its fused blocks written out as plain low-rank updates.
 
     A module of rank r with k of n blocks enabled is exactly a plain one of rank r * k with a block-diagonal B and
-    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The blocks are noted in the metadata, from which
-    `narrow_blocks` restores them.
+    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The metadata says which blocks, so that `narrow_blocks` can
+    restore them.
     """
     config = adapter.config
     if not config.enable_lora:
@@ -290,7 +295,7 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
             tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = A, B
         ranks[module], alphas[module] = r, alpha
     if faults:
-        raise AdapterError(list_faults("the fused blocks noted in the file do not fit its tensors", faults))
+        raise AdapterError(list_faults("the fused blocks in the file's metadata do not fit its tensors", faults))
     metadata = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
     return Adapter(with_ranks(fused, ranks, alphas), tensors, metadata)
 
@@ -300,10 +305,10 @@ def _not_diagonal(module: str, B: Tensor, blocks: Sequence[bool]) -> str:
 
 
 def without_expressions(adapter: Adapter) -> Adapter:
-    """Returns an adapter read from a file with settings that name modules, instead of the file's regular expressions.
+    """Returns an adapter from a file with the names of its modules in place of the file's regular expressions.
 
-    A file's tensors say which modules are adapted and with which r, so that nobody's expressions have to be matched for
-    that.  Those of alpha_pattern are, once, against the names that the tensors give.
+    A file's tensors say which modules are adapted and with which r, so its expressions for these are never matched,
+    however long that would take.  Those of alpha_pattern are matched once, with the modules that have tensors.
 
     Raises:
         AdapterError: alpha_pattern holds expressions that could take forever to match.
@@ -311,9 +316,12 @@ def without_expressions(adapter: Adapter) -> Adapter:
     config, modules = adapter.config, adapter.modules
     _check_matching("alpha_pattern", config.alpha_pattern, modules)
     if not all(map(is_plain_name, (*config.rank_pattern, *config.alpha_pattern))):
-        # A rank that nothing in the config explains stays a fault.
-        allowed = {config.r, *config.rank_pattern.values()}
-        ranks = {module: rank if (rank := _rank(adapter, module)) in allowed else config.r for module in modules}
+        ranks = dict.fromkeys(modules, config.r)
+        for module in modules:
+            A = adapter.tensors.get(adapter.factor_keys(module)[0])
+            # A rank that no setting explains stays a fault.
+            if A is not None and A.dim() > 0 and A.shape[0] in config.rank_pattern.values():
+                ranks[module] = A.shape[0]
         config = with_ranks(config, ranks, {module: config.alpha_of(module) for module in modules})
     target, exclude = config.target_modules, config.exclude_modules
     layers = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
@@ -323,7 +331,7 @@ def without_expressions(adapter: Adapter) -> Adapter:
         or not all(map(is_plain_name, layers))
     ):
         config = config.replace(
-            # Not a list, whose entries also fit as endings of other names.
+            # An expression, since entries of a list also match as endings of other names.
             target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
             exclude_modules=None,
             layers_to_transform=None,
@@ -332,24 +340,16 @@ def without_expressions(adapter: Adapter) -> Adapter:
     return replace(adapter, config=config)
 
 
-def _check_matching(knob: str, patterns: Iterable[str], modules: Sequence[str]) -> None:
-    slow = [key for key in patterns if matching_steps([key], modules) > _MAX_STEPS]
-    if slow or matching_steps(patterns, modules) > _MAX_STEPS:
+def _check_matching(setting: str, patterns: Collection[str], modules: Sequence[str]) -> None:
+    """Refuses expressions of a file that could take forever to match the modules that the file names."""
+    if matching_steps(patterns, modules) > _MAX_STEPS:
         raise AdapterError(
             list_faults(
-                f"matching the expressions of {knob} with {len(modules):,} modules may take forever",
-                [key[:80] for key in slow or patterns],
-                f"Write names of modules or their endings into {knob} instead.",
+                f"matching the expressions of {setting} with {len(modules):,} modules may take forever",
+                [key[:80] for key in patterns if not is_plain_name(key)],
+                f"Write names of modules or their endings into {setting} instead.",
             )
         )
-
-
-def _rank(adapter: Adapter, module: str) -> int | None:
-    """Returns how many rows the A of a module has."""
-    for name in ("lora_A", "lora_embedding_A"):
-        if (A := adapter.tensors.get(f"{module}.{name}")) is not None and A.dim() > 0:
-            return A.shape[0]
-    return None
 
 
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
@@ -364,7 +364,7 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str
 
 
 def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns patterns for the modules whose value is not the default: name endings where these say enough."""
+    """Returns a pattern for the values that are not the default; its keys are name endings where they suffice."""
     by_ending: dict[str, set[Any]] = {}
     endings = set[str]()
     for name, value in values.items():
@@ -373,7 +373,7 @@ def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
     pattern: dict[str, Any] = {}
     for name, value in values.items():
-        # What is said of an attention holds for its out_proj.
+        # An attention's value is that of its out_proj too.
         if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
             continue
         ending = name.rpartition(".")[2]
@@ -397,10 +397,10 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
     """
     ranks, alphas, blocks = dict[str, int](), dict[str, float](), dict[str, tuple[bool, ...]]()
     for name, layer in layers:
-        wide = layer.base_weight[0, 0].numel() if isinstance(layer, LoRAFoldedConv) else 1
+        factor = layer._base_shape[2:].numel() if isinstance(layer, LoRAFoldedConv) else 1  # see to_adapter
         plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # not so under rsLoRA
-        ranks[name] = layer.r * wide
-        alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * wide
+        ranks[name] = layer.r * factor
+        alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * factor
         if isinstance(layer, LoRALinear) and layer.blocks is not None:
             blocks[name] = layer.blocks
     bias, modules_to_save = _trained_besides(model, layers)
@@ -415,25 +415,22 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
 
 
 def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
-    """Returns `bias` and `modules_to_save` for what trains besides the low-rank factors."""
+    """Returns `bias` and `modules_to_save` for what trains besides the layers' own tensors."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     bias = "none"
     for mode in ("all", "lora_only"):
-        biases = {
-            name for name, p in fully_trained_tensors(model, LoraConfig(bias=mode), layers).items() if p.requires_grad
-        }
-        every = set(fully_trained_tensors(model, LoraConfig(bias=mode), layers))
-        if every and biases == every:
-            bias, trained = mode, trained - every
+        biases = fully_trained_tensors(model, LoraConfig(bias=mode), layers)
+        if biases and all(parameter.requires_grad for parameter in biases.values()):
+            bias, trained = mode, trained - biases.keys()
             break
     owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(trained))
     adapted = {name for name, _ in layers}
-    homeless = [name for name in sorted(trained) if name.rpartition(".")[0] in adapted | {""}]
-    if homeless:
+    unsaved = [name for name in sorted(trained) if name.rpartition(".")[0] in adapted | {""}]
+    if unsaved:
         raise AdapterError(
             list_faults(
                 "these parameters train, and an adapter has no place for them",
-                homeless,
+                unsaved,
                 "Freeze them with mark_only_lora_as_trainable(model), or save the whole model with torch.save.",
             )
         )
@@ -448,9 +445,8 @@ def _check_tensors(
     base = model.state_dict() | (record.originals if record is not None else {})
     for name, tensor in adapter.tensors.items():
         if name not in expected:
-            # Some writers carry base weights along (PEFT embeddings, Microsoft whole models): they must be this base's.
-            carried = name in base and base[name].shape == tensor.shape
-            if not carried:
+            # Some files also hold base weights (PEFT's embeddings, Microsoft's whole models): they must be this base's.
+            if name not in base or base[name].shape != tensor.shape:
                 faults.append(f"unexpected  {name} {tuple(tensor.shape)}")
             elif not allow_mismatch and not _same_values(base[name], tensor):
                 faults.append(f"other base  {name} {tuple(tensor.shape)} differs from the model's (trained in full?)")
@@ -472,35 +468,32 @@ def _check_tensors(
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Tells whether a tensor holds neither NaN nor infinite values; PyTorch does not say so of 8-bit floats."""
+    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite takes no 8-bit floats."""
     return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors agree up to the rounding of bf16, in which either may have been kept."""
+    """Whether two tensors agree up to the rounding of bf16, in which either may have been stored."""
     ours, theirs = ours.detach().cpu().float(), theirs.detach().cpu().float()
     return bool(((ours - theirs).abs() <= 2**-7 * theirs.abs() + 1e-6).all())
 
 
 def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
-    """Compares fingerprints; returns what `ApplyReport.base` says."""
+    """Compares fingerprints and returns the value of `ApplyReport.base`."""
     theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
+    named = adapter.config.base_model_name_or_path
+    load = f"Load the base it was trained on{f' ({named})' if named else ''}."
     if theirs is None:
         return "unknown"
     if theirs.partition(":")[0] != ours.partition(":")[0]:
         raise BaseMismatchError(
             f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
-            f"(fingerprint {theirs}, here {ours}). Load the base it was trained on"
-            f"{_named(adapter.config.base_model_name_or_path)}."
+            f"(fingerprint {theirs}, here {ours}). {load}"
         )
     if theirs != ours and not allow_mismatch:
         raise BaseMismatchError(
             f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "
-            f"{ours}). Load the base it was trained on{_named(adapter.config.base_model_name_or_path)}. "
-            "If you mean this one: allow_base_mismatch=True in Python, --allow_base_mismatch of `loralib merge`."
+            f"{ours}). {load} To use this one anyway: allow_base_mismatch=True in Python, --allow_base_mismatch of "
+            "`loralib merge`."
         )
     return "checked" if theirs == ours else "other"
-
-
-def _named(name: str | None) -> str:
-    return f" ({name})" if name else ""

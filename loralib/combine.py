@@ -1,15 +1,18 @@
 """Arithmetic on adapters: sums, differences, mixtures and other ranks, all pure functions on `Adapter`.
 
-An adapter's update of a module is ``scaling * B A``.  Sums of such updates are low-rank again: exactly, by putting
-factors side by side (`cat`), or nearly, by cutting the singular values of that (`svd`).  The other methods are the
+An adapter's update of a module is ``scaling * B A``.  Sums of such updates are low-rank too: exactly, with the factors
+side by side (`cat`), or approximately, with the largest singular values of that (`svd`).  The other methods are the
 published heuristics, in the form that PEFT's ``add_weighted_adapter`` gives them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,17 +35,22 @@ __all__ = [
     "located_faults",
     "resize",
     "subtract",
+    "update_of",
     "updates_of",
     "with_updates",
 ]
+
+FactorPair: TypeAlias = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
+Loss: TypeAlias = tuple[float, float]  # norms of the difference and of the exact update
 
 # What `combine` can do, and what each is good for.
 METHODS: Mapping[str, str] = {
     "cat": "the exact weighted sum; the ranks add up",
     "svd": "the best approximation of that sum of a given rank",
-    "linear": "sums of the factors themselves: fast, and rough, for the factors of different adapters do not belong "
-    "together (task arithmetic, arXiv:2212.04089)",
-    "ties": "keep the largest values, elect a sign, average what agrees (TIES, arXiv:2306.01708), on the factors",
+    "linear": "the weighted sum of A and of B on their own: fast but rough, since it also multiplies one adapter's B "
+    "with another's A (task arithmetic, arXiv:2212.04089)",
+    "ties": "keep the largest values, elect a sign, average the values that have it (TIES, arXiv:2306.01708), on the "
+    "factors",
     "dare_linear": "drop values at random and rescale the others (DARE, arXiv:2311.03099), then sum, on the factors",
     "dare_ties": "DARE's dropping with TIES's signs, on the factors",
     "magnitude_prune": "keep the largest values, then sum, on the factors",
@@ -104,9 +112,9 @@ class Combination:
 
     Attributes:
         adapter: the result, with lora_alpha = r, so that its updates are plain B A.
-        error: how far its updates are from what was asked for, relative to that: ``||result - wanted|| / ||wanted||``
-            over all modules (Frobenius norm).  What is asked for is the weighted sum of the updates; for methods that
-            end in ``_svd``, the merged updates before they are cut.  0 where nothing is lost but rounding.
+        error: how far its updates are from the exact ones, ``||result - exact|| / ||exact||`` over all modules
+            (Frobenius norm).  Exact is the weighted sum of the updates; for methods that end in ``_svd``, the merged
+            updates before the cut.  0 where nothing but rounding is lost.
         errors: the same for each module.
     """
 
@@ -116,23 +124,23 @@ class Combination:
 
     @property
     def energy(self) -> float:
-        """The share of the wanted squared norm that is kept, for results that are best approximations."""
+        """The share of the squared norm that is kept, for results that are best approximations."""
         return 1 - self.error**2
 
 
 def faults_of(adapter: Adapter) -> list[str]:
-    """Lists what is wrong with an adapter's tensors by themselves, before any model is seen."""
+    """Lists what is wrong with an adapter's tensors, as far as can be told without a model."""
     return [f"{place}: {fault}" if place else fault for place, fault in located_faults(adapter)]
 
 
 def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
-    """Lists `faults_of` with the name of the module or tensor that each is about."""
+    """Lists the faults with the name of the module or tensor that each is about."""
     faults = []
     for module in adapter.modules:
-        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.tensors else "lora_"
-        A, B = (adapter.tensors.get(f"{module}.{kind}{half}") for half in "AB")
+        keys = adapter.factor_keys(module)
+        A, B = map(adapter.tensors.get, keys)
         if A is None or B is None:
-            faults.append((module, f"{kind}{'A' if A is None else 'B'} is missing"))
+            faults.append((module, f"{keys[A is not None].rpartition('.')[2]} is missing"))
             continue
         if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[:1, :1].numel() != 1):
             faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together"))
@@ -140,8 +148,8 @@ def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
         r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
         expected = r if blocks is None else r * sum(blocks)
         if A.shape[0] != expected or B.shape[1] != r:
-            said = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
-            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {said}"))
+            rank = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
+            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {rank}"))
         elif blocks is not None and B.shape[0] % sum(blocks):
             faults.append((module, f"B {tuple(B.shape)} does not divide into {sum(blocks)} blocks"))
     for name, tensor in adapter.tensors.items():
@@ -185,23 +193,24 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
             )
         )
     plain = expand_blocks(adapter)
-    updates = {}
-    for module in plain.modules:
-        A, B = factors(plain, module)
-        r, alpha = plain.config.rank_of(module), plain.config.alpha_of(module)
-        updates[module] = Update(A.flatten(1), B.flatten(1), scaling_of(r, alpha, plain.config.use_rslora))
-    return updates
+    return {module: update_of(plain, module) for module in plain.modules}
 
 
-def factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+def update_of(adapter: Adapter, module: str) -> Update:
+    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
+    A, B = factors(adapter, module)
+    config = adapter.config
+    scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
+    return Update(A.flatten(1), B.flatten(1), scaling)
+
+
+def factors(adapter: Adapter, module: str) -> FactorPair:
     """Returns a module's A and B as they are stored."""
-    A = adapter.tensors.get(f"{module}.lora_A")
-    if A is not None:
-        return A, adapter.tensors[f"{module}.lora_B"]
-    return adapter.tensors[f"{module}.lora_embedding_A"], adapter.tensors[f"{module}.lora_embedding_B"]
+    key_A, key_B = adapter.factor_keys(module)
+    return adapter.tensors[key_A], adapter.tensors[key_B]
 
 
-def with_updates(adapter: Adapter, updates: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter:
     """Returns an adapter with other factors, A (r, in) and B (out, r), and lora_alpha = r, so that its update is B A.
 
     Args:
@@ -211,9 +220,9 @@ def with_updates(adapter: Adapter, updates: Mapping[str, tuple[Tensor, Tensor]])
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if not _is_factor(name)}
     for name, (A, B) in updates.items():
         old_A, old_B = factors(adapter, name)
-        kind = "lora_" if f"{name}.lora_A" in adapter.tensors else "lora_embedding_"
-        tensors[f"{name}.{kind}A"] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
-        tensors[f"{name}.{kind}B"] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
+        key_A, key_B = adapter.factor_keys(name)
+        tensors[key_A] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
+        tensors[key_B] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
     ranks = {name: A.shape[0] for name, (A, _) in updates.items()}
     config = with_ranks(adapter.config.replace(enable_lora={}, use_rslora=False), ranks, dict(ranks))
     return Adapter(config, tensors, {key: text for key, text in adapter.metadata.items() if key != BLOCKS})
@@ -241,7 +250,7 @@ def combine(
         seed: for DARE.
 
     Returns:
-        The adapter, and how far it is from what was asked for.
+        The adapter, and how far it is from the exact combination.
 
     Raises:
         AdapterError: an adapter is damaged, or has parts that are not low-rank updates.
@@ -256,41 +265,30 @@ def combine(
     True
     """
     _check_arguments(adapters, weights, method, r, density, majority_sign)
-    each = [updates_of(adapter) for adapter in adapters]
-    like = _common(adapters)
+    updates_by_adapter = [updates_of(adapter) for adapter in adapters]
+    template = _template(adapters)
     if len(adapters) == 1 and method != "svd":
         method = "cat"  # one adapter is only scaled
-    generator = torch.Generator().manual_seed(seed)
-    rank = r or max(update.r for updates in each for update in updates.values())
-    results: dict[str, tuple[Tensor, Tensor]] = {}
-    lost: dict[str, tuple[float, float]] = {}
-    for module in dict.fromkeys(name for updates in each for name in updates):
-        present = [
-            (updates[module], weight) for updates, weight in zip(each, weights, strict=True) if module in updates
-        ]
-        parts, share = [update for update, _ in present], [weight for _, weight in present]
-        wanted = _sum([update * weight for update, weight in present])
+    rank = r or max(update.r for updates in updates_by_adapter for update in updates.values())
+    merger = _Merger(method.removesuffix("_svd"), density or 1.0, majority_sign, torch.Generator().manual_seed(seed))
+    results: dict[str, FactorPair] = {}
+    losses: dict[str, Loss] = {}
+    for module in dict.fromkeys(name for updates in updates_by_adapter for name in updates):
+        pairs = [(u[module], weight) for u, weight in zip(updates_by_adapter, weights, strict=True) if module in u]
+        updates, shares = [update for update, _ in pairs], [weight for _, weight in pairs]
+        total = functools.reduce(operator.add, (update * weight for update, weight in pairs))
         if method == "cat":
-            results[module] = wanted.A.float(), wanted._scaled_B()
-            lost[module] = 0.0, wanted.norm()
+            results[module], losses[module] = (total.A.float(), total._scaled_B()), (0.0, total.norm())
         elif method == "svd":
-            results[module], lost[module] = _cut(*wanted.svd(), rank)
+            results[module], losses[module] = _cut(*total.svd(), rank)
         elif method.endswith("_svd"):
-            dense = _merge(
-                method.removesuffix("_svd"),
-                [delta_weight(update.A, update.B, update.scaling) for update in parts],
-                share,
-                density,
-                majority_sign,
-                generator,
-            )
+            dense = merger.merge([delta_weight(u.A, u.B, u.scaling) for u in updates], shares)
             U, S, Vh = torch.linalg.svd(dense.double(), full_matrices=False)
-            results[module], lost[module] = _cut(U, S, Vh, rank)
+            results[module], losses[module] = _cut(U, S, Vh, rank)
         else:
-            results[module] = _merge_factors(module, method, parts, share, density, majority_sign, generator)
-            difference = Update(*results[module], 1.0) + wanted * -1
-            lost[module] = difference.norm(), wanted.norm()
-    return _combination(with_updates(like, results), lost)
+            results[module] = merger.merge_factors(module, updates, shares)
+            losses[module] = (Update(*results[module], 1.0) + total * -1).norm(), total.norm()
+    return _combination(with_updates(template, results), losses)
 
 
 def interpolate(start: Adapter, end: Adapter, t: float, r: int | None = None) -> Combination:
@@ -317,7 +315,7 @@ def subtract(adapter: Adapter, other: Adapter, r: int | None = None) -> Combinat
 
 
 def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
-    """Returns the nearest adapter of another rank: the largest singular values of each update are kept.
+    """Returns the nearest adapter of another rank, with the largest singular values of each update.
 
     Args:
         adapter: any plain one.
@@ -341,23 +339,23 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
         raise ConfigError(f"r is {r}, expected a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is {energy}, expected a share above 0 up to 1")
-    results, lost = {}, {}
+    results, losses = {}, {}
     for module, update in updates_of(adapter).items():
         U, S, Vh = update.svd()
-        results[module], lost[module] = _cut(U, S, Vh, r or _rank_for(S, energy or 1.0))
-    return _combination(with_updates(expand_blocks(adapter), results), lost)
+        results[module], losses[module] = _cut(U, S, Vh, r or _rank_for(S, energy or 1.0))
+    return _combination(with_updates(expand_blocks(adapter), results), losses)
 
 
 # Parts.
 
 
 def depends_on_base(adapter: Adapter) -> bool:
-    """Tells whether the update depends on the base weights (DoRA, PiSSA and its kin), so that layers cannot add it."""
+    """Whether the update depends on the base weights (DoRA, PiSSA and similar), so that layers cannot just add it."""
     return adapter.config.changes_base or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
 
 
 def _more_than_low_rank(adapter: Adapter) -> list[str]:
-    """Says what an adapter holds besides low-rank updates of the base weights."""
+    """Lists what an adapter holds besides low-rank updates of the base weights."""
     config = adapter.config
     faults = []
     if config.use_dora or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors):
@@ -394,11 +392,11 @@ def _check_arguments(
     if majority_sign not in ("total", "frequency"):
         faults.append(f"majority_sign is {majority_sign!r}, expected 'total' or 'frequency'")
     if faults:
-        raise ConfigError(list_faults("these adapters cannot be combined so", faults))
+        raise ConfigError(list_faults("these adapters cannot be combined in this way", faults))
 
 
-def _common(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns an adapter that names all modules of several, with what they agree on."""
+def _template(adapters: Sequence[Adapter]) -> Adapter:
+    """Returns an adapter with the modules of all adapters and the settings that they share."""
     rest = [
         f"{name} (adapter {number})"
         for number, adapter in enumerate(adapters, 1)
@@ -433,10 +431,10 @@ def _common(adapters: Sequence[Adapter]) -> Adapter:
     if faults:
         raise AdapterError(list_faults("the adapters' modules have different sizes", faults))
     base = {BASE: bases.pop()} if bases else {}
-    return Adapter(_common_config(adapters, tensors), tensors, base)
+    return Adapter(_template_config(adapters, tensors), tensors, base)
 
 
-def _common_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
+def _template_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
     config = adapters[0].config
     names = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
     same = all(
@@ -457,91 +455,61 @@ def _is_factor(name: str) -> bool:
     return name.rpartition(".")[2].startswith("lora_")
 
 
-def _sum(updates: Sequence[Update]) -> Update:
-    total = updates[0]
-    for update in updates[1:]:
-        total = total + update
-    return total
-
-
 def _rank_for(S: Tensor, energy: float) -> int:
     kept = torch.cumsum(S**2, 0) / (S**2).sum().clamp(min=torch.finfo(S.dtype).tiny)
     return min(int((kept < energy - 1e-12).sum()) + 1, len(S))
 
 
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
-    """Returns the best factors of rank r, and the norms of what is lost and of what was there."""
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[FactorPair, Loss]:
+    """Returns the best factors of rank r, and the norms of the difference and of the exact update."""
     return balanced_factors(U, S, Vh, r), (float(S[r:].norm()), float(S.norm()))
 
 
-def _combination(adapter: Adapter, lost: Mapping[str, tuple[float, float]]) -> Combination:
-    def ratio(losses: Sequence[float], norms: Sequence[float]) -> float:
-        norm = math.hypot(*norms)
-        return math.hypot(*losses) / norm if norm else math.hypot(*losses)
-
-    errors = {module: ratio([loss], [norm]) for module, (loss, norm) in lost.items()}
-    losses, norms = zip(*lost.values(), strict=True)
-    return Combination(adapter, ratio(losses, norms), errors)
+def _combination(adapter: Adapter, losses: Mapping[str, Loss]) -> Combination:
+    errors = {module: loss / (norm or 1.0) for module, (loss, norm) in losses.items()}
+    total_loss, total_norm = (math.hypot(*values) for values in zip(*losses.values(), strict=True))
+    return Combination(adapter, total_loss / (total_norm or 1.0), errors)
 
 
-def _merge_factors(
-    module: str,
-    method: str,
-    parts: Sequence[Update],
-    weights: Sequence[float],
-    density: float | None,
-    majority_sign: str,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Merges all A and all B; each gets the square root of weight times scaling, A its sign."""
-    ranks = {update.r for update in parts}
-    if len(ranks) > 1:
-        raise ConfigError(
-            f"{module} has the ranks {sorted(ranks)} in these adapters, and {method} needs equal ones; use cat or svd"
-        )
-    scales = [update.scaling * weight for update, weight in zip(parts, weights, strict=True)]
-    roots = [math.sqrt(abs(scale)) for scale in scales]
-    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    A = _merge(method, [update.A.float() for update in parts], signed, density, majority_sign, generator)
-    B = _merge(method, [update.B.float() for update in parts], roots, density, majority_sign, generator)
-    return A, B
-
-
-def _merge(
-    method: str,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    density: float | None,
-    majority_sign: str,
-    generator: torch.Generator,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Merger:
     """Merges tensors of one shape by a method of `METHODS` (without ``_svd``)."""
-    thin: Callable[[Tensor], Tensor] = {
-        "linear": lambda tensor: tensor,
-        "ties": lambda tensor: _keep_largest(tensor, density or 1.0),
-        "magnitude_prune": lambda tensor: _keep_largest(tensor, density or 1.0),
-        "dare_linear": lambda tensor: _drop_at_random(tensor, density or 1.0, generator),
-        "dare_ties": lambda tensor: _drop_at_random(tensor, density or 1.0, generator),
-    }[method]
-    stack = torch.stack([thin(tensor) for tensor in tensors])
-    weighted = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *(1 for _ in tensors[0].shape))
-    if not method.endswith("ties"):
-        return weighted.sum(0)
-    # TIES, section 3: the sign with more mass wins; the mean is over those that have it.
-    votes = stack.sum(0) if majority_sign == "total" else stack.sign().sum(0)
-    agrees = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
+    method: str
+    density: float
+    majority_sign: str
+    generator: torch.Generator
 
-def _keep_largest(tensor: Tensor, density: float) -> Tensor:
-    if density == 1:
-        return tensor
-    flat = tensor.flatten()
-    kept = torch.topk(flat.abs(), int(density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
+    def merge_factors(self, module: str, updates: Sequence[Update], weights: Sequence[float]) -> FactorPair:
+        """Merges all A and all B; each gets the square root of weight times scaling, A its sign."""
+        ranks = sorted({update.r for update in updates})
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"{module} has the ranks {ranks} in these adapters, and {self.method} needs equal ones; use cat or svd"
+            )
+        scales = [update.scaling * weight for update, weight in zip(updates, weights, strict=True)]
+        roots = [math.sqrt(abs(scale)) for scale in scales]
+        signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+        A = self.merge([update.A.float() for update in updates], signed)
+        return A, self.merge([update.B.float() for update in updates], roots)
 
+    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        stack = torch.stack([self._sparse(tensor) for tensor in tensors])
+        weighted = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *(1 for _ in tensors[0].shape))
+        if not self.method.endswith("ties"):
+            return weighted.sum(0)
+        # TIES, section 3: the sign with more mass wins; the mean is over those that have it.
+        votes = stack.sum(0) if self.majority_sign == "total" else stack.sign().sum(0)
+        agrees = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
+        return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
-def _drop_at_random(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    if density == 1:
-        return tensor
-    return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
+    def _sparse(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor with only `density` of its values: random ones for DARE, else the largest."""
+        if self.density == 1:
+            return tensor
+        if self.method.startswith("dare"):
+            mask = torch.bernoulli(torch.full_like(tensor, self.density), generator=self.generator)
+            return tensor * mask / self.density
+        flat = tensor.flatten()
+        kept = torch.topk(flat.abs(), int(self.density * flat.numel())).indices
+        return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)

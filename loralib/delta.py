@@ -1,4 +1,4 @@
-"""Every LoRA formula, once: forward, merge, export and serving all call these.
+"""Every LoRA formula, once: forward, merging, export and serving all call these.
 
 Hu et al. 2021 (arXiv:2106.09685), section 4.1: a frozen weight W is updated by a product of two thin matrices,
 
@@ -167,7 +167,7 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, 
         U: (out, k).
         S: (k,), in falling order.
         Vh: (k, in).
-        r: the rank wanted; above k the rest is zero.
+        r: the rank of the result; zeros are added if it exceeds k.
 
     Returns:
         A (r, in) and B (out, r), in fp32, with ``B A`` nearest to ``U diag(S) Vh``.
@@ -204,9 +204,9 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
         (out, in), in at least fp32.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-    moved = weight.to(wide) + delta.to(wide)
-    norms: Tensor = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    return moved * (magnitude.to(wide)[:, None] / norms)
+    updated = weight.to(wide) + delta.to(wide)
+    norms: Tensor = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
+    return updated * (magnitude.to(wide)[:, None] / norms)
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

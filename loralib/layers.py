@@ -1,12 +1,12 @@
-"""The LoRA layers: one mixin, `LoRALayer`, over whatever class a layer already has.
+"""The LoRA layers: a mixin, `LoRALayer`, over the class that a layer already has.
 
 Microsoft's classes (`Linear`, `MergedLinear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d`) are the mixins below over
-torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` makes the same kind of class on
-the fly over the class that a module has, and switches ``module.__class__``; so the base weight stays the same Parameter
+torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` builds the same kind of class
+over a module's class (`adapted_class`) and assigns it to ``module.__class__``: the base weight stays the same Parameter
 under the same name, and ``isinstance`` keeps working.
 
-A layer's update is always ``scaling * B A`` as `loralib.delta` computes it; a mixin only says which two factors those
-are and how the update lies in the weight (`delta_weight`).
+A mixin says which tensors it trains (`tensor_shapes`) and what they add to the base weight (`delta_weight`), with the
+formulas of `loralib.delta`.  A variant that trains another tensor is another mixin: nothing else has to know of it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ __all__ = [
 
 
 class LoRALayer(nn.Module):
-    """What every LoRA layer has, whatever it is a layer of.
+    """What all LoRA layers have in common.
 
     Attributes:
-        r: the rank; 0 means that the layer has no adapter.
+        r: the rank; 0 for a layer without adapter.
         lora_alpha: see `loralib.delta.scaling_of`.
-        lora_dropout: probability of dropping an input of the low-rank path while training.
+        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         scaling: the factor of the update.
-        merged: whether the weight holds base + update at the moment; `merge` and `unmerge` change it.
-        merge_weights: whether ``eval()`` merges and ``train()`` unmerges (Microsoft's default; injected layers: no).
-        enabled: False while `loralib.disabled` is in force.
+        merged: whether the weight is base + update at the moment; see `merge` and `unmerge`.
+        merge_weights: whether ``eval()`` merges and ``train()`` unmerges: Microsoft's default, off in injected layers.
+        enabled: False inside `loralib.disabled`.
         lora_A, lora_B: the trained factors (absent when r is 0).
     """
 
@@ -73,7 +73,7 @@ class LoRALayer(nn.Module):
         merge_weights: bool = False,
         use_rslora: bool = False,
     ) -> None:
-        """Gives the layer its settings and, if r > 0, its factors; the base weight must be there already."""
+        """Sets the layer's attributes and, if r > 0, creates its trained tensors; the base weight must be there."""
         if r < 0:
             raise ConfigError(f"r is {r}, expected 0 (no adapter) or a positive rank")
         if not 0 <= lora_dropout <= 1:
@@ -88,17 +88,17 @@ class LoRALayer(nn.Module):
                 self.register_parameter(name, Parameter(tensor))
             self.reset_lora_parameters()
 
-    # What a kind of layer says about itself: nothing outside this file knows which tensors it trains.
+    # What a mixin says about its layers.
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the tensors that a layer of rank r trains, by parameter name, in a fixed order.
+        """Returns the shapes of the tensors that the layer trains at rank r, by parameter name, in a fixed order.
 
-        Every name begins with ``lora_``.
+        Every name begins with ``lora_``, by which `mark_only_lora_as_trainable` and `lora_state_dict` know them.
         """
         raise NotImplementedError
 
     def tensor_keys(self) -> dict[str, str]:
-        """Returns what each trained tensor is called in an adapter, by parameter name."""
+        """Returns the name that each trained tensor has in an adapter, by parameter name."""
         return {name: name for name in self.tensor_shapes(1)}
 
     def trained_tensors(self) -> dict[str, Parameter]:
@@ -106,24 +106,24 @@ class LoRALayer(nn.Module):
         return {name: p for name, p in self._parameters.items() if name.startswith("lora_") and p is not None}
 
     def to_adapter(self) -> dict[str, Tensor]:
-        """Returns the trained tensors in the form that an adapter holds them in, by the names of `tensor_keys`."""
+        """Returns the trained tensors as an adapter holds them, by the names of `tensor_keys`."""
         keys = self.tensor_keys()
         return {keys[name]: tensor.detach() for name, tensor in self.trained_tensors().items()}
 
     def from_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the values of the trained tensors, by parameter name: the inverse of `to_adapter`."""
+        """Returns the values of the trained tensors by parameter name; the inverse of `to_adapter`."""
         return {name: tensors[key] for name, key in self.tensor_keys().items()}
 
     def delta_weight(self) -> Tensor:
-        """Returns the update in the shape of the base weight, in at least fp32."""
+        """Returns what the adapter adds to the base weight, in its shape and in at least fp32."""
         raise NotImplementedError
 
-    def _looked_up(self, base: Tensor) -> Tensor:
-        """Returns the base weight as forward uses it."""
-        return base
+    def _used_weight(self, weight: Tensor) -> Tensor:
+        """Returns the base weight as forward uses it (an embedding's max_norm changes it)."""
+        return weight
 
     def reset_lora_parameters(self) -> None:
-        """Draws A as nn.Linear draws its weight and sets B to zero, so that the layer starts as its base."""
+        """Initialises A as nn.Linear does its weight, and B to zero, so that the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -144,19 +144,19 @@ class LoRALayer(nn.Module):
         return self.r > 0 and self.enabled and not self.merged
 
     def merge(self) -> None:
-        """Puts base + update, computed in fp32, in the place of the weight.  The base tensor is kept untouched.
+        """Replaces the weight by base + update, computed in fp32.  The base tensor itself is kept, unchanged.
 
-        The merged weight is another Parameter: modules that share the base weight (a tied head) keep the base's values.
+        The merged weight is a new Parameter: modules that share the base weight (a tied head) keep the base's values.
 
         Raises:
-            MergeError: the update holds NaN or infinite values or is switched off, or the weight is computed.
+            MergeError: the update holds NaN or infinite values or is disabled, or the weight is not a parameter.
         """
         if self.merged or self.r == 0:
             return
         if not self.enabled:
-            raise MergeError("the adapter is switched off by disabled() and was not merged; merge after the with block")
+            raise MergeError("the adapter is disabled and was not merged; merge after the `with disabled()` block")
         if self._parameters.get(self._weight_name) is None:
-            raise MergeError("its weight is computed (pruned or parametrized meanwhile); undo that before merging")
+            raise MergeError("its weight is computed (pruned or parametrized since); undo that before merging")
         with torch.no_grad():
             delta = self.delta_weight()
             if not torch.isfinite(delta).all():
@@ -164,7 +164,7 @@ class LoRALayer(nn.Module):
                     "the adapter holds NaN or infinite values and was not merged; train again or load another"
                 )
             base = self.base_weight
-            merged = Parameter(add_delta(self._looked_up(dense(base)), delta), requires_grad=base.requires_grad)
+            merged = Parameter(add_delta(self._used_weight(dense(base)), delta), requires_grad=base.requires_grad)
         self.__dict__["_unmerged"] = base
         self._parameters[self._weight_name] = merged
         self.merged = True
@@ -174,7 +174,7 @@ class LoRALayer(nn.Module):
         if not self.merged:
             return
         base: Parameter = self.__dict__.pop("_unmerged")
-        # Whoever froze or thawed the layer meanwhile meant the weight, not this copy of it.
+        # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
         base.requires_grad_(cast(Parameter, self._parameters[self._weight_name]).requires_grad)
         self._parameters[self._weight_name] = base
         self.merged = False
@@ -188,7 +188,7 @@ class LoRALayer(nn.Module):
                 self.merge()
         return self
 
-    # A state dict holds base weights, and moving a layer moves the base it keeps.
+    # A state dict holds base weights, merged or not, and moving a layer moves the base weight that it keeps.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -211,7 +211,7 @@ class LoRALayer(nn.Module):
         return F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made on the fly has no importable name: it is rebuilt from its two halves.
+        # A class that `adapted_class` made cannot be imported by name: it is rebuilt from its two halves.
         halves = type(self).__dict__.get("_halves")
         if halves is None:
             return super().__reduce_ex__(protocol)
@@ -219,7 +219,10 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer):
-    """``y = W x + scaling * B A x``; with `blocks`, for some of the equal blocks of a fused projection only."""
+    """``y = W x + scaling * B A x`` with A (r, in) and B (out, r).
+
+    With `blocks`, k of the n equal blocks of a fused projection are adapted: A (r*k, in), B (out/n*k, r).
+    """
 
     fan_in_fan_out: bool = False  # weight stored (in, out)
     blocks: tuple[bool, ...] | None = None
@@ -252,8 +255,8 @@ class LoRALinear(LoRALayer):
         return y + low_rank(self._drop(x), *self._factors(), self.scaling)
 
 
-def _reads_as_sum(name: str) -> property:
-    """A weight that a parent reads past the layer's forward: for such a reader it is base + update."""
+def _summed_weight(name: str) -> property:
+    """Makes a weight that is read directly, without calling the layer, read as base + update."""
 
     def read(self: LoRALinear) -> Tensor:
         base = self._parameters[name]
@@ -267,38 +270,37 @@ def _reads_as_sum(name: str) -> property:
 
 
 class LoRAReadLinear(LoRALinear):
-    """A linear whose weight a parent reads past its forward (nn.TransformerEncoderLayer's fast path).
+    """A linear layer whose parent reads its weight without calling it (nn.TransformerEncoderLayer's fast path).
 
-    `weight` is base + update for such a reader; `forward` computes as any other layer does.
+    `weight` reads as base + update; `forward` computes as in `LoRALinear`.
     """
 
-    weight = _reads_as_sum("weight")
+    weight = _summed_weight("weight")
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, cast(Tensor, self._parameters["weight"]), cast("Tensor | None", self._parameters["bias"]))
 
 
 class LoRAMultiheadAttention(LoRALinear):
-    """nn.MultiheadAttention: in_proj_weight (3 * embed_dim, embed_dim) is read, not called: it reads as the sum."""
+    """nn.MultiheadAttention, which reads its in_proj_weight (3 * embed_dim, embed_dim): it reads as base + update."""
 
     _weight_name = "in_proj_weight"
 
-    in_proj_weight = _reads_as_sum("in_proj_weight")
+    in_proj_weight = _summed_weight("in_proj_weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return nn.MultiheadAttention.forward(cast(nn.MultiheadAttention, self), *args, **kwargs)
 
 
 class LoRAEmbedding(LoRALayer):
-    """``y = W[i] + scaling * B A[:, i]`` with A (r, n) zero and B (d, r) normal at the start."""
+    """``y = W[i] + scaling * B A[:, i]``, where A (r, n) starts at zero and B (d, r) is normal."""
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         count, width = self._base_shape
         return {"lora_A": (r, count), "lora_B": (width, r)}
 
     def tensor_keys(self) -> dict[str, str]:
-        own = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # as in PEFT
-        return {name: own.get(name, key) for name, key in super().tensor_keys().items()}
+        return super().tensor_keys() | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # as in PEFT
 
     def reset_lora_parameters(self) -> None:
         nn.init.zeros_(self.lora_A)
@@ -307,12 +309,12 @@ class LoRAEmbedding(LoRALayer):
     def delta_weight(self) -> Tensor:
         return delta_weight(self.lora_A, self.lora_B, self.scaling).T
 
-    def _looked_up(self, base: Tensor) -> Tensor:
+    def _used_weight(self, weight: Tensor) -> Tensor:
         table = cast(nn.Embedding, self)
-        return base if table.max_norm is None else torch.renorm(base, table.norm_type, 0, table.max_norm)
+        return weight if table.max_norm is None else torch.renorm(weight, table.norm_type, 0, table.max_norm)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Looks rows up without max_norm, which rescales in place, and with a dense gradient, which A's is."""
+        """Looks rows up without max_norm, which rescales in place, and with a dense gradient, as A needs it."""
         table = cast(nn.Embedding, self)
         return F.embedding(x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
 
@@ -323,13 +325,13 @@ class LoRAEmbedding(LoRALayer):
         if not self._active:
             return y
         update = F.linear(self._rows(self.lora_A.T, x), self.lora_B) * self.scaling
-        # Gemma's table multiplies what it looks up; a merged weight would be multiplied too.
+        # Gemma's embedding multiplies the rows by embed_scale, and would multiply a merged weight's too.
         scale = getattr(self, "embed_scale", None)
         return y + (update if scale is None else update * scale).to(y.dtype)
 
 
 class LoRAConv(LoRALayer):
-    """A convolution to r channels, A (r, in, *kernel), then one of width 1, B (out, r, 1, ...): PEFT's form."""
+    """A convolution to r channels, A (r, in, *kernel), then one of size 1, B (out, r, 1, ...): PEFT's form."""
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         outputs, inputs, *kernel = self._base_shape
@@ -349,10 +351,10 @@ class LoRAConv(LoRALayer):
 
 
 class LoRAFoldedConv(LoRALayer):
-    """A convolution whose update is ``B A`` folded into the weight's shape: Microsoft's form.
+    """A convolution whose update is ``B A`` reshaped to the weight: Microsoft's form.
 
     With b the last kernel size and a the product of the others, A is (r*b, in*b) and B (out/groups*a, r*b).  For square
-    2-D kernels, the only ones that loralib 0.1.2 runs, these are its shapes; the rule extends them to all others.
+    2-D kernels, the only ones that loralib 0.1.2 supports, these are its shapes.
     """
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
@@ -401,13 +403,13 @@ class LoRAFoldedConv(LoRALayer):
         conv = cast(nn.Conv2d, self)
         delta = self.delta_weight()
         if self.lora_dropout and self.training:
-            dropped: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
-            return cast(Tensor, super().forward(x)) + dropped
-        moved: Tensor = conv._conv_forward(x, add_delta(dense(self.base_weight), delta), conv.bias)
-        return moved
+            update: Tensor = conv._conv_forward(self._drop(x), delta.to(x.dtype), None)
+            return cast(Tensor, super().forward(x)) + update
+        y: Tensor = conv._conv_forward(x, add_delta(dense(self.base_weight), delta), conv.bias)
+        return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # loralib 0.1.2 wrote base weights twice, as `weight` and as `conv.weight`.
+        # loralib 0.1.2 saved base weights twice, as `weight` and as `conv.weight`.
         for name in ("weight", "bias"):
             twin = state_dict.pop(f"{prefix}conv.{name}", None)
             if twin is not None:
@@ -418,7 +420,23 @@ class LoRAFoldedConv(LoRALayer):
 # Microsoft's classes.
 
 
-class Linear(LoRALinear, nn.Linear):
+class _BuiltLayer(LoRALayer):
+    """What Microsoft's classes have in common: a constructor makes base and adapter together."""
+
+    def _init_lora(self, *args: Any, **kwargs: Any) -> None:
+        super()._init_lora(*args, **kwargs)
+        if self.r > 0:
+            self.base_weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Initialises the base weight again and, where there is an adapter, its tensors."""
+        self.unmerge()
+        super().reset_parameters()  # type: ignore[misc]
+        if self.trained_tensors():
+            self.reset_lora_parameters()
+
+
+class Linear(_BuiltLayer, LoRALinear, nn.Linear):
     """nn.Linear with a low-rank update (section 4.1 of the paper).
 
     Args:
@@ -426,7 +444,7 @@ class Linear(LoRALinear, nn.Linear):
         out_features: size of an output.
         r: rank of the update; 0 makes a plain nn.Linear.
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability of dropping an input of the low-rank path while training.
+        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         fan_in_fan_out: store the weight as (in, out), as GPT-2's Conv1D does.
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
         **kwargs: for nn.Linear (bias, device, dtype).
@@ -457,15 +475,6 @@ class Linear(LoRALinear, nn.Linear):
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            self.weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base weight and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        nn.Linear.reset_parameters(self)
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.T, self.bias) if self.fan_in_fan_out else nn.Linear.forward(self, x)
@@ -479,7 +488,7 @@ class MergedLinear(Linear):
         out_features: size of an output; a multiple of len(enable_lora).
         r: rank of each adapted block.
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability of dropping an input of the low-rank path while training.
+        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         enable_lora: which of the equal output blocks are adapted; with k of n: A (r*k, in), B (out/n*k, r).
         fan_in_fan_out: store the weight as (in, out).
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
@@ -522,7 +531,7 @@ class BlockError(ConfigError, AssertionError):
     """len(enable_lora) does not divide out_features (loralib 0.1.2 raises AssertionError)."""
 
 
-class Embedding(LoRAEmbedding, nn.Embedding):
+class Embedding(_BuiltLayer, LoRAEmbedding, nn.Embedding):
     """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normal.
 
     Args:
@@ -545,18 +554,9 @@ class Embedding(LoRAEmbedding, nn.Embedding):
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         self._init_lora(r, lora_alpha, 0.0, merge_weights)
-        if r > 0:
-            self.weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base table and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        nn.Embedding.reset_parameters(self)
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
 
-class _Conv(LoRAFoldedConv):
+class _Conv(_BuiltLayer, LoRAFoldedConv):
     """The constructor that Conv1d, Conv2d and Conv3d share."""
 
     def __init__(
@@ -572,15 +572,6 @@ class _Conv(LoRAFoldedConv):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            self.base_weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Draws the base weight and, where there is an adapter, starts it anew."""
-        self.unmerge()
-        super().reset_parameters()  # type: ignore[misc]
-        if self.trained_tensors():
-            self.reset_lora_parameters()
 
 
 class Conv1d(_Conv, nn.Conv1d):
@@ -595,7 +586,7 @@ class Conv3d(_Conv, nn.Conv3d):
     """nn.Conv3d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
-# Classes made on the fly.
+# Classes over other classes.
 
 
 def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
@@ -611,7 +602,7 @@ def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
 
 
 def adapted_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
-    """Returns the class that is `base` with the low-rank path of `mixin`, under the name of `base`.
+    """Returns the subclass of `mixin` and `base` that keeps the name of `base`; one class for each such pair.
 
     >>> adapted_class(LoRALinear, nn.Linear).__mro__[1:3] == (LoRALinear, LoRALayer)
     True

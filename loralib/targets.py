@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .config import ALL_LINEAR, LoraConfig, first_match, matches
+from .delta import dense
 from .errors import TargetError, did_you_mean, list_faults
 from .layers import (
     LoRAConv,
@@ -400,8 +401,8 @@ def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
         )
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
-        kind = f"{type(weight.data).__name__} of {weight.dtype}"
+    if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:
+        kind = f"{type(base.data).__name__} of {base.dtype}"
         raise TargetError(f"its weight is quantised or of a special kind ({kind}), expected a floating-point tensor")
     if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError("its weight is offloaded by accelerate; load the model without offloading this layer")

@@ -1,8 +1,10 @@
-"""A layer that trains another tensor is one class: injection, adapters, files and merging take it as they find it."""
+"""What a variant has to say, and where: another trained tensor in one class, another storage of weights in one line."""
 
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 import loralib as lora
-from loralib import targets
+from loralib import layers, targets
 from loralib.adapter import Adapter
 from loralib.delta import dense, dora_weight
 from loralib.injection import adapted_layers
@@ -122,3 +124,30 @@ def test_it_merges_switches_off_and_is_removed_bit_exactly() -> None:
     lora.remove(model)
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert [type(module) for module in model] == [nn.Linear, nn.Tanh, nn.Linear]
+
+
+def test_the_base_weight_is_made_dense_by_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a weight that is kept at half its size."""
+    layer = lora.Linear(4, 3, r=2, merge_weights=False)
+    nn.init.ones_(layer.lora_B)
+    weight, delta = layer.weight.clone(), layer.delta_weight()
+    monkeypatch.setattr(layers, "dense", lambda stored: 2 * stored)
+    layer.merge()
+    torch.testing.assert_close(layer.weight, 2 * weight + delta)
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_threads_get_one_class_for_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    class Classes(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            present = super().__contains__(key)
+            both.wait(timeout=10)  # until the other thread has found none either
+            return present
+
+    monkeypatch.setattr(layers, "_CLASSES", Classes())
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: layers.adapted_class(LoRALinear, nn.Linear), range(2))
+    assert one is other
