@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +28,19 @@ VOCABULARY = 50257  # GPT-2's number of tokens; the tokenizer may use fewer
 HIDDEN_DIM, NUM_LAYERS, SEED = 768, 2, 0  # unless the user or the name says otherwise
 
 
-class MadeUpBase(NamedTuple):
-    """How a made-up base is built.
-
-    Attributes:
-        build: called with hidden_dim and num_layers; returns a model with a transformers-like ``config``.
-        dtype: of its weights by default; None: see `pick_dtype`.
-    """
-
-    build: Callable[[int, int], nn.Module]
-    dtype: str | None
-
-
-MADE_UP_BASES: dict[str, MadeUpBase] = {}
+# name -> (how to build it from hidden_dim and num_layers, its default dtype); see `register_base`.
+MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {}
 
 
 def register_base(name: str, build: Callable[[int, int], nn.Module], dtype: str | None = None) -> None:
-    """Adds a made-up base, which `loralib.load_base` then builds by that name; see `MadeUpBase`."""
-    MADE_UP_BASES[name] = MadeUpBase(build, dtype)
+    """Adds a made-up base, which `loralib.load_base` then builds by that name.
+
+    Args:
+        name: the name.
+        build: called with hidden_dim and num_layers; returns a model with a ``config`` like those of transformers.
+        dtype: default dtype of its weights; None: see `pick_dtype`.
+    """
+    MADE_UP_BASES[name] = build, dtype
 
 
 def is_made_up(name: str) -> bool:
@@ -97,11 +92,11 @@ def build_base(
         faults.append(f"seed is {seed}, expected a whole number from 0 to below 2**63")
     if faults:
         raise ConfigError(list_faults(f"{kind} cannot be built", faults))
-    base = MADE_UP_BASES[kind]
+    build, default_dtype = MADE_UP_BASES[kind]
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
-        model: Any = base.build(hidden_dim, num_layers)
-    weight_dtype = pick_dtype(base.dtype if dtype is None else dtype, device)
+        model: Any = build(hidden_dim, num_layers)
+    weight_dtype = pick_dtype(default_dtype if dtype is None else dtype, device)
     for key, parameter in model.named_parameters():
         if "lora_" not in key:
             parameter.data = parameter.data.to(weight_dtype)

@@ -15,7 +15,6 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +33,16 @@ __all__ = ["gguf_names", "is_gguf", "parse_gguf", "read_gguf", "write_gguf"]
 _TYPE, _ADAPTER, _ALPHA, _ARCHITECTURE = "general.type", "adapter.type", "adapter.lora.alpha", "general.architecture"
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How llama.cpp stores a kind of model.
-
-    Attributes:
-        architecture: its name in llama.cpp.
-        reordered: whether the rows of q_proj and k_proj are in another order than in transformers.
-    """
-
-    architecture: str
-    reordered: bool = False
-
-
-# By transformers' model_type; the tests compare each with llama.cpp's own logits.
-_FAMILIES: Mapping[str, _Family] = {
-    "gemma2": _Family("gemma2"),
-    "gemma3_text": _Family("gemma3"),
-    "gpt2": _Family("gpt2"),
-    "llama": _Family("llama", reordered=True),
-    "mistral": _Family("llama", reordered=True),
-    "phi3": _Family("phi3"),
-    "qwen2": _Family("qwen2"),
-    "qwen3": _Family("qwen3"),
+# transformers' model_type -> llama.cpp's architecture; the tests compare each with llama.cpp's own logits.
+_ARCHITECTURES: Mapping[str, str] = {
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
 }
 
 
@@ -83,14 +69,15 @@ def gguf_names(model: nn.Module) -> dict[str, str]:
     except ImportError as error:
         raise MissingDependencyError("GGUF files need the package gguf: pip install gguf") from error
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    if kind not in _FAMILIES:
+    if kind not in _ARCHITECTURES:
         raise AdapterError(
-            f"GGUF adapters for {kind or type(model).__name__} are not supported, only for {', '.join(_FAMILIES)}. "
-            "Write a portable PEFT directory (--target peft) and convert it with llama.cpp's convert_lora_to_gguf.py."
+            f"GGUF adapters for {kind or type(model).__name__} are not supported, only for "
+            f"{', '.join(_ARCHITECTURES)}. Write a portable PEFT directory (--target peft) and convert it with llama.cpp's "
+            "convert_lora_to_gguf.py."
         )
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     config: Any = model.config
-    table = gguf.get_tensor_name_map(numbers[_FAMILIES[kind].architecture], config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(numbers[_ARCHITECTURES[kind]], config.num_hidden_layers)
     names = {}
     for name, module in model.named_modules():
         # llama.cpp looks position embeddings up without the adapter.
@@ -136,7 +123,7 @@ def write_gguf(
     kind = gguf.GGMLQuantizationType[kinds[dtype]]
 
     def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, _FAMILIES[model.config.model_type].architecture)  # type: ignore[union-attr,index]
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES[model.config.model_type])  # type: ignore[union-attr,index]
         try:
             writer.add_type("adapter")
             writer.add_string(_ADAPTER, "lora")
@@ -174,7 +161,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise FormatError(f"{path}: {_ALPHA} is {alpha!r}, expected a finite number")
     modules = {theirs: ours for ours, theirs in gguf_names(model).items()}
-    architecture = _FAMILIES[model.config.model_type].architecture  # type: ignore[union-attr,index]
+    architecture = _ARCHITECTURES[model.config.model_type]  # type: ignore[union-attr,index]
     if fields.get(_ARCHITECTURE) != architecture:
         raise AdapterError(
             f"{path} is an adapter for the architecture {fields.get(_ARCHITECTURE)!r}, and the base model "
@@ -210,7 +197,7 @@ def _heads(model: nn.Module, name: str) -> int:
     """Returns the number of heads in whose rows the two orders differ; 0 where they agree."""
     config: Any = model.config
     leaf = name.rpartition(".")[2]
-    if not _FAMILIES[config.model_type].reordered or leaf not in ("q_proj", "k_proj"):
+    if _ARCHITECTURES[config.model_type] != "llama" or leaf not in ("q_proj", "k_proj"):
         return 0
     return int(config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads)
 
@@ -299,7 +286,6 @@ class _Reader:
         self.data, self.position = data, 0
 
     def take(self, size: int) -> memoryview:
-        """Returns the next bytes."""
         left = len(self.data) - self.position
         if size > left:
             raise FormatError(f"the file ends early: {size:,} bytes are announced at {self.position:,}, {left:,} left")
@@ -307,11 +293,9 @@ class _Reader:
         return self.data[self.position - size : self.position]
 
     def number(self, form: str) -> Any:
-        """Returns the next number; `form` is one of struct's."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def string(self) -> str:
-        """Returns the next text."""
         try:
             return str(self.take(self.number("<Q")), "utf-8")
         except UnicodeDecodeError as error:

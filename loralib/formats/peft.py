@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -89,7 +88,10 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     if CONFIG_FILE in missing or (missing and not (directory / PICKLE_FILE).is_file()):
         fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
         raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
-    config = LoraConfig.from_dict(_read_config(directory / CONFIG_FILE))
+    settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
+    if not isinstance(settings, dict):
+        raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
+    config = LoraConfig.from_dict(settings)
     metadata: dict[str, str] = {}
     if TENSOR_FILE in missing:
         tensors = read_pickle(directory / PICKLE_FILE)
@@ -155,13 +157,6 @@ def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
 def task_type_of(model: nn.Module | None) -> str | None:
     """Returns PEFT's name for the task of a model, which PEFT's automatic classes need to load an adapter."""
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    values = read_bytes(path, parse_json, max_size=MAX_SETTINGS)
-    if not isinstance(values, dict):
-        raise FormatError(f"{path} holds {type(values).__name__}, expected an object of settings")
-    return values
 
 
 def _from_peft(name: str) -> str:

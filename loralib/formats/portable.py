@@ -81,26 +81,28 @@ class Portable:
     notes: tuple[str, ...]
 
 
-def check_portable(config: LoraConfig, model: nn.Module, target: str) -> None:
+def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> None:
     """Checks before training that the adapter can be used in a tool afterwards.
 
     Args:
         config: what will be trained.
-        model: the base model; its weights are not read.
+        model: the base model; its weights are not read. None: check the settings alone.
         target: one of `TARGETS`.
 
     Raises:
         AdapterError: the tool cannot compute the adapter; lists every reason.
         ConfigError: there is no such target.
     """
-    _check_target(target)
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = []
     if config.lora_bias:
         faults.append("lora_bias: a portable adapter has no bias of B")
     if TARGETS[target].plain_only:
         faults += _full_training_faults(config)
-    plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
-    faults += _module_faults(plain, model, target)
+    if model is not None:
+        plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+        faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target].title
         raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
@@ -131,15 +133,8 @@ def make_portable(
         AdapterError: it cannot be made portable, or not within max_error; the message says why and what to do.
         ConfigError: there is no such target.
     """
-    _check_target(target)
     check_sound(adapter)
-    if model is not None:
-        check_portable(adapter.config, model, target)
-    elif TARGETS[target].plain_only:
-        faults = _full_training_faults(adapter.config)
-        if faults:
-            title = TARGETS[target].title
-            raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
+    check_portable(adapter.config, model, target)
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:
@@ -353,11 +348,6 @@ def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initia
 
 
 # Checks.
-
-
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
-        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
 
 
 def _full_training_faults(config: LoraConfig) -> list[str]:
