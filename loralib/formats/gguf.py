@@ -72,8 +72,8 @@ def gguf_names(model: nn.Module) -> dict[str, str]:
     if kind not in _ARCHITECTURES:
         raise AdapterError(
             f"GGUF adapters for {kind or type(model).__name__} are not supported, only for "
-            f"{', '.join(_ARCHITECTURES)}. Write a portable PEFT directory (--target peft) and convert it with llama.cpp's "
-            "convert_lora_to_gguf.py."
+            f"{', '.join(_ARCHITECTURES)}. Write a portable PEFT directory (--target peft) and convert it with "
+            "llama.cpp's convert_lora_to_gguf.py."
         )
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     config: Any = model.config
