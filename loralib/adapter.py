@@ -147,25 +147,39 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     if not adapter.modules:
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     layers = adapted_layers(model)
-    if layers and injection_of(model) is None:
-        return _fill_layers(model, layers, adapter, allow_base_mismatch)
-    targets = match_modules(model, adapter.config, trained=True)
-    adapted = [(target.name, target.module) for target in targets]
-    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
-    for name, tensor in fully_trained_tensors(model, adapter.config, adapted).items():
-        expected[name] = tuple(tensor.shape)
+    by_hand = bool(layers) and injection_of(model) is None
+    adapted: Sequence[tuple[str, nn.Module]] = layers
+    if by_hand:
+        expected = _shapes_of(layers, adapter)
+    else:
+        targets = match_modules(model, adapter.config, trained=True)
+        adapted = [(target.name, target.module) for target in targets]
+        expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    in_full = fully_trained_tensors(model, adapter.config, adapted)
+    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
     _check_tensors(model, adapter, expected, allow_base_mismatch)
     base = _check_base(model, adapter, allow_base_mismatch)
+    report = None
+    if by_hand:
+        pairs = _pairs(layers, in_full, adapter)
+        unmerge(model)
+        _copy(pairs)
+    else:
+        report = _replace(model, adapter)
+    return ApplyReport(applied=len(expected), base=base, inject=report)
+
+
+def _replace(model: nn.Module, adapter: Adapter) -> InjectReport | None:
+    """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
     previous = adapter_of(model) if injection_of(model) is not None else None
     try:
-        report = _put_on(model, adapter)
+        return _put_on(model, adapter)
     except BaseException:
         if previous is not None:
             _put_on(model, previous)
         elif injection_of(model) is not None:
             remove(model)
         raise
-    return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
 def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
@@ -182,11 +196,8 @@ def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
     return report
 
 
-def _fill_layers(
-    model: nn.Module, layers: list[tuple[str, LoRALayer]], adapter: Adapter, allow_base_mismatch: bool
-) -> ApplyReport:
-    """Copies an adapter into a model that was built from loralib's layers, or changes nothing."""
-    in_full = fully_trained_tensors(model, adapter.config, layers)
+def _shapes_of(layers: Sequence[tuple[str, LoRALayer]], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that an adapter's tensors must have for layers that a model was built from."""
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
         keys = layer.tensor_keys()
@@ -196,18 +207,11 @@ def _fill_layers(
             with _named_errors(name):
                 shapes = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.to_adapter().items()}
         expected |= shapes
-    expected |= {key: tuple(tensor.shape) for key, tensor in in_full.items()}
-    _check_tensors(model, adapter, expected, allow_base_mismatch)
-    base = _check_base(model, adapter, allow_base_mismatch)
-    pairs = _pairs(layers, in_full, adapter)
-    for _, layer in layers:
-        layer.unmerge()
-    _copy(pairs)
-    return ApplyReport(applied=len(expected), base=base)
+    return expected
 
 
 def _pairs(
-    layers: list[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor], adapter: Adapter
+    layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor], adapter: Adapter
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs each trained tensor of a model with the adapter's values for it."""
     pairs = [(tensor, adapter.tensors[name]) for name, tensor in in_full.items()]

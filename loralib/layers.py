@@ -483,16 +483,12 @@ class Linear(_BuiltLayer, LoRALinear, nn.Linear):
 class MergedLinear(Linear):
     """A fused projection (as GPT-2's q, k, v in one) of which only some output blocks are adapted.
 
+    The other arguments are those of `Linear`.
+
     Args:
-        in_features: size of an input.
         out_features: size of an output; a multiple of len(enable_lora).
         r: rank of each adapted block.
-        lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability of dropping an input of the low-rank path in training mode.
         enable_lora: which of the equal output blocks are adapted; with k of n: A (r*k, in), B (out/n*k, r).
-        fan_in_fan_out: store the weight as (in, out).
-        merge_weights: merge on ``eval()``, unmerge on ``train()``.
-        **kwargs: for nn.Linear.
 
     Raises:
         ConfigError: len(enable_lora) does not divide out_features.
