@@ -95,14 +95,15 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     """
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
-    faults = []
-    if config.lora_bias:
-        faults.append("lora_bias: a portable adapter has no bias of B")
+    faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
     if TARGETS[target].plain_only:
-        faults += _full_training_faults(config)
-    if model is not None:
-        plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
-        faults += _module_faults(plain, model, target)
+        if config.modules_to_save:
+            faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
+        if config.bias != "none":
+            faults.append(f"bias {config.bias!r}: trained biases are not loaded")
+        if model is not None:
+            plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+            faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target].title
         raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
@@ -350,20 +351,8 @@ def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initia
 # Checks.
 
 
-def _full_training_faults(config: LoraConfig) -> list[str]:
-    """Returns what a tool that accepts low-rank updates only would leave out, whatever the model."""
-    faults = []
-    if config.modules_to_save:
-        faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
-    if config.bias != "none":
-        faults.append(f"bias {config.bias!r}: trained biases are not loaded")
-    return faults
-
-
 def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[str]:
     """Returns the adapted modules that a tool would compute wrongly, with the reasons."""
-    if not TARGETS[target].plain_only:
-        return []
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if target == "vllm" and kind == "gpt2":
         return ["vLLM accepts no adapters on GPT-2"]
