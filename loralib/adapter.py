@@ -30,7 +30,7 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_bloc
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
-_MAX_STEPS = 1e8  # of matching a file's expressions; a few seconds
+_MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """
     if not adapter.modules:
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
+    if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
+        adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     layers = adapted_layers(model)
     by_hand = bool(layers) and injection_of(model) is None
     adapted: Sequence[tuple[str, nn.Module]] = layers

@@ -285,12 +285,19 @@ def first_match(patterns: Iterable[str], name: str) -> str | None:
     >>> first_match({"layers.1.q_proj": 4, "q_proj": 8}, "model.layers.1.q_proj")
     'layers.1.q_proj'
     """
-    for key in patterns:
-        if name.endswith(key) and matches((key,), name):
-            return key
-        if not is_plain_name(key) and _ending(key).match(name):
-            return key
-    return None
+    keys = tuple(patterns)
+    plain, expressions = _by_kind(keys)
+    endings = (name, *(name[dot + 1 :] for dot, letter in enumerate(name) if letter == "."))
+    fitting = [plain[ending] for ending in endings if ending in plain]
+    fitting += [number for number, expression in expressions if expression.match(name)]
+    return keys[min(fitting)] if fitting else None
+
+
+@functools.lru_cache(maxsize=16)
+def _by_kind(keys: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[int, re.Pattern[str]]]]:
+    """Returns the places of names, which are looked up, and those of expressions, which are run one by one."""
+    plain = {key: number for number, key in enumerate(keys) if is_plain_name(key)}
+    return plain, [(n, re.compile(rf"(.*\.)?({key})$")) for n, key in enumerate(keys) if key not in plain]
 
 
 def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
@@ -299,15 +306,9 @@ def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
     return first_match(patterns, name.removesuffix(".out_proj")) if key is None else key
 
 
-@functools.cache
 def is_plain_name(key: str) -> bool:
     """Whether a pattern is just a dotted name, which is compared and not run as a regular expression."""
     return re.fullmatch(r"[\w.-]+", key) is not None
-
-
-@functools.cache  # re's own cache holds 512, and a config may name every module of a large model
-def _ending(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
 
 
 def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
@@ -328,7 +329,7 @@ def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
             total += 1
             continue
         # Escapes and sets stand for one letter each: repeats, groups and alternatives are left.
-        bare = re.sub(r"\\.|\[\^?.[^\]]*\]", "x", pattern[:_MAX_KEY]).replace("(?:", "(")
+        bare = re.sub(r"\\.|\[\^?(?:\\.|.)(?:\\.|[^]\\])*\]", "x", pattern[:_MAX_KEY]).replace("(?:", "(")
         repeats, groups = len(re.findall(r"[*+?{]+", bare)), bare.count("(") + 1
         if len(pattern) > _MAX_KEY or repeats > 9 or groups > 9 or re.search(r"\)[*+{]|\(\?", bare):
             return math.inf

@@ -1,7 +1,7 @@
 """Every error loralib raises on purpose.
 
     LoraError
-    ├── ConfigError (ValueError)             a knob has a value it cannot have
+    ├── ConfigError (ValueError)             a setting has a value it cannot have
     │   └── BiasModeError (NotImplementedError)
     ├── TargetError (ValueError)             what should be adapted cannot be
     ├── AdapterError (ValueError)            an adapter does not fit, or cannot be expressed
@@ -13,6 +13,8 @@
     ├── TrainingError (RuntimeError)         training cannot go on
     │   ├── NothingLearnedError              no gradient reaches a layer, or nothing changed
     │   └── InterruptedRunError              a signal stopped the run, after it saved itself
+    ├── BusyModelError (RuntimeError)        a model is in use in another way at the moment
+    ├── UnsupportedModelError (RuntimeError) a model computes in a way that is not known here
     ├── OutputError (OSError)                a result cannot be written
     └── MissingDependencyError (ImportError) an optional package is not installed
 
@@ -30,6 +32,7 @@ __all__ = [
     "BaseMismatchError",
     "BaseModelError",
     "BiasModeError",
+    "BusyModelError",
     "ConfigError",
     "DataError",
     "FormatError",
@@ -41,6 +44,7 @@ __all__ = [
     "OutputError",
     "TargetError",
     "TrainingError",
+    "UnsupportedModelError",
     "did_you_mean",
     "list_faults",
 ]
@@ -104,6 +108,14 @@ class InterruptedRunError(TrainingError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class BusyModelError(LoraError, RuntimeError):
+    """A model is in use in another way at the moment: it cannot generate while it is trained."""
+
+
+class UnsupportedModelError(LoraError, RuntimeError):
+    """A model computes something in a way that is not known here; training and generation have slower ways for it."""
 
 
 class OutputError(LoraError, OSError):

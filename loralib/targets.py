@@ -78,8 +78,8 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
     Args:
         model: may hold an adapter that `loralib.inject` made; its base is matched.
         config: see `loralib.inject`.
-        trained: whether it is the config of a finished adapter, whose tensors decide.  Then entries may match nothing
-            (PEFT lets them pass, and writes some itself), and how its factors were initialised does not matter.
+        trained: whether it is the config of a finished adapter, whose tensors decide: then entries may match nothing.
+            PEFT accepts such entries, and writes some itself.
 
     Returns:
         One entry for each module, in the model's order.
@@ -87,8 +87,6 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
     Raises:
         TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
     """
-    if trained and not config.changes_base:
-        config = config.replace(init_lora_weights=True)
     supported = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": (True, "kaiming")}
     for setting, values in supported.items():
         if getattr(config, setting) not in values:
@@ -350,12 +348,8 @@ def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) 
         _refuse_own_forward(base, nn.Linear)
         return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
     if isinstance(module, nn.Embedding):
-        twins = [n for n, m in modules.items() if m is not module and _same_table(m, module)]
-        if twins and name.rpartition(".")[2] == "shared":  # T5, BART and their like
-            endings = sorted({twin.rpartition(".")[2] for twin in twins})
-            raise TargetError(
-                f"it only holds the weight of {', '.join(twins)}, which look rows up: target {endings} instead"
-            )
+        if name.rpartition(".")[2] == "shared":
+            _refuse_shared_table(module, modules)
         if not hasattr(module, "embed_scale"):  # rows are multiplied with it (Gemma, BART); see LoRAEmbedding
             _refuse_own_forward(base, nn.Embedding)
         return LoRAEmbedding
@@ -376,8 +370,15 @@ def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) 
     )
 
 
-def _same_table(one: nn.Module, other: nn.Module) -> bool:
-    return isinstance(one, nn.Embedding) and one._parameters.get("weight") is other._parameters.get("weight")
+def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module]) -> None:
+    """Refuses the embedding of T5, BART and similar that is never called: others hold its weight, and are."""
+    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding) and m is not module}
+    twins = [name for name, m in tables.items() if m._parameters.get("weight") is module._parameters.get("weight")]
+    if twins:
+        endings = sorted({twin.rpartition(".")[2] for twin in twins})
+        raise TargetError(
+            f"it only holds the weight of {', '.join(twins)}, which look rows up: target {endings} instead"
+        )
 
 
 def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:

@@ -28,9 +28,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("bf16_units") is not None:
         import torch
 
-        from loralib.engine.ordered import can_order
+        from loralib.engine.frozen_linear import can_prepack
 
-        if not can_order(torch.zeros(4, 4, dtype=torch.bfloat16)):
+        if not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16)):
             pytest.skip("this processor has no units for bf16")
 
 
@@ -50,7 +50,7 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     loaded.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "operators":
-            patch.setenv("LORALIB_KERNELS", "0")
+            patch.setenv("LORALIB_ENGINE", "torch")
         elif loaded() is None:
             pytest.skip("no gcc here")
         yield

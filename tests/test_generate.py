@@ -23,7 +23,8 @@ from transformers.generation.logits_process import (
 )
 
 from loralib.config import LoraConfig
-from loralib.engine.packed import packed, using_packed
+from loralib.engine.frozen_linear import prepacked_ways
+from loralib.engine.placement import Hold, running
 from loralib.errors import ConfigError, DataError
 from loralib.generation import Generator, Piece, Sampling, beam_search, decoder, generate, stream
 from loralib.generation.decoder import CachedDecoder, PlainDecoder, make_decoder
@@ -203,7 +204,7 @@ def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> 
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            if "work" in kwargs:
+            if "layout" in kwargs:
                 output.logits = output.logits.roll(1, -1)
             return output
 
@@ -212,8 +213,8 @@ def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> 
     assert isinstance(make_decoder(model), PlainDecoder)
 
 
-def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed from the first step on; on processors without bf16 units nothing is packed, and nothing differs."""
+def test_prepacked_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepacked from the first step on; on processors without bf16 units nothing is, and nothing differs."""
     model = copy.deepcopy(llama).to(torch.bfloat16)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     with torch.no_grad():
@@ -221,11 +222,11 @@ def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypa
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     plain = [module.__dict__.copy() for module in model.modules()]
-    products = packed(model.modules())
+    ways = prepacked_ways(model.modules())
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    with torch.no_grad(), using_packed(products):
-        assert not products or "_base_forward" in layer.__dict__
+    with torch.no_grad(), Hold(model, ways, "inference"), running(ways):
+        assert not ways or "forward" in layer.__dict__
         got = layer(x)
         merge(model)
         merged = layer(x)
@@ -235,15 +236,16 @@ def test_packed_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypa
     torch.testing.assert_close(merged, layer(x), rtol=2**-7, atol=2**-7)
     unmerge(model)
     torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=2**-7)
-    monkeypatch.setattr(decoder, "PACK_AFTER", 0)
+    monkeypatch.setattr(decoder, "_PREPACK_AFTER", 0)
     assert isinstance(make_decoder(model), CachedDecoder)
     assert len(generate(model, LETTERS, PROMPTS, max_new_tokens=12)) == len(PROMPTS)
 
 
-def test_packed_weights_notice_another_bias() -> None:
-    layer, x = nn.Linear(8, 8).bfloat16(), torch.ones(1, 8, dtype=torch.bfloat16)
-    with torch.no_grad(), using_packed(packed([layer])):
-        layer.bias = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+def test_prepacked_weights_notice_another_bias() -> None:
+    layer, x = nn.Linear(8, 8).bfloat16().requires_grad_(False), torch.ones(1, 8, dtype=torch.bfloat16)
+    ways = prepacked_ways([layer])
+    with torch.no_grad(), Hold(layer, ways, "inference"), running(ways):
+        layer.bias = nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
         got = layer(x)
     torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=2**-7)
 

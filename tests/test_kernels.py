@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralib.engine.kernels import Blocks, Factors, Kernels, Mirrors, Operands, loaded
+from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, ScaledCopies, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -223,7 +223,6 @@ def factors(draw_: Any) -> dict[str, Any]:
         "widths": [draw_(st.sampled_from([32, 64, 160])) for _ in range(layers)],
         "drops": draw_(st.booleans()),
         "transposed": draw_(st.booleans()),
-        "again": [draw_(st.booleans()) for _ in range(layers)],
         "threads": draw_(st.sampled_from([1, 2, 3])),
         "seed": draw_(st.integers(0, 99)),
     }
@@ -248,21 +247,18 @@ def test_linears_with_lora_and_their_gradients(
         weights = [weight.T.contiguous().T for weight in weights]
     biases = [half(each, number=16) if number != 1 else None for number, each in enumerate(widths)]
     gradients = [half(count, each, number=5 + number) for number, each in enumerate(widths)]
-    if not (kernels.take_factors(Factors(A, B)) and all(map(kernels.take_weight, weights))):
+    if not (kernels.accept_factors(Factors(A, B)) and all(map(kernels.accept_weight, weights))):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
-    before_A, before_B = half(*A.shape, number=8), [half(*b.shape, number=9) for b in B]
-    of_A, of_B = before_A.clone(), [b.clone() for b in before_B]
-    operands = Operands(weights, biases, Factors(A, B), Factors(of_A, of_B))
+    of_A, of_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
+    operands = GroupOperands(weights, biases, Factors(A, B), Factors(of_A, of_B))
     h, outputs = kernels.lora(x, seen, operands)
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
         expected = x.double() @ weight.double().T + part @ b.double()
         close(output, expected if bias is None else expected + bias.double(), 2**-8)
 
-    of_x, of_seen = kernels.lora_back(
-        gradients, seen, h, operands, case["again"], wants_x=True, wants_seen=case["drops"]
-    )
+    of_x, of_seen = kernels.lora_back(gradients, seen, h, operands, wants_x=True, wants_seen=case["drops"])
     of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
     through_weights = sum(g.double() @ weight.double() for g, weight in zip(gradients, weights, strict=True))
     assert of_x is not None
@@ -273,13 +269,11 @@ def test_linears_with_lora_and_their_gradients(
     else:
         assert of_seen is None
         close(of_x, through_weights + of_h @ A.double(), 2**-6)
-    of_each = zip(of_A.split(ranks), before_A.split(ranks), of_h.split(ranks, 1), case["again"], strict=True)
-    for found, before, of_part, again in of_each:
-        close(found, of_part.T @ seen.double() + again * before.double(), 2**-6)
-    parts = zip(of_B, before_B, h.double().split(ranks, 1), gradients, case["again"], strict=True)
-    for found, before, part, gradient, again in parts:
-        close(found, part.T @ gradient.double() + again * before.double(), 2**-6)
-    unwanted = kernels.lora_back(gradients, seen, h, operands, case["again"], wants_x=False, wants_seen=False)
+    for gradient, of_part in zip(of_A.split(ranks), of_h.split(ranks, 1), strict=True):
+        close(gradient, of_part.T @ seen.double(), 2**-6)
+    for gradient, part, of_output in zip(of_B, h.double().split(ranks, 1), gradients, strict=True):
+        close(gradient, part.T @ of_output.double(), 2**-6)
+    unwanted = kernels.lora_back(gradients, seen, h, operands, wants_x=False, wants_seen=False)
     assert unwanted == (None, None)
 
 
@@ -307,7 +301,7 @@ def test_products_with_weights(
     more = None if added == "nothing" else draw(*shapes[added], dtype=torch.bfloat16, seed=2)
     if transposed:
         weight = weight.T.contiguous().T
-    if not kernels.take_weight(weight):
+    if not kernels.accept_weight(weight):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: threads)
     found = kernels.product(x, weight, more)
@@ -321,20 +315,20 @@ def test_products_with_weights(
 @DTYPES
 @given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=4))
 @settings(max_examples=30, deadline=None)
-def test_mirrors_there_and_back(
+def test_scaled_copies_there_and_back(
     kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]]
 ) -> None:
     wide = [draw(*shape, seed=seed) for seed, (*shape, _) in enumerate(shapes)]
     factors = [0.5 + seed for seed in range(len(wide))]
     made = [torch.zeros(m, n, dtype=dtype) if dense else torch.zeros(n, m, dtype=dtype).T for m, n, dense in shapes]
-    assert kernels.take_mirrors(made)
-    kernels.mirror(wide, Mirrors(made), factors)
+    assert kernels.accept_copies(made)
+    kernels.copy_scaled(wide, ScaledCopies(made), factors)
     back = [torch.zeros_like(each) for each in wide]
-    kernels.mirror(back, Mirrors(made), factors, back=True)
-    for matrix, mirror, again, factor in zip(wide, made, back, factors, strict=True):
-        assert torch.equal(mirror, (matrix * factor).to(dtype))
-        assert torch.equal(again, mirror.float() * factor)
-    assert not kernels.take_mirrors([torch.zeros(4, 4)[::2, ::2]])
+    kernels.copy_scaled(back, ScaledCopies(made), factors, back=True)
+    for matrix, copy, again, factor in zip(wide, made, back, factors, strict=True):
+        assert torch.equal(copy, (matrix * factor).to(dtype))
+        assert torch.equal(again, copy.float() * factor)
+    assert not kernels.accept_copies([torch.zeros(4, 4)[::2, ::2]])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -350,8 +344,8 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
-    if kernels.take_weight(weight):
-        operands = Operands([weight], [None], Factors(A, B), Factors(A.clone(), [B[0].clone()]))
+    if kernels.accept_weight(weight):
+        operands = GroupOperands([weight], [None], Factors(A, B), Factors(A.clone(), [B[0].clone()]))
         h, (y,) = kernels.lora(x, x, operands)
         assert not y[1].isfinite().any()
         of_x, _ = kernels.lora_back([x], x, h, operands, [False], wants_x=True, wants_seen=False)
@@ -361,12 +355,12 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
 
 
 def test_what_they_do_not_take(kernels: Kernels) -> None:
-    assert kernels.take(torch.zeros(2, 16), torch.zeros(16))
-    assert not kernels.take(torch.zeros(2, 24))
-    assert not kernels.take(torch.zeros(2, 16), torch.zeros(16, dtype=torch.bfloat16))
-    assert not kernels.take(torch.zeros(2, 16, dtype=torch.float64))
-    assert not kernels.take_heads(torch.zeros(2, 1, 3, 32), *[torch.zeros(2, 1, 3, 32)] * 2)
-    assert not kernels.take_heads(torch.zeros(1, 1, 3, 48), *[torch.zeros(1, 1, 3, 48)] * 2)
+    assert kernels.accept(torch.zeros(2, 16), torch.zeros(16))
+    assert not kernels.accept(torch.zeros(2, 24))
+    assert not kernels.accept(torch.zeros(2, 16), torch.zeros(16, dtype=torch.bfloat16))
+    assert not kernels.accept(torch.zeros(2, 16, dtype=torch.float64))
+    assert not kernels.accept_heads(torch.zeros(2, 1, 3, 32), *[torch.zeros(2, 1, 3, 32)] * 2)
+    assert not kernels.accept_heads(torch.zeros(1, 1, 3, 48), *[torch.zeros(1, 1, 3, 48)] * 2)
 
 
 # Without them.
@@ -376,7 +370,7 @@ def test_what_they_do_not_take(kernels: Kernels) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
     """A cache directory of its own, and no kernels loaded yet."""
     monkeypatch.setenv("LORALIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LORALIB_KERNELS", raising=False)
+    monkeypatch.delenv("LORALIB_ENGINE", raising=False)
     loaded.cache_clear()
     yield tmp_path
     loaded.cache_clear()
@@ -419,5 +413,5 @@ def test_without_a_compiler_that_works_there_are_none(fresh: Any, monkeypatch: p
 
 
 def test_they_can_be_switched_off(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORALIB_KERNELS", "0")
+    monkeypatch.setenv("LORALIB_ENGINE", "torch")
     assert loaded() is None

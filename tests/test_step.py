@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from loralib.config import LoraConfig
 from loralib.data.tokens import TokenExample
-from loralib.errors import ConfigError, TrainingError
+from loralib.errors import ConfigError, UnsupportedModelError
 from loralib.injection import inject
 from loralib.training.step import make_step
 
@@ -363,7 +363,7 @@ def test_any_module_that_returns_logits_trains_padded(wrap):
 
 def test_a_module_without_logits_is_refused():
     step = make_step(nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Flatten()))
-    with pytest.raises(TrainingError, match="the model returns Tensor, expected logits of shape"):
+    with pytest.raises(UnsupportedModelError, match="the model returns Tensor, expected logits of shape"):
         step.loss(random_batch(0, [3]))
 
 

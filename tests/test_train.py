@@ -22,14 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from loralib.engine.linears import Linears
 from torch import nn
 
 import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
 from loralib.data.order import epoch_order
-from loralib.engine.linears import Linears
-from loralib.engine.ordered import can_order
+from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.job import _tell
@@ -251,7 +251,7 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert empty == weights + sum(p.numel() for p in model.parameters() if p.requires_grad) * 16 + 256 * VOCABULARY * 8
     model.bfloat16()
-    if can_order(model.lm_head.weight):  # every linear twice more, the head too
+    if can_prepack(model.lm_head.weight):  # every linear twice more, the head too
         linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
         assert Linears(model).copies_bytes == 2 * linears
         weights = sum(p.nbytes for p in model.parameters()) + 2 * linears

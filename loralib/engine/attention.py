@@ -1,136 +1,129 @@
-"""Attention over a packed row: tiles of queries, each against only the keys that one of its queries sees.
+"""Attention in which a layout says which token sees which, for training and generation alike.
 
-`Plan` turns a pack's intervals into such tiles, once a step and once for each sliding window that the model's layers
-use; `packed_attention` is the function that transformers' attention interface calls in every layer.
+transformers' models look their attention function up in an interface, by a name in their config.  `interface_name`
+registers `attention` there; a `Hold` (placement.py) makes one model's modules ask for it.  A pass through the model
+hands a layout over as the argument `layout`:
+
+- `PackedLayout`: a training batch as one row of tokens, examples behind one another, shared prompts once;
+- `TreeLayout`: a step of generation, the new tokens of many sequences and their branches, over a cache of keys.
+
+Both answer the same question in two forms: `blocks` for the compiled kernel, and dense masks or tiles for PyTorch's
+operators.
+Shapes: T tokens of the row; H heads of queries of width D, of which G share each of the H / G heads of keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from ..data.packing import Pack
-from ..errors import TrainingError
+from ..errors import UnsupportedModelError
 from .kernels import LANES, Blocks, Kernels, loaded
 
-__all__ = ["Plan", "packed_attention", "using"]
+__all__ = ["KVCache", "Layout", "PackedLayout", "TreeLayout", "attention", "interface_name", "resized", "without_masks"]
 
-NAME = "loralib_packed"
-
-# The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
-_LANES = 32
-# Tiles with at most so many keys are computed together, however few some of them see: operators are fewer then, which
-# gains more than the keys that nothing sees cost.
-_FEW_KEYS = 256
-
-# What models hand to an attention function without it changing what is computed.
-_HARMLESS = frozenset(
-    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
+# What models pass to an attention function without it changing the result.
+_HARMLESS: Final = frozenset(
+    {
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
 )
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Tiles with about as many keys.
+class Scores:
+    """How one layer turns queries and keys into attention scores.
 
     Attributes:
-        tiles: (n,) their numbers.
-        keys: (n * K,) the keys that each sees, K for each tile.
-        hidden: (n, tile, K) minus infinity where a query does not see the key, else 0.
+        scaling: factor of q k^T.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2); None: they stay.
+        window: a query sees only keys less than this many positions before it; None: all before it.
+        dropout: probability of dropping an attention weight.
     """
 
-    tiles: Tensor
-    keys: Tensor
-    hidden: Tensor
-    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    dropout: float = 0.0
 
-    def mask(self, heads: int, rows: int, dtype: torch.dtype) -> Tensor:
-        """Returns `hidden` for all heads: (n * heads, rows, K), where heads that share keys lie below one another."""
-        wanted = (heads, rows, dtype)
-        if wanted not in self._masks:
-            count, tile, width = self.hidden.shape
-            hidden = self.hidden.to(dtype)[:, None, None].expand(count, heads, rows // tile, tile, width)
-            self._masks[wanted] = hidden.reshape(count * heads, rows, width)
-        return self._masks[wanted]
+    @property
+    def plain(self) -> bool:
+        """Whether the compiled kernel computes them."""
+        return self.softcap is None and not self.dropout
 
 
-@dataclass
-class Plan:
-    """How the attention of one packed row is computed.
+class Layout(Protocol):
+    """Which token of a row sees which."""
 
-    Args:
-        ends: (T,) token k is seen by the tokens k .. ends[k] - 1.
-        positions: (T,) place of each token in its example.
-        tile: how many queries are computed together.
-    """
+    tokens: int  # T, the length of the row
 
-    ends: Tensor
-    positions: Tensor
-    tile: int = 48
-    _tiles: dict[int | None, list[Tiles]] = field(default_factory=dict)
-    _blocks: dict[int | None, Blocks] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, pack: Pack) -> Plan:
-        """Returns the plan of a packed step."""
-        assert pack.ends is not None
-        return cls(pack.ends, pack.positions[0])
-
-    def tiles(self, window: int | None) -> list[Tiles]:
-        """Returns the tiles, those with about as many keys together.
-
-        Args:
-            window: a query sees only keys less than this many positions before it; None: all.
-        """
-        if window not in self._tiles:
-            self._tiles[window] = list(
-                self._group([self._tile(start, self.tile, window) for start in range(0, len(self.ends), self.tile)])
-            )
-        return self._tiles[window]
-
-    def blocks(self, window: int | None) -> Blocks:
-        """Returns the same for the compiled kernel: see `tiles`."""
-        if window not in self._blocks:
-            starts = range(0, len(self.ends), LANES)
-            self._blocks[window] = Blocks.of_tiles([self._tile(start, LANES, window) for start in starts])
-        return self._blocks[window]
-
-    def _tile(self, start: int, size: int, window: int | None) -> tuple[Tensor, Tensor]:
-        total = len(self.ends)
-        queries = torch.arange(start, min(start + size, total), device=self.ends.device)
-        keys = torch.nonzero(self.ends[: int(queries[-1]) + 1] > start).flatten()
-        seen = (keys <= queries[:, None]) & (queries[:, None] < self.ends[keys])
-        if window is not None:
-            seen &= self.positions[queries][:, None] - self.positions[keys] < window
-            some = seen.any(0)
-            keys, seen = keys[some], seen[:, some]
-        return keys, seen
-
-    def _group(self, tiles: list[tuple[Tensor, Tensor]]) -> Iterator[Tiles]:
-        waiting = sorted(range(len(tiles)), key=lambda number: len(tiles[number][0]))
-        while waiting:
-            widest = len(tiles[waiting[-1]][0])
-            chosen = [number for number in waiting if len(tiles[number][0]) * 2 >= widest or widest <= _FEW_KEYS]
-            widest = -(-widest // _LANES) * _LANES
-            waiting = waiting[: -len(chosen)]
-            chosen.sort()
-            keys = self.ends.new_zeros(len(chosen), widest)
-            hidden = torch.full((len(chosen), self.tile, widest), float("-inf"), device=self.ends.device)
-            for row, number in enumerate(chosen):
-                index, seen = tiles[number]
-                keys[row, : len(index)] = index
-                hidden[row, : seen.shape[0], : seen.shape[1]].masked_fill_(seen, 0.0)
-                hidden[row, seen.shape[0] :, 0] = 0.0  # queries past the row's end see something: no softmax is 0 / 0
-            yield Tiles(torch.tensor(chosen, device=self.ends.device), keys.flatten(), hidden)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """Returns the attention of q (T, H, D) over the keys that it sees, given k and v (T, H / G, D) of the row."""
 
 
-def packed_attention(
+# The door: transformers' attention interface.
+
+_NAMES: Final[dict[str, str]] = {}  # ours -> the implementation that it stands for
+_REGISTERING: Final = threading.Lock()
+
+
+def interface_name(implementation: str | None) -> str:
+    """Returns the name under which `attention` stands for one of transformers' implementations, such as "sdpa"."""
+    original = implementation or "eager"
+    name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
+    if name not in _NAMES:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        with _REGISTERING:
+            AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(name, _Mask(original))
+            _NAMES[name] = original
+    return name
+
+
+class _Mask:
+    """Makes the mask that the original implementation needs; none inside `without_masks`."""
+
+    def __init__(self, original: str) -> None:
+        self._original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+        if getattr(_THREAD, "has_layout", False) or self._original not in masks:
+            return None
+        return masks[self._original](*args, **kwargs)
+
+
+_THREAD: Final = threading.local()
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Keeps this thread's models from making attention masks: the pass inside has a layout instead."""
+    before, _THREAD.has_layout = getattr(_THREAD, "has_layout", False), True
+    try:
+        yield
+    finally:
+        _THREAD.has_layout = before
+
+
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -140,45 +133,219 @@ def packed_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    plan: Plan | None = None,
+    layout: Layout | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
-    """Computes one layer's attention over a packed row (the signature is that of transformers' attention interface).
+) -> tuple[Tensor, Tensor | None]:
+    """Computes one layer's attention (the signature is that of transformers' attention interface).
 
     Args:
-        module: the attention module; told apart by it: is it causal, and does its layer use a sliding window.
+        module: the attention module.
         query: (1, H, T, D), rotated already.
-        key: (1, H / groups, T, D).
-        value: (1, H / groups, T, D).
-        attention_mask: must be None: the plan says who sees whom.
+        key: (1, H / G, T, D).
+        value: (1, H / G, T, D).
+        attention_mask: must be None: the layout says who sees whom.
         scaling: factor of the scores; None: 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
-        softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        sliding_window: see `Plan.tiles`.
-        plan: which query sees which key.
-        **others: what else models hand over; refused if it could change the result.
+        softcap: see `Scores`.
+        sliding_window: see `Scores`.
+        layout: which token sees which; None: the call is not ours, and the model's own attention computes it.
+        **others: what else models pass; refused if it could change the result.
 
     Returns:
         (1, T, H, D), and None in the place of attention weights.
 
     Raises:
-        TrainingError: the layer needs something that packing does not know.
+        UnsupportedModelError: the layer needs something that is not computed here.
     """
-    _refuse_unknown(module, query, attention_mask, sliding_window, plan, others)
-    assert plan is not None
+    if layout is None:
+        names = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
+        given = {name: value for name, value in names.items() if value is not None}
+        return _original(module)(module, query, key, value, attention_mask, **given, **others)
+    _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    kernels = loaded()
-    if kernels is not None and not dropout and softcap is None and kernels.take_queries(*rows):
-        found = _KernelAttention.apply(*rows, plan.blocks(sliding_window), scaling)  # type: ignore[no-untyped-call]
-        return cast(Tensor, found).unsqueeze(0), None
-    tiles = plan.tiles(sliding_window)
-    attend = cast(Callable[..., Tensor], _TileAttention.apply)
-    return attend(*rows, tiles, plan.tile, scaling, softcap, dropout).unsqueeze(0), None
+    scores = Scores(scaling, softcap, sliding_window, dropout)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return layout.attend(cast(int, module.layer_idx), q, k, v, scores).unsqueeze(0), None
+
+
+def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that a module had before ours was placed."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = _NAMES[cast(Any, module.config)._attn_implementation]
+    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    return cast(
+        "Callable[..., tuple[Tensor, Tensor | None]]", ALL_ATTENTION_FUNCTIONS.get_interface(name, cast(Any, own))
+    )
+
+
+def _refuse_unknown(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    layout: Layout,
+    others: dict[str, Any],
+) -> None:
+    name = type(module).__name__
+    if query.shape[0] != 1 or query.shape[2] != layout.tokens:
+        raise UnsupportedModelError(f"{name} does not compute the row of tokens that it was given")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} makes an attention mask of its own")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is not causal")
+    unknown = sorted(key for key, value in others.items() if value is not None and key not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(f"{name} passes {', '.join(unknown)} to its attention, which is not known here")
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        kind = kinds[module.layer_idx]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"{name} is of layer type {kind}")
+        slides = kind == "sliding_attention"
+    else:
+        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if slides != (sliding_window is not None):
+        raise UnsupportedModelError(f"{name} does not say how far its sliding window reaches")
+
+
+# A training batch as one row.
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Tiles of queries that see about as many keys, for PyTorch's operators.
+
+    Attributes:
+        numbers: (n,) which tiles of the row they are.
+        keys: (n * K,) the keys that each sees, K for each tile.
+        hidden: (n, tile, K) minus infinity where a query does not see the key, else 0.
+    """
+
+    numbers: Tensor
+    keys: Tensor
+    hidden: Tensor
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def mask(self, heads: int, group: int, dtype: torch.dtype) -> Tensor:
+        """Returns `hidden` for all heads: (n * heads, group * tile, K)."""
+        key = (heads, group, dtype)
+        if key not in self._masks:
+            count, tile, width = self.hidden.shape
+            hidden = self.hidden.to(dtype)[:, None, None].expand(count, heads, group, tile, width)
+            self._masks[key] = hidden.reshape(count * heads, group * tile, width)
+        return self._masks[key]
+
+
+class PackedLayout:
+    """One row of examples behind one another; beginnings that they share stand there once.
+
+    Args:
+        ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, as the positions.
+        positions: (T,) the place of each token in its example.
+        device: of the model; who sees whom is worked out on the CPU, and asks that device for nothing.
+        tile: how many queries are computed together without kernels.
+    """
+
+    # The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
+    _KEYS = 32
+    # Tiles with at most so many keys are computed together, however few some of them see: fewer operators gain more.
+    _FEW_KEYS = 256
+
+    def __init__(self, ends: Tensor, positions: Tensor, device: torch.device | str = "cpu", tile: int = 48) -> None:
+        self._ends, self._positions, self._device, self._tile_size = ends, positions, device, tile
+        self.tokens = len(ends)
+        self._tiles: dict[int | None, list[_Tiles]] = {}
+        self._blocks: dict[int | None, Blocks] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """Returns the attention of q (T, H, D) over k and v (T, H / G, D)."""
+        kernels = loaded()
+        if scores.plain and kernels is not None and kernels.accept_queries(q, k, v):
+            blocks = self.blocks(scores.window)
+            return cast(Tensor, _KernelAttention.apply(q, k, v, blocks, scores.scaling))  # type: ignore[no-untyped-call]
+        return self._attend_in_tiles(q, k, v, scores)
+
+    def blocks(self, window: int | None) -> Blocks:
+        """Returns who sees whom, for the compiled kernel.
+
+        Args:
+            window: see `Scores`.
+        """
+        if window not in self._blocks:
+            starts = range(0, self.tokens, LANES)
+            self._blocks[window] = Blocks.of_tiles([self._tile(start, LANES, window) for start in starts])
+        return self._blocks[window]
+
+    # Without kernels: tiles of queries, each against only the keys that one of its queries sees.  For 456 tokens that
+    # takes a third of the time of scaled_dot_product_attention with a dense mask, for 1,824 a tenth.
+
+    def _attend_in_tiles(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        (total, heads, width), kv_heads, tile = q.shape, k.shape[1], self._tile_size
+        count, group = -(-total // tile), heads // kv_heads
+        # (T, H, D) -> (n, H / G, G * tile, D): the query heads that share a key head stand below one another.
+        q = F.pad(q, (0, 0, 0, 0, 0, count * tile - total)).view(count, tile, kv_heads, group, width)
+        q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * tile, width)
+        k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(scores.window)
+        results = []
+        for part in parts:
+            queries = (q if len(parts) == 1 else q[part.numbers]).flatten(0, 1)
+            mask = part.mask(kv_heads, group, q.dtype)
+            # Weights are kept for the backward pass while they are small, and made again where they are not.
+            large = torch.is_grad_enabled() and mask.numel() > 4 * queries.numel()
+            arguments = (queries, k, v, part.keys, mask, scores)
+            result = (
+                checkpoint(_tile_attention, *arguments, use_reentrant=False) if large else _tile_attention(*arguments)
+            )
+            results.append(result.view(-1, kv_heads, group, tile, width))
+        y = results[0]
+        if len(parts) > 1:
+            y = torch.cat(results)[torch.argsort(torch.cat([part.numbers for part in parts]))]
+        return y.permute(0, 3, 1, 2, 4).reshape(count * tile, heads, width)[:total]
+
+    def _tiles_of(self, window: int | None) -> list[_Tiles]:
+        if window not in self._tiles:
+            starts = range(0, self.tokens, self._tile_size)
+            tiles = [self._tile(start, self._tile_size, window) for start in starts]
+            self._tiles[window] = list(self._grouped(tiles))
+        return self._tiles[window]
+
+    def _tile(self, start: int, size: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """Returns the keys (K,) that queries from `start` on see, and which query sees which: (size, K) bool."""
+        queries = torch.arange(start, min(start + size, self.tokens))
+        keys = torch.nonzero(self._ends[: int(queries[-1]) + 1] > start).flatten()
+        visible = (keys <= queries[:, None]) & (queries[:, None] < self._ends[keys])
+        if window is not None:
+            visible &= self._positions[queries][:, None] - self._positions[keys] < window
+            used = visible.any(0)
+            keys, visible = keys[used], visible[:, used]
+        return keys, visible
+
+    def _grouped(self, tiles: list[tuple[Tensor, Tensor]]) -> Iterator[_Tiles]:
+        """Puts tiles with about as many keys together, filled up to the same number of keys."""
+        waiting = sorted(range(len(tiles)), key=lambda number: len(tiles[number][0]))
+        while waiting:
+            widest = len(tiles[waiting[-1]][0])
+            chosen = [n for n in waiting if len(tiles[n][0]) * 2 >= widest or widest <= self._FEW_KEYS]
+            widest = -(-widest // self._KEYS) * self._KEYS
+            waiting = waiting[: -len(chosen)]
+            chosen.sort()
+            keys = torch.zeros(len(chosen), widest, dtype=torch.long)
+            hidden = torch.full((len(chosen), self._tile_size, widest), float("-inf"))
+            for row, number in enumerate(chosen):
+                index, visible = tiles[number]
+                keys[row, : len(index)] = index
+                hidden[row, : visible.shape[0], : visible.shape[1]].masked_fill_(visible, 0.0)
+                hidden[row, visible.shape[0] :, 0] = (
+                    0.0  # queries past the row's end see something: no softmax is 0 / 0
+                )
+            on = self._device
+            yield _Tiles(torch.tensor(chosen, device=on), keys.flatten().to(on), hidden.to(on))
 
 
 class _KernelAttention(torch.autograd.Function):
-    """Attention of q (T, H, D) over k and v (T, H / groups, D), by the compiled kernel."""
+    """Attention of q (T, H, D) over k and v (T, H / G, D), by the compiled kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Tensor:
@@ -194,162 +361,201 @@ class _KernelAttention(torch.autograd.Function):
         return (*kernels.attention_back(gradient, q, k, v, y, ctx.kept, ctx.blocks, ctx.scaling), None, None)
 
 
-class _TileAttention(torch.autograd.Function):
-    """Attention of q (T, H, D) over k and v (T, H / groups, D), with the backward pass written out.
+def _tile_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
+    """Attention of tiles (n * heads, rows, D) over the keys at `index` (n * K) of k and v (T, heads * D)."""
+    count = len(index) // hidden.shape[-1]
+    heads, width = len(q) // count, q.shape[-1]
 
-    Scores are rounded to the dtype of q where it is narrower than fp32; they are scaled before that, and the softmax is
-    computed in fp32.  Weights are kept for the backward pass while they are small, and made again where they are not.
+    def gather(x: Tensor) -> Tensor:  # (n * heads, K, D)
+        rows = x.index_select(0, index).view(count, -1, heads, width).transpose(1, 2)
+        return rows.reshape(count * heads, -1, width)
+
+    weights = _weights(q, gather(k), hidden, scores)
+    if scores.dropout:
+        weights = F.dropout(weights, scores.dropout)
+    return torch.bmm(weights, gather(v))
+
+
+def _weights(q: Tensor, k: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
+    """Attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); softmax computes in fp32, whatever the dtype.
+
+    Scores are rounded to the dtype of q, but scaled before that.
+    """
+    if scores.softcap is None:
+        return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scores.scaling), -1)
+    capped = scores.softcap * torch.tanh(torch.bmm(q, k.transpose(1, 2)).float() * (scores.scaling / scores.softcap))
+    return torch.softmax(capped + hidden, -1).to(q.dtype)
+
+
+# A step of generation.
+
+
+@dataclass
+class KVCache:
+    """Keys and values of all layers: (rows, H / G, columns, D) each, made when a layer first writes.
+
+    A row holds a sequence: a prompt and the tree of its continuations, each token once, a column a token.  Which
+    columns a branch sees is a bit mask.  So beams share their prompt and all that they have in common, and choosing
+    other beams moves bits, not keys.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        parts: list[Tiles],
-        tile: int,
-        scaling: float,
-        softcap: float | None,
-        dropout: float,
-    ) -> Tensor:
-        shape = q.shape
-        q, k, v = _to_tiles(q, tile, k.shape[1]), k.flatten(1), v.flatten(1)
-        ctx.shape, ctx.parts, ctx.tile, ctx.scaling, ctx.softcap = shape, parts, tile, scaling, softcap
-        ctx.weights, ctx.kept = [], []  # kept: which weights dropout kept, times 1 / (1 - dropout)
-        found = []
-        for part in parts:
-            queries = _pick(q, part)
-            weights = _weights(queries, _gather(k, part, queries), part, scaling, softcap)[0]
-            kept = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
-            used = weights if kept is None else weights * kept
-            found.append(torch.bmm(used, _gather(v, part, queries)).view(queries.shape))
-            ctx.weights.append(weights if weights.numel() <= 4 * queries.numel() else None)
-            ctx.kept.append(kept)
-        ctx.save_for_backward(q, k, v)
-        return _from_tiles(_together(found, parts), tile, shape)
+    rows: int = 0
+    columns: int = 0
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        grad_tiles = _to_tiles(grad_out, ctx.tile, q.shape[1])
-        grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
-        for part, weights, kept in zip(ctx.parts, ctx.weights, ctx.kept, strict=True):
-            queries = _pick(q, part)
-            keys, values = _gather(k, part, queries), _gather(v, part, queries)
-            slope = None
-            if weights is None or ctx.softcap is not None:
-                weights, slope = _weights(queries, keys, part, ctx.scaling, ctx.softcap)
-            grad = _pick(grad_tiles, part).flatten(0, 1)
-            _scatter(grad_v, part, torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), grad))
-            grad = torch.bmm(grad, values.transpose(1, 2))
-            if kept is not None:
-                grad *= kept
-            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-            grad *= ctx.scaling if slope is None else slope * ctx.scaling
-            grads_q.append(torch.bmm(grad, keys).view(queries.shape))
-            _scatter(grad_k, part, torch.bmm(grad.transpose(1, 2), queries.flatten(0, 1)))
-        of_keys, grad_q = (len(k), -1, ctx.shape[-1]), _together(grads_q, ctx.parts)
-        grads = (_from_tiles(grad_q, ctx.tile, ctx.shape), grad_k.view(of_keys), grad_v.view(of_keys))
-        return (*grads, None, None, None, None, None)
+    def resize(self, rows: int, columns: int) -> None:
+        """Makes room for so many sequences and tokens of each, or gives room back; what fits stays."""
+        self.rows, self.columns = rows, columns
+        for store in (self.keys, self.values):
+            for layer, tensor in store.items():
+                store[layer] = resized(tensor, (rows, tensor.shape[1], columns, tensor.shape[3]))
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values of a layer whose new ones are (T, H / G, D)."""
+        if number not in self.keys:
+            for store, like in ((self.keys, key), (self.values, value)):
+                store[number] = like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[2])
+        return self.keys[number], self.values[number]
+
+    def move(self, source: int, target: int) -> None:
+        """Copies a sequence to another row."""
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[target] = tensor[source]
 
 
-def _weights(
-    queries: Tensor, keys: Tensor, part: Tiles, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """The attention weights (n * heads, groups * tile, K), and the slope of the soft-capping."""
-    hidden = part.mask(queries.shape[1], queries.shape[2], queries.dtype)
-    queries, keys = queries.flatten(0, 1), keys.transpose(1, 2)
-    if softcap is None:
-        return torch.softmax(torch.baddbmm(hidden, queries, keys, alpha=scaling), -1), None
-    bent = torch.bmm(queries, keys).float().mul_(scaling / softcap).tanh_()
-    weights = torch.softmax((bent * softcap).add_(hidden), -1).to(queries.dtype)
-    return weights, bent.square_().neg_().add_(1.0).to(queries.dtype)
+def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns a copy of another size, filled up with zeros.
+
+    Zeros, since a weight of 0 does not silence what else an unwritten key might hold, as NaN.
+
+    >>> resized(torch.ones(2, 2, dtype=torch.long), (1, 3)).tolist()
+    [[1, 1, 0]]
+    """
+    new = tensor.new_zeros(tuple(shape))
+    common = tuple(slice(min(pair)) for pair in zip(tensor.shape, shape, strict=True))
+    new[common] = tensor[common]
+    return new
 
 
-def _to_tiles(x: Tensor, tile: int, heads: int) -> Tensor:
-    """(T, H, D) to (n, heads, H / heads * tile, D): the query heads that share a key head stand below one another."""
-    total, all_heads, width = x.shape
-    count = -(-total // tile)
-    if total < count * tile:
-        x = F.pad(x, (0, 0, 0, 0, 0, count * tile - total))
-    x = x.reshape(count, tile, heads, all_heads // heads, width).permute(0, 2, 3, 1, 4)
-    return x.reshape(count, heads, all_heads // heads * tile, width).contiguous()
+@dataclass
+class TreeLayout:
+    """One row of new tokens: first that of each branch, sequence by sequence, then whole new prompts.
+
+    Attributes:
+        cache: where keys and values are.
+        sequence: (R,) the sequence of each branch, its row in the cache.
+        column: (R,) where the branch's new token is stored.
+        place: (R,) the branch's place in the padded grid of sequences x branches; None: the grid is full.
+        visible: (S, N, C) the columns that each branch sees, its own included.
+        branch_positions: (S, N) place of each branch's new token in its sequence.
+        positions: (S, C) place in the sequence of each stored token.
+        prompts: row in the cache and length of each new prompt, in the order of their tokens.
+    """
+
+    cache: KVCache
+    sequence: Tensor
+    column: Tensor
+    place: Tensor | None
+    visible: Tensor
+    branch_positions: Tensor
+    positions: Tensor
+    prompts: list[tuple[int, int]]
+    _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _blocks: dict[tuple[int | None, int], Blocks] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokens = len(self.sequence) + sum(length for _, length in self.prompts)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """Stores k and v (T, H / G, D), and returns the attention of q (T, H, D) over what each token sees."""
+        keys, values = self.cache.layer(layer, k, v)
+        parts = []
+        start = len(self.sequence)
+        if start:
+            keys[self.sequence, :, self.column] = k[:start]
+            values[self.sequence, :, self.column] = v[:start]
+            parts.append(self._attend_branches(q[:start], keys, values, scores))
+        for row, length in self.prompts:
+            own = slice(start, start + length)
+            keys[row, :, :length] = k[own].transpose(0, 1)
+            values[row, :, :length] = v[own].transpose(0, 1)
+            parts.append(_attend_causally(q[own], k[own], v[own], scores))
+            start += length
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def blocks(self, window: int | None, group: int) -> Blocks:
+        """Returns which columns the branches see, for the compiled kernel: `group` heads of a branch share keys."""
+        key = (window, group)
+        if key not in self._blocks:
+            visible = self._within(window)
+            sequences, branches, columns = visible.shape
+            size = LANES // group
+            visible = F.pad(visible, (0, 0, 0, -branches % size)).view(-1, size, columns)
+            blocks = len(visible) // sequences  # of each sequence
+            in_sequence = torch.bincount(self.sequence, minlength=sequences)
+            counts = (in_sequence[:, None] - size * torch.arange(blocks)).clamp(0, size).flatten()
+            used = counts > 0
+            owners = torch.arange(sequences).repeat_interleave(blocks)
+            self._blocks[key] = Blocks.of(visible[used], counts[used], owners[used], group)
+        return self._blocks[key]
+
+    def _mask(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
+        """Returns (S * kv_heads, N * group, C): 0 where a branch sees a column, a very negative number where not."""
+        key = (window, kv_heads, group, dtype)
+        if key not in self._masks:
+            visible = self._within(window)
+            # Not -inf: the grid's empty places see nothing, and 0 / 0 would be slow to compute with.
+            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            hidden.masked_fill_(~visible, max(-1e30, torch.finfo(dtype).min / 2))
+            sequences, branches, columns = visible.shape
+            spread = hidden[:, None, :, None].expand(sequences, kv_heads, branches, group, columns)
+            self._masks[key] = spread.reshape(sequences * kv_heads, branches * group, columns)
+        return self._masks[key]
+
+    def _within(self, window: int | None) -> Tensor:
+        if window is None:
+            return self.visible
+        return self.visible & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
+
+    def _attend_branches(self, q: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        """Attention of the branches (R, H, D): for each sequence one product of all its branches and all its keys."""
+        sequences, branches, _ = self.visible.shape
+        kv_heads, heads, width = keys.shape[1], *q.shape[1:]
+        group = heads // kv_heads
+        kernels = loaded() if scores.plain and group <= LANES else None
+        if kernels is not None and kernels.accept_queries(q, keys, values):
+            return kernels.attention(q, keys, values, self.blocks(scores.window, group), scores.scaling)[0]
+        grid = q
+        if self.place is not None:
+            grid = q.new_zeros(sequences * branches, heads, width).index_copy_(0, self.place, q)
+        # Heads that share keys go below one another: (S * H / G, N * G, D).
+        grid = grid.view(sequences, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
+        grid = grid.reshape(sequences * kv_heads, branches * group, width)
+        # All columns, also those that nobody sees: a product with a part of them would first copy that part.
+        keys, values = keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
+        y = _weights(grid, keys, self._mask(scores.window, kv_heads, group, q.dtype), scores) @ values
+        y = y.view(sequences, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
+        y = y.reshape(sequences * branches, heads, -1)
+        return y if self.place is None else y[self.place]
 
 
-def _from_tiles(x: Tensor, tile: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `_to_tiles`."""
-    total, all_heads, width = shape
-    count, heads = x.shape[:2]
-    x = x.view(count, heads, -1, tile, width).permute(0, 3, 1, 2, 4)
-    return x.reshape(count * tile, all_heads, width)[:total]
-
-
-def _pick(tiles: Tensor, part: Tiles) -> Tensor:
-    return tiles if len(tiles) == len(part.tiles) else tiles[part.tiles]
-
-
-def _together(found: list[Tensor], parts: list[Tiles]) -> Tensor:
-    """The inverse of `_pick` over all parts."""
-    if len(found) == 1:
-        return found[0]
-    return torch.cat(found)[torch.argsort(torch.cat([part.tiles for part in parts]))]
-
-
-def _gather(x: Tensor, part: Tiles, queries: Tensor) -> Tensor:
-    """The rows (n * heads, K, D) of the keys that each tile sees, from x (T, heads * D)."""
-    count, heads, _, width = queries.shape
-    rows = x.index_select(0, part.keys).view(count, -1, heads, width).transpose(1, 2)
-    return rows.reshape(count * heads, -1, width)
-
-
-def _scatter(into: Tensor, part: Tiles, rows: Tensor) -> None:
-    """Adds rows (n * heads, K, D) to where `_gather` took them from."""
-    count = len(part.tiles)
-    rows = rows.view(count, -1, *rows.shape[1:]).transpose(1, 2)
-    into.index_add_(0, part.keys, rows.reshape(len(part.keys), -1))
-
-
-def _refuse_unknown(
-    module: nn.Module,
-    query: Tensor,
-    attention_mask: Tensor | None,
-    sliding_window: int | None,
-    plan: Plan | None,
-    others: dict[str, Any],
-) -> None:
-    name = type(module).__name__
-    if plan is None or query.shape[0] != 1 or query.shape[2] != len(plan.ends):
-        raise TrainingError(f"{name} does not hand the packing plan through")
-    if attention_mask is not None:
-        raise TrainingError(f"{name} makes an attention mask of its own")
-    if not getattr(module, "is_causal", True):
-        raise TrainingError(f"{name} is not causal")
-    strange = sorted(key for key, value in others.items() if value is not None and key not in _HARMLESS)
-    if strange:
-        raise TrainingError(f"{name} asks its attention for {', '.join(strange)}")
-    config = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        kind = kinds[module.layer_idx]
-        if kind not in ("full_attention", "sliding_attention"):
-            raise TrainingError(f"{name} is of layer type {kind}")
-        slides = kind == "sliding_attention"
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """Causal attention of one prompt: q (T, H, D) over k and v (T, H / G, D)."""
+    length, group = len(q), q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    if scores.softcap is None and (scores.window is None or length <= scores.window):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scaling)
     else:
-        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if slides != (sliding_window is not None):
-        raise TrainingError(f"{name} does not say how far its sliding window reaches")
-
-
-@contextmanager
-def using(config: Any) -> Iterator[None]:
-    """Makes a transformers model of that config call `packed_attention` for the time of a step."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, packed_attention)
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+        place = torch.arange(length, device=q.device)
+        before = place[:, None] - place
+        visible = before >= 0 if scores.window is None else (before >= 0) & (before < scores.window)
+        if scores.softcap is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scores.scaling)
+        else:
+            hidden = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
+            y = (_weights(q[0], k[0], hidden, scores) @ v[0])[None]
+    return y[0].transpose(0, 1)

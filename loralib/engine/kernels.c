@@ -381,9 +381,9 @@ static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
         }
 }
 
-/* w (r, d) = h^T x, or w + h^T x, in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). */
+/* w (r, d) = h^T x in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). */
 static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t n, int64_t d, int64_t r, int64_t step,
-                  int64_t begin, int64_t end, int more) {
+                  int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += COLUMNS)
         for (int64_t k = 0; k < r; k += ROWS) {
             __m512 sums[ROWS][2];
@@ -403,11 +403,7 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
             }
             for (int i = 0; i < ROWS && k + i < r; i++) {
                 uint16_t *to = w + (k + i) * d + j;
-                __m512i found = rounded(sums[i]);
-                if (!more) { _mm512_storeu_si512(to, found); continue; }
-                uint16_t numbers[COLUMNS];
-                _mm512_storeu_si512(numbers, found);
-                for (int p = 0; p < COLUMNS; p += LANES) store_bf16(to + p, load_bf16(to + p) + load_bf16(numbers + p));
+                _mm512_storeu_si512(to, rounded(sums[i]));
             }
         }
 }
@@ -453,12 +449,12 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, uint16_
 }
 
 /* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there, of_a = of_h^T z and
- * of_b_i = h_i^T g_i, where more[i] added to what is there. With of_z, of_h A goes there instead. */
+ * of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. */
 void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w, const uint16_t *a,
                     uint16_t *const *b, uint16_t *of_h, uint16_t *of_x, uint16_t *of_z, uint16_t *of_a,
                     uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
-                    const int64_t *down_steps, const int64_t *across_steps, const int64_t *more, int64_t count, int64_t n,
-                    int64_t d, vec *room, int64_t room_each, int threads) {
+                    const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d,
+                    vec *room, int64_t room_each, int threads) {
     struct part parts[count + 1];
     struct sum sums[2];
     int64_t all = 0, results = 0;
@@ -485,9 +481,9 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
             for (int64_t i = 0, k = 0; i < count; k += ranks[i], i++) {
                 int64_t wide = widths[i];
                 outer(pairs + 2 * k, g[i], of_b[i], n, wide, ranks[i], all, share_of(wide, COLUMNS, thread, threads),
-                      share_of(wide, COLUMNS, thread + 1, threads), more[i]);
+                      share_of(wide, COLUMNS, thread + 1, threads));
                 outer(of_pairs + 2 * k, z, of_a + k * d, n, d, ranks[i], all, share_of(d, COLUMNS, thread, threads),
-                      share_of(d, COLUMNS, thread + 1, threads), more[i]);
+                      share_of(d, COLUMNS, thread + 1, threads));
             }
             multiply(sums, results, n, thread, threads, (__m512i *)(room + thread * room_each));
         }
@@ -625,19 +621,19 @@ void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t 
 
 /* Dense matrices of fp32 times a factor each, as such of T, or (back) the other way. Of each, shapes has its rows and columns,
  * and how far apart those of T lie: one of the two is 1. */
-void NAME(mirror)(float *const *wide, T *const *mirrors, const int64_t *shapes, const float *factors, int64_t count, int back,
+void NAME(copy_scaled)(float *const *wide, T *const *copies, const int64_t *shapes, const float *factors, int64_t count, int back,
                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
         const int64_t *shape = shapes + 4 * i;
         int turned = shape[3] != 1; /* then numbers that are next to one another in T are so in a column */
         int64_t lines = shape[turned], length = shape[!turned];
-        int64_t line_step = turned ? 1 : shape[1], step = turned ? shape[1] : 1, mirror_step = shape[2 + turned];
+        int64_t line_step = turned ? 1 : shape[1], step = turned ? shape[1] : 1, copy_step = shape[2 + turned];
         for (int64_t line = 0; line < lines; line++)
             for (int64_t j = 0; j < length; j += LANES) {
                 int64_t some = length - j < LANES ? length - j : LANES;
                 float *x = wide[i] + line * line_step + j * step, lanes[LANES] = {0};
-                T *y = mirrors[i] + line * mirror_step + j, numbers[LANES] = {0};
+                T *y = copies[i] + line * copy_step + j, numbers[LANES] = {0};
                 if (back) {
                     memcpy(numbers, y, some * sizeof(T));
                     store_f32(lanes, LOAD(numbers) * factors[i]);

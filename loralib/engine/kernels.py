@@ -3,7 +3,7 @@
 Between the products of a small model, PyTorch runs thousands of operators on tensors that fit into a processor's
 cache; to call them costs about as much as their work.  `kernels.c` has the few that matter, and, for processors that
 multiply pairs of bf16, a linear whose low-rank update is part of the same sums.  It is compiled where gcc
-is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_KERNELS is 0, `loaded`
+is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_ENGINE says so, `loaded`
 returns None and PyTorch's operators do the same work.
 
 Tensors are fp32 or bf16; what is computed is rounded once, where it is stored.
@@ -33,8 +33,9 @@ from torch.nn import functional as F
 
 from ..errors import OutputError
 from ..files import cache_directory, write_whole
+from .placement import engine_mode
 
-__all__ = ["LANES", "Blocks", "Factors", "Kernels", "Mirrors", "Operands", "loaded"]
+__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "ScaledCopies", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -62,7 +63,7 @@ _ARGUMENTS: Final = {
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
     "log_sums": "ppppnnni",
-    "mirror": "ppppnii",
+    "copy_scaled": "ppppnii",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
@@ -70,7 +71,7 @@ _ARGUMENTS: Final = {
 _OF_PAIRS: Final = {
     "product": "ppppnnnnnnpni",
     "lora": "ppppppppppppnnnpni",
-    "lora_back": "ppppppppppppppppppnnnpni",
+    "lora_back": "pppppppppppppppppnnnpni",
 }
 _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
 
@@ -166,7 +167,7 @@ class Factors(NamedTuple):
     B: list[Tensor]
 
 
-class Operands:
+class GroupOperands:
     """What layers that read the same input multiply with, and where the gradients of their factors go.
 
     Places in memory are looked up here, once: a step calls `Kernels.lora` hundreds of times.
@@ -183,23 +184,23 @@ class Operands:
     ) -> None:
         self.kept = (*weights, *biases, *factors, *gradients)  # they live as long as their places are used
         self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
-        self.weights, self.biases = _places(weights), _places(biases)
+        self.weights, self.biases = _pointers(weights), _pointers(biases)
         self.A, self.B, self.of_A, self.of_B = (
             factors.A.data_ptr(),
-            _places(factors.B),
+            _pointers(factors.B),
             gradients.A.data_ptr(),
-            _places(gradients.B),
+            _pointers(gradients.B),
         )
         self.sizes = (
-            _numbers([len(b) for b in factors.B]),
-            _numbers(self.widths),
-            _numbers([weight.stride(1) for weight in weights]),
-            _numbers([weight.stride(0) for weight in weights]),
+            _int64s([len(b) for b in factors.B]),
+            _int64s(self.widths),
+            _int64s([weight.stride(1) for weight in weights]),
+            _int64s([weight.stride(0) for weight in weights]),
         )
 
 
-class Mirrors:
-    """Matrices whose numbers are those of dense fp32 ones times factors, for `Kernels.mirror`.
+class ScaledCopies:
+    """Matrices that are those of dense fp32 ones times factors, for `Kernels.copy_scaled`.
 
     Args:
         tensors: of one dtype; the rows or the columns of each lie at a step of 1.
@@ -207,8 +208,8 @@ class Mirrors:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.places = _places(tensors)
-        self.shapes = _numbers([number for tensor in tensors for number in (*tensor.shape, *tensor.stride())])
+        self.pointers = _pointers(tensors)
+        self.shapes = _int64s([number for tensor in tensors for number in (*tensor.shape, *tensor.stride())])
 
 
 class Kernels:
@@ -234,7 +235,7 @@ class Kernels:
             if function is not None:
                 self._functions[name, torch.bfloat16] = _typed(function, arguments)
 
-    def take(self, *tensors: Tensor) -> bool:
+    def accept(self, *tensors: Tensor) -> bool:
         """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
         dtype = tensors[0].dtype
         return dtype in _KINDS and all(
@@ -242,10 +243,10 @@ class Kernels:
             for x in tensors
         )
 
-    def take_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    def accept_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         """Returns whether `rotate` takes these."""
         halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * LANES) == 0
-        return halves and self.take(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+        return halves and self.accept(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Returns ``w x f`` with ``f = 1 / sqrt(mean(x^2) + eps)``, and f (..., 1).
@@ -316,9 +317,9 @@ class Kernels:
         self._run("log_sums", x, most, sums, of_groups, rows, width, group, like=x)
         return most, sums, of_groups
 
-    def take_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
-        return self.take(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return self.accept(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
@@ -376,7 +377,7 @@ class Kernels:
         self._call("attention_back", *tensors, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return found
 
-    def take_weight(self, weight: Tensor | None) -> bool:
+    def accept_weight(self, weight: Tensor | None) -> bool:
         """Returns whether `product` and `lora` take this weight (out, in) on this machine, and its transpose."""
         return (
             weight is not None
@@ -404,13 +405,13 @@ class Kernels:
         self._call("product", x, weight, added, y, *sizes, room, each, threads, dtype=x.dtype)
         return y
 
-    def take_factors(self, factors: Factors) -> bool:
+    def accept_factors(self, factors: Factors) -> bool:
         """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
         A, B = factors
-        here = ("lora", A.dtype) in self._functions and self.take(A, *B) and len(B) < _PIECES
+        here = ("lora", A.dtype) in self._functions and self.accept(A, *B) and len(B) < _PIECES
         return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
 
-    def lora(self, x: Tensor, seen: Tensor, operands: Operands) -> tuple[Tensor, list[Tensor]]:
+    def lora(self, x: Tensor, seen: Tensor, operands: GroupOperands) -> tuple[Tensor, list[Tensor]]:
         """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
 
         h_i are the columns of h in which A_i has its rows.
@@ -425,7 +426,7 @@ class Kernels:
         count, widths = len(x), of.widths
         h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
         room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
-        tensors = (x, seen, of.weights, of.biases, of.A, of.B, h, _places(found))
+        tensors = (x, seen, of.weights, of.biases, of.A, of.B, h, _pointers(found))
         self._call("lora", *tensors, *of.sizes, of.count, count, of.width, room, each, threads, dtype=x.dtype)
         return h, found
 
@@ -434,8 +435,7 @@ class Kernels:
         gradients: Sequence[Tensor],
         seen: Tensor,
         h: Tensor,
-        operands: Operands,
-        again: Sequence[bool],
+        operands: GroupOperands,
         *,
         wants_x: bool,
         wants_seen: bool,
@@ -447,7 +447,6 @@ class Kernels:
             seen: z, as for `lora`.
             h: its first result.
             operands: as for `lora`; what its factors get goes where they say.
-            again: of which layers it is added to what is there.
             wants_x: whether the gradient in x is wanted.
             wants_seen: whether that in z is wanted by itself; else it is part of that in x.
         """
@@ -457,31 +456,33 @@ class Kernels:
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         pairs = h.new_empty(2, count + 1, of.rank)  # of h, and of its gradient
-        tensors = (_places(gradients), seen, h, of.weights, of.A, of.B, of_h, of_x, of_seen, of.of_A, of.of_B, *pairs)
-        sizes = (*of.sizes, _numbers(again), of.count, count, of.width)
+        tensors = (_pointers(gradients), seen, h, of.weights, of.A, of.B, of_h, of_x, of_seen, of.of_A, of.of_B, *pairs)
+        sizes = (*of.sizes, of.count, count, of.width)
         self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
 
-    def take_mirrors(self, tensors: Sequence[Tensor]) -> bool:
-        """Returns whether `mirror` takes mirrors like these."""
+    def accept_copies(self, tensors: Sequence[Tensor]) -> bool:
+        """Returns whether `copy_scaled` takes copies like these."""
         return all(
             x.dtype == tensors[0].dtype and x.dtype in _KINDS and x.device.type == "cpu" and 1 in x.stride()
             for x in tensors
         )
 
-    def mirror(self, wide: Sequence[Tensor], mirrors: Mirrors, factors: Sequence[float], *, back: bool = False) -> None:
-        """Makes mirrors of matrices times factors, or matrices of their mirrors times factors; rounded once.
+    def copy_scaled(
+        self, wide: Sequence[Tensor], copies: ScaledCopies, factors: Sequence[float], *, back: bool = False
+    ) -> None:
+        """Sets copies to matrices times factors, or (back) matrices to their copies times factors; rounded once.
 
         Args:
-            wide: dense fp32 matrices, of the same shapes as their mirrors.
-            mirrors: theirs.
+            wide: dense fp32 matrices, of the same shapes as their copies.
+            copies: theirs.
             factors: one for each.
-            back: whether the mirrors are what is given.
+            back: whether the copies are what is given.
         """
-        scalings, dtype = (c_float * len(factors))(*factors), mirrors.tensors[0].dtype
+        scalings, dtype = (c_float * len(factors))(*factors), copies.tensors[0].dtype
         threads = self._threads(sum(tensor.numel() for tensor in wide))
-        tensors = (_places(wide), mirrors.places, mirrors.shapes, scalings)
-        self._call("mirror", *tensors, len(wide), back, threads, dtype=dtype)
+        tensors = (_pointers(wide), copies.pointers, copies.shapes, scalings)
+        self._call("copy_scaled", *tensors, len(wide), back, threads, dtype=dtype)
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
@@ -524,11 +525,11 @@ def _typed(function: Any, arguments: str) -> Any:
     return function
 
 
-def _places(tensors: Sequence[Tensor | None]) -> Any:
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
     return (c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _numbers(values: Sequence[int]) -> Any:
+def _int64s(values: Sequence[int]) -> Any:
     return (c_int64 * len(values))(*values)
 
 
@@ -541,7 +542,7 @@ def _whole(count: int) -> int:
 def loaded() -> Kernels | None:
     """Returns the compiled functions, or None where they cannot be had."""
     compiler = shutil.which(os.environ.get("CC") or "gcc")
-    if os.environ.get("LORALIB_KERNELS", "1") == "0" or compiler is None:
+    if engine_mode() != "full" or compiler is None:
         return None
     try:
         return _load(compiler)

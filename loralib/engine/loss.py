@@ -3,77 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.packing import Pack
-
-__all__ = ["head_loss"]
+__all__ = ["Predictions", "head_loss"]
 
 _BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
+
+
+class Predictions(NamedTuple):
+    """What is predicted from which hidden state; all on the CPU.
+
+    Attributes:
+        rows: (N,) which of the states makes the prediction, ascending.
+        targets: (N,) the token id to predict.
+        weights: (N,) how often it counts, float32.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
 
 
 def head_loss(
     head: Callable[[Tensor], Tensor],
     states: Tensor,
-    pack: Pack,
+    predictions: Predictions,
     *,
     gradient_scale: float | None,
     label_smoothing: float = 0.0,
     chunk: int = 256,
-) -> tuple[float, Tensor | None]:
-    """Computes the summed loss of a pack's predictions and, in the same pass, its gradient.
+) -> tuple[Tensor, Tensor | None]:
+    """Computes the summed loss of predictions and, in the same pass, its gradient.
 
     With label smoothing e the loss of one prediction is ``(1 - e) * -log p[target] + e * mean over v of -log p[v]``.
 
     Args:
         head: hidden states (C, D) to logits (C, V), whatever the model does there (soft-capping, scaling, LoRA).  It
             runs under autograd, so that its own trainable parameters get their gradients.
-        states: (R, D) the hidden states at `pack.states`.
-        pack: which state predicts what, and with which weight.
+        states: (R, D) the hidden states that predict something.
+        predictions: which state predicts what, and with which weight.
         gradient_scale: the gradient is that of gradient_scale * loss; None: no gradient.
         label_smoothing: e, from 0 to below 1.
         chunk: how many states go through the head at once.
 
     Returns:
-        The loss, and its gradient in `states` (None if not wanted, or if nothing below the head is trained).
+        The loss () on the states' device, and its gradient in `states` (None if not wanted, or if nothing below the
+        head is trained).
     """
-    leaf = states.detach()
-    total = torch.zeros((), device=leaf.device)
+    leaf, device = states.detach(), states.device
+    total = torch.zeros((), device=device)
     gradient = torch.empty_like(leaf) if gradient_scale is not None and states.requires_grad else None
-    weight_of_state = torch.zeros(len(leaf), device=leaf.device).index_add_(0, pack.rows, pack.weights)
-    first_row = torch.searchsorted(pack.rows, torch.arange(0, len(leaf) + chunk, chunk, device=leaf.device)).tolist()
-    for number, start in enumerate(range(0, len(leaf), chunk)):
+    starts = range(0, len(leaf), chunk)
+    bounds = _bounds(predictions.rows, [*starts, len(leaf)])  # on the CPU: nothing has to wait for the device
+    weight_of_state = torch.zeros(len(leaf)).index_add_(0, predictions.rows, predictions.weights).to(device)
+    rows, targets, weights = (x.to(device) for x in predictions)
+    # On the CPU a block's logits stay in cache; elsewhere each operator takes a whole chunk.
+    block = _BLOCK if device.type == "cpu" else chunk
+    for number, start in enumerate(starts):
         part = leaf[start : start + chunk]
-        mine = slice(first_row[number], first_row[number + 1])
-        rows, targets, weights = pack.rows[mine] - start, pack.targets[mine], pack.weights[mine]
-        state_weights = weight_of_state[start : start + chunk]
+        mine = slice(bounds[number], bounds[number + 1])
         with torch.set_grad_enabled(gradient_scale is not None):
             part.requires_grad_(gradient is not None)
             logits = head(part)
         grad = torch.empty_like(logits) if logits.requires_grad else None
-        for first in range(0, len(part), _BLOCK):
-            block = slice(first, first + _BLOCK)
-            of = slice(*torch.searchsorted(rows, torch.tensor([first, first + _BLOCK], device=rows.device)).tolist())
+        firsts = range(0, len(part), block)
+        inner = _bounds(predictions.rows[mine], [start + first for first in (*firsts, len(part))])
+        for place, first in enumerate(firsts):
+            of = slice(mine.start + inner[place], mine.start + inner[place + 1])
             loss, slope = _loss_and_slope(
-                logits.detach()[block],
-                rows[of] - first,
+                logits.detach()[first : first + block],
+                rows[of] - (start + first),
                 targets[of],
                 weights[of],
-                state_weights[block],
+                weight_of_state[start + first : start + first + block][: len(part) - first],
                 label_smoothing,
                 1.0 if gradient_scale is None else gradient_scale,
             )
             total += loss
             if grad is not None:
-                grad[block] = slope
+                grad[first : first + block] = slope
         if grad is not None:
             torch.autograd.backward(logits, grad)
         if gradient is not None:
             assert part.grad is not None
             gradient[start : start + chunk] = part.grad
-    return float(total), gradient
+    return total, gradient
+
+
+def _bounds(rows: Tensor, limits: list[int]) -> list[int]:
+    """Returns where in the ascending `rows` each limit is reached."""
+    places: list[int] = torch.searchsorted(rows, torch.tensor(limits)).tolist()
+    return places
 
 
 def _loss_and_slope(
@@ -89,7 +112,9 @@ def _loss_and_slope(
     wide = logits.float()
     slope = torch.softmax(wide, -1)
     log_p = slope[rows, targets].log_()
-    if not bool(torch.isfinite(log_p).all()):  # a probability that underflows: seldom, so not paid for always
+    # A probability that underflows is rare, so the way that never does is not paid for always; to ask costs nothing on
+    # the CPU alone.
+    if wide.device.type != "cpu" or not bool(torch.isfinite(log_p).all()):
         log_p = torch.log_softmax(wide, -1)[rows, targets]
     loss = -(1 - label_smoothing) * torch.dot(log_p, weights)
     # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.

@@ -1,78 +1,54 @@
-"""Small operators of transformers' models in fewer passes over memory, for the time of a step.
+"""Small operators of transformers' models in fewer passes over memory.
 
-Between the products of a small model, such operators are a good part of a step.  What is put in their place computes
-the same formula; in bf16 it rounds once where theirs rounds twice.
+Between the products of a small model, such operators are a good part of a step.  Each way computes the formula that the
+module's name promises, which is tried on the user's own module before it is taken; in bf16 it rounds once where theirs
+rounds twice.  Only on CPUs, where this was measured.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import sys
+import threading
+import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .kernels import Kernels, loaded
+from .placement import Way, Ways, own_forward
 
-__all__ = ["Operators"]
+__all__ = ["operator_ways"]
+
+_KNOWN: Final[weakref.WeakKeyDictionary[nn.Module, Ways]] = weakref.WeakKeyDictionary()
+_LOCK: Final = threading.Lock()
 
 
-class Operators:
-    """The operators of one model that have a shorter way.  Only on CPUs, where this was measured."""
-
-    def __init__(self, model: nn.Module) -> None:
-        forwards = [(module, forward) for module in model.modules() if (forward := _shorter(module)) is not None]
-        # What takes an operator's place, and under which name of which namespace: a module's, or a file's globals.
-        self._places = [(module.__dict__, "forward", forward) for module, forward in forwards]
-        self._places += [
-            (space, _ROTATE, functools.partial(_rotate, space[_ROTATE]))
-            for space in {id(space): space for space in map(_globals, model.modules())}.values()
-            if _rotates_as_usual(space.get(_ROTATE))
-        ]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Operators:
-        """Returns those of a model, looked for once: to try each takes longer than a short text."""
+def operator_ways(model: nn.Module) -> Ways:
+    """Returns the ways of all modules that have a faster one; looked for once, since to try each takes a while."""
+    with _LOCK:
         if model not in _KNOWN:
-            _KNOWN[model] = cls(model)
+            ways = {module: _faster(module) for module in model.modules()}
+            _KNOWN[model] = {module: way for module, way in ways.items() if way is not None}
         return _KNOWN[model]
 
-    @contextmanager
-    def shorter(self) -> Iterator[None]:
-        """Takes the shorter ways for the time of a step."""
-        taken = [each for each in self._places if each[1] == _ROTATE or each[1] not in each[0]]
-        before = [space.get(name) for space, name, _ in taken]
-        for space, name, way in taken:
-            space[name] = way
-        try:
-            yield
-        finally:
-            for (space, name, _), old in zip(taken, before, strict=True):
-                if old is None:
-                    del space[name]
-                else:
-                    space[name] = old
 
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Operators] = weakref.WeakKeyDictionary()
-
-
-def _shorter(module: nn.Module) -> Callable[..., Tensor] | None:
-    forward: Callable[..., Tensor] | None = None
+def _faster(module: nn.Module) -> Way | None:
+    way: Way | None = None
     if type(module).__name__ == "NewGELUActivation":
         # Eight operators that keep five tensors are one.
-        forward = functools.partial(_gelu, module)
+        way = functools.partial(_gelu, module)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        forward = functools.partial(_rms_norm, module)
+        way = functools.partial(_rms_norm, module)
     elif module._modules.keys() == _GATED:
         return functools.partial(_gated, module) if _gates_as_usual(module) else None
-    return forward if forward is not None and _same(module) else None
+    else:
+        return _rotating(module)
+    return way if _same(module) else None
 
 
 @torch.no_grad()
@@ -92,7 +68,7 @@ def _same(module: nn.Module) -> bool:
 
 def _gelu(module: nn.Module, x: Tensor) -> Tensor:
     kernels = loaded()
-    if kernels is None or not kernels.take(x):
+    if kernels is None or not kernels.accept(x):
         return F.gelu(x, approximate="tanh")
     return cast(Tensor, _GELU.apply(x))  # type: ignore[no-untyped-call]
 
@@ -115,7 +91,7 @@ def _rms_norm(norm: Any, *given: Any, **named: Any) -> Tensor:
     usual = x is not None and norm.weight.dtype == x.dtype and x.device.type == "cpu"
     learns = norm.weight.requires_grad and torch.is_grad_enabled()
     if not usual or learns or torch.is_autocast_enabled("cpu"):
-        return cast(Tensor, type(norm).forward(norm, *given, **named))
+        return cast(Tensor, own_forward(norm, *given, **named))
     return cast(Tensor, _RMSNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
 
 
@@ -128,7 +104,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         kernels = loaded()
-        if kernels is not None and kernels.take(x, weight):
+        if kernels is not None and kernels.accept(x, weight):
             y, factor = kernels.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, factor)
             return y
@@ -142,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, factor = ctx.saved_tensors
         kernels = loaded()
-        if kernels is not None and kernels.take(gradient, x, weight):
+        if kernels is not None and kernels.accept(gradient, x, weight):
             return kernels.rms_norm_back(gradient, x, weight, factor), None, None
         # With f the factor and u = w g: f (u - f^2 x mean(u x)).  LayerNorm's gradient with mean 0 is that less
         # f mean(u), and one operator has it.
@@ -188,7 +164,7 @@ class _Line(nn.Module):
 def _gated(block: Any, x: Tensor) -> Tensor:
     gate, up = block.gate_proj(x), block.up_proj(x)
     kernels = loaded()
-    if kernels is not None and kernels.take(gate, up) and gate.shape == up.shape:
+    if kernels is not None and kernels.accept(gate, up) and gate.shape == up.shape:
         hidden = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     else:
         hidden = block.act_fn(gate) * up
@@ -208,19 +184,36 @@ class _SwiGLU(torch.autograd.Function):
         return cast(Kernels, loaded()).swiglu_back(gradient, *ctx.saved_tensors)
 
 
-_ROTATE = "apply_rotary_pos_emb"  # what the files of transformers' models call it
+_ROTATE: Final = "apply_rotary_pos_emb"  # what the files of transformers' models call it
 
 
-def _globals(module: nn.Module) -> dict[str, Any]:
-    """The globals of the file that a module's class is from."""
-    return vars(sys.modules.get(type(module).__module__, object))
+def _rotating(module: nn.Module) -> Way | None:
+    """The forward of an attention module that turns queries and keys by such a function, with `_rotate` in its place.
+
+    It is the class's own code, in which that one name means another function: neither the class nor the file that it
+    comes from is touched.  (transformers' own way to replace the function needs a package of kernels from its hub.)
+    """
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType) or _ROTATE not in forward.__code__.co_names:
+        return None
+    rebound = _rebound(forward)
+    return None if rebound is None else types.MethodType(rebound, module)
+
+
+@functools.cache
+def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
+    theirs = forward.__globals__.get(_ROTATE)
+    if theirs is None or not _rotates_as_usual(theirs):
+        return None
+    names = {**forward.__globals__, _ROTATE: functools.partial(_rotate, theirs)}
+    result = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    result.__kwdefaults__ = forward.__kwdefaults__
+    return result
 
 
 @torch.no_grad()
-def _rotates_as_usual(function: Callable[..., Any] | None) -> bool:
+def _rotates_as_usual(function: Callable[..., Any]) -> bool:
     """Whether a model's function turns q and k as `_Rotate` does: tried."""
-    if function is None:
-        return False
     draw = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(1, heads, 3, 8, generator=draw) for heads in (4, 2, 1, 1))
     try:
@@ -253,7 +246,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         kernels = loaded()
-        if kernels is not None and kernels.take_heads(x, cos, sin):
+        if kernels is not None and kernels.accept_heads(x, cos, sin):
             return kernels.rotate(x, cos, sin, back=False)
         (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
         out = x * cos
@@ -266,7 +259,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         kernels = loaded()
-        if kernels is not None and kernels.take_heads(gradient, cos, sin):
+        if kernels is not None and kernels.accept_heads(gradient, cos, sin):
             return kernels.rotate(gradient, cos, sin, back=True), None, None
         (g1, g2), (sin1, sin2) = gradient.chunk(2, -1), sin.chunk(2, -1)
         grad = gradient * cos

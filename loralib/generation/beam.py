@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.kernels import loaded
-from .decoder import Decoder, Text, make_decoder
+from .decoder import Decoder, SequenceGroup, make_decoder
 from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, penalize
 
@@ -65,7 +65,7 @@ class _Search:
         self.number, self.prompt, self.limit = number, prompt, limit
         self.beams = [_Beam((), 0.0)]
         self.best: Hypothesis | None = None
-        self.text: Text | None = None
+        self.group: SequenceGroup | None = None
         self.penalties = [float(length**sampling.length_penalty) for length in range(1, limit + 1)]
         # The largest penalty from a length on, of those at which a beam may end.
         self.largest = list(self.penalties)
@@ -102,8 +102,8 @@ class _Search:
         going = [each for each in found if not each[1] and length < self.limit and each[3] > best]
         self.beams = [each[0] for each in going]
         if going:
-            assert self.text is not None
-            self.text.grow([each[4] for each in going], [each[0].ids[-1] for each in going])
+            assert self.group is not None
+            self.group.grow([each[4] for each in going], [each[0].ids[-1] for each in going])
 
 
 def beam_search(
@@ -172,20 +172,23 @@ def search(
     waiting = deque(_Search(number, *each, sampling) for number, each in enumerate(zip(prompts, limits, strict=True)))
     running: list[_Search] = []
     decoder = make_decoder(model)
-    while waiting or running:
-        branches = sum(len(one.beams) for one in running)
-        while waiting and (not branches or branches + sampling.num_beams <= max_branches):
-            one = waiting.popleft()
-            one.text = decoder.open(one.prompt)
-            running.append(one)
-            branches += sampling.num_beams
-        _step(decoder, running, sampling, ends)
-        for one in running:
-            if not one.beams:
-                assert one.text is not None
-                decoder.close(one.text)
-                yield one.number, one.best or Hypothesis((), float("-inf"), False)
-        running = [one for one in running if one.beams]
+    try:
+        while waiting or running:
+            branches = sum(len(one.beams) for one in running)
+            while waiting and (not branches or branches + sampling.num_beams <= max_branches):
+                one = waiting.popleft()
+                one.group = decoder.open(one.prompt)
+                running.append(one)
+                branches += sampling.num_beams
+            _step(decoder, running, sampling, ends)
+            for one in running:
+                if not one.beams:
+                    assert one.group is not None
+                    decoder.close(one.group)
+                    yield one.number, one.best or Hypothesis((), float("-inf"), False)
+            running = [one for one in running if one.beams]
+    finally:
+        decoder.close_all()
 
 
 def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: frozenset[int]) -> None:
@@ -243,7 +246,7 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     count = min(count, logits.shape[1])
     kernels, groups = loaded(), logits.shape[1] // _GROUP
     few = groups < 4 * count or logits.shape[1] % _GROUP > 0  # groups, for the shorter ways
-    if kernels is not None and not few and kernels.take(logits):
+    if kernels is not None and not few and kernels.accept(logits):
         most, sums, maxima = kernels.log_sums(logits, _GROUP)
         best, tokens = _best_of_groups(logits.view(len(logits), groups, _GROUP), maxima, count)
         return best.float().sub_(most[:, None]).sub_(sums.log_()[:, None]), tokens
@@ -268,5 +271,5 @@ def _best_of_groups(of_groups: Tensor, maxima: Tensor, count: int) -> tuple[Tens
 
 
 def _rows(search: _Search) -> range:
-    assert search.text is not None
-    return range(search.text.rows.start, search.text.rows.stop)
+    assert search.group is not None
+    return range(search.group.rows.start, search.group.rows.stop)

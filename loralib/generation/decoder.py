@@ -1,40 +1,47 @@
-"""The model's side of generation: texts grow by a token a branch, the logits of what comes next come out.
+"""The model's side of generation: sequences grow by a token a branch, the logits of what comes next come out.
 
-A `Text` is a prompt and its branches: one, or the beams of a search.  Whoever generates opens texts, says how they
-grow, and calls `step`, which computes all that is new in all open texts in one pass through the model.
+A `SequenceGroup` is a prompt and its branches: one, or the beams of a search.  Whoever generates opens groups, says how
+they grow, and calls `step`, which computes all that is new in all open groups in one pass through the model.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.operators import Operators
-from ..engine.packed import MANY_TEXTS, PACK_AFTER, Product, packed, using_packed
-from ..engine.tree_attention import Cache, Unsupported, Work, configs_of, resized, using
+from ..engine.attention import KVCache, TreeLayout, interface_name, resized, without_masks
+from ..engine.forward import device_of, logits_of, runs_here
+from ..engine.frozen_linear import FrozenLinear, prepacked_ways
+from ..engine.operators import operator_ways
+from ..engine.placement import Hold, Ways, engine_mode, evaluating, running
+from ..errors import BusyModelError, UnsupportedModelError
 
-__all__ = ["Decoder", "Text", "make_decoder"]
+__all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
 # The cache grows by so many columns.
 _COLUMNS: Final = 32
+# Weights are prepacked after so many steps, or at once for so many sequences.  That costs about what two steps of a
+# beam search save, or ten of a single sequence, and how long a generation goes on is not known before.
+_PREPACK_AFTER: Final = 4
+_MANY_SEQUENCES: Final = 16
 
 
 @dataclass(eq=False)
-class Text:
+class SequenceGroup:
     """A prompt and the tree of its continuations.
 
     Attributes:
         prompt: its token ids.
         length: tokens from the prompt's first to a branch's newest; all branches are equally long.
         rows: the rows of the logits of the last step that belong to it, one a branch.
-        row: where the text lies in the cache.
+        row: where the group lies in the cache.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
         paths: the tokens of each branch, where there is no cache.
     """
@@ -48,155 +55,185 @@ class Text:
     paths: list[tuple[int, ...]] = field(default_factory=list)
 
     def grow(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
-        """Says what the next step adds: a token to each of some branches of before; a branch may come several times."""
+        """Says what the next step adds: a token to each of some branches; a branch may come several times."""
         self.parents, self.tokens = parents, tokens
 
 
-class Decoder(Protocol):
-    """Computes logits for open texts."""
+class Decoder:
+    """Computes logits for open groups; while there are any, what it needs is in the model's place.
 
-    def open(self, prompt: Sequence[int]) -> Text:
-        """Takes a prompt in; the next step computes it."""
+    Args:
+        model: a causal language model.
+        modules: those that it may compute in other ways.
+        attention: whether the model's attention gets a layout.
+    """
 
-    def close(self, text: Text) -> None:
-        """Forgets a text."""
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module] = (), *, attention: bool = False) -> None:
+        self._model, self._device = model, device_of(model)
+        self._switched, self._attention = modules, interface_name if attention else None
+        self._groups: list[SequenceGroup] = []
+        self._release: weakref.finalize[Any, Any] | None = None
+
+    def open(self, prompt: Sequence[int]) -> SequenceGroup:
+        """Takes a prompt in; the next step computes it.
+
+        Raises:
+            BusyModelError: the model is being trained.
+        """
+        if self._release is None:
+            hold = Hold(self._model, self._switched, "inference", self._attention)
+            # Also where the decoder is forgotten with groups still open.
+            self._release = weakref.finalize(self, hold.release)
+        group = SequenceGroup(prompt, row=len(self._groups))
+        self._groups.append(group)
+        return group
+
+    def close(self, group: SequenceGroup) -> None:
+        """Forgets a group."""
+        self._forget(group)
+        if not self._groups and self._release is not None:
+            self._release()
+            self._release = None
+
+    def close_all(self) -> None:
+        """Forgets all groups."""
+        for group in reversed(self._groups):
+            self.close(group)
+
+    def _forget(self, group: SequenceGroup) -> None:
+        self._groups.remove(group)
 
     def step(self) -> Tensor:
-        """Computes what is new in all open texts; returns logits, whose rows each text's `rows` tell."""
+        """Computes what is new in all open groups; returns logits, of which each group's `rows` are its own."""
+        raise NotImplementedError
 
 
-class CachedDecoder:
-    """Keeps keys and values, each token's once a text, and computes without padding (see `attention`)."""
+class CachedDecoder(Decoder):
+    """Keeps keys and values, each token's once a sequence, and computes without padding (see `TreeLayout`)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._modules = list(model.modules())
-        self._configs = configs_of(model)
-        self._operators = Operators.of(model)
-        self._device = next(model.parameters()).device
-        self._cache = Cache()
-        self._texts: list[Text] = []
+        self._fast = runs_here(model)
+        self._ways: Ways = operator_ways(model) if self._fast else {}
+        linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
+        super().__init__(model, [*self._ways, *linears], attention=True)
+        self._cache = KVCache()
         self._steps = 0
-        self._products: dict[nn.Module, Product] | None = None
-        # The columns that each branch of each text sees (rows, N, C), and which token of the text is where (rows, C).
-        self._sees = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
+        self._prepacked = False
+        # Which columns each branch of each group sees (rows, N, C), and the place in its group of each token (rows, C).
+        self._visible = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
 
-    def open(self, prompt: Sequence[int]) -> Text:
-        text = Text(prompt, row=len(self._texts))
-        self._texts.append(text)
-        return text
-
-    def close(self, text: Text) -> None:
-        last = self._texts.pop()
-        if last is not text:
-            # The last text takes the place, so that the texts in use are always the first rows of the cache.
+    def _forget(self, group: SequenceGroup) -> None:
+        last = self._groups.pop()
+        if last is not group:
+            # The last group takes its place, so that the open groups are always the first rows of the cache.
             if last.length:
-                self._cache.move(last.row, text.row)
-                self._sees[text.row] = self._sees[last.row]
-                self._positions[text.row] = self._positions[last.row]
-            last.row = text.row
-            self._texts[text.row] = last
+                self._cache.move(last.row, group.row)
+                self._visible[group.row] = self._visible[last.row]
+                self._positions[group.row] = self._positions[last.row]
+            last.row = group.row
+            self._groups[group.row] = last
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        growing = [text for text in self._texts if text.length]
-        fresh = [text for text in self._texts if not text.length]
-        ids = [token for text in growing for token in text.tokens]
-        positions = [text.length for text in growing for _ in text.tokens]
-        wanted = list(range(len(ids)))
-        work = self._lay_out(growing, fresh)
-        for text in growing:
-            text.length += 1
-        for text in fresh:
-            text.length = len(text.prompt)
-            ids += text.prompt
-            positions += range(text.length)
-            wanted.append(len(ids) - 1)
-        if self._products is None and (self._steps >= PACK_AFTER or len(self._texts) >= MANY_TEXTS):
-            self._products = packed(self._modules)
+        growing = [group for group in self._groups if group.length]
+        fresh = [group for group in self._groups if not group.length]
+        ids = [token for group in growing for token in group.tokens]
+        positions = [group.length for group in growing for _ in group.tokens]
+        last = list(range(len(ids)))
+        layout = self._lay_out(growing, fresh)
+        for group in growing:
+            group.length += 1
+        for group in fresh:
+            group.length = len(group.prompt)
+            ids += group.prompt
+            positions += range(group.length)
+            last.append(len(ids) - 1)
+        long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
+        if self._fast and long and not self._prepacked:
+            self._ways, self._prepacked = {**self._ways, **prepacked_ways(self._modules)}, True
         self._steps += 1
-        products = using_packed(self._products or {})
-        with evaluating(self._modules), using(self._configs), self._operators.shorter(), products:
+        with evaluating(self._modules), without_masks(), running(self._ways):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],
                 use_cache=False,
-                logits_to_keep=self._tensor(wanted),
-                work=work,
+                logits_to_keep=self._tensor(last),
+                layout=layout,
             )
-        logits: Tensor = output.logits[0]
-        if logits.shape[0] != len(wanted) or not self._cache.keys:
-            raise Unsupported(f"{type(self._model).__name__} does not hand its work through")
+        logits = logits_of(output)[0]
+        if logits.shape[0] != len(last) or not self._cache.keys:
+            raise UnsupportedModelError(f"{type(self._model).__name__} does not pass its layout on to its attention")
         return logits
 
-    def _lay_out(self, growing: list[Text], fresh: list[Text]) -> Work:
+    def _lay_out(self, growing: list[SequenceGroup], fresh: list[SequenceGroup]) -> TreeLayout:
         """Says what the pass computes, and notes down what branches will see after it."""
-        branches = max([len(text.tokens) for text in growing], default=0)
-        texts: list[int] = []
+        branches = max([len(group.tokens) for group in growing], default=0)
+        group_rows: list[int] = []
         parents: list[int] = []
         places: list[int] = []
         rows = 0
-        for text in growing:
-            count = len(text.tokens)
-            texts += [text.row] * count
-            parents += text.parents
-            places += range(text.row * branches, text.row * branches + count)
-            text.rows = slice(rows, rows + count)
+        for group in growing:
+            count = len(group.tokens)
+            group_rows += [group.row] * count
+            parents += group.parents
+            places += range(group.row * branches, group.row * branches + count)
+            group.rows = slice(rows, rows + count)
             rows += count
-        for text in fresh:
-            text.rows = slice(rows, rows + 1)
+        for group in fresh:
+            group.rows = slice(rows, rows + 1)
             rows += 1
-        at_text, at_place = self._tensor(texts), self._tensor(places)
-        seen = self._sees[at_text, self._tensor(parents)]  # (R, C)
-        sees = self._grid(at_place, seen, branches)
-        alive = sees.any(1)  # (rows, C): the others are free, those of branches that were given up among them
+        at_group, at_place = self._tensor(group_rows), self._tensor(places)
+        parents_see = self._visible[at_group, self._tensor(parents)]  # (R, C)
+        visible = self._grid(at_place, parents_see, branches)
+        alive = visible.any(1)  # (rows, C): the others are free, those of branches that were given up among them
         needed = max([*(int(number) for number in (alive.sum(1) + branches).tolist()), *(len(t.prompt) for t in fresh)])
         if self._fit(needed, alive):
-            seen = resized(seen, (len(texts), self._cache.columns))
-            sees = self._grid(at_place, seen, branches)
-            alive = sees.any(1)
+            parents_see = resized(parents_see, (len(group_rows), self._cache.columns))
+            visible = self._grid(at_place, parents_see, branches)
+            alive = visible.any(1)
         free = torch.argsort(alive.to(torch.uint8), dim=1, stable=True)[:, :branches]  # (rows, N)
         at_column = free.reshape(-1)[at_place]
-        sees.view(-1, self._cache.columns)[at_place, at_column] = True
-        at_position = self._tensor([text.length for text in growing for _ in text.tokens])
-        self._positions[at_text, at_column] = at_position
-        branch_positions = self._positions.new_zeros(len(self._texts) * branches)
+        visible.view(-1, self._cache.columns)[at_place, at_column] = True
+        at_position = self._tensor([group.length for group in growing for _ in group.tokens])
+        self._positions[at_group, at_column] = at_position
+        branch_positions = self._positions.new_zeros(len(self._groups) * branches)
         branch_positions[at_place] = at_position
-        work = Work(
+        layout = TreeLayout(
             cache=self._cache,
-            text=at_text,
+            sequence=at_group,
             column=at_column,
-            place=None if len(texts) == len(self._texts) * branches else at_place,
-            sees=sees[: len(self._texts)],
-            branch_positions=branch_positions.view(len(self._texts), branches),
-            positions=self._positions[: len(self._texts)],
-            prompts=[(text.row, len(text.prompt)) for text in fresh],
+            place=None if len(group_rows) == len(self._groups) * branches else at_place,
+            visible=visible[: len(self._groups)],
+            branch_positions=branch_positions.view(len(self._groups), branches),
+            positions=self._positions[: len(self._groups)],
+            prompts=[(group.row, len(group.prompt)) for group in fresh],
         )
-        self._sees = sees if branches else self._sees.new_zeros(self._cache.rows, 1, self._cache.columns)
-        for text in fresh:
-            length = len(text.prompt)
-            self._sees[text.row, 0, :length] = True
-            self._positions[text.row, :length] = torch.arange(length, device=self._device)
-        return work
+        self._visible = visible if branches else self._visible.new_zeros(self._cache.rows, 1, self._cache.columns)
+        for group in fresh:
+            length = len(group.prompt)
+            self._visible[group.row, 0, :length] = True
+            self._positions[group.row, :length] = torch.arange(length, device=self._device)
+        return layout
 
-    def _grid(self, places: Tensor, seen: Tensor, branches: int) -> Tensor:
-        """Spreads what branches see (R, C) over texts and their branches (rows, N, C)."""
-        grid = seen.new_zeros(self._cache.rows * branches, seen.shape[1])
-        grid[places] = seen
-        return grid.view(self._cache.rows, branches, seen.shape[1])
+    def _grid(self, places: Tensor, parents_see: Tensor, branches: int) -> Tensor:
+        """Spreads what branches see (R, C) over groups and their branches (rows, N, C)."""
+        grid = parents_see.new_zeros(self._cache.rows * branches, parents_see.shape[1])
+        grid[places] = parents_see
+        return grid.view(self._cache.rows, branches, parents_see.shape[1])
 
     def _fit(self, needed: int, alive: Tensor) -> bool:
         """Gives the cache as many rows and columns as are needed, and not many more; tells whether it changed."""
         rows, columns = self._cache.rows, self._cache.columns
-        if len(self._texts) > rows:
-            rows = max(len(self._texts), min(2 * rows, rows + 8))
-        wanted = -(-needed // _COLUMNS) * _COLUMNS
+        if len(self._groups) > rows:
+            rows = max(len(self._groups), min(2 * rows, rows + 8))
+        fitting = -(-needed // _COLUMNS) * _COLUMNS
         if needed > columns:
-            columns = wanted
-        elif wanted * 2 <= columns:  # a long text has gone
+            columns = fitting
+        elif fitting * 2 <= columns:  # a long group has gone
             last = int(alive.any(0).nonzero().max()) + 1 if bool(alive.any()) else 0
-            columns = max(wanted, -(-last // _COLUMNS) * _COLUMNS)
+            columns = max(fitting, -(-last // _COLUMNS) * _COLUMNS)
         if (rows, columns) == (self._cache.rows, self._cache.columns):
             return False
         self._cache.resize(rows, columns)
@@ -207,35 +244,22 @@ class CachedDecoder:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
-class PlainDecoder:
+class PlainDecoder(Decoder):
     """Computes every token of every branch again at each step: right for any causal model, and slow."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._texts: list[Text] = []
-
-    def open(self, prompt: Sequence[int]) -> Text:
-        text = Text(prompt)
-        self._texts.append(text)
-        return text
-
-    def close(self, text: Text) -> None:
-        self._texts.remove(text)
 
     @torch.no_grad()
     def step(self) -> Tensor:
         rows: list[tuple[int, ...]] = []
-        for text in self._texts:
-            if text.length:
-                text.paths = [
-                    (*text.paths[parent], token) for parent, token in zip(text.parents, text.tokens, strict=True)
+        for group in self._groups:
+            if group.length:
+                group.paths = [
+                    (*group.paths[parent], token) for parent, token in zip(group.parents, group.tokens, strict=True)
                 ]
             else:
-                text.paths = [tuple(text.prompt)]
-            text.length = len(text.paths[0])
-            text.rows = slice(len(rows), len(rows) + len(text.paths))
-            rows += text.paths
+                group.paths = [tuple(group.prompt)]
+            group.length = len(group.paths[0])
+            group.rows = slice(len(rows), len(rows) + len(group.paths))
+            rows += group.paths
         # Padded behind, where causal models do not look.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -243,41 +267,31 @@ class PlainDecoder:
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
         with evaluating(self._model.modules()):
             output = self._model(ids.to(self._device))
-        logits: Tensor = getattr(output, "logits", output)
-        return logits[torch.arange(len(rows), device=self._device), last]
+        return logits_of(output)[torch.arange(len(rows), device=self._device), last]
 
 
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
+_LOCK: Final = threading.Lock()
 
 
 def make_decoder(model: nn.Module) -> Decoder:
     """Returns the fastest decoder that is right for a model.
 
-    Models that call transformers' attention interface get a cache.  That they get the same logits with it as without is
-    tried once on a few random tokens.
+    Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
+    random tokens.
     """
-    if model not in _CHECKED:
-        _CHECKED[model] = _why_not_cached(model)
-    return PlainDecoder(model) if _CHECKED[model] else CachedDecoder(model)
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Switches dropout off, module by module back as it was: parts of a model may be in different modes."""
-    trained = [module for module in modules if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
+    if engine_mode() == "off":
+        return PlainDecoder(model)
+    with _LOCK:
+        if model not in _FAULTS:
+            _FAULTS[model] = _why_not_cached(model)
+    return PlainDecoder(model) if _FAULTS[model] else CachedDecoder(model)
 
 
 def _why_not_cached(model: nn.Module) -> str:
-    """Grows two random texts by branches that part; returns what is wrong with their logits, or ""."""
+    """Grows two random prompts by branches that part; returns what is wrong with their logits, or ""."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if not configs_of(model) or embeddings is None:
+    if embeddings is None or not hasattr(getattr(model, "config", None), "_attn_implementation"):
         return f"{type(model).__name__} is not built like transformers' causal language models"
     rng = random.Random(0)
     vocabulary = embeddings.weight.shape[0]
@@ -290,13 +304,15 @@ def _why_not_cached(model: nn.Module) -> str:
         for parents, count in [([], 0), *steps]:
             for pair in zip(theirs, ours, strict=True):
                 tokens = [rng.randrange(vocabulary) for _ in range(count)]
-                for text in pair:
-                    text.grow(parents, tokens)
+                for group in pair:
+                    group.grow(parents, tokens)
             expected, got = plain.step().float(), cached.step().float()
             apart = float((got - expected).square().mean().sqrt() / expected.std())
             if not apart < max(1e-3, 16 * torch.finfo(embeddings.weight.dtype).eps):
                 return f"{type(model).__name__} computes other logits with the cache (off by {apart:.1%})"
-    except Unsupported as error:
+    except BusyModelError:
+        raise
+    except UnsupportedModelError as error:
         return str(error)
     except Exception as error:  # whatever a model does that the cache did not think of, the plain way remains
         return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"

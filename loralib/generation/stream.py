@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
-from .decoder import Text, make_decoder
+from .decoder import SequenceGroup, make_decoder
 from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, choose, penalize
 from .text import TextStream
@@ -70,7 +70,7 @@ class _Request:
     text: TextStream
     limit: int
     generated: list[int] = field(default_factory=list)
-    decoded: Text | None = None
+    group: SequenceGroup | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.sampling.seed)
@@ -78,6 +78,8 @@ class _Request:
 
 class Generator:
     """Requests that are generated together: they join at any time, and leave when they are done.
+
+    While requests are running, the model cannot be trained.
 
     Args:
         model: a causal language model, adapted or not.
@@ -125,8 +127,18 @@ class Generator:
                 self._leave(request)
         self._running = [request for request in self._running if request.number != number]
 
+    def close(self) -> None:
+        """Forgets all requests, and takes back what generating needs in the model's place."""
+        self._waiting.clear()
+        self._running.clear()
+        self._decoder.close_all()
+
     def step(self) -> list[Piece]:
-        """Computes one token of every running request."""
+        """Computes one token of every running request.
+
+        Raises:
+            BusyModelError: the model is being trained.
+        """
         self._admit()
         if not self._running:
             return []
@@ -142,8 +154,8 @@ class Generator:
         self._running = []
         for request, piece, token in zip(requests, pieces, tokens, strict=True):
             if piece.finish_reason is None:
-                assert request.decoded is not None
-                request.decoded.grow([0], [token])
+                assert request.group is not None
+                request.group.grow([0], [token])
                 self._running.append(request)
             else:
                 self._leave(request)
@@ -155,13 +167,13 @@ class Generator:
             tokens += len(self._waiting[0].ids)
             if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
                 break
-            request = self._waiting.popleft()
-            request.decoded = self._decoder.open(request.ids)
-            self._running.append(request)
+            request = self._waiting[0]
+            request.group = self._decoder.open(request.ids)
+            self._running.append(self._waiting.popleft())
 
     def _leave(self, request: _Request) -> None:
-        assert request.decoded is not None
-        self._decoder.close(request.decoded)
+        assert request.group is not None
+        self._decoder.close(request.group)
 
     def _penalize(self, logits: Tensor, request: _Request) -> None:
         own = request.sampling
@@ -201,8 +213,11 @@ def stream(
     generator = Generator(model, tokenizer)
     for ids, own in zip(rows, settings, strict=True):
         generator.add(ids, own)
-    while len(generator):
-        yield from generator.step()
+    try:
+        while len(generator):
+            yield from generator.step()
+    finally:
+        generator.close()
 
 
 def _searched(
@@ -213,11 +228,11 @@ def _searched(
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
     ends = frozenset(end_tokens(model, tokenizer))
-    for number, found in search(model, prompts, own, ends):
-        ids = found.ids[: len(found.ids) - found.ended]
+    for number, best in search(model, prompts, own, ends):
+        ids = best.ids[: len(best.ids) - best.ended]
         text = TextStream(tokenizer)
         pieces = [text.add(token) for token in ids]
-        yield Piece(number, "".join(pieces) + text.finish(), ids, "stop" if found.ended else "length", found.score)
+        yield Piece(number, "".join(pieces) + text.finish(), ids, "stop" if best.ended else "length", best.score)
 
 
 def generate(
@@ -264,8 +279,8 @@ def join(pieces: Sequence[Piece], prompt: Sequence[int]) -> Generation:
 
 
 def _row(request: _Request) -> int:
-    assert request.decoded is not None
-    return int(request.decoded.rows.start)
+    assert request.group is not None
+    return int(request.group.rows.start)
 
 
 def _advance(request: _Request, token: int, ends: Sequence[int]) -> Piece:

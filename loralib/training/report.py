@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..console import count, percent, say, size, table
-from ..engine.linears import Linears
+from ..engine.adapted_linears import TrainingLinears
 from ..errors import MissingDependencyError, OutputError
 from ..files import free_memory, write_text, write_whole
 from ..injection import adapted_layers
@@ -208,7 +208,10 @@ def memory_estimate(model: nn.Module, tokens: int, checkpointing: bool) -> tuple
         the inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep
         around them), twice where they are not.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + Linears(model).copies_bytes
+    weights = (
+        sum(p.numel() * p.element_size() for p in model.parameters())
+        + TrainingLinears(list(model.modules())).prepacked_bytes
+    )
     # Gradient, two moments, and the values of before, all in fp32.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)

@@ -13,20 +13,20 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
-from ..engine.attention import Plan, using
-from ..engine.linears import Linears
-from ..engine.loss import head_loss
-from ..engine.operators import Operators
-from ..errors import ConfigError, TrainingError
+from ..engine.attention import PackedLayout
+from ..engine.forward import Forward
+from ..engine.loss import Predictions, head_loss
+from ..engine.placement import engine_mode, evaluating
+from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
 
@@ -36,13 +36,13 @@ class StepStats:
     """What one step did.
 
     Attributes:
-        loss_sum: sum of the losses of the trained tokens, in nats.
+        loss_sum: () sum of the losses of the trained tokens, in nats, on the model's device.
         trained_tokens: how many tokens that sum is over.
         tokens: tokens of the batch, without padding.
         processed_tokens: tokens that the model computed (fewer where beginnings are shared, more with padding).
     """
 
-    loss_sum: float
+    loss_sum: Tensor
     trained_tokens: int
     tokens: int
     processed_tokens: int
@@ -51,10 +51,13 @@ class StepStats:
 class Step:
     """Computes losses and gradients of batches for one model; made by `make_step`.
 
+    As a context manager it keeps what it needs in the model's place for a whole run; else each call does for itself.
+
     Attributes:
         packing: whether batches are packed.
         share_prompts: whether common beginnings are computed once.
         note: why batches are padded although packing was asked for, for the user; else "".
+        prepacked_bytes: what prepacked copies of frozen weights will take.
     """
 
     def __init__(
@@ -63,16 +66,19 @@ class Step:
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
-        self.packing = False
-        self.share_prompts = False
-        self.note = ""
-        self._linears, self._operators = Linears(model), Operators.of(model)
-        with self._linears.learning():
-            self._split = _is_head_on_body(model)
-        if packing:
-            self.note = self._why_not_packed()
-            self.packing = not self.note
-            self.share_prompts = share_prompts and self.packing
+        self._forward = Forward(model)
+        self._run = ExitStack()
+        self.prepacked_bytes = self._forward.prepacked_bytes
+        self.note = self._why_not_packed() if packing else ""
+        self.packing = packing and not self.note
+        self.share_prompts = share_prompts and self.packing
+
+    def __enter__(self) -> Step:
+        self._run.enter_context(self._forward.held("training"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._run.close()
 
     def forward_backward(self, batch: Sequence[TokenExample], *, loss_scale: float) -> StepStats:
         """Adds the gradient of ``loss_scale * (sum of the token losses)`` to the `grad` of the trained parameters.
@@ -83,12 +89,19 @@ class Step:
 
         Returns:
             The loss before scaling, and counts.
+
+        Raises:
+            BusyModelError: the model generates or is trained elsewhere at the moment.
         """
-        return self._run(self._lay_out(batch), loss_scale)
+        return self._compute(batch, loss_scale, "training")
 
     def loss(self, batch: Sequence[TokenExample]) -> StepStats:
-        """Returns the loss of a batch without computing gradients.  The model's mode (train, eval) is the caller's."""
-        return self._run(self._lay_out(batch), None)
+        """Returns the loss of a batch without computing gradients.  The model's mode (train, eval) is the caller's.
+
+        Raises:
+            BusyModelError: the model is trained elsewhere at the moment.
+        """
+        return self._compute(batch, None, "inference")
 
     def unsmoothed(self) -> Step:
         """Returns the same step without label smoothing: of losses to compare, and whose exp is a perplexity."""
@@ -96,28 +109,26 @@ class Step:
         twin._label_smoothing = 0.0
         return twin
 
-    def _lay_out(self, batch: Sequence[TokenExample]) -> Pack:
+    def _compute(
+        self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
+    ) -> StepStats:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
-        return laid.to(_device(self._model))
-
-    def _run(self, laid: Pack, scale: float | None) -> StepStats:
-        loss = 0.0
+        loss = torch.zeros(())
         if len(laid.states):
-            # Around the backward pass too: checkpointed layers run again there.
-            with self._attention_for(laid), self._linears.together(), self._operators.shorter():
-                loss = self._compute(laid, scale)
+            with torch.set_grad_enabled(scale is not None), self._forward.held(use), self._forward.running():
+                loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
 
-    def _compute(self, laid: Pack, scale: float | None) -> float:
-        with torch.set_grad_enabled(scale is not None):
-            if self._split:
-                hidden = self._hidden(laid)
-                head: Callable[[Tensor], Tensor] = lambda chunk: _head(self._model, chunk)  # noqa: E731
-            else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-                hidden, head = _logits(self._model(laid.ids)), lambda chunk: chunk
-            states = hidden.flatten(0, 1)[laid.states]
+    def _loss(self, laid: Pack, scale: float | None) -> Tensor:
+        if self._forward.splits:
+            hidden = self._hidden(laid)
+            head: Callable[[Tensor], Tensor] = self._forward.head
+        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
+            hidden, head = self._forward.logits(laid.ids.to(self._forward.device)), lambda states: states
+        states = hidden.flatten(0, 1)[laid.states.to(hidden.device)]
+        predictions = Predictions(laid.rows, laid.targets, laid.weights)
         loss, gradient = head_loss(
-            head, states, laid, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
+            head, states, predictions, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
         )
         if gradient is not None:
             states.backward(gradient)
@@ -125,26 +136,25 @@ class Step:
 
     def _hidden(self, laid: Pack) -> Tensor:
         """The last hidden states (B, T, D), after the final norm."""
-        body = cast(nn.Module, self._model.base_model)
+        device = self._forward.device
         if laid.ends is None:
-            out = body(input_ids=laid.ids, attention_mask=laid.mask, use_cache=False)
-        else:
-            out = body(input_ids=laid.ids, position_ids=laid.positions, use_cache=False, plan=Plan.of(laid))
-        return cast(Tensor, out.last_hidden_state)
-
-    def _attention_for(self, laid: Pack) -> AbstractContextManager[None]:
-        return nullcontext() if laid.ends is None else using(self._model.config)
+            assert laid.mask is not None
+            return self._forward.hidden(laid.ids.to(device), laid.mask.to(device))
+        layout = PackedLayout(laid.ends, laid.positions[0], device)
+        return self._forward.packed_hidden(laid.ids.to(device), laid.positions.to(device), layout)
 
     # The check at the start.
 
     def _why_not_packed(self) -> str:
         """Packs three short examples of random tokens; returns what goes wrong with it, or ""."""
-        if not self._split:
+        if engine_mode() == "off":
+            return "the environment variable LORALIB_ENGINE is off"
+        if not self._forward.splits:
             return f"{type(self._model).__name__} is not built like transformers' causal language models"
-        with _evaluating(self._model), torch.no_grad():
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.held("inference"):
             try:
                 return self._packing_fault()
-            except TrainingError as error:
+            except UnsupportedModelError as error:
                 return str(error)
             except Exception as error:  # whatever a model does that packing did not think of, padding remains
                 return f"{type(self._model).__name__} fails on a packed row: {type(error).__name__}: {error}"
@@ -159,8 +169,7 @@ class Step:
         start = some(5)
         examples = [start + some(4), start + some(7), some(6)]
         packed = self._packed_logits(examples)
-        alone = [self._model(torch.tensor([ids], device=_device(self._model)), use_cache=False) for ids in examples]
-        single = [_logits(output)[0] for output in alone]
+        single = [self._forward.logits(torch.tensor([ids], device=self._forward.device))[0] for ids in examples]
         size = max(float(logits.float().std()) for logits in single)
         tolerance = max(1e-4, 8 * torch.finfo(single[0].dtype).eps)
         for number, ids in enumerate(examples):
@@ -180,10 +189,9 @@ class Step:
     def _packed_logits(self, examples: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """The logits (T, V) of each example, from one packed row with shared beginnings."""
         # One more token, never computed: packing leaves out the last one.
-        whole = [TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples]
-        laid = pack(whole).to(_device(self._model))
-        with self._attention_for(laid):
-            logits = _head(self._model, self._hidden(laid)[0])
+        laid = pack([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples])
+        with self._forward.running():
+            logits = self._forward.head(self._hidden(laid)[0])
         return [logits[_places(laid, ids)] for ids in examples]
 
 
@@ -255,93 +263,24 @@ def evaluate_loss(
         max_tokens: tokens of the examples that are computed at once, at least one example's.
         stop: asked between batches; once it returns True, the result is None.
     """
-    was_training = model.training
-    model.eval()
-    done = []
-    try:
+    stats = []
+    with evaluating(model.modules()):
         for batch in _batches(examples, max_tokens):
             if stop is not None and stop():
                 return None
-            done.append(step.loss(batch))
-    finally:
-        model.train(was_training)
-    return sum(s.loss_sum for s in done) / max(1, sum(s.trained_tokens for s in done))
+            stats.append(step.loss(batch))
+    losses: list[float] = torch.stack([s.loss_sum for s in stats]).tolist()
+    return sum(losses) / max(1, sum(s.trained_tokens for s in stats))
 
 
-def _batches(examples: Sequence[TokenExample], max_tokens: int, most: int = 16) -> Iterator[list[TokenExample]]:
+def _batches(examples: Sequence[TokenExample], max_tokens: int, limit: int = 16) -> Iterator[list[TokenExample]]:
     batch: list[TokenExample] = []
     for example in sorted(examples, key=lambda example: example.ids):  # neighbours share their prompts
-        if batch and (len(batch) == most or sum(map(len, batch)) + len(example) > max_tokens):
+        if batch and (len(batch) == limit or sum(map(len, batch)) + len(example) > max_tokens):
             yield batch
             batch = []
         batch.append(example)
     yield batch
-
-
-def _is_head_on_body(model: nn.Module) -> bool:
-    """Whether the model is a head on a body, as most of transformers' causal language models are."""
-    prefix = getattr(model, "base_model_prefix", "")
-    body = getattr(model, prefix, None) if prefix else None
-    if not isinstance(body, nn.Module) or not hasattr(model, "config"):
-        return False
-    ids = torch.arange(4, device=_device(model))[None]
-    with _evaluating(model), torch.no_grad():
-        whole = _logits(model(ids))
-        try:
-            apart = _head(model, body(input_ids=ids, use_cache=False).last_hidden_state[0])
-        except (AttributeError, TypeError):  # its forward reaches into the body, or takes other arguments
-            return False
-    spread = float(whole.float().std())
-    return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)
-
-
-def _head(model: nn.Module, states: Tensor) -> Tensor:
-    """Runs what the model does after its body, whatever that is, on hidden states (R, D); returns logits (R, V).
-
-    The model's own forward runs with the body replaced by one that has computed already, so that soft-capping, scaling
-    and whatever else the model does to its logits stay its own.
-    """
-    name = cast(str, model.base_model_prefix)
-    body = model._modules[name]
-    model._modules[name] = _Done(states[None])
-    try:
-        return _logits(model(use_cache=False)).flatten(0, 1)
-    finally:
-        model._modules[name] = body
-
-
-class _Done(nn.Module):
-    """A body that has computed already."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.output = _Output(states)
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return self.output
-
-
-class _Output:
-    """What a body returns: the last hidden states, and None for all else that it may be asked for."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.last_hidden_state = states
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise TrainingError(
-            f"the model returns {type(output).__name__}, expected logits of shape (batch, tokens, vocabulary), "
-            "or an object that holds them as `logits`"
-        )
-    return logits
 
 
 def _places(laid: Pack, ids: Sequence[int]) -> list[int]:
@@ -357,20 +296,3 @@ def _places(laid: Pack, ids: Sequence[int]) -> list[int]:
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off, module by module back as it was: parts of a model may be in different modes."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -269,7 +269,7 @@ class _Run:
             # averages over batches, and divides each by its tokens + 0.0001.
             scale = 1 / ((weight + 1e-4) * config.grad_accum) if paper else 1 / max(1, sum(trained))
             done.append(self.step.forward_backward(batch, loss_scale=scale))
-            loss += done[-1].loss_sum * scale
+            loss += float(done[-1].loss_sum) * scale
         if paper:
             loss *= config.grad_accum / len(batches)
         self._check_loss(loss)

@@ -1,11 +1,11 @@
-"""Weights in the processor's order: the same products, and a copy that is never used for other values than its own."""
+"""Prepacked weights: the same products, and a copy that is never used for other values than its own."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loralib.engine.ordered import FrozenWeight, OrderedWeight, can_order
+from loralib.engine.frozen_linear import FrozenWeight, PrepackedWeight, can_prepack
 
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}  # sums in another order, rounded to bf16
 
@@ -15,15 +15,15 @@ def drawn(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ordered"),
+    ("dtype", "prepack"),
     [(torch.float64, False), (torch.bfloat16, False), pytest.param(torch.bfloat16, True, marks=pytest.mark.bf16_units)],
 )
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 64])
-def test_products_both_ways(dtype, ordered, transposed, rows):
+def test_products_both_ways(dtype, prepack, transposed, rows):
     weight = drawn(24, 40, dtype=dtype).T if transposed else drawn(40, 24, dtype=dtype)
     x, gradient, bias = drawn(rows, 24, dtype=dtype), drawn(40, rows, dtype=dtype).T, drawn(40, dtype=dtype)
-    product = FrozenWeight(weight, ordered)
+    product = FrozenWeight(weight, prepack)
     exact = x.double() @ weight.double().T
     tolerance = TOLERANCE if dtype == torch.bfloat16 else {}
     for given in ({}, {"bias": bias}, {"added": drawn(rows, 40, dtype=dtype)}):
@@ -34,9 +34,9 @@ def test_products_both_ways(dtype, ordered, transposed, rows):
     both = product.times(x, bias=bias, added=added.clone())
     torch.testing.assert_close(both.double(), exact + bias.double() + added.double(), **tolerance)
     exact = gradient.double() @ weight.double()
-    torch.testing.assert_close(product.back(gradient).double(), exact, **tolerance)
+    torch.testing.assert_close(product.times_transposed(gradient).double(), exact, **tolerance)
     added = drawn(rows, 24, dtype=dtype)
-    got = product.back(gradient, added=added.clone())
+    got = product.times_transposed(gradient, added=added.clone())
     torch.testing.assert_close(got.double(), exact + added.double(), **tolerance)
 
 
@@ -53,26 +53,24 @@ def test_products_both_ways(dtype, ordered, transposed, rows):
 )
 def test_a_copy_knows_when_its_weight_is_another(change):
     layer = nn.Linear(8, 8, bias=False).bfloat16()
-    copy, frozen = OrderedWeight(layer.weight), FrozenWeight(layer.weight.T, True)
-    assert copy.is_of(layer.weight)
-    assert frozen.now(layer.weight.T) is frozen
-    assert not copy.is_of(layer.weight.T)
+    frozen = FrozenWeight(layer.weight.T, True)
+    assert frozen.refreshed(layer.weight.T) is frozen
+    assert frozen.refreshed(layer.weight) is not frozen
     with torch.no_grad():
         change(layer)
-    assert not copy.is_of(layer.weight)
-    assert frozen.now(layer.weight.T) is not frozen
+    assert frozen.refreshed(layer.weight.T) is not frozen
 
 
 @pytest.mark.bf16_units
 def test_leading_dimensions_are_kept():
     weight, x = drawn(8, 6), drawn(2, 3, 6)
-    torch.testing.assert_close(OrderedWeight(weight).times(x), F.linear(x, weight), **TOLERANCE)
+    torch.testing.assert_close(PrepackedWeight(weight).times(x), F.linear(x, weight), **TOLERANCE)
 
 
 def test_what_gains_nothing_is_left_as_it_is():
-    assert not can_order(None)
-    assert not can_order(torch.zeros(4, 4))
-    assert not can_order(torch.zeros(4, dtype=torch.bfloat16))
-    assert not can_order(torch.zeros(4, 4, dtype=torch.bfloat16, device="meta"))
+    assert not can_prepack(None)
+    assert not can_prepack(torch.zeros(4, 4))
+    assert not can_prepack(torch.zeros(4, dtype=torch.bfloat16))
+    assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16, device="meta"))
     with torch.inference_mode():
-        assert not can_order(torch.zeros(4, 4, dtype=torch.bfloat16))
+        assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16))

@@ -1,7 +1,7 @@
 """Linears that are computed together give what each gives by itself: outputs, gradients, and nothing left behind."""
 
 import copy
-import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loralib.config import LoraConfig
-from loralib.engine.linears import Linears
+from loralib.engine import adapted_linears
+from loralib.engine.adapted_linears import TrainingLinears
+from loralib.engine.placement import Hold, running
 from loralib.injection import adapted_layers, disabled, inject, merge, remove
 
 TOLERANCE = 1e-6
@@ -45,10 +47,21 @@ def adapted(dtype=torch.float64, size=1, **settings):
 
 
 def learned(net, x):
-    linears = Linears(net)
-    with linears.learning(), torch.no_grad():
+    linears = TrainingLinears(list(net.modules()))
+    with (
+        Hold(net, linears.modules, "training"),
+        linears.finding_groups() as recorders,
+        running(recorders),
+        torch.no_grad(),
+    ):
         net(x)
     return linears
+
+
+@contextmanager
+def one_pass(net, linears):
+    with Hold(net, linears.modules, "training"), linears.ready() as ways, running(ways):
+        yield
 
 
 def gradients(net):
@@ -70,7 +83,7 @@ def compare(net, x=None, linears=None):
             if way is None:
                 (out := model(seen)).square().sum().backward()
             else:
-                with way.together():
+                with one_pass(model, way):
                     (out := model(seen)).square().sum().backward()
         results.append((out.detach(), seen.grad, gradients(model)))
     (expected, of_x, grads), (made, made_of_x, made_grads) = results
@@ -133,7 +146,7 @@ def test_a_bias_of_another_dtype_is_refused_as_by_the_layer_itself():
     net, x = adapted(torch.bfloat16, 16), torch.randn(2, 6 * 16).bfloat16()
     linears = learned(net, x)
     net.q.bias.data = net.q.bias.data.float()
-    with pytest.raises(RuntimeError, match="dtype"), linears.together():
+    with pytest.raises(RuntimeError, match="dtype"), one_pass(net, linears):
         net(x)
 
 
@@ -152,14 +165,14 @@ def test_what_a_model_is_at_the_moment_counts(state):
     state(net)
     x = x.to(net.q.weight.dtype)
     expected = net(x)
-    with linears.together():
+    with one_pass(net, linears):
         torch.testing.assert_close(net(x), expected)
 
 
 def test_autocast_is_followed():
     net, x = adapted(torch.float32), torch.randn(2, 6)
     linears = learned(net, x)
-    with torch.autocast("cpu", torch.bfloat16), linears.together():
+    with torch.autocast("cpu", torch.bfloat16), one_pass(net, linears):
         assert net(x).dtype == torch.bfloat16
 
 
@@ -168,7 +181,7 @@ def test_switched_off_adapters_stay_off():
     linears = learned(net, x)
     with disabled(net):
         expected = net(x)
-        with linears.together():
+        with one_pass(net, linears):
             torch.testing.assert_close(net(x), expected)
 
 
@@ -190,7 +203,7 @@ def test_a_tensor_that_changes_between_two_layers_is_read_again():
     net.change = True
     with torch.no_grad():
         expected = net(x.clone())
-        with linears.together():
+        with one_pass(net, linears):
             torch.testing.assert_close(net(x.clone()), expected)
 
 
@@ -203,7 +216,7 @@ def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding
     net.unused = unused
     twin, linears = copy.deepcopy(net), learned(net, x)
     torch.manual_seed(1)
-    with linears.together():
+    with one_pass(net, linears):
         net(x).float().square().mean().backward()
     torch.manual_seed(1)
     twin(x).float().square().mean().backward()
@@ -253,25 +266,25 @@ def test_a_layer_that_was_taken_back_or_has_a_forward_of_its_own_is_left_alone()
     linears = learned(net, x)
     net.gate.forward = lambda x: x
     expected = net(x)
-    with linears.together():
+    with one_pass(net, linears):
         torch.testing.assert_close(net(x), expected)
     assert "forward" in net.gate.__dict__
     del net.gate.forward
     remove(net)
     expected = net(x)
-    with linears.together():
+    with one_pass(net, linears):
         torch.testing.assert_close(net(x), expected)
     inject(net, LoraConfig(r=3, target_modules="all-linear"))
-    with linears.together():
+    with one_pass(net, linears):
         net(x).sum().backward()
-    with linears.together(), torch.inference_mode():
+    with one_pass(net, linears), torch.inference_mode():
         net(x)
 
 
 def test_an_error_within_a_step_leaves_nothing_behind():
     net, x = adapted(), torch.randn(2, 6, dtype=torch.float64)
     linears = learned(net, x)
-    with pytest.raises(RuntimeError, match="shape"), linears.together():
+    with pytest.raises(RuntimeError, match="shape"), one_pass(net, linears):
         net(x[:, :3])
     assert not any("forward" in module.__dict__ for module in net.modules())
     compare(copy.deepcopy(net), x)
@@ -300,7 +313,7 @@ def passed(net, x, linears=None):
     """Output, gradient of x, and gradients of the factors, in fp64."""
     net.zero_grad()
     x = x.clone().requires_grad_()
-    with linears.together() if linears else torch.enable_grad():
+    with one_pass(net, linears) if linears else torch.enable_grad():
         out = net(x)
         out.float().square().mean().backward()
     return [value.double() for value in (out.detach(), x.grad, *gradients(net).values())]
@@ -308,13 +321,14 @@ def passed(net, x, linears=None):
 
 @pytest.mark.bf16_units
 @pytest.mark.parametrize("limit", [2**30, 0])
-def test_frozen_weights_in_the_processors_order(limit, monkeypatch):
+def test_prepacked_frozen_weights(limit, monkeypatch):
     """As near to the exact numbers as without; where the copies are too large there are none."""
-    monkeypatch.setattr(sys.modules["loralib.engine.linears"], "MOST_BYTES", limit)
+    monkeypatch.setattr(adapted_linears, "MAX_PREPACKED_BYTES", limit)
+    monkeypatch.setenv("LORALIB_ENGINE", "torch")
     net, x = headed(), torch.randn(3, 5, 8).bfloat16()
     exact = passed(copy.deepcopy(net).double(), x.double())
     linears = learned(net, x)
-    with linears.together():
+    with one_pass(net, linears):
         assert ("forward" in net.head.__dict__) == ("forward" in net.below.__dict__) == bool(limit)
     for got, plain, truth in zip(passed(net, x, linears), passed(net, x), exact, strict=True):
         assert (got - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-3 * truth.norm()
@@ -343,5 +357,5 @@ def test_a_head_that_is_trained_or_runs_under_autocast_keeps_its_own_way():
     net.head.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         passed(net, x, linears)
-    with linears.together(), torch.inference_mode():
+    with one_pass(net, linears), torch.inference_mode():
         net(x)

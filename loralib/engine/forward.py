@@ -1,0 +1,183 @@
+"""The forward pass of one causal language model, for losses and gradients: what it computes faster, and body and head.
+
+Most of transformers' causal language models are a head on a body.  The body then runs once, and the head on chunks of
+only those hidden states that predict something, as the model's own forward does after its body: soft-capping, scaling
+and an adapted head stay the model's own, whatever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .adapted_linears import TrainingLinears
+from .attention import Layout, interface_name, without_masks
+from .operators import operator_ways
+from .placement import Hold, Use, Ways, engine_mode, evaluating, own_forward, running
+
+__all__ = ["Forward", "device_of", "logits_of", "runs_here"]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of a model's first parameter, where its inputs go."""
+    return next(model.parameters()).device
+
+
+def runs_here(model: nn.Module) -> bool:
+    """Returns whether modules of this model get other ways: on a CPU, unless LORALIB_ENGINE is "off"."""
+    return device_of(model).type == "cpu" and engine_mode() != "off"
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits (B, T, V) in what a causal language model has returned.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise UnsupportedModelError(
+            f"the model returns {type(output).__name__}, expected logits of shape (batch, tokens, vocabulary), "
+            "or an object that holds them as `logits`"
+        )
+    return logits
+
+
+class Forward:
+    """One model's forward pass.
+
+    Args:
+        model: a causal language model, adapted or not.
+
+    Attributes:
+        model: the model.
+        device: where its inputs go.
+        splits: whether it is a head on a body; else only `logits` can be computed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.device = model, device_of(model)
+        fast = runs_here(model)
+        self._linears = TrainingLinears(list(model.modules()) if fast else [])
+        self._ways: Ways = operator_ways(model) if fast else {}
+        self._states: Tensor | None = None  # what the body returns while the head runs
+        self._is_held = False
+        self._body = self._find_body() if engine_mode() != "off" else None
+        with self.held("inference"), evaluating(model.modules()), torch.no_grad():
+            self.splits = self._probe()
+
+    @property
+    def prepacked_bytes(self) -> int:
+        """What prepacked copies of frozen weights will take."""
+        return self._linears.prepacked_bytes
+
+    @contextmanager
+    def held(self, use: Use) -> Iterator[None]:
+        """Places what the pass needs on the model, and takes it back; inside another `held`, nothing.
+
+        Raises:
+            BusyModelError: the model is in use in a way that does not go together with this one.
+        """
+        if self._is_held:
+            yield
+            return
+        modules = [*self._ways, *self._linears.modules]
+        if self._body is not None:
+            modules.append(self._body)
+        attention = interface_name if self._body is not None else None
+        with Hold(self.model, modules, use, attention):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Computes the model this thread's way; around the backward pass too, where checkpointed layers run again."""
+        body: Ways = {} if self._body is None else {self._body: self._body_or_states}
+        with self._linears.ready() as linears, running({**self._ways, **linears, **body}):
+            yield
+
+    def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the last hidden states (B, T, D), after the final norm.
+
+        Args:
+            ids: (B, T) token ids.
+            mask: (B, T) 1 where a token is, 0 where padding is.
+        """
+        output = self._run_body(input_ids=ids, attention_mask=mask)
+        return cast(Tensor, output.last_hidden_state)
+
+    def packed_hidden(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Returns the last hidden states (1, T, D) of a row in which a layout says who sees whom.
+
+        Args:
+            ids: (1, T) token ids.
+            positions: (1, T) place of each token in its example.
+            layout: that of the row.
+
+        Raises:
+            UnsupportedModelError: the model's attention needs something that is not computed here.
+        """
+        with without_masks():
+            output = self._run_body(input_ids=ids, position_ids=positions, layout=layout)
+        return cast(Tensor, output.last_hidden_state)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
+        self._states = states[None]
+        try:
+            return logits_of(self.model(use_cache=False)).flatten(0, 1)
+        finally:
+            self._states = None
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Returns the logits (B, T, V) of a model that may be anything."""
+        return logits_of(self.model(ids))
+
+    def _run_body(self, **inputs: Any) -> Any:
+        assert self._body is not None
+        return self._body(**inputs, use_cache=False)
+
+    def _body_or_states(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._body is not None
+        return own_forward(self._body, *args, **kwargs) if self._states is None else _BodyOutput(self._states)
+
+    def _find_body(self) -> nn.Module | None:
+        prefix = getattr(self.model, "base_model_prefix", "")
+        body = getattr(self.model, prefix, None) if prefix else None
+        return body if isinstance(body, nn.Module) and hasattr(self.model, "config") else None
+
+    def _probe(self) -> bool:
+        """Tries whether head and body give the model's own logits; meanwhile, linears that go together are found."""
+        if self._body is None:
+            return False
+        ids = torch.arange(4, device=self.device)[None]
+        with self._linears.finding_groups() as recorders, running(recorders):
+            whole = self.logits(ids)
+        with running({self._body: self._body_or_states}):
+            try:
+                apart = self.head(self.hidden(ids)[0])
+            except (AttributeError, TypeError, ValueError):  # its forward reaches into the body or takes other inputs
+                return False
+        spread = float(whole.float().std())
+        return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)
+
+
+class _BodyOutput:
+    """What a body returns: the last hidden states, and None for all else that it may be asked for."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]

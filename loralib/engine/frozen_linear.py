@@ -1,0 +1,207 @@
+"""Linears whose weights are frozen, with weights prepacked where that pays: the same ones for training and generation.
+
+oneDNN brings a bf16 weight into the processor's order at every product.  It can keep a copy in that order; the products
+are the same.  A copy pays where a frozen weight is used again and again, and where memory has room for it.  For the
+many rows of a training step, our kernels need no copy, where they can be compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..delta import low_rank
+from ..layers import LoRALayer, LoRALinear, is_conv1d
+from .kernels import Kernels, loaded
+from .placement import Ways, own_forward
+
+__all__ = ["MAX_PREPACKED_BYTES", "FrozenLinear", "FrozenWeight", "PrepackedWeight", "can_prepack", "prepacked_ways"]
+
+# Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
+MAX_PREPACKED_BYTES: Final = 2**30
+
+
+def can_prepack(weight: Tensor | None) -> bool:
+    """Returns whether prepacking a weight (out, in) pays: a plain bf16 tensor, and an x86 processor with bf16 units.
+
+    Args:
+        weight: the weight of a linear, if it has one.
+    """
+    return (
+        weight is not None
+        and _has_bf16_units()
+        and type(weight.data) is Tensor
+        and not weight.is_inference()
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+    )
+
+
+@functools.cache
+def _has_bf16_units() -> bool:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def kernels_for(weight: Tensor | None) -> Kernels | None:
+    """Returns the compiled kernels, if they multiply with this weight (out, in) without a copy of it."""
+    kernels = loaded()
+    return kernels if kernels is not None and kernels.accept_weight(weight) else None
+
+
+class PrepackedWeight:
+    """A prepacked copy of a weight W (out, in), and products with it.
+
+    Args:
+        weight: W, for which `can_prepack` is true; or a transposed view of such a weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+    def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + bias + added``, rounded once.
+
+        Args:
+            x: (..., in) in the weight's dtype.
+            bias: (out,).
+            added: (..., out), in the weight's dtype.
+        """
+        if added is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._copy, bias, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise.binary(x, added, self._copy, bias, "add")  # type: ignore[no-any-return]
+
+
+class FrozenWeight:
+    """A weight W (out, in) that is not trained: products with it and with its transpose.
+
+    Args:
+        weight: W.
+        prepack: whether to keep prepacked copies, made when they are first needed.
+
+    Attributes:
+        weight: W, without a gradient.
+    """
+
+    def __init__(self, weight: Tensor, prepack: bool) -> None:
+        self.weight, self._version, self._prepack = weight.detach(), weight._version, prepack
+        self._kernels = kernels_for(weight)
+        self._copies: dict[str, PrepackedWeight] = {}
+
+    def refreshed(self, weight: Tensor) -> FrozenWeight:
+        """Returns the one of a weight as it is now: itself, or a new one if something was merged or loaded since."""
+        known = self.weight
+        same = weight.data_ptr() == known.data_ptr() and weight._version == self._version
+        same = same and (weight.shape, weight.stride(), weight.dtype) == (known.shape, known.stride(), known.dtype)
+        return self if same else FrozenWeight(weight, self._prepack)
+
+    def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Returns ``x W^T + bias + added``.
+
+        Args:
+            x: (..., in); (T, in) with `added`.
+            bias: (out,).
+            added: (T, out); the result may take its place.
+        """
+        if self._prepack:
+            return self._copy("forward", self.weight).times(x, bias=bias, added=added)
+        if added is not None and bias is not None:
+            added = added.add_(bias)
+        if self._kernels is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            y = self._kernels.product(rows, self.weight, bias if added is None else added)
+            return y.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
+
+    def times_transposed(self, gradient: Tensor, *, added: Tensor | None = None) -> Tensor:
+        """Returns ``gradient W + added``.
+
+        Args:
+            gradient: (T, out).
+            added: (T, in); the result may take its place.
+        """
+        if self._prepack:
+            return self._copy("backward", self.weight.T).times(gradient, added=added)
+        if self._kernels is not None:
+            return self._kernels.product(gradient, self.weight.T, added)
+        return gradient @ self.weight if added is None else added.addmm_(gradient, self.weight)
+
+    def _copy(self, direction: str, weight: Tensor) -> PrepackedWeight:
+        if direction not in self._copies:
+            self._copies[direction] = PrepackedWeight(weight)
+        return self._copies[direction]
+
+
+class FrozenLinear:
+    """The way of one linear whose weight is frozen; a layer with LoRA adds its update to the product.
+
+    Args:
+        module: a linear for which `accepts` is true.
+        prepack: see `FrozenWeight`.
+    """
+
+    def __init__(self, module: nn.Module, prepack: bool) -> None:
+        self._module: Any = module
+        self._frozen = FrozenWeight(weight_of(module), prepack)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Returns whether a module is a plain linear, with LoRA's update or without, that holds its weight itself."""
+        kind: Any = type(module)
+        if isinstance(module, LoRALinear):
+            if kind.forward is not LoRALinear.forward or kind._base_forward is not LoRALinear._base_forward:
+                return False
+            kind = next(base for base in kind.__mro__ if not issubclass(base, LoRALayer))
+        plain = kind.forward is nn.Linear.forward or (is_conv1d(kind) and kind.__name__ == "Conv1D")
+        return plain and type(module._parameters.get("weight")) is nn.Parameter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module, weight = self._module, weight_of(self._module)
+        trained = weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
+        usual = x.dtype == weight.dtype and (module.bias is None or module.bias.dtype == x.dtype)
+        if trained or not usual or x.is_inference() or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
+            return cast(Tensor, own_forward(module, x))
+        self._frozen = self._frozen.refreshed(weight)
+        if x.requires_grad and torch.is_grad_enabled():
+            y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, module.bias))  # type: ignore[no-untyped-call]
+        else:
+            y = self._frozen.times(x, bias=module.bias)
+        if isinstance(module, LoRALinear) and module._active:
+            y = y + low_rank(module._drop(x), *module._factors(), module.scaling)
+        return y
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x W^T + bias`` for x (..., in), where nothing but x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.shape = weight, x.shape
+        return weight.times(x, bias=bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return cast(FrozenWeight, ctx.weight).times_transposed(rows).view(ctx.shape), None, None
+
+
+def weight_of(module: Any) -> Tensor:
+    """Returns the weight that a linear computes with, merged or not, as (out, in)."""
+    weight: Tensor = module.weight
+    stored_transposed = module.fan_in_fan_out if isinstance(module, LoRALinear) else is_conv1d(type(module))
+    return weight.T if stored_transposed else weight
+
+
+def prepacked_ways(modules: Iterable[nn.Module]) -> Ways:
+    """Returns ways with prepacked weights for all linears that gain by it; none where the copies would be too large."""
+    linears = [m for m in modules if FrozenLinear.accepts(m) and can_prepack(weight_of(m))]
+    if sum(weight_of(module).nbytes for module in linears) > MAX_PREPACKED_BYTES:
+        return {}
+    return {module: FrozenLinear(module, prepack=True) for module in linears}

@@ -1,0 +1,245 @@
+"""The only file that puts anything in a model's place, and takes it back.
+
+Two things are placed, both on one model's own modules, never in a file's globals or on an object that another model
+reads:
+
+- `forward` of a module becomes a `_Switch`.  It computes the class's own forward, unless the thread that calls it is
+  inside `running(ways)` and `ways` has another way for this module.  So what a user, another thread or another model
+  computes meanwhile does not change by a bit.
+- `config` of a module that asks it for its attention function becomes a view of that config.  It shares all attributes,
+  but names our function in transformers' attention interface (see `attention.py`), which passes on every call that does
+  not come with a layout of ours.
+
+A `Hold` places them for a whole run or generation.  Holds are counted, so that they can nest and overlap in threads;
+the last one to end takes everything back.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
+
+from torch import nn
+
+from ..errors import BusyModelError, ConfigError
+
+__all__ = ["Hold", "Way", "Ways", "engine_mode", "evaluating", "own_forward", "running"]
+
+Way = Callable[..., Any]
+Ways = Mapping[nn.Module, Way]
+Use = Literal["training", "inference"]
+
+_LOCK: Final = threading.RLock()
+_THREAD: Final = threading.local()  # .ways: what the pass that this thread is inside of computes differently
+_MODES: Final = ("full", "torch", "off")
+
+
+def engine_mode() -> str:
+    """Returns what the environment variable LORALIB_ENGINE asks for.
+
+    "full" (the default) uses all of the engine, "torch" all but the compiled kernels, and "off" places nothing: models
+    compute as transformers wrote them, batches are padded, and generation computes every token anew.
+
+    Raises:
+        ConfigError: it has another value.
+    """
+    mode = os.environ.get("LORALIB_ENGINE") or "full"
+    if mode not in _MODES:
+        raise ConfigError(f"the environment variable LORALIB_ENGINE is {mode!r}, expected {', '.join(_MODES)}")
+    return mode
+
+
+@contextmanager
+def running(ways: Ways) -> Iterator[None]:
+    """Makes this thread compute modules in other ways, where a `Hold` has placed their switches.
+
+    Args:
+        ways: for each module that has another way, the function to call instead of its forward.
+    """
+    before = getattr(_THREAD, "ways", None)
+    _THREAD.ways = ways
+    try:
+        yield
+    finally:
+        _THREAD.ways = before
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Computes a module as its class does."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+class _Switch:
+    """The forward of one module: the way of the pass that the calling thread is inside of, or the module's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)  # no cycle: a model that nobody needs any more is freed at once
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        assert module is not None
+        ways = getattr(_THREAD, "ways", None)
+        way = None if ways is None else ways.get(module)
+        return own_forward(module, *args, **kwargs) if way is None else way(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # A model that is copied or pickled meanwhile gets its class's forward, bound to the copy.
+        module = cast(nn.Module, self._module())
+        return types.MethodType, (type(module).forward, module)
+
+
+_VIEW_CLASSES: Final[dict[tuple[type, Any], type]] = {}
+
+
+def _view_class(config_class: type, attention: Callable[[str | None], str]) -> type:
+    if (config_class, attention) in _VIEW_CLASSES:
+        return _VIEW_CLASSES[config_class, attention]
+
+    def name(self: Any) -> str:
+        return attention(self.__dict__.get("_attn_implementation_internal"))
+
+    def rename(self: Any, value: Any) -> None:
+        config_class._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
+
+    def reduce(self: Any, protocol: Any) -> Any:  # a copy is a plain config
+        return copyreg.__newobj__, (config_class,), self.__dict__  # type: ignore[attr-defined]
+
+    body = {
+        "_attn_implementation": property(name, rename),
+        "__reduce_ex__": reduce,
+        "__module__": config_class.__module__,
+    }
+    return type(config_class.__name__, (config_class,), body)
+
+
+def _view(attention: Callable[[str | None], str], config: Any) -> Any:
+    """A config with the same attributes, as the same dictionary, that names our attention function."""
+    view: Any = object.__new__(_view_class(type(config), attention))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+_ABSENT: Final = object()
+
+
+@dataclass
+class _Slot:
+    """An attribute of a module that something was placed in."""
+
+    original: Any
+    placed: Any
+    holders: int = 1
+
+
+_SLOTS: Final[weakref.WeakKeyDictionary[nn.Module, dict[str, _Slot]]] = weakref.WeakKeyDictionary()
+_HOLDS: Final[set[Hold]] = set()
+
+
+class Hold:
+    """What one run or generation needs in a model's place, from its construction to `release`.
+
+    Args:
+        model: the model.
+        modules: those that may compute in other ways; one whose forward was replaced by somebody else is left alone.
+        use: "training" shares the model with nobody, "inference" with other inference.
+        attention: the name of our attention function for a given one of transformers'; None: attention stays.
+
+    Raises:
+        BusyModelError: the model is in use in a way that does not go together with this one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[nn.Module],
+        use: Use,
+        attention: Callable[[str | None], str] | None = None,
+    ) -> None:
+        self._use = use
+        self._modules = frozenset(map(id, model.modules()))
+        self._places: list[tuple[nn.Module, str]] = []
+        with _LOCK:
+            self._refuse_conflicts(model)
+            _HOLDS.add(self)
+            try:
+                for module in modules:
+                    if "forward" not in module.__dict__ or "forward" in _SLOTS.get(module, {}):
+                        self._place(module, "forward", _Switch(module))
+                for module in model.modules() if attention is not None else ():
+                    config = module.__dict__.get("config")
+                    if hasattr(config, "_attn_implementation"):
+                        self._place(module, "config", _view(cast(Any, attention), config))
+            except BaseException:
+                self.release()
+                raise
+
+    def _refuse_conflicts(self, model: nn.Module) -> None:
+        for other in _HOLDS:
+            if "training" in (self._use, other._use) and not self._modules.isdisjoint(other._modules):
+                words = {"training": "being trained", "inference": "generating or being evaluated"}
+                raise BusyModelError(
+                    f"this {type(model).__name__} is {words[other._use]} already and cannot be used for {self._use} "
+                    "meanwhile. Wait for that to end (close or finish a Generator), or use a copy of the model."
+                )
+
+    def _place(self, module: nn.Module, name: str, value: Any) -> None:
+        slots = _SLOTS.setdefault(module, {})
+        if name in slots:
+            slots[name].holders += 1
+        else:
+            slots[name] = _Slot(module.__dict__.get(name, _ABSENT), value)
+            module.__dict__[name] = value
+        self._places.append((module, name))
+
+    def release(self) -> None:
+        """Takes back what no other hold needs; a second call does nothing."""
+        with _LOCK:
+            for module, name in self._places:
+                slot = _SLOTS[module][name]
+                slot.holders -= 1
+                if slot.holders:
+                    continue
+                del _SLOTS[module][name]
+                # What somebody has put over it since stays; it finds the original where ours was.
+                if module.__dict__.get(name) is slot.placed:
+                    if slot.original is _ABSENT:
+                        del module.__dict__[name]
+                    else:
+                        module.__dict__[name] = slot.original
+            self._places.clear()
+            _HOLDS.discard(self)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+_EVALUATED: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switches dropout off, and back on in those modules where it was on, once no thread needs it off any more."""
+    with _LOCK:
+        switched = [module for module in modules if module.training or (_EVALUATED and module in _EVALUATED)]
+        for module in switched:
+            _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module in switched:
+                _EVALUATED[module] -= 1
+                if not _EVALUATED[module]:
+                    del _EVALUATED[module]
+                    module.training = True
