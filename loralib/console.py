@@ -1,4 +1,4 @@
-"""What people read: text that no console chokes on, tables, progress bars, and numbers as one writes them."""
+"""Console output: text that any console can show, tables, progress bars, and numbers in readable form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "table",
 ]
 
-# What a console without these characters shows instead; everything else becomes "?".
+# Shown instead on a console that lacks these characters; all others become "?".
 _PLAIN = str.maketrans(
     {
         "→": "->",
@@ -51,10 +51,9 @@ _PLAIN = str.maketrans(
 
 
 def ensure_safe() -> None:
-    """Makes printing safe for the whole program: a character that stdout or stderr cannot show becomes "?".
+    """Makes printing safe in the whole program: a character that stdout or stderr cannot encode becomes "?".
 
-    The encoding stays what the console or PYTHONIOENCODING says.  Programs call this once, first of all; a library
-    should not, and uses `say`.
+    The encoding itself does not change.  A program calls this once, when it starts; a library uses `say` instead.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)  # absent when the stream has been replaced, or is None
@@ -63,7 +62,7 @@ def ensure_safe() -> None:
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """Returns the text with every character that the encoding lacks replaced by what comes nearest.
+    """Replaces every character that an encoding lacks by the nearest one that it has.
 
     >>> printable("r → 16, 40 €, 语", "cp1252")
     'r -> 16, 40 €, ?'
@@ -77,17 +76,17 @@ def printable(text: str, encoding: str | None) -> str:
         pass
     else:
         return text
-    near = "".join(char if _has(encoding, char) else char.translate(_PLAIN) for char in text)
-    return near.encode(encoding, "replace").decode(encoding)
+    similar = "".join(char if _can_encode(encoding, char) else char.translate(_PLAIN) for char in text)
+    return similar.encode(encoding, "replace").decode(encoding)
 
 
 def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
-    """Prints like `print`, at once, on any console.
+    """Prints like `print`, unbuffered, on any console.
 
     Args:
         parts: what to print, separated by blanks.
-        file: where to; default: stdout as it is now.
-        end: what follows.
+        file: the stream; default: the current stdout.
+        end: printed after the last part.
     """
     stream = sys.stdout if file is None else file
     if stream is not None:  # a program started without a console has none
@@ -103,17 +102,16 @@ def progress(
     unit: str = "step",
     file: TextIO | None = None,
 ) -> Any:
-    """Returns a tqdm progress bar: over an iterable, or to be moved by ``update(n)``.
+    """Returns a tqdm progress bar: over an iterable, or advanced by ``update(n)``.
 
-    The bar is drawn on stderr, and only where someone watches: redirected to a file it stays silent.  On a console
-    without block characters it is drawn in ASCII.
+    The bar appears on stderr if that is a terminal; in ASCII where the terminal has no block characters.
 
     Args:
-        iterable: what to go through, or None.
-        total: number of steps, where the iterable does not tell.
-        description: what stands before the bar.
+        iterable: what to iterate over, or None.
+        total: number of steps, if the iterable has no length.
+        description: text before the bar.
         unit: the name of one step.
-        file: another stream than stderr.
+        file: the stream; default: stderr.
 
     Raises:
         MissingDependencyError: tqdm is not installed.
@@ -123,25 +121,25 @@ def progress(
     except ImportError as error:
         raise MissingDependencyError("progress bars need tqdm: pip install 'loralib[train]'") from error
     stream = sys.stderr if file is None else file
-    watched = stream is not None and stream.isatty()
-    blocks = _has(getattr(stream, "encoding", None) or "utf-8", "█▏")
+    is_terminal = stream is not None and stream.isatty()
+    blocks = _can_encode(getattr(stream, "encoding", None) or "utf-8", "█▏")
     return tqdm(
         iterable,
         total=total,
         desc=printable(description, getattr(stream, "encoding", None)) or None,
         unit=unit,
         file=stream,
-        disable=not watched,
+        disable=not is_terminal,
         ascii=not blocks,
         dynamic_ncols=True,
     )
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[object] = ()) -> str:
-    """Lays rows out in columns: numbers flush right, the rest flush left.
+    """Formats rows in columns: numbers flush right, everything else flush left.
 
     Args:
-        rows: cells; whole numbers get thousands separators, other things are written by `str`.
+        rows: cells; whole numbers get thousands separators, anything else is formatted by `str`.
         header: titles of the columns, underlined.
 
     Returns:
@@ -188,7 +186,7 @@ def parameter_table(parameters: Iterable[Any]) -> str:
 
 
 def count(number: int) -> str:
-    """Writes a whole number with thousands separators.
+    """Formats a whole number with thousands separators.
 
     >>> count(1062160)
     '1,062,160'
@@ -197,7 +195,7 @@ def count(number: int) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """Writes a share in percent with two decimals.
+    """Formats a share in percent with two decimals.
 
     >>> percent(1062160, 87752033)
     '1.21%'
@@ -206,7 +204,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(bytes: float) -> str:
-    """Writes a number of bytes; MB are 2**20 bytes, as in Windows' Explorer and PyTorch's own messages.
+    """Formats a number of bytes; a MB is 2**20 bytes, as in Windows' Explorer and PyTorch's messages.
 
     >>> size(4_257_218)
     '4.06 MB'
@@ -221,7 +219,7 @@ def size(bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Writes a time span with the precision that people care about.
+    """Formats a time span in a readable precision.
 
     >>> [duration(s) for s in (0.0123, 2.5, 75, 7325)]
     ['12 ms', '2.5 s', '1 min 15 s', '2 h 02 min']
@@ -235,7 +233,7 @@ def duration(seconds: float) -> str:
     return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
 
 
-def _has(encoding: str, text: str) -> bool:
+def _can_encode(encoding: str, text: str) -> bool:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -248,6 +246,6 @@ def _cell(value: object) -> str:
 
 
 def _all_numbers(cells: Iterable[str]) -> bool:
-    """Tells whether a column reads as numbers: each begins like one ("4.06 MB" too), some may be empty or a dash."""
+    """Tells whether every cell begins with a number ("4.06 MB" does), or is empty or a dash, but not all of them."""
     present = [cell for cell in cells if cell not in ("", "-")]
     return bool(present) and all(cell.lstrip("+-")[:1].isdigit() for cell in present)

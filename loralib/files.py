@@ -20,7 +20,6 @@ __all__ = [
     "free_memory",
     "hold_directory",
     "hold_file",
-    "read_text",
     "remove_file",
     "resume_lines",
     "write_json",
@@ -82,11 +81,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value as indented UTF-8 JSON, atomically (see `write_whole`)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False, allow_nan=False) + "\n")
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Returns the text of a UTF-8 file without its byte-order mark."""
-    return Path(path).read_text(encoding="utf-8-sig")
 
 
 def remove_file(path: str | os.PathLike[str]) -> None:

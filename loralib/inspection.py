@@ -1,7 +1,7 @@
-"""What an adapter is, what it does to its base, and what is wrong with it, in plain words.
+"""What an adapter is, what it does to its base model, and what is wrong with it.
 
-`inspect_adapter` looks at the adapter alone; `verify` puts it on its base and compares adapter, merged and exported
-model.  Norms and singular values come from the thin factors: the whole update is never formed.
+`inspect_adapter` looks at the adapter alone; `verify` applies it to its base model and compares it with the merged and
+the exported model.  Norms and singular values are computed from the factors, without forming the update.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, expand_blocks
-from .combine import Update, depends_on_base, factors, faults_of, located_faults
+from .combine import depends_on_base, faults_of, located_faults
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
 from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError, TargetError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
-from .formats.portable import TARGETS
+from .formats.merged import logit_difference, logits_of
+from .formats.portable import TARGETS, low_rank_update
 from .generation import generate
 from .injection import fingerprint, injection_of, merge, remove, unmerge
 
-__all__ = ["Finding", "Inspection", "LayerView", "inspect_adapter", "plot", "verify"]
+__all__ = ["CheckResult", "Inspection", "ModuleSummary", "inspect_adapter", "plot", "verify"]
 
-_MOST_FAULTS = 20  # spelled out
+_MAX_FAULTS = 20  # that are listed one by one
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
+class CheckResult:
+    """The result of one check.
 
     Attributes:
-        level: "ok", "warning" (works, but know this) or "fault" (does not do what it should).
-        text: what was found.
+        level: "ok", "warning" (works, with a limitation) or "fault" (does not work as it should).
+        text: the result.
         fix: what to do about it.
     """
 
@@ -57,16 +58,16 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class LayerView:
+class ModuleSummary:
     """What an adapter does to one module.
 
     Attributes:
         name: its dotted name.
-        shape: size of the update, (out, in).
+        shape: of the update, (out, in).
         r: rank of the factors.
         scaling: factor of the update.
         norm: Frobenius norm of the update.
-        singular_values: of the update, in falling order.
+        singular_values: of the update, in descending order.
         effective_rank: see `loralib.delta.effective_rank`.
     """
 
@@ -78,22 +79,33 @@ class LayerView:
     singular_values: tuple[float, ...]
     effective_rank: float
 
+    @property
+    def kind(self) -> str:
+        """The part of the name that all layers share, such as self_attn.q_proj."""
+        return re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer that the module is in."""
+        number = re.search(r"\.(\d+)\.", self.name)
+        return int(number[1]) if number else None
+
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter is; ``print`` it.
+    """A description of an adapter; ``print`` it.
 
     Attributes:
         adapter: the adapter.
-        layers: its modules with sound factors.
+        modules: its modules that have valid factors.
         uses: for each of `loralib.formats.portable.TARGETS`, whether and how the adapter can be used there.
-        findings: what is wrong with it, as far as it tells by itself.
+        checks: what is wrong with it, as far as can be told without the base model.
     """
 
     adapter: Adapter
-    layers: tuple[LayerView, ...]
+    modules: tuple[ModuleSummary, ...]
     uses: Mapping[str, str]
-    findings: tuple[Finding, ...]
+    checks: tuple[CheckResult, ...]
 
     def __str__(self) -> str:
         config, tensors = self.adapter.config, self.adapter.tensors
@@ -104,9 +116,9 @@ class Inspection:
         kinds += ["fused blocks"] if config.enable_lora else []
         facts = [
             ("base model", config.base_model_name_or_path or "not named"),
-            ("base fingerprint", self.adapter.metadata.get(BASE, "none: any base of these shapes is taken")),
-            ("r", _listed(config.r, config.rank_pattern)),
-            ("lora_alpha", _listed(config.lora_alpha, config.alpha_pattern)),
+            ("base fingerprint", self.adapter.metadata.get(BASE, "none: any base of these shapes is accepted")),
+            ("r", _with_exceptions(config.r, config.rank_pattern)),
+            ("lora_alpha", _with_exceptions(config.lora_alpha, config.alpha_pattern)),
             ("target_modules", targets if isinstance(targets, str) else ", ".join(targets or ())),
             ("kind", ", ".join(kinds) or "plain LoRA"),
             ("adapted modules", count(len(self.adapter.modules))),
@@ -116,67 +128,58 @@ class Inspection:
         trained = [name for name in tensors if not name.rpartition(".")[2].startswith("lora_")]
         facts += [("trained in full", ", ".join(trained[:4]) + (" ..." if len(trained) > 4 else ""))] if trained else []
         parts = [table(facts)]
-        if self.layers:
+        if self.modules:
             parts += ["What it learned, by kind of module:", self._by_kind()]
         uses = [(TARGETS[target].title, verdict) for target, verdict in self.uses.items()]
         parts += ["Where it can be used:", table(uses)]
-        parts += ["\n".join(str(finding) for finding in self.findings)] if self.findings else []
+        parts += ["\n".join(str(check) for check in self.checks)] if self.checks else []
         return "\n\n".join(parts)
 
     def by_layer(self) -> str:
         """Returns a table of all modules."""
         rows = [
             (v.name, v.r, f"{v.scaling:g}", f"{v.norm:.4g}", f"{max(v.singular_values, default=0):.4g}", _ranks([v]))
-            for v in self.layers
+            for v in self.modules
         ]
         return table(rows, ("module", "r", "scaling", "norm", "largest singular value", "effective rank"))
 
     def _by_kind(self) -> str:
-        kinds: dict[str, list[LayerView]] = {}
-        for view in self.layers:
-            kinds.setdefault(_place(view.name)[0], []).append(view)
+        kinds: dict[str, list[ModuleSummary]] = {}
+        for module in self.modules:
+            kinds.setdefault(module.kind, []).append(module)
         rows = []
-        for kind, views in kinds.items():
-            norms = [view.norm for view in views]
-            largest = max(views, key=lambda view: view.norm)
-            where = f"{max(norms):.4g} (layer {_place(largest.name)[1]})" if _place(largest.name)[1] is not None else ""
-            rows.append(
-                (kind, len(views), f"{sum(norms) / len(norms):.4g}", where or f"{max(norms):.4g}", _ranks(views))
-            )
+        for kind, modules in kinds.items():
+            largest = max(modules, key=lambda module: module.norm)
+            where = "" if largest.layer is None else f" (layer {largest.layer})"
+            mean = sum(module.norm for module in modules) / len(modules)
+            rows.append((kind, len(modules), f"{mean:.4g}", f"{largest.norm:.4g}{where}", _ranks(modules)))
         return table(rows, ("module", "layers", "mean norm", "largest norm", "effective rank"))
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
-    """Describes an adapter by itself.
+    """Describes an adapter without its base model.
 
     Args:
-        adapter: of any kind, also a damaged one.
+        adapter: of any kind, even a damaged one.
 
     Returns:
-        What it is; `Inspection.findings` names what is wrong.
+        The description; `Inspection.checks` says what is wrong.
     """
     faults = faults_of(adapter)
     again = "copy the adapter again from its source, or train it again"
-    findings = [Finding("fault", fault, again) for fault in faults[:_MOST_FAULTS]]
-    if len(faults) > _MOST_FAULTS:
-        findings.append(Finding("fault", f"and {len(faults) - _MOST_FAULTS:,} more faults of this kind", again))
-    broken = {place for place, _ in located_faults(adapter)}
-    broken |= {name.rpartition(".")[0] for name in broken}
-    layers = (
-        ()
-        if adapter.config.enable_lora and faults
-        else tuple(_view(name, update) for name, update in _updates(adapter, broken).items())
-    )
-    findings += _learned(layers)
-    findings += _scalings(adapter)
-    return Inspection(adapter, layers, _uses(adapter), tuple(findings))
+    checks = [CheckResult("fault", fault, again) for fault in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        checks.append(CheckResult("fault", f"and {len(faults) - _MAX_FAULTS:,} more faults of this kind", again))
+    modules = _summaries(adapter, bool(faults))
+    checks += _check_learned(modules) + _check_scaling(adapter)
+    return Inspection(adapter, modules, _uses(adapter), tuple(checks))
 
 
 def plot(inspection: Inspection, path: str | os.PathLike[str]) -> None:
-    """Draws the norms of all updates as a heat map: a row a kind of module, a column a layer.
+    """Draws a heat map of the updates' norms: a row for each kind of module, a column for each layer.
 
     Args:
-        inspection: of an adapter.
+        inspection: what `inspect_adapter` returned.
         path: the PNG file.
 
     Raises:
@@ -188,15 +191,15 @@ def plot(inspection: Inspection, path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("drawing needs matplotlib: pip install matplotlib") from error
-    if not inspection.layers:
-        raise AdapterError("the adapter has no sound factors to draw")
-    places = {view.name: _place(view.name) for view in inspection.layers}
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    numbers = sorted({-1 if number is None else number for _, number in places.values()})
+    if not inspection.modules:
+        raise AdapterError("the adapter has no valid factors to draw")
+    modules = inspection.modules
+    kinds = list(dict.fromkeys(module.kind for module in modules))
+    numbers = sorted({-1 if module.layer is None else module.layer for module in modules})  # -1: in no layer
     grid = torch.full((len(kinds), len(numbers)), torch.nan)
-    for view in inspection.layers:
-        kind, number = places[view.name]
-        grid[kinds.index(kind), numbers.index(-1 if number is None else number)] = view.norm
+    for module in modules:
+        column = numbers.index(-1 if module.layer is None else module.layer)
+        grid[kinds.index(module.kind), column] = module.norm
     figure = Figure(figsize=(2.5 + 0.35 * max(len(numbers), 8), 1.4 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
@@ -218,113 +221,114 @@ def verify(
     *,
     initial: Adapter | None = None,
     max_new_tokens: int = 64,
-) -> list[Finding]:
-    """Puts an adapter on its base and runs every check there is.
+) -> list[CheckResult]:
+    """Applies an adapter to its base model and runs every check.
 
     Args:
-        model: the base, best in fp32; it is given back as it was.
+        model: the base model, preferably in fp32; it is left as it was.
         tokenizer: its tokenizer.
         adapter: of any kind.
-        prompts: texts like those the adapter was trained on.
+        prompts: texts like those that the adapter was trained on.
         initial: see `loralib.formats.portable.make_portable`.
-        max_new_tokens: how far continuations may go until they are said not to end.
+        max_new_tokens: how many tokens a continuation may have before it counts as not ending.
 
     Returns:
-        What was found, in the order of the checks.
+        The results in the order of the checks.
     """
     if injection_of(model) is not None:
         raise TargetError("verify needs the plain base model; remove(model) first")
     if not prompts:
         raise ConfigError("verify needs at least one prompt")
-    findings = list(inspect_adapter(adapter).findings)
-    if any(finding.level == "fault" for finding in findings) and faults_of(adapter):
-        return findings
-    findings.append(_check_base(model, adapter))
+    checks = list(inspect_adapter(adapter).checks)
+    if any(check.level == "fault" for check in checks) and faults_of(adapter):
+        return checks
+    checks.append(_check_base(model, adapter))
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
-    before = _logits(model, inputs)
+    before = logits_of(model, inputs)
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
     bound = scale * (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05)
     try:
         with _adapted(model, adapter, initial) as adapted:
-            after = _logits(adapted, inputs)
-            findings.append(_check_effect(_gap(after, before)))
+            after = logits_of(adapted, inputs)
+            checks.append(_check_effect(logit_difference(after, before)[0]))
             if adapted is model:
                 merge(model)
-                findings.append(_compare("merged", _logits(model, inputs), after, bound))
+                gap = logit_difference(logits_of(model, inputs), after)[0]
+                checks.append(_check_difference("merged", gap, bound))
                 unmerge(model)
             if hasattr(model, "generate"):
-                findings.append(_check_ends(adapted, tokenizer, prompts, max_new_tokens))
+                checks.append(_check_ends(adapted, tokenizer, prompts, max_new_tokens))
     except LoraError as error:
-        return [*findings, Finding("fault", str(error))]
-    findings += [_check_export(model, adapter, target, inputs, after, bound, initial) for target in TARGETS]
-    return findings
+        return [*checks, CheckResult("fault", str(error))]
+    checks += [_check_export(model, adapter, target, inputs, after, bound, initial) for target in TARGETS]
+    return checks
 
 
-# Looking at tensors.
+# The adapter alone.
 
 
-def _updates(adapter: Adapter, broken: set[str]) -> dict[str, Update]:
-    """Returns the low-rank part of each sound module, whatever else the adapter does."""
+def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
+    """Returns a summary of the low-rank part of each module with valid factors."""
+    if adapter.config.enable_lora and faulty:  # fused blocks cannot be expanded
+        return ()
+    broken = {place for place, _ in located_faults(adapter)}
+    broken |= {name.rpartition(".")[0] for name in broken}
     plain = expand_blocks(adapter)
-    updates = {}
+    summaries = []
     for name in plain.modules:
         if name not in broken:
-            A, B = factors(plain, name)
-            config = plain.config
-            scaling = scaling_of(config.rank_of(name), config.alpha_of(name), config.use_rslora)
-            updates[name] = Update(A.flatten(1), B.flatten(1), scaling)
-    return updates
+            update = low_rank_update(plain, name)
+            S = update.svd()[1]
+            norm, values = float(S.norm()), tuple(S.tolist())
+            summaries.append(
+                ModuleSummary(name, update.shape, update.r, update.scaling, norm, values, effective_rank(S))
+            )
+    return tuple(summaries)
 
 
-def _view(name: str, update: Update) -> LayerView:
-    S = update.svd()[1]
-    return LayerView(
-        name, update.shape, update.r, update.scaling, float(S.norm()), tuple(S.tolist()), effective_rank(S)
-    )
-
-
-def _learned(layers: Sequence[LayerView]) -> list[Finding]:
-    still = [view.name for view in layers if view.norm == 0]
-    if layers and len(still) == len(layers):
+def _check_learned(modules: Sequence[ModuleSummary]) -> list[CheckResult]:
+    zero = [module.name for module in modules if module.norm == 0]
+    if modules and len(zero) == len(modules):
         fix = "train it: the learning rate may have been 0, or no gradient reached the adapter"
-        return [Finding("fault", "nothing was learned: every update is zero", fix)]
-    if still:
-        names = ", ".join(still[:4]) + (" ..." if len(still) > 4 else "")
-        fix = "they took no part in training (or are padding of a conversion); leave them out to save memory"
-        return [Finding("warning", f"{len(still)} of {len(layers)} modules learned nothing: {names}", fix)]
+        return [CheckResult("fault", "nothing was learned: every update is zero", fix)]
+    if zero:
+        names = ", ".join(zero[:4]) + (" ..." if len(zero) > 4 else "")
+        fix = "they took no part in training (or a conversion added them); leave them out to save memory"
+        return [CheckResult("warning", f"{len(zero)} of {len(modules)} modules learned nothing: {names}", fix)]
     return []
 
 
-def _scalings(adapter: Adapter) -> list[Finding]:
-    """Says where another tool would scale the update wrongly."""
+def _check_scaling(adapter: Adapter) -> list[CheckResult]:
+    """Warns where another tool would compute another update."""
     config = adapter.config
-    findings = []
+    checks = []
     fix = "loralib convert --target llamacpp (or vllm, mlx, peft) puts the scaling into B"
     if config.use_rslora:
         right, wrong = scaling_of(config.r, config.lora_alpha, True), scaling_of(config.r, config.lora_alpha)
         text = f"use_rslora: llama.cpp's own converter would scale by {wrong:.4g} instead of {right:.4g}"
-        findings.append(Finding("warning", text, fix))
+        checks.append(CheckResult("warning", text, fix))
     if config.alpha_pattern:
-        text = f"alpha_pattern: llama.cpp's own converter and older vLLMs take lora_alpha {config.lora_alpha:g} for all"
-        findings.append(Finding("warning", text, fix))
+        text = f"alpha_pattern: llama.cpp's own converter and older vLLMs use lora_alpha {config.lora_alpha:g} for all"
+        checks.append(CheckResult("warning", text, fix))
     if config.changes_base:
         text = (
-            f"init_lora_weights {config.init_lora_weights!r}: tools that do not compute the start again would add the "
-            "adapter to the wrong base weights"
+            f"init_lora_weights {config.init_lora_weights!r}: tools that do not repeat the initialisation would add "
+            "the adapter to the wrong base weights"
         )
-        findings.append(Finding("warning", text, "loralib convert --target peft --base MODEL makes it plain LoRA"))
-    return findings
+        checks.append(CheckResult("warning", text, "loralib convert --target peft --base MODEL makes it plain LoRA"))
+    return checks
 
 
 def _uses(adapter: Adapter) -> dict[str, str]:
+    """Returns whether and how each tool can use the adapter."""
     config = adapter.config
-    in_full = [name for name in ("modules_to_save", "bias") if getattr(config, name) not in (None, (), "none")]
+    full_training = [name for name in ("modules_to_save", "bias") if getattr(config, name) not in (None, (), "none")]
     special = "DoRA" if config.use_dora else str(config.init_lora_weights) if config.changes_base else ""
     uses = {"peft": "yes, as it is" if not config.enable_lora else "yes, once saved as a PEFT directory"}
     for target in ("vllm", "llamacpp", "mlx"):
         convert = f"after loralib convert --target {target} --base MODEL"
-        if in_full:
-            uses[target] = f"no: {' and '.join(in_full)} are not loaded there; merge it (loralib merge)"
+        if full_training:
+            uses[target] = f"no: {' and '.join(full_training)} are not loaded there; merge it (loralib merge)"
         elif config.lora_bias:
             uses[target] = "no: lora_bias is not loaded there"
         elif special:
@@ -336,41 +340,35 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     return uses
 
 
-def _listed(value: float, pattern: Mapping[str, float]) -> str:
+def _with_exceptions(value: float, pattern: Mapping[str, float]) -> str:
     others = ", ".join(f"{key}: {other:g}" for key, other in list(pattern.items())[:4])
     return f"{value:g}" + (f" ({others}{' ...' if len(pattern) > 4 else ''})" if pattern else "")
 
 
-def _ranks(views: Sequence[LayerView]) -> str:
-    mean = sum(view.effective_rank for view in views) / len(views)
-    return f"{mean:.1f} of {max(view.r for view in views)}"
+def _ranks(modules: Sequence[ModuleSummary]) -> str:
+    mean = sum(module.effective_rank for module in modules) / len(modules)
+    return f"{mean:.1f} of {max(module.r for module in modules)}"
 
 
-def _place(name: str) -> tuple[str, int | None]:
-    """Splits a name into what is the same in all layers, and the layer's number."""
-    found = re.search(r"\.(\d+)\.", name)
-    return (name[found.end() :], int(found[1])) if found else (name, None)
+# The adapter on its base model.
 
 
-# Checks on the base.
-
-
-def _check_base(model: nn.Module, adapter: Adapter) -> Finding:
+def _check_base(model: nn.Module, adapter: Adapter) -> CheckResult:
     theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
-    named = adapter.config.base_model_name_or_path
-    fix = f"load the base it was trained on{f' ({named})' if named else ''}"
+    name = adapter.config.base_model_name_or_path
+    fix = f"load the base it was trained on{f' ({name})' if name else ''}"
     if theirs is None:
-        return Finding("warning", "the adapter does not say which base it was trained on: not checked", fix)
+        return CheckResult("warning", "the adapter does not say which base it was trained on: not checked", fix)
     if theirs.partition(":")[0] != ours.partition(":")[0]:
-        return Finding("fault", f"wrong base: {type(model).__name__} has other parameters than its base", fix)
+        return CheckResult("fault", f"wrong base: {type(model).__name__} has other parameters than its base", fix)
     if theirs != ours:
-        return Finding("fault", "wrong base: the parameters have the same shapes and other values", fix)
-    return Finding("ok", "this is the base that the adapter was trained on")
+        return CheckResult("fault", "wrong base: the parameters have the same shapes and other values", fix)
+    return CheckResult("ok", "this is the base that the adapter was trained on")
 
 
 @contextmanager
 def _adapted(model: nn.Module, adapter: Adapter, initial: Adapter | None = None) -> Iterator[nn.Module]:
-    """Yields the model with the adapter on it; or a merged copy, where layers cannot compute the adapter."""
+    """Yields the model with the adapter applied; or a merged copy, for adapters that layers cannot compute."""
     if depends_on_base(adapter):
         merged = copy.deepcopy(model)
         merge_into(merged, adapter, initial=initial, allow_base_mismatch=True)
@@ -383,11 +381,11 @@ def _adapted(model: nn.Module, adapter: Adapter, initial: Adapter | None = None)
         remove(model)
 
 
-def _check_effect(moved: float) -> Finding:
-    if moved == 0:
+def _check_effect(change: float) -> CheckResult:
+    if change == 0:
         fix = "train it, or check that target_modules name layers that the model runs"
-        return Finding("fault", "the adapter changes no logit on these prompts", fix)
-    return Finding("ok", f"the adapter moves logits by up to {moved:.3g}")
+        return CheckResult("fault", "the adapter changes no logit on these prompts", fix)
+    return CheckResult("ok", f"the adapter moves logits by up to {change:.3g}")
 
 
 def _check_export(
@@ -398,7 +396,7 @@ def _check_export(
     expected: Sequence[Tensor],
     bound: float,
     initial: Adapter | None,
-) -> Finding:
+) -> CheckResult:
     title = TARGETS[target].title
     try:
         portable = make_portable(adapter, target, model, initial=initial)
@@ -407,43 +405,32 @@ def _check_export(
             export(portable, target, path, model)
             back = read_adapter(path, model=model)
         with _adapted(model, back) as adapted:
-            logits = _logits(adapted, inputs)
+            logits = logits_of(adapted, inputs)
     except LoraError as error:
-        return Finding("warning", f"cannot be used in {title}: {error}")
-    return _compare(f"exported for {title}", logits, expected, bound + portable.error * _gap(expected, logits))
+        return CheckResult("warning", f"cannot be used in {title}: {error}")
+    gap = logit_difference(logits, expected)[0]
+    return _check_difference(f"exported for {title}", gap, bound + portable.error * gap)
 
 
-def _check_ends(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> Finding:
+def _check_ends(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> CheckResult:
     if getattr(tokenizer, "eos_token_id", None) is None:
         fix = "give the tokenizer an end token (eos_token) that training and generation both use"
-        return Finding("fault", "the tokenizer has no end token: nothing can ever end", fix)
+        return CheckResult("fault", "the tokenizer has no end token: nothing can ever end", fix)
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     results = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens)
     ended = sum(result.finish_reason == "stop" for result in results)
     text = f"{ended} of {len(results)} continuations end by themselves within {max_new_tokens} tokens"
     if ended:
-        return Finding("ok", text)
+        return CheckResult("ok", text)
     fix = (
-        "end token missing: if texts should end, train on completions with the end token behind them, and see with "
-        "`loralib data preview` that --seq_len does not drop them; or give prompts like those of the training data"
+        "end token missing: if texts should end, train on completions that end with it, and check with `loralib data "
+        "preview` that --seq_len does not cut it off; or give prompts like those of the training data"
     )
-    return Finding("warning", text, fix)
+    return CheckResult("warning", text, fix)
 
 
-def _compare(what: str, ours: Sequence[Tensor], expected: Sequence[Tensor], bound: float) -> Finding:
-    gap = _gap(ours, expected)
+def _check_difference(what: str, gap: float, bound: float) -> CheckResult:
     text = f"{what}: logits differ by {gap:.2g} from base plus adapter"
     if gap <= bound:
-        return Finding("ok", text)
-    return Finding("fault", f"{text}, expected at most {bound:.2g}", "use the adapter unmerged, and report this")
-
-
-def _logits(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        found = [model(ids[None].to(device)) for ids in inputs]
-    return [getattr(output, "logits", output)[0].float().cpu() for output in found]
-
-
-def _gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+        return CheckResult("ok", text)
+    return CheckResult("fault", f"{text}, expected at most {bound:.2g}", "use the adapter unmerged, and report this")

@@ -198,11 +198,11 @@ def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path,
     assert run("merge", adapter, adapter, "--model", base) == 2
     assert "holds an adapter" in capsys.readouterr().err
     assert run("convert", adapter, adapter, "--target", "mlx", "--model", base) == 2
-    assert "holds an adapter in another form" in capsys.readouterr().err
+    assert "holds an adapter in another format" in capsys.readouterr().err
     assert {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()} == before
     assert run("convert", adapter, tmp_path, "--target", "mlx", "--model", base) == 0
     assert run("convert", tmp_path, tmp_path, "--target", "peft", "--model", base) == 2
-    assert "holds an adapter in another form" in capsys.readouterr().err
+    assert "holds an adapter in another format" in capsys.readouterr().err
 
 
 def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -441,8 +441,8 @@ def test_starts_that_cannot_be_computed_again_need_the_adapter_from_before(tmp_p
 NOT_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "token rows": ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices"),
-    "loftq": ({"init_lora_weights": "loftq"}, "quantised in a way of its own"),
-    "corda": ({"init_lora_weights": "corda"}, "computed from data.*--initial_adapter"),
+    "loftq": ({"init_lora_weights": "loftq"}, "a base that it quantised itself"),
+    "corda": ({"init_lora_weights": "corda"}, "initialised from data.*--initial_adapter"),
 }
 
 

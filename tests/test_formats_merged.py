@@ -237,5 +237,5 @@ def test_directories_that_cannot_hold_a_model(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match="cannot write"):
         save_merged(qwen2(), tmp_path / "file")
-    with pytest.raises(AdapterError, match="no transformers model"):
+    with pytest.raises(AdapterError, match="is not a transformers model"):
         save_merged(nn.Linear(2, 2), tmp_path / "plain")

@@ -397,7 +397,7 @@ def test_gguf() -> None:
         start = -(-at // align) * align
         for name, shape, kind, offset in infos:
             assert tuple(tensors[name].shape) == shape
-            if kind in (0, 1, 24, 25, 26, 27, 28, 30):
+            if kind in (0, 1, 30):
                 content = bits(tensors[name])
                 assert content == data[start + offset : start + offset + len(content)]
 
@@ -662,9 +662,9 @@ def test_names_and_numbers_that_stand_twice(tmp_path: Path) -> None:
     entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     text = f'{{"a":{entry},"a":{entry}}}'.encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-    with pytest.raises(FormatError, match="'a' stands twice"):
+    with pytest.raises(FormatError, match="'a' occurs twice"):
         read_safetensors(path)
-    with pytest.raises(FormatError, match="'r' stands twice"):
+    with pytest.raises(FormatError, match="'r' occurs twice"):
         parse_json('{"r": 8, "lora_alpha": 16, "r": 16}')
     for text in ("NaN", "[1e999]", "[" * 100_000, "{" * 5, '"\ud800', "9" * 5000):
         with pytest.raises(FormatError):
@@ -679,7 +679,7 @@ def test_names_and_numbers_that_stand_twice(tmp_path: Path) -> None:
     tensors = load_file(file)
     name = "base_model.model.layers.0.q_proj.lora_A.weight"
     save_file(tensors | {name.replace(".weight", ".default.weight"): tensors[name] + 1}, file)
-    with pytest.raises(FormatError, match="names a tensor twice"):
+    with pytest.raises(FormatError, match="under an old and a new name"):
         read_peft(tmp_path / "both")
 
 
@@ -720,7 +720,7 @@ def test_files_that_are_longer_than_they_state_are_not_read(tmp_path: Path) -> N
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(2**28)
     memory = peak_memory()
-    with pytest.raises(FormatError, match="its header states 4 bytes"):
+    with pytest.raises(FormatError, match="its header announces 4 bytes"):
         read_safetensors(tmp_path / "x.safetensors")
     assert peak_memory() - memory < 100e6
 

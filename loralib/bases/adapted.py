@@ -16,7 +16,7 @@ __all__ = ["base_of", "load_adapted"]
 
 
 def base_of(adapter: Adapter | None, name: str | None = None) -> str:
-    """Returns which base model to load: the given one, else the one that the adapter names, else the default."""
+    """Returns the name of the base model to load: the given one, else the adapter's, else the default."""
     return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
 
 
@@ -28,12 +28,12 @@ def load_adapted(
     device: str | None = None,
     merged: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Loads a base model and its tokenizer, and puts an adapter on it.
+    """Loads a base model and its tokenizer, and applies an adapter.
 
     Args:
-        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: the base alone.
-        model: the base model; default: the one that the adapter names, else the default base. GGUF and MLX name none.
-        dtype: of the base, see `load_base`.
+        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: load the base model alone.
+        model: the base model; default: the one that the adapter names (GGUF and MLX name none), else the default base.
+        dtype: of the base model, see `load_base`.
         device: see `load_base`.
         merged: merge the adapter into the weights.
 
@@ -48,9 +48,9 @@ def load_adapted(
     value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
     if adapter is not None and value is None and model is None:
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
-    found, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
+    base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
     if adapter is not None:
-        apply_adapter(found, read_adapter(adapter, model=found) if value is None else value)
+        apply_adapter(base, read_adapter(adapter, model=base) if value is None else value)
         if merged:
-            merge(found)
-    return found.eval(), tokenizer
+            merge(base)
+    return base.eval(), tokenizer

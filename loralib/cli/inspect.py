@@ -42,16 +42,16 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot(inspection, args.plot)
         say(f"\nheat map: {args.plot}")
-    findings = list(inspection.findings)
+    results = list(inspection.checks)
     if args.verify:
         assert model is not None
         initial = read(args.initial_adapter, args) if args.initial_adapter else None
         prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt or PROMPTS]
-        findings = verify(model, tokenizer, adapter, prompts, initial=initial)
+        results = verify(model, tokenizer, adapter, prompts, initial=initial)
         say(f"\nVerified on {args.verify}:")
-        for finding in findings:
-            say(finding)
-    wrong = sum(finding.level == "fault" for finding in findings)
+        for result in results:
+            say(result)
+    wrong = sum(result.level == "fault" for result in results)
     if args.verify:
-        say(f"\n{wrong} of {len(findings)} checks failed." if wrong else "\nNothing is wrong.")
+        say(f"\n{wrong} of {len(results)} checks failed." if wrong else "\nNothing is wrong.")
     return 1 if wrong else 0

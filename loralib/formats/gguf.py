@@ -1,10 +1,11 @@
-"""GGUF LoRA files: the adapters that llama.cpp and what is built on it read.
+"""GGUF LoRA files: the adapters that llama.cpp and the tools built on it read.
 
-The file says one alpha for all modules; llama.cpp scales each update by alpha / rank, with the rank that the tensors
-have.  Modules carry llama.cpp's names (``blk.0.attn_q``), so a base model is needed to translate.  Llama's rotary
-embedding takes the rows of q and k in another order there than in transformers; so their B is reordered.
+A file has one alpha for all modules; llama.cpp scales each update by alpha / rank, with the rank of the tensors.
+Modules carry llama.cpp's names (``blk.0.attn_q``), so translating them takes the base model.  llama.cpp's rotary
+embedding expects the rows of q and k in another order than transformers does; so their B is reordered.
 
-The reader trusts no number in a file before it has compared it with the file's size.
+Files are written with the package gguf, but not read with it: its GGUFReader does not compare counts with the size of
+the file (49 bytes that announce a list of 2**40 values keep it busy, and its memory growing, for days).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +33,21 @@ __all__ = ["gguf_names", "is_gguf", "parse_gguf", "read_gguf", "write_gguf"]
 _TYPE, _ADAPTER, _ALPHA, _ARCHITECTURE = "general.type", "adapter.type", "adapter.lora.alpha", "general.architecture"
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How llama.cpp lays out a kind of model.
-
-    Attributes:
-        architecture: its name there.
-        reordered: whether the rows of q_proj and k_proj are in another order than in transformers.
-    """
-
-    architecture: str
-    reordered: bool = False
-
-
-# transformers' model_type -> layout; each is compared with llama.cpp's own logits in the tests.
-_FAMILIES: Mapping[str, _Family] = {
-    "gemma2": _Family("gemma2"),
-    "gemma3_text": _Family("gemma3"),
-    "gpt2": _Family("gpt2"),
-    "llama": _Family("llama", reordered=True),
-    "mistral": _Family("llama", reordered=True),
-    "phi3": _Family("phi3"),
-    "qwen2": _Family("qwen2"),
-    "qwen3": _Family("qwen3"),
+# transformers' model_type -> llama.cpp's architecture; the tests compare each with llama.cpp's own logits.
+_ARCHITECTURES: Mapping[str, str] = {
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
 }
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a file begins like a GGUF file."""
+    """Tells whether a file begins as GGUF files do."""
     try:
         with Path(path).open("rb") as file:
             return file.read(4) == _MAGIC
@@ -69,33 +56,33 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def gguf_names(model: nn.Module) -> dict[str, str]:
-    """Returns llama.cpp's names of the modules of a model that it applies adapters to.
+    """Returns llama.cpp's name of each module that it applies adapters to.
 
     Args:
-        model: a causal language model of transformers; its weights are not looked at.
+        model: a causal language model of transformers; its weights are not read.
 
     Raises:
-        AdapterError: the layout of this kind of model is not known.
+        AdapterError: this kind of model is not supported.
     """
     try:
         import gguf
     except ImportError as error:
         raise MissingDependencyError("GGUF files need the package gguf: pip install gguf") from error
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    if kind not in _FAMILIES:
+    if kind not in _ARCHITECTURES:
         raise AdapterError(
-            f"the layout of {kind or type(model).__name__} in llama.cpp is not known here, only that of "
-            f"{', '.join(_FAMILIES)}. Write the portable PEFT directory (--target peft) and give that to llama.cpp's "
-            "convert_lora_to_gguf.py."
+            f"GGUF adapters for {kind or type(model).__name__} are not supported, only for "
+            f"{', '.join(_ARCHITECTURES)}. Write a portable PEFT directory (--target peft) and convert it with "
+            "llama.cpp's convert_lora_to_gguf.py."
         )
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     config: Any = model.config
-    table = gguf.get_tensor_name_map(numbers[_FAMILIES[kind].architecture], config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(numbers[_ARCHITECTURES[kind]], config.num_hidden_layers)
     names = {}
     for name, module in model.named_modules():
-        # Position embeddings are looked up past the adapter.
-        if hasattr(module, "weight") and (found := table.get_name(name)) and found != "position_embd":
-            names[name] = found
+        # llama.cpp looks position embeddings up without the adapter.
+        if hasattr(module, "weight") and (theirs := table.get_name(name)) and theirs != "position_embd":
+            names[name] = theirs
     return names
 
 
@@ -105,13 +92,13 @@ def write_gguf(
     """Writes a GGUF LoRA file.
 
     Args:
-        adapter: a portable one (`loralib.formats.portable`): one alpha, linear layers and embeddings only.
+        adapter: portable (see `loralib.formats.portable`): one alpha, linear layers and embeddings only.
         path: the file.
         model: the base, for its names and numbers of heads.
         dtype: of the tensors: fp32, fp16 or bf16.
 
     Raises:
-        AdapterError: the adapter cannot be expressed in the format, or the model's layout is not known.
+        AdapterError: the format cannot express the adapter, or this kind of model is not supported.
         OutputError: the file cannot be written.
     """
     check_sound(adapter)
@@ -119,24 +106,24 @@ def write_gguf(
     import gguf
 
     config = adapter.config
-    faults = [f"{name}: no place for it in llama.cpp" for name in adapter.modules if name not in names]
+    faults = [f"{name}: llama.cpp applies no adapters there" for name in adapter.modules if name not in names]
     if config.use_rslora or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
-        faults.append("the scaling is not one alpha over the rank of each module")
+        faults.append("the scaling is not one alpha divided by the rank of each module")
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written as GGUF", faults, "Make it portable first."))
     stored: dict[str, Tensor] = {}
     for name in adapter.modules:
         A, B = factors(adapter, name)
         if f"{name}.lora_A" not in adapter.tensors:
-            A = A.T  # llama.cpp looks rows of A up, as it does with the embedding itself
+            A = A.T  # llama.cpp looks up rows of A, as in the embedding itself
         else:
-            B = _reordered(B, _heads(model, name), there=True)
+            B = _reorder(B, _heads(model, name), to_gguf=True)
         stored[f"{names[name]}.weight.lora_a"], stored[f"{names[name]}.weight.lora_b"] = A, B
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     kind = gguf.GGMLQuantizationType[kinds[dtype]]
 
     def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, _FAMILIES[model.config.model_type].architecture)  # type: ignore[union-attr,index]
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES[model.config.model_type])  # type: ignore[union-attr,index]
         try:
             writer.add_type("adapter")
             writer.add_string(_ADAPTER, "lora")
@@ -167,68 +154,68 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
         FormatError: the file is corrupt, or no GGUF LoRA.
     """
     fields, stored = read_bytes(path, parse_gguf)
-    found = {key: fields.get(key) for key in (_TYPE, _ADAPTER)}
-    if found != {_TYPE: "adapter", _ADAPTER: "lora"}:
-        raise FormatError(f"{path} is a GGUF file, but no LoRA adapter: it says {found}")
+    kind = {key: fields.get(key) for key in (_TYPE, _ADAPTER)}
+    if kind != {_TYPE: "adapter", _ADAPTER: "lora"}:
+        raise FormatError(f"{path} is a GGUF file, but no LoRA adapter: it says {kind}")
     alpha = fields.get(_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise FormatError(f"{path}: {_ALPHA} is {alpha!r}, expected a finite number")
-    modules = {there: here for here, there in gguf_names(model).items()}
-    architecture = _FAMILIES[model.config.model_type].architecture  # type: ignore[union-attr,index]
+    modules = {theirs: ours for ours, theirs in gguf_names(model).items()}
+    architecture = _ARCHITECTURES[model.config.model_type]  # type: ignore[union-attr,index]
     if fields.get(_ARCHITECTURE) != architecture:
         raise AdapterError(
             f"{path} is an adapter for the architecture {fields.get(_ARCHITECTURE)!r}, and the base model "
-            f"{type(model).__name__} is {architecture!r}; give the base that it was made for"
+            f"{type(model).__name__} is {architecture!r}; give the base model that it was trained on"
         )
     tensors: dict[str, Tensor] = {}
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
-    for there in dict.fromkeys(name.rpartition(".")[0] for name in stored):
-        name = modules.get(there.removesuffix(".weight"))
-        A, B = stored.get(f"{there}.lora_a"), stored.get(f"{there}.lora_b")
+    for theirs in dict.fromkeys(name.rpartition(".")[0] for name in stored):
+        name = modules.get(theirs.removesuffix(".weight"))
+        A, B = stored.get(f"{theirs}.lora_a"), stored.get(f"{theirs}.lora_b")
         if name is None or A is None or B is None or A.dim() != 2 or B.dim() != 2:
-            shapes = {n: tuple(t.shape) for n, t in stored.items() if n.startswith(f"{there}.")}
-            faults.append(f"{there}: {shapes}, expected lora_a and lora_b of a module of {type(model).__name__}")
+            shapes = {n: tuple(t.shape) for n, t in stored.items() if n.startswith(f"{theirs}.")}
+            faults.append(f"{theirs}: {shapes}, expected lora_a and lora_b of a module of {type(model).__name__}")
             continue
-        kind = "lora_"
+        key = "lora_"
         if isinstance(model.get_submodule(name), nn.Embedding):
-            kind, A = "lora_embedding_", A.T.contiguous()
+            key, A = "lora_embedding_", A.T.contiguous()
         elif _heads(model, name) and B.shape[0] % (2 * _heads(model, name)) == 0:
-            B = _reordered(B, _heads(model, name), there=False)
-        tensors[f"{name}.{kind}A"], tensors[f"{name}.{kind}B"] = A, B
-        # llama.cpp takes no alpha for "scaling 1".
+            B = _reorder(B, _heads(model, name), to_gguf=False)
+        tensors[f"{name}.{key}A"], tensors[f"{name}.{key}B"] = A, B
+        # To llama.cpp, no alpha means a scaling of 1.
         ranks[name], alphas[name] = A.shape[0], alpha or float(A.shape[0])
     if faults or not tensors:
         raise AdapterError(list_faults(f"{path} does not fit the base model", faults or ["it holds no tensors"]))
     if any(rank < 1 for rank in ranks.values()):
-        raise FormatError(f"{path} holds tensors without values")
+        raise FormatError(f"{path} holds empty tensors")
     config = with_ranks(LoraConfig(target_modules=list(ranks), task_type="CAUSAL_LM"), ranks, alphas)
     base = fields.get(BASE)
     return Adapter(config, tensors, {BASE: base} if isinstance(base, str) else {})
 
 
 def _heads(model: nn.Module, name: str) -> int:
-    """Returns into how many heads the rows of a module must be reordered; 0 for none."""
+    """Returns the number of heads in whose rows the two orders differ; 0 where they agree."""
     config: Any = model.config
     leaf = name.rpartition(".")[2]
-    if not _FAMILIES[config.model_type].reordered or leaf not in ("q_proj", "k_proj"):
+    if _ARCHITECTURES[config.model_type] != "llama" or leaf not in ("q_proj", "k_proj"):
         return 0
     return int(config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads)
 
 
-def _reordered(B: Tensor, heads: int, *, there: bool) -> Tensor:
+def _reorder(B: Tensor, heads: int, *, to_gguf: bool) -> Tensor:
     """Reorders rows: in a head of 2n rows, llama.cpp rotates row 2i with 2i + 1, transformers i with i + n."""
     if not heads:
         return B
     half = B.shape[0] // heads // 2
-    split = (heads, 2, half) if there else (heads, half, 2)
+    split = (heads, 2, half) if to_gguf else (heads, half, 2)
     return B.reshape(*split, -1).transpose(1, 2).reshape(B.shape)
 
 
-# Reading.
+# Reading: no number in a file is trusted before it has been compared with the file's size.
 
 _MAGIC, _ARRAY, _STRING = b"GGUF", 9, 8
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_MAX_DEPTH = 4  # of arrays in arrays
+_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
 def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -238,10 +225,11 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
         data: the whole file.
 
     Returns:
-        The fields by name; and the tensors by name, quantised ones as fp32.
+        The fields by name, None for lists, which say nothing about an adapter; and the tensors by name, quantised ones
+        as fp32.
 
     Raises:
-        FormatError: a number in the file does not fit its size, or a name stands twice.
+        FormatError: a number in the file does not fit its size, or a name occurs twice.
     """
     reader = _Reader(memoryview(data))
     if bytes(reader.take(4)) != _MAGIC:
@@ -249,53 +237,60 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
     version = reader.number("<I")
     if version not in (2, 3):
         raise FormatError(f"GGUF version {version}, expected 2 or 3 (little-endian)")
-    count, keys = reader.number("<Q"), reader.number("<Q")
+    tensor_count, field_count = reader.number("<Q"), reader.number("<Q")
     fields: dict[str, Any] = {}
-    for _ in range(keys):
+    for _ in range(field_count):
         key = reader.string()
         if key in fields:
-            raise FormatError(f"the field {key!r} stands twice")
-        fields[key] = reader.value(reader.number("<I"))
-    alignment = fields.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise FormatError(f"general.alignment is {alignment!r}, expected a power of two")
-    places: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for _ in range(count):
+            raise FormatError(f"the field {key!r} occurs twice")
+        fields[key] = reader.value()
+    infos: dict[str, tuple[tuple[int, ...], int, int]] = {}  # shape, type, offset
+    for _ in range(tensor_count):
         name = reader.string()
-        if name in places:
-            raise FormatError(f"the tensor {name!r} stands twice")
+        if name in infos:
+            raise FormatError(f"the tensor {name!r} occurs twice")
         axes = reader.number("<I")
         if axes > 4:
             raise FormatError(f"{name}: {axes} axes, expected at most 4")
-        shape = tuple(reversed([reader.number("<Q") for _ in range(axes)]))
-        places[name] = shape, reader.number("<I"), reader.number("<Q")
-    check_names([*fields, *places])
-    start = -(-reader.at // alignment) * alignment
+        shape = tuple(reader.number("<Q") for _ in range(axes))[::-1]
+        infos[name] = shape, reader.number("<I"), reader.number("<Q")
+    check_names([*fields, *infos])
+    spans = _spans(infos, fields.get("general.alignment", 32), reader.position, len(data))
+    return fields, {name: _tensor(reader.data[begin:end], *infos[name][:2]) for begin, end, name in spans}
+
+
+def _spans(
+    infos: Mapping[str, tuple[tuple[int, ...], int, int]], alignment: object, header_end: int, file_size: int
+) -> list[tuple[int, int, str]]:
+    """Returns where each tensor begins and ends in the file."""
+    if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
+        raise FormatError(f"general.alignment is {alignment!r}, expected a power of two")
+    start = -(-header_end // alignment) * alignment
     spans = []
-    for name, (shape, kind, offset) in places.items():
+    for name, (shape, kind, offset) in infos.items():
         begin, size = start + offset, _size(name, shape, kind)
-        if offset % alignment or begin + size > len(data):
-            raise FormatError(f"{name}: {size:,} bytes at {begin:,} do not fit a file of {len(data):,} bytes")
+        if offset % alignment or begin + size > file_size:
+            raise FormatError(f"{name}: {size:,} bytes at {begin:,} do not fit a file of {file_size:,} bytes")
         spans.append((begin, begin + size, name))
     # Before anything is copied: a thousand names for the same bytes would take a thousand times the file's size.
     for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(span for span in spans if span[0] < span[1])):
         if begin < end:
             raise FormatError(f"the tensors {first!r} and {second!r} overlap")
-    tensors = {name: _tensor(reader.data[begin:end], *places[name][:2]) for begin, end, name in spans}
-    return fields, tensors
+    return spans
 
 
 class _Reader:
     """Takes values off the front of a file."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data, self.at = data, 0
+        self.data, self.position = data, 0
 
     def take(self, size: int) -> memoryview:
-        if size > len(self.data) - self.at:
-            raise FormatError(f"the file ends early: {size:,} bytes are announced at {self.at:,} of {len(self.data):,}")
-        self.at += size
-        return self.data[self.at - size : self.at]
+        left = len(self.data) - self.position
+        if size > left:
+            raise FormatError(f"the file ends early: {size:,} bytes are announced at {self.position:,}, {left:,} left")
+        self.position += size
+        return self.data[self.position - size : self.position]
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -306,19 +301,24 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise FormatError(f"a name or text is not UTF-8: {error}") from error
 
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
+    def value(self) -> Any:
+        """Returns the next value, whose type stands before it; skips a list and returns None."""
+        kind = self.number("<I")
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY or depth == _MAX_DEPTH:
-            raise FormatError(f"a field of type {kind} at {self.at:,}, which GGUF does not have")
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise FormatError(f"a field of type {kind} at {self.position:,}, which GGUF does not have")
         inner, count = self.number("<I"), self.number("<Q")
         if inner in _SCALARS:
-            form = _SCALARS[inner]
-            return memoryview(bytes(self.take(count * struct.calcsize(form)))).cast(form[1])  # type: ignore[call-overload]
-        # Each further value takes bytes of the file, so that the count cannot run away.
-        return [self.value(inner, depth + 1) for _ in range(count)]
+            self.take(count * struct.calcsize(_SCALARS[inner]))
+        elif inner == _STRING:
+            for _ in range(count):  # each takes bytes of the file, so that the count cannot run away
+                self.string()
+        else:
+            raise FormatError(f"a list of type {inner} at {self.position:,}, expected a list of numbers or texts")
+        return None
 
 
 def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
@@ -326,22 +326,19 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
     import gguf
 
     try:
-        block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
         raise FormatError(f"{name}: tensors of type {kind} are not known") from error
     if not shape or max(shape) >= 2**40 or shape[-1] % block:
         raise FormatError(f"{name}: shape {shape} is too large, or does not divide into blocks of {block}")
-    return math.prod(shape) // block * width
-
-
-_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
-_PLAIN |= {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
+    return math.prod(shape) // block * block_bytes
 
 
 def _tensor(data: memoryview, shape: tuple[int, ...], kind: int) -> Tensor:
     if kind in _PLAIN:
-        # A copy: the file may go away.
-        return torch.frombuffer(bytearray(data) or bytearray(8), dtype=_PLAIN[kind])[: math.prod(shape)].view(shape)
+        if not data:  # which frombuffer does not accept
+            return torch.empty(shape, dtype=_PLAIN[kind])
+        return torch.frombuffer(bytearray(data), dtype=_PLAIN[kind]).view(shape)  # a copy
     import gguf
     import numpy as np
 

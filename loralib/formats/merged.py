@@ -1,4 +1,4 @@
-"""Merged models: base and adapter as one transformers model that ``from_pretrained`` loads without any of this."""
+"""Merged models: base and adapter as one transformers model, which ``from_pretrained`` loads without loralib."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, apply_adapter, expand_blocks
 from ..combine import depends_on_base
-from ..delta import add_delta
+from ..delta import add_delta, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_whole
 from ..injection import adapted_layers, injection_of, remove
-from .portable import base_matrix, full_delta, turned
+from .portable import base_matrix, full_delta, to_stored_layout
 
-__all__ = ["MergeReport", "merge_and_compare", "merge_into", "save_merged"]
+__all__ = ["MergeReport", "logit_difference", "logits_of", "merge_and_compare", "merge_into", "save_merged"]
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
@@ -33,10 +33,10 @@ class MergeReport:
     """What merging did to the logits of sample prompts.
 
     Attributes:
-        max_difference, mean_difference: between the merged model and base plus adapter in fp32.
-        expected_max, expected_mean: what rounding to the dtype must be expected to do: the effect of errors of the same
-            size with random signs, or what rounding does to the base alone, where that is more (a base that was
-            quantised before has few different values, and so errors that add up).
+        max_difference, mean_difference: between the logits of the merged model and of base plus adapter in fp32.
+        expected_max, expected_mean: the differences to expect from rounding: the effect of errors of the same size with
+            random signs, or of rounding the base alone where that is larger (a base that was quantised before has few
+            distinct values, so that errors add up).
         dtype: of the merged weights.
         modules: how many modules were merged.
     """
@@ -65,14 +65,14 @@ class MergeReport:
 def merge_into(
     model: nn.Module, adapter: Adapter, *, initial: Adapter | None = None, allow_base_mismatch: bool = False
 ) -> int:
-    """Turns a base model into base plus adapter, in place and for good; the arithmetic is fp32, then cast.
+    """Merges an adapter into a base model, in place and for good; computes in fp32 and casts the result.
 
-    Weights that were tied to one that the adapter changes get a tensor of their own, and ``tie_word_embeddings`` is
-    set to False where that is the head's.
+    A weight that the adapter changes is untied from others, and ``tie_word_embeddings`` is set to False where head and
+    embedding are no longer one.
 
     Args:
-        model: the base, without an adapter.
-        adapter: of any kind that can be read, also DoRA and PiSSA.
+        model: the base model, without an adapter.
+        adapter: of any kind that can be read, including DoRA and PiSSA.
         initial: see `loralib.formats.portable.make_portable`.
         allow_base_mismatch: see `loralib.adapter.apply_adapter`.
 
@@ -90,7 +90,7 @@ def merge_into(
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged |= {name: state[name].clone() for name in (record.originals if record is not None else ())}
     for name, value in merged.items():
-        # A tensor of its own: what was tied to the old one keeps the base's values.
+        # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(leaf)
@@ -115,7 +115,7 @@ def merge_and_compare(
     """Merges as `merge_into` does, casts to a dtype, and measures what that does to the logits.
 
     Args:
-        model: the base in fp32; afterwards the merged model in `dtype`.
+        model: the base model in fp32; afterwards the merged model in `dtype`.
         adapter: see `merge_into`.
         inputs: token ids (T,) of sample prompts.
         dtype: of the merged weights.
@@ -126,12 +126,12 @@ def merge_and_compare(
         MergeError: a weight would be NaN or infinite in that dtype.
     """
     reference = None
-    if not depends_on_base(adapter):  # other kinds can only be computed merged
+    if not depends_on_base(adapter):  # the other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
-            reference = _logits(model, inputs)
-    base_moves = _rounding_of_base(model, inputs, dtype)
+            reference = logits_of(model, inputs)
+    base_change = _rounding_of_base(model, inputs, dtype)
     modules = merge_into(model, adapter, initial=initial, allow_base_mismatch=allow_base_mismatch)
-    unrounded = _logits(model, inputs)
+    unrounded = logits_of(model, inputs)
     reference = reference if reference is not None else unrounded
     faults, exact = [], {}
     generator = torch.Generator().manual_seed(0)
@@ -154,26 +154,26 @@ def merge_and_compare(
                 f"merged weights do not fit {dtype}: they would be infinite", faults, "Use --dtype bf16 or fp32."
             )
         )
-    signed = _compare(unrounded, _logits(model, inputs))
-    expected = max(signed[0], base_moves[0]), max(signed[1], base_moves[1])
+    signed = logit_difference(unrounded, logits_of(model, inputs))
+    expected = max(signed[0], base_change[0]), max(signed[1], base_change[1])
     with torch.no_grad():
         for name, rounded in exact.items():
             model.get_parameter(name).copy_(rounded)
-    found = _compare(reference, _logits(model, inputs))
+    difference = logit_difference(reference, logits_of(model, inputs))
     model.to(dtype)
-    return MergeReport(*found, *expected, dtype=dtype, modules=modules)
+    return MergeReport(*difference, *expected, dtype=dtype, modules=modules)
 
 
 def save_merged(
     model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: str = "5GB"
 ) -> tuple[str, ...]:
-    """Writes a merged model for ``from_pretrained``: safetensors, in several files when large, config and tokenizer.
+    """Writes a merged model for ``from_pretrained``: config, tokenizer, and safetensors in as many files as needed.
 
     Args:
         model: a transformers model.
-        directory: made if needed; weights of a model that stood there are replaced, the config comes last.
-        tokenizer: is saved with it.
-        max_shard_size: the largest size of one file, as "5GB".
+        directory: created if needed; the weights of a model in it are replaced, the config is written last.
+        tokenizer: saved beside the model.
+        max_shard_size: the largest size of one file, such as "5GB".
 
     Returns:
         The names of the files.
@@ -184,7 +184,7 @@ def save_merged(
     directory = Path(directory)
     if not hasattr(model, "save_pretrained"):
         raise AdapterError(
-            f"{type(model).__name__} is no transformers model; save it with torch.save(model.state_dict(), path)"
+            f"{type(model).__name__} is not a transformers model; save it with torch.save(model.state_dict(), path)"
         )
     if (directory / "adapter_config.json").exists():
         raise OutputError(
@@ -199,7 +199,7 @@ def save_merged(
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             names = sorted(path.name for path in Path(aside).iterdir())
-            # Without its config what stands there is no model: a killed run leaves no mixture of two.
+            # A directory without a config is no model: an interrupted run leaves no mixture of two.
             remove_file(directory / "config.json")
             for stale in {path for pattern in _WEIGHTS for path in directory.glob(pattern)}:
                 remove_file(stale)
@@ -215,9 +215,9 @@ def save_merged(
 
 @contextmanager
 def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[None]:
-    """Puts the low-rank part of an adapter on a model for a while; that checks that everything fits."""
+    """Applies the low-rank part of an adapter to a model for a while, which checks that everything fits."""
     if adapter.config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
-        raise AdapterError("lora_bias: adapters with a bias of B are not merged here; merge with PEFT")
+        raise AdapterError("lora_bias: loralib does not merge a bias of B; merge with PEFT")
     config = adapter.config.replace(use_dora=False, init_lora_weights=True)
     tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith("lora_magnitude_vector")}
     apply_adapter(model, replace(adapter, config=config, tensors=tensors), allow_base_mismatch=allow_base_mismatch)
@@ -232,12 +232,13 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     plain = expand_blocks(adapter)
     merged, faults = dict[str, Tensor](), []
     for name, layer in adapted_layers(model):
-        weight = layer.base_weight.detach()
+        weight = dense(layer.base_weight).detach()
         with torch.no_grad():
             if not depends_on_base(adapter):
                 delta = layer.delta_weight()
             else:
-                delta = turned(layer, full_delta(plain, name, base_matrix(model, name), initial)).reshape(weight.shape)
+                matrix = full_delta(plain, name, base_matrix(model, name), initial)
+                delta = to_stored_layout(layer, matrix).reshape(weight.shape)
             total = merged[f"{name}.{layer._weight_name}"] = add_delta(weight, delta)
         if not torch.isfinite(total).all():
             where = "the base weight" if not torch.isfinite(weight).all() else "the adapter"
@@ -248,20 +249,20 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
 
 
 def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
-    """Returns how far rounding its weights moves a model's logits, at most and on average; the model stays as it is."""
-    exact = _logits(model, inputs)
+    """Returns the largest and the mean change of a model's logits by rounding its weights; the model stays as it is."""
+    exact = logits_of(model, inputs)
     originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
-        moved = _compare(exact, _logits(model, inputs))
+        change = logit_difference(exact, logits_of(model, inputs))
         for name, original in originals.items():
             model.get_parameter(name).copy_(original)
-    return moved
+    return change
 
 
 def _untie(model: nn.Module) -> None:
-    """Says in the model's config that head and embedding are two, if they are two now."""
+    """Sets ``tie_word_embeddings`` to False in the model's config, if head and embedding are no longer one."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         return
@@ -272,12 +273,15 @@ def _untie(model: nn.Module) -> None:
             part.tie_word_embeddings = False
 
 
-def _logits(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+def logits_of(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns a model's logits (T, V) for each of some prompts (T,), in fp32 on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        return [model(ids[None].to(device)).logits[0].float().cpu() for ids in inputs]
+        outputs = [model(ids[None].to(device)) for ids in inputs]
+    return [getattr(output, "logits", output)[0].float().cpu() for output in outputs]
 
 
-def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+def logit_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """Returns the largest and the mean absolute difference of two results of `logits_of`."""
     gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
     return float(gaps.max()), float(gaps.mean())

@@ -1,8 +1,8 @@
-"""Microsoft's checkpoints: what their GPT-2 and NLU examples save with torch.save.
+"""Microsoft's checkpoints: what the GPT-2 and NLU examples of their loralib save with torch.save.
 
-The released GPT-2 files hold ``{'model_state_dict': {'module.transformer.h.0.attn.c_attn.lora_A': ...}}``; those of
-`lora_state_dict` and the NLU files are flat.  Neither says what lora_alpha was, nor which blocks are adapted: the
-caller does.
+The released GPT-2 files hold ``{'model_state_dict': {'module.transformer.h.0.attn.c_attn.lora_A': ...}}``; the NLU
+files and those of `lora_state_dict` are flat.  None of them holds lora_alpha or which blocks are adapted: the caller
+has to know.
 """
 
 from __future__ import annotations
@@ -22,54 +22,54 @@ __all__ = ["read_microsoft", "write_microsoft"]
 
 
 def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
-    """Reads a Microsoft checkpoint as a value.
+    """Reads a Microsoft checkpoint.
 
     Args:
-        path: a file that torch.save wrote, or the same mapping as safetensors.
-        config: r, lora_alpha, target_modules and enable_lora, which the file does not say.
+        path: a file that torch.save wrote, or the same tensors as safetensors.
+        config: r, lora_alpha, target_modules and enable_lora, which the file does not hold.
 
     Returns:
-        The LoRA tensors of the file and all others in it: base weights are compared with the model's when the adapter
-        is put on one, a trained head has to be named in `config.modules_to_save`.
+        All tensors of the file: base weights are compared with those of the model that the adapter is applied to, and a
+        trained head has to be named in `config.modules_to_save`.
 
     Raises:
-        FormatError: the file is corrupt, holds code, or no LoRA tensors.
+        FormatError: the file is corrupt, holds code, or holds no LoRA tensors.
     """
     state: object = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_pickle(path)
     if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
         state = state["model_state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise FormatError(f"{path} holds {type(state).__name__}, expected a mapping of names to tensors")
-    tensors = {_name_here(name, state): value for name, value in state.items() if _counts(name, value, state)}
+    tensors = {_from_microsoft(name, state): value for name, value in state.items() if _is_needed(name, value, state)}
     if not any(name.endswith(("lora_A", "lora_B")) for name in tensors):
         raise FormatError(f"{path} holds no LoRA tensors (names that end in lora_A or lora_B)")
     return Adapter(config, tensors)
 
 
-def _counts(name: str, value: object, state: Mapping[str, object]) -> bool:
-    """Whether an entry is part of the model: old files hold GPT-2's causal mask, and convolutions' weights twice."""
+def _is_needed(name: str, value: object, state: Mapping[str, object]) -> bool:
+    """Tells whether to read an entry: old files also hold GPT-2's causal mask, and convolutions' weights twice."""
     mask = name.endswith((".attn.bias", ".attn.masked_bias")) and isinstance(value, Tensor) and value.dim() != 1
     owner, _, leaf = name.rpartition(".")
     twin = owner.endswith(".conv") and f"{owner.removesuffix('.conv')}.{leaf}" in state
     return isinstance(value, Tensor) and not mask and not twin
 
 
-def _name_here(name: str, state: Mapping[str, object]) -> str:
-    """Microsoft's name of a tensor -> ours; their GPT-2 calls its head otherwise than transformers does."""
+def _from_microsoft(name: str, state: Mapping[str, object]) -> str:
+    """Microsoft's name of a tensor -> ours; the head of their GPT-2 has another name than transformers'."""
     name = name.removeprefix("module.")
     gpt2 = "module.transformer.wte.weight" in state or "transformer.wte.weight" in state
     return "lm_head.weight" if gpt2 and name == "lm_head.decoder.weight" else name
 
 
 def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Writes the flat `lora_state_dict` form.
+    """Writes the flat form of `lora_state_dict`.
 
     Raises:
-        AdapterError: the adapter has tensors that this form has no place for.
+        AdapterError: the adapter has tensors that the form does not have.
     """
-    odd = [name for name in adapter.tensors if "lora_" in name and not name.endswith(_FACTORS)]
-    if odd:
-        raise AdapterError(list_faults("Microsoft's form has no place for", odd, "Write a PEFT directory instead."))
+    extra = [name for name in adapter.tensors if "lora_" in name and not name.endswith(_FACTORS)]
+    if extra:
+        raise AdapterError(list_faults("Microsoft's form cannot hold", extra, "Write a PEFT directory instead."))
     write_pickle(path, {name.replace(".lora_embedding_", ".lora_"): t for name, t in adapter.tensors.items()})
 
 

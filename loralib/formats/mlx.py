@@ -1,7 +1,7 @@
 """MLX adapters, as mlx-lm writes and reads them: adapters.safetensors and adapter_config.json.
 
 A linear layer has ``lora_a`` (in, r) and ``lora_b`` (r, out), an embedding ``lora_a`` (vocabulary, r) and ``lora_b``
-(r, width): each the transpose of what other tools store.  One scale multiplies all updates.
+(r, width): the transposes of what other tools store.  One scale multiplies all updates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapters.safetensors"
 PEFT_TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# mlx-lm's models of these kinds call their modules as transformers does; GPT-2's trunk is called `model` there.
+# mlx-lm's models of these kinds use transformers' names for modules; GPT-2's `transformer` is called `model` there.
 _SAME_NAMES = frozenset(
     "cohere gemma gemma2 gemma3_text granite llama mistral mixtral olmo2 phi3 qwen2 qwen3 smollm3 starcoder2".split()
 )
@@ -41,21 +41,21 @@ def is_mlx(directory: str | os.PathLike[str]) -> bool:
 
 
 def mlx_names(model: nn.Module) -> dict[str, str]:
-    """Returns mlx-lm's names of the linear layers and embeddings of a model.
+    """Returns mlx-lm's name of each linear layer and embedding of a model.
 
     Raises:
-        AdapterError: the names of this kind of model are not known.
+        AdapterError: this kind of model is not supported.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in _SAME_NAMES and kind not in _RENAMED:
         raise AdapterError(
-            f"mlx-lm's names for {kind or type(model).__name__} are not known here, only those for "
+            f"MLX adapters for {kind or type(model).__name__} are not supported, only for "
             f"{', '.join(sorted(_SAME_NAMES | set(_RENAMED)))}. Merge the adapter and convert the model instead."
         )
-    here, there = _RENAMED.get(str(kind), ("", ""))
+    ours, theirs = _RENAMED.get(str(kind), ("", ""))
     tied = _tied_head(model)
     return {
-        name: there + name.removeprefix(here) if name.startswith(here) else name
+        name: theirs + name.removeprefix(ours) if name.startswith(ours) else name
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor) and module is not tied
     }
@@ -65,32 +65,32 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     """Writes an MLX adapter directory: the tensors first, the settings last.
 
     Args:
-        adapter: a portable one (`loralib.formats.portable`): one rank, one alpha, linear layers and embeddings only.
-        directory: made if needed.
-        model: the base, for its names.
+        adapter: portable (see `loralib.formats.portable`): one rank, one alpha, linear layers and embeddings only.
+        directory: created if needed.
+        model: the base model, for its names.
 
     Raises:
-        AdapterError: the adapter cannot be expressed in the format.
+        AdapterError: the format cannot express the adapter.
     """
     check_sound(adapter)
     names, config = mlx_names(model), adapter.config
-    faults = [f"{name}: no place for it in mlx-lm" for name in adapter.modules if name not in names]
+    faults = [f"{name}: mlx-lm applies no adapters there" for name in adapter.modules if name not in names]
     if config.rank_pattern or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
-        faults.append("not one rank and one scale for all modules")
+        faults.append("it does not have one rank and one scale for all modules")
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written for MLX", faults, "Make it portable first."))
     tensors, keys, layers = {}, list[str](), set[int]()
     for name in adapter.modules:
         A, B = factors(adapter, name)
         tensors[f"{names[name]}.lora_a"], tensors[f"{names[name]}.lora_b"] = A.T, B.T
-        inside = re.fullmatch(r".*?\.(\d+)\.(.+)", names[name])
-        keys.append(inside[2] if inside else names[name])
-        layers |= {int(inside[1])} if inside else set()
+        in_layer = re.fullmatch(r".*?\.(\d+)\.(.+)", names[name])
+        keys.append(in_layer[2] if in_layer else names[name])
+        layers |= {int(in_layer[1])} if in_layer else set()
     depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
     settings = {
         "fine_tune_type": "lora",
-        # The last so many blocks are adapted; modules among them that have no tensors start, and stay, at zero.
-        "num_layers": depth - min(layers) if layers else 0,
+        # The number of last blocks that are adapted (0: all); modules among them without tensors stay at zero.
+        "num_layers": depth - min(layers) if layers else 1,
         "lora_parameters": {
             "rank": config.r,
             "scale": config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
@@ -99,8 +99,6 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
         },
         "model": config.base_model_name_or_path,
     }
-    if not layers:
-        settings["num_layers"] = 1  # 0 would mean all
     directory = Path(directory)
     refuse_other_form(directory, PEFT_TENSOR_FILES)
     remove_file(directory / CONFIG_FILE)
@@ -110,20 +108,20 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
 
 
 def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
-    """Reads an MLX adapter directory as a value.
+    """Reads an MLX adapter directory.
 
     Args:
         directory: holds adapters.safetensors and adapter_config.json.
-        model: the base, for its names and to tell embeddings from linear layers.
+        model: the base model, for its names, and because linear layers and embeddings are stored differently.
 
     Raises:
-        AdapterError: the adapter does not fit the model, or is no LoRA or DoRA.
+        AdapterError: the adapter does not fit the model.
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
-    dora, scale, named = read_bytes(directory / CONFIG_FILE, parse_settings, most=MAX_SETTINGS)
+    dora, scale, base_name = read_bytes(directory / CONFIG_FILE, parse_settings, max_size=MAX_SETTINGS)
     stored, metadata = read_safetensors(directory / TENSOR_FILE)
-    modules = {there: here for here, there in mlx_names(model).items()}
+    modules = {theirs: ours for ours, theirs in mlx_names(model).items()}
     leaves = {"lora_a": "A", "lora_b": "B"}
     tensors: dict[str, Tensor] = {}
     ranks, faults = dict[str, int](), []
@@ -141,12 +139,9 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
     if faults or not ranks:
         raise AdapterError(list_faults(f"{directory} does not fit the base model", faults or ["it holds no tensors"]))
     if any(rank < 1 for rank in ranks.values()):
-        raise FormatError(f"{directory / TENSOR_FILE} holds tensors without values")
+        raise FormatError(f"{directory / TENSOR_FILE} holds empty tensors")
     config = LoraConfig(
-        target_modules=list(ranks),
-        use_dora=dora,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=named,
+        target_modules=list(ranks), use_dora=dora, task_type="CAUSAL_LM", base_model_name_or_path=base_name
     )
     alphas = {module: scale * rank for module, rank in ranks.items()}
     base: dict[str, Any] = {BASE: metadata[BASE]} if BASE in metadata else {}
@@ -159,22 +154,22 @@ def parse_settings(data: bytes) -> tuple[bool, float, str | None]:
     """Reads mlx-lm's adapter_config.json: whether it is DoRA, the scale, and the name of the base model.
 
     Raises:
-        FormatError: it is no such file, or of another kind of training.
+        FormatError: it is not such a file, or is of another kind of fine-tuning.
     """
     settings = parse_json(data)
     parameters = settings.get("lora_parameters") if isinstance(settings, dict) else None
     if not isinstance(parameters, dict):
-        raise FormatError("it has no lora_parameters, as settings of mlx-lm have")
-    kind, scale, named = settings.get("fine_tune_type", "lora"), parameters.get("scale"), settings.get("model")
+        raise FormatError("it has no lora_parameters, which mlx-lm always writes")
+    kind, scale, name = settings.get("fine_tune_type", "lora"), parameters.get("scale"), settings.get("model")
     if kind not in ("lora", "dora"):
         raise FormatError(f"it says fine_tune_type {kind!r}, expected 'lora' or 'dora'")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < abs(scale) < 1e30:
         raise FormatError(f"scale is {scale!r}, expected a finite number other than 0")
-    return kind == "dora", float(scale), named if isinstance(named, str) else None
+    return kind == "dora", float(scale), name if isinstance(name, str) else None
 
 
 def _tied_head(model: nn.Module) -> nn.Module | None:
-    """Returns the head that shares the embedding's weight: mlx-lm has no module for it."""
+    """Returns the head if it shares the embedding's weight: mlx-lm then has no module for it."""
     head, table = (getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("output", "input"))
     shared = isinstance(head, nn.Module) and isinstance(table, nn.Module) and head.weight is table.weight
     return head if shared else None

@@ -1,7 +1,7 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors.
 
-Tensors are called ``base_model.model.`` + module path + ``.lora_A.weight`` and so on; embeddings' factors and trained
-biases end without ``.weight``.  nn.MultiheadAttention keeps its out_proj under ``base_layer`` there.
+Tensors are named ``base_model.model.`` + module path + ``.lora_A.weight`` and so on; the names of embeddings' factors
+and of trained biases have no ``.weight``.  The out_proj of nn.MultiheadAttention is found under ``base_layer``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapter import BLOCKS, Adapter, expand_blocks, narrow_blocks, without_expressions
-from ..config import LoraConfig
+from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
+from ..config import LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..files import remove_file, write_json
+from ..injection import adapted_layers
+from ..layers import LoRALinear
 from .tensors import (
     MAX_SETTINGS,
     parse_json,
@@ -28,7 +29,7 @@ from .tensors import (
     write_safetensors,
 )
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "write_peft"]
+__all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -38,22 +39,59 @@ MLX_TENSOR_FILE = "adapters.safetensors"
 _PREFIX = "base_model.model."
 
 
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
+    """Saves the adapter of a model as a PEFT directory, which PEFT, vLLM and transformers load.
+
+    Args:
+        model: adapted by `loralib.inject`, or built from loralib's layers.
+        directory: created if needed; an adapter in it is replaced, other files are left alone.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        TargetError: the model holds no adapter.
+        OutputError: the directory cannot be written.
+    """
+    adapter = adapter_of(model)
+    name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    # A path in the hub's cache means nothing on another machine.
+    if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
+        name = cached[1].replace("--", "/")
+    config = adapter.config.replace(
+        target_modules=target_names(adapter, model),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_model_name_or_path=name,
+        # Readers of Conv1D need to know that the weight is stored (in, out).
+        fan_in_fan_out=any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model)),
+        task_type=adapter.config.task_type or task_type_of(model),
+    )
+    adapter = Adapter(config, adapter.tensors, adapter.metadata)
+    write_peft(adapter, directory)
+    return adapter
+
+
 def read_peft(directory: str | os.PathLike[str]) -> Adapter:
-    """Reads a PEFT adapter directory as a value.
+    """Reads a PEFT adapter directory.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors (or an older adapter_model.bin).
 
     Raises:
-        AdapterError: the directory holds no LoRA adapter, or one that uses features that would be lost.
+        AdapterError: the directory holds no LoRA adapter, or one with features that loralib would lose.
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (directory / name).is_file()]
     if CONFIG_FILE in missing or (missing and not (directory / PICKLE_FILE).is_file()):
-        what = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
-        raise AdapterError(f"{directory} {what}. Give the directory that training or save_adapter() wrote.")
-    config = LoraConfig.from_dict(_read_config(directory / CONFIG_FILE))
+        fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
+        raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
+    settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
+    if not isinstance(settings, dict):
+        raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
+    config = LoraConfig.from_dict(settings)
     metadata: dict[str, str] = {}
     if TENSOR_FILE in missing:
         tensors = read_pickle(directory / PICKLE_FILE)
@@ -62,9 +100,9 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / TENSOR_FILE)
     metadata.pop("format", None)
-    named = {_name_here(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
+    named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
-        raise FormatError(f"{directory} names a tensor twice, in an older and a newer way; copy the adapter again")
+        raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
     adapter = without_expressions(Adapter(config, named, metadata))
     if BLOCKS in metadata:
         try:
@@ -80,30 +118,48 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
 
 
 def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
-    """Writes a PEFT adapter directory: the tensors first, the config last; other files there are left alone.
+    """Writes a PEFT adapter directory: the tensors first, the config last; other files are left alone.
 
     Args:
-        adapter: fused blocks are written out as plain low-rank updates that every reader knows.
-        directory: made if needed.
+        adapter: fused blocks are written as plain low-rank updates, which every reader understands.
+        directory: created if needed.
     """
     directory = Path(directory)
     refuse_other_form(directory, (MLX_TENSOR_FILE,))
     plain = expand_blocks(adapter)
-    # Without its config, what stands in the directory is no adapter: a killed run leaves no mixture of two.
+    # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
     remove_file(directory / CONFIG_FILE)
-    tensors = {_name_there(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
+    tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
     write_safetensors(directory / TENSOR_FILE, tensors, plain.metadata)
     write_json(directory / CONFIG_FILE, plain.config.to_dict())
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    values = read_bytes(path, parse_json, most=MAX_SETTINGS)
-    if not isinstance(values, dict):
-        raise FormatError(f"{path} holds {type(values).__name__}, expected an object of settings")
-    return values
+def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
+    """Returns target_modules that select exactly the adapted modules in every reader.
+
+    Readers disagree on 'all-linear' and regular expressions, so names are listed, or endings where these are enough.
+    A list cannot tell "0" from "block.0", though; where only one of them is adapted, the result is an expression.
+    """
+    chosen = list(adapter.target_modules)
+    if model is None:
+        return chosen
+    names = [name for name, _ in model.named_modules()]
+    short = list[str]()
+    for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
+        fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
+        mine = [name for name in chosen if name.rpartition(".")[2] == ending]
+        short += [ending] if fitting <= set(mine) else mine
+    if {name for name in names if matches(short, name)} == set(chosen):
+        return short
+    return "|".join(re.escape(name) for name in chosen)
 
 
-def _name_here(name: str) -> str:
+def task_type_of(model: nn.Module | None) -> str | None:
+    """Returns PEFT's name for the task of a model, which PEFT's automatic classes need to load an adapter."""
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _from_peft(name: str) -> str:
     """PEFT's name of a tensor -> ours."""
     name = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
     # Older files carry the adapter's name; newer ones leave it out.
@@ -111,7 +167,7 @@ def _name_here(name: str) -> str:
     return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.weight$", r".\1", name)
 
 
-def _name_there(name: str, tensors: Mapping[str, Tensor]) -> str:
+def _to_peft(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Our name of a tensor -> PEFT's."""
     module, _, leaf = name.rpartition(".")
     if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts

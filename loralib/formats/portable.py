@@ -1,14 +1,13 @@
-"""The form of an adapter that every tool computes alike, and who accepts what.
+"""Portable adapters, which every tool computes alike, and what each tool accepts.
 
-A portable adapter has one rank, lora_alpha = r (the scaling is in B), no rsLoRA, no patterns, a plain start.  Whatever
-is more than a low-rank update is turned into one by exact algebra where there is any, by the nearest one where a stated
-error allows, and refused with the reason otherwise.
+A portable adapter has one rank, lora_alpha = r (the scaling is in B), no rsLoRA, no patterns and a plain
+initialisation.  Whatever is more than a low-rank update becomes one by exact algebra where possible, by approximation
+within a stated error otherwise, or is refused with the reason.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,14 +18,14 @@ from torch.nn import functional as F
 
 from ..adapter import Adapter, expand_blocks
 from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
-from ..config import LoraConfig, matches
+from ..config import LoraConfig
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
 from ..targets import match_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
-from .peft import read_peft, write_peft
+from .peft import read_peft, target_names, task_type_of, write_peft
 
 __all__ = [
     "TARGETS",
@@ -35,45 +34,46 @@ __all__ = [
     "check_portable",
     "export",
     "full_delta",
+    "low_rank_update",
     "make_portable",
-    "named_modules",
-    "task_of",
+    "to_stored_layout",
 ]
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What a tool takes besides plain low-rank updates of linear layers.
+    """A tool that adapters are exported for.
 
     Attributes:
-        title: how the tool is called.
-        more: biases, modules trained in full, convolutions, attention modules, weights shared with others.
+        title: its name.
+        plain_only: whether it accepts low-rank updates of linear layers and embeddings only: no biases, modules trained
+            in full, convolutions, attention modules, or weights shared with other modules.
     """
 
     title: str
-    more: bool = False
+    plain_only: bool = True
 
 
 TARGETS: Mapping[str, Tool] = {
-    "peft": Tool("PEFT", more=True),
+    "peft": Tool("PEFT", plain_only=False),
     "vllm": Tool("vLLM"),
     "llamacpp": Tool("llama.cpp"),
     "mlx": Tool("MLX"),
 }
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max_lora_rank can be
-_LARGEST_RANK = 4  # times the adapter's own: how far the search for a good enough plain form goes
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max_lora_rank
+_MAX_RANK_FACTOR = 4  # times the adapter's own rank: where the search for a good approximation ends
 _MERGE = "`loralib merge` writes the merged model instead, which every tool reads."
 
 
 @dataclass(frozen=True)
 class Portable:
-    """A portable adapter and how it came about.
+    """A portable adapter, and what was changed to make it portable.
 
     Attributes:
         adapter: the adapter.
-        error: how far its updates are from the original's, relative to those (Frobenius norm); 0: exact.
-        notes: what was changed, and what the user of the target has to know; one sentence each.
+        error: relative error of its updates (Frobenius norm); 0: exact.
+        notes: what was changed, and what to know when using it in the tool; one sentence each.
     """
 
     adapter: Adapter
@@ -81,29 +81,32 @@ class Portable:
     notes: tuple[str, ...]
 
 
-def check_portable(config: LoraConfig, model: nn.Module, target: str) -> None:
-    """Tells before training whether the adapter can be used in a tool afterwards.
+def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> None:
+    """Checks before training that the adapter can be used in a tool afterwards.
 
     Args:
         config: what will be trained.
-        model: the base; its weights are not looked at.
+        model: the base model; its weights are not read. None: check the settings alone.
         target: one of `TARGETS`.
 
     Raises:
-        AdapterError: some of it has no form that the tool computes rightly; all reasons are listed.
+        AdapterError: the tool cannot compute the adapter; lists every reason.
         ConfigError: there is no such target.
     """
-    _check_target(target)
-    faults = []
-    if config.lora_bias:
-        faults.append("lora_bias: a bias of B has no place in the portable form")
-    if not TARGETS[target].more:
-        faults += _refused_everywhere(config)
-    plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
-    faults += _module_faults(plain, model, target)
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
+    faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
+    if TARGETS[target].plain_only:
+        if config.modules_to_save:
+            faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
+        if config.bias != "none":
+            faults.append(f"bias {config.bias!r}: trained biases are not loaded")
+        if model is not None:
+            plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+            faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target].title
-        raise AdapterError(list_faults(f"{title} cannot compute this adapter rightly", faults, _MERGE))
+        raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
 
 
 def make_portable(
@@ -115,31 +118,24 @@ def make_portable(
     max_error: float = 0.01,
     initial: Adapter | None = None,
 ) -> Portable:
-    """Returns the form of an adapter that a tool computes rightly.
+    """Makes an adapter portable, so that a tool computes it correctly.
 
     Args:
-        adapter: any that can be read.
+        adapter: of any kind that can be read.
         target: one of `TARGETS`.
-        model: the base; needed for all targets but "peft" and "vllm", and for what depends on the base weights (DoRA,
-            PiSSA, OLoRA).
-        r: the rank of the result; default: what is exact, or for DoRA the smallest rank within max_error.
-        max_error: the largest relative error that is accepted where r is not given.
-        initial: the adapter as it was before training, for starts that cannot be computed again (CorDA, randomised
-            PiSSA).
+        model: the base model; needed for all targets but "peft" and "vllm", and for adapters that depend on the base
+            weights (DoRA, PiSSA, OLoRA).
+        r: the rank of the result; default: the smallest that is exact, or for DoRA the smallest within max_error.
+        max_error: the largest relative error to accept where r is not given.
+        initial: the adapter as saved before training, for initialisations that cannot be computed again (CorDA,
+            randomised PiSSA).
 
     Raises:
-        AdapterError: there is no such form, or not within max_error; the message says why and what to do.
+        AdapterError: it cannot be made portable, or not within max_error; the message says why and what to do.
         ConfigError: there is no such target.
     """
-    _check_target(target)
     check_sound(adapter)
-    if model is not None:
-        check_portable(adapter.config, model, target)
-    elif not TARGETS[target].more:
-        faults = _refused_everywhere(adapter.config)
-        if faults:
-            title = TARGETS[target].title
-            raise AdapterError(list_faults(f"{title} cannot compute this adapter rightly", faults, _MERGE))
+    check_portable(adapter.config, model, target)
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:
@@ -157,19 +153,19 @@ def make_portable(
         limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
         if limit is None:
             raise AdapterError(
-                f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
+                f"vLLM accepts ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
     padded = {name: _padded(update, rank) for name, update in updates.items()}
     result = with_updates(plain, padded)
     settings = result.config.replace(
-        target_modules=named_modules(plain, model),
+        target_modules=target_names(plain, model),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
         lora_dropout=0.0,
-        task_type=plain.config.task_type or task_of(model),
+        task_type=plain.config.task_type or task_type_of(model),
     )
     tensors = {name: _like(tensor, adapter.tensors.get(name)) for name, tensor in result.tensors.items()}
     return Portable(Adapter(settings, tensors, result.metadata), error, tuple(notes))
@@ -186,18 +182,18 @@ def export(
     """Writes a portable adapter for a tool, reads it back, and compares.
 
     Args:
-        portable: what `make_portable` gave for the target.
+        portable: what `make_portable` returned for the target.
         target: one of `TARGETS`.
         path: a directory, or for "llamacpp" a file.
-        model: the base; see `make_portable`.
-        dtype: of the tensors; default: as they are, in GGUF fp32.
+        model: the base model; see `make_portable`.
+        dtype: of the tensors; default: unchanged, in GGUF fp32.
 
     Returns:
-        How much rounding to dtype moved an update at most, relative to it; 0 without dtype.
+        The largest relative change of an update by rounding to dtype; 0 without dtype.
 
     Raises:
-        AdapterError: what was read back is not what was written.
-        OutputError: it cannot be written.
+        AdapterError: reading back gave something else than was written.
+        OutputError: the path cannot be written.
     """
     written = portable.adapter
     if target == "llamacpp":
@@ -209,11 +205,11 @@ def export(
         write_peft(written, path)
         back = read_peft(path)
     elif target == "mlx":
-        write_mlx(written, path, _needed(model, target))
-        back = read_mlx(path, _needed(model, target))
+        write_mlx(written, path, _need_base(model, target))
+        back = read_mlx(path, _need_base(model, target))
     else:
-        write_gguf(written, path, _needed(model, target), dtype=dtype or torch.float32)
-        back = read_gguf(path, _needed(model, target))
+        write_gguf(written, path, _need_base(model, target), dtype=dtype or torch.float32)
+        back = read_gguf(path, _need_base(model, target))
     faults = _differences(written, back)
     if faults:
         raise AdapterError(
@@ -222,11 +218,11 @@ def export(
     return 0.0 if dtype is None else _rounding(portable.adapter, written)
 
 
-# Updates as whole matrices.
+# Updates as full matrices.
 
 
 def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter | None = None) -> Tensor:
-    """Returns what an adapter of any kind adds to a module's base weight, as a whole matrix.
+    """Returns what an adapter of any kind adds to a module's base weight, as a full matrix.
 
     Args:
         adapter: without fused blocks (`expand_blocks`).
@@ -237,10 +233,10 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     Returns:
         (out, in), in at least fp32.
     """
-    update = _raw_update(adapter, module)
+    update = low_rank_update(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
     if adapter.config.changes_base:
-        start = _start(adapter, module, weight, initial)
+        start = _initial_update(adapter, module, weight, initial)
         delta = delta - delta_weight(start.A, start.B, start.scaling)
     magnitude = adapter.tensors.get(f"{module}.lora_magnitude_vector")
     if magnitude is not None:
@@ -252,11 +248,11 @@ def base_matrix(model: nn.Module, module: str) -> Tensor:
     """Returns a module's base weight as the matrix (out, in) that low-rank updates are added to."""
     layer: Any = model.get_submodule(module)
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-    return turned(layer, dense(weight).detach().flatten(1))
+    return to_stored_layout(layer, dense(weight).detach().flatten(1))
 
 
-def turned(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Turns a matrix from (out, in) to how a layer stores its weight, or back."""
+def to_stored_layout(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Transposes an (out, in) matrix where a layer stores its weight as (in, out); its own inverse."""
     stored_in_out = isinstance(layer, nn.Embedding) or is_conv1d(layer)
     return matrix.T if stored_in_out else matrix
 
@@ -264,14 +260,14 @@ def turned(layer: nn.Module, matrix: Tensor) -> Tensor:
 def _as_plain(
     adapter: Adapter, model: nn.Module | None, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
-    """Turns an adapter of any kind into a plain one; returns it, its relative error, and what was done."""
+    """Turns an adapter of any kind into a plain one; returns it, its relative error, and notes on what was done."""
     config = adapter.config
     dora = any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
     if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
-        raise AdapterError(f"lora_bias: a bias of B has no place in the portable form. {_MERGE}")
+        raise AdapterError(f"lora_bias: a portable adapter has no bias of B. {_MERGE}")
     if config.use_dora != dora:
-        said = "holds no lora_magnitude_vector" if config.use_dora else "holds lora_magnitude_vector"
-        raise AdapterError(f"use_dora is {config.use_dora}, but the file {said}; copy the adapter again")
+        held = "holds no lora_magnitude_vector" if config.use_dora else "holds lora_magnitude_vector"
+        raise AdapterError(f"use_dora is {config.use_dora}, but the adapter {held}; copy it again")
     notes = []
     if dora or (config.changes_base and initial is None):
         if model is None:
@@ -280,12 +276,12 @@ def _as_plain(
         if dora:
             return _nearest(adapter, model, r, max_error, initial)
     if config.changes_base:
-        both = {}
+        differences = {}
         for name in adapter.modules:
-            start = _start(adapter, name, None if model is None else base_matrix(model, name), initial)
-            update = _raw_update(adapter, name) + start * -1
-            both[name] = update.A.float(), update.B
-        adapter = with_updates(adapter, both)
+            start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
+            update = low_rank_update(adapter, name) + start * -1
+            differences[name] = update.A.float(), update.B
+        adapter = with_updates(adapter, differences)
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
         notes.append(f"{config.init_lora_weights} became plain LoRA of twice the rank, on the original base (exact)")
     if r is None:
@@ -297,54 +293,55 @@ def _as_plain(
 def _nearest(
     adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
-    """Approximates DoRA, whose update has full rank, by the largest singular values of the whole update."""
-    own = max(_raw_update(adapter, name).r for name in adapter.modules)
-    largest = r or _LARGEST_RANK * own
-    left, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
+    """Approximates DoRA, whose update has full rank, by the largest singular values of the update."""
+    own = max(low_rank_update(adapter, name).r for name in adapter.modules)
+    largest = r or _MAX_RANK_FACTOR * own
+    lost, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
     for name in adapter.modules:
         delta = full_delta(adapter, name, base_matrix(model, name), initial)
         U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         squares = F.pad(S**2, (1, max(0, largest - len(S))))
-        # left[k]: the squared norm beyond rank k.
-        left += (squares.sum() - torch.cumsum(squares, 0)[: largest + 1]).clamp(min=0)
+        # lost[k]: the squared norm beyond rank k.
+        lost += (squares.sum() - torch.cumsum(squares, 0)[: largest + 1]).clamp(min=0)
         total += float(squares.sum())
         parts[name] = U[:, :largest].clone(), S[:largest].clone(), Vh[:largest].clone()
-    errors = (left / total if total else left).sqrt().tolist()
+    errors = (lost / total if total else lost).sqrt().tolist()
     rank = r or next((k for k in range(1, largest + 1) if errors[k] <= max_error), None)
     if rank is None:
         raise AdapterError(
             f"DoRA's update has full rank: plain LoRA of rank {own} would be off by {errors[own]:.1%} of it, of rank "
-            f"{largest} by {errors[largest]:.1%}, and at most {max_error:.1%} is accepted. Choose a rank yourself "
-            f"(--rank) if that is good enough. {_MERGE}"
+            f"{largest} by {errors[largest]:.1%}, and the limit is {max_error:.1%}. If that is good enough, choose a "
+            f"rank (--rank). {_MERGE}"
         )
     result = with_updates(adapter, {name: balanced_factors(U, S, Vh, rank) for name, (U, S, Vh) in parts.items()})
     result = replace(result, config=result.config.replace(use_dora=False, init_lora_weights=True))
     return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
 
 
-def _raw_update(adapter: Adapter, module: str) -> Update:
+def low_rank_update(adapter: Adapter, module: str) -> Update:
+    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
     A, B = factors(adapter, module)
     config = adapter.config
     scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
     return Update(A.flatten(1), B.flatten(1), scaling)
 
 
-def _start(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
-    """Returns the update that an adapter began with, which PEFT took out of the base weight."""
+def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
+    """Returns the update at initialisation, which PEFT subtracted from the base weight."""
     kind = str(adapter.config.init_lora_weights).lower()
-    update = _raw_update(adapter, module)
+    update = low_rank_update(adapter, module)
     if initial is not None:
         if f"{module}.lora_A" not in initial.tensors:
             raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
-        return _raw_update(initial, module)
+        return low_rank_update(initial, module)
     if weight is not None and kind == "pissa":
         return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
     if weight is not None and kind == "olora":
         return Update(*olora_factors(weight, update.r), update.scaling)
     reasons = {
-        "loftq": "LoftQ belongs to a base quantised in a way of its own; no plain LoRA fits the original base.",
-        "pissa": "its start was computed with random numbers, and cannot be computed again exactly.",
-        "corda": "its start was computed from data.",
+        "loftq": "LoftQ belongs to a base that it quantised itself; no plain LoRA fits the original base.",
+        "pissa": "it was initialised with random numbers, and the values cannot be computed again exactly.",
+        "corda": "it was initialised from data.",
     }
     reason = next(text for name, text in reasons.items() if kind.startswith(name))
     fix = "" if kind.startswith("loftq") else " Give the adapter that was saved before training (--initial_adapter)."
@@ -354,50 +351,33 @@ def _start(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapte
 # Checks.
 
 
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
-        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
-
-
-def _refused_everywhere(config: LoraConfig) -> list[str]:
-    """What only PEFT takes, whatever the model."""
-    faults = []
-    if config.modules_to_save:
-        faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
-    if config.bias != "none":
-        faults.append(f"bias {config.bias!r}: trained biases are not loaded")
-    return faults
-
-
 def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[str]:
-    """Names the adapted modules that a tool does not compute rightly."""
-    if TARGETS[target].more:
-        return []
+    """Returns the adapted modules that a tool would compute wrongly, with the reasons."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if target == "vllm" and kind == "gpt2":
-        return ["vLLM takes no adapters on GPT-2"]
+        return ["vLLM accepts no adapters on GPT-2"]
     names: Mapping[str, str] | None = None
     if target != "vllm":
         names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
     faults = []
     shared = _shared_weights(model)
     title = TARGETS[target].title
-    for found in match_modules(model, config):
-        layer = found.module
-        if not issubclass(found.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
-            faults.append(f"{found.name}: {type(layer).__name__} is not adapted by {title}")
-        elif found.name in shared:
+    for module in match_modules(model, config):
+        name, layer = module.name, module.module
+        if not issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
+            faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
+        elif name in shared:
             faults.append(
-                f"{found.name} shares its weight with {shared[found.name]}; {title} keeps one table for both, "
-                "and the update would act in both or fail"
+                f"{name} shares its weight with {shared[name]}; {title} keeps one table for both, and the update would "
+                "act in both or fail"
             )
-        elif names is not None and found.name not in names:
-            faults.append(f"{found.name}: {title} applies no adapters there")
+        elif names is not None and name not in names:
+            faults.append(f"{name}: {title} applies no adapters there")
     return faults
 
 
 def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Returns modules that hold the same parameter as others, with the others' names."""
+    """Returns the modules whose weight other modules hold too, with the names of those."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -407,9 +387,9 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
     return {name: ", ".join(n for n in names if n != name) for names in groups for name in names}
 
 
-def _needed(model: nn.Module | None, target: str) -> nn.Module:
+def _need_base(model: nn.Module | None, target: str) -> nn.Module:
     if model is None:
-        raise AdapterError(f"{TARGETS[target].title} has names of its own for modules; give the base model (--base)")
+        raise AdapterError(f"{TARGETS[target].title} has its own names for modules; give the base model (--base)")
     return model
 
 
@@ -423,41 +403,15 @@ def _padded(update: Update, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
-    """Keeps the narrower dtype that a tensor had where nothing is lost by it."""
+    """Returns a tensor in the half-precision dtype that it had before, where that is exact."""
     if original is None or original.dtype not in (torch.float16, torch.bfloat16):
         return tensor
     narrow = tensor.to(original.dtype)
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def named_modules(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
-    """Returns the adapted modules as a list that every reader understands: name endings where they say enough.
-
-    A list cannot tell "0" from "block.0", though: where only one of them is adapted, an expression must.
-
-    'all-linear' and a regular expression mean what they mean on this model only in readers that know them.
-    """
-    chosen = list(adapter.target_modules)
-    if model is None:
-        return chosen
-    names = [name for name, _ in model.named_modules()]
-    short = list[str]()
-    for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
-        fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
-        mine = [name for name in chosen if name.rpartition(".")[2] == ending]
-        short += [ending] if fitting <= set(mine) else mine
-    if {name for name in names if matches(short, name)} == set(chosen):
-        return short
-    return "|".join(re.escape(name) for name in chosen)
-
-
-def task_of(model: nn.Module | None) -> str | None:
-    """Returns what PEFT calls the task of a model: without it, PEFT's automatic classes load no adapter."""
-    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
-
-
 def _differences(written: Adapter, back: Adapter) -> list[str]:
-    """Names what is not bit for bit the same, in tensors and in scaling."""
+    """Lists tensors that are not bit for bit the same, and scalings that differ."""
     faults = [f"{name} is missing" for name in written.tensors if name not in back.tensors]
     faults += [f"{name} is unexpected" for name in back.tensors if name not in written.tensors]
     if not faults:
@@ -473,11 +427,11 @@ def _differences(written: Adapter, back: Adapter) -> list[str]:
 
 
 def _rounding(exact: Adapter, rounded: Adapter) -> float:
-    """Returns the largest relative difference between updates."""
+    """Returns the largest relative error of an update."""
     if all(torch.equal(tensor, rounded.tensors[name].to(tensor.dtype)) for name, tensor in exact.tensors.items()):
         return 0.0
-    worst, theirs = 0.0, updates_of(rounded)
+    largest, theirs = 0.0, updates_of(rounded)
     for name, update in updates_of(exact).items():
         norm, gap = update.norm(), float((update + theirs[name] * -1).svd()[1].norm())
-        worst = max(worst, gap / norm if norm else gap)
-    return worst
+        largest = max(largest, gap / norm if norm else gap)
+    return largest

@@ -1,4 +1,4 @@
-"""The only files that tensors are read from and written to: safetensors, and pickles read without running code."""
+"""Reading and writing files of tensors: safetensors, and pickles, which are read without running code."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = [
 ]
 
 
-_MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, with trained embeddings a few gigabytes
+_MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, or a few gigabytes with trained embeddings
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
 
 MAX_SETTINGS = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
-_LONGEST_NAME = 1000  # characters
-_MOST_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
+_MAX_NAME = 1000  # characters
+_MAX_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
 
 _T = TypeVar("_T")
 
@@ -58,30 +58,30 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
     Raises:
         AdapterError: there is no such file.
-        FormatError: the file is truncated, corrupt, or names something twice.
+        FormatError: the file is truncated or corrupt, or a name occurs twice.
     """
     return read_bytes(path, parse_safetensors, _parse_header)
 
 
 def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads the tensors and the metadata of a safetensors file; see `read_safetensors`."""
+    """Reads the content of a safetensors file; see `read_safetensors`."""
     from safetensors.torch import load
 
     header = _parse_header(data, len(data))
     try:
         return load(data), dict(header.get("__metadata__", {}))
     except KeyError as error:
-        raise FormatError(f"tensors of type {error} are not known") from error
+        raise FormatError(f"tensors of type {error} are not supported") from error
 
 
 def _parse_header(data: bytes, size: int) -> dict[str, Any]:
-    """Parses the header of a file of that size: the library keeps the last of two equal names, and takes any length."""
+    """Parses and checks the header of a file of that size: the library accepts any length, and equal names."""
     length = int.from_bytes(data[:8], "little")
     if length > _MAX_HEADER:
         raise FormatError(f"its header claims {length:,} bytes, expected at most {_MAX_HEADER:,}")
     header = parse_json(data[8 : 8 + length])
     if not isinstance(header, dict):
-        raise FormatError("its header is no list of tensors")
+        raise FormatError("its header is not a list of tensors")
     check_names(header)
     for text in header.get("__metadata__", {}).values():
         if not all(char.isprintable() or char.isspace() for char in text):
@@ -89,27 +89,27 @@ def _parse_header(data: bytes, size: int) -> dict[str, Any]:
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if max(ends, default=0) != size - 8 - length:
         raise FormatError(
-            f"its header states {max(ends, default=0):,} bytes of data, and there are {size - 8 - length:,}"
+            f"its header announces {max(ends, default=0):,} bytes of data, and there are {size - 8 - length:,}"
         )
     return header
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuses names that could not be shown: over-long ones, and such as would steer a terminal.
+    """Refuses names that must not be printed: overlong ones, and those with control characters.
 
     Raises:
         FormatError: there is such a name.
     """
     for name in names:
-        if len(name) > _LONGEST_NAME or not name.isprintable():
+        if len(name) > _MAX_NAME or not name.isprintable():
             raise FormatError(f"a name of {len(name):,} characters, or with control characters: {name[:80]!a}")
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parses JSON, strictly: a key that stands twice in an object, and NaN or infinite numbers, are errors.
+    """Parses JSON, strictly: a key that occurs twice in an object, and NaN or infinite numbers, are errors.
 
     Raises:
-        FormatError: it is no such JSON.
+        FormatError: the text is not such JSON.
 
     >>> parse_json('{"r": 8}')
     {'r': 8}
@@ -118,8 +118,8 @@ def parse_json(data: bytes | str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise FormatError(f"the key {twice[:80]!r} stands twice")
+            duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise FormatError(f"the key {duplicate[:80]!r} occurs twice")
         return values
 
     def number(text: str) -> float:
@@ -135,39 +135,39 @@ def parse_json(data: bytes | str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"no JSON: {_reason(error)}") from error
+        raise FormatError(f"not JSON: {_reason(error)}") from error
 
 
 def read_bytes(
     path: str | os.PathLike[str],
     parse: Callable[[bytes], _T],
     check_start: Callable[[bytes, int], object] | None = None,
-    most: int | None = None,
+    max_size: int | None = None,
 ) -> _T:
     """Reads a whole file and parses it.
 
     Args:
         path: the file.
-        parse: makes sense of its content.
-        check_start: called first with the beginning of the file and its size; what it refuses is not read to the end.
-        most: the largest size in bytes that such a file can have; default: what any adapter can have.
+        parse: called with its content.
+        check_start: called first, with the beginning of the file and its size; if it raises, the rest is not read.
+        max_size: largest size in bytes of such a file; default: the largest of any adapter.
 
     Raises:
         AdapterError: there is no such file.
-        FormatError: the parser cannot make sense of it.
+        FormatError: the file is too large, or cannot be parsed.
     """
     path = Path(path)
     if not path.is_file():
         raise AdapterError(f"there is no file {path}; check the path")
     try:
         size = path.stat().st_size
-        if size > (most := _MAX_FILE if most is None else most):
-            raise FormatError(f"{path} has {size:,} bytes, expected at most {most:,}")
+        if size > (max_size := _MAX_FILE if max_size is None else max_size):
+            raise FormatError(f"{path} has {size:,} bytes, expected at most {max_size:,}")
         if check_start is not None:
             with path.open("rb") as file:
                 parsed(file.read(8 + _MAX_HEADER), lambda start: check_start(start, size), path)
         free = free_memory()
-        if free is not None and size > free:  # many a system promises memory that it does not have
+        if free is not None and size > free:  # many systems promise memory that they do not have
             raise MemoryError
         data = path.read_bytes()
     except OSError as error:
@@ -178,10 +178,10 @@ def read_bytes(
 
 
 def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
-    """Parses the content of a file that may be hostile; `name` is what the file is called in messages.
+    """Parses the content of a file that may be hostile; `name` is the file's name in messages.
 
     Raises:
-        FormatError: whatever the file brought the parser to raise.
+        FormatError: the parser raised anything.
     """
     try:
         return parse(data)
@@ -195,16 +195,16 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
 
 
 def refuse_other_form(directory: Path, files: Iterable[str]) -> None:
-    """Refuses to write into a directory that holds an adapter in another form: both call their settings alike.
+    """Refuses to write into a directory that holds an adapter in another format, which shares a file name with ours.
 
     Raises:
-        OutputError: one of the files is there.
+        OutputError: one of the files exists.
     """
     for name in files:
         if (directory / name).exists():
             raise OutputError(
-                f"{directory} holds an adapter in another form ({name}), whose adapter_config.json would be lost; "
-                "choose another directory"
+                f"{directory} holds an adapter in another format ({name}), whose adapter_config.json would be "
+                "overwritten; choose another directory"
             )
 
 
@@ -214,7 +214,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes tensors and metadata to a safetensors file, whole or not at all; see `write_whole` for `check`."""
+    """Writes tensors and metadata to a safetensors file, atomically; see `write_whole` for `check`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -223,7 +223,7 @@ def write_safetensors(
     def write(temporary: Path) -> None:
         try:
             save_file(plain, str(temporary), {"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # an OSError in other clothes: "... (os error 28)"
+        except SafetensorError as error:  # an OSError in disguise: "... (os error 28)"
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, _reason(error)) from error
         _sort_metadata(temporary)
@@ -232,7 +232,7 @@ def write_safetensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file in order: the library writes it in another one each time."""
+    """Sorts the metadata of a safetensors file: the library writes it in a different order each time."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -254,12 +254,12 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_pickle(data: bytes) -> Any:
-    """Reads what torch.save wrote; see `read_pickle`."""
+    """Reads the content of a file that torch.save wrote; see `read_pickle`."""
     for program in _programs(data):
         _check_program(program)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of old files does not help their readers
+            warnings.simplefilter("ignore")  # torch's warnings about old files do not help their users
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _HoldsCode(_CODE) from error
@@ -269,14 +269,14 @@ def parse_pickle(data: bytes) -> Any:
 
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value with torch.save, whole or not at all."""
-    content = io.BytesIO()  # torch.save on a file that cannot grow raises no OSError
+    """Writes a value with torch.save, atomically."""
+    content = io.BytesIO()  # torch.save raises no OSError where the disk is full
     torch.save(value, content)
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-_CODE = "besides tensors it holds objects that loading would run as code"
-# What torch.save names where it writes tensors and plain values.
+_CODE = "it holds objects besides tensors, which loading would run as code"
+# The globals that torch.save refers to for tensors and plain values.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
     r"|torch (Size|device|bool|(b?float|u?int|complex)\w+)"
@@ -284,12 +284,12 @@ _HARMLESS = re.compile(
 
 
 def _programs(data: bytes) -> Iterator[IO[bytes]]:
-    """Yields what the unpickler will run; refuses archives that would grow, or are not what their checksums say.
+    """Yields the pickles that torch.load will run; refuses archives that would grow, or whose checksums are wrong.
 
-    torch.save does not compress.  torch.load looks neither at checksums nor whether the two sizes of a part agree, and
-    gives memory as it finds it for a part that is marked as a folder.
+    torch.save does not compress.  torch.load checks neither checksums nor whether the two sizes of an entry agree, and
+    returns uninitialised memory for an entry that is marked as a folder.
     """
-    # torch looks at the first bytes alone: an archive behind a file of the old form would be checked in its place.
+    # As torch does, look at the first bytes alone: zipfile would also find an archive behind a file of the old form.
     if not data.startswith(b"PK\x03\x04"):  # the form before torch 1.6: five pickles, then the numbers
         stream = io.BytesIO(data)
         yield from (stream for _ in range(5))
@@ -297,37 +297,37 @@ def _programs(data: bytes) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         if len({entry.filename.lower() for entry in entries}) < len(entries):
-            raise FormatError("a name stands twice in the archive")
+            raise FormatError("a name occurs twice in the archive")
         if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries):
             raise FormatError("it is compressed, which torch.save does not do")
         if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):
             raise FormatError("it holds a folder, which torch.save does not write")
         if sum(entry.file_size for entry in entries) > len(data):
-            raise FormatError("its parts claim to be larger than the file")
+            raise FormatError("its entries claim to be larger than the file")
         if broken := archive.testzip():
             raise FormatError(f"the checksum of {broken[:80]!r} is wrong")
         programs = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(programs) != 1:
-            raise FormatError(f"it holds {len(programs)} parts named data.pkl, expected one")
+            raise FormatError(f"it holds {len(programs)} entries named data.pkl, expected one")
         yield io.BytesIO(archive.read(programs[0]))
 
 
 def _check_program(stream: IO[bytes]) -> None:
-    """Looks through one pickle for what is no tensor or plain value, without running it.
+    """Refuses a pickle that holds anything but tensors and plain values, without running it.
 
-    torch runs no foreign code, but some of its own that gives as much memory as it is asked for, or doubles a text
-    again and again.  And a tuple that holds the same tuple twice, which holds the same twice, takes forever to hash.
+    torch runs no foreign code, but some of its own functions allocate as much memory as they are asked for, or double a
+    text again and again.  And a tuple of the same tuple twice, and so on in depth, takes forever to hash.
     """
-    kept, tuple_on_top = set[object](), False
+    tuples, tuple_on_top = set[object](), False  # places in the memo that hold tuples
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         name = opcode.name
-        if count > _MOST_STEPS:
-            raise FormatError(f"it takes more than {_MOST_STEPS:,} steps to load")
+        if count > _MAX_STEPS:
+            raise FormatError(f"it takes more than {_MAX_STEPS:,} steps to load")
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            kept |= {argument} if tuple_on_top else set()
+            tuples |= {argument} if tuple_on_top else set()
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            if argument in kept:
-                raise FormatError("a tuple stands in it more than once, which torch.save does not write")
+            if argument in tuples:
+                raise FormatError("it refers to a tuple twice, which torch.save does not write")
             tuple_on_top = False
         elif name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
             raise _HoldsCode(f"{_CODE} ({str(argument)[:100]})")
@@ -338,20 +338,20 @@ def _check_program(stream: IO[bytes]) -> None:
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Walks through what was loaded, each part once: a pickle may hold itself, or the same a million times."""
-    seen, waiting = set[int](), [("the file", value)]
-    while waiting:
-        name, inner = waiting.pop()
+    """Walks through what was loaded, each part once: a pickle may hold itself, or the same part a million times."""
+    seen, stack = set[int](), [("the file", value)]
+    while stack:
+        name, inner = stack.pop()
         if isinstance(inner, Tensor):
             yield name, inner
         elif isinstance(inner, Mapping) and id(inner) not in seen:
             seen.add(id(inner))
             check_names(key for key in inner if isinstance(key, str))
-            waiting += [(str(key)[:80], part) for key, part in inner.items()]
+            stack += [(str(key)[:80], part) for key, part in inner.items()]
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:
-    """Refuses tensors that are larger than what is stored for them (strides of 0), or not stored at all."""
+    """Refuses a tensor that is larger than its storage (by strides of 0), or has none."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise FormatError(f"{name[:80]} is a tensor of layout {tensor.layout} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...console import duration, say
 from ...errors import OutputError
-from ...files import read_text, write_json
+from ...files import write_json
 
 __all__ = ["Stages", "difference", "digest"]
 
@@ -97,7 +97,7 @@ class Stages:
     def _read(self, place: Path) -> dict[str, Any] | None:
         """A record; one that is not readable counts as none, and its stage is made again."""
         try:
-            record = json.loads(read_text(place))
+            record = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         whole = isinstance(record, dict) and {"inputs", "done", "seconds", "outputs", "result"} <= record.keys()

@@ -18,8 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loralib.bases.device as device_module
 import loralib.bases.loading as base
-from loralib.bases.loading import RunDemo, load_base, load_tokenizer, pick_device, pick_dtype
+from loralib.bases import load_base, load_tokenizer, made_up, pick_device, pick_dtype, register_base
+from loralib.bases.made_up import RunDemo
 from loralib.console import percent, size
 from loralib.errors import BaseModelError, ConfigError, MissingDependencyError
 
@@ -94,15 +96,15 @@ def test_conversion_happens_once_and_again_after_damage(
         (directory / base._MANIFEST).write_text(json.dumps({"model.safetensors": 7}), encoding="utf-8")
 
     monkeypatch.setattr(base, "_convert", convert)
-    place = base._bundled()
-    assert base._bundled() == place
+    place = base._default_model()
+    assert base._default_model() == place
     assert len(converted) == 1
     told = capsys.readouterr().err
     assert "4-bit" in told
     assert "once" in told
     assert str(place) in told
     (place / "model.safetensors").write_bytes(b"wei")
-    assert base._bundled() == place
+    assert base._default_model() == place
     assert len(converted) == 2
     assert (place / "model.safetensors").read_bytes() == b"weights"
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [place.name]
@@ -117,7 +119,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(base, "_convert", convert)
     with pytest.raises(BaseModelError, match="No space left on device"):
-        base._bundled()
+        base._default_model()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,15 +133,15 @@ def test_what_is_in_the_way_of_a_conversion_is_told(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError("in use")))
 
     monkeypatch.setattr(base, "_convert", convert)
-    with pytest.raises(BaseModelError, match="remove what is in the way"):
-        base._bundled()
+    with pytest.raises(BaseModelError, match="remove what is there"):
+        base._default_model()
 
 
 def test_unwritable_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORALIB_CACHE", str(tmp_path / "file"))
     with pytest.raises(BaseModelError, match="Set LORALIB_CACHE to a directory"):
-        base._bundled()
+        base._default_model()
 
 
 def test_missing_bundle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,7 @@ def test_damaged_bundle_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = SimpleNamespace(hash=SimpleNamespace(value=digest), locate=lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(base, "_bundled_file", lambda: file)
     with pytest.raises(BaseModelError, match="is damaged"):
-        base._bundled()
+        base._default_model()
 
 
 # Models made up on the spot.
@@ -246,7 +248,7 @@ def test_scratch_warns_and_default_name_is_short(capsys: pytest.CaptureFixture[s
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 130))
 def test_scratch_takes_any_width(hidden_dim: int) -> None:
-    model = base._scratch(hidden_dim, 1)
+    model = made_up.build_scratch(hidden_dim, 1)
     assert hidden_dim % model.config.n_head == 0
     with torch.no_grad():
         assert model(torch.zeros(1, 2, dtype=torch.long)).logits.shape == (1, 2, 50257)
@@ -257,6 +259,18 @@ def test_run_demo_keeps_lora_in_fp32_whatever_the_base() -> None:
     dtypes = {("lora_" in name, p.dtype) for name, p in model.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     assert model(torch.zeros(1, 2, dtype=torch.long)).logits.dtype == torch.bfloat16
+
+
+def test_a_registered_base_is_built_by_name_and_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_up, "MADE_UP_BASES", dict(made_up.MADE_UP_BASES))
+    register_base("small-demo", lambda hidden_dim, num_layers: RunDemo(2 * hidden_dim, num_layers), dtype="bf16")
+    model, _ = load_base("small-demo", hidden_dim=8, num_layers=1, device="cpu")
+    assert model.name_or_path == "small-demo-8x1-seed0"
+    assert model.head.weight.dtype == torch.bfloat16
+    again, _ = load_base(model.name_or_path, device="cpu")
+    assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(BaseModelError, match="could not be downloaded"):
+        load_base("small-demo-8x1", device="cpu")
 
 
 def test_impossible_sizes_are_told_together() -> None:
@@ -285,7 +299,7 @@ def test_dtype_names_and_default(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["bf16", "torch.float16", "FP32", torch.float32]
     assert [pick_dtype(name, cpu) for name in names] == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
     for fast, expected in [(True, torch.bfloat16), (False, torch.float32)]:
-        monkeypatch.setattr(base, "_is_fast_in_bf16", lambda kind, fast=fast: fast)
+        monkeypatch.setattr(device_module, "_is_fast_in_bf16", lambda kind, fast=fast: fast)
         assert pick_dtype(None, cpu) == pick_dtype("auto", cpu) == expected
 
 
@@ -299,8 +313,8 @@ def test_hardware_is_asked_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     # The clock advances as if bf16 took `cost` where fp32 takes 3; both are timed in turn.
     for cost, expected in [(1.0, True), (2.5, False)]:
         steps = iter([t for _ in range(6) for t in (0.0, 3.0, 0.0, cost)])
-        monkeypatch.setattr(base.time, "perf_counter", lambda steps=steps: next(steps))
-        assert base._is_fast_in_bf16.__wrapped__("cpu") is expected
+        monkeypatch.setattr(device_module.time, "perf_counter", lambda steps=steps: next(steps))
+        assert device_module._is_fast_in_bf16.__wrapped__("cpu") is expected
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,9 +463,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        if self.path == "/api/models/org/tiny":
-            files = [{"rfilename": file.name} for file in folder.iterdir()] + [{"rfilename": "onnx/model.onnx"}]
+        names = [file.name for file in folder.iterdir()] + ["onnx/model.onnx"]
+        if self.path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
+            files = [{"rfilename": name} for name in names]
             content = json.dumps({"id": "org/tiny", "sha": SHA, "siblings": files}).encode()
+        elif self.path.startswith(f"/api/models/org/tiny/tree/{SHA}"):
+            content = json.dumps([{"type": "file", "path": n, "size": 1, "oid": "0"} for n in names]).encode()
         elif self.path.startswith(("/org/tiny/resolve/main/", f"/org/tiny/resolve/{SHA}/")):
             content = (folder / self.path.rpartition("/")[2]).read_bytes()
         else:
@@ -477,7 +494,7 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 import loralib.bases.loading as base
 from loralib.errors import BaseModelError
 
-base._PATIENCE_S = 1
+base._HUB_TIMEOUT = 1
 
 def load(name):
     try:
@@ -503,21 +520,21 @@ def test_hub(tiny: Path, tmp_path: Path) -> None:
     results = json.loads(child.stdout)
     assert results["name"] == results["from cache"] == "org/tiny"
     assert "no public model of that name" in results["unknown"]
-    assert "could not be fetched from the hub at http://127.0.0.1" in results["silent"]
+    assert "could not be downloaded from the hub at http://127.0.0.1" in results["silent"]
     assert "smollm2-135m, which needs no hub" in results["silent"]
     assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_offline_is_told_at_once() -> None:
     message = refused("smollm2-135n")
-    assert "could not be fetched" in message
+    assert "could not be downloaded" in message
     assert "Did you mean 'smollm2-135m'" in message
 
 
 def test_a_repository_without_a_model_is_told() -> None:
     with pytest.raises(BaseModelError, match=r"README\.md"):
-        base._wanted(["README.md", "weights/model.safetensors"])
-    assert base._wanted(["pytorch_model.bin", "config.json", "vocab.json", "flax_model.msgpack"]) == [
+        base._needed_files(["README.md", "weights/model.safetensors"])
+    assert base._needed_files(["pytorch_model.bin", "config.json", "vocab.json", "flax_model.msgpack"]) == [
         "config.json",
         "vocab.json",
         "pytorch_model.bin",

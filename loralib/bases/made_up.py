@@ -1,0 +1,208 @@
+"""Base models that are built on the spot with random weights: the only file that knows scratch and run-demo.
+
+Each has a width, a number of blocks and a seed. `build_base` builds the one that a name asks for; a name such as
+``scratch-64x1-seed5`` holds all three, so that an adapter's config can name the base exactly.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..console import say
+from ..errors import ConfigError, list_faults
+from ..layers import Embedding, Linear
+from ..utils import mark_only_lora_as_trainable
+from .device import pick_dtype
+
+__all__ = ["MADE_UP_BASES", "RunDemo", "build_base", "is_made_up", "register_base"]
+
+VOCABULARY = 50257  # GPT-2's number of tokens; the tokenizer may use fewer
+HIDDEN_DIM, NUM_LAYERS, SEED = 768, 2, 0  # unless the user or the name says otherwise
+
+
+# name -> (how to build it from hidden_dim and num_layers, its default dtype); see `register_base`.
+MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {}
+
+
+def register_base(name: str, build: Callable[[int, int], nn.Module], dtype: str | None = None) -> None:
+    """Adds a made-up base, which `loralib.load_base` then builds by that name.
+
+    Args:
+        name: the name.
+        build: called with hidden_dim and num_layers; returns a model with a ``config`` like those of transformers.
+        dtype: default dtype of its weights; None: see `pick_dtype`.
+    """
+    MADE_UP_BASES[name] = build, dtype
+
+
+def is_made_up(name: str) -> bool:
+    """Tells whether a name is that of a made-up base, with or without its sizes.
+
+    >>> is_made_up("scratch"), is_made_up("scratch-64x1-seed5"), is_made_up("gpt2")
+    (True, True, False)
+    """
+    return _parse(name)[0] in MADE_UP_BASES
+
+
+def build_base(
+    name: str,
+    dtype: str | torch.dtype | None,
+    device: torch.device,
+    seed: int,
+    hidden_dim: int | None,
+    num_layers: int | None,
+) -> Any:
+    """Builds a made-up base; its ``config.name_or_path`` names sizes and seed where they are not the defaults.
+
+    Args:
+        name: of the base, with or without its sizes.
+        dtype: of all weights but LoRA's own, which stay in fp32; default: the base's.
+        device: for which the default dtype is chosen; the model is built on the CPU.
+        seed: of the random weights; ignored where the name holds one.
+        hidden_dim: width of the model; default: 768.
+        num_layers: number of blocks; default: 2.
+
+    Raises:
+        ConfigError: a size or the seed is out of range, or contradicts the name.
+    """
+    kind, sizes = _parse(name)
+    if sizes is not None:
+        if hidden_dim not in (None, sizes[0]) or num_layers not in (None, sizes[1]):
+            raise ConfigError(
+                f"hidden_dim={hidden_dim} and num_layers={num_layers} contradict {name!r}. Leave them out, or choose "
+                f"--model {kind} with sizes of your own."
+            )
+        hidden_dim, num_layers, seed = sizes
+    hidden_dim = HIDDEN_DIM if hidden_dim is None else hidden_dim
+    num_layers = NUM_LAYERS if num_layers is None else num_layers
+    faults = [
+        f"{key} is {value}, expected a whole number of at least 1"
+        for key, value in {"hidden_dim": hidden_dim, "num_layers": num_layers}.items()
+        if value < 1
+    ]
+    if not 0 <= seed < 2**63:
+        faults.append(f"seed is {seed}, expected a whole number from 0 to below 2**63")
+    if faults:
+        raise ConfigError(list_faults(f"{kind} cannot be built", faults))
+    build, default_dtype = MADE_UP_BASES[kind]
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        model: Any = build(hidden_dim, num_layers)
+    weight_dtype = pick_dtype(default_dtype if dtype is None else dtype, device)
+    for key, parameter in model.named_parameters():
+        if "lora_" not in key:
+            parameter.data = parameter.data.to(weight_dtype)
+    is_default = (hidden_dim, num_layers, seed) == (HIDDEN_DIM, NUM_LAYERS, SEED)
+    model.config.name_or_path = kind if is_default else f"{kind}-{hidden_dim}x{num_layers}-seed{seed}"
+    return model
+
+
+def _parse(name: str) -> tuple[str, tuple[int, int, int] | None]:
+    """Splits a name into the base's own name and (hidden_dim, num_layers, seed).
+
+    >>> _parse("run-demo-64x1-seed5")
+    ('run-demo', (64, 1, 5))
+    """
+    match = re.fullmatch(r"(.+)-(\d+)x(\d+)-seed(\d+)", name)
+    return (match[1], (int(match[2]), int(match[3]), int(match[4]))) if match else (name, None)
+
+
+def build_scratch(hidden_dim: int, num_layers: int) -> Any:
+    """Builds a GPT-2 without dropout; its heads are 64 wide, or as near to that as the width allows."""
+    import transformers
+
+    divisors = [n for n in range(1, hidden_dim + 1) if hidden_dim % n == 0]
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=hidden_dim,
+        n_layer=num_layers,
+        n_head=min(divisors, key=lambda n: abs(n - hidden_dim / 64)),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    say(
+        f"note: 'scratch' is a GPT-2 with random weights (hidden_dim {hidden_dim}, num_layers {num_layers}). LoRA "
+        "steers what a model already knows; a random frozen one knows nothing and can hardly learn. Use it to try "
+        "things out.",
+        file=sys.stderr,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+class RunDemo(nn.Module):
+    """A LoRA embedding, blocks of two LoRA linears (width, 4 * width, width) with biases, and an untied head.
+
+    There is no attention: each token is predicted from the previous one alone.  With the defaults it has 87,752,033
+    parameters, of which 1,062,160 train (1.21 %).
+
+    Args:
+        hidden_dim: the width.
+        num_layers: number of blocks.
+        r: rank of all updates, which are scaled by 2 (``lora_alpha = 2 * r``).
+        freeze: train LoRA's own parameters only; otherwise biases and head too, which Microsoft's layers leave
+            trainable by themselves.
+    """
+
+    def __init__(self, hidden_dim: int = 768, num_layers: int = 2, r: int = 16, freeze: bool = True) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "merge_weights": False}
+        self.config = SimpleNamespace(
+            model_type="run-demo",
+            vocab_size=VOCABULARY,
+            hidden_size=hidden_dim,
+            num_hidden_layers=num_layers,
+            tie_word_embeddings=False,
+            name_or_path="run-demo",
+            eos_token_id=None,
+        )
+        self.embedding = Embedding(VOCABULARY, hidden_dim, **settings)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "up_proj": Linear(hidden_dim, 4 * hidden_dim, **settings),
+                    "down_proj": Linear(4 * hidden_dim, hidden_dim, **settings),
+                }
+            )
+            for _ in range(num_layers)
+        )
+        self.head = nn.Linear(hidden_dim, VOCABULARY)
+        if freeze:
+            mark_only_lora_as_trainable(self)
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int | Tensor = 0, **_: Any) -> Any:
+        """Computes the logits of the next token; accepts the other arguments of transformers' models and ignores them.
+
+        Args:
+            input_ids: (B, T).
+            logits_to_keep: number of last positions to compute (0: all), or the indices of positions (n,).
+
+        Returns:
+            An object whose ``logits`` are (B, T, 50257), or (B, n, 50257) for n positions to keep.
+        """
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            layers = cast(nn.ModuleDict, block)
+            x = x + layers["down_proj"](F.gelu(layers["up_proj"](x)))
+        positions = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(logits=self.head(x[:, positions]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the embedding, as transformers' models do."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the head, as transformers' models do."""
+        return self.head
+
+
+register_base("scratch", build_scratch)
+register_base("run-demo", RunDemo, dtype="fp32")
