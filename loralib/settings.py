@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 import sys
 import types
@@ -64,7 +65,7 @@ def setting(
     >>> Bath().temperature
     38
     >>> setting_faults(Bath, {"temperature": 120})
-    ['temperature is 120, expected a whole number from 0 to below 100']
+    ['temperature is 120, expected a whole number of at least 0 and below 100']
     """
     about = {name: value for name, value in locals().items() if name != "default"}
     if isinstance(default, dict):
@@ -100,7 +101,8 @@ def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         key = names.get(name, name)
         if key in renamed:
-            raise ConfigError(_given_twice(key, values, names))
+            both = " and ".join(other for other in values if names.get(other) == key)
+            raise ConfigError(f"{both} are the same setting, expected one of them")
         renamed[key] = value
     return renamed
 
@@ -150,8 +152,6 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
     for name, value in values.items():
         if name not in names:
             faults.append(f"{where}{name} is no setting.{did_you_mean(name, names)}")
-        elif name != names[name] and names[name] in values:
-            faults.append(where + _given_twice(names[name], values, names))
         else:
             faults += _value_faults(f"{where}{name}", value, hints[names[name]], specs[names[name]].metadata)
     return faults
@@ -212,11 +212,6 @@ def _spellings(config: type) -> dict[str, str]:
     return {name: spec.name for spec in specs for name in (spec.name, *spec.metadata.get("aliases", ()))}
 
 
-def _given_twice(key: str, values: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    both = [name for name in values if names.get(name) == key]
-    return f"{' and '.join(both)} are the same setting, expected one of them"
-
-
 def _without_paths(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -261,29 +256,27 @@ def _in_range(value: Any, about: Mapping[str, Any]) -> bool:
         return True
     if about.get("choices") and value not in about["choices"]:
         return False
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = about.get("at_least"), about.get("at_most")
-        above, below = about.get("above"), about.get("below")
-        if (low is not None and value < low) or (above is not None and value <= above):
-            return False
-        if (high is not None and value > high) or (below is not None and value >= below):
-            return False
-    rule = about.get("rule")
-    return rule is None or bool(rule(value))
+    if isinstance(value, (int, float)) and not all(holds(value, about[name]) for name, holds, _ in _bounds(about)):
+        return False
+    return about.get("rule") is None or bool(about["rule"](value))
+
+
+def _bounds(about: Mapping[str, Any]) -> list[tuple[str, Callable[[Any, Any], bool], str]]:
+    return [bound for bound in _BOUNDS if about.get(bound[0]) is not None]
 
 
 def _description(hint: Any, about: Mapping[str, Any]) -> str:
     """Says in words which values are valid, as "a whole number of at least 1"."""
-    kinds = [_name_of(kind) for kind in kinds_of(hint) if kind is not types.NoneType]
-    low, above, high, below = (about.get(name) for name in ("at_least", "above", "at_most", "below"))
-    upper = f"at most {high:,}" if high is not None else f"below {below:,}" if below is not None else ""
-    if low is not None:
-        kinds[0] += f" from {low:,} to {upper.removeprefix('at most ')}" if upper else f" of at least {low:,}"
-    elif above is not None:
-        kinds[0] += f" above {above:,}" + (f" and {upper}" if upper else "")
-    return " or ".join(kinds)
+    kinds = " or ".join(_name_of(kind) for kind in kinds_of(hint) if kind is not types.NoneType)
+    return f"{kinds} {' and '.join(f'{words} {about[name]:,}' for name, _, words in _bounds(about))}".rstrip()
 
 
+_BOUNDS = (
+    ("at_least", operator.ge, "of at least"),
+    ("above", operator.gt, "above"),
+    ("at_most", operator.le, "at most"),
+    ("below", operator.lt, "below"),
+)
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _PLURALS = {bool: "booleans", int: "whole numbers", float: "numbers", str: "strings"}
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..config import LoraConfig
 
+ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
 DTYPES = ("fp32", "bf16", "fp16")
 # Prompts of different kinds, for when the user gives none.
 PROMPTS = (
@@ -24,44 +25,7 @@ PROMPTS = (
 )
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser, several: bool = False, makes_rank: bool = False) -> None:
-    """Adds the adapter's path, its base model, and the settings that a Microsoft checkpoint does not store.
-
-    Args:
-        parser: gets the arguments.
-        several: whether the command takes several adapters.
-        makes_rank: whether the command has a ``--rank`` of its own, the rank of its result.
-    """
-    parser.add_argument(
-        "adapters" if several else "adapter",
-        nargs="+" if several else None,
-        metavar="ADAPTER",
-        help="a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib",
-    )
-    add_flag(parser, "--model", "--base", help="base model: a name or path (default: the one named in the adapter)")
-    group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not store its settings")
-    names = ("--lora_dim",) if makes_rank else ("--rank", "--lora_dim")
-    text = "rank r it was trained with" + (" (or --rank, where the result keeps the rank)" if makes_rank else "")
-    add_flag(group, *names, dest="lora_dim", type=int, metavar="N", help=text)
-    group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha it was trained with")
-    add_list(group, "--target_modules", metavar="NAMES", help="adapted modules, as in q_proj,v_proj")
-    group.add_argument(
-        "--enable_lora",
-        metavar="BLOCKS",
-        help="adapted blocks of fused projections, as in c_attn=1,0,1 (q and v of GPT-2)",
-    )
-    add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were trained in full")
-
-
-def add_model_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds the arguments of `loralib.bases.load_adapted`."""
-    parser.add_argument("--adapter", metavar="ADAPTER", help="adapter: a PEFT or MLX directory, or a GGUF LoRA file")
-    add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
-
-
-class _Output(argparse.Action):
+class Output(argparse.Action):
     """Stores the output, which is the last word of the command or follows -o."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
@@ -77,19 +41,50 @@ class _Output(argparse.Action):
                 action.required = False
 
 
-def add_output_argument(parser: argparse.ArgumentParser, help: str, last_word: bool = True) -> None:
-    """Adds ``-o OUTPUT``; a command on one adapter takes the output as its last word too."""
-    if last_word:
-        parser.add_argument("output", action=_Output, metavar="OUTPUT", help=f"{help}; or give it as -o OUTPUT")
-    hint = argparse.SUPPRESS if last_word else help
-    parser.add_argument("-o", "--output", action=_Output, required=not last_word, metavar="OUTPUT", help=hint)
+def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
+    """Adds the adapter, its base model, the output, and the settings that a Microsoft checkpoint does not store.
 
-
-def add_initial_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--initial_adapter``."""
+    Args:
+        parser: gets the arguments.
+        output: the help text of the output, if the command writes one.
+        makes_rank: whether the command has a ``--rank`` of its own, the rank of its result.
+    """
+    parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(
         "--initial_adapter", metavar="DIR", help="the adapter as saved before training (CorDA, randomised PiSSA)"
     )
+    if output is not None:
+        parser.add_argument("output", action=Output, metavar="OUTPUT", help=f"{output}; or give it as -o OUTPUT")
+        parser.add_argument("-o", "--output", action=Output, metavar="OUTPUT", help=argparse.SUPPRESS)
+    add_checkpoint_arguments(parser, makes_rank)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, makes_rank: bool) -> None:
+    """Adds the base model, and the settings that a Microsoft checkpoint does not store."""
+    add_flag(parser, "--model", "--base", help="base model: a name or path (default: the one named in the adapter)")
+    group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not store its settings")
+    names = ("--lora_dim",) if makes_rank else ("--rank", "--lora_dim")
+    text = "rank r it was trained with" + (" (or --rank, where the result keeps the rank)" if makes_rank else "")
+    add_flag(group, *names, dest="lora_dim", type=int, metavar="N", help=text)
+    group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha it was trained with")
+    add_list(group, "--target_modules", metavar="NAMES", help="adapted modules, as in q_proj,v_proj")
+    text = "adapted blocks of fused projections, as in c_attn=1,0,1 (q and v of GPT-2)"
+    group.add_argument("--enable_lora", metavar="BLOCKS", help=text)
+    add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were trained in full")
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the arguments of `loralib.bases.load_adapted`."""
+    parser.add_argument("--adapter", metavar="ADAPTER", help="adapter: a PEFT or MLX directory, or a GGUF LoRA file")
+    add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
+
+
+def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, default: str | None = "auto") -> None:
+    """Adds ``--data_format``."""
+    text = f"{help} (default auto)"
+    add_flag(parser, "--data_format", "--format", default=default, choices=("auto", *formats), help=text)
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:

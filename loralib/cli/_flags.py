@@ -57,6 +57,19 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
 
 
+def _comma_list(word: str) -> list[str]:
+    return [part.strip() for part in word.split(",") if part.strip()]
+
+
+def _files(word: str) -> list[str]:
+    """Splits a comma list of files; a comma may also belong to the name of a file, which may end with a weight."""
+    exists = os.path.exists(word) or os.path.exists(word.rpartition(":")[0])
+    return [word] if exists else _comma_list(word)
+
+
+_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {"names": parse_target_modules, "files": _files}
+
+
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
     """Adds a flag; the names after the first are second spellings, which help does not show."""
     options = {"dest": names[0].removeprefix("--"), **options}
@@ -65,13 +78,21 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
         group.add_argument(name, **{**options, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
 
 
-def add_list(group: argparse._ActionsContainer, *names: str, item: type = str, **options: Any) -> None:
-    """Adds a flag that takes a list, as ``a,b,c`` or ``a b c``, each of type `item`."""
+def add_list(
+    group: argparse._ActionsContainer, *names: str, items: Callable[[str], Any] = _comma_list, **options: Any
+) -> None:
+    """Adds a flag that takes a list, as ``a,b,c`` or ``a b c``; `items` splits each word."""
 
-    def items(text: str) -> list[Any]:
-        return [item(part.strip()) for part in text.split(",") if part.strip()]
+    class Words(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            try:
+                lists = [items(word) for word in values]
+            except ValueError:
+                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
+            joined = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
+            setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
 
-    _add_words(group, names, items, **options)
+    add_flag(group, *names, nargs="+", action=Words, **options)
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +129,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
             "help": text + ("" if default in (None, ()) else f" (default {default})"),
         }
         if about["several"] in _SPLIT:
-            _add_words(group, names, _SPLIT[about["several"]], **options)
+            add_list(group, *names, items=_SPLIT[about["several"]], **options)
         else:
             action = "append" if about["several"] == "repeat" else "store"
             add_flag(group, *names, action=action, type=kind, **options)
@@ -122,41 +143,14 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     """
     values = dict(defaults or {})
     if args.config is not None:
-        given = read_toml(Path(args.config), f"--config {args.config}")
+        given = canonical(config, read_toml(Path(args.config), f"--config {args.config}"))
         faults = setting_faults(config, given)
         if faults:
             raise ConfigError(list_faults(f"--config {args.config} has invalid settings", faults))
-        values |= canonical(config, given)
+        values |= given
     names = [spec.name for spec in dataclasses.fields(cast(Any, config))]
     values |= {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     return config(**values)
-
-
-def _add_words(
-    group: argparse._ActionsContainer, names: Sequence[str], items: Callable[[str], Any], **options: Any
-) -> None:
-    """Adds a flag that takes several words, each of which may stand for several items."""
-
-    class Words(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-            try:
-                lists = [items(word) for word in values]
-            except ValueError:
-                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
-            joined = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
-            setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
-
-    add_flag(group, *names, nargs="+", action=Words, **options)
-
-
-def _files(word: str) -> list[str]:
-    """Splits a comma list of files; a comma may also belong to the name of a file, which may end with a weight."""
-    if os.path.exists(word) or os.path.exists(word.rpartition(":")[0]):
-        return [word]
-    return [part.strip() for part in word.split(",") if part.strip()]
-
-
-_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {"names": parse_target_modules, "files": _files}
 
 
 def _with_underscores(word: str) -> str:

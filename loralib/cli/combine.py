@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._adapters import add_adapter_arguments, add_output_argument, read_with_base
+from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, read_with_base
 from ._flags import add_list
 
 
@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapters, the output and how to combine."""
     from ..combine import METHODS
 
-    add_adapter_arguments(parser, several=True, makes_rank=True)
-    add_output_argument(parser, "directory of the result, in PEFT's format", last_word=False)
-    add_list(parser, "--weights", item=float, metavar="X,X", help="one weight for each adapter (default 1)")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help=ADAPTER_HELP)
+    text = "directory of the result, in PEFT's format"
+    parser.add_argument("-o", "--output", action=Output, required=True, metavar="OUTPUT", help=text)
+    add_checkpoint_arguments(parser, makes_rank=True)
+    add_list(parser, "--weights", items=_numbers, metavar="X,X", help="one weight for each adapter (default 1)")
     parser.add_argument(
         "--method",
         choices=tuple(METHODS),
@@ -38,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     special.add_argument("--subtract", action="store_true", help="the first adapter minus the second")
     special.add_argument("--interpolate", type=float, metavar="T", help="(1 - T) * first + T * second")
     special.add_argument("--energy", type=float, metavar="X", help="one adapter: keep this share of its squared norm")
+
+
+def _numbers(word: str) -> list[float]:
+    return [float(part) for part in word.split(",")]
 
 
 def run(args: argparse.Namespace) -> None:

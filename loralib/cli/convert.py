@@ -14,14 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ._adapters import (
-    DTYPES,
-    add_adapter_arguments,
-    add_initial_adapter_argument,
-    add_output_argument,
-    read,
-    read_with_base,
-)
+from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -29,8 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the output, and the tool it is for."""
-    add_adapter_arguments(parser, makes_rank=True)
-    add_output_argument(parser, "directory to write, or a file for llamacpp and microsoft")
+    add_adapter_arguments(parser, "directory to write, or a file for llamacpp and microsoft", makes_rank=True)
     parser.add_argument(
         "--target",
         default="peft",
@@ -46,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest relative error to accept for DoRA without --rank (default 0.01)",
     )
-    add_initial_adapter_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
-from ._flags import add_flag
+from ._adapters import add_format
 
 if TYPE_CHECKING:
     from ..data import Encoded, TokenExample
@@ -60,12 +60,8 @@ def _add_preview(actions: Any) -> None:
     preview.add_argument(
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
-    add_flag(
-        preview,
-        "--data_format",
-        "--format",
-        default="auto",
-        help="auto (by the file name; .txt is E2E lines), e2e, jsonl, text (plain), dart or webnlg (default: auto)",
+    add_format(
+        preview, "format of the files; auto takes .txt for e2e, text is plain", "e2e", "jsonl", "text", "dart", "webnlg"
     )
     preview.add_argument(
         "--seq_len",
@@ -180,14 +176,7 @@ def _add_convert(actions: Any) -> None:
     )
     convert.add_argument("input", help="the published file")
     convert.add_argument("output", help="the JSONL file to write")
-    add_flag(
-        convert,
-        "--data_format",
-        "--format",
-        default="auto",
-        choices=("auto", "e2e", "dart", "webnlg", "jsonl"),
-        help="format of the input (default: auto, by the file name)",
-    )
+    add_format(convert, "format of the input", "e2e", "jsonl", "dart", "webnlg")
     convert.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
     convert.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
     convert.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")

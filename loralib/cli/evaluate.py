@@ -15,8 +15,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from ._adapters import add_model_arguments
-from ._flags import add_flag, add_list
+from ._adapters import add_format, add_model_arguments
+from ._flags import add_list
 
 if TYPE_CHECKING:
     from ..nlg.evaluation import Evaluation
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity", action="store_true", help="compute a model's perplexity on REF's texts, per token and per word"
     )
     add_model_arguments(model)
-    add_flag(
-        model, "--data_format", "--format", help="format of REF: auto, e2e, jsonl, text, dart or webnlg (default auto)"
-    )
+    add_format(model, "format of REF", "e2e", "jsonl", "text", "dart", "webnlg", default=None)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from ..console import progress, say
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
-from ._adapters import add_model_arguments
+from ._adapters import add_format, add_model_arguments
 from ._flags import add_fields, add_flag, from_args
 
 
@@ -35,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
-    add_flag(
-        parser,
-        "--data_format",
-        "--format",
-        default="auto",
-        help="format of the file: auto, e2e, jsonl, dart or webnlg (default auto)",
-    )
+    add_format(parser, "format of the file", "e2e", "jsonl", "dart", "webnlg")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")

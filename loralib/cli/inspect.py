@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._adapters import PROMPTS, add_adapter_arguments, add_initial_adapter_argument, read, read_with_base
+from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="for --verify: a prompt as in training; may be repeated"
     )
-    add_initial_adapter_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,27 +12,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._adapters import (
-    DTYPES,
-    PROMPTS,
-    add_adapter_arguments,
-    add_initial_adapter_argument,
-    add_output_argument,
-    read,
-    read_with_base,
-)
+from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the output and how to write it."""
-    add_adapter_arguments(parser)
-    add_output_argument(parser, "directory of the merged model")
+    add_adapter_arguments(parser, "directory of the merged model")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="dtype of the merged weights (default bf16)")
     parser.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="size at which the weights are split (default 5GB)"
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="compare logits on this; may be repeated")
-    add_initial_adapter_argument(parser)
     parser.add_argument(
         "--allow_base_mismatch", action="store_true", help="merge even if the base's weights differ from training"
     )
