@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
     from ..bases import load_adapted
-    from ..generation.stream import encode_prompts
+    from ..generation.streaming import encode_prompts
 
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge

@@ -98,7 +98,7 @@ class _Switch:
 
 
 def _new(kind: type) -> Any:
-    return kind.__new__(kind)
+    return object.__new__(kind)
 
 
 _VIEW_CLASSES: Final[dict[tuple[type, Any], type]] = {}

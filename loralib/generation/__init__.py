@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .beam import Hypothesis, beam_search
 from .sampling import Sampling
-from .stream import Generation, Generator, Piece, generate, stream
+from .streaming import Generation, Generator, Piece, generate, stream
 
 __all__ = ["Generation", "Generator", "Hypothesis", "Piece", "Sampling", "beam_search", "generate", "stream"]

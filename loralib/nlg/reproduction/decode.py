@@ -15,7 +15,7 @@ from ...files import append_lines, resume_lines
 from ...generation import Generation, Sampling, stream
 from ...generation.beam import search
 from ...generation.limits import end_tokens
-from ...generation.stream import encode_prompts, join
+from ...generation.streaming import encode_prompts, join
 from ...generation.text import TextStream
 
 __all__ = ["decode", "end_ids", "one_line", "read_decoded", "write_decoded"]
