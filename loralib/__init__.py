@@ -14,11 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Eager where a function has its module's name: importing that module later would put it in the function's place.
-from .generation import beam_search, generate
-from .injection import disabled, inject, merge, remove, unmerge
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
-from .training import TrainConfig, train
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
 if TYPE_CHECKING:
@@ -27,6 +23,9 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
+    from .generation import beam_search, generate
+    from .injection import disabled, inject, merge, remove, unmerge
+    from .training import TrainConfig, train
 
 __version__ = "1.0.0"
 
@@ -62,22 +61,22 @@ __all__ = [
 
 # Where the lazy names live (PEP 562): importing loralib costs about as much as importing torch.
 _LAZY = {
-    "Adapter": "adapter",
-    "adapter_of": "adapter",
-    "apply_adapter": "adapter",
-    "load_base": "bases",
-    "LoraConfig": "config",
-    "LoraError": "errors",
-    "load_adapter": "formats",
-    "read_adapter": "formats",
-    "save_adapter": "formats",
+    "adapter": ("Adapter", "adapter_of", "apply_adapter"),
+    "bases": ("load_base",),
+    "config": ("LoraConfig",),
+    "errors": ("LoraError",),
+    "formats": ("load_adapter", "read_adapter", "save_adapter"),
+    "generation": ("beam_search", "generate"),
+    "injection": ("disabled", "inject", "merge", "remove", "unmerge"),
+    "training": ("TrainConfig", "train"),
 }
+_MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 
