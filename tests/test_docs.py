@@ -337,6 +337,39 @@ def test_messages_that_the_guide_quotes_are_those_of_the_code() -> None:
     assert not [text for text in quoted if text not in code and text not in shown]
 
 
+def printable() -> tuple[set[str], re.Pattern[str]]:
+    """The strings in the package's code, and a pattern for the lines that its f-strings print."""
+    texts, patterns = set[str](), set[str]()
+    for name in FILES:
+        if not re.fullmatch(r"loralib/.*\.py", name):
+            continue
+        for node in ast.walk(ast.parse(read(name))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value.strip())
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                if sum(len(re.findall("[a-zA-Z]", part or "")) for part in parts) >= 6:
+                    patterns.add("".join(".*" if part is None else re.escape(part.strip("\n")) for part in parts))
+    return texts, re.compile("|".join(patterns))
+
+
+@pytest.mark.parametrize("name", ["README.md", GUIDES["en"]])
+def test_shown_output_is_what_the_code_prints(name: str) -> None:
+    texts, patterns = printable()
+    shown = [content for _, content in blocks(name) if re.match("Loading|Switching", content)]
+    assert shown
+    lines = [line for content in shown for line in content.splitlines() if line.strip()]
+    of_data = re.compile(r"name : .*| {13}.*|[- ]+|  \w+ \(\d+ ms\) .*")  # prompts, wrapped text, rules, switching
+    # A line's label may be printed by one piece of code, and a line's last part by another.
+    parts = {
+        line: {line, re.split(r": |  +", line.strip())[0], line.rpartition(", ")[0]}
+        for line in lines
+        if not of_data.fullmatch(line)
+    }
+    assert not [line for line, own in parts.items() if not own & texts and not any(map(patterns.fullmatch, own))]
+    assert not patterns.fullmatch("Finished 50 updates.")
+
+
 # The reading path.
 
 PATH = "docs/how-it-works.md"
