@@ -360,9 +360,10 @@ def test_shown_output_is_what_the_code_prints(name: str) -> None:
     assert shown
     lines = [line for content in shown for line in content.splitlines() if line.strip()]
     of_data = re.compile(r"name : .*| {13}.*|[- ]+|  \w+ \(\d+ ms\) .*")  # prompts, wrapped text, rules, switching
-    # A line's label may be printed by one piece of code, and a line's last part by another.
+    # Labels of files and table rows are strings of their own, and a line's last part may be an f-string of its own.
+    label = re.compile(r"(?:: (?=\S+ \([\d.]+ MB\)$)|  +).*")
     parts = {
-        line: {line, re.split(r": |  +", line.strip())[0], line.rpartition(", ")[0]}
+        line: {line, label.sub("", line.strip()), line.rpartition(", ")[0]}
         for line in lines
         if not of_data.fullmatch(line)
     }
