@@ -363,7 +363,7 @@ def test_shown_output_is_what_the_code_prints(name: str) -> None:
     # Labels of files and table rows are strings of their own, and a line's last part may be an f-string of its own.
     label = re.compile(r"(?:: (?=\S+ \([\d.]+ MB\)$)|  +).*")
     parts = {
-        line: {line, label.sub("", line.strip()), line.rpartition(", ")[0]}
+        line: {line, label.sub("", line.strip()), line.rpartition(", ")[0]} - {""}
         for line in lines
         if not of_data.fullmatch(line)
     }
