@@ -414,7 +414,8 @@ def test_the_reading_path_leads_through_what_there_is() -> None:
     assert not [name for name in named if not (ROOT / name).exists() and name.rpartition(".")[2] not in words]
 
 
-def test_the_reading_path_s_shapes_are_so() -> None:
+def test_the_reading_path_s_shapes_are_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORALIB_ENGINE", raising=False)
     code = "".join(content for language, content in blocks(PATH) if language == "python")
     test = doctest.DocTestParser().get_doctest(code, {}, PATH, None, 0)
     assert len(test.examples) > 20
