@@ -25,8 +25,8 @@ from loralib.training.memory import freeze_objects, keep_freed_memory
 HERE = Path(__file__).resolve().parent
 # The first kind of which a part of the name is in that of an operator, or of a function of ours.
 KINDS = {
-    "linears with LoRA": ("_Together", "::mm", "::addmm"),
-    "the head": ("_Product", "_linear_pointwise"),
+    "linears with LoRA": ("_GroupProduct", "_CastFactors", "::mm", "::addmm"),
+    "the head": ("_FrozenProduct", "_linear_pointwise"),
     "attention: products and softmax": ("::bmm", "::baddbmm", "::_softmax", "_KernelAttention"),
     "activations": ("silu", "gelu", "_GELU", "_SwiGLU"),
     "norms": ("norm", "addmv", "mv", "_RMSNorm"),

@@ -392,7 +392,7 @@ def validation_loss(model: nn.Module, examples: list[TokenExample]) -> float:
     model.eval()
     done = [engine.loss(examples[at : at + 16]) for at in range(0, len(examples), 16)]
     model.train()
-    return sum(stats.loss_sum for stats in done) / sum(stats.trained_tokens for stats in done)
+    return float(sum(stats.loss_sum for stats in done)) / sum(stats.trained_tokens for stats in done)
 
 
 def peer_validation_loss(model: nn.Module, examples: list[TokenExample]) -> float:

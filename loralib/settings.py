@@ -144,14 +144,15 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
         One line for each fault.
 
     >>> from loralib.config import LoraConfig
-    >>> setting_faults(LoraConfig, {"lora_alhpa": 16, "use_dora": "yes"})
-    ["lora_alhpa is no setting. Did you mean 'lora_alpha' or 'lora_bias'?", "use_dora is 'yes', expected true or false"]
+    >>> print(*setting_faults(LoraConfig, {"lora_alhpa": 16, "use_dora": "yes"}), sep="\\n")
+    lora_alhpa is not a setting. Did you mean 'lora_alpha' or 'lora_bias'?
+    use_dora is 'yes', expected true or false
     """
     specs = {spec.name: spec for spec in dataclasses.fields(config)}
     names, hints, faults = _spellings(config), _hints(config), []
     for name, value in values.items():
         if name not in names:
-            faults.append(f"{where}{name} is no setting.{did_you_mean(name, names)}")
+            faults.append(f"{where}{name} is not a setting.{did_you_mean(name, names)}")
         else:
             faults += _value_faults(f"{where}{name}", value, hints[names[name]], specs[names[name]].metadata)
     return faults

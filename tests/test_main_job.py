@@ -215,7 +215,7 @@ def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> N
     assert code == 0, err
     assert "r=2, lora_alpha=4" in out
     (tmp_path / "bad.toml").write_text("lora_rank = 3\n", encoding="utf-8")
-    refused(run("run_training", "--config", "bad.toml"), "--config bad.toml", "lora_rank is no setting")
+    refused(run("run_training", "--config", "bad.toml"), "--config bad.toml", "lora_rank is not a setting")
 
 
 def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_all_faults_of_a_recipe_at_once(tmp_path: Path) -> None:
         "from is no key of a recipe. Did you mean 'form'?",
         "num_beams is no key of a recipe. Did you mean 'decode.num_beams'?",
         "max_inputs is -1, expected 0 (all) or a number of inputs",
-        "train.lora_dmi is no setting. Did you mean 'lora_dim'",
+        "train.lora_dmi is not a setting. Did you mean 'lora_dim'",
         "train.lr is 'fast', expected a number",
         "train.model is given by the command",
         "decode.num_beams is True, expected a whole number",

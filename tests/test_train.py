@@ -328,7 +328,7 @@ def test_what_the_declared_tool_could_not_compute_is_refused_before_anything_cha
     model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = True
     config = settings(tmp_path, target_modules="embed_tokens,q_proj", target="llamacpp")
-    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp cannot compute this adapter rightly.*embed_tokens"):
+    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp would compute this adapter wrongly.*embed_tokens"):
         train(config, model)
     assert not any("lora_" in name for name, _ in model.named_parameters())
     assert not list(tmp_path.iterdir())
