@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import doctest
 import importlib
 import re
 import runpy
@@ -336,6 +337,93 @@ def test_messages_that_the_guide_quotes_are_those_of_the_code() -> None:
     assert not [text for text in quoted if text not in code and text not in shown]
 
 
+def printable() -> tuple[set[str], re.Pattern[str]]:
+    """The strings in the package's code, and a pattern for the lines that its f-strings print."""
+    texts, patterns = set[str](), set[str]()
+    for name in FILES:
+        if not re.fullmatch(r"loralib/.*\.py", name):
+            continue
+        for node in ast.walk(ast.parse(read(name))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value.strip())
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                if sum(len(re.findall("[a-zA-Z]", part or "")) for part in parts) >= 6:
+                    patterns.add("".join(".*" if part is None else re.escape(part.strip("\n")) for part in parts))
+    return texts, re.compile("|".join(patterns))
+
+
+@pytest.mark.parametrize("name", ["README.md", GUIDES["en"]])
+def test_shown_output_is_what_the_code_prints(name: str) -> None:
+    texts, patterns = printable()
+    shown = [content for _, content in blocks(name) if re.match("Loading|Switching", content)]
+    assert shown
+    lines = [line for content in shown for line in content.splitlines() if line.strip()]
+    of_data = re.compile(r"name : .*| {13}.*|[- ]+|  \w+ \(\d+ ms\) .*")  # prompts, wrapped text, rules, switching
+    # Labels of files and table rows are strings of their own, and a line's last part may be an f-string of its own.
+    label = re.compile(r"(?:: (?=\S+ \([\d.]+ MB\)$)|  +).*")
+    parts = {
+        line: {line, label.sub("", line.strip()), line.rpartition(", ")[0]} - {""}
+        for line in lines
+        if not of_data.fullmatch(line)
+    }
+    assert not [line for line, own in parts.items() if not own & texts and not any(map(patterns.fullmatch, own))]
+    assert not patterns.fullmatch("Finished 50 updates.")
+
+
+# The reading path.
+
+PATH = "docs/how-it-works.md"
+
+
+def stops() -> Iterator[tuple[str, str]]:
+    """Each name that the reading path tells to read, after the file that it is in."""
+    for header, *rows in tables(PATH):
+        assert header[:2] == ["file", "read"]
+        for file, names, _ in rows:
+            (link,) = re.findall(r"\]\(\.\./(loralib/[\w/]+\.py)\)", file)
+            yield from ((link, name) for name in re.findall(r"`([\w.]+)`", names))
+
+
+def definitions(file: str) -> dict[str, ast.AST]:
+    """The functions, classes and methods of a file, by name: "f", "C", "C.f"."""
+    found: dict[str, ast.AST] = {}
+
+    def walk(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = node
+                walk(node.body if isinstance(node, ast.ClassDef) else [], f"{node.name}.")
+
+    walk(ast.parse(read(file)).body, "")
+    return found
+
+
+def test_the_reading_path_leads_through_what_there_is() -> None:
+    known = {file: definitions(file) for file in dict(stops())}
+    assert not [(file, name) for file, name in stops() if name not in known[file]]
+    lines = {
+        (file, line)
+        for file, name in stops()
+        for line in range(known[file][name].lineno, known[file][name].end_lineno + 1)  # type: ignore[attr-defined]
+    }
+    assert 1000 < len(lines) <= 1500
+    # What the text names besides is in those files, too.
+    words = set(re.findall(r"\w+", "".join(map(read, known))))
+    named = re.findall(r"`([A-Za-z_][\w.]*)`", re.sub(r"^\|.*$", "", prose(PATH), flags=re.MULTILINE))
+    assert not [name for name in named if not (ROOT / name).exists() and name.rpartition(".")[2] not in words]
+
+
+def test_the_reading_path_s_shapes_are_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORALIB_ENGINE", raising=False)
+    code = "".join(content for language, content in blocks(PATH) if language == "python")
+    test = doctest.DocTestParser().get_doctest(code, {}, PATH, None, 0)
+    assert len(test.examples) > 20
+    torch.manual_seed(0)
+    printed: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(test, out=printed.append).failed == 0, "".join(printed)
+
+
 # The rest.
 
 
@@ -362,6 +450,12 @@ def test_help_is_where_the_guide_says(capsys: pytest.CaptureFixture[str]) -> Non
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         flags = {option for action in parser._actions for option in action.option_strings}
-        told = {row[0].strip("`") for rows in tables(GUIDES["en"]) for row in rows if row[0].startswith("`--")}
+        told = {
+            flag
+            for rows in tables(GUIDES["en"])
+            for row in rows
+            if row[0].startswith("`--")
+            for flag in re.findall(r"`(--\w+)`", f"{row[0]} {row[-1]}")  # its second spelling is in the last column
+        }
         hidden = {f"--{flag.removeprefix('--no_')}" for flag in told if flag.startswith("--no_")}
         assert flags - hidden - {"-h", "--help", "--config"} <= told

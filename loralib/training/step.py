@@ -2,8 +2,8 @@
 
 `make_step` looks at the model once and chooses the fastest way that is exact for it:
 
-- packed: the batch is one row (`loralib.data.packing`), each layer's attention follows the pack (`attention.py`), and
-  the head runs at trained positions only, in chunks (`loss.py`);
+- packed: the batch is one row (`loralib.data.packing`), each layer's attention follows the pack
+  (`engine/attention.py`), and the head runs at trained positions only, in chunks (`engine/loss.py`);
 - padded: where the model cannot be packed, because it is not built like transformers' models or because the check on
   random tokens shows that its examples would influence each other.
 """
