@@ -53,7 +53,7 @@ def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[s
 
 def left_out(model: Any, step: Any, kind: str) -> dict[Any, Any]:
     """The ways of small operators without one kind of module."""
-    return {module: way for module, way in step._forward._ways.items() if kind not in type(module).__name__}
+    return {module: way for module, way in step._forward._overrides.items() if kind not in type(module).__name__}
 
 
 def steps(name: str, rounds: int) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
     model = bench.ours(name)
     optimizer = bench.optimizer(model)
     step = make_step(model)
-    every = step._forward._ways
+    every = step._forward._overrides
 
     def run(ways: Any = every) -> None:
-        with mock.patch.object(step._forward, "_ways", ways):
+        with mock.patch.object(step._forward, "_overrides", ways):
             for batch in work:
                 step.forward_backward(batch, loss_scale=1 / sum(sum(example.trained) for example in batch))
                 bench.apply(model, optimizer)

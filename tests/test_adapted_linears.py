@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from loralib.config import LoraConfig
 from loralib.engine import adapted_linears
 from loralib.engine.adapted_linears import TrainingLinears
-from loralib.engine.placement import Hold, running
+from loralib.engine.placement import Hold, overriding
 from loralib.injection import adapted_layers, disabled, inject, merge, remove
 
 TOLERANCE = 1e-6
@@ -51,7 +51,7 @@ def learned(net, x):
     with (
         Hold(net, linears.modules, "training"),
         linears.finding_groups() as recorders,
-        running(recorders),
+        overriding(recorders),
         torch.no_grad(),
     ):
         net(x)
@@ -60,7 +60,7 @@ def learned(net, x):
 
 @contextmanager
 def one_pass(net, linears):
-    with Hold(net, linears.modules, "training"), linears.ready() as ways, running(ways):
+    with Hold(net, linears.modules, "training"), linears.ready() as overrides, overriding(overrides):
         yield
 
 

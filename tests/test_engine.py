@@ -16,7 +16,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.data.tokens import TokenExample
-from loralib.engine.placement import Hold, engine_mode, evaluating, own_forward, running
+from loralib.engine.placement import Hold, engine_mode, evaluating, overriding, own_forward
 from loralib.errors import BusyModelError, ConfigError
 from loralib.generation import Generator, Sampling
 from loralib.injection import adapted_layers
@@ -260,9 +260,9 @@ def test_holds_nest_and_overlap() -> None:
     x, double = torch.ones(1, 2), {layer: lambda x: 2 * own_forward(layer, x)}
     own = layer(x)
     first, second = Hold(layer, [layer], "inference"), Hold(layer, [layer], "inference")
-    with running(double):
+    with overriding(double):
         assert torch.equal(layer(x), 2 * own)
-        with running({}):
+        with overriding({}):
             assert torch.equal(layer(x), own)
         first.release()
         first.release()  # does nothing
@@ -275,7 +275,7 @@ def test_holds_nest_and_overlap() -> None:
 def test_a_forward_of_somebody_elses_stays() -> None:
     layer = nn.Linear(2, 2)
     layer.forward = theirs = lambda x: x  # type: ignore[method-assign]
-    with Hold(layer, [layer], "inference"), running({layer: lambda x: None}):
+    with Hold(layer, [layer], "inference"), overriding({layer: lambda x: None}):
         assert layer(1) == 1
     assert layer.__dict__["forward"] is theirs
     del layer.forward

@@ -23,8 +23,8 @@ from transformers.generation.logits_process import (
 )
 
 from loralib.config import LoraConfig
-from loralib.engine.frozen_linear import prepacked_ways
-from loralib.engine.placement import Hold, running
+from loralib.engine.frozen_linear import prepacked_overrides
+from loralib.engine.placement import Hold, overriding
 from loralib.errors import ConfigError, DataError
 from loralib.generation import Generator, Piece, Sampling, beam_search, decoder, generate, stream
 from loralib.generation.decoder import CachedDecoder, PlainDecoder, make_decoder
@@ -222,11 +222,11 @@ def test_prepacked_weights_compute_the_same_and_notice_a_merge(llama: Any, monke
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     plain = [module.__dict__.copy() for module in model.modules()]
-    ways = prepacked_ways(model.modules())
+    overrides = prepacked_overrides(model.modules())
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    with torch.no_grad(), Hold(model, ways, "inference"), running(ways):
-        assert not ways or "forward" in layer.__dict__
+    with torch.no_grad(), Hold(model, overrides, "inference"), overriding(overrides):
+        assert not overrides or "forward" in layer.__dict__
         got = layer(x)
         merge(model)
         merged = layer(x)
@@ -243,8 +243,8 @@ def test_prepacked_weights_compute_the_same_and_notice_a_merge(llama: Any, monke
 
 def test_prepacked_weights_notice_another_bias() -> None:
     layer, x = nn.Linear(8, 8).bfloat16().requires_grad_(False), torch.ones(1, 8, dtype=torch.bfloat16)
-    ways = prepacked_ways([layer])
-    with torch.no_grad(), Hold(layer, ways, "inference"), running(ways):
+    overrides = prepacked_overrides([layer])
+    with torch.no_grad(), Hold(layer, overrides, "inference"), overriding(overrides):
         layer.bias = nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
         got = layer(x)
     torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=2**-7)

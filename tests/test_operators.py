@@ -9,15 +9,15 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loralib.engine.operators import operator_ways
-from loralib.engine.placement import Hold, running
+from loralib.engine.operators import operator_overrides
+from loralib.engine.placement import Hold, overriding
 
 
 @contextmanager
-def faster(model, ways=None):
-    ways = operator_ways(model) if ways is None else ways
-    with Hold(model, ways, "training"), running(ways):
-        yield ways
+def faster(model, overrides=None):
+    overrides = operator_overrides(model) if overrides is None else overrides
+    with Hold(model, overrides, "training"), overriding(overrides):
+        yield overrides
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -67,9 +67,9 @@ def test_what_computes_something_else_keeps_its_own_way(make):
 
 def test_a_norm_that_comes_to_be_trained_gets_its_gradient():
     norm, x = LlamaRMSNorm(8).requires_grad_(False), torch.randn(2, 8)
-    ways = operator_ways(norm)
+    overrides = operator_overrides(norm)
     norm.requires_grad_(True)
-    with faster(norm, ways):
+    with faster(norm, overrides):
         norm(x).sum().backward()
     assert norm.weight.grad is not None
 
@@ -108,10 +108,10 @@ def test_rotary_positions(family):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))
     attention = model.model.layers[0].self_attn
     theirs = type(attention).forward.__globals__["apply_rotary_pos_emb"]
-    way = operator_ways(model)[attention]
-    ours = way.__func__.__globals__["apply_rotary_pos_emb"]
-    assert isinstance(way, types.MethodType)
-    assert way.__func__.__code__ is type(attention).forward.__code__
+    override = operator_overrides(model)[attention]
+    ours = override.__func__.__globals__["apply_rotary_pos_emb"]
+    assert isinstance(override, types.MethodType)
+    assert override.__func__.__code__ is type(attention).forward.__code__
     assert ours is not theirs
     assert type(attention).forward.__globals__["apply_rotary_pos_emb"] is theirs
     torch.manual_seed(0)
@@ -135,4 +135,4 @@ class OddlyRotating(nn.Module):
 
 
 def test_another_rotation_is_left_as_it_is():
-    assert not operator_ways(OddlyRotating())
+    assert not operator_overrides(OddlyRotating())

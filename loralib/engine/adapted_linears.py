@@ -1,6 +1,6 @@
 """LoRA's linears in a training step: those that read the same input are one call, the backward pass written out.
 
-For the input x of q, k and v (or of a gate and its up projection), with A the A_i of all of them below one another:
+For the input x of q, k and v (or of a gate and its up projection), with A their A_i stacked:
 
     h = x A^T,    y_i = x W_i^T + bias_i + h_i (scaling_i B_i)^T
 
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, ScaledCopies, loaded
-from .placement import Way, Ways, own_forward
+from .placement import Override, Overrides, own_forward
 
 __all__ = ["TrainingLinears"]
 
@@ -42,7 +42,7 @@ class TrainingLinears:
         modules: those of the model; of a model that is not on a CPU, none.
 
     Attributes:
-        modules: those that have another way.
+        modules: those that may be overridden.
         prepacked_bytes: what prepacked copies of frozen weights will take, once a step has run both ways.
     """
 
@@ -56,27 +56,27 @@ class TrainingLinears:
         if not self._prepacks:
             others = [module for module in others if not _needs_copy(weight_of(module))]
         self.modules: list[nn.Module] = [*self._layers, *others]
-        self._others: Ways = {module: FrozenLinear(module, _needs_copy(weight_of(module))) for module in others}
+        self._others: Overrides = {module: FrozenLinear(module, _needs_copy(weight_of(module))) for module in others}
         self._groups: list[_Group] = []
         self._copies: ScaledCopies | None = None  # of the factors, as of the pass before
         self._gradients: ScaledCopies | None = None
 
     @contextmanager
-    def finding_groups(self) -> Iterator[Ways]:
-        """Gives ways that note which layers read the same tensor, in a pass through the model that is run inside."""
+    def finding_groups(self) -> Iterator[Overrides]:
+        """Yields overrides that note which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
         yield {layer: functools.partial(_record, calls, layer) for layer in self._layers}
         self._groups = [_Group(layers, self._prepacks) for layers in _groups(calls)]
 
     @contextmanager
-    def ready(self) -> Iterator[Ways]:
-        """Casts all factors for one pass, forward and backward; gives the ways of that pass."""
+    def ready(self) -> Iterator[Overrides]:
+        """Casts all factors for one pass, forward and backward; gives the overrides of that pass."""
         groups = [group for group in self._groups if group.is_usable()]
         layers = [layer for group in groups for layer in group.layers]
-        ways: dict[nn.Module, Way] = dict(self._others)
+        overrides: dict[nn.Module, Override] = dict(self._others)
         for group in groups:
             group.begin()
-            ways.update({layer: functools.partial(group.run, number) for number, layer in enumerate(group.layers)})
+            overrides.update({layer: functools.partial(group.run, number) for number, layer in enumerate(group.layers)})
         try:
             if layers and torch.is_grad_enabled():
                 factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
@@ -85,7 +85,7 @@ class TrainingLinears:
                     group.casts = [next(casts) for _ in range(2 * len(group.layers))]
             else:
                 self._cast(groups)
-            yield ways
+            yield overrides
         finally:
             for group in groups:
                 group.waiting, group.casts = _Waiting(), []
@@ -184,7 +184,7 @@ def _row_blocks(B: Tensor, count: int) -> Sequence[Tensor]:
 
 
 def _gains(module: nn.Module) -> bool:
-    """Whether a linear without LoRA has a faster way."""
+    """Whether a linear without LoRA has a faster override."""
     if isinstance(module, LoRALayer) or not FrozenLinear.accepts(module):
         return False
     weight = weight_of(module)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from .adapted_linears import TrainingLinears
 from .attention import Layout, interface_name, without_masks
-from .operators import operator_ways
-from .placement import Hold, Use, Ways, engine_mode, evaluating, own_forward, running
+from .operators import operator_overrides
+from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
 
 __all__ = ["Forward", "device_of", "logits_of", "runs_here"]
 
@@ -29,7 +29,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def runs_here(model: nn.Module) -> bool:
-    """Returns whether modules of this model get other ways: on a CPU, unless LORALIB_ENGINE is "off"."""
+    """Returns whether modules of this model are overridden: on a CPU, unless LORALIB_ENGINE is "off"."""
     return device_of(model).type == "cpu" and engine_mode() != "off"
 
 
@@ -64,7 +64,7 @@ class Forward:
         self.model, self.device = model, device_of(model)
         fast = runs_here(model)
         self._linears = TrainingLinears(list(model.modules()) if fast else [])
-        self._ways: Ways = operator_ways(model) if fast else {}
+        self._overrides: Overrides = operator_overrides(model) if fast else {}
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
         self._body = self._find_body() if engine_mode() != "off" else None
@@ -81,12 +81,12 @@ class Forward:
         """Places what the pass needs on the model, and takes it back; inside another `held`, nothing.
 
         Raises:
-            BusyModelError: the model is in use in a way that does not go together with this one.
+            BusyModelError: the model is in use in a way that rules this use out.
         """
         if self._is_held:
             yield
             return
-        modules = [*self._ways, *self._linears.modules]
+        modules = [*self._overrides, *self._linears.modules]
         if self._body is not None:
             modules.append(self._body)
         attention = interface_name if self._body is not None else None
@@ -98,10 +98,10 @@ class Forward:
                 self._is_held = False
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Computes the model this thread's way; around the backward pass too, where checkpointed layers run again."""
-        body: Ways = {} if self._body is None else {self._body: self._body_or_states}
-        with self._linears.ready() as linears, running({**self._ways, **linears, **body}):
+    def overriding(self) -> Iterator[None]:
+        """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
+        body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
+        with self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}):
             yield
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -159,9 +159,9 @@ class Forward:
         if self._body is None:
             return False
         ids = torch.arange(4, device=self.device)[None]
-        with self._linears.finding_groups() as recorders, running(recorders):
+        with self._linears.finding_groups() as recorders, overriding(recorders):
             whole = self.logits(ids)
-        with running({self._body: self._body_or_states}):
+        with overriding({self._body: self._body_or_states}):
             try:
                 apart = self.head(self.hidden(ids)[0])
             except (AttributeError, TypeError, ValueError):  # its forward reaches into the body or takes other inputs

@@ -19,9 +19,16 @@ from torch.nn import functional as F
 from ..delta import low_rank
 from ..layers import LoRALayer, LoRALinear, is_conv1d
 from .kernels import Kernels, loaded
-from .placement import Ways, own_forward
+from .placement import Overrides, own_forward
 
-__all__ = ["MAX_PREPACKED_BYTES", "FrozenLinear", "FrozenWeight", "PrepackedWeight", "can_prepack", "prepacked_ways"]
+__all__ = [
+    "MAX_PREPACKED_BYTES",
+    "FrozenLinear",
+    "FrozenWeight",
+    "PrepackedWeight",
+    "can_prepack",
+    "prepacked_overrides",
+]
 
 # Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
 MAX_PREPACKED_BYTES: Final = 2**30
@@ -96,7 +103,7 @@ class FrozenWeight:
         self._copies: dict[str, PrepackedWeight] = {}
 
     def refreshed(self, weight: Tensor) -> FrozenWeight:
-        """Returns the one of a weight as it is now: itself, or a new one if something was merged or loaded since."""
+        """Returns this object if the weight is still what it was; a new one if something was merged or loaded since."""
         known = self.weight
         same = weight.data_ptr() == known.data_ptr() and weight._version == self._version
         same = same and (weight.shape, weight.stride(), weight.dtype) == (known.shape, known.stride(), known.dtype)
@@ -140,7 +147,7 @@ class FrozenWeight:
 
 
 class FrozenLinear:
-    """The way of one linear whose weight is frozen; a layer with LoRA adds its update to the product.
+    """Overrides a linear whose weight is frozen; a layer with LoRA adds its update to the product.
 
     Args:
         module: a linear for which `accepts` is true.
@@ -199,8 +206,8 @@ def weight_of(module: Any) -> Tensor:
     return weight.T if stored_transposed else weight
 
 
-def prepacked_ways(modules: Iterable[nn.Module]) -> Ways:
-    """Returns ways with prepacked weights for all linears that gain by it; none where the copies would be too large."""
+def prepacked_overrides(modules: Iterable[nn.Module]) -> Overrides:
+    """Returns overrides with prepacked weights where that pays; none where the copies would be too large."""
     linears = [m for m in modules if FrozenLinear.accepts(m) and can_prepack(weight_of(m))]
     if sum(weight_of(module).nbytes for module in linears) > MAX_PREPACKED_BYTES:
         return {}

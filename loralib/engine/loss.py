@@ -112,8 +112,7 @@ def _loss_and_slope(
     wide = logits.float()
     slope = torch.softmax(wide, -1)
     log_p = slope[rows, targets].log_()
-    # A probability that underflows is rare, so the way that never does is not paid for always; to ask costs nothing on
-    # the CPU alone.
+    # Underflow is rare, so on the CPU, where checking is free, log_softmax is only computed when it is needed.
     if wide.device.type != "cpu" or not bool(torch.isfinite(log_p).all()):
         log_p = torch.log_softmax(wide, -1)[rows, targets]
     loss = -(1 - label_smoothing) * torch.dot(log_p, weights)

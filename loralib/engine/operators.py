@@ -1,8 +1,8 @@
 """Small operators of transformers' models in fewer passes over memory.
 
-Between the products of a small model, such operators are a good part of a step.  Each way computes the formula that the
-module's name promises, which is tried on the user's own module before it is taken; in bf16 it rounds once where theirs
-rounds twice.  Only on CPUs, where this was measured.
+Between the products of a small model, such operators are a good part of a step.  Each override computes the formula
+that the module's name promises, and is tried on the user's own module before it is used; in bf16 it rounds once where
+theirs rounds twice.  Only on CPUs, where this was measured.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .kernels import Kernels, loaded
-from .placement import Way, Ways, own_forward
+from .placement import Override, Overrides, own_forward
 
-__all__ = ["operator_ways"]
+__all__ = ["operator_overrides"]
 
-_KNOWN: Final[weakref.WeakKeyDictionary[nn.Module, Ways]] = weakref.WeakKeyDictionary()
+_KNOWN: Final[weakref.WeakKeyDictionary[nn.Module, Overrides]] = weakref.WeakKeyDictionary()
 _LOCK: Final = threading.Lock()
 
 
-def operator_ways(model: nn.Module) -> Ways:
-    """Returns the ways of all modules that have a faster one; looked for once, since to try each takes a while."""
+def operator_overrides(model: nn.Module) -> Overrides:
+    """Returns faster functions for all modules that have one; found once per model, since trying each takes a while."""
     with _LOCK:
         if model not in _KNOWN:
-            ways = {module: _faster(module) for module in model.modules()}
-            _KNOWN[model] = {module: way for module, way in ways.items() if way is not None}
+            overrides = {module: _faster(module) for module in model.modules()}
+            _KNOWN[model] = {module: override for module, override in overrides.items() if override is not None}
         return _KNOWN[model]
 
 
-def _faster(module: nn.Module) -> Way | None:
-    way: Way | None = None
+def _faster(module: nn.Module) -> Override | None:
+    override: Override | None = None
     if type(module).__name__ == "NewGELUActivation":
         # Eight operators that keep five tensors are one.
-        way = functools.partial(_gelu, module)
+        override = functools.partial(_gelu, module)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        way = functools.partial(_rms_norm, module)
+        override = functools.partial(_rms_norm, module)
     elif module._modules.keys() == _GATED:
         return functools.partial(_gated, module) if _gates_as_usual(module) else None
     else:
         return _rotating(module)
-    return way if _same(module) else None
+    return override if _same(module) else None
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def _same(module: nn.Module) -> bool:
         x = torch.linspace(-3, 2, 2 * width).view(2, width)
         shorter = _rms_norm if hasattr(twin, "variance_epsilon") else _gelu
         return torch.allclose(shorter(twin, x), twin(x), rtol=1e-5, atol=1e-6)
-    except Exception:  # whatever a module of that name is, it is not what was thought
+    except Exception:  # whatever a module of that name is, it is not what its name says
         return False
 
 
@@ -148,7 +148,7 @@ def _gates_as_usual(block: nn.Module) -> bool:
     x = torch.linspace(-3, 2, 8)[None]
     try:
         return torch.allclose(twin(x), 0.5 * F.silu(2 * x - 1) * (x + 3), rtol=1e-5, atol=1e-6)
-    except Exception:  # whatever a block of such parts is, it is not what was thought
+    except Exception:  # whatever a block of such parts is, it is not what its name says
         return False
 
 
@@ -187,7 +187,7 @@ class _SwiGLU(torch.autograd.Function):
 _ROTATE: Final = "apply_rotary_pos_emb"  # what the files of transformers' models call it
 
 
-def _rotating(module: nn.Module) -> Way | None:
+def _rotating(module: nn.Module) -> Override | None:
     """The forward of an attention module that turns queries and keys by such a function, with `_rotate` in its place.
 
     It is the class's own code, in which that one name means another function: neither the class nor the file that it
@@ -218,7 +218,7 @@ def _rotates_as_usual(function: Callable[..., Any]) -> bool:
     q, k, cos, sin = (torch.randn(1, heads, 3, 8, generator=draw) for heads in (4, 2, 1, 1))
     try:
         theirs = function(q, k, cos[0], sin[0])
-    except Exception:  # whatever a function of that name is, it is not what was thought
+    except Exception:  # whatever a function of that name is, it is not what its name says
         return False
     ours = (_Rotate.apply(x, cos, sin) for x in (q, k))  # type: ignore[no-untyped-call]
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, theirs, strict=True))

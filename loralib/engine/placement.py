@@ -3,9 +3,9 @@
 Two things are placed, both on one model's own modules, never in a file's globals or on an object that another model
 reads:
 
-- `forward` of a module becomes a `_Switch`.  It computes the class's own forward, unless the thread that calls it is
-  inside `running(ways)` and `ways` has another way for this module.  So what a user, another thread or another model
-  computes meanwhile does not change by a bit.
+- `forward` of a module becomes a `_Switch`.  It computes the class's own forward, unless the calling thread is inside
+  `overriding(overrides)` and `overrides` has a function for this module.  So what a user, another thread or another
+  model computes meanwhile does not change by a bit.
 - `config` of a module that asks it for its attention function becomes a view of that config.  It shares all attributes,
   but names our function in transformers' attention interface (see `attention.py`), which passes on every call that does
   not come with a layout of ours.
@@ -29,14 +29,14 @@ from torch import nn
 
 from ..errors import BusyModelError, ConfigError
 
-__all__ = ["Hold", "Way", "Ways", "engine_mode", "evaluating", "own_forward", "running"]
+__all__ = ["Hold", "Override", "Overrides", "engine_mode", "evaluating", "overriding", "own_forward"]
 
-Way = Callable[..., Any]
-Ways = Mapping[nn.Module, Way]
+Override = Callable[..., Any]
+Overrides = Mapping[nn.Module, Override]
 Use = Literal["training", "inference"]
 
 _LOCK: Final = threading.RLock()
-_THREAD: Final = threading.local()  # .ways: what the pass that this thread is inside of computes differently
+_THREAD: Final = threading.local()  # .overrides: those of the pass that this thread is inside of
 _MODES: Final = ("full", "torch", "off")
 
 
@@ -44,7 +44,7 @@ def engine_mode() -> str:
     """Returns what the environment variable LORALIB_ENGINE asks for.
 
     "full" (the default) uses all of the engine, "torch" all but the compiled kernels, and "off" places nothing: models
-    compute as transformers wrote them, batches are padded, and generation computes every token anew.
+    compute as transformers wrote them, batches are padded, and generation recomputes every token.
 
     Raises:
         ConfigError: it has another value.
@@ -56,18 +56,18 @@ def engine_mode() -> str:
 
 
 @contextmanager
-def running(ways: Ways) -> Iterator[None]:
-    """Makes this thread compute modules in other ways, where a `Hold` has placed their switches.
+def overriding(overrides: Overrides) -> Iterator[None]:
+    """Overrides modules in this thread, where a `Hold` has placed their switches.
 
     Args:
-        ways: for each module that has another way, the function to call instead of its forward.
+        overrides: for each overridden module, the function to call instead of its forward.
     """
-    before = getattr(_THREAD, "ways", None)
-    _THREAD.ways = ways
+    before = getattr(_THREAD, "overrides", None)
+    _THREAD.overrides = overrides
     try:
         yield
     finally:
-        _THREAD.ways = before
+        _THREAD.overrides = before
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,12 +75,12 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def _bound_forward(module: nn.Module) -> Way:
+def _bound_forward(module: nn.Module) -> Override:
     return types.MethodType(type(module).forward, module)
 
 
 class _Switch:
-    """The forward of one module: the way of the pass that the calling thread is inside of, or the module's own."""
+    """The forward of one module: its override in the pass that the calling thread is inside of, or its own."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)  # no cycle: a model that nobody needs any more is freed at once
@@ -88,9 +88,9 @@ class _Switch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         assert module is not None
-        ways = getattr(_THREAD, "ways", None)
-        way = None if ways is None else ways.get(module)
-        return own_forward(module, *args, **kwargs) if way is None else way(*args, **kwargs)
+        overrides = getattr(_THREAD, "overrides", None)
+        override = None if overrides is None else overrides.get(module)
+        return own_forward(module, *args, **kwargs) if override is None else override(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         # A model that is copied or pickled meanwhile gets its class's forward, bound to the copy.
@@ -153,12 +153,12 @@ class Hold:
 
     Args:
         model: the model.
-        modules: those that may compute in other ways; one whose forward was replaced by somebody else is left alone.
+        modules: those that may be overridden; one whose forward was replaced by somebody else is left alone.
         use: "training" shares the model with nobody, "inference" with other inference.
         attention: the name of our attention function for a given one of transformers'; None: attention stays.
 
     Raises:
-        BusyModelError: the model is in use in a way that does not go together with this one.
+        BusyModelError: the model is in use in a way that rules this use out.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The model's side of generation: sequences grow by a token a branch, the logits of what comes next come out.
+"""The model's side of generation: each step adds one token to every branch of every sequence and returns logits.
 
 A `SequenceGroup` is a prompt and its branches: one, or the beams of a search.  Whoever generates opens groups, says how
 they grow, and calls `step`, which computes all that is new in all open groups in one pass through the model.
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from ..engine.attention import KVCache, TreeLayout, interface_name, resized, without_masks
 from ..engine.forward import device_of, logits_of, runs_here
-from ..engine.frozen_linear import FrozenLinear, prepacked_ways
-from ..engine.operators import operator_ways
-from ..engine.placement import Hold, Ways, engine_mode, evaluating, running
+from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
+from ..engine.operators import operator_overrides
+from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..errors import BusyModelError, UnsupportedModelError
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
-# The cache grows by so many columns.
+# Columns by which the cache grows.
 _COLUMNS: Final = 32
-# Weights are prepacked after so many steps, or at once for so many sequences.  That costs about what two steps of a
+# Weights are prepacked after this many steps, or at once for this many sequences.  That costs about what two steps of a
 # beam search save, or ten of a single sequence, and how long a generation goes on is not known before.
 _PREPACK_AFTER: Final = 4
 _MANY_SEQUENCES: Final = 16
@@ -40,8 +40,8 @@ class SequenceGroup:
     Attributes:
         prompt: its token ids.
         length: tokens from the prompt's first to a branch's newest; all branches are equally long.
-        rows: the rows of the logits of the last step that belong to it, one a branch.
-        row: where the group lies in the cache.
+        rows: which rows of the last step's logits belong to it, one per branch.
+        row: its row in the cache.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
         paths: the tokens of each branch, where there is no cache.
     """
@@ -64,7 +64,7 @@ class Decoder:
 
     Args:
         model: a causal language model.
-        modules: those that it may compute in other ways.
+        modules: those that it may override.
         attention: whether the model's attention gets a layout.
     """
 
@@ -104,7 +104,7 @@ class Decoder:
         self._groups.remove(group)
 
     def step(self) -> Tensor:
-        """Computes what is new in all open groups; returns logits, of which each group's `rows` are its own."""
+        """Computes all new tokens of all open groups; returns logits, in which each group has its `rows`."""
         raise NotImplementedError
 
 
@@ -114,9 +114,9 @@ class CachedDecoder(Decoder):
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._fast = runs_here(model)
-        self._ways: Ways = operator_ways(model) if self._fast else {}
+        self._overrides: Overrides = operator_overrides(model) if self._fast else {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
-        super().__init__(model, [*self._ways, *linears], attention=True)
+        super().__init__(model, [*self._overrides, *linears], attention=True)
         self._cache = KVCache()
         self._steps = 0
         self._prepacked = False
@@ -152,9 +152,9 @@ class CachedDecoder(Decoder):
             last.append(len(ids) - 1)
         long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
         if self._fast and long and not self._prepacked:
-            self._ways, self._prepacked = {**self._ways, **prepacked_ways(self._modules)}, True
+            self._overrides, self._prepacked = {**self._overrides, **prepacked_overrides(self._modules)}, True
         self._steps += 1
-        with evaluating(self._modules), without_masks(), running(self._ways):
+        with evaluating(self._modules), without_masks(), overriding(self._overrides):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],
@@ -314,6 +314,6 @@ def _why_not_cached(model: nn.Module) -> str:
         raise
     except UnsupportedModelError as error:
         return str(error)
-    except Exception as error:  # whatever a model does that the cache did not think of, the plain way remains
+    except Exception as error:  # whatever a model does that the cache does not expect, PlainDecoder remains
         return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"
     return ""

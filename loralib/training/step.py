@@ -115,7 +115,7 @@ class Step:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
         loss = torch.zeros(())
         if len(laid.states):
-            with torch.set_grad_enabled(scale is not None), self._forward.held(use), self._forward.running():
+            with torch.set_grad_enabled(scale is not None), self._forward.held(use), self._forward.overriding():
                 loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
 
@@ -190,7 +190,7 @@ class Step:
         """The logits (T, V) of each example, from one packed row with shared beginnings."""
         # One more token, never computed: packing leaves out the last one.
         laid = pack([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples])
-        with self._forward.running():
+        with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
         return [logits[_places(laid, ids)] for ids in examples]
 
