@@ -95,7 +95,7 @@ class TrainingLinears:
 
     @torch.no_grad()
     def _cast(self, groups: Sequence[_Group]) -> None:
-        """Copies the factors as they are now to where the groups multiply with them."""
+        """Copies the current factors into the buffers that the groups multiply with."""
         factors: list[Tensor] = []
         copies: list[Tensor] = []
         scalings: list[float] = []
@@ -237,7 +237,7 @@ class _Buffers:
         A: (sum of r_i, in).
         A_of: its rows of each layer, (r_i, in).
         B: of each layer, transposed: (r_i, out_i).
-        B_blocks: of each layer, where each block of its lora_B lies in that, as (rows of the block, r).
+        B_blocks: of each layer, the views of that for each block of its lora_B, as (rows of the block, r).
     """
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
@@ -297,7 +297,7 @@ class _Group:
         )
 
     def begin(self) -> None:
-        """Takes weights as they are now, and forgets the gradients of the pass before."""
+        """Takes the current weights, and forgets the gradients of the previous pass."""
         self.written.clear()
         weights = [known.refreshed(_base_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
         biases = [0 if bias is None else bias.data_ptr() for bias in map(_bias, self.layers)]

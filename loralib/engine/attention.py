@@ -4,7 +4,7 @@ transformers' models look their attention function up in an interface, by a name
 registers `attention` there; a `Hold` (placement.py) makes one model's modules ask for it.  A pass through the model
 hands a layout over as the argument `layout`:
 
-- `PackedLayout`: a training batch as one row of tokens, examples behind one another, shared prompts once;
+- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once;
 - `TreeLayout`: a step of generation, the new tokens of many sequences and their branches, over a cache of keys.
 
 Both answer the same question in two forms: `blocks` for the compiled kernel, and dense masks or tiles for PyTorch's
@@ -239,7 +239,7 @@ class _Tiles:
 
 
 class PackedLayout:
-    """One row of examples behind one another; beginnings that they share stand there once.
+    """One row of consecutive examples; beginnings that they share appear once.
 
     Args:
         ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, as the positions.
@@ -250,7 +250,7 @@ class PackedLayout:
 
     # The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
     _KEYS = 32
-    # Tiles with at most so many keys are computed together, however few some of them see: fewer operators gain more.
+    # Tiles with at most this many keys are computed together, however few some of them see: fewer operators gain more.
     _FEW_KEYS = 256
 
     def __init__(self, ends: Tensor, positions: Tensor, device: torch.device | str = "cpu", tile: int = 48) -> None:
@@ -284,7 +284,7 @@ class PackedLayout:
     def _attend_in_tiles(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         (total, heads, width), kv_heads, tile = q.shape, k.shape[1], self._tile_size
         count, group = -(-total // tile), heads // kv_heads
-        # (T, H, D) -> (n, H / G, G * tile, D): the query heads that share a key head stand below one another.
+        # (T, H, D) -> (n, H / G, G * tile, D): the query heads that share a key head are stacked.
         q = F.pad(q, (0, 0, 0, 0, 0, count * tile - total)).view(count, tile, kv_heads, group, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * tile, width)
         k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(scores.window)
@@ -405,7 +405,7 @@ class KVCache:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Makes room for so many sequences and tokens of each, or gives room back; what fits stays."""
+        """Makes room for this many sequences and tokens of each, or gives room back; what fits stays."""
         self.rows, self.columns = rows, columns
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
@@ -530,7 +530,7 @@ class TreeLayout:
         grid = q
         if self.place is not None:
             grid = q.new_zeros(sequences * branches, heads, width).index_copy_(0, self.place, q)
-        # Heads that share keys go below one another: (S * H / G, N * G, D).
+        # Heads that share keys are stacked: (S * H / G, N * G, D).
         grid = grid.view(sequences, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(sequences * kv_heads, branches * group, width)
         # All columns, also those that nobody sees: a product with a part of them would first copy that part.

@@ -45,12 +45,15 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
-_AT_ONCE: Final = 64  # so many multiplications of pairs of bf16 take about as long as another operator on one number
+_AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as any other operator on one number
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
-# Threads add up gradients apart, in at most so many numbers.
+# Threads add up gradients separately, in at most this many numbers.
 _MOST_SUMS: Final = 2**26
-_PLAIN: Final = (Tensor, nn.Parameter)  # of another kind, such as a quantised one, numbers lie otherwise
+_PLAIN: Final = (
+    Tensor,
+    nn.Parameter,
+)  # other classes, such as quantised tensors, store their numbers in another layout
 _KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
@@ -85,8 +88,8 @@ class Blocks:
         texts: (n,) the text whose keys it sees.
         starts: (n + 1,) it sees keys[starts[b]], .., keys[starts[b + 1] - 1].
         keys: places of keys in their texts.
-        seen: by which lanes each of these keys is seen, a bit a lane.
-        heads: so many heads of a query, all with the same keys, are lanes of one block, behind one another.
+        seen: which lanes see each of these keys, one bit per lane.
+        heads: how many heads of a query, all with the same keys, are consecutive lanes of one block.
         widest: the most keys that a block sees.
     """
 
@@ -146,7 +149,7 @@ class Blocks:
 
 
 def _bits(sees: Tensor, heads: int) -> Tensor:
-    """Which lanes see each key, a bit a lane, from which query does: (..., L, K) to (..., K)."""
+    """Turns which query sees each key (..., L, K) into one bit per lane (..., K)."""
     lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[-2]))).to(torch.int16)
     return (sees * lanes[:, None]).sum(-2, dtype=torch.int16)
 
@@ -159,7 +162,7 @@ class Factors(NamedTuple):
     """What layers that read the same input multiply with beside their weights, or the gradients of that.
 
     Attributes:
-        A: (R, in), the A_i (r_i, in) of all of them, below one another.
+        A: (R, in), the A_i (r_i, in) of all of them, stacked.
         B: of each layer, B_i transposed: (r_i, out_i).
     """
 
@@ -203,7 +206,7 @@ class ScaledCopies:
     """Matrices that are those of dense fp32 ones times factors, for `Kernels.copy_scaled`.
 
     Args:
-        tensors: of one dtype; the rows or the columns of each lie at a step of 1.
+        tensors: of one dtype; each contiguous along its rows or its columns.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -291,7 +294,7 @@ class Kernels:
         """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
 
         Args:
-            x: (1, H, T, D); its heads lie behind one another, as a linear leaves them, or it is copied so.
+            x: (1, H, T, D); copied unless the heads of a token are consecutive in memory, as a linear leaves them.
             cos: (1, 1, T, D).
             sin: (1, 1, T, D).
             back: whether x is the gradient in the result, and what is wanted is that in its input.
@@ -309,7 +312,7 @@ class Kernels:
 
         Args:
             x: (R, V).
-            group: how many numbers behind one another are a group; a multiple of 16 by which V can be divided.
+            group: how many consecutive numbers form a group; a multiple of 16 that divides V.
         """
         x = x.contiguous()
         rows, width = x.shape
@@ -489,7 +492,7 @@ class Kernels:
 
         Args:
             rows: of the results.
-            depth: so many numbers are summed up.
+            depth: how many products each number sums.
             columns: of all results.
             widths: those of the factors whose rows lie there in pairs.
         """
@@ -540,7 +543,7 @@ def _whole(count: int) -> int:
 
 @functools.cache
 def loaded() -> Kernels | None:
-    """Returns the compiled functions, or None where they cannot be had."""
+    """Returns the compiled functions, or None where they are not available."""
     compiler = shutil.which(os.environ.get("CC") or "gcc")
     if engine_mode() != "full" or compiler is None:
         return None

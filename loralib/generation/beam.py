@@ -32,7 +32,7 @@ __all__ = ["Hypothesis", "beam_search"]
 
 # More rows than this make a step slower but not a row faster.
 MAX_BRANCHES: Final = 640
-# Logits are looked at so many rows at a time, which a processor's cache can hold in fp32.
+# Rows of logits handled at a time: what a processor's cache can hold in fp32.
 _ROWS: Final = 8
 _GROUP: Final = 64
 
@@ -127,14 +127,14 @@ def beam_search(
         model: a causal language model, adapted or not.
         prompts: token ids of each, of any lengths.
         num_beams: K; 1 is greedy search.
-        max_new_tokens: at most so many tokens, the end token included (fewer where the model's context ends).
+        max_new_tokens: maximum tokens, including the end token (fewer where the model's context ends).
         length_penalty: scores are divided by length to this power: above 0 favours long results (their sums are
             negative), below 0 short ones.
-        no_repeat_ngram_size: no sequence of so many generated tokens comes twice; 0: off.
+        no_repeat_ngram_size: no sequence of this many generated tokens occurs twice; 0: off.
         repetition_penalty: of generated tokens, as in `Sampling`.
-        min_length: the end token is banned until so many tokens are generated.
+        min_length: the end token is banned until this many tokens are generated.
         eos_token_id: the end token, or several; default: the model's own.
-        max_branches: so many beams of all prompts are computed together.
+        max_branches: how many beams of all prompts are computed together.
 
     Returns:
         The best hypothesis of each prompt, in order.

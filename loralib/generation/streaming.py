@@ -84,8 +84,8 @@ class Generator:
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        max_requests: so many are computed together; the others wait.
-        max_prompt_tokens: new requests join with at most so many tokens at once (or one alone), so that those which
+        max_requests: how many are computed together; the others wait.
+        max_prompt_tokens: new requests join with at most this many tokens at once (or one alone), so that those which
             are generated already do not wait long.
     """
 
@@ -196,7 +196,7 @@ def stream(
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
-        sampling: settings for all, or one a prompt.  Settings for all give prompt i the seed ``seed + i``.
+        sampling: settings for all, or one per prompt.  Settings for all give prompt i the seed ``seed + i``.
 
     Yields:
         Pieces, of all prompts in turn; the last one of a prompt has a finish_reason.
@@ -223,7 +223,7 @@ def stream(
 def _searched(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]
 ) -> Iterator[Piece]:
-    """Yields one piece a prompt: a beam search knows its result only at the end."""
+    """Yields one piece per prompt: a beam search knows its result only at the end."""
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
@@ -315,6 +315,6 @@ def _settings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> lis
         return [replace(every, seed=every.seed + number) for number in range(count)]
     if len(sampling) != count:
         raise ConfigError(
-            f"sampling has {len(sampling)} settings for {count} prompts; give one a prompt, or one for all"
+            f"sampling has {len(sampling)} settings for {count} prompts; give one per prompt, or one for all"
         )
     return list(sampling)
