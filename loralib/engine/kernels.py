@@ -49,11 +49,11 @@ _AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
 # Threads add up gradients separately, in at most this many numbers.
-_MOST_SUMS: Final = 2**26
+_MAX_SUMS: Final = 2**26
 _PLAIN: Final = (
     Tensor,
     nn.Parameter,
-)  # other classes, such as quantised tensors, store their numbers in another layout
+)  # other classes, such as quantised tensors, store numbers otherwise
 _KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
@@ -369,7 +369,7 @@ class Kernels:
         (_, heads, width), (total, kv_heads, _) = q.shape, k.shape
         threads, parts = self._threads(q.numel()), 1
         if kv_heads < 2 * threads:  # else each has heads of its own to add up
-            threads = parts = max(1, min(threads, _MOST_SUMS // (2 * k.numel())))
+            threads = parts = max(1, min(threads, _MAX_SUMS // (2 * k.numel())))
         found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         sums = torch.zeros(parts, 2, k.numel())
         each = (_whole(blocks.widest) + LANES) * 2 * width + (2 * _whole(blocks.widest) + width) * LANES
