@@ -53,16 +53,16 @@ def modest_threads() -> None:
 @pytest.fixture(scope="module", params=["kernels", "operators"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs tests with the compiled kernels, where there is a compiler, and with PyTorch's operators in their place."""
-    from loralib.engine.kernels import loaded
+    from loralib.engine.kernels import compiled, loaded
 
-    loaded.cache_clear()
+    compiled.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "operators":
             patch.setenv("LORALIB_ENGINE", "torch")
         elif loaded() is None:
             pytest.skip("no gcc here")
         yield
-    loaded.cache_clear()
+    compiled.cache_clear()
 
 
 @pytest.fixture(scope="session")

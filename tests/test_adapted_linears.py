@@ -47,7 +47,7 @@ def adapted(dtype=torch.float64, size=1, **settings):
 
 
 def learned(net, x):
-    linears = TrainingLinears(list(net.modules()))
+    linears = TrainingLinears(list(net.modules()), list(net.modules()))
     with (
         Hold(net, linears.modules, "training"),
         linears.finding_groups() as recorders,

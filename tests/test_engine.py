@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.data.tokens import TokenExample
+from loralib.engine.attention import interface_name
 from loralib.engine.placement import Hold, engine_mode, evaluating, overriding, own_forward
 from loralib.errors import BusyModelError, ConfigError
 from loralib.generation import Generator, Sampling
@@ -213,7 +215,6 @@ def test_two_models_that_share_a_config() -> None:
     generator.add([5, 6, 7])
     generator.step()
     assert two.config._attn_implementation == config._attn_implementation == "sdpa"
-    assert one.model.config._attn_implementation != "sdpa"
     one.config.use_cache = False  # what a user sets meanwhile stays
     generator.close()
     assert one.model.config is config
@@ -298,12 +299,12 @@ def test_evaluating_ends_with_the_last_one() -> None:
 
 @pytest.fixture(params=["full", "torch"])
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from loralib.engine.kernels import loaded
+    from loralib.engine.kernels import compiled
 
     monkeypatch.setenv("LORALIB_ENGINE", request.param)
-    loaded.cache_clear()
+    compiled.cache_clear()
     yield request.param
-    loaded.cache_clear()
+    compiled.cache_clear()
 
 
 def reference(model: Any, batch: list[TokenExample]) -> dict[str, torch.Tensor]:
@@ -372,8 +373,8 @@ def test_ddp_synchronises_gradients(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0,
                                          world_size=1)  # fmt: skip
     try:
-        model, batch = adapted(), examples(0)
-        step = make_step(model)
+        model, batch = adapted(target_modules=["q_proj", "lm_head"]), examples(0)
+        step = make_step(model, chunk_tokens=4)
         scales: list[float] = []
 
         def hook(state: Any, bucket):  # type: ignore[no-untyped-def]
@@ -387,10 +388,171 @@ def test_ddp_synchronises_gradients(tmp_path: Any) -> None:
         for _ in range(2):
             ddp.reducer.prepare_for_backward([])
             step.forward_backward(batch, loss_scale=1.0)
-        assert len(scales) >= 2
-        assert all(scale > 0 for scale in scales)
+            total = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+            assert sum(scales) == pytest.approx(total, rel=1e-5)
+            scales.clear()
+            model.zero_grad()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["full", "torch"], indirect=True)
+def test_an_adapted_head_takes_part_in_the_one_backward_pass(mode: str) -> None:
+    """The head runs in chunks; each parameter's gradient is accumulated once a step all the same."""
+    model, batch = adapted(target_modules=["q_proj", "lm_head"]), examples(0)
+    expected = reference(model, batch)
+    later: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: later.append(name))
+    make_step(model, chunk_tokens=4).forward_backward(batch, loss_scale=1.0)
+    assert sorted(later) == sorted(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# What reads the name of its attention, and what changes after it was looked at.
+
+
+def falcon() -> Any:
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0, alibi=False
+    )
+    return transformers.FalconForCausalLM(config).eval()
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_is_padded_and_right() -> None:
+    model, batch = falcon(), examples(0)
+    ids, trained = torch.tensor([e.ids for e in batch]), torch.tensor([e.trained for e in batch])
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        step = make_step(model)
+        with step:
+            assert not step.packing
+            assert torch.equal(model(ids).logits, model(ids).logits)
+            loss = float(step.loss(batch).loss_sum)
+    assert loss == pytest.approx(float((losses * trained[:, 1:].flatten()).sum()), rel=1e-5)
+
+
+def test_a_config_is_never_changed() -> None:
+    """Also by a model that is made of it, or a setting that is made, while a generator is at work."""
+    model = adapted()
+    generator = Generator(model, Letters())
+    generator.add([5, 6, 7])
+    generator.step()
+    assert model.config._attn_implementation == "sdpa"
+    twin = transformers.LlamaForCausalLM(model.config)
+    generator.close()
+    assert model.config._attn_implementation == twin.config._attn_implementation == "sdpa"
+
+
+def test_an_activation_that_is_replaced_or_hooked_later() -> None:
+    model = llama()
+    written(model)
+    mlp, calls = model.model.layers[0].mlp, []
+    mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    written(model, 2)
+    assert calls
+    mlp.act_fn = nn.GELU()
+    step, batch = make_step(model), examples(0)
+    with torch.no_grad():
+        ids = torch.tensor([e.ids for e in batch])
+        losses = nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+    trained = torch.tensor([e.trained for e in batch])[:, 1:].flatten()
+    assert float(step.loss(batch).loss_sum) == pytest.approx(float((losses * trained).sum()), rel=1e-5)
+
+
+def test_weights_may_change_between_two_generations_of_one_generator() -> None:
+    model = llama(dtype=torch.bfloat16)
+    generator = Generator(model, Letters())
+
+    def go() -> list[int]:
+        number = generator.add([5, 6, 7], Sampling(max_new_tokens=12, min_new_tokens=12))
+        tokens: list[int] = []
+        while len(generator):
+            tokens += [token for piece in generator.step() if piece.request == number for token in piece.ids]
+        return tokens
+
+    go()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.neg_()  # which no version counter notices
+    assert go() == list(lora.generate(model, Letters(), [[5, 6, 7]], max_new_tokens=12, min_new_tokens=12)[0].ids)
+
+
+def test_a_model_is_freed_after_generating_even_if_a_hook_of_its_own_knows_it() -> None:
+    model = llama()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_, own=model: None)
+    gone = weakref.ref(model)
+    written(model, 2)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_hook_may_generate_with_another_model() -> None:
+    one, two = llama(1), llama(2)
+    one.model.layers[0].register_forward_hook(lambda *_: written(two, 1) and None)
+    thread = threading.Thread(target=lambda: written(one, 1), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_an_interrupted_first_generation_leaves_the_model_free() -> None:
+    model = adapted()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it, with its frames
+        written(model)
+    hook.remove()
+    make_step(model).forward_backward(examples(0), loss_scale=1.0)
+    assert kept.value is not None
+
+
+def test_one_step_in_two_threads() -> None:
+    model = adapted()
+    step = make_step(model)
+    batches = [examples(seed) for seed in range(8)]
+    expected = [float(step.loss(batch).loss_sum) for batch in batches]
+
+    def losses() -> list[float]:
+        return [float(step.loss(batch).loss_sum) for batch in batches]
+
+    for _ in range(3):
+        assert together(losses, losses) == [expected, expected]
+
+
+def test_a_compiled_model_generates_as_the_model_inside() -> None:
+    model = adapted()
+    assert written(torch.compile(model, backend="eager")) == written(model)
+
+
+def test_holding_a_model_makes_one_class_and_one_view_per_config() -> None:
+    model = adapted()
+    held = [Hold(model, [], "inference", interface_name) for _ in range(3)]
+    configs = {id(module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__}
+    kinds = {type(module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__}
+    for hold in held:
+        hold.release()
+    assert (len(configs), len(kinds)) == (1, 1)
+
+
+def test_training_a_busy_model_is_refused_before_anything_is_done_to_it(tmp_path: Any) -> None:
+    model = adapted().eval()
+    lora.merge(model)
+    before = places(model)
+    with Hold(model, [], "inference"), pytest.raises(BusyModelError, match="generating or being evaluated"):
+        lora.train(model, examples(0), lora.TrainConfig(output_dir=str(tmp_path / "x"), max_steps=1), verbose=False)
+    assert places(model) == before
+    assert all(layer.merged for _, layer in adapted_layers(model))
 
 
 # Off, and off the CPU.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, ScaledCopies, loaded
+from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, ScaledCopies, compiled, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -371,15 +371,15 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
     """A cache directory of its own, and no kernels loaded yet."""
     monkeypatch.setenv("LORALIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LORALIB_ENGINE", raising=False)
-    loaded.cache_clear()
+    compiled.cache_clear()
     yield tmp_path
-    loaded.cache_clear()
+    compiled.cache_clear()
 
 
 def test_they_are_compiled_once_and_kept(kernels: Kernels, fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded() is not None
     (kept,) = (fresh / "cache").iterdir()
-    loaded.cache_clear()
+    compiled.cache_clear()
     monkeypatch.setattr("subprocess.run", None)
     assert loaded() is not None
     assert list((fresh / "cache").iterdir()) == [kept]
@@ -388,7 +388,7 @@ def test_they_are_compiled_once_and_kept(kernels: Kernels, fresh: Any, monkeypat
 def test_what_is_kept_and_broken_is_made_again(kernels: Kernels, fresh: Any) -> None:
     assert loaded() is not None
     (kept,) = (fresh / "cache").iterdir()
-    loaded.cache_clear()
+    compiled.cache_clear()
     kept.unlink()  # a file that is mapped must not change
     kept.write_bytes(b"half a fi")
     assert loaded() is not None
@@ -407,7 +407,7 @@ def test_without_a_compiler_that_works_there_are_none(fresh: Any, monkeypatch: p
     broken.chmod(0o755)
     for compiler in (str(broken), "no-such-compiler"):
         monkeypatch.setenv("CC", compiler)
-        loaded.cache_clear()
+        compiled.cache_clear()
         assert loaded() is None
     assert not (fresh / "cache").exists()
 

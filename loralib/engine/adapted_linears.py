@@ -39,15 +39,16 @@ class TrainingLinears:
     """The linears of one model in a training step, with LoRA and without.
 
     Args:
-        modules: those of the model; of a model that is not on a CPU, none.
+        body: the modules whose adapted linears are put into groups.
+        modules: all modules of the model; of a model that is not on a CPU, none.
 
     Attributes:
         modules: those that may be overridden.
         prepacked_bytes: what prepacked copies of frozen weights will take, once a step has run both ways.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._layers = [m for m in modules if isinstance(m, LoRALinear) and m.r > 0 and FrozenLinear.accepts(m)]
+    def __init__(self, body: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
+        self._layers = [m for m in body if isinstance(m, LoRALinear) and m.r > 0 and FrozenLinear.accepts(m)]
         others = [m for m in modules if _gains(m)]
         weights = [weight_of(module) for module in (*self._layers, *others)]
         copies = 2 * sum(weight.nbytes for weight in weights if _needs_copy(weight))  # one for each direction

@@ -14,7 +14,6 @@ Shapes: T tokens of the row; H heads of queries of width D, of which G share eac
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UnsupportedModelError
 from .kernels import LANES, Blocks, Kernels, loaded
 
-__all__ = ["KVCache", "Layout", "PackedLayout", "TreeLayout", "attention", "interface_name", "resized", "without_masks"]
+__all__ = ["KVCache", "Layout", "PackedLayout", "TreeLayout", "attention", "interface_name", "resized", "with_layout"]
 
 # What models pass to an attention function without it changing the result.
 _HARMLESS: Final = frozenset(
@@ -79,43 +78,32 @@ class Layout(Protocol):
 # The door: transformers' attention interface.
 
 _NAMES: Final[dict[str, str]] = {}  # ours -> the implementation that it stands for
-_REGISTERING: Final = threading.Lock()
-
-
-def interface_name(implementation: str | None) -> str:
-    """Returns the name under which `attention` stands for one of transformers' implementations, such as "sdpa"."""
-    original = implementation or "eager"
-    name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
-    if name not in _NAMES:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        with _REGISTERING:
-            AttentionInterface.register(name, attention)
-            AttentionMaskInterface.register(name, _Mask(original))
-            _NAMES[name] = original
-    return name
-
-
-class _Mask:
-    """Makes the mask that the original implementation needs; none inside `without_masks`."""
-
-    def __init__(self, original: str) -> None:
-        self._original = original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
-
-        if getattr(_THREAD, "has_layout", False) or self._original not in masks:
-            return None
-        return masks[self._original](*args, **kwargs)
-
-
 _THREAD: Final = threading.local()
 
 
+def interface_name(implementation: str | None) -> str | None:
+    """Returns what a held model's config answers when it is asked for its attention implementation.
+
+    Inside a pass that has a layout, it is a name under which `attention` stands for the original, such as "sdpa";
+    models make no mask for a name that they do not know.  Everywhere else it is the original.  A layer that runs again
+    in the backward pass, for gradient checkpointing, may do so in a thread of autograd's own.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not (getattr(_THREAD, "has_layout", False) or in_backward):
+        return implementation
+    original = implementation or "eager"
+    name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
+    if name not in _NAMES:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(name, attention)
+        _NAMES[name] = original
+    return name
+
+
 @contextmanager
-def without_masks() -> Iterator[None]:
-    """Keeps this thread's models from making attention masks: the pass inside has a layout instead."""
+def with_layout() -> Iterator[None]:
+    """Makes held models call `attention` in this thread, for a pass that is given a layout."""
     before, _THREAD.has_layout = getattr(_THREAD, "has_layout", False), True
     try:
         yield
@@ -172,11 +160,11 @@ def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a module had before ours was placed."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = _NAMES[cast(Any, module.config)._attn_implementation]
-    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-    return cast(
-        "Callable[..., tuple[Tensor, Tensor | None]]", ALL_ATTENTION_FUNCTIONS.get_interface(name, cast(Any, own))
-    )
+    name = cast(Any, module.config)._attn_implementation
+    spaces = (getattr(kind.__dict__.get("forward"), "__globals__", {}) for kind in type(module).__mro__)
+    eager = next((space["eager_attention_forward"] for space in spaces if "eager_attention_forward" in space), None)
+    function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(_NAMES.get(name, name), cast(Any, eager))
+    return cast("Callable[..., tuple[Tensor, Tensor | None]]", function)
 
 
 def _refuse_unknown(
@@ -192,7 +180,7 @@ def _refuse_unknown(
         raise UnsupportedModelError(f"{name} does not compute the row of tokens that it was given")
     if attention_mask is not None:
         raise UnsupportedModelError(f"{name} makes an attention mask of its own")
-    if not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise UnsupportedModelError(f"{name} is not causal")
     unknown = sorted(key for key, value in others.items() if value is not None and key not in _HARMLESS)
     if unknown:

@@ -7,6 +7,7 @@ and an adapted head stay the model's own, whatever they are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .adapted_linears import TrainingLinears
-from .attention import Layout, interface_name, without_masks
+from .attention import Layout, interface_name, with_layout
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
 
@@ -58,16 +59,22 @@ class Forward:
         model: the model.
         device: where its inputs go.
         splits: whether it is a head on a body; else only `logits` can be computed.
+        has_layouts: whether passes may have a layout; else attention is left alone.
+        lock: for one pass at a time.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device = model, device_of(model)
         fast = runs_here(model)
-        self._linears = TrainingLinears(list(model.modules()) if fast else [])
+        self._body = self._find_body() if engine_mode() != "off" else None
+        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
+        in_body = self._body.modules() if self._body is not None and fast else ()
+        self._linears = TrainingLinears(list(in_body), list(model.modules()) if fast else [])
         self._overrides: Overrides = operator_overrides(model) if fast else {}
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
-        self._body = self._find_body() if engine_mode() != "off" else None
+        self.has_layouts = self._body is not None
+        self.lock = threading.RLock()
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
             self.splits = self._probe()
 
@@ -89,7 +96,7 @@ class Forward:
         modules = [*self._overrides, *self._linears.modules]
         if self._body is not None:
             modules.append(self._body)
-        attention = interface_name if self._body is not None else None
+        attention = interface_name if self.has_layouts else None
         with Hold(self.model, modules, use, attention):
             self._is_held = True
             try:
@@ -125,7 +132,7 @@ class Forward:
         Raises:
             UnsupportedModelError: the model's attention needs something that is not computed here.
         """
-        with without_masks():
+        with with_layout():
             output = self._run_body(input_ids=ids, position_ids=positions, layout=layout)
         return cast(Tensor, output.last_hidden_state)
 
@@ -164,7 +171,7 @@ class Forward:
         with overriding({self._body: self._body_or_states}):
             try:
                 apart = self.head(self.hidden(ids)[0])
-            except (AttributeError, TypeError, ValueError):  # its forward reaches into the body or takes other inputs
+            except Exception:  # its forward reaches into the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
         return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)

@@ -541,14 +541,17 @@ def _whole(count: int) -> int:
     return -(-count // _KEYS) * _KEYS
 
 
-@functools.cache
 def loaded() -> Kernels | None:
-    """Returns the compiled functions, or None where they are not available."""
+    """Returns the compiled functions, or None where they are not available or LORALIB_ENGINE rules them out."""
+    return compiled() if engine_mode() == "full" else None
+
+
+@functools.cache
+def compiled() -> Kernels | None:
+    """Returns the compiled functions, compiled at the first call; None where that does not work."""
     compiler = shutil.which(os.environ.get("CC") or "gcc")
-    if engine_mode() != "full" or compiler is None:
-        return None
     try:
-        return _load(compiler)
+        return None if compiler is None else _load(compiler)
     except (OSError, subprocess.SubprocessError):  # PyTorch's operators do the same work
         return None
 

@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["Predictions", "head_loss"]
+__all__ = ["HeadLoss", "Predictions", "head_loss"]
 
 _BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
 
 
 class Predictions(NamedTuple):
-    """What is predicted from which hidden state; all on the CPU.
+    """What is predicted from which hidden state.
 
     Attributes:
         rows: (N,) which of the states makes the prediction, ascending.
         targets: (N,) the token id to predict.
         weights: (N,) how often it counts, float32.
+        state_weights: (R,) the sum of the weights of each state.
+        cpu_rows: `rows` on the CPU, so that nothing has to wait for a device.
     """
 
     rows: Tensor
     targets: Tensor
     weights: Tensor
+    state_weights: Tensor
+    cpu_rows: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, targets: Tensor, weights: Tensor, states: int, device: torch.device) -> Predictions:
+        """Returns predictions on a device; call it before the forward pass, so that copies do not wait for that.
+
+        Args:
+            rows: see the attributes; on the CPU, as targets and weights.
+            targets: see the attributes.
+            weights: see the attributes.
+            states: R, the number of hidden states.
+            device: that of the states.
+        """
+        state_weights = torch.zeros(states).index_add_(0, rows, weights)
+        return cls(rows.to(device), targets.to(device), weights.to(device), state_weights.to(device), rows)
+
+
+class HeadLoss(NamedTuple):
+    """What `head_loss` returns.
+
+    Attributes:
+        total: () the summed loss, without a gradient.
+        objective: () gradient_scale times that, whose `backward` hands on the gradients that were made with it.
+    """
+
+    total: Tensor
+    objective: Tensor
 
 
 def head_loss(
@@ -35,14 +66,13 @@ def head_loss(
     gradient_scale: float | None,
     label_smoothing: float = 0.0,
     chunk: int = 256,
-) -> tuple[Tensor, Tensor | None]:
+) -> HeadLoss:
     """Computes the summed loss of predictions and, in the same pass, its gradient.
 
     With label smoothing e the loss of one prediction is ``(1 - e) * -log p[target] + e * mean over v of -log p[v]``.
 
     Args:
-        head: hidden states (C, D) to logits (C, V), whatever the model does there (soft-capping, scaling, LoRA).  It
-            runs under autograd, so that its own trainable parameters get their gradients.
+        head: hidden states (C, D) to logits (C, V), whatever the model does there (soft-capping, scaling, LoRA).
         states: (R, D) the hidden states that predict something.
         predictions: which state predicts what, and with which weight.
         gradient_scale: the gradient is that of gradient_scale * loss; None: no gradient.
@@ -50,53 +80,109 @@ def head_loss(
         chunk: how many states go through the head at once.
 
     Returns:
-        The loss () on the states' device, and its gradient in `states` (None if not wanted, or if nothing below the
-        head is trained).
+        The loss, and what to differentiate: in the states, and in all parameters that the head trains.
     """
-    leaf, device = states.detach(), states.device
-    total = torch.zeros((), device=device)
-    gradient = torch.empty_like(leaf) if gradient_scale is not None and states.requires_grad else None
-    starts = range(0, len(leaf), chunk)
-    bounds = _bounds(predictions.rows, [*starts, len(leaf)])  # on the CPU: nothing has to wait for the device
-    weight_of_state = torch.zeros(len(leaf)).index_add_(0, predictions.rows, predictions.weights).to(device)
-    rows, targets, weights = (x.to(device) for x in predictions)
+    gradients = _Gradients(states) if gradient_scale is not None else None
+    total = torch.zeros((), device=states.device)
+    scale = 1.0 if gradient_scale is None else gradient_scale
+    for start in range(0, len(states), chunk):
+        part = states.detach()[start : start + chunk]
+        with torch.set_grad_enabled(gradients is not None):
+            logits = head(part.requires_grad_(gradients is not None and states.requires_grad))
+        loss, slope = _chunk_loss(logits, predictions, start, label_smoothing, scale)
+        total += loss
+        if gradients is not None and slope is not None:
+            gradients.add(start, part, logits, slope)
+    objective = total if gradients is None else gradients.attached_to(total * scale)
+    return HeadLoss(total, objective)
+
+
+def _chunk_loss(
+    logits: Tensor, predictions: Predictions, start: int, label_smoothing: float, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the loss of logits (C, V) of the states from `start` on, and the gradient of scale * loss in them."""
+    rows, targets, weights, state_weights, cpu_rows = predictions
     # On the CPU a block's logits stay in cache; elsewhere each operator takes a whole chunk.
-    block = _BLOCK if device.type == "cpu" else chunk
-    for number, start in enumerate(starts):
-        part = leaf[start : start + chunk]
-        mine = slice(bounds[number], bounds[number + 1])
-        with torch.set_grad_enabled(gradient_scale is not None):
-            part.requires_grad_(gradient is not None)
-            logits = head(part)
-        grad = torch.empty_like(logits) if logits.requires_grad else None
-        firsts = range(0, len(part), block)
-        inner = _bounds(predictions.rows[mine], [start + first for first in (*firsts, len(part))])
-        for place, first in enumerate(firsts):
-            of = slice(mine.start + inner[place], mine.start + inner[place + 1])
-            loss, slope = _loss_and_slope(
-                logits.detach()[first : first + block],
-                rows[of] - (start + first),
-                targets[of],
-                weights[of],
-                weight_of_state[start + first : start + first + block][: len(part) - first],
-                label_smoothing,
-                1.0 if gradient_scale is None else gradient_scale,
-            )
-            total += loss
-            if grad is not None:
-                grad[first : first + block] = slope
-        if grad is not None:
-            torch.autograd.backward(logits, grad)
-        if gradient is not None:
-            assert part.grad is not None
-            gradient[start : start + chunk] = part.grad
-    return total, gradient
+    block = _BLOCK if logits.device.type == "cpu" else len(logits)
+    starts = range(start, start + len(logits), block)
+    limits = torch.tensor([*starts, start + len(logits)])
+    bounds: list[int] = torch.searchsorted(cpu_rows, limits).tolist()
+    total, slope = torch.zeros((), device=logits.device), torch.empty_like(logits) if logits.requires_grad else None
+    for first, begin, end in zip(starts, bounds, bounds[1:], strict=False):
+        here = slice(first - start, first - start + block)
+        loss, of_block = _loss_and_slope(
+            logits.detach()[here],
+            rows[begin:end] - first,
+            targets[begin:end],
+            weights[begin:end],
+            state_weights[first : min(first + block, start + len(logits))],
+            label_smoothing,
+            scale,
+        )
+        total += loss
+        if slope is not None:
+            slope[here] = of_block
+    return total, slope
 
 
-def _bounds(rows: Tensor, limits: list[int]) -> list[int]:
-    """Returns where in the ascending `rows` each limit is reached."""
-    places: list[int] = torch.searchsorted(rows, torch.tensor(limits)).tolist()
-    return places
+class _Gradients:
+    """Gradients of the loss in hidden states and in what the head trains, added up over chunks.
+
+    They enter the backward pass of the whole model as those of one node: autograd accumulates each parameter once a
+    step, as hooks, DDP and optimisers in the backward pass expect.
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        self._states = states
+        self._of_states = torch.empty_like(states) if states.requires_grad else None
+        self._of_leaves: dict[Tensor, Tensor] = {}
+
+    def add(self, start: int, part: Tensor, logits: Tensor, slope: Tensor) -> None:
+        """Adds those of one chunk: its states (C, D), their logits (C, V), and the gradient in these."""
+        leaves = _leaves(logits, part)
+        inputs = [part, *leaves] if part.requires_grad else leaves
+        results = list(torch.autograd.grad(logits, inputs, slope))
+        if self._of_states is not None:
+            self._of_states[start : start + len(part)] = results.pop(0)
+        for leaf, gradient in zip(leaves, results, strict=True):
+            self._of_leaves[leaf] = self._of_leaves[leaf] + gradient if leaf in self._of_leaves else gradient
+
+    def attached_to(self, objective: Tensor) -> Tensor:
+        """Returns the objective () as a function of the states and the head's parameters."""
+        inputs = [*([] if self._of_states is None else [self._states]), *self._of_leaves]
+        gradients = [*([] if self._of_states is None else [self._of_states]), *self._of_leaves.values()]
+        result: Tensor = _Attached.apply(objective, gradients, *inputs)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Attached(torch.autograd.Function):
+    """A value whose gradients in some tensors are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(known * gradient for known in ctx.gradients)
+
+
+def _leaves(logits: Tensor, part: Tensor) -> list[Tensor]:
+    """Returns the trained tensors that logits were made of, but for the hidden states themselves."""
+    leaves: dict[Tensor, None] = {}
+    nodes, seen = [logits.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of a node that accumulates a gradient
+        if leaf is not None and leaf is not part:
+            leaves[leaf] = None
+        nodes += [child for child, _ in node.next_functions]
+    return list(leaves)
 
 
 def _loss_and_slope(

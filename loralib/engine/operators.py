@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -24,31 +22,36 @@ from .placement import Override, Overrides, own_forward
 
 __all__ = ["operator_overrides"]
 
-_KNOWN: Final[weakref.WeakKeyDictionary[nn.Module, Overrides]] = weakref.WeakKeyDictionary()
-_LOCK: Final = threading.Lock()
+_VERDICTS: Final[dict[tuple[type, ...], bool]] = {}  # whether modules of these classes compute what is expected
 
 
 def operator_overrides(model: nn.Module) -> Overrides:
-    """Returns faster functions for all modules that have one; found once per model, since trying each takes a while."""
-    with _LOCK:
-        if model not in _KNOWN:
-            overrides = {module: _faster(module) for module in model.modules()}
-            _KNOWN[model] = {module: override for module, override in overrides.items() if override is not None}
-        return _KNOWN[model]
+    """Returns faster functions for all modules of a model that have one."""
+    rebound: dict[Any, Any] = {}
+    overrides = {module: _faster(module, rebound) for module in model.modules()}
+    return {module: override for module, override in overrides.items() if override is not None}
 
 
-def _faster(module: nn.Module) -> Override | None:
-    override: Override | None = None
-    if type(module).__name__ == "NewGELUActivation":
+def _faster(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
+    kind = type(module)
+    if kind.__name__ == "NewGELUActivation":
         # Eight operators that keep five tensors are one.
-        override = functools.partial(_gelu, module)
-    elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        override = functools.partial(_rms_norm, module)
-    elif module._modules.keys() == _GATED:
-        return functools.partial(_gated, module) if _gates_as_usual(module) else None
-    else:
-        return _rotating(module)
-    return override if _same(module) else None
+        return functools.partial(_gelu, module) if _verdict(_same, module) else None
+    if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return functools.partial(_rms_norm, module) if _verdict(_same, module) else None
+    if module._modules.keys() == _GATED:
+        activation = cast(nn.Module, module._modules["act_fn"])
+        usual = _verdict(_gates_as_usual, module, activation)
+        return functools.partial(_gated, module, activation) if usual else None
+    return _rotating(module, rebound)
+
+
+def _verdict(check: Callable[[nn.Module], bool], module: nn.Module, *parts: nn.Module) -> bool:
+    """Returns what a check says of a module, tried once for its class and those of its parts."""
+    key = (type(module), *map(type, parts))
+    if key not in _VERDICTS:
+        _VERDICTS[key] = check(module)
+    return _VERDICTS[key]
 
 
 @torch.no_grad()
@@ -88,7 +91,7 @@ class _GELU(torch.autograd.Function):
 
 def _rms_norm(norm: Any, *given: Any, **named: Any) -> Tensor:
     x = given[0] if len(given) == 1 and not named else None
-    usual = x is not None and norm.weight.dtype == x.dtype and x.device.type == "cpu"
+    usual = x is not None and norm.weight is not None and norm.weight.dtype == x.dtype and x.device.type == "cpu"
     learns = norm.weight.requires_grad and torch.is_grad_enabled()
     if not usual or learns or torch.is_autocast_enabled("cpu"):
         return cast(Tensor, own_forward(norm, *given, **named))
@@ -144,6 +147,7 @@ _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of such a 
 def _gates_as_usual(block: nn.Module) -> bool:
     """Whether a block computes ``down(silu(gate(x)) * up(x))``: tried with other parts."""
     twin = copy.copy(block)
+    twin.__dict__.pop("forward", None)  # a switch would compute the original
     twin._modules = {**block._modules, "gate_proj": _Line(2, -1), "up_proj": _Line(1, 3), "down_proj": _Line(0.5, 0)}
     x = torch.linspace(-3, 2, 8)[None]
     try:
@@ -161,7 +165,10 @@ class _Line(nn.Module):
         return self.slope * x + self.start
 
 
-def _gated(block: Any, x: Tensor) -> Tensor:
+def _gated(block: Any, activation: nn.Module, x: Tensor) -> Tensor:
+    hooks = (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks)
+    if block.act_fn is not activation or any(hooks):  # changed since, or somebody listens
+        return cast(Tensor, own_forward(block, x))
     gate, up = block.gate_proj(x), block.up_proj(x)
     kernels = loaded()
     if kernels is not None and kernels.accept(gate, up) and gate.shape == up.shape:
@@ -187,25 +194,30 @@ class _SwiGLU(torch.autograd.Function):
 _ROTATE: Final = "apply_rotary_pos_emb"  # what the files of transformers' models call it
 
 
-def _rotating(module: nn.Module) -> Override | None:
+def _rotating(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
     """The forward of an attention module that turns queries and keys by such a function, with `_rotate` in its place.
 
     It is the class's own code, in which that one name means another function: neither the class nor the file that it
     comes from is touched.  (transformers' own way to replace the function needs a package of kernels from its hub.)
+
+    Args:
+        module: any module.
+        rebound: such forwards, by the original; filled here.
     """
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or _ROTATE not in forward.__code__.co_names:
         return None
-    rebound = _rebound(forward)
-    return None if rebound is None else types.MethodType(rebound, module)
+    if forward not in rebound:
+        theirs = forward.__globals__.get(_ROTATE)
+        if theirs is None or not _rotates_as_usual(theirs):
+            rebound[forward] = None
+        else:
+            rebound[forward] = _with_name(forward, functools.partial(_rotate, theirs))
+    return None if rebound[forward] is None else types.MethodType(rebound[forward], module)
 
 
-@functools.cache
-def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
-    theirs = forward.__globals__.get(_ROTATE)
-    if theirs is None or not _rotates_as_usual(theirs):
-        return None
-    names = {**forward.__globals__, _ROTATE: functools.partial(_rotate, theirs)}
+def _with_name(forward: types.FunctionType, rotate: Callable[..., Any]) -> types.FunctionType:
+    names = {**forward.__globals__, _ROTATE: rotate}
     result = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     result.__kwdefaults__ = forward.__kwdefaults__
     return result

@@ -7,8 +7,7 @@ reads:
   `overriding(overrides)` and `overrides` has a function for this module.  So what a user, another thread or another
   model computes meanwhile does not change by a bit.
 - `config` of a module that asks it for its attention function becomes a view of that config.  It shares all attributes,
-  but names our function in transformers' attention interface (see `attention.py`), which passes on every call that does
-  not come with a layout of ours.
+  but inside a pass that has a layout (see `attention.py`) it names our function in transformers' attention interface.
 
 A `Hold` places them for a whole run or generation.  Holds are counted, so that they can nest and overlap in threads;
 the last one to end takes everything back.
@@ -29,7 +28,7 @@ from torch import nn
 
 from ..errors import BusyModelError, ConfigError
 
-__all__ = ["Hold", "Override", "Overrides", "engine_mode", "evaluating", "overriding", "own_forward"]
+__all__ = ["Hold", "Override", "Overrides", "engine_mode", "evaluating", "overriding", "own_forward", "require_free"]
 
 Override = Callable[..., Any]
 Overrides = Mapping[nn.Module, Override]
@@ -104,11 +103,11 @@ def _new(kind: type) -> Any:
 _VIEW_CLASSES: Final[dict[tuple[type, Any], type]] = {}
 
 
-def _view_class(config_class: type, attention: Callable[[str | None], str]) -> type:
+def _view_class(config_class: type, attention: Callable[[str | None], str | None]) -> type:
     if (config_class, attention) in _VIEW_CLASSES:
         return _VIEW_CLASSES[config_class, attention]
 
-    def name(self: Any) -> str:
+    def name(self: Any) -> str | None:
         return attention(self.__dict__.get("_attn_implementation_internal"))
 
     def rename(self: Any, value: Any) -> None:
@@ -117,16 +116,14 @@ def _view_class(config_class: type, attention: Callable[[str | None], str]) -> t
     def reduce(self: Any, protocol: Any) -> Any:  # a copy is a plain config
         return _new, (config_class,), self.__dict__
 
-    body = {
-        "_attn_implementation": property(name, rename),
-        "__reduce_ex__": reduce,
-        "__module__": config_class.__module__,
-    }
-    return type(config_class.__name__, (config_class,), body)
+    body: dict[str, Any] = {"_attn_implementation": property(name, rename), "__reduce_ex__": reduce}
+    body["__module__"] = config_class.__module__
+    _VIEW_CLASSES[config_class, attention] = type(config_class.__name__, (config_class,), body)
+    return _VIEW_CLASSES[config_class, attention]
 
 
-def _view(attention: Callable[[str | None], str], config: Any) -> Any:
-    """A config with the same attributes, as the same dictionary, that names our attention function."""
+def _view(attention: Callable[[str | None], str | None], config: Any) -> Any:
+    """A config with the same attributes, as the same dictionary, that names our attention function in our passes."""
     view: Any = object.__new__(_view_class(type(config), attention))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
@@ -166,7 +163,7 @@ class Hold:
         model: nn.Module,
         modules: Iterable[nn.Module],
         use: Use,
-        attention: Callable[[str | None], str] | None = None,
+        attention: Callable[[str | None], str | None] | None = None,
     ) -> None:
         self._use = use
         self._modules = frozenset(map(id, model.modules()))
@@ -176,18 +173,21 @@ class Hold:
             _HOLDS.add(self)
             try:
                 for module in modules:
-                    if "forward" not in module.__dict__ or "forward" in _SLOTS.get(module, {}):
+                    if _is_free(module) or "forward" in _SLOTS.get(module, {}):
                         self._place(module, "forward", _Switch(module))
+                views: dict[int, Any] = {}
                 for module in model.modules() if attention is not None else ():
                     config = module.__dict__.get("config")
                     if hasattr(config, "_attn_implementation"):
-                        self._place(module, "config", _view(cast(Any, attention), config))
+                        if id(config) not in views:
+                            views[id(config)] = _view(cast(Any, attention), config)
+                        self._place(module, "config", views[id(config)])
             except BaseException:
                 self.release()
                 raise
 
     def _refuse_conflicts(self, model: nn.Module) -> None:
-        for other in _HOLDS:
+        for other in list(_HOLDS):  # a forgotten generator may be collected meanwhile
             if "training" in (self._use, other._use) and not self._modules.isdisjoint(other._modules):
                 words = {"training": "being trained", "inference": "generating or being evaluated"}
                 raise BusyModelError(
@@ -227,6 +227,22 @@ class Hold:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def require_free(model: nn.Module, use: Use) -> None:
+    """Refuses a model that is in use in a way that rules this use out, before anything is done to it.
+
+    Raises:
+        BusyModelError: it is.
+    """
+    Hold(model, (), use).release()
+
+
+def _is_free(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's; some tools, and copies of held models, keep it on the instance."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    return "forward" not in module.__dict__ or own
 
 
 _EVALUATED: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()

@@ -7,7 +7,6 @@ they grow, and calls `step`, which computes all that is new in all open groups i
 from __future__ import annotations
 
 import random
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..engine.attention import KVCache, TreeLayout, interface_name, resized, without_masks
+from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
 from ..engine.forward import device_of, logits_of, runs_here
 from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
 from ..engine.operators import operator_overrides
@@ -114,17 +113,19 @@ class CachedDecoder(Decoder):
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._fast = runs_here(model)
-        self._overrides: Overrides = operator_overrides(model) if self._fast else {}
+        self._operators: Overrides = operator_overrides(model) if self._fast else {}
+        self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
-        super().__init__(model, [*self._overrides, *linears], attention=True)
+        super().__init__(model, [*self._operators, *linears], attention=True)
         self._cache = KVCache()
         self._steps = 0
-        self._prepacked = False
         # Which columns each branch of each group sees (rows, N, C), and the place in its group of each token (rows, C).
         self._visible = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
 
     def _forget(self, group: SequenceGroup) -> None:
+        if len(self._groups) == 1:  # weights may change before the next one
+            self._prepacked, self._steps = {}, 0
         last = self._groups.pop()
         if last is not group:
             # The last group takes its place, so that the open groups are always the first rows of the cache.
@@ -152,9 +153,10 @@ class CachedDecoder(Decoder):
             last.append(len(ids) - 1)
         long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
         if self._fast and long and not self._prepacked:
-            self._overrides, self._prepacked = {**self._overrides, **prepacked_overrides(self._modules)}, True
+            self._prepacked = prepacked_overrides(self._modules)
         self._steps += 1
-        with evaluating(self._modules), without_masks(), overriding(self._overrides):
+        overrides = {**self._operators, **self._prepacked}
+        with evaluating(self._modules), with_layout(), overriding(overrides):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=self._tensor(positions)[None],
@@ -271,7 +273,6 @@ class PlainDecoder(Decoder):
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
-_LOCK: Final = threading.Lock()
 
 
 def make_decoder(model: nn.Module) -> Decoder:
@@ -280,11 +281,11 @@ def make_decoder(model: nn.Module) -> Decoder:
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: a graph has no place for a layout
     if engine_mode() == "off":
         return PlainDecoder(model)
-    with _LOCK:
-        if model not in _FAULTS:
-            _FAULTS[model] = _why_not_cached(model)
+    if model not in _FAULTS:
+        _FAULTS.setdefault(model, _why_not_cached(model))
     return PlainDecoder(model) if _FAULTS[model] else CachedDecoder(model)
 
 
@@ -297,8 +298,8 @@ def _why_not_cached(model: nn.Module) -> str:
     vocabulary = embeddings.weight.shape[0]
     prompts = [[rng.randrange(vocabulary) for _ in range(length)] for length in (7, 4)]
     steps = [([0, 0], 2), ([1, 0, 1], 3)]
+    plain, cached = PlainDecoder(model), CachedDecoder(model)
     try:
-        plain, cached = PlainDecoder(model), CachedDecoder(model)
         theirs = [plain.open(prompt) for prompt in prompts]
         ours = [cached.open(prompt) for prompt in prompts]
         for parents, count in [([], 0), *steps]:
@@ -316,4 +317,7 @@ def _why_not_cached(model: nn.Module) -> str:
         return str(error)
     except Exception as error:  # whatever a model does that the cache does not expect, PlainDecoder remains
         return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"
+    finally:
+        plain.close_all()
+        cached.close_all()
     return ""

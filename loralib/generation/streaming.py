@@ -142,7 +142,11 @@ class Generator:
         self._admit()
         if not self._running:
             return []
-        logits = self._decoder.step()
+        try:
+            logits = self._decoder.step()
+        except BaseException:
+            self.close()  # the sequences may have grown by half a step
+            raise
         requests = sorted(self._running, key=_row)  # the decoder may have moved them
         changed = [request for request in requests if not request.sampling.plain]
         if changed:

@@ -71,6 +71,7 @@ class Step:
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
+        self._forward.has_layouts = self.packing
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> Step:
@@ -113,26 +114,29 @@ class Step:
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self._forward.device)
         if len(laid.states):
-            with torch.set_grad_enabled(scale is not None), self._forward.held(use), self._forward.overriding():
+            forward = self._forward
+            with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
                 loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
+        device = self._forward.device
+        places = laid.states.to(device)
+        predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
         if self._forward.splits:
             hidden = self._hidden(laid)
             head: Callable[[Tensor], Tensor] = self._forward.head
         else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-            hidden, head = self._forward.logits(laid.ids.to(self._forward.device)), lambda states: states
-        states = hidden.flatten(0, 1)[laid.states.to(hidden.device)]
-        predictions = Predictions(laid.rows, laid.targets, laid.weights)
-        loss, gradient = head_loss(
+            hidden, head = self._forward.logits(laid.ids.to(device)), lambda states: states
+        states = hidden.flatten(0, 1)[places]
+        loss = head_loss(
             head, states, predictions, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
         )
-        if gradient is not None:
-            states.backward(gradient)
-        return loss
+        if scale is not None:
+            loss.objective.backward()
+        return loss.total
 
     def _hidden(self, laid: Pack) -> Tensor:
         """The last hidden states (B, T, D), after the final norm."""

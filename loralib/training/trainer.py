@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data import TokenExample
 from ..data.order import epoch_order
+from ..engine.placement import require_free
 from ..errors import ConfigError
 from ..files import hold_directory
 from ..formats import check_portable
@@ -89,6 +90,7 @@ def run(
             f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
         )
     with _ONE_RUN_AT_A_TIME:
+        require_free(model, "training")
         _inject(model, config, reporter)
         with (
             hold_directory(config.output_dir) as path,
