@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralib.data.packing import pack
-from loralib.engine.attention import PackedLayout, Scores
+from loralib.engine.attention import AttentionSettings, PackedLayout
 from loralib.engine.kernels import Kernels
 from loralib.training.memory import freeze_objects, keep_freed_memory
 from loralib.training.step import make_step
@@ -95,13 +95,13 @@ def attention(count: int, rounds: int) -> dict[str, Any]:
     laid = pack(bench.batches(bench.e2e("train"), count, 4)[0])
     assert laid.ends is not None
     total = laid.ids.shape[1]
-    layout, scores = PackedLayout(laid.ends, laid.positions[0]), Scores(64**-0.5)
+    layout, settings = PackedLayout(laid.ends, laid.positions[0]), AttentionSettings(64**-0.5)
     q, k, v = (torch.randn(total, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (9, 3, 3))
     gradient, place = torch.randn_like(q), torch.arange(total)
     mask = (place <= place[:, None]) & (place[:, None] < laid.ends)
 
     def tiles() -> None:
-        layout._attend_in_tiles(q, k, v, scores).backward(gradient)
+        layout._attend_in_tiles(q, k, v, settings).backward(gradient)
 
     def dense() -> None:
         heads_first: Iterator[Tensor] = (x.transpose(0, 1)[None] for x in (q, k, v))

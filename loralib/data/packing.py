@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -55,11 +55,6 @@ class Pack:
     def processed_tokens(self) -> int:
         """How many tokens the model computes, B * T."""
         return self.ids.numel()
-
-    def to(self, device: torch.device | str) -> Pack:
-        """Returns a copy with its tensors on a device."""
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Pack(**moved)
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:

@@ -89,7 +89,7 @@ class TrainingLinears:
             yield overrides
         finally:
             for group in groups:
-                group.waiting, group.casts = _Waiting(), []
+                group.pending, group.casts = _PendingOutputs(), []
 
     # For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
     # work.
@@ -133,15 +133,15 @@ class _CastFactors(torch.autograd.Function):
         copies: list[Tensor] = []
         scalings: list[float] = []
         for at, (group, number) in enumerate(layers):
-            of_A, of_B = gradients[2 * at : 2 * at + 2]
+            grad_A, grad_B = gradients[2 * at : 2 * at + 2]
             new_A, new_B = cast("list[Tensor]", results[2 * at : 2 * at + 2])
-            if of_A is None or of_B is None:  # the layer took no part in what was differentiated
+            if grad_A is None or grad_B is None:  # the layer took no part in what was differentiated
                 results[2 * at : 2 * at + 2] = [None, None]
                 continue
             kept, layer = group.gradients, group.layers[number]
-            if of_B is not kept.B[number]:  # a sum over several calls of the layer
-                kept.A_of[number].copy_(of_A)
-                kept.B[number].copy_(of_B)
+            if grad_B is not kept.B[number]:  # a sum over several calls of the layer
+                kept.A_of[number].copy_(grad_A)
+                kept.B[number].copy_(grad_B)
             blocks = kept.B_blocks[number]
             wide += [new_A, *_row_blocks(new_B, len(blocks))]
             copies += [kept.A_of[number], *blocks]
@@ -261,7 +261,7 @@ class _Buffers:
 
 
 @dataclass
-class _Waiting:
+class _PendingOutputs:
     """Outputs that were computed with that of the first layer of a group, and were not asked for yet."""
 
     x: Tensor | None = None
@@ -276,7 +276,7 @@ class _Group:
         self.layers = layers
         weights = [_base_weight(layer) for layer in layers]
         self.weights = [FrozenWeight(weight, prepack and _needs_copy(weight)) for weight in weights]
-        self.waiting = _Waiting()
+        self.pending = _PendingOutputs()
         self.factors, self.gradients = _Buffers(layers), _Buffers(layers)  # the factors' B are scaled
         self.casts: list[Tensor] = []  # A_i and B_i of each layer as parts of the pass's graph, where there is one
         self.written: set[int] = set()  # the layers whose gradients of this pass are there
@@ -326,16 +326,16 @@ class _Group:
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output; that of the first layer is computed together with those of the others."""
-        layer, waiting = self.layers[number], self.waiting
+        layer, pending = self.layers[number], self.pending
         usual = x.dtype == layer.base_weight.dtype and not torch.is_autocast_enabled(x.device.type)
         has_graph = bool(self.casts) or not torch.is_grad_enabled()
         if not (usual and has_graph) or x.is_inference() or x.dim() < 2 or not x.numel():
             return cast(Tensor, own_forward(layer, x))
         made_for = (x._version, torch.is_grad_enabled())
-        if waiting.x is x and waiting.made_for == made_for and number in waiting.outputs:
-            output = waiting.outputs.pop(number)
-            if not waiting.outputs:
-                self.waiting = _Waiting()
+        if pending.x is x and pending.made_for == made_for and number in pending.outputs:
+            output = pending.outputs.pop(number)
+            if not pending.outputs:
+                self.pending = _PendingOutputs()
             return output
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
@@ -344,7 +344,7 @@ class _Group:
         outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, dropped, self, numbers, *casts)  # type: ignore[no-untyped-call]
         first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
         if others:
-            self.waiting = _Waiting(x, made_for, dict(zip(numbers[1:], others, strict=True)))
+            self.pending = _PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
         return first
 
     def multiply(self, rows: Tensor, seen: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:

@@ -45,7 +45,7 @@ _HARMLESS: Final = frozenset(
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionSettings:
     """How one layer turns queries and keys into attention scores.
 
     Attributes:
@@ -71,7 +71,7 @@ class Layout(Protocol):
 
     tokens: int  # T, the length of the row
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Returns the attention of q (T, H, D) over the keys that it sees, given k and v (T, H / G, D) of the row."""
 
 
@@ -134,8 +134,8 @@ def attention(
         attention_mask: must be None: the layout says who sees whom.
         scaling: factor of the scores; None: 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
-        softcap: see `Scores`.
-        sliding_window: see `Scores`.
+        softcap: see `AttentionSettings`.
+        sliding_window: see `AttentionSettings`.
         layout: which token sees which; None: the call is not ours, and the model's own attention computes it.
         **others: what else models pass; refused if it could change the result.
 
@@ -151,9 +151,9 @@ def attention(
         return _original(module)(module, query, key, value, attention_mask, **given, **others)
     _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = Scores(scaling, softcap, sliding_window, dropout)
+    settings = AttentionSettings(scaling, softcap, sliding_window, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return layout.attend(cast(int, module.layer_idx), q, k, v, scores).unsqueeze(0), None
+    return layout.attend(cast(int, module.layer_idx), q, k, v, settings).unsqueeze(0), None
 
 
 def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -247,19 +247,19 @@ class PackedLayout:
         self._tiles: dict[int | None, list[_Tiles]] = {}
         self._blocks: dict[int | None, Blocks] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Returns the attention of q (T, H, D) over k and v (T, H / G, D)."""
         kernels = loaded()
-        if scores.plain and kernels is not None and kernels.accept_queries(q, k, v):
-            blocks = self.blocks(scores.window)
-            return cast(Tensor, _KernelAttention.apply(q, k, v, blocks, scores.scaling))  # type: ignore[no-untyped-call]
-        return self._attend_in_tiles(q, k, v, scores)
+        if settings.plain and kernels is not None and kernels.accept_queries(q, k, v):
+            blocks = self.blocks(settings.window)
+            return cast(Tensor, _KernelAttention.apply(q, k, v, blocks, settings.scaling))  # type: ignore[no-untyped-call]
+        return self._attend_in_tiles(q, k, v, settings)
 
     def blocks(self, window: int | None) -> Blocks:
         """Returns who sees whom, for the compiled kernel.
 
         Args:
-            window: see `Scores`.
+            window: see `AttentionSettings`.
         """
         if window not in self._blocks:
             starts = range(0, self.tokens, LANES)
@@ -269,20 +269,20 @@ class PackedLayout:
     # Without kernels: tiles of queries, each against only the keys that one of its queries sees.  For 456 tokens that
     # takes a third of the time of scaled_dot_product_attention with a dense mask, for 1,824 a tenth.
 
-    def _attend_in_tiles(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def _attend_in_tiles(self, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         (total, heads, width), kv_heads, tile = q.shape, k.shape[1], self._tile_size
         count, group = -(-total // tile), heads // kv_heads
         # (T, H, D) -> (n, H / G, G * tile, D): the query heads that share a key head are stacked.
         q = F.pad(q, (0, 0, 0, 0, 0, count * tile - total)).view(count, tile, kv_heads, group, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * tile, width)
-        k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(scores.window)
+        k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(settings.window)
         results = []
         for part in parts:
             queries = (q if len(parts) == 1 else q[part.numbers]).flatten(0, 1)
             mask = part.mask(kv_heads, group, q.dtype)
             # Weights are kept for the backward pass while they are small, and made again where they are not.
             large = torch.is_grad_enabled() and mask.numel() > 4 * queries.numel()
-            arguments = (queries, k, v, part.keys, mask, scores)
+            arguments = (queries, k, v, part.keys, mask, settings)
             result = (
                 checkpoint(_tile_attention, *arguments, use_reentrant=False) if large else _tile_attention(*arguments)
             )
@@ -349,7 +349,9 @@ class _KernelAttention(torch.autograd.Function):
         return (*kernels.attention_back(gradient, q, k, v, y, ctx.kept, ctx.blocks, ctx.scaling), None, None)
 
 
-def _tile_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
+def _tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, hidden: Tensor, settings: AttentionSettings
+) -> Tensor:
     """Attention of tiles (n * heads, rows, D) over the keys at `index` (n * K) of k and v (T, heads * D)."""
     count = len(index) // hidden.shape[-1]
     heads, width = len(q) // count, q.shape[-1]
@@ -358,20 +360,22 @@ def _tile_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, hidden: Tens
         rows = x.index_select(0, index).view(count, -1, heads, width).transpose(1, 2)
         return rows.reshape(count * heads, -1, width)
 
-    weights = _weights(q, gather(k), hidden, scores)
-    if scores.dropout:
-        weights = F.dropout(weights, scores.dropout)
+    weights = _weights(q, gather(k), hidden, settings)
+    if settings.dropout:
+        weights = F.dropout(weights, settings.dropout)
     return torch.bmm(weights, gather(v))
 
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
+def _weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
     """Attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); softmax computes in fp32, whatever the dtype.
 
-    Scores are rounded to the dtype of q, but scaled before that.
+    AttentionSettings are rounded to the dtype of q, but scaled before that.
     """
-    if scores.softcap is None:
-        return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scores.scaling), -1)
-    capped = scores.softcap * torch.tanh(torch.bmm(q, k.transpose(1, 2)).float() * (scores.scaling / scores.softcap))
+    if settings.softcap is None:
+        return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=settings.scaling), -1)
+    capped = settings.softcap * torch.tanh(
+        torch.bmm(q, k.transpose(1, 2)).float() * (settings.scaling / settings.softcap)
+    )
     return torch.softmax(capped + hidden, -1).to(q.dtype)
 
 
@@ -435,7 +439,7 @@ class TreeLayout:
         cache: where keys and values are.
         sequence: (R,) the sequence of each branch, its row in the cache.
         column: (R,) where the branch's new token is stored.
-        place: (R,) the branch's place in the padded grid of sequences x branches; None: the grid is full.
+        grid_index: (R,) the branch's place in the padded grid of sequences x branches; None: the grid is full.
         visible: (S, N, C) the columns that each branch sees, its own included.
         branch_positions: (S, N) place of each branch's new token in its sequence.
         positions: (S, C) place in the sequence of each stored token.
@@ -445,7 +449,7 @@ class TreeLayout:
     cache: KVCache
     sequence: Tensor
     column: Tensor
-    place: Tensor | None
+    grid_index: Tensor | None
     visible: Tensor
     branch_positions: Tensor
     positions: Tensor
@@ -456,7 +460,7 @@ class TreeLayout:
     def __post_init__(self) -> None:
         self.tokens = len(self.sequence) + sum(length for _, length in self.prompts)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Stores k and v (T, H / G, D), and returns the attention of q (T, H, D) over what each token sees."""
         keys, values = self.cache.layer(layer, k, v)
         parts = []
@@ -464,12 +468,12 @@ class TreeLayout:
         if start:
             keys[self.sequence, :, self.column] = k[:start]
             values[self.sequence, :, self.column] = v[:start]
-            parts.append(self._attend_branches(q[:start], keys, values, scores))
+            parts.append(self._attend_branches(q[:start], keys, values, settings))
         for row, length in self.prompts:
             own = slice(start, start + length)
             keys[row, :, :length] = k[own].transpose(0, 1)
             values[row, :, :length] = v[own].transpose(0, 1)
-            parts.append(_attend_causally(q[own], k[own], v[own], scores))
+            parts.append(_attend_causally(q[own], k[own], v[own], settings))
             start += length
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -507,43 +511,43 @@ class TreeLayout:
             return self.visible
         return self.visible & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
 
-    def _attend_branches(self, q: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    def _attend_branches(self, q: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of the branches (R, H, D): for each sequence one product of all its branches and all its keys."""
         sequences, branches, _ = self.visible.shape
         kv_heads, heads, width = keys.shape[1], *q.shape[1:]
         group = heads // kv_heads
-        kernels = loaded() if scores.plain and group <= LANES else None
+        kernels = loaded() if settings.plain and group <= LANES else None
         if kernels is not None and kernels.accept_queries(q, keys, values):
-            return kernels.attention(q, keys, values, self.blocks(scores.window, group), scores.scaling)[0]
+            return kernels.attention(q, keys, values, self.blocks(settings.window, group), settings.scaling)[0]
         grid = q
-        if self.place is not None:
-            grid = q.new_zeros(sequences * branches, heads, width).index_copy_(0, self.place, q)
+        if self.grid_index is not None:
+            grid = q.new_zeros(sequences * branches, heads, width).index_copy_(0, self.grid_index, q)
         # Heads that share keys are stacked: (S * H / G, N * G, D).
         grid = grid.view(sequences, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(sequences * kv_heads, branches * group, width)
         # All columns, also those that nobody sees: a product with a part of them would first copy that part.
         keys, values = keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
-        y = _weights(grid, keys, self._mask(scores.window, kv_heads, group, q.dtype), scores) @ values
+        y = _weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
         y = y.view(sequences, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
         y = y.reshape(sequences * branches, heads, -1)
-        return y if self.place is None else y[self.place]
+        return y if self.grid_index is None else y[self.grid_index]
 
 
-def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
     """Causal attention of one prompt: q (T, H, D) over k and v (T, H / G, D)."""
     length, group = len(q), q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if scores.softcap is None and (scores.window is None or length <= scores.window):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scaling)
+    if settings.softcap is None and (settings.window is None or length <= settings.window):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=settings.scaling)
     else:
         place = torch.arange(length, device=q.device)
         before = place[:, None] - place
-        visible = before >= 0 if scores.window is None else (before >= 0) & (before < scores.window)
-        if scores.softcap is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scores.scaling)
+        visible = before >= 0 if settings.window is None else (before >= 0) & (before < settings.window)
+        if settings.softcap is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=settings.scaling)
         else:
             hidden = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
-            y = (_weights(q[0], k[0], hidden, scores) @ v[0])[None]
+            y = (_weights(q[0], k[0], hidden, settings) @ v[0])[None]
     return y[0].transpose(0, 1)

@@ -85,16 +85,16 @@ class Blocks:
 
     Attributes:
         rows: (n + 1,) block b is the queries rows[b] .. rows[b + 1] - 1.
-        texts: (n,) the text whose keys it sees.
+        sequences: (n,) the sequence whose keys it sees.
         starts: (n + 1,) it sees keys[starts[b]], .., keys[starts[b + 1] - 1].
-        keys: places of keys in their texts.
+        keys: places of keys in their sequence.
         seen: which lanes see each of these keys, one bit per lane.
         heads: how many heads of a query, all with the same keys, are consecutive lanes of one block.
         widest: the most keys that a block sees.
     """
 
     rows: Tensor
-    texts: Tensor
+    sequences: Tensor
     starts: Tensor
     keys: Tensor
     seen: Tensor
@@ -104,27 +104,27 @@ class Blocks:
     @property
     def count(self) -> int:
         """n, the number of blocks."""
-        return len(self.texts)
+        return len(self.sequences)
 
     @classmethod
-    def of(cls, sees: Tensor, counts: Tensor, texts: Tensor, heads: int = 1) -> Blocks:
+    def of(cls, sees: Tensor, counts: Tensor, sequences: Tensor, heads: int = 1) -> Blocks:
         """Returns the blocks of queries in groups.
 
         Args:
             sees: (n, 16 // heads, C) bool: the keys that each query of a block sees; False for missing queries.
             counts: (n,) how many queries each block has.
-            texts: (n,) the text of each.
+            sequences: (n,) the sequence of each.
             heads: see the attributes.
 
         >>> sees = torch.tensor([[[True, False, True]] + [[False] * 3] * 15])
-        >>> blocks = Blocks.of(sees, counts=torch.tensor([1]), texts=torch.tensor([0]))
+        >>> blocks = Blocks.of(sees, counts=torch.tensor([1]), sequences=torch.tensor([0]))
         >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
         ([0, 2], [0, 2], [0, 1])
         """
         bits = _bits(sees, heads)  # (n, C)
         block, keys = bits.nonzero(as_tuple=True)
         of_each = torch.bincount(block, minlength=len(sees))
-        return cls._listed(counts, texts, of_each, keys, bits[block, keys], heads)
+        return cls._listed(counts, sequences, of_each, keys, bits[block, keys], heads)
 
     @classmethod
     def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> Blocks:
@@ -143,9 +143,11 @@ class Blocks:
         return cls._listed(counts, torch.zeros_like(counts), of_each, keys, seen, 1)
 
     @classmethod
-    def _listed(cls, counts: Tensor, texts: Tensor, of_each: Tensor, keys: Tensor, seen: Tensor, heads: int) -> Blocks:
+    def _listed(
+        cls, counts: Tensor, sequences: Tensor, of_each: Tensor, keys: Tensor, seen: Tensor, heads: int
+    ) -> Blocks:
         rows, starts, widest = _sums(counts), _sums(of_each), int(of_each.max())
-        return cls(rows, texts.to(torch.int32), starts, keys.to(torch.int32), seen, heads, widest)
+        return cls(rows, sequences.to(torch.int32), starts, keys.to(torch.int32), seen, heads, widest)
 
 
 def _bits(sees: Tensor, heads: int) -> Tensor:
@@ -188,7 +190,7 @@ class GroupOperands:
         self.kept = (*weights, *biases, *factors, *gradients)  # they live as long as their places are used
         self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
         self.weights, self.biases = _pointers(weights), _pointers(biases)
-        self.A, self.B, self.of_A, self.of_B = (
+        self.A, self.B, self.grad_A, self.grad_B = (
             factors.A.data_ptr(),
             _pointers(factors.B),
             gradients.A.data_ptr(),
@@ -348,7 +350,7 @@ class Kernels:
         most_and_share = (None, None) if kept is None else kept.unbind()
         each = _whole(blocks.widest) * 2 * width + (_whole(blocks.widest) + width) * LANES
         room = torch.empty(threads, each)
-        tables = (blocks.rows, blocks.texts, blocks.starts, blocks.keys, blocks.seen)
+        tables = (blocks.rows, blocks.sequences, blocks.starts, blocks.keys, blocks.seen)
         sizes = (each, count, heads, kv_heads, width, blocks.heads, *steps)
         self._call("attention", q, k, v, y, *most_and_share, *tables, room, *sizes, scaling, threads, dtype=q.dtype)
         return y, kept
@@ -459,7 +461,20 @@ class Kernels:
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         pairs = h.new_empty(2, count + 1, of.rank)  # of h, and of its gradient
-        tensors = (_pointers(gradients), seen, h, of.weights, of.A, of.B, of_h, of_x, of_seen, of.of_A, of.of_B, *pairs)
+        tensors = (
+            _pointers(gradients),
+            seen,
+            h,
+            of.weights,
+            of.A,
+            of.B,
+            of_h,
+            of_x,
+            of_seen,
+            of.grad_A,
+            of.grad_B,
+            *pairs,
+        )
         sizes = (*of.sizes, of.count, count, of.width)
         self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
         return of_x, of_seen

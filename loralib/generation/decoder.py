@@ -186,27 +186,27 @@ class CachedDecoder(Decoder):
         for group in fresh:
             group.rows = slice(rows, rows + 1)
             rows += 1
-        at_group, at_place = self._tensor(group_rows), self._tensor(places)
+        at_group, grid_index = self._tensor(group_rows), self._tensor(places)
         parents_see = self._visible[at_group, self._tensor(parents)]  # (R, C)
-        visible = self._grid(at_place, parents_see, branches)
+        visible = self._grid(grid_index, parents_see, branches)
         alive = visible.any(1)  # (rows, C): the others are free, those of branches that were given up among them
         needed = max([*(int(number) for number in (alive.sum(1) + branches).tolist()), *(len(t.prompt) for t in fresh)])
         if self._fit(needed, alive):
             parents_see = resized(parents_see, (len(group_rows), self._cache.columns))
-            visible = self._grid(at_place, parents_see, branches)
+            visible = self._grid(grid_index, parents_see, branches)
             alive = visible.any(1)
         free = torch.argsort(alive.to(torch.uint8), dim=1, stable=True)[:, :branches]  # (rows, N)
-        at_column = free.reshape(-1)[at_place]
-        visible.view(-1, self._cache.columns)[at_place, at_column] = True
+        at_column = free.reshape(-1)[grid_index]
+        visible.view(-1, self._cache.columns)[grid_index, at_column] = True
         at_position = self._tensor([group.length for group in growing for _ in group.tokens])
         self._positions[at_group, at_column] = at_position
         branch_positions = self._positions.new_zeros(len(self._groups) * branches)
-        branch_positions[at_place] = at_position
+        branch_positions[grid_index] = at_position
         layout = TreeLayout(
             cache=self._cache,
             sequence=at_group,
             column=at_column,
-            place=None if len(group_rows) == len(self._groups) * branches else at_place,
+            grid_index=None if len(group_rows) == len(self._groups) * branches else grid_index,
             visible=visible[: len(self._groups)],
             branch_positions=branch_positions.view(len(self._groups), branches),
             positions=self._positions[: len(self._groups)],
