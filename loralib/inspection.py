@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, expand_blocks
-from .combine import depends_on_base, faults_of, located_faults
+from .combine import depends_on_base, faults_of, located_faults, update_of
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
@@ -29,7 +29,7 @@ from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
 from .formats.merged import logit_difference, logits_of
-from .formats.portable import TARGETS, low_rank_update
+from .formats.portable import TARGETS
 from .generation import generate
 from .injection import fingerprint, injection_of, merge, remove, unmerge
 
@@ -277,7 +277,7 @@ def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
     summaries = []
     for name in plain.modules:
         if name not in broken:
-            update = low_rank_update(plain, name)
+            update = update_of(plain, name)
             S = update.svd()[1]
             norm, values = float(S.norm()), tuple(S.tolist())
             summaries.append(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Adapter, expand_blocks
-from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
+from ..combine import Update, check_sound, resize, update_of, updates_of, with_updates
 from ..config import LoraConfig
-from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
+from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
 from ..targets import match_modules
@@ -34,7 +34,6 @@ __all__ = [
     "check_portable",
     "export",
     "full_delta",
-    "low_rank_update",
     "make_portable",
     "to_stored_layout",
 ]
@@ -233,7 +232,7 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     Returns:
         (out, in), in at least fp32.
     """
-    update = low_rank_update(adapter, module)
+    update = update_of(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
     if adapter.config.changes_base:
         start = _initial_update(adapter, module, weight, initial)
@@ -279,7 +278,7 @@ def _as_plain(
         differences = {}
         for name in adapter.modules:
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
-            update = low_rank_update(adapter, name) + start * -1
+            update = update_of(adapter, name) + start * -1
             differences[name] = update.A.float(), update.B
         adapter = with_updates(adapter, differences)
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
@@ -294,7 +293,7 @@ def _nearest(
     adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
     """Approximates DoRA, whose update has full rank, by the largest singular values of the update."""
-    own = max(low_rank_update(adapter, name).r for name in adapter.modules)
+    own = max(update_of(adapter, name).r for name in adapter.modules)
     largest = r or _MAX_RANK_FACTOR * own
     lost, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
     for name in adapter.modules:
@@ -318,22 +317,14 @@ def _nearest(
     return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
 
 
-def low_rank_update(adapter: Adapter, module: str) -> Update:
-    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
-    A, B = factors(adapter, module)
-    config = adapter.config
-    scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
-    return Update(A.flatten(1), B.flatten(1), scaling)
-
-
 def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
     """Returns the update at initialisation, which PEFT subtracted from the base weight."""
     kind = str(adapter.config.init_lora_weights).lower()
-    update = low_rank_update(adapter, module)
+    update = update_of(adapter, module)
     if initial is not None:
         if f"{module}.lora_A" not in initial.tensors:
             raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
-        return low_rank_update(initial, module)
+        return update_of(initial, module)
     if weight is not None and kind == "pissa":
         return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
     if weight is not None and kind == "olora":
