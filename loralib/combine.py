@@ -31,10 +31,8 @@ __all__ = [
     "depends_on_base",
     "factors",
     "faults_of",
-    "interpolate",
     "located_faults",
     "resize",
-    "subtract",
     "update_of",
     "updates_of",
     "with_updates",
@@ -289,29 +287,6 @@ def combine(
             results[module] = merger.merge_factors(module, updates, shares)
             losses[module] = (Update(*results[module], 1.0) + total * -1).norm(), total.norm()
     return _combination(with_updates(template, results), losses)
-
-
-def interpolate(start: Adapter, end: Adapter, t: float, r: int | None = None) -> Combination:
-    """Returns the adapter whose updates are ``(1 - t) * start + t * end``.
-
-    Args:
-        start: what t = 0 gives.
-        end: what t = 1 gives.
-        t: any number; outside of 0 to 1 it extrapolates.
-        r: the rank of the result; default: the sum of both, which is exact.
-    """
-    return combine([start, end], [1 - t, t], "svd" if r else "cat", r=r)
-
-
-def subtract(adapter: Adapter, other: Adapter, r: int | None = None) -> Combination:
-    """Returns the adapter whose updates are the difference (negation in task arithmetic, arXiv:2212.04089).
-
-    Args:
-        adapter: from this
-        other: this is taken.
-        r: the rank of the result; default: the sum of both, which is exact.
-    """
-    return combine([adapter, other], [1.0, -1.0], "svd" if r else "cat", r=r)
 
 
 def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
