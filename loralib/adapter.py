@@ -336,13 +336,8 @@ def without_expressions(adapter: Adapter) -> Adapter:
         or isinstance(exclude, str)
         or not all(map(is_plain_name, layers))
     ):
-        config = config.replace(
-            # An expression, since entries of a list also match as endings of other names.
-            target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
+        # An expression, since entries of a list also match as endings of other names.
+        config = config.targeting("|".join(map(re.escape, adapter.target_modules)) or None)
     return replace(adapter, config=config)
 
 

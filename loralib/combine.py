@@ -411,18 +411,9 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
 
 def _template_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
     config = adapters[0].config
-    names = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
-    same = all(
-        names == (c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern)
-        for c in (adapter.config for adapter in adapters)
-    )
-    if not same:
-        config = config.replace(
-            target_modules=Adapter(config, tensors).target_modules,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
+    choose = operator.attrgetter("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    if any(choose(adapter.config) != choose(config) for adapter in adapters):
+        config = config.targeting(Adapter(config, tensors).target_modules)
     return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
 
 

@@ -190,6 +190,10 @@ class LoraConfig:
         """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
 
+    def targeting(self, modules: str | Sequence[str] | None) -> LoraConfig:
+        """Returns a copy that adapts these modules, without the settings that would narrow the choice."""
+        return self.replace(target_modules=modules, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what adapter_config.json holds: PEFT's keys, and only such that old versions of PEFT know.
 

@@ -58,11 +58,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
         name = cached[1].replace("--", "/")
-    config = adapter.config.replace(
-        target_modules=target_names(adapter, model),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+    config = adapter.config.targeting(target_names(adapter, model)).replace(
         base_model_name_or_path=name,
         # Readers of Conv1D need to know that the weight is stored (in, out).
         fan_in_fan_out=any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model)),

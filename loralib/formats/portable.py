@@ -157,11 +157,7 @@ def make_portable(
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
     padded = {name: _padded(update, rank) for name, update in updates.items()}
     result = with_updates(plain, padded)
-    settings = result.config.replace(
-        target_modules=target_names(plain, model),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+    settings = result.config.targeting(target_names(plain, model)).replace(
         init_lora_weights=True,
         lora_dropout=0.0,
         task_type=plain.config.task_type or task_type_of(model),
