@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -196,55 +196,36 @@ def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def _unused_entries(
-    modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
-) -> dict[str, list[Any]]:
-    """Returns the entries that match nothing, by setting."""
-
-    def unmatched(setting: str, names: Iterable[str]) -> list[Any]:
-        value = getattr(config, setting)
-        patterns = [(value, value)] if isinstance(value, str) else [(entry, (entry,)) for entry in value or ()]
-        return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
-
-    unused: dict[str, list[Any]] = {
-        # An entry also counts as used where an earlier one of the list took all its modules.
-        "target_modules": unmatched("target_modules", matched),
-        "exclude_modules": unmatched("exclude_modules", modules),
-        "modules_to_save": [e for e in config.modules_to_save or () if not any(n.endswith(e) for n in modules)],
-    }
-    if config.target_modules == ALL_LINEAR and matched:
-        unused["target_modules"] = []
-    for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
-        unused[setting] = [key for key in getattr(config, setting) if not any(first_match((key,), n) for n in matched)]
-    used = {_layer_number(name, config) for name in matched}
-    unused["layers_to_transform"] = [number for number in _layer_numbers(config) if number not in used]
-    return {setting: entries for setting, entries in unused.items() if entries}
-
-
 def _unused_entry_faults(
     model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
 ) -> list[str]:
     """Says of every entry that matches nothing what it might have meant."""
+
+    def unmatched(setting: str, names: Iterable[str]) -> list[str]:
+        value = getattr(config, setting)
+        patterns = [(value, value)] if isinstance(value, str) else [(entry, (entry,)) for entry in value or ()]
+        return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
+
     faults = []
-    for setting, entries in _unused_entries(modules, matched, config).items():
-        if setting == "target_modules":
-            narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
-            after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
-            hints = "".join(_similar_names(model, entry, modules) for entry in entries)
-            faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
-        elif setting == "layers_to_transform":
-            if matched:
-                faults += [f"layers_to_transform names layer {n}, which has no adapted module" for n in entries]
-        elif setting in ("exclude_modules", "modules_to_save"):
-            faults += [
-                f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries
-            ]
-        else:
-            faults += [
-                f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
-                for key in entries
-            ]
-    return faults
+    # An entry also counts as used where an earlier one of the list took all its modules.
+    entries = [] if config.target_modules == ALL_LINEAR and matched else unmatched("target_modules", matched)
+    if entries:
+        narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
+        after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
+        hints = "".join(_similar_names(model, entry, modules) for entry in entries)
+        faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
+    unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
+    for setting, entries in (("exclude_modules", unmatched("exclude_modules", modules)), ("modules_to_save", unsaved)):
+        faults += [f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries]
+    for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        faults += [
+            f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
+            for key in getattr(config, setting)
+            if not any(first_match((key,), name) for name in matched)
+        ]
+    used = {_layer_number(name, config) for name in matched}
+    unused = [number for number in _layer_numbers(config) if matched and number not in used]
+    return faults + [f"layers_to_transform names layer {number}, which has no adapted module" for number in unused]
 
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
