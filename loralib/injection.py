@@ -22,7 +22,7 @@ from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules
+from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
 from .utils import mark_only_lora_as_trainable
 
 __all__ = [
@@ -352,20 +352,11 @@ def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
 
 def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig) -> tuple[str, ...]:
     """Returns notes for the user: on tied weights, and on training in full in half precision."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    notes = []
-    for target in targets:
-        weight = target.module._parameters.get(target.mixin._weight_name)
-        twins = [name for name in owners[id(weight)] if name != target.name]
-        if twins:
-            notes.append(
-                f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
-                "(as in PEFT), and merging gives it a weight of its own"
-            )
+    notes = [
+        f"{name} shares its weight with {twins}: the update acts in {name} alone (as in PEFT), and merging gives it a "
+        "weight of its own"
+        for name, twins in tied_modules(model, targets).items()
+    ]
     attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:
         notes.append(

@@ -30,7 +30,7 @@ from .layers import (
     is_conv1d,
 )
 
-__all__ = ["TargetModule", "fully_trained_tensors", "match_modules"]
+__all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,19 @@ def fully_trained_tensors(
             state = module.state_dict(prefix=f"{name}.", keep_vars=True)
             tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     return tensors
+
+
+def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
+    """Returns which other modules hold the weight of a target, by name, for those of which one does."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    tied = {}
+    for target in targets:
+        weight = target.module._parameters[target.mixin._weight_name]
+        tied[target.name] = ", ".join(name for name in owners[id(weight)] if name != target.name)
+    return {name: twins for name, twins in tied.items() if twins}
 
 
 # Matching names.

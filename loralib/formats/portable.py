@@ -22,7 +22,7 @@ from ..config import LoraConfig
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
-from ..targets import match_modules
+from ..targets import match_modules, tied_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, target_names, task_type_of, write_peft
@@ -347,9 +347,10 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     if target != "vllm":
         names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
     faults = []
-    shared = _shared_weights(model)
     title = TARGETS[target].title
-    for module in match_modules(model, config):
+    modules = match_modules(model, config)
+    shared = tied_modules(model, modules)
+    for module in modules:
         name, layer = module.name, module.module
         if not issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
@@ -361,17 +362,6 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
         elif names is not None and name not in names:
             faults.append(f"{name}: {title} applies no adapters there")
     return faults
-
-
-def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Returns the modules whose weight other modules hold too, with the names of those."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    groups = [names for names in owners.values() if len(names) > 1]
-    return {name: ", ".join(n for n in names if n != name) for names in groups for name in names}
 
 
 def _need_base(model: nn.Module | None, target: str) -> nn.Module:
