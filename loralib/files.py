@@ -44,33 +44,27 @@ def write_whole(
         OutputError: the directory or file cannot be written (read-only, disk full, path is a directory).
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
-        # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
-        with contextlib.suppress(OSError):
-            temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_directory(path.parent)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(_why_not_written(path, error)) from error
-    finally:
-        if temporary is not None:
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
+            # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
             with contextlib.suppress(OSError):
+                temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # where it has become the file, it is gone
                 temporary.unlink()
+        _sync_directory(path.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -89,10 +83,9 @@ def remove_file(path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: it exists and cannot be removed.
     """
-    try:
-        Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(_why_not_written(Path(path), error)) from error
+    path = Path(path)
+    with _write_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def resume_lines(
@@ -235,6 +228,8 @@ def _write_errors(path: Path, advice: str = "") -> Iterator[None]:
     """Turns errors of the file system into OutputErrors that say what to do."""
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(_why_not_written(path, error) + advice) from error
 
