@@ -199,12 +199,14 @@ def export(
     if target in ("peft", "vllm"):
         write_peft(written, path)
         back = read_peft(path)
+    elif model is None:
+        raise AdapterError(f"{TARGETS[target].title} has its own names for modules; give the base model (--base)")
     elif target == "mlx":
-        write_mlx(written, path, _need_base(model, target))
-        back = read_mlx(path, _need_base(model, target))
+        write_mlx(written, path, model)
+        back = read_mlx(path, model)
     else:
-        write_gguf(written, path, _need_base(model, target), dtype=dtype or torch.float32)
-        back = read_gguf(path, _need_base(model, target))
+        write_gguf(written, path, model, dtype=dtype or torch.float32)
+        back = read_gguf(path, model)
     faults = _differences(written, back)
     if faults:
         raise AdapterError(
@@ -362,12 +364,6 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
         elif names is not None and name not in names:
             faults.append(f"{name}: {title} applies no adapters there")
     return faults
-
-
-def _need_base(model: nn.Module | None, target: str) -> nn.Module:
-    if model is None:
-        raise AdapterError(f"{TARGETS[target].title} has its own names for modules; give the base model (--base)")
-    return model
 
 
 # Small steps.
