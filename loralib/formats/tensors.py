@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -215,17 +214,13 @@ def write_safetensors(
     check: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes tensors and metadata to a safetensors file, atomically; see `write_whole` for `check`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(plain, str(temporary), {"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # an OSError in disguise: "... (os error 28)"
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, _reason(error)) from error
+        # The library's save_file raises no OSError where the disk is full.
+        temporary.write_bytes(save(plain, {"format": "pt", **(metadata or {})}))
         _sort_metadata(temporary)
 
     write_whole(path, write, check)
