@@ -203,9 +203,10 @@ class LoraConfig:
         ['q_proj']
         """
         values: dict[str, Any] = {"peft_type": "LORA"}
+        defaults = LoraConfig()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name == "enable_lora" or (spec.name in _NEWER and value == _default(spec)):
+            if spec.name == "enable_lora" or (spec.name in _NEWER and value == getattr(defaults, spec.name)):
                 continue
             values[spec.name] = list(value) if isinstance(value, tuple) else value
         values["lora_alpha"] = _whole(self.lora_alpha)
@@ -299,7 +300,7 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
 _FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
 
 # Fields that PEFT learned after 0.5: written only when they say something.
-_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "enable_lora"})
+_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules"})
 
 
 def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
@@ -402,7 +403,3 @@ def _is_off(value: object) -> bool:
 def _whole(value: float) -> float:
     """Returns 16 for 16.0: readers of adapter_config.json want an integer where there is one."""
     return int(value) if float(value).is_integer() else value
-
-
-def _default(spec: dataclasses.Field[Any]) -> Any:
-    return spec.default if spec.default is not dataclasses.MISSING else {}
