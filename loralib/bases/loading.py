@@ -287,28 +287,23 @@ def _default_model() -> Path:
 
 def _convert_into(directory: Path, source: Path) -> None:
     """Converts the GGUF file beside the directory, and renames the result: other processes see all of it or nothing."""
+    parent = directory.parent
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise BaseModelError(
-            f"cannot write the converted model to {directory.parent}: {error.strerror}. Set LORALIB_CACHE to a "
-            "directory that you may write to."
-        ) from error
-    try:
-        _convert(source, temporary)
-        if directory.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=parent, ignore_cleanup_errors=True) as aside:
+            _convert(source, Path(aside))
             shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process may have been first
-            temporary.rename(directory)
-        if not _is_complete(directory):
-            raise BaseModelError(f"cannot move the converted model to {directory}; remove what is there and try again")
+            with contextlib.suppress(OSError):  # another process may have been first
+                Path(aside).rename(directory)
     except BaseModelError:
         raise
     except OSError as error:
-        raise BaseModelError(f"cannot write the converted model to {directory.parent}: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise BaseModelError(
+            f"cannot write the converted model to {parent}: {error.strerror or error}. Set LORALIB_CACHE to a "
+            "directory that you may write to, on a disk with room for it."
+        ) from error
+    if not _is_complete(directory):
+        raise BaseModelError(f"cannot move the converted model to {directory}; remove what is there and try again")
 
 
 def _bundled_file() -> Any:
