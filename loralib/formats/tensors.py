@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, FormatError, OutputError
-from ..files import free_memory, write_whole
+from ..files import free_memory, remove_file, write_json, write_whole
 
 __all__ = [
+    "CONFIG_FILE",
     "MAX_SETTINGS",
+    "MLX_FILE",
+    "PEFT_FILE",
+    "PEFT_PICKLE",
     "check_names",
     "parse_json",
     "parse_pickle",
@@ -32,11 +36,14 @@ __all__ = [
     "read_bytes",
     "read_pickle",
     "read_safetensors",
-    "refuse_other_form",
+    "write_directory",
     "write_pickle",
     "write_safetensors",
 ]
 
+# The files of adapter directories: their settings, and the tensors, by which the formats are told apart.
+CONFIG_FILE = "adapter_config.json"
+PEFT_FILE, PEFT_PICKLE, MLX_FILE = "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"
 
 _MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, or a few gigabytes with trained embeddings
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
@@ -193,18 +200,29 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
         ) from error
 
 
-def refuse_other_form(directory: Path, files: Iterable[str]) -> None:
-    """Refuses to write into a directory that holds an adapter in another format, which shares a file name with ours.
+def write_directory(
+    directory: str | os.PathLike[str],
+    file: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Writes an adapter directory: the tensors first, the settings last; files besides these are left alone.
 
     Raises:
-        OutputError: one of the files exists.
+        OutputError: it holds an adapter in another format, whose settings have the same file name as ours.
     """
-    for name in files:
-        if (directory / name).exists():
+    directory = Path(directory)
+    for other in (MLX_FILE,) if file == PEFT_FILE else (PEFT_FILE, PEFT_PICKLE):
+        if (directory / other).exists():
             raise OutputError(
-                f"{directory} holds an adapter in another format ({name}), whose adapter_config.json would be "
-                "overwritten; choose another directory"
+                f"{directory} holds an adapter in another format ({other}), whose {CONFIG_FILE} would be overwritten; "
+                "choose another directory"
             )
+    # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
+    remove_file(directory / CONFIG_FILE)
+    write_safetensors(directory / file, tensors, metadata)
+    write_json(directory / CONFIG_FILE, settings)
 
 
 def write_safetensors(
