@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks, with_ranks
 from .config import LoraConfig
@@ -95,13 +96,16 @@ class Update:
 
     def __add__(self, other: Update) -> Update:
         """Returns the exact sum, of rank r + r, with scaling 1."""
-        return Update(torch.cat([self.A, other.A]), torch.cat([self._scaled_B(), other._scaled_B()], dim=1), 1.0)
+        (A, B), (other_A, other_B) = self.plain(), other.plain()
+        return Update(torch.cat([A, other_A]), torch.cat([B, other_B], dim=1), 1.0)
 
     def __mul__(self, weight: float) -> Update:
         return Update(self.A, self.B, self.scaling * weight)
 
-    def _scaled_B(self) -> Tensor:
-        return self.B.float() * self.scaling
+    def plain(self, r: int | None = None) -> FactorPair:
+        """Returns A and B in fp32 with the scaling in B, filled up with zeros to a larger rank."""
+        missing = 0 if r is None else r - self.r
+        return F.pad(self.A.float(), (0, 0, 0, missing)), F.pad(self.B.float() * self.scaling, (0, missing))
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,7 @@ def combine(
         updates, shares = [update for update, _ in pairs], [weight for _, weight in pairs]
         total = functools.reduce(operator.add, (update * weight for update, weight in pairs))
         if method == "cat":
-            results[module], losses[module] = (total.A.float(), total._scaled_B()), (0.0, total.norm())
+            results[module], losses[module] = total.plain(), (0.0, total.norm())
         elif method == "svd":
             results[module], losses[module] = _cut(*total.svd(), rank)
         elif method.endswith("_svd"):

@@ -155,8 +155,7 @@ def make_portable(
                 f"vLLM accepts ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
-    padded = {name: _padded(update, rank) for name, update in updates.items()}
-    result = with_updates(plain, padded)
+    result = with_updates(plain, {name: update.plain(rank) for name, update in updates.items()})
     settings = result.config.targeting(target_names(plain, model)).replace(
         init_lora_weights=True,
         lora_dropout=0.0,
@@ -276,8 +275,7 @@ def _as_plain(
         differences = {}
         for name in adapter.modules:
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
-            update = update_of(adapter, name) + start * -1
-            differences[name] = update.A.float(), update.B
+            differences[name] = (update_of(adapter, name) + start * -1).plain()
         adapter = with_updates(adapter, differences)
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
         notes.append(f"{config.init_lora_weights} became plain LoRA of twice the rank, on the original base (exact)")
@@ -367,12 +365,6 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
 
 
 # Small steps.
-
-
-def _padded(update: Update, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - update.r
-    B = update.B.float() * update.scaling
-    return F.pad(update.A.float(), (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
 def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
