@@ -314,19 +314,16 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
-    places = {name: _place(model, name) for name in tensors}
-    before = {name: _tensor_at(module, leaf) for name, (module, leaf) in places.items()}
-    for name, (module, leaf) in places.items():
-        setattr(module, leaf, tensors[name])
+    before = {name: _tensor_at(model, name) for name in tensors}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, tensor)
     return before
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, leaf = name.rpartition(".")
-    return model.get_submodule(module), leaf
-
-
-def _tensor_at(module: nn.Module, leaf: str) -> Tensor:
+def _tensor_at(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
@@ -345,7 +342,7 @@ def _trainable_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
     """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
     for name, original in record.originals.items():
-        copy = _tensor_at(*_place(model, name))
+        copy = _tensor_at(model, name)
         original.data = original.data.to(copy.device, copy.dtype)
     return record.originals
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -182,7 +182,7 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
         name: pattern
         for name, pattern in patterns.items()
         if not _is_excluded(name, config)
-        and (config.layers_to_transform is None or _layer_number(name, config) in _layer_numbers(config))
+        and (config.layers_to_transform is None or _layer_number(name, config) in _several(config.layers_to_transform))
     }
 
 
@@ -192,21 +192,17 @@ def _is_excluded(name: str, config: LoraConfig) -> bool:
     return within_saved or matches(config.exclude_modules, name) is not None
 
 
-def _layer_numbers(config: LoraConfig) -> Sequence[int]:
-    chosen = config.layers_to_transform
-    return (chosen,) if isinstance(chosen, int) else chosen or ()
-
-
 def _layer_number(name: str, config: LoraConfig) -> int | None:
     """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
-    for pattern in _entries(config.layers_pattern) or (r"[^.]*",):
+    for pattern in _several(config.layers_pattern) or (r"[^.]*",):
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
             return int(match[1])
     return None
 
 
-def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+def _several(value: Any) -> tuple[Any, ...]:
+    """Returns the value of a setting that takes one or a list."""
+    return (value,) if isinstance(value, (int, str)) else tuple(value or ())
 
 
 def _unused_entry_faults(
@@ -237,7 +233,7 @@ def _unused_entry_faults(
             if not any(first_match((key,), name) for name in matched)
         ]
     used = {_layer_number(name, config) for name in matched}
-    unused = [number for number in _layer_numbers(config) if matched and number not in used]
+    unused = [number for number in _several(config.layers_to_transform) if matched and number not in used]
     return faults + [f"layers_to_transform names layer {number}, which has no adapted module" for number in unused]
 
 
