@@ -11,22 +11,16 @@ The layers and helpers are Microsoft's loralib, drop-in; whatever is heavier tha
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-# Eager where a function has its module's name: importing that module later would put it in the function's place.
+from .adapter import Adapter, adapter_of, apply_adapter
+from .bases import load_base
+from .config import LoraConfig
+from .errors import LoraError
+from .formats import load_adapter, read_adapter, save_adapter
 from .generation import beam_search, generate
 from .injection import disabled, inject, merge, remove, unmerge
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
 from .training import TrainConfig, train
 from .utils import lora_state_dict, mark_only_lora_as_trainable
-
-if TYPE_CHECKING:
-    from .adapter import Adapter, adapter_of, apply_adapter
-    from .bases import load_base
-    from .config import LoraConfig
-    from .errors import LoraError
-    from .formats import load_adapter, read_adapter, save_adapter
 
 __version__ = "1.0.0"
 
@@ -59,28 +53,3 @@ __all__ = [
     "train",
     "unmerge",
 ]
-
-# Where the lazy names live (PEP 562): importing loralib costs about as much as importing torch.
-_LAZY = {
-    "Adapter": "adapter",
-    "adapter_of": "adapter",
-    "apply_adapter": "adapter",
-    "load_base": "bases",
-    "LoraConfig": "config",
-    "LoraError": "errors",
-    "load_adapter": "formats",
-    "read_adapter": "formats",
-    "save_adapter": "formats",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
