@@ -21,7 +21,7 @@ from .config import LoraConfig
 from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
-from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
+from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
 from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
 from .utils import mark_only_lora_as_trainable
 
@@ -283,7 +283,7 @@ def _adapt(target: TargetModule, config: LoraConfig) -> None:
     layer = cast(LoRALayer, target.module)
     _switch_class(layer, adapted_class(target.mixin, type(target.module)))
     if isinstance(layer, LoRALinear):
-        layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks
+        layer.fan_in_fan_out, layer.blocks = is_conv1d(layer), target.blocks
     layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
 
 

@@ -44,7 +44,6 @@ class TargetModule:
         r, lora_alpha: its rank and alpha.
         pattern: the entry of target_modules that matched it.
         blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
-        fan_in_fan_out: whether the weight is stored (in, out).
     """
 
     name: str
@@ -54,7 +53,6 @@ class TargetModule:
     lora_alpha: float
     pattern: str
     blocks: tuple[bool, ...] | None = None
-    fan_in_fan_out: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the adapter's tensors for this module, by their names in the adapter."""
@@ -68,7 +66,7 @@ class TargetModule:
         layer = cls.__new__(cls)
         layer.__dict__.update(self.module.__dict__)
         if isinstance(layer, LoRALinear):
-            layer.__dict__.update(fan_in_fan_out=self.fan_in_fan_out, blocks=self.blocks)
+            layer.__dict__.update(fan_in_fan_out=is_conv1d(self.module), blocks=self.blocks)
         return layer
 
 
@@ -307,7 +305,6 @@ def _target(
         lora_alpha=config.alpha_of(name),
         pattern=pattern,
         blocks=blocks,
-        fan_in_fan_out=is_conv1d(module),
     )
     if blocks is not None:
         _refuse_blocks(target, len(blocks))
