@@ -240,7 +240,7 @@ def verify(
     if not prompts:
         raise ConfigError("verify needs at least one prompt")
     checks = list(inspect_adapter(adapter).checks)
-    if any(check.level == "fault" for check in checks) and faults_of(adapter):
+    if faults_of(adapter):
         return checks
     checks.append(_check_base(model, adapter))
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
