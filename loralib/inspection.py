@@ -130,7 +130,7 @@ class Inspection:
         parts = [table(facts)]
         if self.modules:
             parts += ["What it learned, by kind of module:", self._by_kind()]
-        uses = [(TARGETS[target].title, verdict) for target, verdict in self.uses.items()]
+        uses = [(TARGETS[target], verdict) for target, verdict in self.uses.items()]
         parts += ["Where it can be used:", table(uses)]
         parts += ["\n".join(str(check) for check in self.checks)] if self.checks else []
         return "\n\n".join(parts)
@@ -397,7 +397,7 @@ def _check_export(
     bound: float,
     initial: Adapter | None,
 ) -> CheckResult:
-    title = TARGETS[target].title
+    title = TARGETS[target]
     try:
         portable = make_portable(adapter, target, model, initial=initial)
         with tempfile.TemporaryDirectory() as folder:

@@ -39,26 +39,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A tool that adapters are exported for.
-
-    Attributes:
-        title: its name.
-        plain_only: whether it accepts low-rank updates of linear layers and embeddings only: no biases, modules trained
-            in full, convolutions, attention modules, or weights shared with other modules.
-    """
-
-    title: str
-    plain_only: bool = True
-
-
-TARGETS: Mapping[str, Tool] = {
-    "peft": Tool("PEFT", plain_only=False),
-    "vllm": Tool("vLLM"),
-    "llamacpp": Tool("llama.cpp"),
-    "mlx": Tool("MLX"),
-}
+# Tools that adapters are exported for, and their names.  All but PEFT accept low-rank updates of linear layers and
+# embeddings only: no biases, modules trained in full, convolutions, attention modules, or weights that modules share.
+TARGETS: Mapping[str, str] = {"peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "MLX"}
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max_lora_rank
 _MAX_RANK_FACTOR = 4  # times the adapter's own rank: where the search for a good approximation ends
@@ -95,7 +78,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
-    if TARGETS[target].plain_only:
+    if target != "peft":
         if config.modules_to_save:
             faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
         if config.bias != "none":
@@ -104,7 +87,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
             plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
             faults += _module_faults(plain, model, target)
     if faults:
-        title = TARGETS[target].title
+        title = TARGETS[target]
         raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
 
 
@@ -199,7 +182,7 @@ def export(
         write_peft(written, path)
         back = read_peft(path)
     elif model is None:
-        raise AdapterError(f"{TARGETS[target].title} has its own names for modules; give the base model (--base)")
+        raise AdapterError(f"{TARGETS[target]} has its own names for modules; give the base model (--base)")
     elif target == "mlx":
         write_mlx(written, path, model)
         back = read_mlx(path, model)
@@ -347,7 +330,7 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     if target != "vllm":
         names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
     faults = []
-    title = TARGETS[target].title
+    title = TARGETS[target]
     modules = match_modules(model, config)
     shared = tied_modules(model, modules)
     for module in modules:
