@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, FormatError, OutputError
+from ..errors import AdapterError, FormatError, OutputError, first_line
 from ..files import free_memory, remove_file, write_json, write_whole
 
 __all__ = [
@@ -141,7 +141,7 @@ def parse_json(data: bytes | str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"not JSON: {_reason(error)}") from error
+        raise FormatError(f"not JSON: {first_line(error)}") from error
 
 
 def read_bytes(
@@ -195,7 +195,7 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
         raise FormatError(f"{name} was not loaded: {error}. Ask for a safetensors file.") from error
     except Exception as error:
         raise FormatError(
-            f"{name} cannot be read: {_reason(error)}. The file is truncated, corrupt or of another kind; "
+            f"{name} cannot be read: {first_line(error)}. The file is truncated, corrupt or of another kind; "
             "copy it again from its source."
         ) from error
 
@@ -369,7 +369,3 @@ def _check_storage(name: str, tensor: Tensor) -> None:
         raise FormatError(f"{name[:80]} is a tensor of layout {tensor.layout} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FormatError(f"{name[:80]} {tuple(tensor.shape)} is larger than what the file stores for it")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
