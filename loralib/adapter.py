@@ -292,22 +292,18 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
                 if A[r:].any() or B[:, r:].any():
                     faults.append(f"{module}: has a rank above {r}, which it shares with {adapter.target_of(module)}")
                 A, B = A[:r].clone(), B[:, :r].clone()
-            elif B.dim() == 2 and B.shape[0] % len(blocks) == 0 and B.shape[1] == r * k:
-                wide, B = B, diagonal_blocks(B, blocks)
-                if not torch.equal(block_diagonal_B(B, blocks), wide):
-                    faults.append(_not_diagonal(module, wide, blocks))
             else:
-                faults.append(_not_diagonal(module, B, blocks))
+                fits = B.dim() == 2 and B.shape[0] % len(blocks) == 0 and B.shape[1] == r * k
+                wide, B = B, diagonal_blocks(B, blocks) if fits else B
+                if not fits or not torch.equal(block_diagonal_B(B, blocks), wide):
+                    shape, on = tuple(wide.shape), list(blocks)
+                    faults.append(f"{module}: lora_B {shape} is not block-diagonal for blocks {on}")
             tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = A, B
         ranks[module], alphas[module] = r, alpha
     if faults:
         raise AdapterError(list_faults("the fused blocks in the file's metadata do not fit its tensors", faults))
     metadata = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
     return Adapter(with_ranks(fused, ranks, alphas), tensors, metadata)
-
-
-def _not_diagonal(module: str, B: Tensor, blocks: Sequence[bool]) -> str:
-    return f"{module}: lora_B {tuple(B.shape)} is not block-diagonal for blocks {list(blocks)}"
 
 
 def without_expressions(adapter: Adapter) -> Adapter:
@@ -336,13 +332,8 @@ def without_expressions(adapter: Adapter) -> Adapter:
         or isinstance(exclude, str)
         or not all(map(is_plain_name, layers))
     ):
-        config = config.replace(
-            # An expression, since entries of a list also match as endings of other names.
-            target_modules="|".join(map(re.escape, adapter.target_modules)) or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
+        # An expression, since entries of a list also match as endings of other names.
+        config = config.targeting("|".join(map(re.escape, adapter.target_modules)) or None)
     return replace(adapter, config=config)
 
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks, with_ranks
 from .config import LoraConfig
@@ -31,10 +32,8 @@ __all__ = [
     "depends_on_base",
     "factors",
     "faults_of",
-    "interpolate",
     "located_faults",
     "resize",
-    "subtract",
     "update_of",
     "updates_of",
     "with_updates",
@@ -97,13 +96,16 @@ class Update:
 
     def __add__(self, other: Update) -> Update:
         """Returns the exact sum, of rank r + r, with scaling 1."""
-        return Update(torch.cat([self.A, other.A]), torch.cat([self._scaled_B(), other._scaled_B()], dim=1), 1.0)
+        (A, B), (other_A, other_B) = self.plain(), other.plain()
+        return Update(torch.cat([A, other_A]), torch.cat([B, other_B], dim=1), 1.0)
 
     def __mul__(self, weight: float) -> Update:
         return Update(self.A, self.B, self.scaling * weight)
 
-    def _scaled_B(self) -> Tensor:
-        return self.B.float() * self.scaling
+    def plain(self, r: int | None = None) -> FactorPair:
+        """Returns A and B in fp32 with the scaling in B, filled up with zeros to a larger rank."""
+        missing = 0 if r is None else r - self.r
+        return F.pad(self.A.float(), (0, 0, 0, missing)), F.pad(self.B.float() * self.scaling, (0, missing))
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def combine(
         updates, shares = [update for update, _ in pairs], [weight for _, weight in pairs]
         total = functools.reduce(operator.add, (update * weight for update, weight in pairs))
         if method == "cat":
-            results[module], losses[module] = (total.A.float(), total._scaled_B()), (0.0, total.norm())
+            results[module], losses[module] = total.plain(), (0.0, total.norm())
         elif method == "svd":
             results[module], losses[module] = _cut(*total.svd(), rank)
         elif method.endswith("_svd"):
@@ -289,29 +291,6 @@ def combine(
             results[module] = merger.merge_factors(module, updates, shares)
             losses[module] = (Update(*results[module], 1.0) + total * -1).norm(), total.norm()
     return _combination(with_updates(template, results), losses)
-
-
-def interpolate(start: Adapter, end: Adapter, t: float, r: int | None = None) -> Combination:
-    """Returns the adapter whose updates are ``(1 - t) * start + t * end``.
-
-    Args:
-        start: what t = 0 gives.
-        end: what t = 1 gives.
-        t: any number; outside of 0 to 1 it extrapolates.
-        r: the rank of the result; default: the sum of both, which is exact.
-    """
-    return combine([start, end], [1 - t, t], "svd" if r else "cat", r=r)
-
-
-def subtract(adapter: Adapter, other: Adapter, r: int | None = None) -> Combination:
-    """Returns the adapter whose updates are the difference (negation in task arithmetic, arXiv:2212.04089).
-
-    Args:
-        adapter: from this
-        other: this is taken.
-        r: the rank of the result; default: the sum of both, which is exact.
-    """
-    return combine([adapter, other], [1.0, -1.0], "svd" if r else "cat", r=r)
 
 
 def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
@@ -436,18 +415,9 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
 
 def _template_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
     config = adapters[0].config
-    names = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
-    same = all(
-        names == (c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern)
-        for c in (adapter.config for adapter in adapters)
-    )
-    if not same:
-        config = config.replace(
-            target_modules=Adapter(config, tensors).target_modules,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
+    choose = operator.attrgetter("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    if any(choose(adapter.config) != choose(config) for adapter in adapters):
+        config = config.targeting(Adapter(config, tensors).target_modules)
     return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
 
 

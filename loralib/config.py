@@ -190,6 +190,10 @@ class LoraConfig:
         """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
 
+    def targeting(self, modules: str | Sequence[str] | None) -> LoraConfig:
+        """Returns a copy that adapts these modules, without the settings that would narrow the choice."""
+        return self.replace(target_modules=modules, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what adapter_config.json holds: PEFT's keys, and only such that old versions of PEFT know.
 
@@ -199,9 +203,10 @@ class LoraConfig:
         ['q_proj']
         """
         values: dict[str, Any] = {"peft_type": "LORA"}
+        defaults = LoraConfig()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name == "enable_lora" or (spec.name in _NEWER and value == _default(spec)):
+            if spec.name == "enable_lora" or (spec.name in _NEWER and value == getattr(defaults, spec.name)):
                 continue
             values[spec.name] = list(value) if isinstance(value, tuple) else value
         values["lora_alpha"] = _whole(self.lora_alpha)
@@ -295,7 +300,7 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
 _FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
 
 # Fields that PEFT learned after 0.5: written only when they say something.
-_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "enable_lora"})
+_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules"})
 
 
 def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
@@ -398,7 +403,3 @@ def _is_off(value: object) -> bool:
 def _whole(value: float) -> float:
     """Returns 16 for 16.0: readers of adapter_config.json want an integer where there is one."""
     return int(value) if float(value).is_integer() else value
-
-
-def _default(spec: dataclasses.Field[Any]) -> Any:
-    return spec.default if spec.default is not dataclasses.MISSING else {}

@@ -70,11 +70,7 @@ def printable(text: str, encoding: str | None) -> str:
     'r → 16'
     """
     encoding = encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        pass
-    else:
+    if _can_encode(encoding, text):
         return text
     similar = "".join(char if _can_encode(encoding, char) else char.translate(_PLAIN) for char in text)
     return similar.encode(encoding, "replace").decode(encoding)

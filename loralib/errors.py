@@ -46,6 +46,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "did_you_mean",
+    "first_line",
     "list_faults",
 ]
 
@@ -162,3 +163,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of another library's error, without a full stop; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(". ")

@@ -22,6 +22,7 @@ __all__ = [
     "hold_file",
     "remove_file",
     "resume_lines",
+    "write_errors",
     "write_json",
     "write_text",
     "write_whole",
@@ -44,33 +45,27 @@ def write_whole(
         OutputError: the directory or file cannot be written (read-only, disk full, path is a directory).
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
-        # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
-        with contextlib.suppress(OSError):
-            temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_directory(path.parent)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(_why_not_written(path, error)) from error
-    finally:
-        if temporary is not None:
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
+            # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
             with contextlib.suppress(OSError):
+                temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # where it has become the file, it is gone
                 temporary.unlink()
+        _sync_directory(path.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -89,10 +84,9 @@ def remove_file(path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: it exists and cannot be removed.
     """
-    try:
-        Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(_why_not_written(Path(path), error)) from error
+    path = Path(path)
+    with write_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def resume_lines(
@@ -124,7 +118,7 @@ def resume_lines(
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} exists and was not written by this command; choose another {flag}") from error
     if len(whole) < len(content):
-        with _write_errors(path), path.open("r+b") as file:
+        with write_errors(path), path.open("r+b") as file:
             file.truncate(len(whole))
     return records
 
@@ -135,14 +129,14 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Call
     Raises:
         OutputError: the file cannot be written.
     """
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: closing the file does not retry a line that could not be written.
         file = path.open("ab", buffering=0)
     with file:
         for record in records:
             line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-            with _write_errors(path, " Run the same command again to continue."):
+            with write_errors(path, " Run the same command again to continue."):
                 done = file.write(line)
                 if done < len(line):  # the disk had room for a part; writing the rest raises the reason
                     file.write(line[done:])
@@ -231,10 +225,12 @@ def _last_record(rest: bytes, first: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path, advice: str = "") -> Iterator[None]:
-    """Turns errors of the file system into OutputErrors that say what to do."""
+def write_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Turns errors of the file system into OutputErrors that say what to do; `advice` is added to that."""
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(_why_not_written(path, error) + advice) from error
 

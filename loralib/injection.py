@@ -21,8 +21,8 @@ from .config import LoraConfig
 from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
-from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules
+from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
+from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
 from .utils import mark_only_lora_as_trainable
 
 __all__ = [
@@ -283,7 +283,7 @@ def _adapt(target: TargetModule, config: LoraConfig) -> None:
     layer = cast(LoRALayer, target.module)
     _switch_class(layer, adapted_class(target.mixin, type(target.module)))
     if isinstance(layer, LoRALinear):
-        layer.fan_in_fan_out, layer.blocks = target.fan_in_fan_out, target.blocks
+        layer.fan_in_fan_out, layer.blocks = is_conv1d(layer), target.blocks
     layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
 
 
@@ -314,19 +314,16 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
-    places = {name: _place(model, name) for name in tensors}
-    before = {name: _tensor_at(module, leaf) for name, (module, leaf) in places.items()}
-    for name, (module, leaf) in places.items():
-        setattr(module, leaf, tensors[name])
+    before = {name: _tensor_at(model, name) for name in tensors}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, tensor)
     return before
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, leaf = name.rpartition(".")
-    return model.get_submodule(module), leaf
-
-
-def _tensor_at(module: nn.Module, leaf: str) -> Tensor:
+def _tensor_at(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
@@ -345,27 +342,18 @@ def _trainable_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
     """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
     for name, original in record.originals.items():
-        copy = _tensor_at(*_place(model, name))
+        copy = _tensor_at(model, name)
         original.data = original.data.to(copy.device, copy.dtype)
     return record.originals
 
 
 def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig) -> tuple[str, ...]:
     """Returns notes for the user: on tied weights, and on training in full in half precision."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    notes = []
-    for target in targets:
-        weight = target.module._parameters.get(target.mixin._weight_name)
-        twins = [name for name in owners[id(weight)] if name != target.name]
-        if twins:
-            notes.append(
-                f"{target.name} shares its weight with {', '.join(twins)}: the update acts in {target.name} alone "
-                "(as in PEFT), and merging gives it a weight of its own"
-            )
+    notes = [
+        f"{name} shares its weight with {twins}: the update acts in {name} alone (as in PEFT), and merging gives it a "
+        "weight of its own"
+        for name, twins in tied_modules(model, targets).items()
+    ]
     attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:
         notes.append(

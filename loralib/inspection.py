@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, expand_blocks
-from .combine import depends_on_base, faults_of, located_faults
+from .combine import depends_on_base, faults_of, located_faults, update_of
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
@@ -29,7 +29,7 @@ from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
 from .formats.merged import logit_difference, logits_of
-from .formats.portable import TARGETS, low_rank_update
+from .formats.portable import TARGETS
 from .generation import generate
 from .injection import fingerprint, injection_of, merge, remove, unmerge
 
@@ -130,7 +130,7 @@ class Inspection:
         parts = [table(facts)]
         if self.modules:
             parts += ["What it learned, by kind of module:", self._by_kind()]
-        uses = [(TARGETS[target].title, verdict) for target, verdict in self.uses.items()]
+        uses = [(TARGETS[target], verdict) for target, verdict in self.uses.items()]
         parts += ["Where it can be used:", table(uses)]
         parts += ["\n".join(str(check) for check in self.checks)] if self.checks else []
         return "\n\n".join(parts)
@@ -240,7 +240,7 @@ def verify(
     if not prompts:
         raise ConfigError("verify needs at least one prompt")
     checks = list(inspect_adapter(adapter).checks)
-    if any(check.level == "fault" for check in checks) and faults_of(adapter):
+    if faults_of(adapter):
         return checks
     checks.append(_check_base(model, adapter))
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
@@ -277,7 +277,7 @@ def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
     summaries = []
     for name in plain.modules:
         if name not in broken:
-            update = low_rank_update(plain, name)
+            update = update_of(plain, name)
             S = update.svd()[1]
             norm, values = float(S.norm()), tuple(S.tolist())
             summaries.append(
@@ -397,7 +397,7 @@ def _check_export(
     bound: float,
     initial: Adapter | None,
 ) -> CheckResult:
-    title = TARGETS[target].title
+    title = TARGETS[target]
     try:
         portable = make_portable(adapter, target, model, initial=initial)
         with tempfile.TemporaryDirectory() as folder:

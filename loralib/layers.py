@@ -466,11 +466,6 @@ class Linear(_BuiltLayer, LoRALinear, nn.Linear):
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self._init_linear(r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights)
-
-    def _init_linear(
-        self, r: int, lora_alpha: float, lora_dropout: float, fan_in_fan_out: bool, merge_weights: bool
-    ) -> None:
         self.fan_in_fan_out = fan_in_fan_out
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
@@ -516,11 +511,13 @@ class MergedLinear(Linear):
                 f"enable_lora has {len(blocks)} blocks, which does not divide out_features {out_features}; "
                 "give one boolean for each equal block of the output"
             )
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self.enable_lora = list(blocks)
         self.blocks = blocks
         # With no block enabled there is no adapter (loralib 0.1.2 fails on the first forward).
-        self._init_linear(r if any(blocks) else 0, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights)
+        r = r if any(blocks) else 0
+        super().__init__(
+            in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
+        )
 
 
 class BlockError(ConfigError, AssertionError):

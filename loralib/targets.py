@@ -30,7 +30,7 @@ from .layers import (
     is_conv1d,
 )
 
-__all__ = ["TargetModule", "fully_trained_tensors", "match_modules"]
+__all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class TargetModule:
         r, lora_alpha: its rank and alpha.
         pattern: the entry of target_modules that matched it.
         blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
-        fan_in_fan_out: whether the weight is stored (in, out).
     """
 
     name: str
@@ -54,7 +53,6 @@ class TargetModule:
     lora_alpha: float
     pattern: str
     blocks: tuple[bool, ...] | None = None
-    fan_in_fan_out: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the adapter's tensors for this module, by their names in the adapter."""
@@ -68,7 +66,7 @@ class TargetModule:
         layer = cls.__new__(cls)
         layer.__dict__.update(self.module.__dict__)
         if isinstance(layer, LoRALinear):
-            layer.__dict__.update(fan_in_fan_out=self.fan_in_fan_out, blocks=self.blocks)
+            layer.__dict__.update(fan_in_fan_out=is_conv1d(self.module), blocks=self.blocks)
         return layer
 
 
@@ -145,6 +143,19 @@ def fully_trained_tensors(
     return tensors
 
 
+def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
+    """Returns which other modules hold the weight of a target, by name, for those of which one does."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    tied = {}
+    for target in targets:
+        weight = target.module._parameters[target.mixin._weight_name]
+        tied[target.name] = ", ".join(name for name in owners[id(weight)] if name != target.name)
+    return {name: twins for name, twins in tied.items() if twins}
+
+
 # Matching names.
 
 
@@ -169,7 +180,7 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
         name: pattern
         for name, pattern in patterns.items()
         if not _is_excluded(name, config)
-        and (config.layers_to_transform is None or _layer_number(name, config) in _layer_numbers(config))
+        and (config.layers_to_transform is None or _layer_number(name, config) in _several(config.layers_to_transform))
     }
 
 
@@ -179,72 +190,49 @@ def _is_excluded(name: str, config: LoraConfig) -> bool:
     return within_saved or matches(config.exclude_modules, name) is not None
 
 
-def _layer_numbers(config: LoraConfig) -> Sequence[int]:
-    chosen = config.layers_to_transform
-    return (chosen,) if isinstance(chosen, int) else chosen or ()
-
-
 def _layer_number(name: str, config: LoraConfig) -> int | None:
     """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
-    for pattern in _entries(config.layers_pattern) or (r"[^.]*",):
+    for pattern in _several(config.layers_pattern) or (r"[^.]*",):
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
             return int(match[1])
     return None
 
 
-def _entries(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _unused_entries(
-    modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
-) -> dict[str, list[Any]]:
-    """Returns the entries that match nothing, by setting."""
-
-    def unmatched(setting: str, names: Iterable[str]) -> list[Any]:
-        value = getattr(config, setting)
-        patterns = [(value, value)] if isinstance(value, str) else [(entry, (entry,)) for entry in value or ()]
-        return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
-
-    unused: dict[str, list[Any]] = {
-        # An entry also counts as used where an earlier one of the list took all its modules.
-        "target_modules": unmatched("target_modules", matched),
-        "exclude_modules": unmatched("exclude_modules", modules),
-        "modules_to_save": [e for e in config.modules_to_save or () if not any(n.endswith(e) for n in modules)],
-    }
-    if config.target_modules == ALL_LINEAR and matched:
-        unused["target_modules"] = []
-    for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
-        unused[setting] = [key for key in getattr(config, setting) if not any(first_match((key,), n) for n in matched)]
-    used = {_layer_number(name, config) for name in matched}
-    unused["layers_to_transform"] = [number for number in _layer_numbers(config) if number not in used]
-    return {setting: entries for setting, entries in unused.items() if entries}
+def _several(value: Any) -> tuple[Any, ...]:
+    """Returns the value of a setting that takes one or a list."""
+    return (value,) if isinstance(value, (int, str)) else tuple(value or ())
 
 
 def _unused_entry_faults(
     model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
 ) -> list[str]:
     """Says of every entry that matches nothing what it might have meant."""
+
+    def unmatched(setting: str, names: Iterable[str]) -> list[str]:
+        value = getattr(config, setting)
+        patterns = [(value, value)] if isinstance(value, str) else [(entry, (entry,)) for entry in value or ()]
+        return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
+
     faults = []
-    for setting, entries in _unused_entries(modules, matched, config).items():
-        if setting == "target_modules":
-            narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
-            after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
-            hints = "".join(_similar_names(model, entry, modules) for entry in entries)
-            faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
-        elif setting == "layers_to_transform":
-            if matched:
-                faults += [f"layers_to_transform names layer {n}, which has no adapted module" for n in entries]
-        elif setting in ("exclude_modules", "modules_to_save"):
-            faults += [
-                f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries
-            ]
-        else:
-            faults += [
-                f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
-                for key in entries
-            ]
-    return faults
+    # An entry also counts as used where an earlier one of the list took all its modules.
+    entries = [] if config.target_modules == ALL_LINEAR and matched else unmatched("target_modules", matched)
+    if entries:
+        narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
+        after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
+        hints = "".join(_similar_names(model, entry, modules) for entry in entries)
+        faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
+    unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
+    for setting, entries in (("exclude_modules", unmatched("exclude_modules", modules)), ("modules_to_save", unsaved)):
+        faults += [f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries]
+    for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        faults += [
+            f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
+            for key in getattr(config, setting)
+            if not any(first_match((key,), name) for name in matched)
+        ]
+    used = {_layer_number(name, config) for name in matched}
+    unused = [number for number in _several(config.layers_to_transform) if matched and number not in used]
+    return faults + [f"layers_to_transform names layer {number}, which has no adapted module" for number in unused]
 
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
@@ -317,7 +305,6 @@ def _target(
         lora_alpha=config.alpha_of(name),
         pattern=pattern,
         blocks=blocks,
-        fan_in_fan_out=is_conv1d(module),
     )
     if blocks is not None:
         _refuse_blocks(target, len(blocks))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 from .errors import BiasModeError
@@ -22,8 +20,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Raises:
         BiasModeError: another value of `bias`.
     """
-    _check_bias(bias)
-    chosen = {name for name, _ in _bias_parameters(model, bias, adapted_only=False)}
+    chosen = _bias_names(model, bias, adapted_only=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name in chosen)
 
@@ -39,22 +36,22 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Raises:
         BiasModeError: another value of `bias`.
     """
-    _check_bias(bias)
-    chosen = {name for name, _ in _bias_parameters(model, bias, adapted_only=True)}
+    chosen = _bias_names(model, bias, adapted_only=True)
     return {name: value for name, value in model.state_dict().items() if "lora_" in name or name in chosen}
 
 
-def _check_bias(bias: str) -> None:
+def _bias_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
     if bias not in ("none", "all", "lora_only"):
         raise BiasModeError(f"bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
-
-
-def _bias_parameters(model: nn.Module, bias: str, adapted_only: bool) -> Iterator[tuple[str, nn.Parameter]]:
     if bias == "all":
-        yield from ((name, p) for name, p in model.named_parameters() if "bias" in name and "lora_" not in name)
-    elif bias == "lora_only":
-        for name, module in model.named_modules():
-            parameter = getattr(module, "bias", None)
-            # Microsoft trains the bias of a LoRA layer with r=0 but does not save it.
-            if isinstance(module, LoRALayer) and parameter is not None and (module.r > 0 or not adapted_only):
-                yield (f"{name}.bias" if name else "bias"), parameter
+        return {name for name, _ in model.named_parameters() if "bias" in name and "lora_" not in name}
+    if bias == "none":
+        return set()
+    # Microsoft trains the bias of a LoRA layer with r=0 but does not save it.
+    return {
+        f"{name}.bias" if name else "bias"
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALayer)
+        and getattr(module, "bias", None) is not None
+        and (module.r > 0 or not adapted_only)
+    }

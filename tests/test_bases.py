@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import loralib.bases.device as device_module
 import loralib.bases.loading as base
-from loralib.bases import load_base, load_tokenizer, made_up, pick_device, pick_dtype, register_base
+from loralib.bases import load_base, load_tokenizer, made_up, pick_device, pick_dtype
 from loralib.bases.made_up import RunDemo
 from loralib.console import percent, size
 from loralib.errors import BaseModelError, ConfigError, MissingDependencyError
@@ -261,9 +261,9 @@ def test_run_demo_keeps_lora_in_fp32_whatever_the_base() -> None:
     assert model(torch.zeros(1, 2, dtype=torch.long)).logits.dtype == torch.bfloat16
 
 
-def test_a_registered_base_is_built_by_name_and_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made_up, "MADE_UP_BASES", dict(made_up.MADE_UP_BASES))
-    register_base("small-demo", lambda hidden_dim, num_layers: RunDemo(2 * hidden_dim, num_layers), dtype="bf16")
+def test_another_made_up_base_is_built_by_name_and_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice_as_wide = (lambda hidden_dim, num_layers: RunDemo(2 * hidden_dim, num_layers), "bf16")
+    monkeypatch.setitem(made_up.MADE_UP_BASES, "small-demo", twice_as_wide)
     model, _ = load_base("small-demo", hidden_dim=8, num_layers=1, device="cpu")
     assert model.name_or_path == "small-demo-8x1-seed0"
     assert model.head.weight.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.adapter import Adapter, adapter_of, apply_adapter
-from loralib.combine import METHODS, Update, combine, faults_of, interpolate, resize, subtract, updates_of
+from loralib.combine import METHODS, Update, combine, faults_of, resize, updates_of
 from loralib.config import LoraConfig
 from loralib.errors import AdapterError, BaseMismatchError, ConfigError
 from loralib.formats.peft import write_peft
@@ -159,14 +159,15 @@ def test_modules_that_one_adapter_lacks_count_as_zero(base: Small) -> None:
 
 def test_interpolation_and_subtraction(base: Small) -> None:
     start, end = trained(base, 1)[1], trained(base, 2, r=2)[1]
-    middle, difference = interpolate(start, end, 0.25), subtract(start, end)
-    nothing = subtract(start, start, r=2)
+    middle = combine([start, end], [0.75, 0.25], "cat")
+    difference = combine([start, end], [1.0, -1.0], "cat")
+    nothing = combine([start, start], [1.0, -1.0], "svd", r=2)
     for name, delta in deltas(start).items():
         other = deltas(end)[name]
         torch.testing.assert_close(deltas(middle.adapter)[name], 0.75 * delta + 0.25 * other)
         torch.testing.assert_close(deltas(difference.adapter)[name], delta - other)
         assert deltas(nothing.adapter)[name].norm() < 1e-5
-    assert interpolate(start, end, 0.25, r=1).error > 0.1
+    assert combine([start, end], [0.75, 0.25], "svd", r=1).error > 0.1
 
 
 def test_fused_blocks_are_combined_as_what_they_compute(base: Small) -> None:

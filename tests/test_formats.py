@@ -109,7 +109,7 @@ def test_writing_again_replaces_ours_and_leaves_others(saved: Path) -> None:
 def test_a_run_killed_between_tensors_and_config_leaves_no_mixture(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["loralib.formats.peft"]
+    module = sys.modules["loralib.formats.tensors"]
     for step in ("write_safetensors", "write_json"):
         lora.save_adapter(trained(), saved)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .adapted import base_of, load_adapted
 from .device import pick_device, pick_dtype
 from .loading import DEFAULT_BASE, load_base, load_tokenizer
-from .made_up import register_base
 
 __all__ = [
     "DEFAULT_BASE",
@@ -15,5 +14,4 @@ __all__ = [
     "load_tokenizer",
     "pick_device",
     "pick_dtype",
-    "register_base",
 ]

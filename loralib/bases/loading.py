@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ..console import duration, say
-from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, list_faults
+from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
@@ -169,7 +169,7 @@ def _download(name: str) -> Path:
             return Path(hub.snapshot_download(name, local_files_only=True, **_CACHED_FILES))  # downloaded earlier
         raise BaseModelError(
             f"{name!r} is not a directory here, and could not be downloaded from the hub at {hub.constants.ENDPOINT} "
-            f"({_first_line(error)}).{similar} Check the network, pass the path of a directory that holds the model, "
+            f"({first_line(error)}).{similar} Check the network, pass the path of a directory that holds the model, "
             f"or use {DEFAULT_BASE}, which needs no hub."
         ) from error
 
@@ -208,7 +208,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # whatever a broken or foreign directory leads to
         raise BaseModelError(
-            f"{name!r} cannot be read as a causal language model: {_first_line(error)}{_remote_code_note(path)}"
+            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_remote_code_note(path)}"
         ) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         faults = sorted(info["missing_keys"])
@@ -234,7 +234,7 @@ def _read_tokenizer(path: Path, name: str) -> Any:
             )
     except Exception as error:
         raise BaseModelError(
-            f"the tokenizer of {name!r} cannot be read: {_first_line(error)} Put tokenizer.json beside config.json."
+            f"the tokenizer of {name!r} cannot be read: {first_line(error)}. Put tokenizer.json beside config.json."
         ) from error
     if tokenizer.eos_token_id is None:
         raise BaseModelError(f"the tokenizer of {name!r} has no end token, so a model could not learn to stop.")
@@ -287,28 +287,23 @@ def _default_model() -> Path:
 
 def _convert_into(directory: Path, source: Path) -> None:
     """Converts the GGUF file beside the directory, and renames the result: other processes see all of it or nothing."""
+    parent = directory.parent
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise BaseModelError(
-            f"cannot write the converted model to {directory.parent}: {error.strerror}. Set LORALIB_CACHE to a "
-            "directory that you may write to."
-        ) from error
-    try:
-        _convert(source, temporary)
-        if directory.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=parent, ignore_cleanup_errors=True) as aside:
+            _convert(source, Path(aside))
             shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process may have been first
-            temporary.rename(directory)
-        if not _is_complete(directory):
-            raise BaseModelError(f"cannot move the converted model to {directory}; remove what is there and try again")
+            with contextlib.suppress(OSError):  # another process may have been first
+                Path(aside).rename(directory)
     except BaseModelError:
         raise
     except OSError as error:
-        raise BaseModelError(f"cannot write the converted model to {directory.parent}: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise BaseModelError(
+            f"cannot write the converted model to {parent}: {error.strerror or error}. Set LORALIB_CACHE to a "
+            "directory that you may write to, on a disk with room for it."
+        ) from error
+    if not _is_complete(directory):
+        raise BaseModelError(f"cannot move the converted model to {directory}; remove what is there and try again")
 
 
 def _bundled_file() -> Any:
@@ -354,7 +349,7 @@ def _read_gguf(source: Path) -> tuple[Any, Any]:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.bfloat16)
     except Exception as error:
-        raise BaseModelError(f"{source} cannot be converted: {_first_line(error)}") from error
+        raise BaseModelError(f"{source} cannot be converted: {first_line(error)}.") from error
     # A model from a GGUF file counts as quantised, and would refuse to be saved.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -421,8 +416,3 @@ def _quiet() -> Iterator[None]:
 
 def _note(text: str) -> None:
     say(f"note: {text}", file=sys.stderr)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -22,25 +22,10 @@ from ..layers import Embedding, Linear
 from ..utils import mark_only_lora_as_trainable
 from .device import pick_dtype
 
-__all__ = ["MADE_UP_BASES", "RunDemo", "build_base", "is_made_up", "register_base"]
+__all__ = ["MADE_UP_BASES", "RunDemo", "build_base", "is_made_up"]
 
 VOCABULARY = 50257  # GPT-2's number of tokens; the tokenizer may use fewer
 HIDDEN_DIM, NUM_LAYERS, SEED = 768, 2, 0  # unless the user or the name says otherwise
-
-
-# name -> (how to build it from hidden_dim and num_layers, its default dtype); see `register_base`.
-MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {}
-
-
-def register_base(name: str, build: Callable[[int, int], nn.Module], dtype: str | None = None) -> None:
-    """Adds a made-up base, which `loralib.load_base` then builds by that name.
-
-    Args:
-        name: the name.
-        build: called with hidden_dim and num_layers; returns a model with a ``config`` like those of transformers.
-        dtype: default dtype of its weights; None: see `pick_dtype`.
-    """
-    MADE_UP_BASES[name] = build, dtype
 
 
 def is_made_up(name: str) -> bool:
@@ -147,14 +132,13 @@ class RunDemo(nn.Module):
     Args:
         hidden_dim: the width.
         num_layers: number of blocks.
-        r: rank of all updates, which are scaled by 2 (``lora_alpha = 2 * r``).
         freeze: train LoRA's own parameters only; otherwise biases and head too, which Microsoft's layers leave
             trainable by themselves.
     """
 
-    def __init__(self, hidden_dim: int = 768, num_layers: int = 2, r: int = 16, freeze: bool = True) -> None:
+    def __init__(self, hidden_dim: int = 768, num_layers: int = 2, freeze: bool = True) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "merge_weights": False}
+        settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "merge_weights": False}
         self.config = SimpleNamespace(
             model_type="run-demo",
             vocab_size=VOCABULARY,
@@ -204,5 +188,9 @@ class RunDemo(nn.Module):
         return self.head
 
 
-register_base("scratch", build_scratch)
-register_base("run-demo", RunDemo, dtype="fp32")
+# name -> (how to build it from hidden_dim and num_layers, the default dtype of its weights or None: see `pick_dtype`).
+# The model has a `config` like those of transformers.
+MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {
+    "scratch": (build_scratch, None),
+    "run-demo": (RunDemo, "fp32"),
+}

@@ -48,7 +48,7 @@ def _numbers(word: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
-    from ..combine import combine, interpolate, resize, subtract
+    from ..combine import combine, resize
     from ..console import say
     from ..errors import ConfigError
     from ..formats import write_peft
@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> None:
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):
         raise ConfigError("--subtract and --interpolate take two adapters, and neither --weights nor --method")
-    if args.subtract:
-        result = subtract(adapters[0], adapters[1], args.rank)
-    elif args.interpolate is not None:
-        result = interpolate(adapters[0], adapters[1], args.interpolate, args.rank)
-    elif len(adapters) == 1 and not args.weights and (args.rank is not None or args.energy is not None):
+    if args.subtract:  # negation in task arithmetic, arXiv:2212.04089
+        args.weights = [1.0, -1.0]
+    elif args.interpolate is not None:  # outside of 0 to 1 it extrapolates
+        args.weights = [1 - args.interpolate, args.interpolate]
+    if len(adapters) == 1 and not args.weights and (args.rank is not None or args.energy is not None):
         result = resize(adapters[0], args.rank, energy=args.energy)
     elif args.energy is not None:
         raise ConfigError("--energy resizes one adapter; give --rank for several")

@@ -16,6 +16,7 @@ from .microsoft import read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
 from .peft import read_peft, save_adapter, write_peft
 from .portable import Portable, check_portable, export, make_portable
+from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE
 
 __all__ = [
     "MergeReport",
@@ -114,8 +115,7 @@ def is_read_with_base(path: str | os.PathLike[str]) -> bool:
 
 def _directory_of(path: Path) -> Path:
     """Returns the directory of an adapter, also when the path is that of a file in it."""
-    names = ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json")
-    return path.parent if path.name in names else path
+    return path.parent if path.name in (CONFIG_FILE, PEFT_FILE, MLX_FILE) else path
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -19,7 +19,7 @@ from ..adapter import Adapter, apply_adapter, expand_blocks
 from ..combine import depends_on_base
 from ..delta import add_delta, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
-from ..files import remove_file, write_whole
+from ..files import remove_file, write_errors, write_whole
 from ..injection import adapted_layers, injection_of, remove
 from .portable import base_matrix, full_delta, to_stored_layout
 
@@ -191,7 +191,7 @@ def save_merged(
             f"{directory} holds an adapter, which from_pretrained would load on top of the merged model; "
             "choose another directory"
         )
-    try:
+    with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as aside:
             save = cast(Any, model).save_pretrained
@@ -206,10 +206,6 @@ def save_merged(
             for name in [name for name in names if name != "config.json"] + ["config.json"]:
                 source = Path(aside) / name
                 write_whole(directory / name, functools.partial(shutil.move, source))
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write the merged model to {directory}: {error.strerror or error}") from error
     return tuple(names)
 
 

@@ -19,14 +19,9 @@ from ..adapter import BASE, Adapter, with_ranks
 from ..combine import check_sound, factors
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
-from ..files import remove_file, write_json
-from .tensors import MAX_SETTINGS, parse_json, read_bytes, read_safetensors, refuse_other_form, write_safetensors
+from .tensors import CONFIG_FILE, MAX_SETTINGS, MLX_FILE, parse_json, read_bytes, read_safetensors, write_directory
 
 __all__ = ["is_mlx", "mlx_names", "read_mlx", "write_mlx"]
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapters.safetensors"
-PEFT_TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # mlx-lm's models of these kinds use transformers' names for modules; GPT-2's `transformer` is called `model` there.
 _SAME_NAMES = frozenset(
@@ -37,7 +32,7 @@ _RENAMED: Mapping[str, tuple[str, str]] = {"gpt2": ("transformer.", "model.")}
 
 def is_mlx(directory: str | os.PathLike[str]) -> bool:
     """Tells whether a directory holds an MLX adapter."""
-    return (Path(directory) / TENSOR_FILE).is_file()
+    return (Path(directory) / MLX_FILE).is_file()
 
 
 def mlx_names(model: nn.Module) -> dict[str, str]:
@@ -99,12 +94,8 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
         },
         "model": config.base_model_name_or_path,
     }
-    directory = Path(directory)
-    refuse_other_form(directory, PEFT_TENSOR_FILES)
-    remove_file(directory / CONFIG_FILE)
     base = {BASE: adapter.metadata[BASE]} if BASE in adapter.metadata else {}
-    write_safetensors(directory / TENSOR_FILE, tensors, base)
-    write_json(directory / CONFIG_FILE, settings)
+    write_directory(directory, MLX_FILE, tensors, base, settings)
 
 
 def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
@@ -120,7 +111,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
     """
     directory = Path(directory)
     dora, scale, base_name = read_bytes(directory / CONFIG_FILE, parse_settings, max_size=MAX_SETTINGS)
-    stored, metadata = read_safetensors(directory / TENSOR_FILE)
+    stored, metadata = read_safetensors(directory / MLX_FILE)
     modules = {theirs: ours for ours, theirs in mlx_names(model).items()}
     leaves = {"lora_a": "A", "lora_b": "B"}
     tensors: dict[str, Tensor] = {}
@@ -139,7 +130,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
     if faults or not ranks:
         raise AdapterError(list_faults(f"{directory} does not fit the base model", faults or ["it holds no tensors"]))
     if any(rank < 1 for rank in ranks.values()):
-        raise FormatError(f"{directory / TENSOR_FILE} holds empty tensors")
+        raise FormatError(f"{directory / MLX_FILE} holds empty tensors")
     config = LoraConfig(
         target_modules=list(ranks), use_dora=dora, task_type="CAUSAL_LM", base_model_name_or_path=base_name
     )

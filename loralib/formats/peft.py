@@ -16,25 +16,21 @@ from torch import Tensor, nn
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
 from ..config import LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
-from ..files import remove_file, write_json
 from ..injection import adapted_layers
 from ..layers import LoRALinear
 from .tensors import (
+    CONFIG_FILE,
     MAX_SETTINGS,
+    PEFT_FILE,
+    PEFT_PICKLE,
     parse_json,
     read_bytes,
     read_pickle,
     read_safetensors,
-    refuse_other_form,
-    write_safetensors,
+    write_directory,
 )
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-MLX_TENSOR_FILE = "adapters.safetensors"
+__all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
 
@@ -58,11 +54,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
         name = cached[1].replace("--", "/")
-    config = adapter.config.replace(
-        target_modules=target_names(adapter, model),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+    config = adapter.config.targeting(target_names(adapter, model)).replace(
         base_model_name_or_path=name,
         # Readers of Conv1D need to know that the weight is stored (in, out).
         fan_in_fan_out=any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model)),
@@ -84,8 +76,8 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
-    missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (directory / name).is_file()]
-    if CONFIG_FILE in missing or (missing and not (directory / PICKLE_FILE).is_file()):
+    missing = [name for name in (CONFIG_FILE, PEFT_FILE) if not (directory / name).is_file()]
+    if CONFIG_FILE in missing or (missing and not (directory / PEFT_PICKLE).is_file()):
         fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
         raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
@@ -93,12 +85,12 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
     config = LoraConfig.from_dict(settings)
     metadata: dict[str, str] = {}
-    if TENSOR_FILE in missing:
-        tensors = read_pickle(directory / PICKLE_FILE)
+    if PEFT_FILE in missing:
+        tensors = read_pickle(directory / PEFT_PICKLE)
         if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise FormatError(f"{directory / PICKLE_FILE} holds no mapping of names to tensors")
+            raise FormatError(f"{directory / PEFT_PICKLE} holds no mapping of names to tensors")
     else:
-        tensors, metadata = read_safetensors(directory / TENSOR_FILE)
+        tensors, metadata = read_safetensors(directory / PEFT_FILE)
     metadata.pop("format", None)
     named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
@@ -108,7 +100,7 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         try:
             blocks = parse_json(metadata[BLOCKS])
         except FormatError as error:
-            raise FormatError(f"{directory / TENSOR_FILE}: metadata {BLOCKS!r} holds {error}") from error
+            raise FormatError(f"{directory / PEFT_FILE}: metadata {BLOCKS!r} holds {error}") from error
         fused = [name for name in adapter.modules if f"{name}.lora_embedding_A" not in named]
         lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(named)]
         if lone:
@@ -124,14 +116,9 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         adapter: fused blocks are written as plain low-rank updates, which every reader understands.
         directory: created if needed.
     """
-    directory = Path(directory)
-    refuse_other_form(directory, (MLX_TENSOR_FILE,))
     plain = expand_blocks(adapter)
-    # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
-    remove_file(directory / CONFIG_FILE)
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
-    write_safetensors(directory / TENSOR_FILE, tensors, plain.metadata)
-    write_json(directory / CONFIG_FILE, plain.config.to_dict())
+    write_directory(directory, PEFT_FILE, tensors, plain.metadata, plain.config.to_dict())
 
 
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:

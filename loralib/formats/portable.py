@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Adapter, expand_blocks
-from ..combine import Update, check_sound, factors, resize, updates_of, with_updates
+from ..combine import Update, check_sound, resize, update_of, updates_of, with_updates
 from ..config import LoraConfig
-from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors, scaling_of
+from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
-from ..targets import match_modules
+from ..targets import match_modules, tied_modules
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, target_names, task_type_of, write_peft
@@ -34,32 +34,14 @@ __all__ = [
     "check_portable",
     "export",
     "full_delta",
-    "low_rank_update",
     "make_portable",
     "to_stored_layout",
 ]
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A tool that adapters are exported for.
-
-    Attributes:
-        title: its name.
-        plain_only: whether it accepts low-rank updates of linear layers and embeddings only: no biases, modules trained
-            in full, convolutions, attention modules, or weights shared with other modules.
-    """
-
-    title: str
-    plain_only: bool = True
-
-
-TARGETS: Mapping[str, Tool] = {
-    "peft": Tool("PEFT", plain_only=False),
-    "vllm": Tool("vLLM"),
-    "llamacpp": Tool("llama.cpp"),
-    "mlx": Tool("MLX"),
-}
+# Tools that adapters are exported for, and their names.  All but PEFT accept low-rank updates of linear layers and
+# embeddings only: no biases, modules trained in full, convolutions, attention modules, or weights that modules share.
+TARGETS: Mapping[str, str] = {"peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "MLX"}
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max_lora_rank
 _MAX_RANK_FACTOR = 4  # times the adapter's own rank: where the search for a good approximation ends
@@ -96,7 +78,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
-    if TARGETS[target].plain_only:
+    if target != "peft":
         if config.modules_to_save:
             faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
         if config.bias != "none":
@@ -105,7 +87,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
             plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
             faults += _module_faults(plain, model, target)
     if faults:
-        title = TARGETS[target].title
+        title = TARGETS[target]
         raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
 
 
@@ -156,13 +138,8 @@ def make_portable(
                 f"vLLM accepts ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
-    padded = {name: _padded(update, rank) for name, update in updates.items()}
-    result = with_updates(plain, padded)
-    settings = result.config.replace(
-        target_modules=target_names(plain, model),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+    result = with_updates(plain, {name: update.plain(rank) for name, update in updates.items()})
+    settings = result.config.targeting(target_names(plain, model)).replace(
         init_lora_weights=True,
         lora_dropout=0.0,
         task_type=plain.config.task_type or task_type_of(model),
@@ -204,12 +181,14 @@ def export(
     if target in ("peft", "vllm"):
         write_peft(written, path)
         back = read_peft(path)
+    elif model is None:
+        raise AdapterError(f"{TARGETS[target]} has its own names for modules; give the base model (--base)")
     elif target == "mlx":
-        write_mlx(written, path, _need_base(model, target))
-        back = read_mlx(path, _need_base(model, target))
+        write_mlx(written, path, model)
+        back = read_mlx(path, model)
     else:
-        write_gguf(written, path, _need_base(model, target), dtype=dtype or torch.float32)
-        back = read_gguf(path, _need_base(model, target))
+        write_gguf(written, path, model, dtype=dtype or torch.float32)
+        back = read_gguf(path, model)
     faults = _differences(written, back)
     if faults:
         raise AdapterError(
@@ -233,7 +212,7 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     Returns:
         (out, in), in at least fp32.
     """
-    update = low_rank_update(adapter, module)
+    update = update_of(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
     if adapter.config.changes_base:
         start = _initial_update(adapter, module, weight, initial)
@@ -279,8 +258,7 @@ def _as_plain(
         differences = {}
         for name in adapter.modules:
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
-            update = low_rank_update(adapter, name) + start * -1
-            differences[name] = update.A.float(), update.B
+            differences[name] = (update_of(adapter, name) + start * -1).plain()
         adapter = with_updates(adapter, differences)
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
         notes.append(f"{config.init_lora_weights} became plain LoRA of twice the rank, on the original base (exact)")
@@ -294,7 +272,7 @@ def _nearest(
     adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
     """Approximates DoRA, whose update has full rank, by the largest singular values of the update."""
-    own = max(low_rank_update(adapter, name).r for name in adapter.modules)
+    own = max(update_of(adapter, name).r for name in adapter.modules)
     largest = r or _MAX_RANK_FACTOR * own
     lost, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
     for name in adapter.modules:
@@ -318,22 +296,14 @@ def _nearest(
     return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
 
 
-def low_rank_update(adapter: Adapter, module: str) -> Update:
-    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
-    A, B = factors(adapter, module)
-    config = adapter.config
-    scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
-    return Update(A.flatten(1), B.flatten(1), scaling)
-
-
 def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
     """Returns the update at initialisation, which PEFT subtracted from the base weight."""
     kind = str(adapter.config.init_lora_weights).lower()
-    update = low_rank_update(adapter, module)
+    update = update_of(adapter, module)
     if initial is not None:
         if f"{module}.lora_A" not in initial.tensors:
             raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
-        return low_rank_update(initial, module)
+        return update_of(initial, module)
     if weight is not None and kind == "pissa":
         return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
     if weight is not None and kind == "olora":
@@ -360,9 +330,10 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     if target != "vllm":
         names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
     faults = []
-    shared = _shared_weights(model)
-    title = TARGETS[target].title
-    for module in match_modules(model, config):
+    title = TARGETS[target]
+    modules = match_modules(model, config)
+    shared = tied_modules(model, modules)
+    for module in modules:
         name, layer = module.name, module.module
         if not issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
@@ -376,30 +347,7 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     return faults
 
 
-def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Returns the modules whose weight other modules hold too, with the names of those."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    groups = [names for names in owners.values() if len(names) > 1]
-    return {name: ", ".join(n for n in names if n != name) for names in groups for name in names}
-
-
-def _need_base(model: nn.Module | None, target: str) -> nn.Module:
-    if model is None:
-        raise AdapterError(f"{TARGETS[target].title} has its own names for modules; give the base model (--base)")
-    return model
-
-
 # Small steps.
-
-
-def _padded(update: Update, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - update.r
-    B = update.B.float() * update.scaling
-    return F.pad(update.A.float(), (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
 def _like(tensor: Tensor, original: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -20,11 +19,15 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, FormatError, OutputError
-from ..files import free_memory, write_whole
+from ..errors import AdapterError, FormatError, OutputError, first_line
+from ..files import free_memory, remove_file, write_json, write_whole
 
 __all__ = [
+    "CONFIG_FILE",
     "MAX_SETTINGS",
+    "MLX_FILE",
+    "PEFT_FILE",
+    "PEFT_PICKLE",
     "check_names",
     "parse_json",
     "parse_pickle",
@@ -33,11 +36,14 @@ __all__ = [
     "read_bytes",
     "read_pickle",
     "read_safetensors",
-    "refuse_other_form",
+    "write_directory",
     "write_pickle",
     "write_safetensors",
 ]
 
+# The files of adapter directories: their settings, and the tensors, by which the formats are told apart.
+CONFIG_FILE = "adapter_config.json"
+PEFT_FILE, PEFT_PICKLE, MLX_FILE = "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"
 
 _MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, or a few gigabytes with trained embeddings
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
@@ -135,7 +141,7 @@ def parse_json(data: bytes | str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"not JSON: {_reason(error)}") from error
+        raise FormatError(f"not JSON: {first_line(error)}") from error
 
 
 def read_bytes(
@@ -189,23 +195,34 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
         raise FormatError(f"{name} was not loaded: {error}. Ask for a safetensors file.") from error
     except Exception as error:
         raise FormatError(
-            f"{name} cannot be read: {_reason(error)}. The file is truncated, corrupt or of another kind; "
+            f"{name} cannot be read: {first_line(error)}. The file is truncated, corrupt or of another kind; "
             "copy it again from its source."
         ) from error
 
 
-def refuse_other_form(directory: Path, files: Iterable[str]) -> None:
-    """Refuses to write into a directory that holds an adapter in another format, which shares a file name with ours.
+def write_directory(
+    directory: str | os.PathLike[str],
+    file: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Writes an adapter directory: the tensors first, the settings last; files besides these are left alone.
 
     Raises:
-        OutputError: one of the files exists.
+        OutputError: it holds an adapter in another format, whose settings have the same file name as ours.
     """
-    for name in files:
-        if (directory / name).exists():
+    directory = Path(directory)
+    for other in (MLX_FILE,) if file == PEFT_FILE else (PEFT_FILE, PEFT_PICKLE):
+        if (directory / other).exists():
             raise OutputError(
-                f"{directory} holds an adapter in another format ({name}), whose adapter_config.json would be "
-                "overwritten; choose another directory"
+                f"{directory} holds an adapter in another format ({other}), whose {CONFIG_FILE} would be overwritten; "
+                "choose another directory"
             )
+    # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
+    remove_file(directory / CONFIG_FILE)
+    write_safetensors(directory / file, tensors, metadata)
+    write_json(directory / CONFIG_FILE, settings)
 
 
 def write_safetensors(
@@ -215,17 +232,13 @@ def write_safetensors(
     check: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes tensors and metadata to a safetensors file, atomically; see `write_whole` for `check`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(plain, str(temporary), {"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # an OSError in disguise: "... (os error 28)"
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, _reason(error)) from error
+        # The library's save_file raises no OSError where the disk is full.
+        temporary.write_bytes(save(plain, {"format": "pt", **(metadata or {})}))
         _sort_metadata(temporary)
 
     write_whole(path, write, check)
@@ -356,7 +369,3 @@ def _check_storage(name: str, tensor: Tensor) -> None:
         raise FormatError(f"{name[:80]} is a tensor of layout {tensor.layout} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FormatError(f"{name[:80]} {tuple(tensor.shape)} is larger than what the file stores for it")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
