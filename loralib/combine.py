@@ -191,7 +191,7 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
             list_faults(
                 "the adapter is not a plain sum of base weight and low-rank update",
                 more,
-                "`loralib convert --target peft --base MODEL` makes it one where that is possible.",
+                "`loralib convert --target peft --model MODEL` makes it one where that is possible.",
             )
         )
     plain = expand_blocks(adapter)

@@ -315,7 +315,7 @@ def _check_scaling(adapter: Adapter) -> list[CheckResult]:
             f"init_lora_weights {config.init_lora_weights!r}: tools that do not repeat the initialisation would add "
             "the adapter to the wrong base weights"
         )
-        checks.append(CheckResult("warning", text, "loralib convert --target peft --base MODEL makes it plain LoRA"))
+        checks.append(CheckResult("warning", text, "loralib convert --target peft --model MODEL makes it plain LoRA"))
     return checks
 
 
@@ -326,7 +326,7 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     special = "DoRA" if config.use_dora else str(config.init_lora_weights) if config.changes_base else ""
     uses = {"peft": "yes, as it is" if not config.enable_lora else "yes, once saved as a PEFT directory"}
     for target in ("vllm", "llamacpp", "mlx"):
-        convert = f"after loralib convert --target {target} --base MODEL"
+        convert = f"after loralib convert --target {target} --model MODEL"
         if full_training:
             uses[target] = f"no: {' and '.join(full_training)} are not loaded there; merge it (loralib merge)"
         elif config.lora_bias:

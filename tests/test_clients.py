@@ -395,7 +395,7 @@ def test_dora_becomes_plain_with_a_stated_error(tmp_path: Path) -> None:
     base, adapter = base_of("llama"), read_adapter(tmp_path / "dora")
     with pytest.raises(AdapterError, match=r"full rank.*rank 4 would be off by .*%.*loralib merge"):
         make_portable(adapter, "peft", base)
-    with pytest.raises(AdapterError, match="give --base"):
+    with pytest.raises(AdapterError, match="give --model"):
         make_portable(adapter, "peft")
     errors, gaps = [], []
     for rank in (4, 12, 32):

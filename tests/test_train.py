@@ -312,7 +312,7 @@ def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsy
     for number, first_line in enumerate(
         (
             "LoRA on all-linear (14 modules): r=4, lora_alpha=8",
-            "The network has an adapter already; --lora_dim and --target_modules do not apply.",
+            "The network has an adapter already; --rank and --target_modules do not apply.",
         )
     ):
         lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))

@@ -88,7 +88,7 @@ def read_adapter(
             kind = "GGUF" if gguf else "MLX"
             raise AdapterError(
                 f"{path} is {kind}, which has its own names for modules; give the base model (model=... in Python), or "
-                "make it a directory that every command reads: `loralib convert` with --base"
+                "make it a directory that every command reads: `loralib convert` with --model"
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():

@@ -182,7 +182,7 @@ def export(
         write_peft(written, path)
         back = read_peft(path)
     elif model is None:
-        raise AdapterError(f"{TARGETS[target]} has its own names for modules; give the base model (--base)")
+        raise AdapterError(f"{TARGETS[target]} has its own names for modules; give the base model (--model)")
     elif target == "mlx":
         write_mlx(written, path, model)
         back = read_mlx(path, model)
@@ -251,7 +251,7 @@ def _as_plain(
     if dora or (config.changes_base and initial is None):
         if model is None:
             kind = "DoRA" if dora else f"init_lora_weights {config.init_lora_weights!r}"
-            raise AdapterError(f"{kind} needs the weights of the base model to become plain LoRA; give --base MODEL")
+            raise AdapterError(f"{kind} needs the weights of the base model to become plain LoRA; give --model MODEL")
         if dora:
             return _nearest(adapter, model, r, max_error, initial)
     if config.changes_base:

@@ -48,7 +48,7 @@ class Reporter:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
         if report is None:
             has = "is built from LoRA layers of its own" if injection_of(model) is None else "has an adapter already"
-            self.say(f"The network {has}; --lora_dim and --target_modules do not apply.")
+            self.say(f"The network {has}; --rank and --target_modules do not apply.")
         else:
             matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
             self.say(f"LoRA on {matched}: r={config.rank}, lora_alpha={config.alpha:g}")
