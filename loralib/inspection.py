@@ -28,7 +28,7 @@ from .delta import effective_rank, scaling_of
 from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError, TargetError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
-from .formats.merged import logit_difference, logits_of
+from .formats.merged import logit_difference, prompt_logits
 from .formats.portable import TARGETS
 from .generation import generate
 from .injection import fingerprint, injection_of, merge, remove, unmerge
@@ -244,16 +244,16 @@ def verify(
         return checks
     checks.append(_check_base(model, adapter))
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
-    before = logits_of(model, inputs)
+    before = prompt_logits(model, inputs)
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
     bound = scale * (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05)
     try:
         with _adapted(model, adapter, initial) as adapted:
-            after = logits_of(adapted, inputs)
+            after = prompt_logits(adapted, inputs)
             checks.append(_check_effect(logit_difference(after, before)[0]))
             if adapted is model:
                 merge(model)
-                gap = logit_difference(logits_of(model, inputs), after)[0]
+                gap = logit_difference(prompt_logits(model, inputs), after)[0]
                 checks.append(_check_difference("merged", gap, bound))
                 unmerge(model)
             if hasattr(model, "generate"):
@@ -405,7 +405,7 @@ def _check_export(
             export(portable, target, path, model)
             back = read_adapter(path, model=model)
         with _adapted(model, back) as adapted:
-            logits = logits_of(adapted, inputs)
+            logits = prompt_logits(adapted, inputs)
     except LoraError as error:
         return CheckResult("warning", f"cannot be used in {title}: {error}")
     gap = logit_difference(logits, expected)[0]

@@ -23,7 +23,7 @@ from ..files import remove_file, write_errors, write_whole
 from ..injection import adapted_layers, injection_of, remove
 from .portable import base_matrix, full_delta, to_stored_layout
 
-__all__ = ["MergeReport", "logit_difference", "logits_of", "merge_and_compare", "merge_into", "save_merged"]
+__all__ = ["MergeReport", "logit_difference", "merge_and_compare", "merge_into", "prompt_logits", "save_merged"]
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
@@ -128,10 +128,10 @@ def merge_and_compare(
     reference = None
     if not depends_on_base(adapter):  # the other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
-            reference = logits_of(model, inputs)
+            reference = prompt_logits(model, inputs)
     base_change = _rounding_of_base(model, inputs, dtype)
     modules = merge_into(model, adapter, initial=initial, allow_base_mismatch=allow_base_mismatch)
-    unrounded = logits_of(model, inputs)
+    unrounded = prompt_logits(model, inputs)
     reference = reference if reference is not None else unrounded
     faults, exact = [], {}
     generator = torch.Generator().manual_seed(0)
@@ -154,12 +154,12 @@ def merge_and_compare(
                 f"merged weights do not fit {dtype}: they would be infinite", faults, "Use --dtype bf16 or fp32."
             )
         )
-    signed = logit_difference(unrounded, logits_of(model, inputs))
+    signed = logit_difference(unrounded, prompt_logits(model, inputs))
     expected = max(signed[0], base_change[0]), max(signed[1], base_change[1])
     with torch.no_grad():
         for name, rounded in exact.items():
             model.get_parameter(name).copy_(rounded)
-    difference = logit_difference(reference, logits_of(model, inputs))
+    difference = logit_difference(reference, prompt_logits(model, inputs))
     model.to(dtype)
     return MergeReport(*difference, *expected, dtype=dtype, modules=modules)
 
@@ -246,12 +246,12 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
 
 def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
     """Returns the largest and the mean change of a model's logits by rounding its weights; the model stays as it is."""
-    exact = logits_of(model, inputs)
+    exact = prompt_logits(model, inputs)
     originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
-        change = logit_difference(exact, logits_of(model, inputs))
+        change = logit_difference(exact, prompt_logits(model, inputs))
         for name, original in originals.items():
             model.get_parameter(name).copy_(original)
     return change
@@ -269,7 +269,7 @@ def _untie(model: nn.Module) -> None:
             part.tie_word_embeddings = False
 
 
-def logits_of(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+def prompt_logits(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Returns a model's logits (T, V) for each of some prompts (T,), in fp32 on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -278,6 +278,6 @@ def logits_of(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def logit_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
-    """Returns the largest and the mean absolute difference of two results of `logits_of`."""
+    """Returns the largest and the mean absolute difference of two results of `prompt_logits`."""
     gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
     return float(gaps.max()), float(gaps.mean())
