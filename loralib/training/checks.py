@@ -1,22 +1,27 @@
-"""Nothing fails silently: the loss stays finite, gradients reach every adapted layer, and the adapter learns."""
+"""What ends a run: a signal, or a fault, since nothing fails silently.
+
+SIGINT, SIGTERM, SIGHUP and Ctrl-Break ask it to finish its update, save, and end.  Otherwise the loss stays finite,
+gradients reach every adapted layer, and the adapter learns.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
 from ..delta import dense
-from ..errors import NothingLearnedError, TrainingError, list_faults
+from ..errors import InterruptedRunError, NothingLearnedError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALayer
-from .checkpoint import Progress
-from .config import TrainConfig
-from .run_directory import RunDirectory
 
-__all__ = ["check_gradients", "check_learned", "divergence", "loss_fault", "out_of_memory_advice", "starts_as_base"]
+__all__ = ["StopRequest", "check_gradients", "check_learned", "loss_fault", "starts_as_base", "stop_on_signal"]
 
 _WINDOW = 20  # updates whose average loss tells an explosion from noise
 
@@ -31,29 +36,6 @@ def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step:
     if not math.isfinite(gradient_norm):  # a finite loss can have such a gradient; the update would spoil every weight
         return f"the gradient became {gradient_norm} at update {step}"
     return ""
-
-
-def divergence(fault: str, config: TrainConfig, progress: Progress, directory: RunDirectory) -> TrainingError:
-    """Returns the error for a loss or gradient that went wrong: what is saved, and what to try."""
-    if progress.step == 0:
-        return TrainingError(
-            f"{fault}: the model itself produces it, nothing has been trained yet. Try --dtype fp32, and look at its "
-            "weights."
-        )
-    best = progress.best_validation()
-    saved = f" {directory.best} holds the adapter of update {best[0]}." if best else ""
-    return TrainingError(
-        f"{fault}. {directory.describe_saved()}{saved} Lower --lr (now {config.lr:g}) or --loraplus_lr_ratio (now "
-        f"{config.loraplus_lr_ratio:g}), raise --warmup_steps, or try --dtype fp32; then start anew with --overwrite."
-    )
-
-
-def out_of_memory_advice(config: TrainConfig, directory: RunDirectory) -> str:
-    """Returns what is saved, and what needs less memory."""
-    return (
-        f"{directory.describe_saved()} Lower --batch_size (now {config.batch_size}) and raise --grad_accum to make up "
-        f"for it, lower --seq_len (now {config.seq_len}), or add --gradient_checkpointing."
-    )
 
 
 def check_gradients(model: nn.Module) -> str:
@@ -135,3 +117,46 @@ def _initial_of(name: str, layer: LoRALayer, initial: Mapping[str, Tensor]) -> d
     """A layer's tensors before the first update; frozen ones are what they were."""
     prefix = f"{name}." if name else ""
     return {leaf: initial.get(prefix + leaf, tensor.detach()) for leaf, tensor in layer.trained_tensors().items()}
+
+
+_SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+
+
+class StopRequest:
+    """A signal handler that remembers the first signal (0: none yet); a second one raises KeyboardInterrupt."""
+
+    signal_number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number and number != _SIGHUP:  # SIGHUP arrives twice: from the system and from the shell
+            raise KeyboardInterrupt
+        self.signal_number = self.signal_number or number
+
+    def __bool__(self) -> bool:
+        return self.signal_number != 0
+
+    def error(self, message: str) -> InterruptedRunError:
+        """Returns the error that ends the run; for its exit code Ctrl-Break counts as SIGTERM, as Windows means it."""
+        is_break = self.signal_number == getattr(signal, "SIGBREAK", None)
+        name = signal.Signals(self.signal_number).name
+        return InterruptedRunError(f"{name}: {message}", signal.SIGTERM if is_break else self.signal_number)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Collects stop signals instead of dying of them; only the main thread can, elsewhere none ever arrives."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    names = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")  # SIGBREAK: Ctrl-Break on Windows
+    handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names if hasattr(signal, n)}
+    if _SIGHUP is not None and handlers[_SIGHUP] is signal.SIG_IGN:  # under nohup the run outlives its terminal
+        del handlers[_SIGHUP]
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

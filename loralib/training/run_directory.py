@@ -100,7 +100,29 @@ class RunDirectory:
         save_adapter(model, self.path)
         return adapter.nbytes
 
-    def describe_saved(self) -> str:
+    def divergence(self, fault: str, progress: Progress) -> TrainingError:
+        """Returns the error for a loss or gradient that went wrong: what is saved, and what to try."""
+        if progress.step == 0:
+            return TrainingError(
+                f"{fault}: the model itself produces it, nothing has been trained yet. Try --dtype fp32, and look at "
+                "its weights."
+            )
+        best = progress.best_validation()
+        saved = f" {self.best} holds the adapter of update {best[0]}." if best else ""
+        lr, ratio = self._config.lr, self._config.loraplus_lr_ratio
+        return TrainingError(
+            f"{fault}. {self._saved()}{saved} Lower --lr (now {lr:g}) or --loraplus_lr_ratio (now {ratio:g}), raise "
+            "--warmup_steps, or try --dtype fp32; then start anew with --overwrite."
+        )
+
+    def less_memory(self) -> str:
+        """Returns what is saved, and what needs less memory."""
+        return (
+            f"{self._saved()} Lower --batch_size (now {self._config.batch_size}) and raise --grad_accum to make up "
+            f"for it, lower --seq_len (now {self._config.seq_len}), or add --gradient_checkpointing."
+        )
+
+    def _saved(self) -> str:
         """A sentence for error messages: which checkpoint is intact."""
         try:
             last = last_checkpoint(self.checkpoints)

@@ -22,14 +22,7 @@ from ..files import hold_directory
 from ..formats import check_portable
 from ..injection import adapted_layers, inject, unmerge
 from .checkpoint import Checkpoint, Progress
-from .checks import (
-    check_gradients,
-    check_learned,
-    divergence,
-    loss_fault,
-    out_of_memory_advice,
-    starts_as_base,
-)
+from .checks import StopRequest, check_gradients, check_learned, loss_fault, starts_as_base, stop_on_signal
 from .config import TrainConfig
 from .inputs import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
@@ -37,7 +30,6 @@ from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .report import Metrics
 from .reporter import Reporter
 from .run_directory import RunDirectory, run_settings
-from .signals import StopRequest, stop_on_signal
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -98,7 +90,7 @@ def run(
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
         ):
             directory = RunDirectory(path, config)
-            with explain_out_of_memory(lambda: out_of_memory_advice(config, directory)):
+            with explain_out_of_memory(directory.less_memory):
                 trainer = Trainer(model, examples, valid, config, directory, reporter, stop)
                 with closing(trainer.metrics):
                     result = trainer.train()
@@ -231,7 +223,7 @@ class Trainer:
         started = time.perf_counter()
         loss, norm, stats = self._backward(batches)
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
-            raise divergence(fault, config, progress, self.directory)
+            raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
         if factor > 0 and not self.gradients_checked:
             self.gradients_checked = True
@@ -294,7 +286,7 @@ class Trainer:
             return
         if not math.isfinite(loss):
             when = f"after update {progress.step}" if progress.step else "before training"
-            raise divergence(f"the validation loss is {loss} {when}", config, progress, self.directory)
+            raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
         is_best = progress.add_validation(loss)
         # Of the last update; after a resume the optimiser has not been given it yet.
         lr = config.lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
