@@ -24,7 +24,7 @@ from ..injection import adapted_layers, inject, unmerge
 from .checkpoint import Checkpoint, Progress
 from .checks import StopRequest, check_gradients, check_learned, loss_fault, starts_as_base, stop_on_signal
 from .config import TrainConfig
-from .inputs import Data, token_examples
+from .job import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .report import Metrics

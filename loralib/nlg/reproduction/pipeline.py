@@ -24,7 +24,7 @@ from ...files import hold_directory, remove_file, write_json, write_text
 from ...formats import read_adapter
 from ...training import TrainConfig, train
 from ...training.checkpoint import last_checkpoint
-from ...training.inputs import load_base_for, load_examples_for
+from ...training.job import load_base_for, load_examples_for
 from ...training.report import read_metrics
 from ..convert import format_rows, read_formatted
 from ..evaluation import evaluate, read_texts
