@@ -13,7 +13,7 @@ from ..data import Encoded, Example, Source, TokenExample, encode, load_examples
 from ..errors import ConfigError, DataError
 from . import train
 from .config import TrainConfig
-from .reporter import Reporter
+from .report import Reporter
 
 if TYPE_CHECKING:
     from .trainer import TrainResult

@@ -27,8 +27,7 @@ from .config import TrainConfig
 from .job import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
-from .report import Metrics
-from .reporter import Reporter
+from .report import Metrics, Reporter
 from .run_directory import RunDirectory, run_settings
 from .step import StepStats, evaluate_loss, make_step
 
