@@ -33,10 +33,10 @@ from loralib.data.order import epoch_order
 from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.training import report, run_directory, trainer
-from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.training.report import plot_losses, read_metrics
+from loralib.training.run_directory import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.step import Step, StepStats, make_step
 
 VOCABULARY = 23

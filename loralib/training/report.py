@@ -18,10 +18,10 @@ from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
 from ..injection import InjectReport, adapted_layers, injection_of
-from .checkpoint import Progress
 from .config import TrainConfig
 
 if TYPE_CHECKING:
+    from .run_directory import Progress
     from .trainer import TrainResult
 
 __all__ = ["Metrics", "Reporter", "plot_losses", "read_metrics", "write_card"]

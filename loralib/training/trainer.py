@@ -19,16 +19,15 @@ from ..data import TokenExample
 from ..data.order import epoch_order
 from ..errors import ConfigError
 from ..files import hold_directory
-from ..formats import check_portable
+from ..formats import check_portable, save_adapter
 from ..injection import adapted_layers, inject, unmerge
-from .checkpoint import Checkpoint, Progress
 from .checks import StopRequest, check_gradients, check_learned, loss_fault, starts_as_base, stop_on_signal
 from .config import TrainConfig
 from .job import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .report import Metrics, Reporter
-from .run_directory import RunDirectory, run_settings
+from .run_directory import Checkpoint, Progress, RunDirectory, run_settings
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -292,7 +291,7 @@ class Trainer:
         self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1])
         if is_best:
-            self.directory.save_best(self.model)
+            save_adapter(self.model, self.directory.best)
 
     def _is_over(self) -> bool:
         return self.progress.step >= self.total or self.progress.is_stale(self.config.early_stopping)
