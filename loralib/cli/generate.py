@@ -78,7 +78,7 @@ def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, l
 def _prompts(args: argparse.Namespace) -> list[Any]:
     """Returns texts, or chats as examples, which the model's chat template will format."""
     from ..data.lines import is_text
-    from ..data.prompts import as_prompt, read_prompts
+    from ..data.readers import as_prompt, read_prompts
 
     if args.input is not None:
         if args.prompts:

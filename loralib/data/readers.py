@@ -1,4 +1,4 @@
-"""Reads files of training text: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
+"""Reads files of training text or of prompts: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
 
 A reader turns a file into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
 All faults of a file are reported together, each with its line, what was expected and how to fix it.
@@ -23,12 +23,14 @@ __all__ = [
     "SEPARATOR",
     "Example",
     "Source",
+    "as_prompt",
     "draw",
     "group_by_prompt",
     "guess_format",
     "meaning_prompt",
     "parse_source",
     "read_examples",
+    "read_prompts",
     "read_records",
     "read_sources",
     "register_reader",
@@ -147,6 +149,35 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     if not examples:
         raise DataError(f"{path} holds no examples, expected {_EXPECTED[format]}.")
     return _with_references(examples)
+
+
+def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
+    """Reads the distinct prompts of a file, in order of first appearance.
+
+    Args:
+        path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
+            and a JSON record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
+        format: see `read_examples`.
+
+    Returns:
+        Examples, with an empty completion where the file gives none.
+
+    Raises:
+        DataError: as `read_examples`, or a line has no prompt.
+    """
+    path = Path(path).expanduser()
+    if format == "auto":
+        format = guess_format(path)
+    examples = []
+    if format == "jsonl":
+        examples = read_records(path, _with_answer, "prompt or messages")
+    elif format == "e2e" and path.suffix.lower() not in (".csv", ".json"):
+        examples = _bare_prompts(path)
+    examples = group_by_prompt(examples or read_examples(path, format))
+    faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
+    if faults:
+        raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
+    return examples
 
 
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
@@ -367,6 +398,32 @@ _READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {
 }
 
 
+# --- prompts alone -------------------------------------------------------------------------------------------------
+
+# A placeholder for the answer to be generated: chat templates write whole turns only. Its tokens are cut off again.
+_ANSWER = {"role": "assistant", "content": "-"}
+
+
+def _bare_prompts(path: Path) -> list[Example]:
+    """Returns the lines of a file as prompts, or nothing if any line has ``||`` and so a completion."""
+    lines = [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
+    if any(SEPARATOR in line for _, line in lines):
+        return []
+    return [Example.of(as_prompt(line), "", where) for where, line in lines]
+
+
+def _with_answer(record: Any) -> Any:
+    """Gives a record without a completion an empty one, and a chat without an answer a placeholder."""
+    if not isinstance(record, dict):
+        return record
+    turns = record.get("messages")
+    if isinstance(turns, list) and turns:
+        last = turns[-1]
+        answered = isinstance(last, dict) and last.get("role") == "assistant"
+        return record if answered else {**record, "messages": [*turns, _ANSWER]}
+    return {"completion": "", **record} if {"prompt", "context"} & record.keys() else record
+
+
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +434,15 @@ def meaning_prompt(meaning: str) -> str:
     'name : The Mill\n'
     """
     return meaning.strip() + "\n"
+
+
+def as_prompt(text: str) -> str:
+    r"""Ends a meaning representation with a line break, as in training; other text is continued as it is.
+
+    >>> as_prompt("name : The Wharf | area : harbour"), as_prompt("Once upon a time")
+    ('name : The Wharf | area : harbour\n', 'Once upon a time')
+    """
+    return meaning_prompt(text) if " : " in text else text
 
 
 def _with_references(examples: list[Example]) -> list[Example]:
