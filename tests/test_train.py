@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
-from loralib.data.order import epoch_order
+from loralib.data.packing import epoch_order
 from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.training import report, run_directory, trainer

@@ -1,4 +1,7 @@
-"""Packing: the examples of a step in one row, without padding and with shared prefixes written once.
+"""From examples to the rows of a step: the order of an epoch, and packing.
+
+The order is a pure function of seed and epoch, so that a resumed run follows it.  A packed step has its examples in one
+row, without padding and with shared prefixes written once.
 
 Examples with a common prefix form a prefix tree.  In depth-first order, one number per token describes the whole
 attention mask, the end of the token's subtree: token k is seen by exactly the tokens k, k + 1, ..., ends[k] - 1.  That
@@ -8,19 +11,19 @@ interval) and causality.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .tokens import TokenExample
+from .tokens import TokenExample
 
-__all__ = ["Pack", "pack", "pad"]
+__all__ = ["Pack", "epoch_order", "pack", "pad"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     Returns:
         The row; it is empty if nothing is trained.
 
-    >>> from loralib.data.tokens import TokenExample
     >>> flags = (False, False, True, True)
     >>> row = pack([TokenExample((5, 6, 7, 1), flags), TokenExample((5, 6, 8, 1), flags)])
     >>> row.ids.tolist(), row.positions.tolist(), row.ends.tolist()
@@ -127,7 +129,6 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
     Args:
         examples: token ids with their loss masks.
 
-    >>> from loralib.data.tokens import TokenExample
     >>> padded = pad([TokenExample((5, 6, 7), (False, True, True)), TokenExample((5, 6), (False, True))])
     >>> padded.ids.tolist(), padded.mask.tolist(), padded.states.tolist()
     ([[5, 6], [5, 0]], [[1, 1], [1, 0]], [0, 1, 2])
@@ -182,3 +183,57 @@ def _pack(
         tokens=tokens,
         trained_tokens=predictions.total(),
     )
+
+
+def epoch_order(
+    examples: Sequence[TokenExample],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    max_siblings: int = 1,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """Deals the examples of one epoch into batches.
+
+    Up to `max_siblings` examples of the same prompt go into one batch, so that a step computes the prompt once.  Every
+    epoch groups them anew.
+
+    Args:
+        examples: all examples.
+        batch_size: examples per batch; the last batch may be smaller.
+        seed: random seed of the run.
+        epoch: number of the epoch, from 0.
+        max_siblings: examples of one prompt that are kept together; 1 shuffles uniformly.
+        shuffle: False keeps the order of the examples.
+
+    Returns:
+        The batches, as lists of indices into `examples`; every example is in exactly one.
+
+    >>> alike = [TokenExample((7, prompt, end), (False, False, True)) for prompt in (1, 2, 3) for end in (8, 9)]
+    >>> (batch,) = epoch_order(alike, 6, seed=0, epoch=0, max_siblings=2)
+    >>> sorted(sorted(batch[start : start + 2]) for start in (0, 2, 4))
+    [[0, 1], [2, 3], [4, 5]]
+    """
+    order = list(range(len(examples)))
+    if shuffle:
+        rng = random.Random(f"{seed} {epoch}")
+        rng.shuffle(order)
+        # More than half a batch from one prompt would make the steps' gradients too noisy.
+        siblings = max(1, min(max_siblings, batch_size // 2))
+        if siblings > 1:
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for index in order:
+                groups.setdefault(_prompt(examples[index]), []).append(index)
+            runs = [run for group in groups.values() for run in _split(group, siblings)]
+            rng.shuffle(runs)
+            order = [index for run in runs for index in run]
+    return _split(order, batch_size)
+
+
+def _split(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _prompt(example: TokenExample) -> tuple[int, ...]:
+    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids

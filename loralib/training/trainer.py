@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data import TokenExample
-from ..data.order import epoch_order
+from ..data.packing import epoch_order
 from ..errors import ConfigError
 from ..files import hold_directory
 from ..formats import check_portable, save_adapter
