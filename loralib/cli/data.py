@@ -13,13 +13,26 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .. import bases
+from ..console import say, table
+from ..data import Encoded, TokenExample, load_examples, read_sources
+from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
+from ..files import write_text
+from ..nlg.convert import (
+    decode_predictions,
+    encode_rows,
+    format_encoded,
+    format_rows,
+    load_bpe,
+    read_formatted,
+    read_predictions,
+)
+from ..nlg.fetch import SOURCE, fetch_e2e
+from ..nlg.published import read_rows
 from ._adapters import add_format
-
-if TYPE_CHECKING:
-    from ..data import Encoded, TokenExample
 
 _BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -86,12 +99,8 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    from ..bases import load_tokenizer
-    from ..console import say
-    from ..data import load_examples, read_sources
-
     sources = read_sources(args.paths, args.data_format)  # first: faults in data show before loading
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = bases.load_tokenizer(args.model)
     encoded = load_examples(
         sources,
         tokenizer,
@@ -138,8 +147,6 @@ def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
 
 
 def _summary(encoded: Encoded) -> str:
-    from ..console import table
-
     lengths = [len(example) for example in encoded.examples]
     rows: list[tuple[str, object]] = [
         ("examples", len(lengths)),
@@ -183,12 +190,6 @@ def _add_convert(actions: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..data.readers import guess_format
-    from ..files import write_text
-    from ..nlg.convert import encode_rows, format_encoded, format_rows, load_bpe, read_formatted
-    from ..nlg.published import read_rows
-
     if (args.add_bos or args.add_eos) and not args.vocab:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
@@ -237,10 +238,6 @@ def _add_decode(actions: Any) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..files import write_text
-    from ..nlg.convert import decode_predictions, load_bpe, read_formatted, read_predictions
-
     if args.ref_num < 1:
         raise ConfigError(f"ref_num is {args.ref_num}, expected at least 1.")
     files = [args.output_pred_file, args.output_ref_file]
@@ -281,8 +278,5 @@ def _add_e2e(actions: Any) -> None:
 
 
 def _e2e(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..nlg.fetch import SOURCE, fetch_e2e
-
     for path in fetch_e2e(args.directory, source=args.source or SOURCE, overwrite=args.overwrite):
         say(path)

@@ -22,17 +22,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bases import base_of, load_adapted
 from ..console import progress, say
+from ..data import prompt_ids, tokenize
+from ..data.lines import is_text
+from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
+from ..formats import is_read_with_base, read_adapter
+from ..generation import Sampling, generate, stream
+from ..generation.streaming import encode_prompts
 from ._adapters import add_format, add_model_arguments
 from ._flags import add_fields, add_flag, from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
-    from ..generation import Sampling
-
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
     add_format(parser, "format of the file", "e2e", "jsonl", "dart", "webnlg")
@@ -45,8 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the texts, or writes them to a file."""
-    from ..generation import Sampling
-
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size is {args.batch_size}, expected at least 1")
     if args.merge and args.adapter is None:
@@ -63,9 +66,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
-    from ..bases import load_adapted
-    from ..generation.streaming import encode_prompts
-
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
     )
@@ -77,9 +77,6 @@ def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, l
 
 def _prompts(args: argparse.Namespace) -> list[Any]:
     """Returns texts, or chats as examples, which the model's chat template will format."""
-    from ..data.lines import is_text
-    from ..data.readers import as_prompt, read_prompts
-
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
@@ -119,8 +116,6 @@ def _shown(prompt: Any) -> str:
 
 def _ids(prompt: Any, tokenizer: Any) -> list[int]:
     """Returns the token ids of a prompt; those of a chat end where its last answer begins."""
-    from ..data import prompt_ids, tokenize
-
     if isinstance(prompt, str):
         return prompt_ids(prompt, tokenizer)
     whole = tokenize(prompt, tokenizer)
@@ -137,8 +132,6 @@ def _texts(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
 ) -> Iterator[tuple[int, str, str]]:
     """Yields number, text and finish_reason of each prompt from `start` on, in order, a batch at a time."""
-    from ..generation import generate
-
     for at in range(start, len(rows), batch):
         # Prompt i has the same seed wherever the run was resumed.
         own = dataclasses.replace(sampling, seed=sampling.seed + at)
@@ -148,8 +141,6 @@ def _texts(
 
 def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
     """Prints continuations with a blank line between them; on a terminal, each as it is generated."""
-    from ..generation import stream
-
     if sys.stdout is None or not sys.stdout.isatty():
         for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch):
             say(text if number == 0 else f"\n{text}")
@@ -185,10 +176,6 @@ def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> N
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     """Returns what the texts depend on besides their prompts: model, adapter and non-default settings."""
-    from ..bases import base_of
-    from ..formats import is_read_with_base, read_adapter
-    from ..generation import Sampling
-
     named = args.adapter and not is_read_with_base(args.adapter)
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
