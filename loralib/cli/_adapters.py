@@ -46,10 +46,8 @@ class Output(argparse.Action):
 def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
     """Adds the adapter, its base model, the output, and the settings that a Microsoft checkpoint does not store.
 
-    Args:
-        parser: gets the arguments.
-        output: the help text of the output, if the command writes one.
-        makes_rank: whether the command has a ``--rank`` of its own, the rank of its result.
+    `output` is the help text of the output, if the command writes one; `makes_rank` tells whether the command has a
+    ``--rank`` of its own, the rank of its result.
     """
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(

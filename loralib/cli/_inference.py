@@ -57,9 +57,6 @@ class InferenceConfig:
 def run_inference(config: InferenceConfig) -> None:
     """Loads adapters and shows on the console what they do.
 
-    Args:
-        config: which adapters, on which base, with which prompts.
-
     Raises:
         LoraError: a directory holds no adapter, or the adapter does not fit the base.
     """

@@ -118,12 +118,8 @@ def _read_line(watched: bool) -> str | None:
 class Conversation:
     """A conversation and the model that answers.
 
-    Args:
-        model: a causal language model, adapted or not.
-        tokenizer: its tokenizer.
-        sampling: settings; answer i uses the seed ``seed + i``.
-        system: the system prompt.
-        plain: format turns as simple text instead of with the tokenizer's chat template.
+    Answer i uses the seed ``seed + i``.  `plain` formats turns as simple text instead of with the tokenizer's chat
+    template.
     """
 
     def __init__(

@@ -189,12 +189,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
 
 
 def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
-    """Counts the texts that an earlier run finished; an incomplete last line is removed.
-
-    Args:
-        path: the output file; need not exist.
-        prompts: all prompts, in order.
-        settings: the settings, which every line must record too.
+    """Counts the texts that an earlier run wrote into a file, if it exists; an incomplete last line is removed.
 
     Raises:
         OutputError: the file is something else, or its texts have other prompts or settings.

@@ -66,18 +66,13 @@ class Pack:
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
-    """Packs examples into one row.
+    """Packs examples into one row, which is empty if nothing is trained.
 
     An example's last trained token is only ever predicted, and the tokens after it do not affect the loss: neither is
     in the row.
 
-    Args:
-        examples: token ids with their loss masks.
-        share: write prefixes that several examples share once.  This is exact, since a token's hidden state depends on
-            no later token.  A prediction that k examples share gets weight k.
-
-    Returns:
-        The row; it is empty if nothing is trained.
+    `share` writes prefixes that several examples share once.  This is exact, since a token's hidden state depends on no
+    later token.  A prediction that k examples share gets weight k.
 
     >>> flags = (False, False, True, True)
     >>> row = pack([TokenExample((5, 6, 7, 1), flags), TokenExample((5, 6, 8, 1), flags)])
@@ -125,9 +120,6 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
 
 def pad(examples: Sequence[TokenExample]) -> Pack:
     """Puts each example in a row of its own, padded on the right with id 0 to the length of the longest.
-
-    Args:
-        examples: token ids with their loss masks.
 
     >>> padded = pad([TokenExample((5, 6, 7), (False, True, True)), TokenExample((5, 6), (False, True))])
     >>> padded.ids.tolist(), padded.mask.tolist(), padded.states.tolist()
@@ -194,21 +186,11 @@ def epoch_order(
     max_siblings: int = 1,
     shuffle: bool = True,
 ) -> list[list[int]]:
-    """Deals the examples of one epoch into batches.
+    """Deals the examples of one epoch (the first is 0) into batches of indices, of which the last may be smaller.
 
-    Up to `max_siblings` examples of the same prompt go into one batch, so that a step computes the prompt once.  Every
-    epoch groups them anew.
-
-    Args:
-        examples: all examples.
-        batch_size: examples per batch; the last batch may be smaller.
-        seed: random seed of the run.
-        epoch: number of the epoch, from 0.
-        max_siblings: examples of one prompt that are kept together; 1 shuffles uniformly.
-        shuffle: False keeps the order of the examples.
-
-    Returns:
-        The batches, as lists of indices into `examples`; every example is in exactly one.
+    Every example is in exactly one.  Up to `max_siblings` examples of the same prompt go into one batch, so that a step
+    computes the prompt once; 1 shuffles uniformly.  Every epoch groups them anew.  Without `shuffle` they keep their
+    order.
 
     >>> alike = [TokenExample((7, prompt, end), (False, False, True)) for prompt in (1, 2, 3) for end in (8, 9)]
     >>> (batch,) = epoch_order(alike, 6, seed=0, epoch=0, max_siblings=2)

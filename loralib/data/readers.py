@@ -152,15 +152,12 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
 
 
 def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
-    """Reads the distinct prompts of a file, in order of first appearance.
+    """Reads the distinct prompts of a file, in order of first appearance; an omitted completion is empty.
 
     Args:
         path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
             and a JSON record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
         format: see `read_examples`.
-
-    Returns:
-        Examples, with an empty completion where the file gives none.
 
     Raises:
         DataError: as `read_examples`, or a line has no prompt.
@@ -183,9 +180,7 @@ def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
     """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
 
-    Args:
-        key: one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv.
-        read: takes the path of a file and returns its examples in file order.
+    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv.
     """
     _READERS[key] = read
 
@@ -193,15 +188,12 @@ def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
 def read_records(
     path: Path, complete: Callable[[Any], Any] = lambda record: record, expected: str = _RECORDS
 ) -> list[Example]:
-    """Reads examples from lines of JSON, or from a .json file that is one list of records.
+    """Reads examples from lines of JSON, or from a .json file that is one list; references are those of each record.
 
     Args:
         path: the file.
         complete: turns each record into one that `read_examples` takes, for instance by filling in an omitted field.
         expected: the fields a record should have, for error messages.
-
-    Returns:
-        The examples in file order; their references are those of their own record.
 
     Raises:
         DataError: as `read_examples`.
@@ -258,15 +250,10 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
 
 
 def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Item], object]) -> list[Item]:
-    """Draws a random sample with as many different keys as possible.
+    """Draws a random sample with as many different keys (for instance an example's prompt) as possible.
 
-    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.
-
-    Args:
-        items: what to draw from.
-        count: how many to draw; None, or more than there are, returns all of them in their own order.
-        seed: random seed.
-        key: what should differ between the items drawn, for instance an example's prompt.
+    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.  A
+    `count` of None, or of more than there are, returns all items in their own order.
 
     >>> sorted(draw(["a1", "a2", "a3", "b1"], 2, seed=0, key=lambda item: item[0]))[-1]
     'b1'

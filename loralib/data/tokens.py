@@ -130,7 +130,7 @@ def load_examples(
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, objective: str = "clm") -> Encoded:
-    """Tokenizes examples; drops and counts those that are too long or have an empty completion.
+    """Tokenizes examples, in their order; drops and counts those that are too long or have an empty completion.
 
     Args:
         examples: what to tokenize.
@@ -138,9 +138,6 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
         seq_len: maximum number of tokens in an example, its end token included. Longer plain text is cut into windows
             that overlap by one token, so that each token is trained once.
         objective: "clm" (causal, completions only) or "jlm" (joint, every token).
-
-    Returns:
-        The examples that fit, in their order.
 
     Raises:
         DataError: no example is left, or the tokenizer has no end token.
@@ -332,18 +329,11 @@ _MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary te
 
 
 def render_chat(example: Example, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Renders a chat with the model's own template; assistant turns are trained, with their end token.
+    """Renders a chat with the model's own template as segments; assistant turns are trained, with their end token.
 
     A template does not say where an answer begins and ends.  To find out, the chat is rendered twice more for each
     answer: up to it, as generation begins an answer, and whole with a mark in its place.  The turn is what lies between
     the end of the first rendering and what follows the mark, with all that the template adds to it.
-
-    Args:
-        example: a chat.
-        tokenizer: the model's tokenizer, with a chat template.
-
-    Returns:
-        Segments as in `Example`: text, and whether it is trained.
 
     Raises:
         DataError: the tokenizer has no chat template, or the template omits or rewrites a turn.

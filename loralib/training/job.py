@@ -86,17 +86,7 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
 
 
 def run_job(config: TrainConfig) -> TrainResult:
-    """Trains an adapter from settings alone and prints what happens.
-
-    Args:
-        config: `train_data` must be given.
-
-    Returns:
-        Losses, speed, and where the adapter is.
-
-    Raises:
-        LoraError: whatever goes wrong, with a message for the user.
-    """
+    """Trains an adapter from settings alone, among them `train_data`, and prints what happens; see `train`."""
     if config.train_data is None:
         raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     # Data first: a wrong file should show before a model is loaded.

@@ -17,16 +17,10 @@ __all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups", "rea
 
 
 def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
-    """Returns the learning rate of an update as a share of its peak.
+    """Returns the learning rate of an update, numbered from 0, as a share of its peak, from 0 to 1.
 
-    Args:
-        config: its `schedule`, `warmup_steps` and `arithmetic`.
-        update: number of the update, from 0.
-        updates: how many there will be.
-
-    Returns:
-        From 0 to 1.  The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and
-        its cosine does not subtract the warm-up.
+    The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and its cosine does
+    not subtract the warm-up.
 
     >>> [round(lr_factor(TrainConfig(warmup_steps=2), update, 6), 2) for update in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -55,17 +49,10 @@ def _ticks(config: TrainConfig) -> int:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups the trained parameters by learning rate.
+    """Groups the trained parameters, those with ``requires_grad``, by learning rate; a group's peak is under "peak".
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and should learn `loraplus_lr_ratio` times faster than
     A.  An embedding's B starts random and its A at zero, so it keeps the common rate.
-
-    Args:
-        model: its parameters with ``requires_grad`` are trained.
-        config: its `lr`, `loraplus_lr_ratio`.
-
-    Returns:
-        Groups with their peak rate under "peak".
     """
     layers = [] if config.loraplus_lr_ratio == 1 else adapted_layers(model)
     fast = [

@@ -301,14 +301,7 @@ _TAGS = b"tags: [lora, loralib]"  # marks a card as ours
 def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress: Progress, example_count: int) -> None:
     """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned.
 
-    A README.md of somebody else stays: the directory may be a project.
-
-    Args:
-        directory: of the adapter; loss.png is there already.
-        model: adapted and trained.
-        config: of the run.
-        progress: at the run's end.
-        example_count: number of training examples.
+    A README.md of somebody else stays: the directory may be a project.  If there is a loss.png, the card shows it.
     """
     card = directory / "README.md"
     if card.exists() and _TAGS not in card.read_bytes():

@@ -207,15 +207,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the last `keep`.
-
-    Args:
-        directory: holds the checkpoints.
-        state: what to save.
-        keep: how many files may stay.
-
-    Returns:
-        The file.
+    """Writes a checkpoint into a directory, removes all there but the last `keep`, and returns the file.
 
     Raises:
         OutputError: it cannot be written, or does not read back as it was written; older ones are untouched.
@@ -248,9 +240,7 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
 def last_checkpoint(directory: Path, tell: Callable[[str], None] | None = None) -> tuple[Checkpoint, Path] | None:
     """Reads the newest readable checkpoint of a directory; None if there are no checkpoints.
 
-    Args:
-        directory: holds the checkpoints.
-        tell: called with a line about each newer one that cannot be read.
+    `tell` is called with a line about each newer one that cannot be read.
 
     Raises:
         FormatError: there are files, and none can be read; all are named.
@@ -351,10 +341,7 @@ class RunDirectory:
     ) -> Checkpoint | None:
         """Returns the checkpoint to resume from, or None to start anew, which removes the checkpoints there.
 
-        Args:
-            settings: see `run_settings`.
-            parameters: the trained parameters by name.
-            say: called with a line about each checkpoint that cannot be read.
+        `settings` are those of `run_settings`; `say` is called with a line about each checkpoint that cannot be read.
 
         Raises:
             TrainingError: there is nothing to resume, or it is another run's; or an unfinished run would be lost.
