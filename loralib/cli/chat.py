@@ -22,7 +22,7 @@ from ..console import say
 from ..data import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean
 from ..generation import Sampling, stream
-from ..generation.limits import context_length
+from ..generation.text import context_length
 from ._adapters import add_model_arguments
 from ._flags import add_fields, from_args
 

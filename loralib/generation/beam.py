@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..engine.kernels import loaded
 from .decoder import Decoder, SequenceGroup, make_decoder
-from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, penalize
+from .text import check_prompts, end_tokens, new_tokens
 
 __all__ = ["Hypothesis", "beam_search"]
 

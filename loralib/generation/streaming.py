@@ -15,9 +15,8 @@ from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
-from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, choose, penalize
-from .text import TextStream
+from .text import TextStream, check_prompts, end_tokens, new_tokens
 
 __all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
 
