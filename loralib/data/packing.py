@@ -59,11 +59,6 @@ class Pack:
         """How many tokens the model computes, B * T."""
         return self.ids.numel()
 
-    def to(self, device: torch.device | str) -> Pack:
-        """Returns a copy with its tensors on a device."""
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Pack(**moved)
-
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     """Packs examples into one row, which is empty if nothing is trained.
@@ -109,12 +104,12 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     for index in path:
         ends[index] = len(ids)
     return _pack(
+        examples,
+        predictions,
         ids=torch.tensor([ids], dtype=torch.long),
         positions=torch.tensor([positions], dtype=torch.long),
         ends=torch.tensor(ends, dtype=torch.long),
         mask=None,
-        tokens=sum(len(example.ids) for example in examples),
-        predictions=predictions,
     )
 
 
@@ -134,12 +129,12 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
             if trained:
                 predictions[number * width + position - 1, example.ids[position]] += 1
     return _pack(
+        examples,
+        predictions,
         ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long),
         positions=torch.arange(width).expand(len(rows), -1),
         ends=None,
         mask=torch.tensor([[*[1] * len(row), *[0] * (width - len(row))] for row in rows], dtype=torch.long),
-        tokens=sum(len(example.ids) for example in examples),
-        predictions=predictions,
     )
 
 
@@ -152,27 +147,16 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))  # noqa: B905 - the shorter one ends it
 
 
-def _pack(
-    *,
-    ids: Tensor,
-    positions: Tensor,
-    ends: Tensor | None,
-    mask: Tensor | None,
-    tokens: int,
-    predictions: Counter[tuple[int, int]],
-) -> Pack:
+def _pack(examples: Sequence[TokenExample], predictions: Counter[tuple[int, int]], **layout: Any) -> Pack:
     items = sorted(predictions.items())
     states, rows = torch.unique(torch.tensor([index for (index, _), _ in items], dtype=torch.long), return_inverse=True)
     return Pack(
-        ids=ids,
-        positions=positions,
-        ends=ends,
-        mask=mask,
+        **layout,
         states=states,
         rows=rows,
         targets=torch.tensor([target for (_, target), _ in items], dtype=torch.long),
         weights=torch.tensor([count for _, count in items], dtype=torch.float32),
-        tokens=tokens,
+        tokens=sum(map(len, examples)),
         trained_tokens=predictions.total(),
     )
 
