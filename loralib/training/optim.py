@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..injection import adapted_layers
 from ..layers import LoRAEmbedding
 from .config import TrainConfig
 
-__all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
+__all__ = ["lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
 
 
 def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
@@ -70,19 +70,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW, torch's fused one or the paper's."""
-    betas = (config.beta1, config.beta2)
     settings = [{**group, "lr": group["peak"]} for group in groups]
+    common: dict[str, Any] = {
+        "betas": (config.beta1, config.beta2),
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
     if config.arithmetic == "paper":
-        return PaperAdamW(
-            settings,
-            betas=betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            correct_bias=config.correct_bias,
-        )
-    return torch.optim.AdamW(
-        settings, lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-    )
+        return PaperAdamW(settings, {**common, "correct_bias": config.correct_bias})
+    return torch.optim.AdamW(settings, lr=config.lr, fused=True, **common)
 
 
 class PaperAdamW(torch.optim.Optimizer):
@@ -95,17 +91,6 @@ class PaperAdamW(torch.optim.Optimizer):
         p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
         p = p - lr * weight_decay * p
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-    ) -> None:
-        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
