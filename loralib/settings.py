@@ -35,7 +35,7 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    rule: Callable[[Any], bool] | None = None,
+    rule: Callable[[Any], object] | None = None,
     expected: str | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Any:

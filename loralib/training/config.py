@@ -18,12 +18,7 @@ from ..settings import canonical, check, setting, settings_class
 __all__ = ["TrainConfig"]
 
 
-# The headings of the longest names in ``--help`` and in the docs.
-_DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"
-
-
-def _is_name(value: str) -> bool:
-    return bool(value.strip())
+_DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings of many settings
 
 
 @settings_class
@@ -59,7 +54,7 @@ class TrainConfig:
         "lora_model",
         "directory to write the adapter to",
         _DATA,
-        rule=_is_name,
+        rule=str.strip,
         expected="the name of a directory (. is the current one)",
     )
     max_train_samples: int = setting(
