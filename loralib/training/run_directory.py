@@ -84,11 +84,6 @@ class Progress:
     metrics_bytes: int = 0
     finished: bool = False
 
-    def add_update(self, loss: float, weight: float) -> None:
-        """Counts one update, whose loss enters the epoch's average with a weight."""
-        self.step, self.update = self.step + 1, self.update + 1
-        self.epoch_loss, self.epoch_weight = self.epoch_loss + loss * weight, self.epoch_weight + weight
-
     def end_epoch(self, complete: bool) -> float:
         """Closes an epoch, which may have stopped early, and returns its average training loss."""
         average = self.epoch_loss / max(self.epoch_weight, 1e-9)
@@ -106,10 +101,6 @@ class Progress:
         is_best = self.best is None or loss < self.best
         self.best, self.bad = (loss, 0) if is_best else (self.best, self.bad + 1)
         return is_best
-
-    def is_stale(self, patience: int) -> bool:
-        """Whether the last `patience` validations were no better than the best before (0: never)."""
-        return 0 < patience <= self.bad
 
     def is_due(self, every: int, last_step: int) -> bool:
         """Whether something happens now that happens every so many updates (0: at the end of each epoch)."""
@@ -348,21 +339,21 @@ class RunDirectory:
             FormatError: no checkpoint can be read.
         """
         config = self._config
-        if config.overwrite and not config.resume:
-            self._remove_checkpoints()
-            return None
-        last = last_checkpoint(self.checkpoints, lambda fault: say(f"WARNING: {fault}"))
-        if config.resume:
-            if last is None:
-                raise TrainingError(f"{self.path} holds no checkpoint to resume from; leave out --resume to start")
-            last[0].require_same(settings, parameters, last[1])
-            return last[0]
-        if last is not None and not last[0].progress.finished:
-            raise TrainingError(
-                f"{self.path} holds a run that stopped after {last[0].progress.step} updates. Add --resume to "
-                "continue it, --overwrite to discard it, or choose another --output_dir."
-            )
-        self._remove_checkpoints()
+        if config.resume or not config.overwrite:
+            last = last_checkpoint(self.checkpoints, lambda fault: say(f"WARNING: {fault}"))
+            if config.resume:
+                if last is None:
+                    raise TrainingError(f"{self.path} holds no checkpoint to resume from; leave out --resume to start")
+                last[0].require_same(settings, parameters, last[1])
+                return last[0]
+            if last is not None and not last[0].progress.finished:
+                raise TrainingError(
+                    f"{self.path} holds a run that stopped after {last[0].progress.step} updates. Add --resume to "
+                    "continue it, --overwrite to discard it, or choose another --output_dir."
+                )
+        for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
+            remove_file(path)
+        _remove_if_empty(self.checkpoints)
         return None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -414,12 +405,6 @@ class RunDirectory:
         if last is None:
             return "There is no checkpoint yet."
         return f"The checkpoint of update {last[0].progress.step} is intact ({last[1]})."
-
-    def _remove_checkpoints(self) -> None:
-        """The newest last, so that a run killed meanwhile leaves a finished one."""
-        for path in checkpoint_files(self.checkpoints):
-            remove_file(path)
-        _remove_if_empty(self.checkpoints)
 
 
 def run_settings(

@@ -233,7 +233,11 @@ class Trainer:
         elapsed = time.perf_counter() - started
 
         tokens, trained = sum(s.tokens for s in stats), sum(s.trained_tokens for s in stats)
-        progress.add_update(loss, len(batches) if config.arithmetic == "paper" else trained)
+        weight = len(batches) if config.arithmetic == "paper" else trained  # of the loss in the epoch's average
+        progress.epoch_loss += loss * weight
+        progress.epoch_weight += weight
+        progress.step += 1
+        progress.update += 1
         progress.examples += sum(map(len, batches))
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -294,7 +298,7 @@ class Trainer:
             save_adapter(self.model, self.directory.best)
 
     def _is_over(self) -> bool:
-        return self.progress.step >= self.total or self.progress.is_stale(self.config.early_stopping)
+        return self.progress.step >= self.total or 0 < self.config.early_stopping <= self.progress.bad
 
     def _stop_if_asked(self) -> None:
         if self.stop:
