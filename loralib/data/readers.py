@@ -103,8 +103,8 @@ class Source(NamedTuple):
     weight: float = 1.0
 
 
-def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto") -> list[Source]:
-    """Reads one file or several; the string ``path:weight`` sets a file's weight.
+def read_sources(paths: str | Path | Sequence[str | Path] | Sequence[Source], format: str = "auto") -> list[Source]:
+    """Reads one file or several; the string ``path:weight`` sets a file's weight.  What is read already stays as it is.
 
     Raises:
         DataError: a file cannot be read (see `read_examples`), a weight is not a positive number, or no file is given.
@@ -113,8 +113,13 @@ def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto")
         paths = [paths]
     if not paths:
         raise DataError("no data file given. Give at least one path.")
-    parsed = [parse_source(path) if isinstance(path, str) else (path, 1.0) for path in paths]
-    return [Source(read_examples(path, format), weight) for path, weight in parsed]
+    sources = []
+    for path in paths:
+        if not isinstance(path, Source):
+            file, weight = parse_source(path) if isinstance(path, str) else (path, 1.0)
+            path = Source(read_examples(file, format), weight)
+        sources.append(path)
+    return sources
 
 
 def read_examples(path: str | Path, format: str = "auto") -> list[Example]:

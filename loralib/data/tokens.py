@@ -109,12 +109,7 @@ def load_examples(
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    if isinstance(sources, (str, Path)):
-        sources = [sources]
-    paths = [source for source in sources if not isinstance(source, Source)]
-    loaded = [source for source in sources if isinstance(source, Source)]
-    if paths or not loaded:
-        loaded += read_sources(paths, format)
+    loaded = read_sources(sources, format)
     parts = [encode(source.examples, tokenizer, seq_len, objective) for source in loaded]
     counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
     if max_samples is not None and sum(counts) > max_samples:
