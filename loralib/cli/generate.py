@@ -24,7 +24,7 @@ from typing import Any
 
 from ..bases import base_of, load_adapted
 from ..console import progress, say
-from ..data import prompt_ids, tokenize
+from ..data import Example, prompt_ids, tokenize
 from ..data.lines import is_text
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(prompts)} texts in {args.output}")
 
 
-def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
+def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
@@ -75,13 +75,11 @@ def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, l
 # Prompts.
 
 
-def _prompts(args: argparse.Namespace) -> list[Any]:
-    """Returns texts, or chats as examples, which the model's chat template will format."""
+def _prompts(args: argparse.Namespace) -> list[Example]:
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        examples = read_prompts(args.input, args.data_format)
-        return [example if example.messages else example.prompt for example in examples]
+        return read_prompts(args.input, args.data_format)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
@@ -93,8 +91,8 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
             raise DataError(
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
-        return [as_prompt(prompt) for prompt in args.prompts]
-    prompts = [as_prompt(line) for line in _standard_input().splitlines() if line.strip()]
+        return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
+    prompts = [Example.of(as_prompt(line), "") for line in _standard_input().splitlines() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
@@ -109,15 +107,10 @@ def _standard_input() -> str:
         raise DataError(f"standard input is not {error.encoding} text: {error.reason}; pipe in UTF-8") from error
 
 
-def _shown(prompt: Any) -> str:
-    """Returns the text of a prompt."""
-    return prompt if isinstance(prompt, str) else str(prompt.prompt)
-
-
-def _ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a prompt; those of a chat end where its last answer begins."""
-    if isinstance(prompt, str):
-        return prompt_ids(prompt, tokenizer)
+def _ids(prompt: Example, tokenizer: Any) -> list[int]:
+    """Returns the token ids of a prompt; a chat's, of the model's chat template, end where its last answer begins."""
+    if not prompt.messages:
+        return prompt_ids(prompt.prompt, tokenizer)
     whole = tokenize(prompt, tokenizer)
     last = max(place for place, trained in enumerate(whole.trained) if trained)
     while last and whole.trained[last - 1]:
@@ -156,17 +149,17 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 # The output file.
 
 
-def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> None:
+def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any) -> None:
     """Appends the texts that the file does not have yet."""
     settings = made_with(args, sampling)
-    done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
+    done = resume(Path(args.output), [example.prompt for example in prompts], settings)
     if done:
         say(f"{args.output} has {done} of {len(prompts)} texts already; continuing after them")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts)
     lines = (
-        {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
+        {"prompt": prompts[number].prompt, "text": text, "finish_reason": reason, "made_with": settings}
         for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch_size)
     )
     with progress(total=len(prompts), description="generating", unit="text") as bar:
