@@ -356,10 +356,6 @@ class RunDirectory:
         _remove_if_empty(self.checkpoints)
         return None
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint and removes old ones."""
-        save_checkpoint(self.checkpoints, checkpoint, self._config.keep_checkpoints)
-
     def write_results(self, model: nn.Module, progress: Progress, example_count: int) -> int:
         """Writes what the run leaves, the adapter last; returns the size of the adapter's tensors in bytes."""
         adapter = adapter_of(model)

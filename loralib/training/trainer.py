@@ -27,7 +27,7 @@ from .job import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .report import Metrics, Reporter
-from .run_directory import Checkpoint, Progress, RunDirectory, run_settings
+from .run_directory import Checkpoint, Progress, RunDirectory, run_settings, save_checkpoint
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -311,9 +311,8 @@ class Trainer:
     def _save(self, finished: bool = False) -> None:
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished = finished
-        self.directory.save_checkpoint(
-            Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
-        )
+        state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
+        save_checkpoint(self.directory.checkpoints, state, self.config.keep_checkpoints)
 
     def _finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
