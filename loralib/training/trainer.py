@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +194,17 @@ class Trainer:
         # Shared prompts save time only where they are computed once; elsewhere a uniform shuffle learns better.
         max_siblings = config.max_siblings if self.step.share_prompts else 1
         while not self._is_over():
-            updates = _epoch_updates(self.examples, config, progress.epoch, max_siblings)
-            for batches in islice(updates, progress.update, None):
-                self._update(batches)
+            order = epoch_order(
+                self.examples,
+                config.batch_size,
+                seed=config.seed,
+                epoch=progress.epoch,
+                max_siblings=max_siblings,
+                shuffle=config.shuffle,
+            )
+            batches = [[self.examples[index] for index in batch] for batch in order]
+            for start in range(progress.update * config.grad_accum, len(batches), config.grad_accum):
+                self._update(batches[start : start + config.grad_accum])
                 if progress.update == self.updates_per_epoch:
                     self._end_epoch(complete=True)
                 if progress.is_due(config.eval_steps, self.total):
@@ -333,14 +340,3 @@ class Trainer:
             best=progress.best_validation(),
             note=self.step.note,
         )
-
-
-def _epoch_updates(
-    examples: Sequence[TokenExample], config: TrainConfig, epoch: int, max_siblings: int
-) -> Iterator[list[list[TokenExample]]]:
-    """Yields the batches of each update of an epoch."""
-    seed, shuffle = config.seed, config.shuffle
-    order = epoch_order(examples, config.batch_size, seed=seed, epoch=epoch, max_siblings=max_siblings, shuffle=shuffle)
-    batches = [[examples[index] for index in batch] for batch in order]
-    for start in range(0, len(batches), config.grad_accum):
-        yield batches[start : start + config.grad_accum]
