@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 def _react(conversation: Conversation, line: str) -> None:
     """Runs a command, or answers a question."""
     if line == "/reset":
-        conversation.reset()
+        conversation.turns = []
         say("(new conversation)", file=sys.stderr)
     elif line == "/help":
         for name, about in _COMMANDS.items():
@@ -130,10 +130,6 @@ class Conversation:
         self._system = [{"role": "system", "content": system}] if system else []
         self._answers = 0
         self.turns: list[Turn] = []
-
-    def reset(self) -> None:
-        """Starts a new conversation."""
-        self.turns = []
 
     def take_back(self) -> str | None:
         """Removes the last question and its answer; returns the question."""

@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         if measured is not None:
             scores = measured.scores
             value |= {name: score.value for name, score in scores.items()}
-            value |= {"loss": measured.loss, "tokens": measured.tokens, "words": measured.words}
-            value |= {"texts": measured.texts, "dropped": measured.dropped}
+            value |= {name: getattr(measured, name) for name in ("loss", "tokens", "words", "texts", "dropped")}
             value["signatures"] |= {name: score.signature for name, score in scores.items()}
         say(json.dumps(value, indent=2, ensure_ascii=True))
         return
