@@ -70,15 +70,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW, torch's fused one or the paper's."""
-    settings = [{**group, "lr": group["peak"]} for group in groups]
     common: dict[str, Any] = {
+        "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }
     if config.arithmetic == "paper":
-        return PaperAdamW(settings, {**common, "correct_bias": config.correct_bias})
-    return torch.optim.AdamW(settings, lr=config.lr, fused=True, **common)
+        return PaperAdamW(groups, {**common, "correct_bias": config.correct_bias})
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 class PaperAdamW(torch.optim.Optimizer):
