@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,9 @@ def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: 
     )
 
 
-def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, name: str) -> Encoded:
+def token_examples(
+    data: Data, tokenizer: Any, config: TrainConfig, limit: int, name: str, say: Callable[[str], None]
+) -> list[TokenExample]:
     """Turns whatever `loralib.train` accepts as data into token examples.
 
     Args:
@@ -57,9 +59,7 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
         config: how to read and tokenize.
         limit: how many examples to draw from files; 0: all.
         name: "training" or "validation".
-
-    Returns:
-        The examples; their `texts` are empty where tokens were given.
+        say: called with how many examples there are, unless tokens were given.
 
     Raises:
         ConfigError: text without a tokenizer.
@@ -70,7 +70,7 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
         raise DataError(f"{name} data is empty, expected at least one example")
     kinds = {type(item) for item in items}
     if kinds == {TokenExample}:
-        return Encoded(list(items))
+        return list(items)
     are_files = all(isinstance(item, (str, Path, Source)) for item in items)
     if not are_files and kinds != {Example}:
         raise DataError(
@@ -81,8 +81,12 @@ def token_examples(data: Data, tokenizer: Any, config: TrainConfig, limit: int, 
         kind = "a file" if are_files else "text"
         raise ConfigError(f"{name} data is {kind}, which needs a tokenizer: pass tokenizer=")
     if are_files:
-        return load_examples_for(config, items, tokenizer, limit)
-    return encode(items, tokenizer, config.seq_len, config.objective)
+        encoded = load_examples_for(config, items, tokenizer, limit)
+    else:
+        encoded = encode(items, tokenizer, config.seq_len, config.objective)
+    dropped = f" ({encoded.drop_note})" if encoded.drop_note else ""
+    say(f"Loaded {len(encoded):,} {name} examples{dropped}")
+    return encoded.examples
 
 
 def run_job(config: TrainConfig) -> TrainResult:

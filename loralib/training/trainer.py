@@ -70,8 +70,10 @@ def run(
 ) -> TrainResult:
     """Trains an adapter; see `loralib.train`."""
     reporter = Reporter(verbose)
-    examples = _examples(data, tokenizer, config, config.max_train_samples, "training", reporter)
-    valid = _examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter)
+    examples = token_examples(data, tokenizer, config, config.max_train_samples, "training", reporter.say)
+    valid: list[TokenExample] = []
+    if valid_data is not None:
+        valid = token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter.say)
     if not valid and (config.early_stopping or config.eval_steps):
         name = "early_stopping" if config.early_stopping else "eval_steps"
         raise ConfigError(
@@ -93,18 +95,6 @@ def run(
                     result = trainer.train()
     reporter.result(result)
     return result
-
-
-def _examples(
-    data: Data | None, tokenizer: Any, config: TrainConfig, limit: int, name: str, reporter: Reporter
-) -> list[TokenExample]:
-    if data is None:
-        return []
-    encoded = token_examples(data, tokenizer, config, limit, name)
-    if encoded.texts:
-        dropped = f" ({encoded.drop_note})" if encoded.drop_note else ""
-        reporter.say(f"Loaded {len(encoded):,} {name} examples{dropped}")
-    return encoded.examples
 
 
 def _inject(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
