@@ -21,15 +21,7 @@ from ..data import Encoded, TokenExample, load_examples, read_sources
 from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
 from ..files import write_text
-from ..nlg.convert import (
-    decode_predictions,
-    encode_rows,
-    format_encoded,
-    format_rows,
-    load_bpe,
-    read_formatted,
-    read_predictions,
-)
+from ..nlg import convert
 from ..nlg.fetch import SOURCE, fetch_e2e
 from ..nlg.published import read_rows
 from ._adapters import add_format
@@ -173,7 +165,7 @@ def _is_coloured(choice: str) -> bool:
 
 
 def _add_convert(actions: Any) -> None:
-    convert = actions.add_parser(
+    parser = actions.add_parser(
         "convert",
         help="convert E2E, DART or WebNLG to the LoRA paper's JSONL, as text or as token ids",
         description="Reads E2E (`meaning representation||text` lines, or the challenge's CSV), DART (JSON) or WebNLG "
@@ -181,12 +173,12 @@ def _add_convert(actions: Any) -> None:
         "may also be a JSONL file that this command wrote.",
         epilog="example: loralib data convert dev.json dev_encoded.jsonl --vocab gpt2 --add_bos --add_eos",
     )
-    convert.add_argument("input", help="the published file")
-    convert.add_argument("output", help="the JSONL file to write")
-    add_format(convert, "format of the input", "e2e", "jsonl", "dart", "webnlg")
-    convert.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
-    convert.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
-    convert.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
+    parser.add_argument("input", help="the published file")
+    parser.add_argument("output", help="the JSONL file to write")
+    add_format(parser, "format of the input", "e2e", "jsonl", "dart", "webnlg")
+    parser.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
+    parser.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
+    parser.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -194,12 +186,12 @@ def _convert(args: argparse.Namespace) -> None:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
-    rows = read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
+    rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
-        encoded = encode_rows(rows, load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
-        write_text(args.output, format_encoded(encoded))
+        encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
+        write_text(args.output, convert.format_encoded(encoded))
     else:
-        write_text(args.output, format_rows(rows))
+        write_text(args.output, convert.format_rows(rows))
     say(f"{args.output}: {len(rows):,} rows from {args.input} ({format})")
 
 
@@ -244,10 +236,10 @@ def _decode(args: argparse.Namespace) -> None:
     if args.ref_type != "e2e":
         files += [str(Path(args.output_ref_file) / f"reference{number}") for number in range(args.ref_num)]
     _refuse_loss([args.sample_file, args.input_file], files)
-    decoded = decode_predictions(
-        read_formatted(args.input_file),
-        read_predictions(args.sample_file),
-        load_bpe(args.vocab),
+    decoded = convert.decode_predictions(
+        convert.read_formatted(args.input_file),
+        convert.read_predictions(args.sample_file),
+        convert.load_bpe(args.vocab),
         tokenize=args.tokenize,
         lower=args.lower,
         filter=args.filter,
