@@ -205,11 +205,8 @@ def read_records(
     """
     examples, faults = [], []
     listed = _listed(path)
-    if listed is None:
-        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, _JSON + expected)]
-    else:
-        rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
-    for where, row in rows:
+    records = [(f"{path}[{number}]", record) for number, record in enumerate(listed or ())]
+    for where, row in _numbered(path, _JSON + expected) if listed is None else records:
         try:
             record = json.loads(row) if listed is None else row
             examples.append(_from_record(complete(record), where))
@@ -303,14 +300,14 @@ def parse_source(text: str) -> tuple[Path, float]:
 
 def _read_e2e(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path, _EXPECTED["e2e"]):
+    for where, line in _numbered(path, _EXPECTED["e2e"]):
         fields = line.split(SEPARATOR)
         if len(fields) == 2:
-            examples.append(Example.of(meaning_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
+            examples.append(Example.of(meaning_prompt(fields[0]), fields[1].strip(), where))
         elif len(fields) == 1:
-            faults.append(f"{path}:{number}: no `||` in {shown(line)}")
+            faults.append(f"{where}: no `||` in {shown(line)}")
         else:
-            faults.append(f"{path}:{number}: {len(fields) - 1} `||` in {shown(line)}, expected one")
+            faults.append(f"{where}: {len(fields) - 1} `||` in {shown(line)}, expected one")
     if faults:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
@@ -398,7 +395,7 @@ _ANSWER = {"role": "assistant", "content": "-"}
 
 def _bare_prompts(path: Path) -> list[Example]:
     """Returns the lines of a file as prompts, or nothing if any line has ``||`` and so a completion."""
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
+    lines = _numbered(path, "prompts")
     if any(SEPARATOR in line for _, line in lines):
         return []
     return [Example.of(as_prompt(line), "", where) for where, line in lines]
@@ -446,8 +443,9 @@ def _with_references(examples: list[Example]) -> list[Example]:
     return [replace(example, references=shared.get(example.prompt, ())) for example in examples]
 
 
-def _numbered(path: Path, expected: str) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
+def _numbered(path: Path, expected: str) -> list[tuple[str, str]]:
+    """Returns ``file:line`` and the text of each line that is not blank."""
+    return [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
 
 
 def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:
