@@ -96,7 +96,7 @@ def add_list(
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
-    """Adds a flag for each `setting` of a dataclass, in the group that it names, and ``--config FILE.toml``.
+    """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
     `defaults` replace the fields' own.
     """

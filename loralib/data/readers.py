@@ -185,7 +185,7 @@ def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
     """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
 
-    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv.
+    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv; `read` returns examples in file order.
     """
     _READERS[key] = read
 
@@ -193,7 +193,9 @@ def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
 def read_records(
     path: Path, complete: Callable[[Any], Any] = lambda record: record, expected: str = _RECORDS
 ) -> list[Example]:
-    """Reads examples from lines of JSON, or from a .json file that is one list; references are those of each record.
+    """Reads examples, in file order, from lines of JSON, or from a .json file that is one list of records.
+
+    Their references are those of their own record.
 
     Args:
         path: the file.
