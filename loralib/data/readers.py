@@ -185,7 +185,7 @@ def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
     """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
 
-    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv; `read` returns examples in file order.
+    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv; `read` keeps file order.
     """
     _READERS[key] = read
 
