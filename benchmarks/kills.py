@@ -21,8 +21,8 @@ from machine import machine
 import loralib as lora
 from loralib.console import say
 from loralib.data import TokenExample
-from loralib.training.checkpoint import checkpoint_files
 from loralib.training.report import read_metrics
+from loralib.training.run_directory import checkpoint_files
 
 TRIALS = 50
 

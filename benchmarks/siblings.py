@@ -28,7 +28,7 @@ import transformers
 import loralib as lora
 from loralib.console import say, table
 from loralib.data import Example, TokenExample, encode, read_examples
-from loralib.data.order import epoch_order
+from loralib.data.packing import epoch_order
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent

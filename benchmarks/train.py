@@ -41,8 +41,7 @@ from torch import nn
 import loralib as lora
 from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
-from loralib.data.order import epoch_order
-from loralib.data.packing import pack
+from loralib.data.packing import epoch_order, pack
 from loralib.training.memory import freeze_objects, keep_freed_memory
 from loralib.training.step import make_step
 

@@ -35,7 +35,7 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    rule: Callable[[Any], bool] | None = None,
+    rule: Callable[[Any], object] | None = None,
     expected: str | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Any:
@@ -55,9 +55,6 @@ def setting(
         rule: a further test that a value of the right type must pass.
         expected: describes valid values in error messages; by default made from type, bounds and choices.
         aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
-
-    Returns:
-        The field.
 
     >>> @dataclasses.dataclass
     ... class Bath:
@@ -110,10 +107,8 @@ def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) -> None:
     """Checks a settings dataclass, from its ``__post_init__``; a path object in it becomes text.
 
-    Args:
-        config: the dataclass.
-        what: whose settings these are, for the message.
-        rules: finds faults in how fields go together; called when each value is of its type.
+    `what` says whose settings these are.  `rules` finds faults in how fields go together; it is called when each value
+    is of its type.
 
     Raises:
         ConfigError: one or more settings are invalid; the message lists all of them.
@@ -135,13 +130,7 @@ def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) ->
 def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> list[str]:
     """Lists what is wrong with values for a settings dataclass: unknown names, wrong types, values out of range.
 
-    Args:
-        config: the dataclass.
-        values: by name, as a TOML table has them.
-        where: goes before each name in a message.
-
-    Returns:
-        One line for each fault.
+    The values are by name, as a TOML table has them; `where` goes before each name in a message.
 
     >>> from loralib.config import LoraConfig
     >>> print(*setting_faults(LoraConfig, {"lora_alhpa": 16, "use_dora": "yes"}), sep="\\n")
@@ -159,11 +148,7 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:
-    """Reads a TOML file.
-
-    Args:
-        path: the file.
-        name: what messages call it, for instance ``--config run.toml``.
+    """Reads a TOML file, which messages call by a name, for instance ``--config run.toml``.
 
     Raises:
         ConfigError: the file cannot be read, or is not valid TOML.

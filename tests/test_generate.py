@@ -435,7 +435,8 @@ def test_penalty_ban_and_minimum_are_those_of_transformers(
         (minimum, lambda: MinNewTokensLengthLogitsProcessor(0, minimum, [END, 2], device="cpu")),
     ):
         expected = processor()(row, expected) if wanted else expected
-    penalize(logits, tokens, [END, 2], repetition_penalty=penalty, no_repeat_ngram_size=size, min_new_tokens=minimum)
+    own = Sampling(repetition_penalty=penalty, no_repeat_ngram_size=size, min_new_tokens=minimum)
+    penalize(logits, tokens, [END, 2], own)
     assert torch.equal(logits, expected[0])
 
 

@@ -18,8 +18,8 @@ import transformers
 import loralib as lora
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
-from loralib.data.chat import render_chat
 from loralib.data.readers import Example
+from loralib.data.tokens import render_chat
 from loralib.files import hold_file
 
 TINY = ["--model", "scratch-32x1-seed0", "--max_new_tokens", "4"]

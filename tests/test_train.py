@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
-import importlib
 import itertools
 import json
 import math
@@ -30,14 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loralib as lora
 from loralib import errors
 from loralib.data import Example, TokenExample
-from loralib.data.order import epoch_order
+from loralib.data.packing import epoch_order
 from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
-from loralib.training import run_directory, trainer
-from loralib.training.checkpoint import checkpoint_files, last_checkpoint, save_checkpoint
+from loralib.training import report, run_directory, trainer
 from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.training.report import plot_losses, read_metrics
+from loralib.training.run_directory import checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.step import Step, StepStats, make_step
 
 VOCABULARY = 23
@@ -370,7 +369,7 @@ def test_the_memory_estimate_counts_what_frozen_and_adapted_linears_keep() -> No
 def test_logs_get_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("loralib.training.reporter"), "_SILENCE", 0.0)
+    monkeypatch.setattr(report, "_SILENCE", 0.0)
     lora.train(tiny_model(), copying_examples(), settings(tmp_path, num_epochs=1))
     assert re.search(r"Update 2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s, .* left", capsys.readouterr().out)
 

@@ -56,15 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
-    """Parses a command's arguments and runs it, turning its errors into messages and exit codes.
+    """Parses a command's arguments, runs it, turns its errors into messages, and returns the exit code.
 
     Args:
         module: has `add_arguments(parser)`, `run(args)`, and a docstring that `--help` shows.
         name: the name of the command.
         argv: its arguments; flags may be written with hyphens or underscores.
-
-    Returns:
-        The exit code.
     """
     ensure_safe()
     formatter = argparse.RawDescriptionHelpFormatter

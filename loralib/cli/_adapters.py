@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from ..adapter import Adapter
+from ..bases import load_base
+from ..config import LoraConfig, parse_enable_lora
+from ..console import say
+from ..errors import BaseModelError, ConfigError
+from ..formats import is_read_with_base, read_adapter
 from ._flags import add_flag, add_list
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..adapter import Adapter
-    from ..config import LoraConfig
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
 DTYPES = ("fp32", "bf16", "fp16")
@@ -44,10 +46,8 @@ class Output(argparse.Action):
 def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
     """Adds the adapter, its base model, the output, and the settings that a Microsoft checkpoint does not store.
 
-    Args:
-        parser: gets the arguments.
-        output: the help text of the output, if the command writes one.
-        makes_rank: whether the command has a ``--rank`` of its own, the rank of its result.
+    `output` is the help text of the output, if the command writes one; `makes_rank` tells whether the command has a
+    ``--rank`` of its own, the rank of its result.
     """
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(
@@ -89,16 +89,11 @@ def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, def
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
-    from ..formats import read_adapter
-
     return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
 
 
 def _settings_of_checkpoint(args: argparse.Namespace) -> LoraConfig | None:
     """Returns the settings of a Microsoft checkpoint, if the command was given them."""
-    from ..config import LoraConfig, parse_enable_lora
-    from ..errors import ConfigError
-
     given = ("lora_dim", "lora_alpha", "target_modules", "enable_lora", "modules_to_save")
     if all(getattr(args, name) is None for name in given):
         return None
@@ -121,11 +116,6 @@ def read_with_base(
     path: str, args: argparse.Namespace, needs_base: Callable[[Adapter], bool]
 ) -> tuple[Adapter, nn.Module | None, Any]:
     """Reads an adapter and, where ``--model``, its format or the command needs it, its base in fp32 and tokenizer."""
-    from ..bases import load_base
-    from ..console import say
-    from ..errors import BaseModelError
-    from ..formats import is_read_with_base
-
     adapter = None if is_read_with_base(path) else read(path, args)
     model, tokenizer = None, None
     if args.model or adapter is None or needs_base(adapter):

@@ -96,12 +96,9 @@ def add_list(
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
-    """Adds a flag for each field of a settings dataclass, with the field's help text, and ``--config FILE.toml``.
+    """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
-    Args:
-        parser: gets the flags, in the groups that the fields name.
-        config: a dataclass whose fields are declared by `setting`.
-        defaults: defaults that replace the fields' own.
+    `defaults` replace the fields' own.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
     groups: dict[str, Any] = {}

@@ -57,9 +57,6 @@ class InferenceConfig:
 def run_inference(config: InferenceConfig) -> None:
     """Loads adapters and shows on the console what they do.
 
-    Args:
-        config: which adapters, on which base, with which prompts.
-
     Raises:
         LoraError: a directory holds no adapter, or the adapter does not fit the base.
     """
@@ -67,7 +64,9 @@ def run_inference(config: InferenceConfig) -> None:
     adapters = {directory: read_adapter(directory) for directory in directories}
     first = adapters[directories[0]]
     examples = _examples(config)
-    model, tokenizer = _load_base(config, first)
+    name = base_of(first, config.model)
+    say(f"Loading {name} ...")
+    model, tokenizer = load_base(name, dtype=config.dtype, device=config.device)
     say(f"Adapter {directories[0]}: {_apply_all(model, adapters)}")
     model.eval()
     _show_statistics(model, tokenizer, first, examples)
@@ -80,12 +79,6 @@ def run_inference(config: InferenceConfig) -> None:
         _show_merging(model, tokenizer, examples, adapted, config)
     if len(adapters) > 1:
         _show_switching(model, tokenizer, adapters, examples[0], config)
-
-
-def _load_base(config: InferenceConfig, adapter: Adapter) -> tuple[nn.Module, Any]:
-    name = base_of(adapter, config.model)
-    say(f"Loading {name} ...")
-    return load_base(name, dtype=config.dtype, device=config.device)
 
 
 def _apply_all(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:

@@ -17,8 +17,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..bases import load_adapted
 from ..console import say
+from ..data import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean
+from ..generation import Sampling, stream
+from ..generation.text import context_length
 from ._adapters import add_model_arguments
 from ._flags import add_fields, from_args
 
@@ -37,8 +41,6 @@ Turn = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the system prompt, and a flag for every setting of `Sampling`."""
-    from ..generation import Sampling
-
     add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: what the model is told first")
     parser.add_argument("--plain", action="store_true", help="format turns as 'User: ...' without a chat template")
@@ -47,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers each line of the input."""
-    from ..bases import load_adapted
-    from ..generation import Sampling
-
     sampling = from_args(Sampling, args, _DEFAULTS)
     if sampling.num_beams > 1:
         raise ConfigError(
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 def _react(conversation: Conversation, line: str) -> None:
     """Runs a command, or answers a question."""
     if line == "/reset":
-        conversation.reset()
+        conversation.turns = []
         say("(new conversation)", file=sys.stderr)
     elif line == "/help":
         for name, about in _COMMANDS.items():
@@ -119,12 +118,8 @@ def _read_line(watched: bool) -> str | None:
 class Conversation:
     """A conversation and the model that answers.
 
-    Args:
-        model: a causal language model, adapted or not.
-        tokenizer: its tokenizer.
-        sampling: settings; answer i uses the seed ``seed + i``.
-        system: the system prompt.
-        plain: format turns as simple text instead of with the tokenizer's chat template.
+    Answer i uses the seed ``seed + i``.  `plain` formats turns as simple text instead of with the tokenizer's chat
+    template.
     """
 
     def __init__(
@@ -136,10 +131,6 @@ class Conversation:
         self._answers = 0
         self.turns: list[Turn] = []
 
-    def reset(self) -> None:
-        """Starts a new conversation."""
-        self.turns = []
-
     def take_back(self) -> str | None:
         """Removes the last question and its answer; returns the question."""
         if not self.turns:
@@ -150,8 +141,6 @@ class Conversation:
 
     def answer(self, question: str) -> None:
         """Prints an answer as it is generated and adds it to the turns; Ctrl-C ends it early."""
-        from ..generation import Generator
-
         asked = [*self.turns, {"role": "user", "content": question}]
         try:
             asked, ids = self._fit(asked)
@@ -162,15 +151,12 @@ class Conversation:
         self._answers += 1
         said: list[str] = []
         try:
-            generator = Generator(self._model, self._tokenizer)
-            generator.add(ids, own)
-            while len(generator):
-                for piece in generator.step():
-                    # The space after "Assistant:" comes from the model.
-                    text = piece.text if said or not self._plain else piece.text.lstrip()
-                    if text:
-                        said.append(text)
-                        say(text, end="")
+            for piece in stream(self._model, self._tokenizer, [ids], own):
+                # The space after "Assistant:" comes from the model.
+                text = piece.text if said or not self._plain else piece.text.lstrip()
+                if text:
+                    said.append(text)
+                    say(text, end="")
         except KeyboardInterrupt:
             say(" ...", end="")
         say()
@@ -182,8 +168,6 @@ class Conversation:
         Raises:
             DataError: not even the last turn fits, or the chat template rejects it.
         """
-        from ..generation.limits import context_length
-
         turns, dropped = list(turns), 0
         ids = self._ids(turns)
         limit = context_length(self._model)
@@ -203,8 +187,6 @@ class Conversation:
         return turns, ids
 
     def _ids(self, turns: Sequence[Turn]) -> list[int]:
-        from ..data import prompt_ids
-
         said = [*self._system, *turns]
         if self._plain:
             names = {"system": "", "user": "User: ", "assistant": "Assistant: "}

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 
+from ..combine import METHODS, combine, resize
+from ..console import say
+from ..errors import ConfigError
+from ..formats import write_peft
 from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, read_with_base
 from ._flags import add_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapters, the output and how to combine."""
-    from ..combine import METHODS
-
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help=ADAPTER_HELP)
     text = "directory of the result, in PEFT's format"
     parser.add_argument("-o", "--output", action=Output, required=True, metavar="OUTPUT", help=text)
@@ -48,11 +50,6 @@ def _numbers(word: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
-    from ..combine import combine, resize
-    from ..console import say
-    from ..errors import ConfigError
-    from ..formats import write_peft
-
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):

@@ -12,12 +12,16 @@ this way, or would not load there, is refused with the reason.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
+import torch
+
+from ..adapter import Adapter
+from ..bases import pick_dtype
+from ..combine import depends_on_base
+from ..console import say
+from ..errors import ConfigError
+from ..formats import export, make_portable, write_microsoft
 from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base
-
-if TYPE_CHECKING:
-    from ..adapter import Adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts the adapter and checks the result."""
-    import torch
-
-    from ..bases import pick_dtype
-    from ..combine import depends_on_base
-    from ..console import say
-    from ..errors import ConfigError
-    from ..formats import export, make_portable, write_microsoft
-
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
     if args.target == "microsoft":

@@ -13,13 +13,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .. import bases
+from ..console import say, table
+from ..data import Encoded, TokenExample, load_examples, read_sources
+from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
+from ..files import write_text
+from ..nlg import convert
+from ..nlg.fetch import SOURCE, fetch_e2e
+from ..nlg.published import read_rows
 from ._adapters import add_format
-
-if TYPE_CHECKING:
-    from ..data import Encoded, TokenExample
 
 _BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -86,12 +91,8 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    from ..bases import load_tokenizer
-    from ..console import say
-    from ..data import load_examples, read_sources
-
     sources = read_sources(args.paths, args.data_format)  # first: faults in data show before loading
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = bases.load_tokenizer(args.model)
     encoded = load_examples(
         sources,
         tokenizer,
@@ -138,8 +139,6 @@ def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
 
 
 def _summary(encoded: Encoded) -> str:
-    from ..console import table
-
     lengths = [len(example) for example in encoded.examples]
     rows: list[tuple[str, object]] = [
         ("examples", len(lengths)),
@@ -166,7 +165,7 @@ def _is_coloured(choice: str) -> bool:
 
 
 def _add_convert(actions: Any) -> None:
-    convert = actions.add_parser(
+    parser = actions.add_parser(
         "convert",
         help="convert E2E, DART or WebNLG to the LoRA paper's JSONL, as text or as token ids",
         description="Reads E2E (`meaning representation||text` lines, or the challenge's CSV), DART (JSON) or WebNLG "
@@ -174,31 +173,25 @@ def _add_convert(actions: Any) -> None:
         "may also be a JSONL file that this command wrote.",
         epilog="example: loralib data convert dev.json dev_encoded.jsonl --vocab gpt2 --add_bos --add_eos",
     )
-    convert.add_argument("input", help="the published file")
-    convert.add_argument("output", help="the JSONL file to write")
-    add_format(convert, "format of the input", "e2e", "jsonl", "dart", "webnlg")
-    convert.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
-    convert.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
-    convert.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
+    parser.add_argument("input", help="the published file")
+    parser.add_argument("output", help="the JSONL file to write")
+    add_format(parser, "format of the input", "e2e", "jsonl", "dart", "webnlg")
+    parser.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
+    parser.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
+    parser.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..data.readers import guess_format
-    from ..files import write_text
-    from ..nlg.convert import encode_rows, format_encoded, format_rows, load_bpe, read_formatted
-    from ..nlg.published import read_rows
-
     if (args.add_bos or args.add_eos) and not args.vocab:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
-    rows = read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
+    rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
-        encoded = encode_rows(rows, load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
-        write_text(args.output, format_encoded(encoded))
+        encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
+        write_text(args.output, convert.format_encoded(encoded))
     else:
-        write_text(args.output, format_rows(rows))
+        write_text(args.output, convert.format_rows(rows))
     say(f"{args.output}: {len(rows):,} rows from {args.input} ({format})")
 
 
@@ -237,20 +230,16 @@ def _add_decode(actions: Any) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..files import write_text
-    from ..nlg.convert import decode_predictions, load_bpe, read_formatted, read_predictions
-
     if args.ref_num < 1:
         raise ConfigError(f"ref_num is {args.ref_num}, expected at least 1.")
     files = [args.output_pred_file, args.output_ref_file]
     if args.ref_type != "e2e":
         files += [str(Path(args.output_ref_file) / f"reference{number}") for number in range(args.ref_num)]
     _refuse_loss([args.sample_file, args.input_file], files)
-    decoded = decode_predictions(
-        read_formatted(args.input_file),
-        read_predictions(args.sample_file),
-        load_bpe(args.vocab),
+    decoded = convert.decode_predictions(
+        convert.read_formatted(args.input_file),
+        convert.read_predictions(args.sample_file),
+        convert.load_bpe(args.vocab),
         tokenize=args.tokenize,
         lower=args.lower,
         filter=args.filter,
@@ -281,8 +270,5 @@ def _add_e2e(actions: Any) -> None:
 
 
 def _e2e(args: argparse.Namespace) -> None:
-    from ..console import say
-    from ..nlg.fetch import SOURCE, fetch_e2e
-
     for path in fetch_e2e(args.directory, source=args.source or SOURCE, overwrite=args.overwrite):
         say(path)

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
 
+from ..bases import load_adapted
+from ..console import say, table
+from ..data import read_examples
+from ..errors import ConfigError, list_faults
+from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
+from ..nlg.perplexity import Perplexity, perplexity
 from ._adapters import add_format, add_model_arguments
 from ._flags import add_list
-
-if TYPE_CHECKING:
-    from ..nlg.evaluation import Evaluation
-    from ..nlg.perplexity import Perplexity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Computes the scores and prints them."""
-    from ..console import say
-    from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
-
     _check(args)
     metrics = metric_names(args.metrics) if args.metrics else None
     if args.hypothesis is not None:
@@ -90,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         if measured is not None:
             scores = measured.scores
             value |= {name: score.value for name, score in scores.items()}
-            value |= {"loss": measured.loss, "tokens": measured.tokens, "words": measured.words}
-            value |= {"texts": measured.texts, "dropped": measured.dropped}
+            value |= {name: getattr(measured, name) for name in ("loss", "tokens", "words", "texts", "dropped")}
             value["signatures"] |= {name: score.signature for name, score in scores.items()}
         say(json.dumps(value, indent=2, ensure_ascii=True))
         return
@@ -103,8 +100,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses flags that would have no effect."""
-    from ..errors import ConfigError, list_faults
-
     if args.hypothesis is None and not args.perplexity:
         raise ConfigError(
             "there is nothing to score: give HYP, a file with one text per line, or --perplexity to score a model."
@@ -122,18 +117,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
-    from ..bases import load_adapted
-    from ..data import read_examples
-    from ..nlg.perplexity import perplexity
-
     examples = read_examples(args.reference, args.data_format or "auto")  # first: faults in data show before loading
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)
     return perplexity(model, tokenizer, examples)
 
 
 def _perplexity_table(done: Perplexity) -> str:
-    from ..console import table
-
     rows = [[name, f"{score.value:.4f}", "lower", score.signature] for name, score in done.scores.items()]
     numbers = f"{done.texts:,} texts, {done.tokens:,} tokens, {done.words:,} words, loss {done.loss:.4f} nats per token"
     left = f"; left out: {done.dropped:,} longer than the model's context, or empty" if done.dropped else ""
@@ -146,8 +135,6 @@ def _about_empty(done: Evaluation) -> str:
 
 
 def _table(done: Evaluation) -> str:
-    from ..console import table
-
     parts = {"all": done, **done.subsets} if done.subsets else {"score": done}
     header = ["metric", *parts, "better", "how it was made"]
     rows = [

@@ -22,17 +22,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bases import base_of, load_adapted
 from ..console import progress, say
+from ..data import Example, prompt_ids, tokenize
+from ..data.lines import is_text
+from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
+from ..formats import is_read_with_base, read_adapter
+from ..generation import Sampling, generate, stream
+from ..generation.streaming import encode_prompts
 from ._adapters import add_format, add_model_arguments
 from ._flags import add_fields, add_flag, from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
-    from ..generation import Sampling
-
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
     add_format(parser, "format of the file", "e2e", "jsonl", "dart", "webnlg")
@@ -45,8 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the texts, or writes them to a file."""
-    from ..generation import Sampling
-
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size is {args.batch_size}, expected at least 1")
     if args.merge and args.adapter is None:
@@ -61,11 +64,8 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(prompts)} texts in {args.output}")
 
 
-def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, list[list[int]]]:
+def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
-    from ..bases import load_adapted
-    from ..generation.streaming import encode_prompts
-
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
     )
@@ -75,16 +75,11 @@ def _load(args: argparse.Namespace, prompts: Sequence[Any]) -> tuple[Any, Any, l
 # Prompts.
 
 
-def _prompts(args: argparse.Namespace) -> list[Any]:
-    """Returns texts, or chats as examples, which the model's chat template will format."""
-    from ..data.lines import is_text
-    from ..data.prompts import as_prompt, read_prompts
-
+def _prompts(args: argparse.Namespace) -> list[Example]:
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        examples = read_prompts(args.input, args.data_format)
-        return [example if example.messages else example.prompt for example in examples]
+        return read_prompts(args.input, args.data_format)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
@@ -96,8 +91,8 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
             raise DataError(
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
-        return [as_prompt(prompt) for prompt in args.prompts]
-    prompts = [as_prompt(line) for line in _standard_input().splitlines() if line.strip()]
+        return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
+    prompts = [Example.of(as_prompt(line), "") for line in _standard_input().splitlines() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
@@ -112,17 +107,10 @@ def _standard_input() -> str:
         raise DataError(f"standard input is not {error.encoding} text: {error.reason}; pipe in UTF-8") from error
 
 
-def _shown(prompt: Any) -> str:
-    """Returns the text of a prompt."""
-    return prompt if isinstance(prompt, str) else str(prompt.prompt)
-
-
-def _ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a prompt; those of a chat end where its last answer begins."""
-    from ..data import prompt_ids, tokenize
-
-    if isinstance(prompt, str):
-        return prompt_ids(prompt, tokenizer)
+def _ids(prompt: Example, tokenizer: Any) -> list[int]:
+    """Returns the token ids of a prompt; a chat's, of the model's chat template, end where its last answer begins."""
+    if not prompt.messages:
+        return prompt_ids(prompt.prompt, tokenizer)
     whole = tokenize(prompt, tokenizer)
     last = max(place for place, trained in enumerate(whole.trained) if trained)
     while last and whole.trained[last - 1]:
@@ -137,8 +125,6 @@ def _texts(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
 ) -> Iterator[tuple[int, str, str]]:
     """Yields number, text and finish_reason of each prompt from `start` on, in order, a batch at a time."""
-    from ..generation import generate
-
     for at in range(start, len(rows), batch):
         # Prompt i has the same seed wherever the run was resumed.
         own = dataclasses.replace(sampling, seed=sampling.seed + at)
@@ -148,8 +134,6 @@ def _texts(
 
 def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
     """Prints continuations with a blank line between them; on a terminal, each as it is generated."""
-    from ..generation import stream
-
     if sys.stdout is None or not sys.stdout.isatty():
         for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch):
             say(text if number == 0 else f"\n{text}")
@@ -165,17 +149,17 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 # The output file.
 
 
-def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> None:
+def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any) -> None:
     """Appends the texts that the file does not have yet."""
     settings = made_with(args, sampling)
-    done = resume(Path(args.output), [_shown(prompt) for prompt in prompts], settings)
+    done = resume(Path(args.output), [example.prompt for example in prompts], settings)
     if done:
         say(f"{args.output} has {done} of {len(prompts)} texts already; continuing after them")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts)
     lines = (
-        {"prompt": _shown(prompts[number]), "text": text, "finish_reason": reason, "made_with": settings}
+        {"prompt": prompts[number].prompt, "text": text, "finish_reason": reason, "made_with": settings}
         for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch_size)
     )
     with progress(total=len(prompts), description="generating", unit="text") as bar:
@@ -185,10 +169,6 @@ def _write(args: argparse.Namespace, prompts: Sequence[Any], sampling: Any) -> N
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     """Returns what the texts depend on besides their prompts: model, adapter and non-default settings."""
-    from ..bases import base_of
-    from ..formats import is_read_with_base, read_adapter
-    from ..generation import Sampling
-
     named = args.adapter and not is_read_with_base(args.adapter)
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
@@ -202,12 +182,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
 
 
 def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
-    """Counts the texts that an earlier run finished; an incomplete last line is removed.
-
-    Args:
-        path: the output file; need not exist.
-        prompts: all prompts, in order.
-        settings: the settings, which every line must record too.
+    """Counts the texts that an earlier run wrote into a file, if it exists; an incomplete last line is removed.
 
     Raises:
         OutputError: the file is something else, or its texts have other prompts or settings.

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..console import say
+from ..inspection import inspect_adapter, plot, verify
 from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
 
 
@@ -28,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; returns 1 if something is wrong with the adapter."""
-    from ..console import say
-    from ..inspection import inspect_adapter, plot, verify
-
     if args.verify:
         args.model = args.verify
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: bool(args.verify))

@@ -12,6 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
+from ..bases import load_base, pick_dtype
+from ..console import say
+from ..data import prompt_ids
+from ..errors import MergeError, OutputError
+from ..formats import merge_and_compare, save_merged
 from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
 
 
@@ -30,14 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the model, loads it again and compares."""
-    import torch
-
-    from ..bases import load_base, pick_dtype
-    from ..console import say
-    from ..data import prompt_ids
-    from ..errors import MergeError, OutputError
-    from ..formats import merge_and_compare, save_merged
-
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True)
     assert model is not None
     base = Path(args.model or adapter.config.base_model_name_or_path or "")

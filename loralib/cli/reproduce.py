@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import ConfigError, did_you_mean
+from ..nlg import reproduction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,33 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the recipe, or prints it."""
-    from ..nlg.reproduction import (
-        DATASETS,
-        choose_recipe,
-        find_files,
-        load_recipe,
-        recipe_names,
-        recipe_text,
-        reproduce,
-    )
-
-    if args.dataset not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise ConfigError(
-            f"there is no data set {args.dataset!r}.{did_you_mean(args.dataset, DATASETS)} Known: {known}."
-        )
-    name = choose_recipe(args.dataset, args.model, args.recipe)
+    if args.dataset not in reproduction.DATASETS:
+        near, known = did_you_mean(args.dataset, reproduction.DATASETS), ", ".join(reproduction.DATASETS)
+        raise ConfigError(f"there is no data set {args.dataset!r}.{near} Known: {known}.")
+    name = reproduction.choose_recipe(args.dataset, args.model, args.recipe)
     if args.print_recipe:
-        say(recipe_text(name), end="")
+        say(reproduction.recipe_text(name), end="")
         return
     given = {"seed": args.seed, "dtype": args.dtype, "device": args.device}
     given = {key: value for key, value in given.items() if value is not None}
-    recipe = load_recipe(name, args.changes, model=args.model, **given)
-    files = find_files(args.dataset, args.data)
+    recipe = reproduction.load_recipe(name, args.changes, model=args.model, **given)
+    files = reproduction.find_files(args.dataset, args.data)
     last = Path(args.model).name or "model"
     output = Path("reproduced") / f"{args.dataset}-{last}" if args.output_dir is None else args.output_dir
     if args.recipe is None and recipe.name not in (last, f"{args.dataset}-{last}"):
         say(f"There is no recipe for {args.dataset} with {args.model}: using {recipe.name} "
-            f"(choose another with --recipe: {', '.join(recipe_names())})")  # fmt: skip
+            f"(choose another with --recipe: {', '.join(reproduction.recipe_names())})")  # fmt: skip
     say(f"{args.dataset} with {args.model}, recipe {recipe.name}, data {files.train.parent}")
-    reproduce(args.dataset, recipe, files, output)
+    reproduction.reproduce(args.dataset, recipe, files, output)

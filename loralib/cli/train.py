@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 
+from ..training import TrainConfig
+from ..training.job import run_job
 from . import add_fields, from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of training."""
-    from ..training import TrainConfig
-
     add_fields(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains and saves the adapter."""
-    from ..training import TrainConfig
-    from ..training.job import run_job
-
     run_job(from_args(TrainConfig, args))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import DataError, did_you_mean, list_faults
 
-__all__ = ["are_not", "is_text", "read_bytes", "read_lines", "read_text", "shown"]
+__all__ = ["are_not", "is_text", "read_lines", "read_text", "shown"]
 
 
 def read_text(path: str | Path, expected: str = "some text") -> str:
@@ -17,10 +17,19 @@ def read_text(path: str | Path, expected: str = "some text") -> str:
         expected: what it should hold, for error messages.
 
     Raises:
-        DataError: the file is missing, a directory, empty or not UTF-8 (each such line is listed with its byte offset).
+        DataError: the file is missing, a directory, unreadable, empty or not UTF-8 (each such line is listed with its
+            byte offset).
     """
     path = Path(path)
-    raw = read_bytes(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(_why_missing(path)) from None
+    except OSError as error:
+        if path.is_dir():
+            raise DataError(f"{path} is a directory. Name a file in it.") from None
+        fix = " Check its permissions." if isinstance(error, PermissionError) else ""
+        raise DataError(f"cannot read {path}: {error.strerror or error}.{fix}") from None
     if not raw.strip():
         raise DataError(f"{path} is empty, expected {expected}. Choose another file.")
     try:
@@ -37,24 +46,6 @@ def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
     """
     lines = read_text(path, expected).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
-
-
-def read_bytes(path: Path) -> bytes:
-    """Returns the bytes of a file.
-
-    Raises:
-        DataError: the file is missing, a directory or unreadable.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(_why_missing(path)) from None
-    except (IsADirectoryError, PermissionError) as error:
-        if path.is_dir():
-            raise DataError(f"{path} is a directory. Name a file in it.") from None
-        raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
 def _why_missing(path: Path) -> str:

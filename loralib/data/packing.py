@@ -1,4 +1,7 @@
-"""Packing: the examples of a step in one row, without padding and with shared prefixes written once.
+"""From examples to the rows of a step: the order of an epoch, and packing.
+
+The order is a pure function of seed and epoch, so that a resumed run follows it.  A packed step has its examples in one
+row, without padding and with shared prefixes written once.
 
 Examples with a common prefix form a prefix tree.  In depth-first order, one number per token describes the whole
 attention mask, the end of the token's subtree: token k is seen by exactly the tokens k, k + 1, ..., ends[k] - 1.  That
@@ -8,19 +11,19 @@ interval) and causality.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .tokens import TokenExample
+from .tokens import TokenExample
 
-__all__ = ["Pack", "pack", "pad"]
+__all__ = ["Pack", "epoch_order", "pack", "pad"]
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,14 @@ class Pack:
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
-    """Packs examples into one row.
+    """Packs examples into one row, which is empty if nothing is trained.
 
     An example's last trained token is only ever predicted, and the tokens after it do not affect the loss: neither is
     in the row.
 
-    Args:
-        examples: token ids with their loss masks.
-        share: write prefixes that several examples share once.  This is exact, since a token's hidden state depends on
-            no later token.  A prediction that k examples share gets weight k.
+    `share` writes prefixes that several examples share once.  This is exact, since a token's hidden state depends on no
+    later token.  A prediction that k examples share gets weight k.
 
-    Returns:
-        The row; it is empty if nothing is trained.
-
-    >>> from loralib.data.tokens import TokenExample
     >>> flags = (False, False, True, True)
     >>> row = pack([TokenExample((5, 6, 7, 1), flags), TokenExample((5, 6, 8, 1), flags)])
     >>> row.ids.tolist(), row.positions.tolist(), row.ends.tolist()
@@ -107,22 +104,18 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     for index in path:
         ends[index] = len(ids)
     return _pack(
+        examples,
+        predictions,
         ids=torch.tensor([ids], dtype=torch.long),
         positions=torch.tensor([positions], dtype=torch.long),
         ends=torch.tensor(ends, dtype=torch.long),
         mask=None,
-        tokens=sum(len(example.ids) for example in examples),
-        predictions=predictions,
     )
 
 
 def pad(examples: Sequence[TokenExample]) -> Pack:
     """Puts each example in a row of its own, padded on the right with id 0 to the length of the longest.
 
-    Args:
-        examples: token ids with their loss masks.
-
-    >>> from loralib.data.tokens import TokenExample
     >>> padded = pad([TokenExample((5, 6, 7), (False, True, True)), TokenExample((5, 6), (False, True))])
     >>> padded.ids.tolist(), padded.mask.tolist(), padded.states.tolist()
     ([[5, 6], [5, 0]], [[1, 1], [1, 0]], [0, 1, 2])
@@ -136,12 +129,12 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
             if trained:
                 predictions[number * width + position - 1, example.ids[position]] += 1
     return _pack(
+        examples,
+        predictions,
         ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long),
         positions=torch.arange(width).expand(len(rows), -1),
         ends=None,
         mask=torch.tensor([[*[1] * len(row), *[0] * (width - len(row))] for row in rows], dtype=torch.long),
-        tokens=sum(len(example.ids) for example in examples),
-        predictions=predictions,
     )
 
 
@@ -154,26 +147,59 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))  # noqa: B905 - the shorter one ends it
 
 
-def _pack(
-    *,
-    ids: Tensor,
-    positions: Tensor,
-    ends: Tensor | None,
-    mask: Tensor | None,
-    tokens: int,
-    predictions: Counter[tuple[int, int]],
-) -> Pack:
+def _pack(examples: Sequence[TokenExample], predictions: Counter[tuple[int, int]], **layout: Any) -> Pack:
     items = sorted(predictions.items())
     states, rows = torch.unique(torch.tensor([index for (index, _), _ in items], dtype=torch.long), return_inverse=True)
     return Pack(
-        ids=ids,
-        positions=positions,
-        ends=ends,
-        mask=mask,
+        **layout,
         states=states,
         rows=rows,
         targets=torch.tensor([target for (_, target), _ in items], dtype=torch.long),
         weights=torch.tensor([count for _, count in items], dtype=torch.float32),
-        tokens=tokens,
+        tokens=sum(map(len, examples)),
         trained_tokens=predictions.total(),
     )
+
+
+def epoch_order(
+    examples: Sequence[TokenExample],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    max_siblings: int = 1,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """Deals the examples of one epoch (the first is 0) into batches of indices, of which the last may be smaller.
+
+    Every example is in exactly one.  Up to `max_siblings` examples of the same prompt go into one batch, so that a step
+    computes the prompt once; 1 shuffles uniformly.  Every epoch groups them anew.  Without `shuffle` they keep their
+    order.
+
+    >>> alike = [TokenExample((7, prompt, end), (False, False, True)) for prompt in (1, 2, 3) for end in (8, 9)]
+    >>> (batch,) = epoch_order(alike, 6, seed=0, epoch=0, max_siblings=2)
+    >>> sorted(sorted(batch[start : start + 2]) for start in (0, 2, 4))
+    [[0, 1], [2, 3], [4, 5]]
+    """
+    order = list(range(len(examples)))
+    if shuffle:
+        rng = random.Random(f"{seed} {epoch}")
+        rng.shuffle(order)
+        # More than half a batch from one prompt would make the steps' gradients too noisy.
+        siblings = max(1, min(max_siblings, batch_size // 2))
+        if siblings > 1:
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for index in order:
+                groups.setdefault(_prompt(examples[index]), []).append(index)
+            runs = [run for group in groups.values() for run in _split(group, siblings)]
+            rng.shuffle(runs)
+            order = [index for run in runs for index in run]
+    return _split(order, batch_size)
+
+
+def _split(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _prompt(example: TokenExample) -> tuple[int, ...]:
+    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids

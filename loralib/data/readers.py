@@ -1,4 +1,4 @@
-"""Reads files of training text: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
+"""Reads files of training text or of prompts: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
 
 A reader turns a file into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
 All faults of a file are reported together, each with its line, what was expected and how to fix it.
@@ -23,12 +23,14 @@ __all__ = [
     "SEPARATOR",
     "Example",
     "Source",
+    "as_prompt",
     "draw",
     "group_by_prompt",
     "guess_format",
     "meaning_prompt",
     "parse_source",
     "read_examples",
+    "read_prompts",
     "read_records",
     "read_sources",
     "register_reader",
@@ -101,8 +103,8 @@ class Source(NamedTuple):
     weight: float = 1.0
 
 
-def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto") -> list[Source]:
-    """Reads one file or several; the string ``path:weight`` sets a file's weight.
+def read_sources(paths: str | Path | Sequence[str | Path] | Sequence[Source], format: str = "auto") -> list[Source]:
+    """Reads one file or several; the string ``path:weight`` sets a file's weight.  What is read already stays as it is.
 
     Raises:
         DataError: a file cannot be read (see `read_examples`), a weight is not a positive number, or no file is given.
@@ -111,8 +113,13 @@ def read_sources(paths: str | Path | Sequence[str | Path], format: str = "auto")
         paths = [paths]
     if not paths:
         raise DataError("no data file given. Give at least one path.")
-    parsed = [parse_source(path) if isinstance(path, str) else (path, 1.0) for path in paths]
-    return [Source(read_examples(path, format), weight) for path, weight in parsed]
+    sources = []
+    for path in paths:
+        if not isinstance(path, Source):
+            file, weight = parse_source(path) if isinstance(path, str) else (path, 1.0)
+            path = Source(read_examples(file, format), weight)
+        sources.append(path)
+    return sources
 
 
 def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
@@ -149,12 +156,36 @@ def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
     return _with_references(examples)
 
 
+def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
+    """Reads the distinct prompts of a file, in order of first appearance; an omitted completion is empty.
+
+    Args:
+        path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
+            and a JSON record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
+        format: see `read_examples`.
+
+    Raises:
+        DataError: as `read_examples`, or a line has no prompt.
+    """
+    path = Path(path).expanduser()
+    if format == "auto":
+        format = guess_format(path)
+    examples = []
+    if format == "jsonl":
+        examples = read_records(path, _with_answer, "prompt or messages")
+    elif format == "e2e" and path.suffix.lower() not in (".csv", ".json"):
+        examples = _bare_prompts(path)
+    examples = group_by_prompt(examples or read_examples(path, format))
+    faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
+    if faults:
+        raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
+    return examples
+
+
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
     """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
 
-    Args:
-        key: one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv.
-        read: takes the path of a file and returns its examples in file order.
+    `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv; `read` keeps file order.
     """
     _READERS[key] = read
 
@@ -162,26 +193,22 @@ def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
 def read_records(
     path: Path, complete: Callable[[Any], Any] = lambda record: record, expected: str = _RECORDS
 ) -> list[Example]:
-    """Reads examples from lines of JSON, or from a .json file that is one list of records.
+    """Reads examples, in file order, from lines of JSON, or from a .json file that is one list of records.
+
+    Their references are those of their own record.
 
     Args:
         path: the file.
         complete: turns each record into one that `read_examples` takes, for instance by filling in an omitted field.
         expected: the fields a record should have, for error messages.
 
-    Returns:
-        The examples in file order; their references are those of their own record.
-
     Raises:
         DataError: as `read_examples`.
     """
     examples, faults = [], []
     listed = _listed(path)
-    if listed is None:
-        rows: list[tuple[str, Any]] = [(f"{path}:{number}", line) for number, line in _numbered(path, _JSON + expected)]
-    else:
-        rows = [(f"{path}[{number}]", record) for number, record in enumerate(listed)]
-    for where, row in rows:
+    records = [(f"{path}[{number}]", record) for number, record in enumerate(listed or ())]
+    for where, row in _numbered(path, _JSON + expected) if listed is None else records:
         try:
             record = json.loads(row) if listed is None else row
             examples.append(_from_record(complete(record), where))
@@ -227,15 +254,10 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
 
 
 def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Item], object]) -> list[Item]:
-    """Draws a random sample with as many different keys as possible.
+    """Draws a random sample with as many different keys (for instance an example's prompt) as possible.
 
-    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.
-
-    Args:
-        items: what to draw from.
-        count: how many to draw; None, or more than there are, returns all of them in their own order.
-        seed: random seed.
-        key: what should differ between the items drawn, for instance an example's prompt.
+    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.  A
+    `count` of None, or of more than there are, returns all items in their own order.
 
     >>> sorted(draw(["a1", "a2", "a3", "b1"], 2, seed=0, key=lambda item: item[0]))[-1]
     'b1'
@@ -280,14 +302,14 @@ def parse_source(text: str) -> tuple[Path, float]:
 
 def _read_e2e(path: Path) -> list[Example]:
     examples, faults = [], []
-    for number, line in _numbered(path, _EXPECTED["e2e"]):
+    for where, line in _numbered(path, _EXPECTED["e2e"]):
         fields = line.split(SEPARATOR)
         if len(fields) == 2:
-            examples.append(Example.of(meaning_prompt(fields[0]), fields[1].strip(), f"{path}:{number}"))
+            examples.append(Example.of(meaning_prompt(fields[0]), fields[1].strip(), where))
         elif len(fields) == 1:
-            faults.append(f"{path}:{number}: no `||` in {shown(line)}")
+            faults.append(f"{where}: no `||` in {shown(line)}")
         else:
-            faults.append(f"{path}:{number}: {len(fields) - 1} `||` in {shown(line)}, expected one")
+            faults.append(f"{where}: {len(fields) - 1} `||` in {shown(line)}, expected one")
     if faults:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
@@ -367,6 +389,32 @@ _READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {
 }
 
 
+# --- prompts alone -------------------------------------------------------------------------------------------------
+
+# A placeholder for the answer to be generated: chat templates write whole turns only. Its tokens are cut off again.
+_ANSWER = {"role": "assistant", "content": "-"}
+
+
+def _bare_prompts(path: Path) -> list[Example]:
+    """Returns the lines of a file as prompts, or nothing if any line has ``||`` and so a completion."""
+    lines = _numbered(path, "prompts")
+    if any(SEPARATOR in line for _, line in lines):
+        return []
+    return [Example.of(as_prompt(line), "", where) for where, line in lines]
+
+
+def _with_answer(record: Any) -> Any:
+    """Gives a record without a completion an empty one, and a chat without an answer a placeholder."""
+    if not isinstance(record, dict):
+        return record
+    turns = record.get("messages")
+    if isinstance(turns, list) and turns:
+        last = turns[-1]
+        answered = isinstance(last, dict) and last.get("role") == "assistant"
+        return record if answered else {**record, "messages": [*turns, _ANSWER]}
+    return {"completion": "", **record} if {"prompt", "context"} & record.keys() else record
+
+
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +427,15 @@ def meaning_prompt(meaning: str) -> str:
     return meaning.strip() + "\n"
 
 
+def as_prompt(text: str) -> str:
+    r"""Ends a meaning representation with a line break, as in training; other text is continued as it is.
+
+    >>> as_prompt("name : The Wharf | area : harbour"), as_prompt("Once upon a time")
+    ('name : The Wharf | area : harbour\n', 'Once upon a time')
+    """
+    return meaning_prompt(text) if " : " in text else text
+
+
 def _with_references(examples: list[Example]) -> list[Example]:
     references: dict[str, list[str]] = defaultdict(list)
     for example in examples:
@@ -388,8 +445,9 @@ def _with_references(examples: list[Example]) -> list[Example]:
     return [replace(example, references=shared.get(example.prompt, ())) for example in examples]
 
 
-def _numbered(path: Path, expected: str) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
+def _numbered(path: Path, expected: str) -> list[tuple[str, str]]:
+    """Returns ``file:line`` and the text of each line that is not blank."""
+    return [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
 
 
 def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..engine.kernels import loaded
 from .decoder import Decoder, SequenceGroup, make_decoder
-from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, penalize
+from .text import check_prompts, end_tokens, new_tokens
 
 __all__ = ["Hypothesis", "beam_search"]
 
@@ -198,14 +198,7 @@ def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: f
         logits = logits.float()
         for search in searches:
             for row, beam in zip(_rows(search), search.beams, strict=True):
-                penalize(
-                    logits[row],
-                    beam.ids,
-                    sorted(ends),
-                    repetition_penalty=sampling.repetition_penalty,
-                    no_repeat_ngram_size=sampling.no_repeat_ngram_size,
-                    min_new_tokens=sampling.min_new_tokens,
-                )
+                penalize(logits[row], beam.ids, sorted(ends), sampling)
     gains, tokens = best_tokens(logits, sampling.num_beams)  # (R, K)
     width = max(len(search.beams) for search in searches)
     order = [row for search in searches for row in _rows(search)]

@@ -105,36 +105,27 @@ def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
     return [tokens[at + size - 1] for at in range(len(tokens) - size + 1) if list(tokens[at : at + size - 1]) == last]
 
 
-def penalize(
-    logits: Tensor,
-    tokens: Sequence[int],
-    ends: Sequence[int],
-    *,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    min_new_tokens: int = 0,
-) -> None:
+def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sampling) -> None:
     """Applies repetition penalty, minimal length and n-gram ban to one row of logits, in place and in this order.
 
     Args:
         logits: (V,), before any softmax.
         tokens: what has been generated so far, without the prompt.
         ends: the end tokens.
-        repetition_penalty: see `Sampling`.
-        no_repeat_ngram_size: see `Sampling`.
-        min_new_tokens: see `Sampling`.
+        own: the request's settings.
 
     >>> logits = torch.tensor([2.0, -2.0, 1.0])
-    >>> penalize(logits, [0, 1], [2], repetition_penalty=2.0, min_new_tokens=3)
+    >>> penalize(logits, [0, 1], [2], Sampling(repetition_penalty=2.0, min_new_tokens=3))
     >>> logits.tolist()
     [1.0, -4.0, -inf]
     """
-    if repetition_penalty != 1 and tokens:
+    penalty = own.repetition_penalty
+    if penalty != 1 and tokens:
         seen = torch.tensor(sorted(set(tokens)), device=logits.device)
         values = logits[seen]
-        logits[seen] = torch.where(values < 0, values * repetition_penalty, values / repetition_penalty)
-    banned = banned_tokens(tokens, no_repeat_ngram_size)
-    if len(tokens) < min_new_tokens:
+        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    banned = banned_tokens(tokens, own.no_repeat_ngram_size)
+    if len(tokens) < own.min_new_tokens:
         banned += [end for end in ends if end < len(logits)]
     if banned:
         logits[banned] = float("-inf")

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
-from .limits import check_prompts, end_tokens, new_tokens
 from .sampling import Sampling, choose, penalize
-from .text import TextStream
+from .text import TextStream, check_prompts, end_tokens, new_tokens
 
 __all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
 
@@ -152,7 +151,7 @@ class Generator:
         if changed:
             logits = logits.float()  # half precision would make ties of what a penalty sets apart
         for request in changed:
-            self._penalize(logits[_row(request)], request)
+            penalize(logits[_row(request)], request.generated, self._ends, request.sampling)
         tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
         pieces = [_advance(*pair, self._ends) for pair in zip(requests, tokens, strict=True)]
         self._running = []
@@ -178,17 +177,6 @@ class Generator:
     def _leave(self, request: _Request) -> None:
         assert request.group is not None
         self._decoder.close(request.group)
-
-    def _penalize(self, logits: Tensor, request: _Request) -> None:
-        own = request.sampling
-        penalize(
-            logits,
-            request.generated,
-            self._ends,
-            repetition_penalty=own.repetition_penalty,
-            no_repeat_ngram_size=own.no_repeat_ngram_size,
-            min_new_tokens=own.min_new_tokens,
-        )
 
 
 def stream(

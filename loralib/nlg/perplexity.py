@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data import Example, encode
 from ..errors import ConfigError
-from ..generation.limits import context_length
+from ..generation.text import context_length
 from ..training.step import evaluate_loss, make_step
 from .metrics import Score
 

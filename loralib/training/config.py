@@ -18,8 +18,7 @@ from ..settings import canonical, check, setting, settings_class
 __all__ = ["TrainConfig"]
 
 
-def _is_name(value: str) -> bool:
-    return bool(value.strip())
+_DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings of many settings
 
 
 @settings_class
@@ -36,55 +35,49 @@ class TrainConfig:
 
     # The model and the data.
     model: str = setting(
-        "smollm2-135m", "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id", "model and data"
+        "smollm2-135m", "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id", _DATA
     )
     train_data: str | Sequence[str] | None = setting(
         None,
         "training files, each `path` or `path:weight`: E2E lines, .jsonl, or see data_format",
-        "model and data",
+        _DATA,
         several="files",
     )
-    valid_data: str | Sequence[str] | None = setting(None, "validation files", "model and data", several="files")
+    valid_data: str | Sequence[str] | None = setting(None, "validation files", _DATA, several="files")
     data_format: str = setting(
         "auto",
         "format of the data files: auto goes by their names, with .txt for E2E lines; text is plain text",
-        "model and data",
+        _DATA,
         FORMATS,
     )
     output_dir: str = setting(
         "lora_model",
         "directory to write the adapter to",
-        "model and data",
-        rule=_is_name,
+        _DATA,
+        rule=str.strip,
         expected="the name of a directory (. is the current one)",
     )
     max_train_samples: int = setting(
-        100, "number of training examples, drawn across prompts; 0: all", "model and data", at_least=0
+        100, "number of training examples, drawn across prompts; 0: all", _DATA, at_least=0
     )
-    max_valid_samples: int = setting(64, "number of validation examples; 0: all", "model and data", at_least=0)
-    seq_len: int = setting(
-        64, "maximum tokens of an example; longer ones are dropped and counted", "model and data", at_least=2
-    )
-    objective: str = setting(
-        "clm", "train on completions only (clm) or on all tokens (jlm)", "model and data", ("clm", "jlm")
-    )
+    max_valid_samples: int = setting(64, "number of validation examples; 0: all", _DATA, at_least=0)
+    seq_len: int = setting(64, "maximum tokens of an example; longer ones are dropped and counted", _DATA, at_least=2)
+    objective: str = setting("clm", "train on completions only (clm) or on all tokens (jlm)", _DATA, ("clm", "jlm"))
     dtype: str = setting(
         "auto",
         "dtype of the frozen base model; auto uses bf16 where it is fast",
-        "model and data",
+        _DATA,
         ("auto", "fp32", "bf16", "fp16"),
     )
-    device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", "model and data")
+    device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(
-        0, "random seed", "model and data", at_least=0, below=2**63, expected="a whole number from 0 to below 2**63"
+        0, "random seed", _DATA, at_least=0, below=2**63, expected="a whole number from 0 to below 2**63"
     )
 
     # The size of a base model that is made up on the spot.
-    hidden_dim: int | None = setting(
-        None, "width of --model scratch or run-demo (default 768)", "made-up base", at_least=1
-    )
+    hidden_dim: int | None = setting(None, "width of --model scratch or run-demo (default 768)", _MADE_UP, at_least=1)
     num_layers: int | None = setting(
-        None, "number of layers of --model scratch or run-demo (default 2)", "made-up base", at_least=1
+        None, "number of layers of --model scratch or run-demo (default 2)", _MADE_UP, at_least=1
     )
 
     # The adapter.
@@ -161,22 +154,15 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "use less memory at the cost of a third more time", "engine")
 
     # Validation, checkpoints and logs.
-    eval_steps: int = setting(
-        0, "validate every this many updates; 0: at the end of each epoch", "validation and checkpoints", at_least=0
-    )
+    eval_steps: int = setting(0, "validate every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
     early_stopping: int = setting(
-        0,
-        "stop after this many validations without a lower loss; 0: never",
-        "validation and checkpoints",
-        at_least=0,
+        0, "stop after this many validations without a lower loss; 0: never", _LOGS, at_least=0
     )
-    save_steps: int = setting(
-        0, "checkpoint every this many updates; 0: at the end of each epoch", "validation and checkpoints", at_least=0
-    )
-    keep_checkpoints: int = setting(2, "number of recent checkpoints to keep", "validation and checkpoints", at_least=1)
-    resume: bool = setting(False, "continue from the last checkpoint in output_dir", "validation and checkpoints")
-    overwrite: bool = setting(False, "discard an unfinished run in output_dir", "validation and checkpoints")
-    report_to: str = setting("none", "also log to this tool", "validation and checkpoints", ("none", "tensorboard"))
+    save_steps: int = setting(0, "checkpoint every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
+    keep_checkpoints: int = setting(2, "number of recent checkpoints to keep", _LOGS, at_least=1)
+    resume: bool = setting(False, "continue from the last checkpoint in output_dir", _LOGS)
+    overwrite: bool = setting(False, "discard an unfinished run in output_dir", _LOGS)
+    report_to: str = setting("none", "also log to this tool", _LOGS, ("none", "tensorboard"))
 
     def __post_init__(self) -> None:
         check(self, "the training run", self._faults)

@@ -112,19 +112,14 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
 def memory_estimate(
     model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0
 ) -> tuple[float, float | None]:
-    """Estimates the memory that training needs.
+    """Estimates the bytes that training an adapted model needs, with so many tokens in a step.
 
-    Args:
-        model: adapted.
-        tokens: tokens of one step.
-        checkpointing: whether activations are recomputed.
-        prepacked_bytes: of the prepacked copies of frozen weights (see `Step`).
+    `prepacked_bytes` are those of the prepacked copies of frozen weights (see `Step`).  Also returns how many bytes the
+    machine has free, None where it does not say.
 
-    Returns:
-        Bytes needed, and bytes that the machine has free (None where it does not say).  Weights are exact.  The rest
-        was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the
-        inputs of the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around
-        them), twice where they are not.
+    Weights are exact.  The rest was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the inputs of
+    the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around them), twice
+    where they are not.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
     # Gradient, two moments and the initial values, all in fp32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,14 @@ from ..injection import adapted_layers
 from ..layers import LoRAEmbedding
 from .config import TrainConfig
 
-__all__ = ["PaperAdamW", "lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
+__all__ = ["lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
 
 
 def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
-    """Returns the learning rate of an update as a share of its peak.
+    """Returns the learning rate of an update, numbered from 0, as a share of its peak, from 0 to 1.
 
-    Args:
-        config: its `schedule`, `warmup_steps` and `arithmetic`.
-        update: number of the update, from 0.
-        updates: how many there will be.
-
-    Returns:
-        From 0 to 1.  The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and
-        its cosine does not subtract the warm-up.
+    The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and its cosine does
+    not subtract the warm-up.
 
     >>> [round(lr_factor(TrainConfig(warmup_steps=2), update, 6), 2) for update in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -55,17 +49,10 @@ def _ticks(config: TrainConfig) -> int:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups the trained parameters by learning rate.
+    """Groups the trained parameters, those with ``requires_grad``, by learning rate; a group's peak is under "peak".
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and should learn `loraplus_lr_ratio` times faster than
     A.  An embedding's B starts random and its A at zero, so it keeps the common rate.
-
-    Args:
-        model: its parameters with ``requires_grad`` are trained.
-        config: its `lr`, `loraplus_lr_ratio`.
-
-    Returns:
-        Groups with their peak rate under "peak".
     """
     layers = [] if config.loraplus_lr_ratio == 1 else adapted_layers(model)
     fast = [
@@ -83,19 +70,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW, torch's fused one or the paper's."""
-    betas = (config.beta1, config.beta2)
-    settings = [{**group, "lr": group["peak"]} for group in groups]
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
     if config.arithmetic == "paper":
-        return PaperAdamW(
-            settings,
-            betas=betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            correct_bias=config.correct_bias,
-        )
-    return torch.optim.AdamW(
-        settings, lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-    )
+        return PaperAdamW(groups, {**common, "correct_bias": config.correct_bias})
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 class PaperAdamW(torch.optim.Optimizer):
@@ -108,17 +91,6 @@ class PaperAdamW(torch.optim.Optimizer):
         p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
         p = p - lr * weight_decay * p
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-    ) -> None:
-        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -1,44 +1,40 @@
-"""The training loop and its arithmetic; `loralib.train` is its public face."""
+"""The training loop, its arithmetic, and what ends it; `loralib.train` is its public face.
+
+SIGINT, SIGTERM, SIGHUP and Ctrl-Break ask a run to finish its update, save, and end.  Otherwise the loss stays finite,
+gradients reach every adapted layer, and the adapter learns.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import TokenExample
-from ..data.order import epoch_order
+from ..data.packing import epoch_order
+from ..delta import dense
 from ..engine.placement import require_free
-from ..errors import ConfigError
+from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, list_faults
 from ..files import hold_directory
-from ..formats import check_portable
+from ..formats import check_portable, save_adapter
 from ..injection import adapted_layers, inject, unmerge
-from .checkpoint import Checkpoint, Progress
-from .checks import (
-    check_gradients,
-    check_learned,
-    divergence,
-    loss_fault,
-    out_of_memory_advice,
-    starts_as_base,
-)
+from ..layers import LoRALayer
 from .config import TrainConfig
-from .inputs import Data, token_examples
+from .job import Data, token_examples
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
-from .report import Metrics
-from .reporter import Reporter
-from .run_directory import RunDirectory, run_settings
-from .signals import StopRequest, stop_on_signal
+from .report import Metrics, Reporter
+from .run_directory import Checkpoint, Progress, RunDirectory, run_settings, save_checkpoint
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -46,6 +42,8 @@ __all__ = ["TrainResult", "run"]
 # Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the process: runs in
 # several threads take turns.
 _ONE_RUN_AT_A_TIME = threading.RLock()
+_WINDOW = 20  # updates whose average loss tells an explosion from noise
+_SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,10 @@ def run(
 ) -> TrainResult:
     """Trains an adapter; see `loralib.train`."""
     reporter = Reporter(verbose)
-    examples = _examples(data, tokenizer, config, config.max_train_samples, "training", reporter)
-    valid = _examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter)
+    examples = token_examples(data, tokenizer, config, config.max_train_samples, "training", reporter.say)
+    valid: list[TokenExample] = []
+    if valid_data is not None:
+        valid = token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter.say)
     if not valid and (config.early_stopping or config.eval_steps):
         name = "early_stopping" if config.early_stopping else "eval_steps"
         raise ConfigError(
@@ -100,24 +100,12 @@ def run(
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
         ):
             directory = RunDirectory(path, config)
-            with explain_out_of_memory(lambda: out_of_memory_advice(config, directory)):
+            with explain_out_of_memory(directory.less_memory):
                 trainer = Trainer(model, examples, valid, config, directory, reporter, stop)
                 with closing(trainer.metrics):
                     result = trainer.train()
     reporter.result(result)
     return result
-
-
-def _examples(
-    data: Data | None, tokenizer: Any, config: TrainConfig, limit: int, name: str, reporter: Reporter
-) -> list[TokenExample]:
-    if data is None:
-        return []
-    encoded = token_examples(data, tokenizer, config, limit, name)
-    if encoded.texts:
-        dropped = f" ({encoded.drop_note})" if encoded.drop_note else ""
-        reporter.say(f"Loaded {len(encoded):,} {name} examples{dropped}")
-    return encoded.examples
 
 
 def _inject(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
@@ -207,9 +195,17 @@ class Trainer:
         # Shared prompts save time only where they are computed once; elsewhere a uniform shuffle learns better.
         max_siblings = config.max_siblings if self.step.share_prompts else 1
         while not self._is_over():
-            updates = _epoch_updates(self.examples, config, progress.epoch, max_siblings)
-            for batches in islice(updates, progress.update, None):
-                self._update(batches)
+            order = epoch_order(
+                self.examples,
+                config.batch_size,
+                seed=config.seed,
+                epoch=progress.epoch,
+                max_siblings=max_siblings,
+                shuffle=config.shuffle,
+            )
+            batches = [[self.examples[index] for index in batch] for batch in order]
+            for start in range(progress.update * config.grad_accum, len(batches), config.grad_accum):
+                self._update(batches[start : start + config.grad_accum])
                 if progress.update == self.updates_per_epoch:
                     self._end_epoch(complete=True)
                 if progress.is_due(config.eval_steps, self.total):
@@ -233,7 +229,7 @@ class Trainer:
         started = time.perf_counter()
         loss, norm, stats = self._backward(batches)
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
-            raise divergence(fault, config, progress, self.directory)
+            raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
         if factor > 0 and not self.gradients_checked:
             self.gradients_checked = True
@@ -245,7 +241,11 @@ class Trainer:
         elapsed = time.perf_counter() - started
 
         tokens, trained = sum(s.tokens for s in stats), sum(s.trained_tokens for s in stats)
-        progress.add_update(loss, len(batches) if config.arithmetic == "paper" else trained)
+        weight = len(batches) if config.arithmetic == "paper" else trained  # of the loss in the epoch's average
+        progress.epoch_loss += loss * weight
+        progress.epoch_weight += weight
+        progress.step += 1
+        progress.update += 1
         progress.examples += sum(map(len, batches))
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -296,17 +296,17 @@ class Trainer:
             return
         if not math.isfinite(loss):
             when = f"after update {progress.step}" if progress.step else "before training"
-            raise divergence(f"the validation loss is {loss} {when}", config, progress, self.directory)
+            raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
         is_best = progress.add_validation(loss)
         # Of the last update; after a resume the optimiser has not been given it yet.
         lr = config.lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
         self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1])
         if is_best:
-            self.directory.save_best(self.model)
+            save_adapter(self.model, self.directory.best)
 
     def _is_over(self) -> bool:
-        return self.progress.step >= self.total or self.progress.is_stale(self.config.early_stopping)
+        return self.progress.step >= self.total or 0 < self.config.early_stopping <= self.progress.bad
 
     def _stop_if_asked(self) -> None:
         if self.stop:
@@ -319,9 +319,8 @@ class Trainer:
     def _save(self, finished: bool = False) -> None:
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished = finished
-        self.directory.save_checkpoint(
-            Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
-        )
+        state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
+        save_checkpoint(self.directory.checkpoints, state, self.config.keep_checkpoints)
 
     def _finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
@@ -344,12 +343,137 @@ class Trainer:
         )
 
 
-def _epoch_updates(
-    examples: Sequence[TokenExample], config: TrainConfig, epoch: int, max_siblings: int
-) -> Iterator[list[list[TokenExample]]]:
-    """Yields the batches of each update of an epoch."""
-    seed, shuffle = config.seed, config.shuffle
-    order = epoch_order(examples, config.batch_size, seed=seed, epoch=epoch, max_siblings=max_siblings, shuffle=shuffle)
-    batches = [[examples[index] for index in batch] for batch in order]
-    for start in range(0, len(batches), config.grad_accum):
-        yield batches[start : start + config.grad_accum]
+# --- What ends a run: a signal, or a fault, since nothing fails silently ----------------------------------------------
+
+
+class StopRequest:
+    """A signal handler that remembers the first signal (0: none yet); a second one raises KeyboardInterrupt."""
+
+    signal_number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number and number != _SIGHUP:  # SIGHUP arrives twice: from the system and from the shell
+            raise KeyboardInterrupt
+        self.signal_number = self.signal_number or number
+
+    def __bool__(self) -> bool:
+        return self.signal_number != 0
+
+    def error(self, message: str) -> InterruptedRunError:
+        """Returns the error that ends the run; for its exit code Ctrl-Break counts as SIGTERM, as Windows means it."""
+        is_break = self.signal_number == getattr(signal, "SIGBREAK", None)
+        name = signal.Signals(self.signal_number).name
+        return InterruptedRunError(f"{name}: {message}", signal.SIGTERM if is_break else self.signal_number)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Collects stop signals instead of dying of them; only the main thread can, elsewhere none ever arrives."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    names = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")  # SIGBREAK: Ctrl-Break on Windows
+    handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names if hasattr(signal, n)}
+    if _SIGHUP is not None and handlers[_SIGHUP] is signal.SIG_IGN:  # under nohup the run outlives its terminal
+        del handlers[_SIGHUP]
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
+    """Returns what is wrong with an update's loss or gradient, or ""; `losses` are those of the updates before."""
+    if not math.isfinite(loss):
+        return f"the training loss became {loss} at update {step}"
+    recent = losses[-_WINDOW:]
+    if len(recent) == _WINDOW and sum(recent) / _WINDOW >= 2 * losses[0] + 1:
+        return f"the training loss exploded: {sum(recent) / _WINDOW:.3g} over the last {_WINDOW} updates"
+    if not math.isfinite(gradient_norm):  # a finite loss can have such a gradient; the update would spoil every weight
+        return f"the gradient became {gradient_norm} at update {step}"
+    return ""
+
+
+def check_gradients(model: nn.Module) -> str:
+    """Checks, before the first real update, that the gradient reaches every adapted layer that took part.
+
+    An embedding's B starts with a gradient of exactly zero, so that one of a layer's tensors must have some.
+
+    Returns:
+        A note about layers that never ran, or "".
+
+    Raises:
+        NothingLearnedError: names every layer whose gradient is zero, or all layers if none ran.
+    """
+    layers = adapted_layers(model)
+    idle, running = [], {}
+    for name, layer in layers:
+        gradients = [tensor.grad for tensor in layer.trained_tensors().values() if tensor.grad is not None]
+        if gradients:
+            running[name] = torch.stack([gradient.any() for gradient in gradients]).any()
+        else:
+            idle.append(name)
+    faults = [f"{name}: its gradient is zero" for name, any_gradient in running.items() if not any_gradient]
+    if not running:
+        faults = [f"{name}: never ran" for name in idle]
+    if faults:
+        raise NothingLearnedError(
+            list_faults(
+                f"{len(faults)} of {len(layers)} adapted layers would learn nothing",
+                faults,
+                "Leave them out of target_modules, or find what keeps the gradient from them (a detach(), no_grad(), "
+                "a frozen path).",
+            )
+        )
+    return (
+        list_faults(f"{len(idle)} of {len(layers)} adapted layers never ran and will not learn", idle) if idle else ""
+    )
+
+
+def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
+    """Whether the model computed what its base does before the first update: one tensor of each layer was zero."""
+    return all(
+        any(not tensor.any() for tensor in _initial_of(name, layer, initial).values())
+        for name, layer in adapted_layers(model)
+    )
+
+
+def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, lr: float) -> None:
+    """Checks that training changed some weight of the model, as far as fp32 can tell.
+
+    Raises:
+        NothingLearnedError: the trained parameters have the effect of their `initial` values.
+    """
+    if not _has_learned(model, initial):
+        raise NothingLearnedError(
+            f"the adapter ended as it began: its {len(initial)} tensors changed nothing in {steps} updates. "
+            f"Raise --lr (now {lr:g}) and look at metrics.jsonl."
+        )
+
+
+@torch.no_grad()
+def _has_learned(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
+    layers = adapted_layers(model)
+    for name, layer in layers:
+        tensors, after = layer.trained_tensors(), layer.delta_weight()
+        values = {leaf: tensor.data for leaf, tensor in tensors.items()}
+        for leaf, tensor in _initial_of(name, layer, initial).items():
+            tensors[leaf].data = tensor
+        before = layer.delta_weight()
+        for leaf, tensor in values.items():
+            tensors[leaf].data = tensor
+        if (after - before).norm() > torch.finfo(torch.float32).eps * dense(layer.base_weight).float().norm():
+            return True
+    in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
+    others = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers)
+    return any(not torch.equal(parameter, initial[name]) for name, parameter in others)
+
+
+def _initial_of(name: str, layer: LoRALayer, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors before the first update; frozen ones are what they were."""
+    prefix = f"{name}." if name else ""
+    return {leaf: initial.get(prefix + leaf, tensor.detach()) for leaf, tensor in layer.trained_tensors().items()}

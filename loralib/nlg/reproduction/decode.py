@@ -14,9 +14,8 @@ from ...data import prompt_ids
 from ...files import append_lines, resume_lines
 from ...generation import Generation, Sampling, stream
 from ...generation.beam import search
-from ...generation.limits import end_tokens
 from ...generation.streaming import encode_prompts, join
-from ...generation.text import TextStream
+from ...generation.text import TextStream, end_tokens
 
 __all__ = ["decode", "end_ids", "one_line", "read_decoded", "write_decoded"]
 

@@ -23,9 +23,9 @@ from ...errors import DataError, InterruptedRunError
 from ...files import hold_directory, remove_file, write_json, write_text
 from ...formats import read_adapter
 from ...training import TrainConfig, train
-from ...training.checkpoint import last_checkpoint
-from ...training.inputs import load_base_for, load_examples_for
+from ...training.job import load_base_for, load_examples_for
 from ...training.report import read_metrics
+from ...training.run_directory import last_checkpoint
 from ..convert import format_rows, read_formatted
 from ..evaluation import evaluate, read_texts
 from ..perplexity import perplexity
