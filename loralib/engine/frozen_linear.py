@@ -98,15 +98,13 @@ class FrozenWeight:
     """
 
     def __init__(self, weight: Tensor, prepack: bool) -> None:
-        self.weight, self._version, self._prepack = weight.detach(), weight._version, prepack
+        self.weight, self._seen, self._prepack = weight.detach(), (weight.dtype, *_state_of(weight)), prepack
         self._kernels = kernels_for(weight)
         self._copies: dict[str, PrepackedWeight] = {}
 
     def refreshed(self, weight: Tensor) -> FrozenWeight:
         """Returns this object if the weight is still what it was; a new one if something was merged or loaded since."""
-        known = self.weight
-        same = weight.data_ptr() == known.data_ptr() and weight._version == self._version
-        same = same and (weight.shape, weight.stride(), weight.dtype) == (known.shape, known.stride(), known.dtype)
+        same = (weight.dtype, *_state_of(weight)) == self._seen
         return self if same else FrozenWeight(weight, self._prepack)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
@@ -156,7 +154,10 @@ class FrozenLinear:
 
     def __init__(self, module: nn.Module, prepack: bool) -> None:
         self._module: Any = module
+        self._kind = type(module)
         self._frozen = FrozenWeight(weight_of(module), prepack)
+        self._seen = _state_of(cast(Tensor, module._parameters["weight"]))
+        self._casts: tuple[Any, Tensor, Tensor] | None = None
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -170,19 +171,38 @@ class FrozenLinear:
         return plain and type(module._parameters.get("weight")) is nn.Parameter
 
     def __call__(self, x: Tensor) -> Tensor:
-        module, weight = self._module, weight_of(self._module)
-        trained = weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
-        usual = x.dtype == weight.dtype and (module.bias is None or module.bias.dtype == x.dtype)
+        module = self._module
+        weight, bias = module._parameters["weight"], module._parameters["bias"]  # faster than module.weight
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        usual = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and type(module) is self._kind
         if trained or not usual or x.is_inference() or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, own_forward(module, x))
-        self._frozen = self._frozen.refreshed(weight)
+        if _state_of(weight) != self._seen:
+            self._frozen, self._seen = self._frozen.refreshed(weight_of(module)), _state_of(weight)
         if x.requires_grad and torch.is_grad_enabled():
-            y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, module.bias))  # type: ignore[no-untyped-call]
+            y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, bias))  # type: ignore[no-untyped-call]
         else:
-            y = self._frozen.times(x, bias=module.bias)
+            y = self._frozen.times(x, bias=bias)
         if isinstance(module, LoRALinear) and module._active:
-            y = y + low_rank(module._drop(x), *module._factors(), module.scaling)
+            y = y + low_rank(module._drop(x), *self._factors(x.dtype), module.scaling)
         return y
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns A and B; without a graph, casts of them that are made once."""
+        module = self._module
+        if torch.is_grad_enabled():
+            A, B = module._factors()
+            return A, B
+        seen = (dtype, _state_of(module.lora_A), _state_of(module.lora_B))
+        if self._casts is None or self._casts[0] != seen:
+            A, B = module._factors()
+            self._casts = (seen, A.to(dtype), B.to(dtype))
+        return self._casts[1], self._casts[2]
+
+
+def _state_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs once a tensor holds other values, unless they were written behind its version counter."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -22,7 +22,7 @@ from .placement import Override, Overrides, own_forward
 
 __all__ = ["operator_overrides"]
 
-_VERDICTS: Final[dict[tuple[type, ...], bool]] = {}  # whether modules of these classes compute what is expected
+_VERDICTS: Final[dict[Any, bool]] = {}  # whether modules of these classes, or this function, compute what is expected
 
 
 def operator_overrides(model: nn.Module) -> Overrides:
@@ -209,10 +209,11 @@ def _rotating(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
         return None
     if forward not in rebound:
         theirs = forward.__globals__.get(_ROTATE)
-        if theirs is None or not _rotates_as_usual(theirs):
-            rebound[forward] = None
-        else:
-            rebound[forward] = _with_name(forward, functools.partial(_rotate, theirs))
+        if theirs not in _VERDICTS:
+            _VERDICTS[theirs] = theirs is not None and _rotates_as_usual(theirs)
+        rebound[forward] = (
+            _with_name(forward, functools.partial(_rotate, cast(Any, theirs))) if _VERDICTS[theirs] else None
+        )
     return None if rebound[forward] is None else types.MethodType(rebound[forward], module)
 
 

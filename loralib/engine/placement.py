@@ -141,7 +141,7 @@ class _Slot:
     holders: int = 1
 
 
-_SLOTS: Final[weakref.WeakKeyDictionary[nn.Module, dict[str, _Slot]]] = weakref.WeakKeyDictionary()
+_SLOTS: Final[dict[tuple[int, str], _Slot]] = {}  # by the module's id: holds keep their modules alive
 _HOLDS: Final[set[Hold]] = set()
 
 
@@ -173,7 +173,7 @@ class Hold:
             _HOLDS.add(self)
             try:
                 for module in modules:
-                    if _is_free(module) or "forward" in _SLOTS.get(module, {}):
+                    if (id(module), "forward") in _SLOTS or _is_free(module):
                         self._place(module, "forward", _Switch(module))
                 views: dict[int, Any] = {}
                 for module in model.modules() if attention is not None else ():
@@ -196,11 +196,11 @@ class Hold:
                 )
 
     def _place(self, module: nn.Module, name: str, value: Any) -> None:
-        slots = _SLOTS.setdefault(module, {})
-        if name in slots:
-            slots[name].holders += 1
+        slot = _SLOTS.get((id(module), name))
+        if slot is not None:
+            slot.holders += 1
         else:
-            slots[name] = _Slot(module.__dict__.get(name, _ABSENT), value)
+            _SLOTS[id(module), name] = _Slot(module.__dict__.get(name, _ABSENT), value)
             module.__dict__[name] = value
         self._places.append((module, name))
 
@@ -208,11 +208,11 @@ class Hold:
         """Takes back what no other hold needs; a second call does nothing."""
         with _LOCK:
             for module, name in self._places:
-                slot = _SLOTS[module][name]
+                slot = _SLOTS[id(module), name]
                 slot.holders -= 1
                 if slot.holders:
                     continue
-                del _SLOTS[module][name]
+                del _SLOTS[id(module), name]
                 # What somebody has put over it since stays; it finds the original where ours was.
                 if module.__dict__.get(name) is slot.placed:
                     if slot.original is _ABSENT:
