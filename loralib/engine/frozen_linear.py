@@ -156,8 +156,7 @@ class FrozenLinear:
         self._module: Any = module
         self._kind = type(module)
         self._frozen = FrozenWeight(weight_of(module), prepack)
-        self._seen = _state_of(cast(Tensor, module._parameters["weight"]))
-        self._casts: tuple[Any, Tensor, Tensor] | None = None
+        self._version, self._address = -1, 0  # of the weight when it was last looked at
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -177,27 +176,16 @@ class FrozenLinear:
         usual = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and type(module) is self._kind
         if trained or not usual or x.is_inference() or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, own_forward(module, x))
-        if _state_of(weight) != self._seen:
-            self._frozen, self._seen = self._frozen.refreshed(weight_of(module)), _state_of(weight)
+        if weight._version != self._version or weight.data_ptr() != self._address:
+            self._frozen = self._frozen.refreshed(weight_of(module))
+            self._version, self._address = weight._version, weight.data_ptr()
         if x.requires_grad and torch.is_grad_enabled():
             y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, bias))  # type: ignore[no-untyped-call]
         else:
             y = self._frozen.times(x, bias=bias)
         if isinstance(module, LoRALinear) and module._active:
-            y = y + low_rank(module._drop(x), *self._factors(x.dtype), module.scaling)
+            y = y + low_rank(module._drop(x), *module._factors(), module.scaling)
         return y
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns A and B; without a graph, casts of them that are made once."""
-        module = self._module
-        if torch.is_grad_enabled():
-            A, B = module._factors()
-            return A, B
-        seen = (dtype, _state_of(module.lora_A), _state_of(module.lora_B))
-        if self._casts is None or self._casts[0] != seen:
-            A, B = module._factors()
-            self._casts = (seen, A.to(dtype), B.to(dtype))
-        return self._casts[1], self._casts[2]
 
 
 def _state_of(tensor: Tensor) -> tuple[Any, ...]:
