@@ -1,4 +1,4 @@
-"""Two checkouts of loralib beside each other: python benchmarks/versions.py OLD_CHECKOUT [--rounds 5]; ten minutes.
+"""Two checkouts of loralib beside each other: python benchmarks/versions.py OLD_CHECKOUT [--rounds 3]; ten minutes.
 
 Each case runs in one process per checkout, in turn, through public functions that both have: training steps of
 SmolLM2-135M and of GPT-2's shape (8 E2E examples; `step_s` of metrics.jsonl), beam search and greedy generation, peak
@@ -147,19 +147,21 @@ def ask(process: subprocess.Popen[str]) -> float:
 
 
 def compare(old: Path, case: str, rounds: int) -> dict[str, Any]:
+    """Runs a case in three pairs of processes: where their memory lies makes some per cent of difference."""
     checkouts = {"before": old, "after": HERE.parent}
-    processes = {name: start(path, case) for name, path in checkouts.items()}
     figures: dict[str, list[float]] = {name: [] for name in checkouts}
-    try:
-        for number in range(1 if case == "memory" else rounds + 1):
-            order = list(processes) if number % 2 else list(processes)[::-1]
-            for name in order:
-                figures[name].append(ask(processes[name]))
-    finally:
-        for process in processes.values():
-            process.kill()
-    if case != "memory":  # the first round warms up
-        figures = {name: values[1:] for name, values in figures.items()}
+    for pair in range(3):
+        names = list(checkouts) if pair % 2 else list(checkouts)[::-1]
+        processes = {name: start(checkouts[name], case) for name in names}
+        try:
+            for number in range(1 if case == "memory" else rounds + 1):
+                for name in names if number % 2 else names[::-1]:
+                    figure = ask(processes[name])
+                    if number or case == "memory":  # the first round warms up
+                        figures[name].append(figure)
+        finally:
+            for process in processes.values():
+                process.kill()
     ratios = [after / before for before, after in zip(figures["before"], figures["after"], strict=True)]
     return {
         "case": case,
@@ -173,7 +175,7 @@ def compare(old: Path, case: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", nargs="?", type=Path, help="a checkout of another version")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -184,12 +186,15 @@ def main() -> None:
         parser.error("give the checkout to compare with")
     from machine import machine
 
-    results = []
+    kept = HERE / "versions.json"  # rows that are not measured again stay
+    rows = (
+        {row["case"]: row for row in json.loads(kept.read_text(encoding="utf-8"))["results"]} if kept.exists() else {}
+    )
     for case in arguments.cases:
-        results.append(compare(arguments.old.resolve(), case, arguments.rounds))
-        print(json.dumps(results[-1]), flush=True)
-        content = {"machine": machine(), "unit": "seconds; GiB for memory", "results": results}
-        (HERE / "versions.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        rows[case] = compare(arguments.old.resolve(), case, arguments.rounds)
+        print(json.dumps(rows[case]), flush=True)
+        content = {"machine": machine(), "unit": "seconds; GiB for memory", "results": list(rows.values())}
+        kept.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
