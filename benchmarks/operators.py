@@ -72,7 +72,6 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
 
     def without_kernel(method: str) -> Callable[[], None]:
         def run_without() -> None:
-            step._forward._linears._copies = step._forward._linears._gradients = None  # which kernels have accepted
             with mock.patch.object(Kernels, method, return_value=False):
                 run()
 
@@ -85,7 +84,6 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
         if len(rest) < len(every):
             ways[f"without {label}"] = lambda rest=rest: run(rest)
     ways["without the attention kernel"] = without_kernel("accept_queries")
-    ways["without the kernel that casts factors"] = without_kernel("accept_copies")
     with keep_freed_memory(), freeze_objects():
         return {"model": name, "ways": in_turn(ways, rounds)}
 

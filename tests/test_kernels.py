@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, ScaledCopies, compiled, loaded
+from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, compiled, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -310,25 +310,6 @@ def test_products_with_weights(
     of_some = more[rows // 2 :] if added == "rows" and more is not None else more
     assert torch.equal(kernels.product(x[rows // 2 :], weight, of_some), found[rows // 2 :])
     close(kernels.product(found, weight.T), found.double() @ weight.double(), 2**-8)
-
-
-@DTYPES
-@given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=4))
-@settings(max_examples=30, deadline=None)
-def test_scaled_copies_there_and_back(
-    kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]]
-) -> None:
-    wide = [draw(*shape, seed=seed) for seed, (*shape, _) in enumerate(shapes)]
-    factors = [0.5 + seed for seed in range(len(wide))]
-    made = [torch.zeros(m, n, dtype=dtype) if dense else torch.zeros(n, m, dtype=dtype).T for m, n, dense in shapes]
-    assert kernels.accept_copies(made)
-    kernels.copy_scaled(wide, ScaledCopies(made), factors)
-    back = [torch.zeros_like(each) for each in wide]
-    kernels.copy_scaled(back, ScaledCopies(made), factors, back=True)
-    for matrix, copy, again, factor in zip(wide, made, back, factors, strict=True):
-        assert torch.equal(copy, (matrix * factor).to(dtype))
-        assert torch.equal(again, copy.float() * factor)
-    assert not kernels.accept_copies([torch.zeros(4, 4)[::2, ::2]])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
-from .kernels import Factors, GroupOperands, Kernels, ScaledCopies, loaded
+from .kernels import Factors, GroupOperands, Kernels, loaded
 from .placement import Override, Overrides, own_forward
 
 __all__ = ["TrainingLinears"]
@@ -59,8 +59,6 @@ class TrainingLinears:
         self.modules: list[nn.Module] = [*self._layers, *others]
         self._others: Overrides = {module: FrozenLinear(module, _needs_copy(weight_of(module))) for module in others}
         self._groups: list[_Group] = []
-        self._copies: ScaledCopies | None = None  # of the factors, as of the pass before
-        self._gradients: ScaledCopies | None = None
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
@@ -105,7 +103,7 @@ class TrainingLinears:
                 factors += [layer.lora_A, *_row_blocks(layer.lora_B, len(B))]
                 copies += [A, *B]
                 scalings += [1.0, *[layer.scaling] * len(B)]
-        self._copies = _copy_scaled(factors, copies, scalings, self._copies)
+        _copy_scaled(factors, copies, scalings)
 
 
 class _CastFactors(torch.autograd.Function):
@@ -114,7 +112,7 @@ class _CastFactors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, linears: TrainingLinears, groups: list[_Group], *factors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.linears, ctx.groups = linears, groups
+        ctx.groups = groups
         linears._cast(groups)
         casts = (pair for group in groups for pair in zip(group.factors.A_of, group.factors.B, strict=True))
         return tuple(factor.detach() for pair in casts for factor in pair)
@@ -148,32 +146,19 @@ class _CastFactors(torch.autograd.Function):
             scalings += [1.0, *[layer.scaling] * len(blocks)]
         for group in groups:
             group.written.clear()
-        linears: TrainingLinears = ctx.linears
-        linears._gradients = _copy_scaled(wide, copies, scalings, linears._gradients, back=True)
+        _copy_scaled(copies, wide, scalings)
         return None, None, *results
 
 
-def _copy_scaled(
-    wide: list[Tensor], copies: list[Tensor], scalings: list[float], known: ScaledCopies | None, *, back: bool = False
-) -> ScaledCopies | None:
-    """Sets copies to the wide tensors times scalings, or (back) the wide ones to the copies times scalings.
-
-    Returns:
-        The copies as the kernel takes them, those of the pass before if they are the same; None without kernels.
-    """
-    if not copies:
-        return known
-    kernels = loaded()
-    if kernels is not None and all(x.dtype == torch.float32 and x.is_contiguous() for x in wide):
-        if known is None or list(map(id, known.tensors)) != list(map(id, copies)):
-            known = ScaledCopies(copies) if kernels.accept_copies(copies) else None
-        if known is not None:
-            kernels.copy_scaled(wide, known, scalings, back=back)
-            return known
-    into, given = (wide, copies) if back else (copies, wide)
-    torch._foreach_copy_(into, given)
-    torch._foreach_mul_(into, scalings)
-    return None
+def _copy_scaled(sources: list[Tensor], targets: list[Tensor], scalings: list[float]) -> None:
+    """Sets targets to sources times scalings, for hundreds of tensors at once; rounds once, to the narrower dtype."""
+    if not targets:
+        return
+    if targets[0].dtype.itemsize < sources[0].dtype.itemsize:
+        torch._foreach_copy_(targets, list(torch._foreach_mul(sources, scalings)))
+    else:
+        torch._foreach_copy_(targets, sources)
+        torch._foreach_mul_(targets, scalings)
 
 
 def _row_blocks(B: Tensor, count: int) -> Sequence[Tensor]:

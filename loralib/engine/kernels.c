@@ -619,34 +619,6 @@ void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t 
     }
 }
 
-/* Dense matrices of fp32 times a factor each, as such of T, or (back) the other way. Of each, shapes has its rows and columns,
- * and how far apart those of T lie: one of the two is 1. */
-void NAME(copy_scaled)(float *const *wide, T *const *copies, const int64_t *shapes, const float *factors, int64_t count, int back,
-                  int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t *shape = shapes + 4 * i;
-        int turned = shape[3] != 1; /* then numbers that are next to one another in T are so in a column */
-        int64_t lines = shape[turned], length = shape[!turned];
-        int64_t line_step = turned ? 1 : shape[1], step = turned ? shape[1] : 1, copy_step = shape[2 + turned];
-        for (int64_t line = 0; line < lines; line++)
-            for (int64_t j = 0; j < length; j += LANES) {
-                int64_t some = length - j < LANES ? length - j : LANES;
-                float *x = wide[i] + line * line_step + j * step, lanes[LANES] = {0};
-                T *y = copies[i] + line * copy_step + j, numbers[LANES] = {0};
-                if (back) {
-                    memcpy(numbers, y, some * sizeof(T));
-                    store_f32(lanes, LOAD(numbers) * factors[i]);
-                    for (int64_t k = 0; k < some; k++) x[k * step] = lanes[k];
-                } else {
-                    for (int64_t k = 0; k < some; k++) lanes[k] = x[k * step];
-                    STORE(numbers, load_f32(lanes) * factors[i]);
-                    memcpy(y, numbers, some * sizeof(T));
-                }
-            }
-    }
-}
-
 /* Attention of up to LANES queries at a time, a lane each, over a list of keys. */
 
 /* x (n, d) in fp32, of rows `step` apart, chosen by `which`; filled up with zeros to whole groups of keys. */

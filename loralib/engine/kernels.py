@@ -35,7 +35,7 @@ from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
 
-__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "ScaledCopies", "loaded"]
+__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -66,7 +66,6 @@ _ARGUMENTS: Final = {
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
     "log_sums": "ppppnnni",
-    "copy_scaled": "ppppnii",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
@@ -202,19 +201,6 @@ class GroupOperands:
             _int64s([weight.stride(1) for weight in weights]),
             _int64s([weight.stride(0) for weight in weights]),
         )
-
-
-class ScaledCopies:
-    """Matrices that are those of dense fp32 ones times factors, for `Kernels.copy_scaled`.
-
-    Args:
-        tensors: of one dtype; each contiguous along its rows or its columns.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.pointers = _pointers(tensors)
-        self.shapes = _int64s([number for tensor in tensors for number in (*tensor.shape, *tensor.stride())])
 
 
 class Kernels:
@@ -478,29 +464,6 @@ class Kernels:
         sizes = (*of.sizes, of.count, count, of.width)
         self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
-
-    def accept_copies(self, tensors: Sequence[Tensor]) -> bool:
-        """Returns whether `copy_scaled` takes copies like these."""
-        return all(
-            x.dtype == tensors[0].dtype and x.dtype in _KINDS and x.device.type == "cpu" and 1 in x.stride()
-            for x in tensors
-        )
-
-    def copy_scaled(
-        self, wide: Sequence[Tensor], copies: ScaledCopies, factors: Sequence[float], *, back: bool = False
-    ) -> None:
-        """Sets copies to matrices times factors, or (back) matrices to their copies times factors; rounded once.
-
-        Args:
-            wide: dense fp32 matrices, of the same shapes as their copies.
-            copies: theirs.
-            factors: one for each.
-            back: whether the copies are what is given.
-        """
-        scalings, dtype = (c_float * len(factors))(*factors), copies.tensors[0].dtype
-        threads = self._threads(sum(tensor.numel() for tensor in wide))
-        tensors = (_pointers(wide), copies.pointers, copies.shapes, scalings)
-        self._call("copy_scaled", *tensors, len(wide), back, threads, dtype=dtype)
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
