@@ -377,6 +377,8 @@ def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     if bound is not None and not is_own_forward(module, bound):
+        if type(bound).__module__ == "loralib.engine.placement":  # which stands below this module and is not imported
+            raise TargetError("the model is generating or being trained at the moment; adapt it when that has ended")
         raise TargetError(
             "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
         )

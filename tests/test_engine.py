@@ -19,7 +19,7 @@ import loralib as lora
 from loralib.data.tokens import TokenExample
 from loralib.engine.attention import interface_name
 from loralib.engine.placement import Hold, engine_mode, evaluating, overriding, own_forward
-from loralib.errors import BusyModelError, ConfigError
+from loralib.errors import BusyModelError, ConfigError, TargetError
 from loralib.generation import Generator, Sampling
 from loralib.injection import adapted_layers
 from loralib.training.step import evaluate_loss, make_step
@@ -174,6 +174,17 @@ def test_a_model_cannot_generate_while_it_is_trained_nor_the_other_way_round() -
         step.forward_backward(examples(0), loss_scale=1.0)
     generator.close()
     assert step.forward_backward(examples(0), loss_scale=1.0).trained_tokens == 20
+
+
+def test_a_model_is_not_adapted_while_it_generates() -> None:
+    model = llama()
+    generator = Generator(model, Letters())
+    generator.add([5, 6, 7])
+    generator.step()
+    with pytest.raises(TargetError, match="generating or being trained at the moment; adapt it when that has ended"):
+        lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
+    generator.close()
+    assert lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear")).targets
 
 
 def test_a_generator_that_is_forgotten_gives_the_model_back() -> None:
