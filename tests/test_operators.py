@@ -65,6 +65,18 @@ def test_what_computes_something_else_keeps_its_own_way(make):
         assert "forward" not in norm.__dict__
 
 
+def test_a_norm_without_a_weight_beside_one_that_was_tried():
+    class OptionalRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) if self.weight is not None else 2 * hidden_states
+
+    assert operator_overrides(OptionalRMSNorm(8).requires_grad_(False))
+    norm, x = OptionalRMSNorm(8), torch.randn(2, 8)
+    norm.weight = None
+    with faster(norm):
+        assert torch.equal(norm(x), 2 * x)
+
+
 def test_a_norm_that_comes_to_be_trained_gets_its_gradient():
     norm, x = LlamaRMSNorm(8).requires_grad_(False), torch.randn(2, 8)
     overrides = operator_overrides(norm)

@@ -79,41 +79,43 @@ class TrainingLinears:
         try:
             if layers and torch.is_grad_enabled():
                 factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-                casts = iter(_CastFactors.apply(self, groups, *factors))  # type: ignore[no-untyped-call]
+                casts = iter(_CastFactors.apply(groups, *factors))  # type: ignore[no-untyped-call]
                 for group in groups:
                     group.casts = [next(casts) for _ in range(2 * len(group.layers))]
             else:
-                self._cast(groups)
+                _cast(groups)
             yield overrides
         finally:
             for group in groups:
                 group.pending, group.casts = _PendingOutputs(), []
 
-    # For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
-    # work.
 
-    @torch.no_grad()
-    def _cast(self, groups: Sequence[_Group]) -> None:
-        """Copies the current factors into the buffers that the groups multiply with."""
-        factors: list[Tensor] = []
-        copies: list[Tensor] = []
-        scalings: list[float] = []
-        for group in groups:
-            for layer, A, B in zip(group.layers, group.factors.A_of, group.factors.B_blocks, strict=True):
-                factors += [layer.lora_A, *_row_blocks(layer.lora_B, len(B))]
-                copies += [A, *B]
-                scalings += [1.0, *[layer.scaling] * len(B)]
-        _copy_scaled(factors, copies, scalings)
+# For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
+# work.
+
+
+@torch.no_grad()
+def _cast(groups: Sequence[_Group]) -> None:
+    """Copies the current factors into the buffers that the groups multiply with."""
+    factors: list[Tensor] = []
+    copies: list[Tensor] = []
+    scalings: list[float] = []
+    for group in groups:
+        for layer, A, B in zip(group.layers, group.factors.A_of, group.factors.B_blocks, strict=True):
+            factors += [layer.lora_A, *_row_blocks(layer.lora_B, len(B))]
+            copies += [A, *B]
+            scalings += [1.0, *[layer.scaling] * len(B)]
+    _copy_scaled(factors, copies, scalings)
 
 
 class _CastFactors(torch.autograd.Function):
     """All factors, as their groups multiply with them: A_i, and scaling_i B_i^T, in the dtype of the base."""
 
     @staticmethod
-    def forward(ctx: Any, linears: TrainingLinears, groups: list[_Group], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, groups: list[_Group], *factors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.groups = groups
-        linears._cast(groups)
+        _cast(groups)
         casts = (pair for group in groups for pair in zip(group.factors.A_of, group.factors.B, strict=True))
         return tuple(factor.detach() for pair in casts for factor in pair)
 
@@ -147,7 +149,7 @@ class _CastFactors(torch.autograd.Function):
         for group in groups:
             group.written.clear()
         _copy_scaled(copies, wide, scalings)
-        return None, None, *results
+        return None, *results
 
 
 def _copy_scaled(sources: list[Tensor], targets: list[Tensor], scalings: list[float]) -> None:

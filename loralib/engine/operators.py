@@ -36,21 +36,20 @@ def _faster(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":
         # Eight operators that keep five tensors are one.
-        return functools.partial(_gelu, module) if _verdict(_same, module) else None
+        return functools.partial(_gelu, module) if _verdict(_same, module, kind) else None
     if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return functools.partial(_rms_norm, module) if _verdict(_same, module) else None
+        return functools.partial(_rms_norm, module) if _verdict(_same, module, kind) else None
     if module._modules.keys() == _GATED:
         activation = cast(nn.Module, module._modules["act_fn"])
-        usual = _verdict(_gates_as_usual, module, activation)
+        usual = _verdict(_gates_as_usual, module, type(module), type(activation))
         return functools.partial(_gated, module, activation) if usual else None
     return _rotating(module, rebound)
 
 
-def _verdict(check: Callable[[nn.Module], bool], module: nn.Module, *parts: nn.Module) -> bool:
-    """Returns what a check says of a module, tried once for its class and those of its parts."""
-    key = (type(module), *map(type, parts))
+def _verdict(check: Callable[[Any], bool], tried: Any, *key: Any) -> bool:
+    """Returns what a check says of something, tried once per key: the classes that decide, or the function itself."""
     if key not in _VERDICTS:
-        _VERDICTS[key] = check(module)
+        _VERDICTS[key] = check(tried)
     return _VERDICTS[key]
 
 
@@ -91,14 +90,11 @@ class _GELU(torch.autograd.Function):
 
 def _rms_norm(norm: Any, *given: Any, **named: Any) -> Tensor:
     x = given[0] if len(given) == 1 and not named else None
-    usual = x is not None and norm.weight is not None and norm.weight.dtype == x.dtype and x.device.type == "cpu"
-    learns = norm.weight.requires_grad and torch.is_grad_enabled()
-    if not usual or learns or torch.is_autocast_enabled("cpu"):
+    weight = norm.weight  # None in some instances of a class
+    usual = x is not None and weight is not None and weight.dtype == x.dtype and x.device.type == "cpu"
+    if not usual or torch.is_autocast_enabled("cpu") or (weight.requires_grad and torch.is_grad_enabled()):
         return cast(Tensor, own_forward(norm, *given, **named))
-    return cast(Tensor, _RMSNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
-
-
-_INPUT_ONLY = [True, False, False]
+    return cast(Tensor, _RMSNorm.apply(x, weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -209,11 +205,8 @@ def _rotating(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
         return None
     if forward not in rebound:
         theirs = forward.__globals__.get(_ROTATE)
-        if theirs not in _VERDICTS:
-            _VERDICTS[theirs] = theirs is not None and _rotates_as_usual(theirs)
-        rebound[forward] = (
-            _with_name(forward, functools.partial(_rotate, cast(Any, theirs))) if _VERDICTS[theirs] else None
-        )
+        usual = theirs is not None and _verdict(_rotates_as_usual, theirs, theirs)
+        rebound[forward] = _with_name(forward, functools.partial(_rotate, cast(Any, theirs))) if usual else None
     return None if rebound[forward] is None else types.MethodType(rebound[forward], module)
 
 
