@@ -23,16 +23,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
+
+if TYPE_CHECKING:
+    from .typing import LanguageModel
 
 __all__ = ["DEFAULT_BASE", "load_base", "load_tokenizer"]
 
@@ -54,7 +56,7 @@ def load_base(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
     Nothing that is loaded is executed: weights are read from safetensors, or from pickles that hold tensors only, and
