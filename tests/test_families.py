@@ -95,6 +95,7 @@ def small(family: str) -> Any:
 def tried(family: str, place: Path) -> list[str]:
     """Tries a family; returns the row that the page should have for it."""
     base = small(family)
+    torch.manual_seed(0)
     model = copy.deepcopy(base)
     experts = any(parameter.dim() == 3 and "experts" in name for name, parameter in base.named_parameters())
     targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear"
