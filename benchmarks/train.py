@@ -8,10 +8,10 @@ python benchmarks/train.py loss           wall time to the validation loss that 
 
 Results go to benchmarks/train_<what>.json, those of `speed` in the place of the same cases' before.  Peers train as
 they would be used, with a uniform shuffle and padding to the longest of a batch: "peft fp32" as it comes, "peft
-autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is faster where glibc keeps freed memory, so `speed`
-and `loss` tell it to, for peers as for us; `memory` leaves peers the default, which needs the least.  "unsloth" is
-Unsloth's CPU path, compiled, with its own settings.  It pins other versions of much, so it needs an environment of its
-own: --unsloth_python names the Python there; without that flag it is left out.
+autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is faster where glibc keeps freed memory, so
+`speed` and `loss` tell it to, for peers as for us; `memory` leaves peers the default, which needs the least.  "unsloth"
+is Unsloth's CPU path, compiled, with its own settings.  It pins other versions of much, so it needs an environment of
+its own: --unsloth_python names the Python there; without that flag it is left out.
 
 A step is forward, backward, clipping and fused AdamW.
 "ours" is what the defaults do, a uniform shuffle; "ours, nothing shared" computes each example for itself; "ours, 4
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 if "UNSLOTH_CPU_COMPILE" in os.environ:  # it patches transformers, so it comes first
-    import unsloth  # noqa: F401
+    import unsloth
 
 import torch
 import transformers
