@@ -47,7 +47,7 @@ SESSION: dict[str, tuple[Step, ...]] = {
         Step(f'loralib generate "{QUESTION}" --max_new_tokens 40'),
         Step(f'loralib generate "{QUESTION}" --max_new_tokens 40 --adapter home'),
     ),
-    "stop": (Step(f"{TRAIN}2 --num_epochs 20", (("Epoch 1:", "\x03"),)), Step(f"{TRAIN}2 --num_epochs 20 --resume")),
+    "stop": (Step(f"{TRAIN}2 --num_epochs 4", (("Epoch 1:", "\x03"),)), Step(f"{TRAIN}2 --num_epochs 4 --resume")),
     "chat": (
         Step("loralib chat --temperature 0 --max_new_tokens 40", (("> ", "What is LoRA?\n"), ("\n> ", "/exit\n"))),
     ),
@@ -69,10 +69,9 @@ def own_file(path: Path) -> None:
     devices = ("lamp", "heater", "fan", "radio")
     lines = []
     for number, (room, device, state) in enumerate(product(rooms, devices, ("on", "off"))):
-        for way in (ways[number % 4], ways[(number + 1) % 4]):
-            said = way.format(room=room, device=device, state=state)
-            done = f'{{"room": "{room}", "device": "{device}", "state": "{state}"}}'
-            lines.append(json.dumps({"prompt": f"{said}\n", "completion": done}) + "\n")
+        said = ways[number % 4 if state == "on" else (number // 4) % 4].format(room=room, device=device, state=state)
+        done = f" room: {room}, device: {device}, state: {state}"
+        lines.append(json.dumps({"prompt": said, "completion": done}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "data/e2e"  # beside the two scripts
-_GENERATED = frozenset({"__pycache__", "build", "dist", "lora_model", "reproduced"})  # folders made by running things
+_GENERATED = frozenset(
+    {"__pycache__", "build", "dist", "lora_model", "reproduced", "site"}
+)  # folders made by running things
 
 
 def files() -> list[str]:
@@ -84,7 +86,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"commands": commands},
+    "README.md": {"commands": commands, "comparison": functools.partial(figures, "comparison")},
     "docs/performance.md": {
         name: functools.partial(figures, name)
         for name in ("speed", "speed on another processor", "time to loss", "memory", "breakdown", "generation")
@@ -129,7 +131,7 @@ def _is_generated(part: str) -> bool:
     return part in _GENERATED or part.endswith((".egg-info", ".pyc")) or (part.startswith(".") and part not in _HIDDEN)
 
 
-_HIDDEN = frozenset({".ci", ".gitignore"})
+_HIDDEN = frozenset({".ci", ".gitattributes", ".gitignore"})
 
 
 def _is_module(name: str) -> bool:

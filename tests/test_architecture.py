@@ -56,6 +56,7 @@ OUTSIDE = {
     "tqdm": {"console"},
     "filelock": {"files"},
     "psutil": {"files"},
+    "shtab": {"cli.completion"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 
