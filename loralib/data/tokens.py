@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .readers import Example, Source, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
+    "Dropped",
     "Encoded",
     "TokenExample",
     "encode",
+    "length_at",
+    "length_report",
     "load_examples",
     "prompt_ids",
     "render_chat",
@@ -27,6 +31,7 @@ OBJECTIVES: Final = ("clm", "jlm")
 
 # Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
+SeqLen = int | None | Callable[[Sequence[int]], int | None]
 
 _TOO_LONG: Final = "longer than seq_len"
 _EMPTY: Final = "empty completion"
@@ -49,59 +54,157 @@ class TokenExample:
         return len(self.ids)
 
 
+class Dropped(NamedTuple):
+    """An example that is not trained on, why, and how many tokens it has (0: not tokenized)."""
+
+    example: Example
+    reason: str
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """The token examples that fit, and the number of those that did not.
+    """Token examples, and an account of those that were left out.
 
     Attributes:
         examples: the token examples.
-        texts: the `Example` that each was made from, at the same index.
-        dropped: how many examples were dropped for each reason that occurred.
+        texts: the `Example` that each was made from, at the same index; one cut into windows is there repeatedly.
+        out: the examples that were dropped.
+        lengths: the tokens of each example that could be trained, whole: before any was dropped for its length, cut
+            into windows, or left out of a sample.
+        given: how many examples there were.
+        seq_len: the limit that was applied; None: none was.
+        notes: lines for the user: how each file was recognised, and which of its fields are not used.
     """
 
     examples: list[TokenExample]
     texts: list[Example] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
+    out: list[Dropped] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    given: int = 0
+    seq_len: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
+    def dropped(self) -> dict[str, int]:
+        """How many examples were dropped for each reason that occurred."""
+        return dict(Counter(item.reason for item in self.out))
+
+    @property
+    def used(self) -> int:
+        """How many different examples are trained on."""
+        return len({id(text) for text in self.texts})
+
+    @property
     def drop_note(self) -> str:
         """A line for the user, or "" if nothing was dropped.
 
-        >>> Encoded([], [], {"longer than seq_len": 2, "empty completion": 1}).drop_note
-        'dropped 3 examples: 2 longer than seq_len, 1 empty completion'
+        >>> one = Example.of("a", "b")
+        >>> Encoded([], [], [Dropped(one, "longer than seq_len", 9), Dropped(one, "empty completion")]).drop_note
+        'dropped 2 examples: 1 longer than seq_len, 1 empty completion'
         """
-        total = sum(self.dropped.values())
-        parts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        return f"dropped {total} example{'s' * (total != 1)}: {parts}" if total else ""
+        parts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        total = len(self.out)
+        return f"dropped {total:,} example{'s' * (total != 1)}: {parts}" if total else ""
+
+    @property
+    def summary(self) -> str:
+        """How many of the given examples are trained on, and why the others are not: "2 of 3 examples (...)"."""
+        sampled_out = self.given - self.used - len(self.out)
+        reasons = [self.drop_note] * bool(self.out) + [f"{sampled_out:,} not drawn"] * (sampled_out > 0)
+        several = f" in {len(self):,} rows" if len(self) != self.used else ""
+        return f"{self.used:,} of {self.given:,} examples{several}" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    @property
+    def length_warning(self) -> str:
+        """A warning if more than 1 % of the examples were dropped for their length, else ""."""
+        longer = sum(item.reason == _TOO_LONG for item in self.out)
+        if self.seq_len is None or longer <= 0.01 * len(self.lengths):
+            return ""
+        return length_report(self.lengths, self.seq_len)
+
+    def limited(self, seq_len: int | None) -> Encoded:
+        """Drops the examples of more than `seq_len` tokens; plain text is cut into windows instead.
+
+        The windows of a text overlap by one token, so that each token is trained once.
+        """
+        if seq_len is None:
+            return self
+        tokens: list[TokenExample] = []
+        texts: list[Example] = []
+        out = list(self.out)
+        for whole, text in zip(self.examples, self.texts, strict=True):
+            fits = len(whole) <= seq_len
+            windows = [whole] if fits else _windows(whole, seq_len) if _is_plain(text) else []
+            tokens += windows
+            texts += [text] * len(windows)
+            if not windows:
+                out.append(Dropped(text, _TOO_LONG, len(whole)))
+        return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
+
+
+def length_report(lengths: Sequence[int], seq_len: int) -> str:
+    r"""Describes how long examples are, for one whose `seq_len` drops some of them.
+
+    Args:
+        lengths: the tokens of each example, as in `Encoded.lengths`.
+        seq_len: the limit.
+
+    >>> print(*length_report([40] * 90 + [70] * 8 + [300] * 2, seq_len=64).split(": "), sep="\n")
+    10 of 100 examples (10 %) are longer than 64 tokens
+    50 % have at most 40, 90 % 40, 99 % 300, the longest 300. seq_len 300 keeps 99 % of them.
+    """
+    longer = sum(length > seq_len for length in lengths)
+    parts = ", ".join(
+        f"{share} %{' have at most' * (share == 50)} {length_at(lengths, share):,}" for share in (50, 90, 99)
+    )
+    return (
+        f"{longer:,} of {len(lengths):,} examples ({100 * longer / len(lengths):.0f} %) are longer than {seq_len:,} "
+        f"tokens: {parts}, the longest {max(lengths):,}. seq_len {length_at(lengths, 99)} keeps 99 % of them."
+    )
+
+
+def length_at(lengths: Sequence[int], percent: float) -> int:
+    """Returns the shortest length that covers this share of the examples.
+
+    >>> length_at(range(1, 101), 99)
+    99
+    """
+    ordered = sorted(lengths)
+    return ordered[min(len(ordered), max(1, math.ceil(len(ordered) * percent / 100))) - 1]
 
 
 def load_examples(
     sources: str | Path | Sequence[str | Path] | Sequence[Source],
     tokenizer: Tokenizer,
     *,
-    seq_len: int,
+    seq_len: SeqLen,
     objective: str = "clm",
     max_samples: int | None = None,
     seed: int = 0,
     format: str = "auto",
+    columns: Mapping[str, str] | str | None = None,
+    as_chat: bool = False,
 ) -> Encoded:
     """Reads, tokenizes and samples the examples of one or several weighted files.
 
     Args:
-        sources: one path, several, or the result of `read_sources` (which is quick, and so reports faults before a
-            model is loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a
-            random half of them).
+        sources: whatever `read_sources` takes, or its result (it is quick, and so reports faults before a model is
+            loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a random
+            half of them).
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
-            windows instead).
+            windows instead).  None: no limit.  A function gets the lengths of all examples and returns the limit.
         objective: "clm" trains completions, "jlm" all tokens.
         max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
             possible; several files share it in proportion to weight times size.
         seed: random seed of the sample.
         format: the format of files still to be read; see `read_examples`.
+        columns: which of their fields are which; see `read_examples`.
+        as_chat: prompts and completions become chats; see `read_examples`.
 
     Raises:
         DataError: a file cannot be read, or none of its examples fits.
@@ -110,28 +213,35 @@ def load_examples(
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
     loaded = read_sources(sources, format)
-    parts = [encode(source.examples, tokenizer, seq_len, objective) for source in loaded]
+    wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
+    if callable(seq_len):
+        seq_len = seq_len([length for whole in wholes for length in whole.lengths])
+    parts = [_not_empty(whole.limited(_checked(seq_len))) for whole in wholes]
     counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
     if max_samples is not None and sum(counts) > max_samples:
         counts = _shares(counts, max_samples)
     drawn: list[tuple[Example, TokenExample]] = []
-    dropped: Counter[str] = Counter()
     for part, count in zip(parts, counts, strict=True):
         pairs = list(zip(part.texts, part.examples, strict=True))
         copies, rest = divmod(count, len(pairs))
         drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
-        dropped.update(part.dropped)
-    return Encoded([tokens for _, tokens in drawn], [text for text, _ in drawn], dict(dropped))
+    return Encoded(
+        examples=[tokens for _, tokens in drawn],
+        texts=[text for text, _ in drawn],
+        out=[item for part in parts for item in part.out],
+        lengths=[length for part in parts for length in part.lengths],
+        given=sum(part.given for part in parts),
+        seq_len=seq_len,
+    )
 
 
-def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, objective: str = "clm") -> Encoded:
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | None, objective: str = "clm") -> Encoded:
     """Tokenizes examples, in their order; drops and counts those that are too long or have an empty completion.
 
     Args:
         examples: what to tokenize.
         tokenizer: the model's tokenizer.
-        seq_len: maximum number of tokens in an example, its end token included. Longer plain text is cut into windows
-            that overlap by one token, so that each token is trained once.
+        seq_len: maximum number of tokens in an example, its end token included; None: no limit. See `Encoded.limited`.
         objective: "clm" (causal, completions only) or "jlm" (joint, every token).
 
     Raises:
@@ -141,32 +251,38 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
     if objective not in OBJECTIVES:
         expected = " or ".join(map(repr, OBJECTIVES))
         raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
-    if seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+    seq_len = _checked(seq_len)
     examples = list(examples)
     segments = _all_segments(examples, tokenizer)
     ids_of = _ids_of(segments, tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
     tokens: list[TokenExample] = []
     texts: list[Example] = []
-    dropped: Counter[str] = Counter()
-    shortest = 0
+    out: list[Dropped] = []
     for example, pieces in zip(examples, segments, strict=True):
         if not _has_completion(example, pieces):
-            dropped[_EMPTY] += 1
+            out.append(Dropped(example, _EMPTY))
             continue
-        whole = _join(example, pieces, _ids_in_place(pieces, ids_of, tokenizer), start, end, objective)
-        windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
-        if not windows:
-            dropped[_TOO_LONG] += 1
-            shortest = min(shortest or len(whole), len(whole))
-        tokens += windows
-        texts += [example] * len(windows)
-    encoded = Encoded(tokens, texts, dict(dropped))
-    if not tokens:
-        where = examples[0].source.rpartition(":")[0] if examples else ""
+        ids = _ids_in_place(pieces, ids_of, tokenizer)
+        tokens.append(_join(example, pieces, ids, start, end, objective))
+        texts.append(example)
+    whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
+    return _not_empty(whole.limited(seq_len))
+
+
+def _checked(seq_len: int | None) -> int | None:
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+    return seq_len
+
+
+def _not_empty(encoded: Encoded) -> Encoded:
+    """Returns it, or raises DataError if nothing is left to train on."""
+    if not encoded.examples:
+        where = encoded.out[0].example.source.rpartition(":")[0] if encoded.out else ""
+        lengths = [item.tokens for item in encoded.out if item.tokens]
+        fix = f" The shortest has {min(lengths)} tokens: raise seq_len to at least that." if lengths else ""
         reason = encoded.drop_note or "there were none"
-        fix = f" The shortest has {shortest} tokens: raise seq_len to at least that." if shortest else ""
         raise DataError(f"no example of {where or 'the data'} is left ({reason}).{fix}")
     return encoded
 

@@ -41,6 +41,8 @@ def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: 
         sources,
         tokenizer,
         format=config.data_format,
+        columns=config.columns,
+        as_chat=config.as_chat,
         seq_len=config.seq_len,
         objective=config.objective,
         max_samples=limit or None,
