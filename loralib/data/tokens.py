@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
-from .readers import Example, Source, draw, read_sources
+from .chats import ChatTemplate, Segments
+from .readers import Columns, draw, read_sources
+from .records import Example
 
 __all__ = [
     "OBJECTIVES",
@@ -23,7 +24,6 @@ __all__ = [
     "length_report",
     "load_examples",
     "prompt_ids",
-    "render_chat",
     "tokenize",
 ]
 
@@ -113,7 +113,8 @@ class Encoded:
     @property
     def summary(self) -> str:
         """How many of the given examples are trained on, and why the others are not: "2 of 3 examples (...)"."""
-        sampled_out = self.given - self.used - len(self.out)
+        seen = {id(text) for text in self.texts} | {id(item.example) for item in self.out}
+        sampled_out = self.given - len(seen)
         reasons = [self.drop_note] * bool(self.out) + [f"{sampled_out:,} not drawn"] * (sampled_out > 0)
         several = f" in {len(self):,} rows" if len(self) != self.used else ""
         return f"{self.used:,} of {self.given:,} examples{several}" + (f" ({'; '.join(reasons)})" if reasons else "")
@@ -178,7 +179,7 @@ def length_at(lengths: Sequence[int], percent: float) -> int:
 
 
 def load_examples(
-    sources: str | Path | Sequence[str | Path] | Sequence[Source],
+    sources: Any,
     tokenizer: Tokenizer,
     *,
     seq_len: SeqLen,
@@ -186,7 +187,7 @@ def load_examples(
     max_samples: int | None = None,
     seed: int = 0,
     format: str = "auto",
-    columns: Mapping[str, str] | str | None = None,
+    columns: Columns = None,
     as_chat: bool = False,
 ) -> Encoded:
     """Reads, tokenizes and samples the examples of one or several weighted files.
@@ -212,7 +213,7 @@ def load_examples(
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    loaded = read_sources(sources, format)
+    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat)
     wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
@@ -232,6 +233,7 @@ def load_examples(
         lengths=[length for part in parts for length in part.lengths],
         given=sum(part.given for part in parts),
         seq_len=seq_len,
+        notes=tuple(note for source in loaded for note in source.notes),
     )
 
 
@@ -253,19 +255,21 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
     seq_len = _checked(seq_len)
     examples = list(examples)
-    segments = _all_segments(examples, tokenizer)
-    ids_of = _ids_of(segments, tokenizer)
+    rows = _all_rows([example for example in examples if _has_completion(example)], tokenizer)
+    ids_of = _ids_of([pieces for row in rows for pieces in row], tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
     tokens: list[TokenExample] = []
     texts: list[Example] = []
     out: list[Dropped] = []
-    for example, pieces in zip(examples, segments, strict=True):
-        if not _has_completion(example, pieces):
+    rest = iter(rows)
+    for example in examples:
+        if not _has_completion(example):
             out.append(Dropped(example, _EMPTY))
             continue
-        ids = _ids_in_place(pieces, ids_of, tokenizer)
-        tokens.append(_join(example, pieces, ids, start, end, objective))
-        texts.append(example)
+        for pieces in next(rest):
+            ids = _ids_in_place(pieces, ids_of, tokenizer)
+            tokens.append(_join(example, pieces, ids, start, end, objective))
+            texts.append(example)
     whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
     return _not_empty(whole.limited(seq_len))
 
@@ -292,53 +296,68 @@ def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> 
 
     The text before a completion gets the ids that it has on its own, as in generation.
     """
-    pieces = _segments(example, tokenizer)
-    ids = _ids_in_place(pieces, _ids_of([pieces], tokenizer), tokenizer)
-    return _join(example, pieces, ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
+    rows = _rows(example, ChatTemplate(tokenizer))
+    if len(rows) > 1:
+        raise DataError(f"{example.source}: this chat needs {len(rows)} rows, one for each answer. Use encode.")
+    ids = _ids_in_place(rows[0], _ids_of(rows, tokenizer), tokenizer)
+    return _join(example, rows[0], ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
     """Returns a prompt's ids in training and generation: the start token, if the tokenizer adds one, and the text.
 
     An empty prompt without a start token becomes the end token alone (GPT-2's convention), since a model needs at
-    least one token to continue.
+    least one token to continue.  Of a chat it is the turns before its last answer and how the model's chat template
+    begins that answer; the template writes its own start token.
+
+    Raises:
+        DataError: a chat that the model's template cannot write.
     """
-    ids = _start_ids(tokenizer) + _token_ids({prompt}, tokenizer)[prompt]
+    if isinstance(prompt, Example) and prompt.messages:
+        text = ChatTemplate(tokenizer).prompt(prompt)
+        return _token_ids({text}, tokenizer)[text]
+    text = prompt.prompt if isinstance(prompt, Example) else prompt
+    ids = _start_ids(tokenizer) + _token_ids({text}, tokenizer)[text]
     return ids or [_end_id(tokenizer)]
 
 
-def _all_segments(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[tuple[str, bool], ...]]:
-    """Returns the segments of each example.
+def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Segments]]:
+    """Returns the segments of each example; a chat may need several rows.
 
     Raises:
         DataError: lists all chats that the model's template cannot render.
     """
-    segments, faults = [], []
+    template = ChatTemplate(tokenizer)
+    rows, faults = [], []
     for example in examples:
         try:
-            segments.append(_segments(example, tokenizer))
+            rows.append(_rows(example, template))
         except DataError as error:
             faults.append(str(error))
-            if not tokenizer.chat_template:  # no other chat can be rendered either
+            if not template.is_there:  # no other chat can be rendered either
                 break
     if len(faults) > 1:
         raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", faults))
     if faults:
         raise DataError(faults[0])
-    return segments
+    return rows
 
 
-def _segments(example: Example, tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
-    return render_chat(example, tokenizer) if example.messages else example.segments
+def _rows(example: Example, template: ChatTemplate) -> list[Segments]:
+    return template.rows(example) if example.messages else [example.segments]
 
 
-def _has_completion(example: Example, pieces: Sequence[tuple[str, bool]]) -> bool:
+def _has_completion(example: Example) -> bool:
     if example.messages:  # a chat's trained text also holds what the template writes around an answer
-        return any(content.strip() for role, content in example.messages if role == "assistant")
-    return any(text.strip() for text, trained in pieces if trained)
+        return any(
+            turn.content.strip() or turn.fields.get("tool_calls")
+            for turn in example.messages
+            if turn.role == "assistant" and turn.trained
+        )
+    return any(text.strip() for text, trained in example.segments if trained)
 
 
-def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer) -> dict[str, list[int]]:
+def _ids_of(segments: Iterable[Segments], tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Returns the ids of the texts that `_ids_in_place` compares: the pieces of each example, and its whole text."""
     texts = set()
     for pieces in segments:
@@ -346,9 +365,7 @@ def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
     return _token_ids(texts, tokenizer)
 
 
-def _ids_in_place(
-    pieces: Sequence[tuple[str, bool]], ids_of: Mapping[str, list[int]], tokenizer: Tokenizer
-) -> list[list[int]]:
+def _ids_in_place(pieces: Segments, ids_of: Mapping[str, list[int]], tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the ids of each piece in its place: those that it adds to the ids of the text before it.
 
     Usually these are the ids of the piece alone.  But some tokenizers (Llama 2's kind) put a blank before whatever they
@@ -371,7 +388,7 @@ def _ids_in_place(
 
 def _join(
     example: Example,
-    pieces: Sequence[tuple[str, bool]],
+    pieces: Segments,
     ids_of_pieces: Sequence[list[int]],
     start: list[int],
     end: int,
@@ -432,102 +449,3 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
     for index in by_remainder[: total - sum(shares)]:
         shares[index] += 1
     return shares
-
-
-# --- chats ---------------------------------------------------------------------------------------------------------
-
-_MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary text does not contain
-
-
-def render_chat(example: Example, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Renders a chat with the model's own template as segments; assistant turns are trained, with their end token.
-
-    A template does not say where an answer begins and ends.  To find out, the chat is rendered twice more for each
-    answer: up to it, as generation begins an answer, and whole with a mark in its place.  The turn is what lies between
-    the end of the first rendering and what follows the mark, with all that the template adds to it.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or the template omits or rewrites a turn.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{example.source}: the model's tokenizer has no chat template, so 'messages' cannot be rendered as text. "
-            "Choose an instruct model, or give prompt and completion."
-        )
-    turns = [{"role": role, "content": content} for role, content in example.messages]
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    turns = turns[: answers[-1] + 1]  # what follows the last answer is not trained
-
-    def render(turns: list[dict[str, str]], begin_answer: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer))
-        except Exception as error:  # templates are programs that raise errors of their own, jinja2's among them
-            raise DataError(f"{example.source}: the model's chat template rejects these messages: {error}") from None
-
-    whole = render(turns)
-    letters = _without_blanks(whole)
-    for number, turn in enumerate(turns, 1):
-        if turn["role"] in ("system", "user") and _without_blanks(turn["content"]) not in letters:
-            raise DataError(f"{example.source}: {_OMITTED.format(number, turn['role'])}")
-    spans = []
-    for index in answers:
-        marked = render([*turns[:index], {**turns[index], "content": _MARK}, *turns[index + 1 :]])
-        before, _, after = marked.partition(_MARK)
-        # Templates cannot begin an answer to nothing: where the assistant speaks first, its turn starts the text.
-        head = render(turns[:index], begin_answer=True) if index else before
-        start, end = len(head), len(whole) - len(after)
-        if not whole.startswith(head):
-            reason = _OTHER_START if whole.startswith(render(turns[:index])) else _REWRITTEN
-            raise DataError(f"{example.source}: {reason.format(index + 1)}")
-        answer = _without_blanks(turns[index]["content"])
-        if not whole.endswith(after) or answer not in _without_blanks(whole[start:end]):
-            raise DataError(f"{example.source}: {_OMITTED.format(index + 1, 'assistant')}")
-        spans.append((start, end))
-    return _cut(whole, spans, tokenizer, example.source)
-
-
-_OMITTED: Final = (
-    "the model's chat template omits or rewrites turn {0} ({1}). Remove the turn, or give prompt and completion."
-)
-_REWRITTEN: Final = (
-    "the model's chat template rewrites what comes before turn {0} once the chat goes on, so the text to train on "
-    "cannot be located. Give each answer as an example of its own."
-)
-_OTHER_START: Final = (
-    "the model's chat template does not begin turn {0} as it begins an answer in generation, so the model would learn "
-    "something other than what it is asked for later. Give prompt and completion instead."
-)
-
-
-def _cut(whole: str, spans: list[tuple[int, int]], tokenizer: Any, source: str) -> tuple[tuple[str, bool], ...]:
-    """Cuts the text at the answers, each with the end token that follows it; the last answer always gets one."""
-    end_token = _end_token(whole[spans[-1][1] :], tokenizer)
-    if not end_token and not tokenizer.eos_token:
-        raise DataError(f"{source}: neither the chat template nor the tokenizer has an end token. Set eos_token.")
-    segments: list[tuple[str, bool]] = []
-    position = 0
-    for start, end in spans:
-        end += max(_length_of(token, whole[end:]) for token in (end_token, tokenizer.eos_token))
-        segments += [(whole[position:start], False), (whole[start:end], True)]
-        position = end
-    if not end_token:
-        segments[-1] = (segments[-1][0] + tokenizer.eos_token, True)
-    return tuple(segments)
-
-
-def _end_token(rest: str, tokenizer: Any) -> str:
-    """Returns the special token that the template puts right after an answer, or ""."""
-    special = {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())}
-    special -= {tokenizer.bos_token} - {tokenizer.eos_token}  # a start token belongs to the next turn
-    return max((token for token in special if _length_of(token, rest)), key=len, default="")
-
-
-def _length_of(token: str | None, rest: str) -> int:
-    """Returns how many characters the token and the blanks before it take at the start of ``rest``, else 0."""
-    blanks = len(rest) - len(rest.lstrip())
-    return blanks + len(token) if token and rest.startswith(token, blanks) else 0
-
-
-def _without_blanks(text: str) -> str:
-    """Removes blanks and line ends, which templates trim."""
-    return "".join(text.split())
