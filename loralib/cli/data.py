@@ -158,6 +158,7 @@ def _summary(encoded: Encoded) -> str:
     lengths = [len(example) for example in encoded.examples]
     rows: list[tuple[str, object]] = [
         ("examples", len(lengths)),
+        ("of all in the data", encoded.given),
         ("different prompts", len({text.prompt for text in encoded.texts})),
         ("tokens", sum(lengths)),
         ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),

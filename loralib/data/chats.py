@@ -107,7 +107,7 @@ class ChatTemplate:
         for name in _MATTER & turn.fields.keys():
             if self._is_same(text, example, [*turns[:index], _without(turn, name)]):
                 raise DataError(f"{example.source}: {_LOST.format(f'{name!r} of turn {index + 1}')}")
-        return head, self._ended(answer, example.source)
+        return head, self._ended(answer, turn.content, example.source)
 
     def _is_same(self, text: str, example: Example, turns: Sequence[Turn]) -> bool:
         """Whether turns without a field become the same text, so that the field is not in it."""
@@ -116,8 +116,8 @@ class ChatTemplate:
         except DataError:  # the template needs the field
             return False
 
-    def _ended(self, answer: str, source: str) -> str:
-        """Cuts an answer after its end token, or appends one where the template has none."""
+    def _ended(self, answer: str, content: str, source: str) -> str:
+        """Cuts an answer after its end token, or puts one after its content where the template has none."""
         end = len(answer)
         rest = end  # where the blanks and end tokens begin that have been seen, from the right
         found = False

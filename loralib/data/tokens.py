@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
+from .lines import shown
 from .readers import Columns, draw, read_sources
 from .records import Example
 
@@ -217,7 +219,7 @@ def load_examples(
     wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
-    parts = [_not_empty(whole.limited(_checked(seq_len))) for whole in wholes]
+    parts = [_limited(whole, _checked(seq_len), tokenizer) for whole in wholes]
     counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
     if max_samples is not None and sum(counts) > max_samples:
         counts = _shares(counts, max_samples)
@@ -271,7 +273,7 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
             tokens.append(_join(example, pieces, ids, start, end, objective))
             texts.append(example)
     whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
-    return _not_empty(whole.limited(seq_len))
+    return _limited(whole, seq_len, tokenizer)
 
 
 def _checked(seq_len: int | None) -> int | None:
@@ -280,15 +282,29 @@ def _checked(seq_len: int | None) -> int | None:
     return seq_len
 
 
-def _not_empty(encoded: Encoded) -> Encoded:
-    """Returns it, or raises DataError if nothing is left to train on."""
-    if not encoded.examples:
-        where = encoded.out[0].example.source.rpartition(":")[0] if encoded.out else ""
-        lengths = [item.tokens for item in encoded.out if item.tokens]
-        fix = f" The shortest has {min(lengths)} tokens: raise seq_len to at least that." if lengths else ""
-        reason = encoded.drop_note or "there were none"
-        raise DataError(f"no example of {where or 'the data'} is left ({reason}).{fix}")
-    return encoded
+def _limited(whole: Encoded, seq_len: int | None, tokenizer: Tokenizer) -> Encoded:
+    """Applies a limit; raises DataError, which shows the first example, if nothing is left to train on."""
+    encoded = whole.limited(seq_len)
+    if encoded.examples:
+        return encoded
+    if not encoded.out:
+        raise DataError("no example of the data is left (there were none).")
+    example, reason, tokens = encoded.out[0]
+    fix = f" The shortest has {min(whole.lengths):,} tokens: raise seq_len to at least that." if whole.lengths else ""
+    pieces = [(example.prompt, False), (example.completion, True)]
+    if whole.examples:
+        row = zip(whole.examples[0].ids, whole.examples[0].trained, strict=True)
+        runs = groupby(row, key=lambda pair: pair[1])
+        pieces = [(tokenizer.decode([token for token, _ in run]), trained) for trained, run in runs]
+        example, reason, tokens = next(item for item in encoded.out if item.tokens)
+    listed = [f"{'trained' if trained else 'not trained'}: {shown(text, 300)}" for text, trained in pieces[:6]]
+    where = _SOURCE_END.sub("", example.source) or "the data"
+    size = f", {tokens:,} tokens" if tokens else ""
+    heading = f"no example of {where} is left ({encoded.drop_note}).{fix} The first, {example.source} ({reason}{size})"
+    raise DataError(list_faults(heading, listed))
+
+
+_SOURCE_END: Final = re.compile(r"(:\d+|\[\d+\])$")
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
