@@ -75,7 +75,9 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_sources(data: Any, format: str = "auto", *, columns: Columns = None, as_chat: bool = False) -> list[Source]:
+def read_sources(
+    data: Any, format: str = "auto", *, columns: Columns = None, as_chat: bool = False, name: str = "data"
+) -> list[Source]:
     """Reads training data of any kind.
 
     Args:
@@ -85,6 +87,7 @@ def read_sources(data: Any, format: str = "auto", *, columns: Columns = None, as
         format: see `read_examples`.
         columns: see `read_examples`.
         as_chat: see `read_examples`.
+        name: what to call data that is no file in messages.
 
     Raises:
         DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or nothing is
@@ -94,15 +97,22 @@ def read_sources(data: Any, format: str = "auto", *, columns: Columns = None, as
     if isinstance(data, (str, Path, Source)) or is_table(data) or _are_examples(data):
         data = [data]
     if not isinstance(data, Sequence):
-        raise DataError(f"data is of type {type(data).__name__}, expected {_DATA}")
+        raise DataError(f"{name} is of type {type(data).__name__}, expected {_DATA}")
     if not data:
-        raise DataError("no data file given. Give at least one path.")
-    return [_source(item, format, how, "data" if len(data) == 1 else f"data[{i}]") for i, item in enumerate(data)]
+        raise DataError(f"{name} is empty: no data file given. Give at least one path, or {_DATA}.")
+    wrong = [
+        item for item in data if not (isinstance(item, (str, Path, Source)) or is_table(item) or _are_examples(item))
+    ]
+    if wrong:
+        kinds = " and ".join(sorted({type(item).__name__ for item in data}))
+        raise DataError(f"{name} holds {kinds}, expected {_DATA}")
+    names = [name if len(data) == 1 else f"{name}[{index}]" for index in range(len(data))]
+    return [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
 
 
 _DATA: Final = (
-    "the path of a file, a folder of texts, a hub id, a list of dicts, a datasets.Dataset, a pandas frame, or a list "
-    "of Example"
+    "Example values, the path of a file or of a folder of texts, a hub id, a list of dicts, a datasets.Dataset, or a "
+    "pandas frame"
 )
 
 
@@ -114,8 +124,6 @@ def _source(item: Any, format: str, how: How, name: str) -> Source:
         return _read(path, format, how)._replace(weight=weight)
     if _are_examples(item):
         return Source([chat_of(example) if how.as_chat and not example.messages else example for example in item])
-    if not is_table(item):
-        raise DataError(f"{name} is of type {type(item).__name__}, expected {_DATA}")
     examples, notes = read_rows(rows_of_table(item, name), name, how, f"records with {RECORDS}")
     return Source(_some(_with_references(examples), name, f"records with {RECORDS}"), 1.0, notes)
 

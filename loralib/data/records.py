@@ -379,6 +379,8 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
             turns = [Turn("system", record[system]), *turns]
         elif turns[0].content.strip() != record[system].strip():
             raise DataError(f"{system!r} and the first turn of {key!r} are two system prompts. Remove one")
+    if how.prompts and turns[-1].role != "assistant":  # the answer that is wanted comes after the last turn
+        turns = [turn._replace(trained=False) for turn in turns]
     if not how.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
         raise DataError(f"{key or 'completion'!r} has no turn with role 'assistant' to train on")
     return Example((), (), where, tuple(turns), _passed(record, used)), shape, used
@@ -414,7 +416,11 @@ def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
         asked = prompt
         if question == "context":
             prompt, completion = meaning_prompt(prompt), completion.strip()
-        elif (question, answer) != ("prompt", "completion") and prompt.strip() and not prompt[-1].isspace():
+        elif (
+            (question, answer) not in (("prompt", "completion"), ("prompt", None))
+            and prompt.strip()
+            and not prompt[-1].isspace()
+        ):
             prompt += "\n"
     if not how.as_chat:
         return Example.of(prompt, completion, where), shape, used

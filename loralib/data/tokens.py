@@ -112,14 +112,20 @@ class Encoded:
         total = len(self.out)
         return f"dropped {total:,} example{'s' * (total != 1)}: {parts}" if total else ""
 
-    @property
-    def summary(self) -> str:
-        """How many of the given examples are trained on, and why the others are not: "2 of 3 examples (...)"."""
+    def summary(self, kind: str = "") -> str:
+        """Returns how many of the given examples are trained on, and why the others are not.
+
+        >>> one, two = Example.of("a", "b"), Example.of("a", "")
+        >>> Encoded([], [one], [Dropped(two, "empty completion")], given=2).summary("training")
+        '1 of 2 training examples in 0 rows (dropped 1 example: 1 empty completion)'
+        """
         seen = {id(text) for text in self.texts} | {id(item.example) for item in self.out}
         sampled_out = self.given - len(seen)
         reasons = [self.drop_note] * bool(self.out) + [f"{sampled_out:,} not drawn"] * (sampled_out > 0)
         several = f" in {len(self):,} rows" if len(self) != self.used else ""
-        return f"{self.used:,} of {self.given:,} examples{several}" + (f" ({'; '.join(reasons)})" if reasons else "")
+        return f"{self.used:,} of {self.given:,} {kind} examples{several}".replace("  ", " ") + (
+            f" ({'; '.join(reasons)})" if reasons else ""
+        )
 
     @property
     def length_warning(self) -> str:

@@ -71,13 +71,13 @@ def token_examples(
     """
     if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
         return list(data)
-    sources = read_sources(data, **how_to_read(config))
+    sources = read_sources(data, **how_to_read(config), name=f"{name} data")
     if tokenizer is None:
         raise ConfigError(f"{name} data is text, which needs a tokenizer: pass tokenizer=")
     encoded = load_examples_for(config, sources, tokenizer, limit)
     for note in encoded.notes:
         say(note)
-    say(f"Loaded {encoded.summary} for {name}")
+    say(f"Loaded {encoded.summary(name)}")
     if encoded.length_warning:
         say(f"warning: {encoded.length_warning}")
     return encoded.examples
