@@ -134,7 +134,7 @@ class ChatTemplate:
         if not self.tokenizer.eos_token:
             raise DataError(f"{source}: neither the chat template nor the tokenizer has an end token. Set eos_token.")
         after = answer.rfind(content) + len(content)
-        said = answer.rstrip() if answer[after:].strip() else answer[:after]
+        said = answer.rstrip() if answer[after:].strip() or not content else answer[:after]
         return said + str(self.tokenizer.eos_token)
 
     def _end_tokens(self) -> tuple[str, ...]:
@@ -175,7 +175,13 @@ def _as_dict(turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
     row = {"role": turn.role, "content": turn.content, **turn.fields}
     if arguments_as_text and "tool_calls" in row:
         row["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
             for call in turn.fields["tool_calls"]
         ]
     return row

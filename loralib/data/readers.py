@@ -253,7 +253,7 @@ def _kind_of_json(raw: bytes) -> str:
     if isinstance(value, dict):
         return "webnlg" if "entries" in value else "jsonl"
     first = value[0] if isinstance(value, list) and value else None
-    return "jsonl" if isinstance(first, dict) and not {"tripleset", "annotations"} & first.keys() else "dart"
+    return "dart" if isinstance(first, dict) and {"tripleset", "annotations"} & first.keys() else "jsonl"
 
 
 def _read(path: str | Path, format: str, how: How) -> Source:

@@ -349,7 +349,9 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
     known = (*_QUESTIONS, *_ANSWERS, *_CHATS, "text")
     keys = ", ".join(map(repr, record)) or "nothing"
     near = "".join(did_you_mean(key, known) for key in record if key not in known)
-    more = _remedy("chosen", "", how) if "chosen" in record else " Name other fields with --columns." if record else ""
+    question = next((name for name in _QUESTIONS if name in names), None)
+    more = f" {question!r} has no {', '.join(_ANSWERS[:-1])} or {_ANSWERS[-1]}." if question else ""
+    more += _remedy("chosen", "", how) if "chosen" in record else " Name other fields with --columns." if record else ""
     expected = "prompt or messages" if how.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
 

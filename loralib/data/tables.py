@@ -57,7 +57,8 @@ def rows_of_csv(text: str, path: Path) -> Rows:
             yield f"{path}:{line}", row
         elif len(row) != len(names):
             hint = " Is a text with a separator not in quotes?" if len(row) > len(names) else ""
-            yield f"{path}:{line}", Fault(f"{len(row)} fields, expected {len(names)} ({', '.join(names)}).{hint}")
+            count = f"{len(row)} field{'s' * (len(row) != 1)}"
+            yield f"{path}:{line}", Fault(f"{count}, expected {len(names)} ({', '.join(names)}).{hint}")
         else:
             yield f"{path}:{line}", dict(zip(names, row, strict=True))
 
@@ -139,7 +140,7 @@ def rows_of_arrow(raw: bytes, path: Path) -> Rows:
             if size > most:
                 raise DataError(f"{path} unpacks to more than 200 times its size, unlike text. Look at what it holds.")
             for row in batch.to_pylist():
-                yield f"{path}[{number}]", without_nulls(row)
+                yield f"{path}[{number}]", {key: without_nulls(cell) for key, cell in row.items()}
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
@@ -191,7 +192,8 @@ def rows_of_table(value: Any, name: str = "data") -> Rows:
     else:
         rows = iter(value)
     for number, row in enumerate(rows):
-        yield f"{name}[{number}]", row if isinstance(value, (list, tuple)) else without_nulls(row)
+        cells = row if isinstance(value, (list, tuple)) else {key: without_nulls(cell) for key, cell in row.items()}
+        yield f"{name}[{number}]", cells
 
 
 def _library(value: Any) -> str:
