@@ -217,10 +217,6 @@ def test_alpaca_becomes_its_published_prompt(tmp_path: Path) -> None:
         ("user", "Say hi."),
         ("assistant", "Hi!"),
     ]
-    assert [turn.trained for turn in one(tmp_path, more, as_chat=True).messages if turn.role == "assistant"] == [
-        False,
-        True,
-    ]
 
 
 @pytest.mark.parametrize(

@@ -460,7 +460,7 @@ def _history(value: Any) -> list[Turn]:
     if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
         raise DataError(f"history is {_kind(value)}, expected a list of pairs of a question and its answer")
     names = [{"question": question, "answer": answer} for question, answer in value]
-    turns = [[Turn("user", _text(pair, "question")), Turn("assistant", _text(pair, "answer"), False)] for pair in names]
+    turns = [[Turn("user", _text(pair, "question")), Turn("assistant", _text(pair, "answer"))] for pair in names]
     return [turn for pair in turns for turn in pair]
 
 
