@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
-from ..engine.forward import device_of, logits_of, runs_here
+from ..engine.causal import require_causal
+from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
@@ -268,8 +269,8 @@ class PlainDecoder(Decoder):
             ids[index, : len(row)] = torch.tensor(row)
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
         with evaluating(self._model.modules()):
-            output = self._model(ids.to(self._device))
-        return logits_of(output)[torch.arange(len(rows), device=self._device), last]
+            logits = plain_logits(self._model, ids.to(self._device))
+        return logits[torch.arange(len(rows), device=self._device), last]
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
@@ -280,8 +281,12 @@ def make_decoder(model: nn.Module) -> Decoder:
 
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
+
+    Raises:
+        UnsupportedModelError: the model is not causal.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: a graph has no place for a layout
+    require_causal(model)
     if engine_mode() == "off":
         return PlainDecoder(model)
     if model not in _FAULTS:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..data import Example, encode
+from ..engine.limits import context_length
 from ..errors import ConfigError
-from ..generation.text import context_length
 from ..training.step import evaluate_loss, make_step
 from .metrics import Score
 

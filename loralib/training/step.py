@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.attention import PackedLayout
+from ..engine.causal import require_causal
 from ..engine.forward import Forward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
@@ -63,6 +64,7 @@ class Step:
     def __init__(
         self, model: nn.Module, *, packing: bool, share_prompts: bool, label_smoothing: float, chunk_tokens: int
     ) -> None:
+        require_causal(model)
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
@@ -224,6 +226,7 @@ def make_step(
 
     Raises:
         ConfigError: label_smoothing or chunk_tokens is out of range.
+        UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to below 1 (0.1 is usual)")
