@@ -49,7 +49,7 @@ def build(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
 def test_an_encoder_with_a_head_for_language_is_not_causal(name: str, dtype: torch.dtype) -> None:
     """At their initial weights, in bf16, what they see of later tokens is less than rounding."""
     model = build(getattr(transformers, f"{name}Config")(**SMALL)).to(dtype)
-    with pytest.raises(UnsupportedModelError, match="not causal.*inject"):
+    with pytest.raises(UnsupportedModelError, match=r"not causal.*inject"):
         require_causal(model)
 
 
@@ -83,7 +83,7 @@ def test_everything_that_takes_a_causal_model_refuses_others(tmp_path: Path) -> 
             lambda model=model: generate(model, None, [[3, 4]]),
             lambda model=model: beam_search(model, [[3, 4]]),
         ):
-            with pytest.raises(UnsupportedModelError, match="own loop|loop of your own"):
+            with pytest.raises(UnsupportedModelError, match="loop of your own"):
                 call()
         assert list(model.state_dict()) == before  # no adapter was left in it
     assert not (tmp_path / "o").exists()
@@ -180,7 +180,7 @@ def test_positions_end_where_the_model_does(config: Any, limit: int | None) -> N
     longest = torch.full((1, limit or 40), 3)
     model(longest)
     if limit is not None:
-        with pytest.raises(Exception):  # noqa: B017 - each fails in its own way
+        with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 3))
         require_positions(model, longest.tolist())
         with pytest.raises(DataError, match=r"32 positions(?s:.)*example 1 has 33 tokens(?s:.)*seq_len to 32"):

@@ -24,8 +24,8 @@ _CAUSAL: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 # Tokens that are tried, of which the second half changes.
 _TOKENS: Final = 16
 _OWN_LOOP: Final = (
-    "`inject` and `save_adapter` take it all the same: train it in a loop of your own (or transformers' trainers), with "
-    "the loss that it is made for"
+    "`inject` and `save_adapter` take it all the same: train it in a loop of your own, or by transformers' Trainer, "
+    "with the loss that it is made for"
 )
 # Modules by which a decoder reads an encoder that is not there.
 _CROSS_ATTENTION: Final = ("encoder_attn", "crossattention", "EncDecAttention")
@@ -83,7 +83,7 @@ def _sees_later_tokens(model: nn.Module) -> bool:
     ids = [rng.randrange(rows) for _ in range(length)]
     other = [*ids[:half], *((token + 1 + rng.randrange(max(1, rows - 1))) % rows for token in ids[half:])]
     with torch.no_grad():
-        before, after = (_logits(model, row)[:half].float() for row in (ids, other))
+        before, after = (_logits(model, row)[:half].float().nan_to_num() for row in (ids, other))
     moved = (after - before).abs().max()
     if moved == 0:
         return False

@@ -18,7 +18,7 @@ _POSITIONS = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|posi
 
 def text_config(model: nn.Module) -> Any:
     """Returns the settings of the language model (those of its text part, where it also sees or hears)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -37,17 +37,13 @@ def last_position(model: nn.Module) -> int | None:
     length = context_length(model)
     if length is None:
         return None
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    names += [name for name, _ in model.named_buffers()]
-    ends = any(_POSITIONS.search(name) for name in names) or hasattr(text_config(model), "max_seq_len")
-    if not ends:
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(name)]
+    computed = any(_POSITIONS.search(name) for name, _ in model.named_buffers())
+    if not (tables or computed or hasattr(text_config(model), "max_seq_len")):
         return None
-    # RoBERTa counts from behind its padding token, and has as many rows more.
-    table = next(
-        (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(name)), None
-    )
-    skipped = table.padding_idx + 1 if table is not None and table.padding_idx is not None else 0
-    return length - (skipped if table is not None and table.num_embeddings == length else 0)
+    # RoBERTa counts from behind its padding token, in a table of that many rows.
+    padding = tables[0].padding_idx if tables and tables[0].num_embeddings == length else None
+    return length if padding is None else length - padding - 1
 
 
 def table_rows(model: nn.Module) -> int | None:

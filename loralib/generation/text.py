@@ -100,8 +100,8 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     """Refuses prompts that the model cannot continue.
 
     Raises:
-        DataError: some have no tokens, more than the model's context, or ids that its embedding does not have; all of a kind at
-            once.
+        DataError: some have no tokens, more than the model's context, or ids that its embedding does not have; all of
+            a kind at once.
     """
     limit = context_length(model)
     faults = []

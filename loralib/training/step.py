@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -25,6 +26,7 @@ from ..data.tokens import TokenExample
 from ..engine.attention import PackedLayout
 from ..engine.causal import require_causal
 from ..engine.forward import Forward
+from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
 from ..errors import ConfigError, UnsupportedModelError
@@ -69,6 +71,7 @@ class Step:
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
         self._forward = Forward(model)
+        self._half = computes_in_half(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
@@ -120,8 +123,14 @@ class Step:
         if len(laid.states):
             forward = self._forward
             with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
-                loss = self._loss(laid, scale)
+                if scale is not None and self._half:
+                    loss = scaled_backward(partial(self._loss, laid), self._trained(), scale)
+                else:
+                    loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
         device = self._forward.device
