@@ -29,6 +29,7 @@ from ..engine.forward import Forward
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
+from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
@@ -71,6 +72,7 @@ class Step:
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
         self._forward = Forward(model)
+        self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
@@ -118,6 +120,18 @@ class Step:
     def _compute(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
+        parts = list(apart(batch, self._rope_limit, _computed_tokens))
+        if len(parts) == 1:
+            return self._compute_part(parts[0], scale, use)
+        done = [self._compute_part(part, scale, use) for part in parts]
+        return StepStats(
+            torch.stack([stats.loss_sum for stats in done]).sum(),
+            *(sum(getattr(stats, name) for stats in done) for name in ("trained_tokens", "tokens", "processed_tokens")),
+        )
+
+    def _compute_part(
+        self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
+    ) -> StepStats:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
         if len(laid.states):
@@ -134,6 +148,8 @@ class Step:
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
         device = self._forward.device
+        if self._remembers:
+            forget_length(self._model)
         places = laid.states.to(device)
         predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
         if self._forward.splits:
@@ -297,6 +313,10 @@ def _batches(examples: Sequence[TokenExample], max_tokens: int, limit: int = 16)
             batch = []
         batch.append(example)
     yield batch
+
+
+def _computed_tokens(example: TokenExample) -> int:
+    return max((place for place, trained in enumerate(example.trained) if trained), default=0)
 
 
 def _places(laid: Pack, ids: Sequence[int]) -> list[int]:
