@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
 ROWS = [
     ["errors"],
     ["files", "console", "settings"],
+    ["hub"],
     ["delta", "config"],
     ["layers"],
     ["utils", "targets"],
@@ -38,7 +39,7 @@ ROWS = [
 ]
 COMES_WITH_TORCH = ("filelock", "psutil")  # torch requires the first; without the second, memory is not checked
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings")]
+CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings", "hub")]
 
 # The one import from below, at call time: save_pretrained() of an injected model saves its adapter.
 UPWARDS = {("injection", "__init__")}
@@ -46,7 +47,7 @@ UPWARDS = {("injection", "__init__")}
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {
     "transformers": {"bases.loading", "bases.made_up", "engine.attention"},
-    "huggingface_hub": {"bases.loading"},
+    "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
     "gguf": {"bases.loading", "formats.gguf"},
     "safetensors": {"formats.tensors"},
