@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
+from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, is_plain_name, matching_steps
 from .delta import block_diagonal_B, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import InjectReport, adapted_layers, fingerprint, inject_targets, injection_of, remove, unmerge
@@ -30,6 +30,7 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_bloc
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
+_COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
@@ -79,7 +80,8 @@ class ApplyReport:
 
     Attributes:
         applied: how many tensors were copied.
-        base: 'checked', 'unknown' (the adapter does not say which base it belongs to) or 'other' (as allowed).
+        base: 'checked', 'unknown' (the adapter does not say which base it belongs to), 'copy' (one is a quantised copy
+            of the other) or 'other' (as allowed).
         inject: what was adapted; None where the layers were there already.
     """
 
@@ -91,6 +93,7 @@ class ApplyReport:
         bases = {
             "checked": "base model checked",
             "unknown": "base model not checked: the adapter does not say which one it belongs to",
+            "copy": "trained on a copy of this base model, one of the two in 4 bits: expect small differences",
             "other": "trained on a base model with other values, as allowed",
         }
         return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
@@ -487,6 +490,8 @@ def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str
             f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
             f"(fingerprint {theirs}, here {ours}). {load}"
         )
+    if theirs != ours and (named, getattr(model, "name_or_path", None)) in _COPIES:
+        return "copy"
     if theirs != ours and not allow_mismatch:
         raise BaseMismatchError(
             f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "

@@ -16,6 +16,7 @@ from .settings import check, setting, settings_class
 
 __all__ = [
     "ALL_LINEAR",
+    "HUB_NAMES",
     "LoraConfig",
     "first_match",
     "is_plain_name",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+
+# Our own names of bases, and the originals on the hub that these are quantised copies of: what files for other tools say.
+HUB_NAMES: Final[Mapping[str, str]] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 # Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
 _HARMLESS = frozenset(

@@ -6,17 +6,14 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .console import say
 from .errors import LoraError, MissingDependencyError, first_line
 
-__all__ = ["HUB_NAMES", "fetch", "is_hub_id"]
-
-# What our own names stand for on the hub.  Other tools know a base by its name there.
-HUB_NAMES: Mapping[str, str] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+__all__ = ["fetch", "is_hub_id"]
 
 _TIMEOUT = 10  # seconds until the hub must have answered
 _ID = re.compile(

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
 from ..formats.tensors import CONFIG_FILE
-from ..hub import HUB_NAMES, fetch, is_hub_id
+from ..hub import fetch, is_hub_id
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 

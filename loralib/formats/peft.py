@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
-from ..config import LoraConfig, matches
+from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALinear
@@ -33,6 +33,7 @@ from .tensors import (
 __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
+_BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
@@ -92,6 +93,8 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / PEFT_FILE)
     metadata.pop("format", None)
+    if config.base_model_name_or_path == HUB_NAMES.get(ours := metadata.pop(_BASE_NAME, ""), 0):
+        config = config.replace(base_model_name_or_path=ours)
     named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
         raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
@@ -118,7 +121,11 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """
     plain = expand_blocks(adapter)
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
-    write_directory(directory, PEFT_FILE, tensors, plain.metadata, plain.config.to_dict())
+    settings, metadata = plain.config.to_dict(), dict(plain.metadata)
+    name = plain.config.base_model_name_or_path or ""
+    if name in HUB_NAMES:
+        settings["base_model_name_or_path"], metadata[_BASE_NAME] = HUB_NAMES[name], name
+    write_directory(directory, PEFT_FILE, tensors, metadata, settings)
 
 
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
