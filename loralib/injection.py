@@ -397,12 +397,14 @@ def _save_pretrained(
     model: nn.Module, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
     """Saves the adapter, as PEFT's models do; transformers' own would write factors that from_pretrained drops."""
-    from loralib import save_adapter  # through the public name, at call time: the formats stand above this module
+    from .formats import is_trainer_checkpoint, save_adapter, save_trained_weights  # below this module: at call time
 
     if push_to_hub:
         raise TargetError("push_to_hub is not done for an adapter; save it, and upload the directory")
     if is_main_process:
         save_adapter(model, save_directory)
+        if "state_dict" in kwargs and is_trainer_checkpoint(save_directory):
+            save_trained_weights(model, save_directory)
 
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

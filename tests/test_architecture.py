@@ -42,7 +42,7 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings", "hub")]
 
 # The one import from below, at call time: save_pretrained() of an injected model saves its adapter.
-UPWARDS = {("injection", "__init__")}
+UPWARDS = {("injection", "formats")}
 
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {

@@ -19,6 +19,7 @@ from .mlx import is_mlx, read_mlx, write_mlx
 from .peft import read_peft, save_adapter, write_peft
 from .portable import Portable, check_portable, export, make_portable
 from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
+from .trainer import is_trainer_checkpoint, save_trained_weights
 
 __all__ = [
     "MergeReport",
@@ -26,6 +27,7 @@ __all__ = [
     "check_portable",
     "export",
     "is_read_with_base",
+    "is_trainer_checkpoint",
     "load_adapter",
     "locate_adapter",
     "make_portable",
@@ -38,6 +40,7 @@ __all__ = [
     "read_peft",
     "save_adapter",
     "save_merged",
+    "save_trained_weights",
     "write_gguf",
     "write_microsoft",
     "write_mlx",

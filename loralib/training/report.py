@@ -319,7 +319,9 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress:
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, example_count).items())
     original = ""
     if name in HUB_NAMES:
-        original = f" {name} is a copy of {HUB_NAMES[name]} with the precision of 4 bits: expect small differences there."
+        original = (
+            f" {name} is a copy of {HUB_NAMES[name]} with the precision of 4 bits: expect small differences there."
+        )
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
         card,
