@@ -28,7 +28,7 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 
-# Our own names of bases, and the originals on the hub that these are quantised copies of: what files for other tools say.
+# Our own names of bases, and the originals on the hub that these are quantised copies of, which other tools know.
 HUB_NAMES: Final[Mapping[str, str]] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 # Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
