@@ -19,7 +19,7 @@ from ..console import say
 from ..data import prompt_ids
 from ..errors import MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
+from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the model, loads it again and compares."""
-    adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True)
+    with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
+        _merge(args)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    def check_base(name: str) -> None:
+        base, output = Path(name), Path(args.output)
+        if base.is_dir() and base.resolve() == output.resolve():
+            raise OutputError(
+                f"{output} is the base model itself, which would be overwritten; choose another directory"
+            )
+
+    adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True, check_base)
     assert model is not None
-    base = Path(args.model or adapter.config.base_model_name_or_path or "")
-    if base.is_dir() and base.resolve() == Path(args.output).resolve():
-        raise OutputError(
-            f"{args.output} is the base model itself, which would be overwritten; choose another directory"
-        )
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(

@@ -41,7 +41,7 @@ __all__ = [
 
 
 # Tools that adapters are exported for, and their names.  All but PEFT accept low-rank updates of linear layers and
-# embeddings only: no biases, modules trained in full (but a classifier's head in vLLM), convolutions, attention modules,
+# embeddings only: no biases, modules trained in full (vLLM: but a classifier's head), convolutions, attention modules,
 # or weights that modules share.
 TARGETS: Mapping[str, str] = {"peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "MLX"}
 
@@ -121,6 +121,8 @@ def make_portable(
     """
     check_sound(adapter)
     check_portable(adapter.config, model, target)
+    if target == "vllm" and (faults := vllm.tensor_faults(adapter.tensors)):
+        raise AdapterError(list_faults("vLLM would refuse this adapter", faults, _MERGE))
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:

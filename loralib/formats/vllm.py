@@ -7,13 +7,13 @@ heads too.  A classifier's head may be trained in full.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from ..config import LoraConfig
 
-__all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters"]
+__all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults"]
 
 accepted_ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 
@@ -83,6 +83,23 @@ def head_faults(config: LoraConfig, model: nn.Module | None) -> list[str]:
         "loads only the head of a classifier, one linear layer"
         for name, module in heads
         if not is_classifier or name != names[0] or not isinstance(module, nn.Linear)
+    ]
+
+
+def tensor_faults(names: Iterable[str]) -> list[str]:
+    """Returns which tensors of an adapter vLLM does not load: of modules trained in full it takes single linear layers.
+
+    Args:
+        names: of the tensors.
+
+    >>> tensor_faults(["model.layers.0.q_proj.lora_A", "score.weight", "classifier.dense.weight"])
+    ['classifier.dense.weight: of modules trained in full vLLM loads only score or classifier, one linear layer']
+    """
+    in_full = [name.split(".") for name in names if ".lora_" not in name]
+    return [
+        f"{'.'.join(parts)}: of modules trained in full vLLM loads only score or classifier, one linear layer"
+        for parts in in_full
+        if parts[-2:-1] not in (["score"], ["classifier"])
     ]
 
 
