@@ -21,9 +21,20 @@ from torch.nn import functional as F
 from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
 from .delta import block_diagonal_B, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import InjectReport, adapted_layers, fingerprint, inject_targets, injection_of, remove, unmerge
+from .injection import (
+    WRAP_LATER,
+    InjectReport,
+    adapted_layers,
+    adapted_model,
+    fingerprint,
+    inject_targets,
+    injection_of,
+    remove,
+    unmerge,
+)
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
+from .wrapping import named_parameters, refuse_process_groups
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
 
@@ -106,6 +117,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         TargetError: the model holds no adapter.
         AdapterError: a layer's update cannot be expressed in the adapter's form.
     """
+    model = adapted_model(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
@@ -148,7 +160,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+    wrapped, model = model, adapted_model(model)
     layers = adapted_layers(model)
+    if not layers:
+        refuse_process_groups(wrapped, WRAP_LATER)
     by_hand = bool(layers) and injection_of(model) is None
     adapted: Sequence[tuple[str, nn.Module]] = layers
     if by_hand:
@@ -413,7 +428,8 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
 
 def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
     """Returns `bias` and `modules_to_save` for what trains besides the layers' own tensors."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()}
+    trained = {name for name, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours}
     bias = "none"
     for mode in ("all", "lora_only"):
         biases = fully_trained_tensors(model, LoraConfig(bias=mode), layers)

@@ -23,12 +23,13 @@ from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
 from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
-from .utils import mark_only_lora_as_trainable
+from .wrapping import named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
     "InjectReport",
     "Injection",
     "adapted_layers",
+    "adapted_model",
     "disabled",
     "fingerprint",
     "inject",
@@ -39,6 +40,9 @@ __all__ = [
     "unmerge",
 ]
 
+WRAP_LATER = (
+    "which would not synchronise an adapter that comes later between processes: put it on the model first, then wrap it"
+)
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
 
@@ -90,11 +94,13 @@ class Injection:
         config: what was injected.
         trainable: requires_grad of each parameter before.
         originals: tensors of the base that are trained in full; copies of them train in their place.
+        layers: the names of the adapted modules.
     """
 
     config: LoraConfig
     trainable: dict[str, bool]
     originals: dict[str, Tensor] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
 
 def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
@@ -117,6 +123,8 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    refuse_process_groups(model, WRAP_LATER)
+    model = unwrapped(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -139,12 +147,14 @@ def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Targe
         targets: what `loralib.targets.match_modules` returned for them.
     """
     notes = _notes(model, targets, config)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    record = model.__dict__[_RECORD] = Injection(config, trainable)
+    trainable = {name: p.requires_grad for name, p in named_parameters(model).items()}
+    layers = tuple(target.name for target in targets)
+    record = model.__dict__[_RECORD] = Injection(config, trainable, layers=layers)
     try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         for target in targets:
             _adapt(target, config)
-        mark_only_lora_as_trainable(model)
         in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
         record.originals = _swap_tensors(model, _trainable_copies(in_full))
         _guard_methods(model)
@@ -160,10 +170,11 @@ def remove(model: nn.Module) -> None:
     Raises:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
+    model = adapted_model(model)
     record = injection_of(model)
     if record is None:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    layers = [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer)]
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
@@ -175,7 +186,7 @@ def remove(model: nn.Module) -> None:
         _restore(layer)
     for name in (_RECORD, "save_pretrained", "resize_token_embeddings"):
         model.__dict__.pop(name, None)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model).items():
         parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
 
 
@@ -223,19 +234,20 @@ def disabled(model: nn.Module) -> Iterator[None]:
     >>> bool((model(x) == before).all())
     False
     """
-    record = injection_of(model)
+    injected = [(m, m.__dict__[_RECORD]) for m in named_modules(model).values() if _RECORD in m.__dict__]
     layers = [layer for _, layer in adapted_layers(model)]
     before = [(layer.enabled, layer.merged) for layer in layers]
-    trained = dict[str, Tensor]()
+    trained = list[tuple[nn.Module, dict[str, Tensor]]]()
     try:
         for layer in layers:
             layer.unmerge()
             layer.enabled = False
-        if record is not None:
-            trained = _swap_tensors(model, _originals(model, record))
+        for part, record in injected:
+            trained.append((part, _swap_tensors(part, _originals(part, record))))
         yield
     finally:
-        _swap_tensors(model, trained)
+        for part, tensors in trained:
+            _swap_tensors(part, tensors)
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged and not (layer.merge_weights and layer.training):  # train() would have unmerged it
@@ -244,12 +256,44 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """Returns the LoRA layers of a model that have an adapter, with their names."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r > 0]
+    return [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer) and m.r > 0]
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """Returns what `inject` left on the model, or None."""
-    return cast("Injection | None", model.__dict__.get(_RECORD))
+    return cast("Injection | None", unwrapped(model).__dict__.get(_RECORD))
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """Returns the model that holds an adapter, or may hold one, without its wrappers.
+
+    Raises:
+        TargetError: only a part of the model holds an adapter, so that names in it are not the adapter's; or modules
+            that `inject` adapted are no longer in their places.
+    """
+    model = unwrapped(model)
+    record = injection_of(model)
+    modules = named_modules(model)
+    if record is None:
+        for name, part in modules.items():
+            if _RECORD in part.__dict__:
+                raise TargetError(
+                    f"{type(model).__name__} holds no adapter itself; its part {name!r} ({type(part).__name__}) does, "
+                    f"and its names are the adapter's: pass model.get_submodule({name!r})"
+                )
+        return model
+    gone = [name for name in record.layers if not isinstance(modules.get(name), LoRALayer)]
+    if gone:
+        kinds = ", ".join(f"{name} is {_kind(modules.get(name))}" for name in gone[:3])
+        raise TargetError(
+            f"{len(gone)} of {len(record.layers)} adapted modules were replaced or wrapped after inject(): {kinds}. "
+            "Undo that first: names in the model are the adapter's"
+        )
+    return model
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "not there" if module is None else f"now a {type(module).__name__} of {type(module).__module__}"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -317,13 +361,13 @@ def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     before = {name: _tensor_at(model, name) for name in tensors}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, tensor)
+        setattr(submodule(model, module), leaf, tensor)
     return before
 
 
 def _tensor_at(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
 ROWS = [
     ["errors"],
     ["files", "console", "settings"],
-    ["delta", "config"],
+    ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
     ["injection"],
