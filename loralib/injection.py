@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,11 +32,15 @@ __all__ = [
     "adapted_model",
     "disabled",
     "fingerprint",
+    "first_fingerprint",
     "inject",
     "inject_targets",
     "injection_of",
     "merge",
     "remove",
+    "table_rows",
+    "tensor_at",
+    "token_tables",
     "unmerge",
 ]
 
@@ -95,12 +99,14 @@ class Injection:
         trainable: requires_grad of each parameter before.
         originals: tensors of the base that are trained in full; copies of them train in their place.
         layers: the names of the adapted modules.
+        carried: which of the originals have made place for a tensor that the adapter brings along, untrained.
     """
 
     config: LoraConfig
     trainable: dict[str, bool]
     originals: dict[str, Tensor] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
@@ -138,13 +144,16 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     return inject_targets(model, config, match_modules(model, config))
 
 
-def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule]) -> InjectReport:
+def inject_targets(
+    model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], carried: Mapping[str, Tensor] | None = None
+) -> InjectReport:
     """Adapts modules of a model that holds no adapter: the half of `inject` that changes it.
 
     Args:
         model: as in `inject`.
         config: as in `inject`.
         targets: what `loralib.targets.match_modules` returned for them.
+        carried: tensors by name that take the base's places as they are, without being trained.
     """
     notes = _notes(model, targets, config)
     trainable = {name: p.requires_grad for name, p in named_parameters(model).items()}
@@ -156,7 +165,9 @@ def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Targe
         for target in targets:
             _adapt(target, config)
         in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
-        record.originals = _swap_tensors(model, _trainable_copies(in_full))
+        record.originals = _swap_tensors(model, _trainable_copies(in_full, config))
+        record.originals |= _swap_tensors(model, _carried(model, carried or {}))
+        record.carried = tuple(carried or ())
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
@@ -275,7 +286,9 @@ def adapted_model(model: nn.Module) -> nn.Module:
     record = injection_of(model)
     modules = named_modules(model)
     if record is None:
-        for name, part in modules.items():
+        # A model of transformers may have the adapter in its body: then its own names count.
+        whole = hasattr(type(model), "base_model_prefix")
+        for name, part in () if whole else modules.items():
             if _RECORD in part.__dict__:
                 raise TargetError(
                     f"{type(model).__name__} holds no adapter itself; its part {name!r} ({type(part).__name__}) does, "
@@ -296,28 +309,90 @@ def _kind(module: nn.Module | None) -> str:
     return "not there" if module is None else f"now a {type(module).__name__} of {type(module).__module__}"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Returns a short text that tells base models apart: ``shapes:values``.
+def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | None = None) -> str:
+    """Returns a short text that tells base models apart by what an adapter stands on: ``shapes:values``.
 
-    The first half hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
-    the same base has the same fingerprint in fp32 and in bf16.  LoRA's own parameters do not count.
+    The first part hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
+    the same base has the same fingerprint in fp32 and in bf16.  Of the tables of tokens, which may be padded later, the
+    first rows count, with samples from the last of these; where there are tables, a third part says how many rows.
+
+    Args:
+        model: with or without an adapter, whose own parameters do not count.
+        left_out: names of parameters that the adapter brings along.
+        rows: how many rows of the tables count; default: all.
     """
     record = injection_of(model)
-    originals = record.originals if record is not None else {}
-    merged = {id(m._parameters[m._weight_name]): m.base_weight for m in model.modules() if isinstance(m, LoRALayer)}
+    originals: Mapping[str, Tensor] = record.originals if record is not None else {}
+    tables = token_tables(model)
+    rows = table_rows(model) if rows is None else rows
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter = cast(nn.Parameter, originals.get(name, merged.get(id(parameter), parameter)))
+    for name, parameter in _base_parameters(model, originals):
+        if name in left_out or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        weight = dense(parameter).detach()
+        is_table = name.rpartition(".")[0] in tables
+        shapes.update(f"{name} {('rows', *weight.shape[1:]) if is_table else tuple(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            weight = weight[:rows] if is_table else weight
+            _update(values, weight.reshape(-1))
+            if is_table:
+                _update(values, weight[-_LAST_ROWS:].reshape(-1), 64 * _LAST_ROWS)
+    return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}" + (f":{rows}" if tables else "")
+
+
+def first_fingerprint(model: nn.Module) -> str:
+    """Returns the fingerprint, ``shapes:values``, in files from before what an adapter brings along was left out."""
+    record = injection_of(model)
+    shapes, values = hashlib.sha256(), hashlib.sha256()
+    seen = set[int]()
+    for name, parameter in _base_parameters(model, record.originals if record is not None else {}):
         if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
         seen.add(id(parameter))
         shapes.update(f"{name} {tuple(dense(parameter).shape)}\n".encode())
         if not parameter.is_meta:
-            flat = dense(parameter).detach().reshape(-1)
-            samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-            values.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
+            _update(values, dense(parameter).detach().reshape(-1))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
+
+
+_LAST_ROWS = 16
+
+
+def _update(digest: Any, flat: Tensor, count: int = 64) -> None:
+    samples = flat[:: max(1, flat.numel() // count)][:count].to("cpu", torch.bfloat16)
+    digest.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
+
+
+def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the base's parameters by name, whatever the adapter has put in their places."""
+    for path, module in named_modules(model, remove_duplicate=False).items():
+        own = module.trained_tensors() if isinstance(module, LoRALayer) else {}
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and leaf not in own:
+                name = f"{path}.{leaf}" if path else leaf
+                kept = isinstance(module, LoRALayer) and module.merged and leaf == module._weight_name
+                base = cast(LoRALayer, module).base_weight if kept else parameter
+                yield name, originals.get(name, base)
+
+
+def token_tables(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the embedding and the head of a model of transformers, whose rows belong to tokens, by name."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(unwrapped(model), method)())
+        except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without a head
+            continue
+    ids = {id(unwrapped(table)) for table in found if isinstance(table, nn.Module)}
+    return {name: m for name, m in named_modules(model, remove_duplicate=False).items() if id(m) in ids}
+
+
+def table_rows(model: nn.Module) -> int:
+    """Returns how many rows a model's tables of tokens have; 0 where it has none."""
+    weights = [table._parameters.get("weight") for table in token_tables(model).values()]
+    return max((dense(weight).shape[0] for weight in weights if weight is not None), default=0)
 
 
 # One layer.
@@ -358,35 +433,55 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
-    before = {name: _tensor_at(model, name) for name in tensors}
+    before = {name: tensor_at(model, name) for name in tensors}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         setattr(submodule(model, module), leaf, tensor)
     return before
 
 
-def _tensor_at(model: nn.Module, name: str) -> Tensor:
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """Returns a parameter or buffer by its name in the model without wrappers."""
     path, _, leaf = name.rpartition(".")
     module = submodule(model, path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
-def _trainable_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies that train, so that a weight tied to an original keeps the base's values."""
-    copies = dict[int, Tensor]()  # names of one tensor share one copy
-    for tensor in tensors.values():
-        if id(tensor) not in copies:
+def _trainable_copies(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Returns copies that train, so that a weight tied to an original keeps the base's values.
+
+    Each module of modules_to_save gets its own, as in PEFT: a head and an embedding that were one part ways.
+    """
+    copies = dict[tuple[str, int], Tensor]()  # names of one tensor share one copy
+    for name, tensor in tensors.items():
+        key = (config.saved_part(name), id(tensor))
+        if key not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):
                 copy = nn.Parameter(copy, requires_grad=copy.is_floating_point())
-            copies[id(tensor)] = copy
-    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+            copies[key] = copy
+    return {name: copies[config.saved_part(name), id(tensor)] for name, tensor in tensors.items()}
+
+
+def _carried(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what an adapter brings along as the model holds it; equal tensors under tied names stay one."""
+    found, ours = dict[int, list[tuple[Tensor, Tensor]]](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        old = tensor_at(model, name)
+        twins = found.setdefault(id(old), [])
+        new = next((new for seen, new in twins if torch.equal(seen, tensor)), None)
+        if new is None:
+            new = tensor.detach().clone().to(old.device, old.dtype)
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            twins.append((tensor, new))
+        ours[name] = new
+    return ours
 
 
 def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
     """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
     for name, original in record.originals.items():
-        copy = _tensor_at(model, name)
+        copy = tensor_at(model, name)
         original.data = original.data.to(copy.device, copy.dtype)
     return record.originals
 
