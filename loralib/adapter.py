@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +188,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     in_full = fully_trained_tensors(model, adapter.config, adapted)
     expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
     carried, ignored = _check_tensors(model, adapter, expected, allow_base_mismatch)
+    carried = _under_tied_names(model, carried, expected)
     base = _check_base(model, adapter, allow_base_mismatch)
     report = None
     if by_hand:
@@ -512,6 +513,17 @@ def _check_tensors(
             )
         )
     return carried, tuple(ignored)
+
+
+def _under_tied_names(model: nn.Module, carried: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Returns the tables of a base that is replaced under all names of their parameters: a tied head follows."""
+    record, parameters = injection_of(model), named_parameters(model)
+    parameters |= cast("dict[str, nn.Parameter]", record.originals if record is not None else {})
+    followed = dict[str, Tensor]()
+    for name, tensor in carried.items():
+        twins = [twin for twin, parameter in parameters.items() if parameter is parameters.get(name)]
+        followed |= {twin: tensor for twin in twins if twin not in expected}
+    return {**followed, **carried}
 
 
 def all_finite(tensor: Tensor) -> bool:
