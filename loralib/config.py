@@ -181,6 +181,12 @@ class LoraConfig:
         """Whether modules_to_save holds the module: any name that ends so, with or without a dot (PEFT's rule)."""
         return any(name.endswith(entry) for entry in self.modules_to_save or ())
 
+    def saved_part(self, name: str) -> str:
+        """Returns the module of modules_to_save that a parameter is in, the outermost; "" for none."""
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((module for module in modules if self.saves(module)), "")
+
     @property
     def changes_base(self) -> bool:
         """Whether the start belongs to another base weight than the model's (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).

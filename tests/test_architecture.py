@@ -18,7 +18,7 @@ ROWS = [
     ["errors"],
     ["files", "console", "settings"],
     ["hub"],
-    ["delta", "config"],
+    ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
     ["injection"],

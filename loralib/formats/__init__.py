@@ -12,6 +12,7 @@ from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..hub import fetch, is_hub_id
+from ..wrapping import unwrapped
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
@@ -70,7 +71,7 @@ def load_adapter(
     Raises:
         AdapterError: there is no adapter at the path, or it does not fit; lists every fault.
     """
-    adapter = read_adapter(path, config=config, model=model)
+    adapter = read_adapter(path, config=config, model=unwrapped(model))
     return apply_adapter(model, adapter, allow_base_mismatch=allow_base_mismatch)
 
 

@@ -88,7 +88,7 @@ def merge_into(
     with _applied(model, adapter, allow_base_mismatch):
         merged = _merged_weights(model, adapter, initial)
         modules, record, state = len(merged), injection_of(model), model.state_dict()
-        merged |= {name: state[name].clone() for name in (record.originals if record is not None else ())}
+        merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
     for name, value in merged.items():
         # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")

@@ -18,6 +18,7 @@ from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALinear
+from ..wrapping import named_modules, unwrapped
 from .tensors import (
     CONFIG_FILE,
     MAX_SETTINGS,
@@ -50,6 +51,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         TargetError: the model holds no adapter.
         OutputError: the directory cannot be written.
     """
+    model = unwrapped(model)
     adapter = adapter_of(model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
@@ -137,7 +139,7 @@ def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     chosen = list(adapter.target_modules)
     if model is None:
         return chosen
-    names = [name for name, _ in model.named_modules()]
+    names = list(named_modules(model))
     short = list[str]()
     for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
         fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}

@@ -21,6 +21,7 @@ from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..errors import BusyModelError, UnsupportedModelError
+from ..wrapping import unwrapped
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
@@ -281,7 +282,7 @@ def make_decoder(model: nn.Module) -> Decoder:
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: a graph has no place for a layout
+    model = unwrapped(model)  # what torch.compile has wrapped: a graph has no place for a layout
     if engine_mode() == "off":
         return PlainDecoder(model)
     if model not in _FAULTS:
