@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,21 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     assert "equal, bit for bit" in shown
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(
+    adapter: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.eos_token = "~"
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m") == 0
+    assert "tokenizer and chat template of the adapter" in capsys.readouterr().out
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (written.eos_token, written.chat_template) == ("~", tokenizer.chat_template)
+    assert fresh(tmp_path / "m").generation_config.eos_token_id == [written.eos_token_id, 1]
 
 
 def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -33,12 +33,13 @@ from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
+from ..formats import locate_adapter
 from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 
-__all__ = ["DEFAULT_BASE", "load_base", "load_tokenizer"]
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -106,6 +107,36 @@ def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
     path, source = _model_directory(source)
     tokenizer = _read_tokenizer(path, source)
     tokenizer.name_or_path = name
+    return tokenizer
+
+
+def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -> Any | None:
+    """Loads the tokenizer and chat template that were saved with an adapter, which it was trained with.
+
+    Where its end token is not one of the model's, generation ends with it too.
+
+    Args:
+        adapter: see `loralib.load_adapter`.
+        model: the base model, whose embedding must have a row for each of its tokens.
+
+    Returns:
+        The tokenizer; None if there is none beside the adapter.
+
+    Raises:
+        BaseModelError: it cannot be read, or belongs to another model.
+    """
+    directory = locate_adapter(adapter)
+    if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    tokenizer = _read_tokenizer(directory, os.fspath(adapter))
+    _check_vocabulary(model, tokenizer, os.fspath(adapter))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if tokenizer.eos_token_id not in ends:
+            generation.eos_token_id = [tokenizer.eos_token_id, *ends]
+    tokenizer.name_or_path = os.fspath(adapter)
     return tokenizer
 
 

@@ -3,8 +3,9 @@
 loralib merge lora_model merged
 loralib merge lora_model merged --model ./my-model --dtype fp32
 
-The arithmetic is fp32 and rounds once, to --dtype.  Its effect on the logits of a few prompts is shown beside what
-rounding alone would cause, and the written model is loaded again and compared before the command reports success.
+The arithmetic is fp32 and rounds once, to --dtype.  Each merged weight is compared with the base's and the adapter's
+file; the effect on the logits of a few prompts is shown beside what rounding alone would cause; and the written model
+is loaded again and compared before the command reports success.  A tokenizer beside the adapter goes along.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..bases import load_base, pick_dtype
+from ..bases import load_adapters_tokenizer, load_base, pick_dtype
 from ..console import say
 from ..data import prompt_ids
 from ..errors import MergeError, OutputError
@@ -51,6 +52,10 @@ def _merge(args: argparse.Namespace) -> None:
 
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True, check_base)
     assert model is not None
+    own = load_adapters_tokenizer(args.adapter, model)
+    if own is not None:
+        tokenizer = own
+        say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(
