@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.kernels import loaded
+from ..wrapping import unwrapped
 from .decoder import Decoder, SequenceGroup, make_decoder
 from .sampling import Sampling, penalize
 from .text import check_prompts, end_tokens, new_tokens
@@ -143,6 +144,7 @@ def beam_search(
         ConfigError: settings are out of range; all of them at once.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
+    model = unwrapped(model)
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_length,

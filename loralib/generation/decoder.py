@@ -23,6 +23,7 @@ from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
+from ..wrapping import unwrapped
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
@@ -305,7 +306,7 @@ def make_decoder(model: nn.Module, longest: int = 0) -> Decoder:
     Raises:
         UnsupportedModelError: the model is not causal.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: a graph has no place for a layout
+    model = unwrapped(model)  # what torch.compile has wrapped: a graph has no place for a layout
     require_causal(model)
     if engine_mode() == "off":
         return PlainDecoder(model)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
+from ..wrapping import unwrapped
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
 from .sampling import Sampling, choose, penalize
@@ -202,6 +203,7 @@ def stream(
         ConfigError: there are not as many settings as prompts, or beam searches differ in theirs.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
+    model = unwrapped(model)
     rows = encode_prompts(model, tokenizer, prompts)
     settings = _settings(sampling, len(rows))
     if any(own.num_beams > 1 for own in settings):
@@ -257,6 +259,7 @@ def generate(
         if faults:
             raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
         sampling = replace(sampling or Sampling(), **settings)
+    model = unwrapped(model)
     rows = encode_prompts(model, tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in stream(model, tokenizer, rows, sampling):
