@@ -80,11 +80,7 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
     words = sum(
-        len(
-            (
-                text.messages[-1][1] if text.messages else "".join(part for part, trained in text.segments if trained)
-            ).split()
-        )
+        len((text.completion if text.messages else "".join(part for part, trained in text.segments if trained)).split())
         for text in texts
     )
     signature = f"given:prompt|end:counted|words:blanks|log:e|version:{_VERSION}"
