@@ -29,6 +29,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
+from .wrapping import named_modules, named_parameters
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -131,22 +132,36 @@ def fully_trained_tensors(
     if config.bias == "all":
         # PEFT leaves out in_proj_bias where it adapts the attention.
         left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
-        parameters = model.named_parameters(remove_duplicate=False)
-        tensors |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
+        left_out |= {
+            f"{name}.{leaf}"
+            for name, module in named_modules(model).items()
+            if isinstance(module, LoRALayer)
+            for leaf in module.trained_tensors()
+        }
+        tensors |= {n: p for n, p in named_parameters(model).items() if "bias" in n and n not in left_out}
     elif config.bias == "lora_only":
         biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
         tensors |= {name: bias for name, bias in biases if bias is not None}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if config.saves(name):
-            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
-            tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in _saved_tensors(module).items()}
     return tensors
+
+
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and persistent buffers in a module by name, as a state dict without wrappers has them."""
+    return {
+        f"{name}.{leaf}" if name else leaf: tensor
+        for name, inner in named_modules(module, remove_duplicate=False).items()
+        for leaf, tensor in {**inner._parameters, **inner._buffers}.items()
+        if tensor is not None and leaf not in inner._non_persistent_buffers_set
+    }
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
     """Returns which other modules hold the weight of a target, by name, for those of which one does."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
@@ -160,7 +175,7 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name}
+    return {name: module for name, module in named_modules(model).items() if name}
 
 
 def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
@@ -237,7 +252,7 @@ def _unused_entry_faults(
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
     """Returns which module names, cut to as many parts as the entry has, are like it."""
-    if any(matches((entry,), name) for name, _ in model.named_parameters()):
+    if any(matches((entry,), name) for name in named_parameters(model)):
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     if any(matches((entry,), name) for name in names):
         return ""  # it is there, and left out by another setting
