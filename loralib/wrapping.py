@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .errors import TargetError
@@ -18,12 +19,14 @@ from .errors import TargetError
 __all__ = [
     "gathered",
     "is_sharded",
+    "is_spread",
     "named_modules",
     "named_parameters",
     "plain_name",
     "refuse_process_groups",
     "submodule",
     "unwrapped",
+    "writes_files",
 ]
 
 # Names that PyTorch's own wrappers give to what is inside.
@@ -125,6 +128,17 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter is one process' share of a tensor: under FSDP2, FSDP1 or DeepSpeed's stage 3."""
     return hasattr(tensor, "full_tensor") or bool(getattr(tensor, "_fsdp_flattened", False)) or hasattr(tensor, "ds_id")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model's parameters are spread over processes, which keep the weights that they compute with."""
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(map(is_sharded, model.parameters()))
+
+
+def writes_files(model: nn.Module) -> bool:
+    """Whether this process writes what all have: under FSDP, where all must help to gather it, the first one does."""
+    return not is_spread(model) or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 @contextlib.contextmanager
