@@ -29,7 +29,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
-from .wrapping import is_sharded, named_modules, named_parameters
+from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -144,18 +144,8 @@ def fully_trained_tensors(
         tensors |= {name: bias for name, bias in biases if bias is not None}
     for name, module in named_modules(model).items():
         if config.saves(name):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in _saved_tensors(module).items()}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
     return tensors
-
-
-def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and persistent buffers in a module by name, as a state dict without wrappers has them."""
-    return {
-        f"{name}.{leaf}" if name else leaf: tensor
-        for name, inner in named_modules(module, remove_duplicate=False).items()
-        for leaf, tensor in {**inner._parameters, **inner._buffers}.items()
-        if tensor is not None and leaf not in inner._non_persistent_buffers_set
-    }
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:

@@ -22,6 +22,7 @@ __all__ = [
     "is_spread",
     "named_modules",
     "named_parameters",
+    "named_tensors",
     "plain_name",
     "refuse_process_groups",
     "submodule",
@@ -110,6 +111,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in named_modules(model, remove_duplicate=False).items()
         for leaf, parameter in module._parameters.items()
         if parameter is not None
+    }
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and persistent buffers by name, as a state dict has them, without the steps of wrappers."""
+    return {
+        f"{name}.{leaf}" if name else leaf: tensor
+        for name, module in named_modules(model, remove_duplicate=False).items()
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and leaf not in module._non_persistent_buffers_set
     }
 
 
