@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
@@ -10,6 +11,7 @@ from .errors import MissingDependencyError
 
 __all__ = [
     "count",
+    "counted",
     "duration",
     "ensure_safe",
     "parameter_table",
@@ -51,14 +53,20 @@ _PLAIN = str.maketrans(
 
 
 def ensure_safe() -> None:
-    """Makes printing safe in the whole program: a character that stdout or stderr cannot encode becomes "?".
+    """Makes reading and printing safe in the whole program, on any console and through any pipe.
 
-    The encoding itself does not change.  A program calls this once, when it starts; a library uses `say` instead.
+    A console keeps its encoding, and what it cannot show becomes "?".  Files and pipes are UTF-8 in both directions,
+    whatever the console's code page: no letter is lost, and what one command writes another one reads.  On standard
+    input a byte-order mark is skipped, and only line feeds end a line: text may hold other separators.  A program calls
+    this once, when it starts; a library uses `say` instead.
     """
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # absent when the stream has been replaced, or is None
-        if reconfigure is not None:
-            reconfigure(errors="replace")
+        if _is_redirected(stream):
+            _reconfigure(stream, encoding="utf-8", errors="replace")
+        else:
+            _reconfigure(stream, errors="replace")
+    if _is_redirected(sys.stdin):
+        _reconfigure(sys.stdin, encoding="utf-8-sig", newline="\n")
 
 
 def printable(text: str, encoding: str | None) -> str:
@@ -190,6 +198,17 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Formats a number of things, one or several.
+
+    >>> counted(1, "update"), counted(1200, "update"), counted(2, "entry")
+    ('1 update', '1,200 updates', '2 entries')
+    """
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{count(number)} {noun}"
+
+
 def percent(part: float, whole: float) -> str:
     """Formats a share in percent with two decimals.
 
@@ -227,6 +246,17 @@ def duration(seconds: float) -> str:
     if round(seconds) < 3600:
         return "{} min {:02} s".format(*divmod(round(seconds), 60))
     return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
+
+
+def _is_redirected(stream: Any) -> bool:
+    """Tells whether a standard stream is a file or a pipe; one that was replaced by something else is neither."""
+    return hasattr(stream, "reconfigure") and not stream.closed and not stream.isatty()
+
+
+def _reconfigure(stream: Any, **settings: str) -> None:
+    if hasattr(stream, "reconfigure"):  # absent when the stream has been replaced, or is None
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has been read from already
+            stream.reconfigure(**settings)
 
 
 def _can_encode(encoding: str, text: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
 from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
-from .wrapping import named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
+from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
     "InjectReport",
@@ -131,6 +132,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     """
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
+    _refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -142,6 +144,18 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
     return inject_targets(model, config, match_modules(model, config))
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which trains beside ours and would not be saved."""
+    theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
+    if theirs:
+        where = f"its part {theirs[0]!r}" if theirs[0] else "it"
+        raise TargetError(
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would train beside this one "
+            "and not be saved with it. Merge it (model = model.merge_and_unload()) or take it off "
+            "(model = model.unload()) first; to train on from it: save_pretrained(DIR), then load_adapter(base, DIR)"
+        )
 
 
 def inject_targets(
@@ -181,11 +195,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
-    model = adapted_model(model)
+    spread, model = is_spread(model), adapted_model(model)
     record = injection_of(model)
     if record is None:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     layers = [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer)]
+    if spread:
+        raise TargetError(
+            "the model is spread over processes (FSDP, ZeRO), which would keep what is removed; load it anew"
+        )
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
@@ -211,6 +229,11 @@ def merge(model: nn.Module) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; inject() or load_adapter() first")
+    if is_spread(model):
+        raise MergeError(
+            "the model is spread over processes (FSDP, ZeRO), which go on with their own copies of the weights; "
+            "save_adapter(), and merge in one process: load the base, load_adapter(), merge()"
+        )
     faults = []
     try:
         for name, layer in layers:
@@ -247,6 +270,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     injected = [(m, m.__dict__[_RECORD]) for m in named_modules(model).values() if _RECORD in m.__dict__]
     layers = [layer for _, layer in adapted_layers(model)]
+    if is_spread(model) and any(record.originals for _, record in injected):
+        raise TargetError(
+            "modules_to_save cannot be switched off while the model is spread over processes (FSDP, ZeRO)"
+        )
     before = [(layer.enabled, layer.merged) for layer in layers]
     trained = list[tuple[nn.Module, dict[str, Tensor]]]()
     try:
@@ -327,7 +354,8 @@ def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | No
     rows = table_rows(model) if rows is None else rows
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
-    for name, parameter in _base_parameters(model, originals):
+    # By name: undoing a pruning changes the order of a module's parameters.
+    for name, parameter in sorted(_base_parameters(model, originals), key=operator.itemgetter(0)):
         if name in left_out or id(parameter) in seen:
             continue
         seen.add(id(parameter))

@@ -38,6 +38,7 @@ def setting(
     rule: Callable[[Any], object] | None = None,
     expected: str | None = None,
     aliases: tuple[str, ...] = (),
+    common: bool = False,
 ) -> Any:
     """Declares a setting as a dataclass field; its annotation says which types of value it takes.
 
@@ -55,6 +56,7 @@ def setting(
         rule: a further test that a value of the right type must pass.
         expected: describes valid values in error messages; by default made from type, bounds and choices.
         aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
+        common: most people need it: its flag stands first in ``--help``.
 
     >>> @dataclasses.dataclass
     ... class Bath:

@@ -29,7 +29,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
-from .wrapping import named_modules, named_parameters
+from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -144,18 +144,8 @@ def fully_trained_tensors(
         tensors |= {name: bias for name, bias in biases if bias is not None}
     for name, module in named_modules(model).items():
         if config.saves(name):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in _saved_tensors(module).items()}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
     return tensors
-
-
-def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and persistent buffers in a module by name, as a state dict without wrappers has them."""
-    return {
-        f"{name}.{leaf}" if name else leaf: tensor
-        for name, inner in named_modules(module, remove_duplicate=False).items()
-        for leaf, tensor in {**inner._parameters, **inner._buffers}.items()
-        if tensor is not None and leaf not in inner._non_persistent_buffers_set
-    }
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
@@ -390,6 +380,8 @@ def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
 
 def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
+    if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
+        raise TargetError(f"it has parameters of these names already ({', '.join(names)}): another LoRA's?")
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     if bound is not None and not is_own_forward(module, bound):
         if type(bound).__module__ == "loralib.engine.placement":  # which stands below this module and is not imported
@@ -404,6 +396,8 @@ def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
         raise TargetError(
             "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
         )
+    if is_sharded(weight):
+        raise TargetError("its weight is spread over processes already (FSDP, ZeRO); inject first, then shard")
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")
     if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:

@@ -236,6 +236,111 @@ def test_wrong_commands_are_found(capsys: pytest.CaptureFixture[str]) -> None:
         check_command(["make", "demo"])
 
 
+# Coming from PEFT.
+
+PEFT_PAGE = "docs/coming-from-peft.md"
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that PEFT made, of the rank that the page's has."""
+    import peft
+    import transformers
+
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny),
+        peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    directory = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_the_page_s_two_columns_compute_the_same(
+    tiny: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+    from peft import get_peft_model_state_dict
+
+    batch = {"input_ids": torch.arange(5, 17)[None]}
+    known = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    known |= {"get_peft_model_state_dict": get_peft_model_state_dict}
+    rows = tables(PEFT_PAGE)[0]
+    assert rows[0] == ["with PEFT", "with loralib"]
+    seen = []
+    for column in (0, 1):
+        place = tmp_path / str(column)
+        shutil.copytree(theirs, place / "theirs")
+        monkeypatch.chdir(place)
+        names: dict[str, Any] = {"base": str(tiny), "batch": batch, **known}
+        for row in rows[1:]:
+            exec(row[column].strip("`"), names)
+        seen.append(names)
+    for name in ("plain", "logits"):
+        assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
+    theirs_named = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in seen[0]["tensors"]}
+    assert theirs_named == set(seen[1]["tensors"])
+    with torch.no_grad():
+        assert torch.allclose(seen[0]["merged"](**batch).logits, seen[1]["model"](**batch).logits, atol=1e-5)
+    shown = capsys.readouterr().out
+    assert "trainable params:" in shown
+    assert "8 of 8 tensors applied" in shown
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_page_s_training_runs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 4, encoding="utf-8")
+    (code,) = (content for language, content in blocks(PEFT_PAGE) if language == "python")
+    names: dict[str, Any] = {"lora": lora, "base": str(tiny)}
+    exec(compile(code, PEFT_PAGE, "exec"), names)
+    assert names["result"].steps >= 1
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), "trained")
+
+
+def test_what_the_page_says_there_is_not_is_refused(tiny: Path) -> None:
+    model, _ = lora.load_base(tiny, dtype="fp32", device="cpu")
+    kinds: list[dict[str, Any]] = [{"use_dora": True}]
+    kinds += [{"init_lora_weights": start} for start in ("pissa", "olora", "corda", "loftq")]
+    for kind in kinds:
+        with pytest.raises(lora.LoraError):
+            lora.inject(model, lora.LoraConfig(target_modules="all-linear", **kind))
+
+
+# The site.
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    named = re.findall(r"^::: loralib\.(\w+)$", read("docs/reference.md"), re.MULTILINE)
+    assert sorted(named) == lora.__all__
+
+
+def test_links_between_pages_hold_on_the_site() -> None:
+    relinked = load(ROOT / "scripts" / "site_pages.py").relinked
+    known = {"index.md", "RUN_DEMO.md", "vi/RUN_DEMO.md", "engine.md", "img/loss.png"}
+    for page, link, expected in (
+        ("index.md", "[a](docs/engine.md#b)", "[a](engine.md#b)"),
+        ("index.md", "![a](docs/img/loss.png)", "![a](img/loss.png)"),
+        ("index.md", "[`inject`](loralib/injection.py)", "`inject`"),
+        ("vi/RUN_DEMO.md", "[a](../../examples/NLG/RUN_DEMO.md)", "[a](../RUN_DEMO.md)"),
+        ("engine.md", "[a](../README.md), [b](https://example.org)", "[a](index.md), [b](https://example.org)"),
+        ("RUN_DEMO.md", "[a](#here)", "[a](#here)"),
+    ):
+        assert relinked(link, page, known) == expected
+
+
+def test_examples_in_docstrings_are_fenced_for_the_site() -> None:
+    fenced = load(ROOT / "scripts" / "site_docstrings.py").fenced
+    text = "Adds.\n\n>>> f(1)\n2\n>>> f(\n...     2)\n3\n\nRaises:\n    ValueError: no.\n"
+    assert fenced(text) == text.replace(">>> f(1)", "```pycon\n>>> f(1)").replace("\n3\n", "\n3\n```\n")
+
+
 # The guides.
 
 

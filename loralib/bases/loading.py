@@ -24,10 +24,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..config import HUB_NAMES
 from ..console import duration, say
@@ -38,6 +37,9 @@ from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
+
+if TYPE_CHECKING:
+    from .typing import LanguageModel
 
 __all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
 
@@ -56,7 +58,7 @@ def load_base(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
     Nothing that is loaded is executed: weights are read from safetensors, or from pickles that hold tensors only, and

@@ -18,7 +18,7 @@ import torch
 from ..adapter import Adapter
 from ..bases import pick_dtype
 from ..combine import depends_on_base
-from ..console import say
+from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import export, make_portable, write_microsoft
 from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_with_base
@@ -57,7 +57,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.target == "microsoft":
         adapter, _, _ = read_with_base(args.adapter, args, lambda _: False)
         write_microsoft(adapter, args.output)
-        say(f"{len(adapter.tensors)} tensors written to {args.output}")
+        say(f"{counted(len(adapter.tensors), 'tensor')} written to {args.output}")
         return
 
     def needs_base(adapter: Adapter) -> bool:
@@ -74,4 +74,5 @@ def _convert(args: argparse.Namespace) -> None:
         say("  the base model was not examined (give --model MODEL): layers that share weights were not detected")
     exact = "exact" if portable.error == 0 else f"off by {portable.error:.2%} of the update"
     rounded = f", rounding to {args.dtype} moves an update by up to {moved:.2%}" if moved else ""
-    say(f"{len(portable.adapter.modules)} modules written to {args.output}, read back and compared: {exact}{rounded}")
+    written = f"{counted(len(portable.adapter.modules), 'module')} written to {args.output}"
+    say(f"{written}, read back and compared: {exact}{rounded}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bases import base_of, load_adapted
-from ..console import progress, say
+from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.lines import is_text
 from ..data.readers import as_prompt, read_prompts
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with hold_file(args.output, "--output"):
         _write(args, prompts, sampling)
-    say(f"{len(prompts)} texts in {args.output}")
+    say(f"{counted(len(prompts), 'text')} in {args.output}")
 
 
 def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
@@ -92,19 +92,21 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
         return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
-    prompts = [Example.of(as_prompt(line), "") for line in _standard_input().splitlines() if line.strip()]
+    prompts = [Example.of(as_prompt(line), "") for line in _standard_input() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
 
 
-def _standard_input() -> str:
+def _standard_input() -> list[str]:
+    """Returns the lines of a file or pipe; only line feeds end a line, since a prompt may hold other separators."""
     if sys.stdin is None or sys.stdin.isatty():
-        return ""
+        return []
     try:
-        return sys.stdin.read()
+        return [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not {error.encoding} text: {error.reason}; pipe in UTF-8") from error
+        reason = f"{error.reason} at byte {error.start}"
+        raise DataError(f"standard input is not UTF-8 text: {reason}. Pipe in UTF-8, or give --input FILE.") from error
 
 
 # Texts.
@@ -143,7 +145,7 @@ def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any) 
     settings = made_with(args, sampling)
     done = resume(Path(args.output), [example.prompt for example in prompts], settings)
     if done:
-        say(f"{args.output} has {done} of {len(prompts)} texts already; continuing after them")
+        say(f"{args.output} has {done} of {counted(len(prompts), 'text')} already; continuing after them")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..bases import load_adapters_tokenizer, load_base, pick_dtype
-from ..console import say
+from ..console import counted, say
 from ..data import prompt_ids
 from ..errors import MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
@@ -76,4 +76,4 @@ def _merge(args: argparse.Namespace) -> None:
             f"{args.output} was written, but from_pretrained loads other weights for {', '.join(differ[:4])}; "
             "do not use it, and report this"
         )
-    say(f"{len(files)} files written to {args.output}, loaded again and compared: equal, bit for bit")
+    say(f"{counted(len(files), 'file')} written to {args.output}, loaded again and compared: equal, bit for bit")
