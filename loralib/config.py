@@ -16,6 +16,7 @@ from .settings import check, setting, settings_class
 
 __all__ = [
     "ALL_LINEAR",
+    "HUB_NAMES",
     "LoraConfig",
     "first_match",
     "is_plain_name",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+
+# Our own names of bases, and the originals on the hub that these are quantised copies of, which other tools know.
+HUB_NAMES: Final[Mapping[str, str]] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 # Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
 _HARMLESS = frozenset(
@@ -176,6 +180,12 @@ class LoraConfig:
     def saves(self, name: str) -> bool:
         """Whether modules_to_save holds the module: any name that ends so, with or without a dot (PEFT's rule)."""
         return any(name.endswith(entry) for entry in self.modules_to_save or ())
+
+    def saved_part(self, name: str) -> str:
+        """Returns the module of modules_to_save that a parameter is in, the outermost; "" for none."""
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((module for module in modules if self.saves(module)), "")
 
     @property
     def changes_base(self) -> bool:

@@ -29,6 +29,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
+from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -131,22 +132,26 @@ def fully_trained_tensors(
     if config.bias == "all":
         # PEFT leaves out in_proj_bias where it adapts the attention.
         left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
-        parameters = model.named_parameters(remove_duplicate=False)
-        tensors |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
+        left_out |= {
+            f"{name}.{leaf}"
+            for name, module in named_modules(model).items()
+            if isinstance(module, LoRALayer)
+            for leaf in module.trained_tensors()
+        }
+        tensors |= {n: p for n, p in named_parameters(model).items() if "bias" in n and n not in left_out}
     elif config.bias == "lora_only":
         biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
         tensors |= {name: bias for name, bias in biases if bias is not None}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if config.saves(name):
-            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
-            tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
     return tensors
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
     """Returns which other modules hold the weight of a target, by name, for those of which one does."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
@@ -160,7 +165,7 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name}
+    return {name: module for name, module in named_modules(model).items() if name}
 
 
 def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
@@ -237,7 +242,7 @@ def _unused_entry_faults(
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
     """Returns which module names, cut to as many parts as the entry has, are like it."""
-    if any(matches((entry,), name) for name, _ in model.named_parameters()):
+    if any(matches((entry,), name) for name in named_parameters(model)):
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     if any(matches((entry,), name) for name in names):
         return ""  # it is there, and left out by another setting
@@ -375,6 +380,8 @@ def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
 
 def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
+    if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
+        raise TargetError(f"it has parameters of these names already ({', '.join(names)}): another LoRA's?")
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     if bound is not None and not is_own_forward(module, bound):
         if type(bound).__module__ == "loralib.engine.placement":  # which stands below this module and is not imported
@@ -389,6 +396,8 @@ def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
         raise TargetError(
             "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
         )
+    if is_sharded(weight):
+        raise TargetError("its weight is spread over processes already (FSDP, ZeRO); inject first, then shard")
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")
     if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import loralib as lora
 from loralib.cli import main
 from loralib.config import LoraConfig
+from loralib.files import hold_directory
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -178,7 +180,7 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in nlu.items())
     capsys.readouterr()
     assert run("convert", tmp_path / "nlu", tmp_path / "no", "--target", "vllm") == 2
-    assert "modules trained in full are not loaded" in capsys.readouterr().err
+    assert "classifier.dense.weight: of modules trained in full vLLM loads only" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -191,18 +193,77 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
 
 
+def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(
+    adapter: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.eos_token = "~"
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m") == 0
+    assert "tokenizer and chat template of the adapter" in capsys.readouterr().out
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (written.eos_token, written.chat_template) == ("~", tokenizer.chat_template)
+    assert fresh(tmp_path / "m").generation_config.eos_token_id == [written.eos_token_id, 1]
+
+
 def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
     before = {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()}
     assert run("merge", adapter, base, "--model", base) == 2
     assert "is the base model itself" in capsys.readouterr().err
     assert run("merge", adapter, adapter, "--model", base) == 2
-    assert "holds an adapter" in capsys.readouterr().err
-    assert run("convert", adapter, adapter, "--target", "mlx", "--model", base) == 2
-    assert "holds an adapter in another format" in capsys.readouterr().err
+    assert "is what the result is made from" in capsys.readouterr().err
+    alias = tmp_path / "alias"
+    alias.symlink_to(adapter, target_is_directory=True)
+    for target in ("peft", "mlx", "vllm"):
+        for output in (adapter, alias, f"{adapter}/."):
+            assert run("convert", adapter, output, "--target", target, "--model", base) == 2
+            assert "is what the result is made from" in capsys.readouterr().err
+    assert run("combine", adapter, adapter, "-o", alias) == 2
+    assert "is what the result is made from" in capsys.readouterr().err
+    assert run("convert", f"{adapter}/adapter_config.json", adapter) == 2
+    assert "is part of the adapter in" in capsys.readouterr().err
+    assert run("convert", adapter, f"{adapter}/adapter_model.safetensors", "--target", "microsoft") == 2
+    assert "is part of the adapter in" in capsys.readouterr().err
+    assert run("convert", adapter, base) == 2
+    assert "from_pretrained would load model and adapter together" in capsys.readouterr().err
     assert {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()} == before
-    assert run("convert", adapter, tmp_path, "--target", "mlx", "--model", base) == 0
-    assert run("convert", tmp_path, tmp_path, "--target", "peft", "--model", base) == 2
+
+
+def test_another_formats_settings_are_not_overwritten(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", adapter, tmp_path / "a", "--target", "mlx", "--model", base) == 0
+    assert run("convert", adapter, tmp_path / "a", "--target", "peft") == 2
     assert "holds an adapter in another format" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("loralib.cli._adapters.load_base", never)
+    monkeypatch.setattr("loralib.cli._adapters.read_adapter", never)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for words, expected in (
+        (("merge", adapter, tmp_path / "file"), "a file is in the way"),
+        (("merge", adapter, tmp_path / "file" / "below"), "a file is in the way"),
+        (("convert", adapter, tmp_path / "file"), "a file is in the way"),
+        (
+            ("convert", adapter, tmp_path / "folder", "--target", "llamacpp"),
+            "is a directory, expected the name of a file",
+        ),
+        (("combine", adapter, "-o", tmp_path / "file"), "a file is in the way"),
+        (("convert", adapter, tmp_path / ("x" * 300)), "of"),
+    ):
+        assert run(*words) == 2, words
+        assert expected in capsys.readouterr().err
+    with hold_directory(tmp_path / "busy"):
+        assert run("merge", adapter, tmp_path / "busy") == 2
+        assert "is in use by another run" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "file", "folder"]
 
 
 def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
 ROWS = [
     ["errors"],
     ["files", "console", "settings"],
-    ["delta", "config"],
+    ["hub"],
+    ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
     ["injection"],
@@ -38,15 +39,15 @@ ROWS = [
 ]
 COMES_WITH_TORCH = ("filelock", "psutil")  # torch requires the first; without the second, memory is not checked
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings")]
+CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings", "hub")]
 
 # The one import from below, at call time: save_pretrained() of an injected model saves its adapter.
-UPWARDS = {("injection", "__init__")}
+UPWARDS = {("injection", "formats")}
 
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {
     "transformers": {"bases.loading", "bases.made_up", "engine.attention"},
-    "huggingface_hub": {"bases.loading"},
+    "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
     "gguf": {"bases.loading", "formats.gguf"},
     "safetensors": {"formats.tensors"},
@@ -54,6 +55,8 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "datasets": {"data.tables"},
+    "pyarrow": {"data.tables"},
     "filelock": {"files"},
     "psutil": {"files"},
     "shtab": {"cli.completion"},

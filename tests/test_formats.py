@@ -195,6 +195,24 @@ def test_the_name_of_the_base_goes_along(tmp_path: Path) -> None:
     assert lora.read_adapter(tmp_path).config.base_model_name_or_path == "some/base"
 
 
+def test_other_tools_read_the_name_that_our_base_has_on_the_hub(tmp_path: Path) -> None:
+    ours, original = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    lora.save_adapter(trained(config=CONFIG.replace(base_model_name_or_path=ours)), tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == original
+    adapter = lora.read_adapter(tmp_path / "a")
+    assert adapter.config.base_model_name_or_path == ours  # which we load without a hub, as it was in training
+    assert list(adapter.metadata) == ["loralib.base"]
+    rounded = net()
+    with torch.no_grad():
+        rounded[0].weight.mul_(1.1)
+    rounded.name_or_path = original
+    assert "one of the two in 4 bits" in str(lora.load_adapter(rounded, tmp_path / "a"))
+    rounded.name_or_path = "some/other"
+    with pytest.raises(BaseMismatchError):
+        lora.load_adapter(rounded, tmp_path / "a")
+
+
 # Pickles.
 
 

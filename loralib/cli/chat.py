@@ -20,9 +20,9 @@ from typing import Any, Final
 from ..bases import load_adapted
 from ..console import say
 from ..data import prompt_ids
+from ..engine.limits import context_length
 from ..errors import ConfigError, DataError, did_you_mean
 from ..generation import Sampling, stream
-from ..generation.text import context_length
 from ._adapters import add_model_arguments
 from ._flags import add_fields, from_args
 

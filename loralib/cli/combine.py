@@ -16,7 +16,7 @@ from ..combine import METHODS, combine, resize
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import write_peft
-from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, read_with_base
+from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, output_held, read_with_base
 from ._flags import add_list
 
 
@@ -50,6 +50,11 @@ def _numbers(word: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
+    with output_held(args.output, *args.adapters):
+        _combine(args)
+
+
+def _combine(args: argparse.Namespace) -> None:
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):

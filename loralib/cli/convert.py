@@ -21,7 +21,7 @@ from ..combine import depends_on_base
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import export, make_portable, write_microsoft
-from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base
+from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,12 @@ def run(args: argparse.Namespace) -> None:
     """Converts the adapter and checks the result."""
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
+    is_directory = args.target not in ("llamacpp", "microsoft")
+    with output_held(args.output, args.adapter, args.initial_adapter, is_directory=is_directory):
+        _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
     if args.target == "microsoft":
         adapter, _, _ = read_with_base(args.adapter, args, lambda _: False)
         write_microsoft(adapter, args.output)

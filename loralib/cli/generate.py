@@ -24,7 +24,7 @@ from typing import Any
 
 from ..bases import base_of, load_adapted
 from ..console import counted, progress, say
-from ..data import Example, prompt_ids, tokenize
+from ..data import Example, prompt_ids
 from ..data.lines import is_text
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
@@ -69,7 +69,7 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, An
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
     )
-    return model, tokenizer, encode_prompts(model, tokenizer, [_ids(prompt, tokenizer) for prompt in prompts])
+    return model, tokenizer, encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
 
 
 # Prompts.
@@ -107,17 +107,6 @@ def _standard_input() -> list[str]:
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise DataError(f"standard input is not UTF-8 text: {reason}. Pipe in UTF-8, or give --input FILE.") from error
-
-
-def _ids(prompt: Example, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a prompt; a chat's, of the model's chat template, end where its last answer begins."""
-    if not prompt.messages:
-        return prompt_ids(prompt.prompt, tokenizer)
-    whole = tokenize(prompt, tokenizer)
-    last = max(place for place, trained in enumerate(whole.trained) if trained)
-    while last and whole.trained[last - 1]:
-        last -= 1
-    return list(whole.ids[:last])
 
 
 # Texts.

@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
-from ..config import LoraConfig, matches
+from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALinear
+from ..wrapping import named_modules, unwrapped, writes_files
 from .tensors import (
     CONFIG_FILE,
     MAX_SETTINGS,
@@ -33,13 +34,15 @@ from .tensors import (
 __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
+_BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
     """Saves the adapter of a model as a PEFT directory, which PEFT, vLLM and transformers load.
 
     Args:
-        model: adapted by `loralib.inject`, or built from loralib's layers.
+        model: adapted by `loralib.inject`, or built from loralib's layers.  Under FSDP, every process must call this,
+            and the first one writes.
         directory: created if needed; an adapter in it is replaced, other files are left alone.
 
     Returns:
@@ -49,7 +52,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         TargetError: the model holds no adapter.
         OutputError: the directory cannot be written.
     """
-    adapter = adapter_of(model)
+    adapter, model = adapter_of(model), unwrapped(model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
@@ -61,7 +64,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         task_type=adapter.config.task_type or task_type_of(model),
     )
     adapter = Adapter(config, adapter.tensors, adapter.metadata)
-    write_peft(adapter, directory)
+    if writes_files(model):
+        write_peft(adapter, directory)
     return adapter
 
 
@@ -92,6 +96,8 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / PEFT_FILE)
     metadata.pop("format", None)
+    if config.base_model_name_or_path == HUB_NAMES.get(ours := metadata.pop(_BASE_NAME, ""), 0):
+        config = config.replace(base_model_name_or_path=ours)
     named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
         raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
@@ -118,7 +124,11 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """
     plain = expand_blocks(adapter)
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
-    write_directory(directory, PEFT_FILE, tensors, plain.metadata, plain.config.to_dict())
+    settings, metadata = plain.config.to_dict(), dict(plain.metadata)
+    name = plain.config.base_model_name_or_path or ""
+    if name in HUB_NAMES:
+        settings["base_model_name_or_path"], metadata[_BASE_NAME] = HUB_NAMES[name], name
+    write_directory(directory, PEFT_FILE, tensors, metadata, settings)
 
 
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
@@ -130,7 +140,7 @@ def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     chosen = list(adapter.target_modules)
     if model is None:
         return chosen
-    names = [name for name, _ in model.named_modules()]
+    names = list(named_modules(model))
     short = list[str]()
     for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
         fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
@@ -157,8 +167,8 @@ def _from_peft(name: str) -> str:
 def _to_peft(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Our name of a tensor -> PEFT's."""
     module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts
-        leaf = "base_layer.bias"
+    if leaf in ("bias", "weight") and {f"{module}.lora_A", f"{module}.lora_embedding_A"} & tensors.keys():
+        leaf = f"base_layer.{leaf}"  # PEFT wraps what it adapts
     parent = module.removesuffix(".out_proj")
     if parent != module and f"{parent}.lora_A" in tensors:  # nn.MultiheadAttention
         module = f"{parent}.base_layer.out_proj"

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data.tokens import prompt_ids
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
+from ..wrapping import unwrapped
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
 from .sampling import Sampling, choose, penalize
@@ -171,6 +172,11 @@ class Generator:
             if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
                 break
             request = self._waiting[0]
+            longest, limit = len(request.ids) + request.limit, self._decoder.longest
+            if limit is not None and longest > limit:
+                if self._running:  # they end as they began
+                    break
+                self._decoder = make_decoder(self._model, longest)
             request.group = self._decoder.open(request.ids)
             self._running.append(self._waiting.popleft())
 
@@ -197,6 +203,7 @@ def stream(
         ConfigError: there are not as many settings as prompts, or beam searches differ in theirs.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
+    model = unwrapped(model)
     rows = encode_prompts(model, tokenizer, prompts)
     settings = _settings(sampling, len(rows))
     if any(own.num_beams > 1 for own in settings):
@@ -252,6 +259,7 @@ def generate(
         if faults:
             raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
         sampling = replace(sampling or Sampling(), **settings)
+    model = unwrapped(model)
     rows = encode_prompts(model, tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in stream(model, tokenizer, rows, sampling):

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..engine.limits import context_length, require_ids_in_table
 from ..errors import DataError, list_faults
 
-__all__ = ["TextStream", "check_prompts", "context_length", "end_tokens", "new_tokens"]
+__all__ = ["TextStream", "check_prompts", "end_tokens", "new_tokens"]
 
 
 class TextStream:
@@ -88,12 +89,6 @@ def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Returns how many positions the model has, or None where its config does not say."""
-    value = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return value if isinstance(value, int) else None
-
-
 def new_tokens(model: nn.Module, prompt: Sequence[int], wanted: int) -> int:
     """Returns how many tokens can follow a prompt: as many as are wanted, or fewer where the model's context ends."""
     limit = context_length(model)
@@ -105,7 +100,8 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     """Refuses prompts that the model cannot continue.
 
     Raises:
-        DataError: some have no tokens, or more than the model's context; all of them at once.
+        DataError: some have no tokens, more than the model's context, or ids that its embedding does not have; all of
+            a kind at once.
     """
     limit = context_length(model)
     faults = []
@@ -116,3 +112,4 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
             faults.append(f"prompt {number} has {len(ids):,} tokens, the model's context has {limit:,}")
     if faults:
         raise DataError(list_faults("the model cannot continue these prompts", faults, "Shorten or remove them."))
+    require_ids_in_table(model, prompts)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..injection import adapted_model
+from ..wrapping import refuse_process_groups
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,4 +49,5 @@ def train(
     """
     from .trainer import run  # when it is called: the loop needs most of the package, `import loralib` does not
 
-    return run(model, data, config or TrainConfig(), tokenizer, valid_data, verbose)
+    refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
+    return run(adapted_model(model), data, config or TrainConfig(), tokenizer, valid_data, verbose)

@@ -46,10 +46,17 @@ class TrainConfig:
     valid_data: str | Sequence[str] | None = setting(None, "validation files", _DATA, several="files")
     data_format: str = setting(
         "auto",
-        "format of the data files: auto goes by their names, with .txt for E2E lines; text is plain text",
+        "format of the data files: auto goes by what they hold, with .txt for E2E lines; text is plain text",
         _DATA,
         FORMATS,
     )
+    columns: str | Mapping[str, str] | None = setting(
+        None,
+        "which fields of the data are which, as in prompt=question,completion=answer; system= leaves a field out, and "
+        "prompt={context} {question} joins several",
+        _DATA,
+    )
+    as_chat: bool = setting(False, "put prompts and completions through the model's chat template", _DATA)
     output_dir: str = setting(
         "lora_model",
         "directory to write the adapter to",

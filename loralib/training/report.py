@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
+from ..config import HUB_NAMES
 from ..console import duration, parameter_table, progress, say, size
 from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
@@ -316,11 +317,16 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress:
     sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
     shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, example_count).items())
+    original = ""
+    if name in HUB_NAMES:
+        original = (
+            f" {name} is a copy of {HUB_NAMES[name]} with the precision of 4 bits: expect small differences there."
+        )
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
         card,
         f"""---
-base_model: {json.dumps(name, ensure_ascii=False)}
+base_model: {json.dumps(HUB_NAMES.get(name, name), ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
 ---
@@ -342,7 +348,7 @@ model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
-PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.
+PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.{original}
 
 ## What was learned
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data import TokenExample
 from ..data.packing import epoch_order
 from ..delta import dense
+from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, list_faults
 from ..files import hold_directory
@@ -91,6 +92,7 @@ def run(
         )
     with _ONE_RUN_AT_A_TIME:
         require_free(model, "training")
+        require_causal(model)
         _inject(model, config, reporter)
         with (
             hold_directory(config.output_dir) as path,
