@@ -193,8 +193,9 @@ def test_readme_names_the_pinned_peft() -> None:
 def commands(name: str) -> Iterator[list[str]]:
     """The command lines in a document's fenced blocks, as words; paths with forward slashes."""
     for language, content in blocks(name):
-        for line in content.splitlines():
-            line = line.removeprefix("$ ")
+        # In a recording, what stands behind the prompt was typed, and all else was shown.
+        typed = [line[2:] for line in content.splitlines() if line.startswith("$ ")]
+        for line in typed or content.splitlines():
             if language in ("bash", "powershell") or re.match(r"(python3?|loralib|pip) ", line):
                 yield shlex.split(line.replace("\\", "/"))
 
