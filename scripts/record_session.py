@@ -49,7 +49,10 @@ SESSION: dict[str, tuple[Step, ...]] = {
     ),
     "stop": (Step(f"{TRAIN}2 --num_epochs 4", (("Epoch 1:", "\x03"),)), Step(f"{TRAIN}2 --num_epochs 4 --resume")),
     "chat": (
-        Step("loralib chat --temperature 0 --max_new_tokens 40", (("> ", "What is the capital of France?\n"), ("\n> ", "/exit\n"))),
+        Step(
+            "loralib chat --temperature 0 --max_new_tokens 40",
+            (("> ", "What is the capital of France?\n"), ("\n> ", "/exit\n")),
+        ),
     ),
     "inspect": (Step("loralib inspect home"),),
     "merge": (Step("loralib merge home merged"), Step("loralib convert home portable --target vllm")),

@@ -358,6 +358,8 @@ def test_links_between_pages_hold_on_the_site() -> None:
         ("index.md", "[a](docs/engine.md#b)", "[a](engine.md#b)"),
         ("index.md", "![a](docs/img/loss.png)", "![a](img/loss.png)"),
         ("index.md", "[`inject`](loralib/injection.py)", "`inject`"),
+        ("index.md", '[a](tests/test_x.py "what it is")', "a"),
+        ("index.md", '[a](docs/engine.md "what it is")', '[a](engine.md "what it is")'),
         ("vi/RUN_DEMO.md", "[a](../../examples/NLG/RUN_DEMO.md)", "[a](../RUN_DEMO.md)"),
         ("engine.md", "[a](../README.md), [b](https://example.org)", "[a](index.md), [b](https://example.org)"),
         ("RUN_DEMO.md", "[a](#here)", "[a](#here)"),
