@@ -25,7 +25,7 @@ from typing import Any
 from ..bases import base_of, load_adapted
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
-from ..data.lines import is_text
+from ..data.lines import is_text, split_lines
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
@@ -99,11 +99,11 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
 
 
 def _standard_input() -> list[str]:
-    """Returns the lines of a file or pipe; only line feeds end a line, since a prompt may hold other separators."""
+    """Returns the lines of a file or pipe, as a file of prompts has them: a prompt may hold other separators."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     try:
-        return [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
+        return split_lines(sys.stdin.read())
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise DataError(f"standard input is not UTF-8 text: {reason}. Pipe in UTF-8, or give --input FILE.") from error

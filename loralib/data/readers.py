@@ -460,7 +460,8 @@ def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     at = f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
     if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
         return f"{at}: the file is cut off. Copy or download it again; expected {_EXPECTED['jsonl']}."
-    line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+    lines = text.split("\n")  # as JSON counts them
+    line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
     return f"{at}: {shown(line.strip())}. Fix it; expected {_EXPECTED['jsonl']}."
 
 
