@@ -334,6 +334,8 @@ def test_the_first_hour_is_the_recorder_s_and_the_picture_too() -> None:
         shown = [line for line in screen.splitlines() if line.startswith("$ ")]
         assert shown == [f"$ {step.command}" for step in steps]
         assert "Traceback" not in screen
+    assert blocks(FIRST_HOUR) == blocks("docs/vi/first-hour.md")
+    assert len(re.findall("^#", prose(FIRST_HOUR), re.M)) == len(re.findall("^#", prose("docs/vi/first-hour.md"), re.M))
     drawn = RECORDER.picture_of("\n\n".join(recorded[part][0] for part in RECORDER.IN_PICTURE))
     assert read("docs/img/session.svg") == drawn
 
