@@ -1,7 +1,7 @@
 """Records the first hour in a real terminal: `python scripts/record_session.py`, in the project's environment.
 
 Runs the commands of docs/first-hour.md one after another, each in a pseudo-terminal, in an empty folder but for a small
-file of one's own.  What the screen showed goes into that page, in both languages, and into the README's picture.  Not on
+file of one's own.  What the screen showed goes into that page, in both languages, and the README's picture.  Not on
 Windows.
 """
 
