@@ -348,7 +348,8 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
     """
     first: dict[str, Example] = {}
     for example in _with_references(list(examples)):
-        first.setdefault(example.prompt, example)
+        turns = example.messages[: example.last_answer]
+        first.setdefault(repr((turns, example.fields)) if turns else example.prompt, example)
     return list(first.values())
 
 
