@@ -307,6 +307,26 @@ def test_what_the_model_should_see_can_be_put_into_the_prompt(tmp_path: Path) ->
     assert one(tmp_path, record, columns=advice).prompt == "A pub.\nWhat?\n"
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": CHAT["messages"][:1], "chosen": CHAT["messages"][1:], "rejected": CHAT["messages"][1:]},
+        {"prompt": "Hi", "chosen": CHAT["messages"], "rejected": CHAT["messages"]},
+        {"chosen": CHAT["messages"], "rejected": CHAT["messages"]},
+    ],
+)
+def test_preference_data_can_be_trained_on_by_the_advice(tmp_path: Path, record: Any) -> None:
+    message = refused(tmp_path, "a.jsonl", json.dumps(record))
+    assert one(tmp_path, record, columns=message.partition("--columns ")[2].split()[0]).completion in ("b", "Hello")
+
+
+def test_fields_of_turns_are_named(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "Hi", "mood": "good", "name": None}
+    (source,) = read_sources([{"messages": [turn, CHAT["messages"][1]]}, CHAT])
+    assert source.notes[1:] == ("data: left out of turns unless the chat template writes it: mood (in 1 of 2)",)
+
+
 def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
     records = [{**CHAT, "prompt": "Hi", "id": 1, "source": "x"}, {**CHAT, "id": 2, "source": None, "tools": []}]
     path = write(tmp_path / "a.jsonl", jsonl(records))

@@ -18,7 +18,18 @@ from typing import Any, Final, NamedTuple
 from ..errors import DataError, did_you_mean, list_faults
 from .lines import are_not, is_text, shown
 
-__all__ = ["RECORDS", "Example", "Fault", "How", "Turn", "chat_of", "meaning_prompt", "parse_columns", "read_rows"]
+__all__ = [
+    "MATTERS",
+    "RECORDS",
+    "Example",
+    "Fault",
+    "How",
+    "Turn",
+    "chat_of",
+    "meaning_prompt",
+    "parse_columns",
+    "read_rows",
+]
 
 RECORDS: Final = "prompt and completion, instruction and output, question and answer, messages, conversations, or text"
 
@@ -178,6 +189,7 @@ class Account:
         self.records = 0
         self.columns: dict[str, None] = {}  # every field that occurs, in order
         self.unused: Counter[str] = Counter()
+        self.turn_fields: Counter[str] = Counter()
         self.refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (field, form, prompt's) -> where
 
     def example(self, record: Any, where: str) -> Example:
@@ -189,6 +201,7 @@ class Account:
         record = _mapped(record, self.how.columns)
         example, shape, used = _from_record(record, where, self.how)
         self.shapes[shape] += 1
+        self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
         text = "\n".join([*(turn.content for turn in example.messages), *(part for part, _ in example.segments)])
         for name, value in record.items():
             if name in used or value is None or value in ("", [], {}) or self.how.columns.get(name) == "":
@@ -237,6 +250,9 @@ class Account:
         if self.unused:
             listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.unused.items())
             notes.append(f"{self.name}: left out, since it is no part of the text: {listed}")
+        if self.turn_fields:
+            listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.turn_fields.items())
+            notes.append(f"{self.name}: left out of turns unless the chat template writes it: {listed}")
         return tuple(notes)
 
 
@@ -266,11 +282,11 @@ _MEANINGS: Final[tuple[str, ...]] = (
 )
 
 # Fields that say what the model should see or learn: they are used or refused.
-_MATTERS: Final = {
+MATTERS: Final = {
     *(*_QUESTIONS, *_ANSWERS, *_CHATS, *_SYSTEM, *_PASSED),
     *"history document passage passages contexts knowledge facts".split(),
     *"image images audio audios video videos objects".split(),
-    *"chosen rejected prompt_completion prefix suffix".split(),
+    *"chosen rejected prefix suffix refusal".split(),
     *"reasoning reasoning_content thinking thought thoughts cot rationale chain_of_thought".split(),
     *"tool_calls function_call function_calls tool_choice".split(),
 }
@@ -281,13 +297,12 @@ def _matters(name: str, value: Any) -> bool:
     """Whether a field says what the model should see or learn, so that it must not be left out without leave."""
     if name in _FLAGS:  # of preference and weighted data; a class or a name under such a name is another thing
         return isinstance(value, bool) or (name != "label" and isinstance(value, (int, float)) and value != 1)
-    return name in _MATTERS
+    return name in MATTERS
 
 
 def _remedy(name: str, question: str, how: How) -> str:
     if name in ("chosen", "rejected"):
-        flag = _flag_of(how.columns, {"completion": "chosen", "rejected": ""})
-        return f" This is preference data; to train on the chosen answers: {flag}"
+        return " This is preference data."
     if name in (*_SYSTEM, "history", *_PASSED) and question and not how.as_chat:
         return " --as_chat makes a chat of it, which has a place for it."
     if question and name in (*_QUESTIONS, "document", "passage"):
@@ -351,7 +366,12 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
     near = "".join(did_you_mean(key, known) for key in record if key not in known)
     question = next((name for name in _QUESTIONS if name in names), None)
     more = f" {question!r} has no {', '.join(_ANSWERS[:-1])} or {_ANSWERS[-1]}." if question else ""
-    more += _remedy("chosen", "", how) if "chosen" in record else " Name other fields with --columns." if record else ""
+    if "chosen" in record:  # either a whole chat, or the answer to a prompt
+        is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
+        flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
+        more = f" This is preference data; to train on the chosen answers: {_flag_of(how.columns, flag)}"
+    elif record:
+        more += " Name other fields with --columns."
     expected = "prompt or messages" if how.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
 

@@ -274,7 +274,9 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         if not _has_completion(example):
             out.append(Dropped(example, _EMPTY))
             continue
-        for pieces in next(rest):
+        pieces_of_rows = next(rest)
+        # Of a chat in several rows, the last one holds all turns: enough where every token is trained.
+        for pieces in pieces_of_rows if objective == "clm" else pieces_of_rows[-1:]:
             ids = _ids_in_place(pieces, ids_of, tokenizer)
             tokens.append(_join(example, pieces, ids, start, end, objective))
             texts.append(example)
