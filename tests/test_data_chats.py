@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from loralib.data import Example, encode, prompt_ids
-from loralib.data.records import Turn
+from loralib.data.examples import Turn
 from loralib.errors import DataError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot_id|>", "<|end|>"]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from loralib.data import Example, Source, encode, load_examples, read_examples, read_sources
+from loralib.data.examples import Turn
+from loralib.data.fields import parse_columns
 from loralib.data.readers import guess_format, read_prompts
-from loralib.data.records import Turn, parse_columns
 from loralib.errors import DataError, MissingDependencyError
 
 pa = pytest.importorskip("pyarrow")
@@ -344,6 +345,7 @@ def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
         ({"content": "x", "weight": 0.5}, "weight is 0.5, expected true or false"),
         ({"role": "user", "content": "x", "train": True}, "only turns of the assistant are trained"),
         ({"content": "", "tool_calls": "no json"}, "not JSON"),
+        ({"role": "function_call"}, "content is missing"),
     ],
 )
 def test_turns_that_cannot_be_trained(tmp_path: Path, turn: Any, words: str) -> None:

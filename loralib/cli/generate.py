@@ -25,9 +25,9 @@ from typing import Any
 from ..bases import base_of, load_adapted
 from ..console import progress, say
 from ..data import Example, prompt_ids
+from ..data.examples import chat_of
 from ..data.lines import is_text
 from ..data.readers import as_prompt, read_prompts
-from ..data.records import chat_of
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, read_adapter

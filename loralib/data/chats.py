@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import DataError
-from .records import MATTERS, Example, Turn
+from .examples import Example, Turn
+from .fields import MATTERS
 
 __all__ = ["ChatTemplate", "Segments"]
 

@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
+from .examples import Example
 from .lines import shown
 from .readers import Columns, draw, read_sources
-from .records import Example
 
 __all__ = [
     "OBJECTIVES",
