@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..bases import load_base
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
+from ..data import FORMATS
 from ..errors import BaseModelError, ConfigError, OutputError
 from ..files import hold_output
 from ..formats import is_read_with_base, read_adapter
@@ -132,6 +133,19 @@ def _is_same(first: Path, second: Path) -> bool:
         return first.samefile(second)
     except OSError:  # one is not there
         return False
+
+
+def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
+    """Adds the flags that say how to read training data, as `loralib train` has them."""
+    add_format(parser, help, *FORMATS[1:], default=default)
+    parser.add_argument(
+        "--columns",
+        metavar="MAP",
+        help="which fields are which, as in prompt=question,completion=answer; system= leaves a field out",
+    )
+    parser.add_argument(
+        "--as_chat", action="store_true", help="put prompts and completions through the model's chat template"
+    )
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:

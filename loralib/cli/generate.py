@@ -25,6 +25,7 @@ from typing import Any
 from ..bases import base_of, load_adapted
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
+from ..data.examples import chat_of
 from ..data.lines import is_text, split_lines
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
@@ -32,7 +33,7 @@ from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
-from ._adapters import add_format, add_model_arguments
+from ._adapters import add_model_arguments, add_reading
 from ._flags import add_fields, add_flag, from_args
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
-    add_format(parser, "format of the file", "e2e", "jsonl", "dart", "webnlg")
+    add_reading(parser, "format of the file")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
@@ -76,10 +77,12 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, An
 
 
 def _prompts(args: argparse.Namespace) -> list[Example]:
+    if args.columns and args.input is None:
+        raise ConfigError("--columns names fields of a file: give --input FILE")
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        return read_prompts(args.input, args.data_format)
+        return read_prompts(args.input, args.data_format, columns=args.columns, as_chat=args.as_chat)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
@@ -91,11 +94,16 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
             raise DataError(
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
-        return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
-    prompts = [Example.of(as_prompt(line), "") for line in _standard_input() if line.strip()]
+        return [_example(prompt, args) for prompt in args.prompts]
+    prompts = [_example(line, args) for line in _standard_input() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
+
+
+def _example(prompt: str, args: argparse.Namespace) -> Example:
+    example = Example.of(as_prompt(prompt), "")
+    return chat_of(example) if args.as_chat else example
 
 
 def _standard_input() -> list[str]:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import DataError
-from .records import Example, Turn
+from .examples import Example, Turn
+from .fields import MATTERS
 
 __all__ = ["ChatTemplate", "Segments"]
 
@@ -25,7 +26,7 @@ _MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary te
 # Fields of turns that a template must write, or they would be lost.  Thoughts before an answer that is only read, not
 # trained, are left out by templates on purpose, as in generation.
 _THOUGHTS: Final = frozenset("reasoning_content reasoning thinking thought thoughts".split())
-_MATTER: Final = _THOUGHTS | frozenset("tool_calls images image audio video videos documents refusal".split())
+_MATTER: Final = MATTERS
 
 
 class ChatTemplate:

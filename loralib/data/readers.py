@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
+from .examples import Example, chat_of, meaning_prompt
+from .fields import How, parse_columns
 from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
-from .records import RECORDS, Example, Fault, How, chat_of, meaning_prompt, parse_columns, read_rows
+from .records import RECORDS, Fault, read_rows
 from .tables import (
     columns_of_csv,
     hub_rows,
@@ -348,7 +350,8 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
     """
     first: dict[str, Example] = {}
     for example in _with_references(list(examples)):
-        first.setdefault(example.prompt, example)
+        turns = example.messages[: example.last_answer]
+        first.setdefault(repr((turns, example.fields)) if turns else example.prompt, example)
     return list(first.values())
 
 

@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
+from .examples import Example
 from .lines import shown
 from .readers import Columns, draw, read_sources
-from .records import Example
 
 __all__ = [
     "OBJECTIVES",
@@ -274,7 +274,9 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         if not _has_completion(example):
             out.append(Dropped(example, _EMPTY))
             continue
-        for pieces in next(rest):
+        pieces_of_rows = next(rest)
+        # Of a chat in several rows, the last one holds all turns: enough where every token is trained.
+        for pieces in pieces_of_rows if objective == "clm" else pieces_of_rows[-1:]:
             ids = _ids_in_place(pieces, ids_of, tokenizer)
             tokens.append(_join(example, pieces, ids, start, end, objective))
             texts.append(example)
