@@ -125,7 +125,7 @@ def start(checkout: Path, case: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--serve", case]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment, cwd=checkout
     )
     read(process, "ready")
     return process
