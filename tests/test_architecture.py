@@ -270,8 +270,8 @@ def texts_without_encoding(source: str) -> list[int]:
         words = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         method = isinstance(node.func, ast.Attribute)  # a bare read_text or write_text is one of ours, and UTF-8
         reads = method and name in ("read_text", "write_text") and not words
-        mode = next((word for word in words if set(word) <= set("rwabxt+")), "r")
-        opens = name == "open" and (not method or words[:1] == [mode]) and "b" not in mode
+        mode = (words if method else words[1:] or ["r"])[:1]
+        opens = name == "open" and bool(mode) and set(mode[0]) <= set("rwaxt+")
         runs = name in ("run", "Popen") and bool({"text", "universal_newlines"} & given)
         if (reads or opens or runs) and "encoding" not in given:
             found.append(node.lineno)
