@@ -134,6 +134,12 @@ def _is_same(first: Path, second: Path) -> bool:
         return False
 
 
+def add_columns(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--columns``."""
+    text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
+    parser.add_argument("--columns", metavar="MAP", help=text)
+
+
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
     return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
