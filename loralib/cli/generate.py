@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
