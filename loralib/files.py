@@ -173,7 +173,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Call
 def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir") -> Iterator[Path]:
     """Creates a directory and locks it: a second run is refused at once while the first one is alive.
 
-    The operating system holds the lock, so a killed run leaves none behind.
+    The operating system holds the lock, so a killed run leaves none behind.  What stays empty goes away again.
 
     Args:
         directory: the directory to create and lock.
@@ -188,7 +188,7 @@ def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir"
     if not os.fspath(directory):
         raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
     path = Path(directory).absolute()
-    with _locked(path / _LOCK, path, f"output directory {path}", flag):
+    with _removed_if_empty(path), _locked(path / _LOCK, path, f"output directory {path}", flag):
         yield path
 
 
@@ -220,25 +220,29 @@ def hold_output(path: str | os.PathLike[str], *, is_directory: bool) -> Iterator
         OutputError: it cannot be written, or another run or program is using it.
     """
     path = Path(path).absolute()
-    missing = [folder for folder in ((path,) if is_directory else ()) + tuple(path.parents) if not folder.exists()]
-    with contextlib.ExitStack() as stack:
-        for folder in reversed(missing):  # what stays empty, because nothing was written after all, goes away again
-            stack.callback(_remove_if_empty, folder)
-        if is_directory:
-            stack.enter_context(hold_directory(path, "OUTPUT"))
-        else:
-            with write_errors(path):
-                if path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "it is a directory, expected the name of a file", str(path))
-                if path.exists():
-                    _patiently(lambda: path.open("r+b").close())  # Windows replaces no file that is open elsewhere
-            stack.enter_context(hold_file(path, "OUTPUT"))
+    if is_directory:
+        with hold_directory(path, "OUTPUT"):
+            yield
+        return
+    with write_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory, expected the name of a file", str(path))
+        if path.exists():
+            _patiently(lambda: path.open("r+b").close())  # Windows replaces no file that is open elsewhere
+    with _removed_if_empty(path.parent), hold_file(path, "OUTPUT"):
         yield
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+@contextlib.contextmanager
+def _removed_if_empty(path: Path) -> Iterator[None]:
+    """Removes a directory, and those above it, that are not there yet and stay empty: nothing was written after all."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager

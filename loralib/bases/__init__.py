@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .adapted import base_of, load_adapted
+from .adapted import base_of, load_adapted, save_tokenizer, trained_on_chats
 from .device import pick_device, pick_dtype
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer
 
@@ -15,4 +15,6 @@ __all__ = [
     "load_tokenizer",
     "pick_device",
     "pick_dtype",
+    "save_tokenizer",
+    "trained_on_chats",
 ]

@@ -138,14 +138,14 @@ def _is_same(first: Path, second: Path) -> bool:
 def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
     """Adds the flags that say how to read training data, as `loralib train` has them."""
     add_format(parser, help, *FORMATS[1:], default=default)
-    parser.add_argument(
-        "--columns",
-        metavar="MAP",
-        help="which fields are which, as in prompt=question,completion=answer; system= leaves a field out",
-    )
-    parser.add_argument(
-        "--as_chat", action="store_true", help="put prompts and completions through the model's chat template"
-    )
+    text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
+    parser.add_argument("--columns", metavar="MAP", help=text)
+
+
+def add_as_chat(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--as_chat``."""
+    text = "put prompts and completions through the model's chat template"
+    parser.add_argument("--as_chat", action="store_true", help=text)
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 from ..config import parse_target_modules
 from ..console import say
 from ..errors import ConfigError, did_you_mean, list_faults
-from ..settings import canonical, kinds_of, read_toml, setting_faults
+from ..settings import AUTO, canonical, kinds_of, read_toml, setting_faults
 
 __all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
 
@@ -24,7 +24,6 @@ Config = TypeVar("Config")
 _METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME"}
 # The heading of the flags that stand first in --help: those of settings declared with `common`.
 _COMMON: Final = "the flags most people need"
-_EXPECTED: Final[dict[Any, str]] = {int: "a whole number", float: "a number"}
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
 
 
@@ -80,6 +79,23 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             expected = _EXPECTED.get(cast(Any, action.type), "another value")
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
+
+
+def _whole_or_auto(word: str) -> int | str:
+    return word if word == AUTO else int(word)
+
+
+def _number_or_auto(word: str) -> float | str:
+    return word if word == AUTO else float(word)
+
+
+_OR_AUTO: Final[dict[Any, Callable[[str], Any]]] = {int: _whole_or_auto, float: _number_or_auto}
+_EXPECTED: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    _whole_or_auto: f"a whole number, or {AUTO}",
+    _number_or_auto: f"a number, or {AUTO}",
+}
 
 
 def _comma_list(word: str) -> list[str]:
@@ -146,16 +162,17 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
                 text = argparse.SUPPRESS
             add_flag(group, *names, action="store_true", default=None, help=text)
             continue
+        shown = AUTO if about["auto"] and default is None else default
         options = {
             "choices": about["choices"],
             "metavar": None if about["choices"] else _metavar(spec, kind),
-            "help": text + ("" if default in (None, ()) else f" (default {_shown(default)})"),
+            "help": text + ("" if shown in (None, ()) else f" (default {_shown(shown)})"),
         }
         if about["several"] in _SPLIT:
             add_list(group, *names, items=_SPLIT[about["several"]], **options)
         else:
             action = "append" if about["several"] == "repeat" else "store"
-            add_flag(group, *names, action=action, type=kind, **options)
+            add_flag(group, *names, action=action, type=_OR_AUTO[kind] if about["auto"] else kind, **options)
 
 
 def _metavar(spec: Any, kind: Any) -> str:
@@ -180,6 +197,7 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     values = dict(defaults or {})
     if args.config is not None:
         given = canonical(config, read_toml(Path(args.config), f"--config {args.config}"))
+        given.pop("record", None)  # what run.toml says beside its settings
         faults = setting_faults(config, given)
         if faults:
             raise ConfigError(list_faults(f"--config {args.config} has invalid settings", faults))

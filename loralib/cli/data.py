@@ -24,7 +24,7 @@ from ..files import write_text
 from ..nlg import convert
 from ..nlg.fetch import SOURCE, fetch_e2e
 from ..nlg.published import read_rows
-from ._adapters import add_format, add_reading
+from ._adapters import add_as_chat, add_format, add_reading
 
 _BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -66,6 +66,7 @@ def _add_preview(actions: Any) -> None:
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
     add_reading(preview, "format of the files; auto recognises all but plain text in .txt files")
+    add_as_chat(preview)
     preview.add_argument(
         "--seq_len",
         type=int,

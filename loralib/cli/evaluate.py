@@ -20,7 +20,7 @@ from ..data import read_examples
 from ..errors import ConfigError, list_faults
 from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 from ..nlg.perplexity import Perplexity, perplexity
-from ._adapters import add_model_arguments, add_reading
+from ._adapters import add_as_chat, add_model_arguments, add_reading
 from ._flags import add_list
 
 
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(model)
     add_reading(model, "format of REF", default=None)
+    add_as_chat(model)
 
 
 def run(args: argparse.Namespace) -> None:

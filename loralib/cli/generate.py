@@ -5,7 +5,8 @@
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
 Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E's with or
-without a text after ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
+without a text after ``||``, and whatever training takes.  An adapter that was trained on chats gets each prompt as a
+user's turn, in its chat template.
 With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
 complete line, provided that prompts and settings are the same.
 
@@ -20,9 +21,9 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..bases import base_of, load_adapted
+from ..bases import base_of, load_adapted, trained_on_chats
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.examples import chat_of
@@ -33,8 +34,12 @@ from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
+from ..generation.text import end_with_turns
 from ._adapters import add_model_arguments, add_reading
 from ._flags import add_fields, add_flag, from_args
+
+# What the texts depend on in an adapter's directory.
+_DECISIVE: Final = ("adapter*.*", "chat_template*", "tokenizer*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading(parser, "format of the file")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
+    chat = parser.add_mutually_exclusive_group()
+    chat.add_argument("--as_chat", action="store_true", help="put prompts through the chat template, as a user's turn")
+    chat.add_argument(
+        "--raw", action="store_true", help="continue prompts as they are, even where the adapter was trained on chats"
+    )
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     add_flag(parser, "--batch_size", "--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
     add_fields(parser, Sampling)
@@ -56,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if args.merge and args.adapter is None:
         raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
-    prompts = _prompts(args)
+    prompts = _as_turns(args, _prompts(args))
     if args.output is None:
         _print(*_load(args, prompts), sampling, args.batch_size)
         return
@@ -70,6 +80,8 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, An
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
     )
+    if any(prompt.messages for prompt in prompts):
+        end_with_turns(model, tokenizer)
     return model, tokenizer, encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
 
 
@@ -82,7 +94,7 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        return read_prompts(args.input, args.data_format, columns=args.columns, as_chat=args.as_chat)
+        return read_prompts(args.input, args.data_format, columns=args.columns)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
@@ -94,16 +106,25 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
             raise DataError(
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
-        return [_example(prompt, args) for prompt in args.prompts]
-    prompts = [_example(line, args) for line in _standard_input() if line.strip()]
+        return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
+    prompts = [Example.of(as_prompt(line), "") for line in _standard_input() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
 
 
-def _example(prompt: str, args: argparse.Namespace) -> Example:
-    example = Example.of(as_prompt(prompt), "")
-    return chat_of(example) if args.as_chat else example
+def _as_turns(args: argparse.Namespace, prompts: list[Example]) -> list[Example]:
+    """Makes each prompt a user's turn of a chat, if that is what the adapter was trained on."""
+    trained_on = trained_on_chats(args.adapter) if args.adapter else None
+    if args.raw or not (args.as_chat or trained_on):
+        if trained_on:
+            say(
+                "note: the adapter was trained on chats, but prompts are continued as they are (--raw)", file=sys.stderr
+            )
+        return prompts
+    if not args.as_chat:
+        say("The adapter was trained on chats: each prompt is a user's turn (--raw switches that off)", file=sys.stderr)
+    return [prompt if prompt.messages else chat_of(prompt) for prompt in prompts]
 
 
 def _standard_input() -> list[str]:
@@ -172,9 +193,9 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
         path = Path(args.adapter)
-        files = [path] if path.is_file() else sorted(path.glob("adapter*.*"))
+        files = [path] if path.is_file() else sorted(file for kind in _DECISIVE for file in path.glob(kind))
         result["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    result |= {name: getattr(args, name) for name in ("merge", "dtype") if getattr(args, name)}
+    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     return result | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}

@@ -23,6 +23,7 @@ from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
 from .trainer import is_trainer_checkpoint, save_trained_weights
 
 __all__ = [
+    "TOKENIZER_FILES",
     "MergeReport",
     "Portable",
     "check_portable",
@@ -136,7 +137,7 @@ def locate_adapter(path: str | os.PathLike[str]) -> Path:
         return fetch(
             path,
             functools.partial(_needed_files, path),
-            [CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE, *_TOKENIZER_FILES],
+            [CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE, *TOKENIZER_FILES],
             error=AdapterError,
             what="adapter",
             advice="Check the name and the network, or give the directory that training or save_adapter() wrote.",
@@ -144,7 +145,7 @@ def locate_adapter(path: str | os.PathLike[str]) -> Path:
     return local.parent if local.name in (CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE) else local
 
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
@@ -165,7 +166,7 @@ def _needed_files(name: str, files: list[str]) -> list[str]:
             f"{name} on the hub is {kind}: expected {CONFIG_FILE} and {PEFT_FILE}, it holds "
             f"{', '.join(files[:10]) or 'nothing'}.{hint}"
         )
-    return [CONFIG_FILE, tensors, *(file for file in files if file in _TOKENIZER_FILES)]
+    return [CONFIG_FILE, tensors, *(file for file in files if file in TOKENIZER_FILES)]
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..data.turn_ends import turn_ends
 from ..engine.limits import context_length, require_ids_in_table
 from ..errors import DataError, list_faults
 
-__all__ = ["TextStream", "check_prompts", "end_tokens", "new_tokens"]
+__all__ = ["TextStream", "check_prompts", "end_tokens", "end_with_turns", "new_tokens"]
 
 
 class TextStream:
@@ -87,6 +88,14 @@ def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
         value = getattr(owner, "eos_token_id", None)
         found += value if isinstance(value, list) else [value]
     return sorted({int(token) for token in found if token is not None})
+
+
+def end_with_turns(model: Any, tokenizer: Any) -> None:
+    """Makes a model's texts end where the tokenizer's chat template ends a turn, besides where they end already."""
+    settings = getattr(model, "generation_config", None)
+    more = [token for token in turn_ends(tokenizer) if token not in end_tokens(model, tokenizer)]
+    if settings is not None and more:
+        settings.eos_token_id = end_tokens(model) + more
 
 
 def new_tokens(model: nn.Module, prompt: Sequence[int], wanted: int) -> int:

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..injection import adapted_model
-from ..wrapping import refuse_process_groups
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .job import Data
+    from .plan import Data
     from .trainer import TrainResult
 
 __all__ = ["TrainConfig", "train"]
@@ -49,5 +47,4 @@ def train(
     """
     from .trainer import run  # when it is called: the loop needs most of the package, `import loralib` does not
 
-    refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
-    return run(adapted_model(model), data, config or TrainConfig(), tokenizer, valid_data, verbose)
+    return run(model, data, config or TrainConfig(), tokenizer, valid_data, verbose)
