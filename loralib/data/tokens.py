@@ -36,6 +36,7 @@ Tokenizer = Any
 SeqLen = int | None | Callable[[Sequence[int]], int | None]
 
 _TOO_LONG: Final = "longer than seq_len"
+_ANSWER_TOO_LONG: Final = "answer of a chat longer than seq_len"
 _EMPTY: Final = "empty completion"
 
 
@@ -130,7 +131,7 @@ class Encoded:
     @property
     def length_warning(self) -> str:
         """A warning if more than 1 % of the examples were dropped for their length, else ""."""
-        longer = sum(item.reason == _TOO_LONG for item in self.out)
+        longer = sum(item.tokens > 0 for item in self.out)
         if self.seq_len is None or longer <= 0.01 * len(self.lengths):
             return ""
         return length_report(self.lengths, self.seq_len)
@@ -152,6 +153,8 @@ class Encoded:
             texts += [text] * len(windows)
             if not windows:
                 out.append(Dropped(text, _TOO_LONG, len(whole)))
+        used = {id(text) for text in texts}  # of a chat in several rows, some may fit
+        out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
         return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
 
 
