@@ -10,9 +10,10 @@ from torch import nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..config import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, FormatError
 from ..hub import fetch, is_hub_id
 from ..wrapping import unwrapped
+from .foreign import describe, names_in
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
@@ -101,6 +102,8 @@ def read_adapter(
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
         return read_peft(path)
+    if (foreign := _foreign(path)) is not None:
+        raise FormatError(f"{path} is {foreign[0]}. {foreign[1]}")
     if config is None and _is_checkpoint(path):
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which holds no settings; give "
@@ -166,6 +169,12 @@ def _needed_files(name: str, files: list[str]) -> list[str]:
             f"{', '.join(files[:10]) or 'nothing'}.{hint}"
         )
     return [CONFIG_FILE, tensors, *(file for file in files if file in _TOKENIZER_FILES)]
+
+
+def _foreign(path: Path) -> tuple[str, str] | None:
+    """Returns what a file is that holds another tool's adapter, and what to do with it; see `describe`."""
+    names = names_in(path) if _is_checkpoint(path) else None
+    return None if names is None else describe(names)
 
 
 def _is_checkpoint(path: Path) -> bool:
