@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapter import Adapter, apply_adapter
 from ..errors import BaseModelError
-from ..formats import is_read_with_base, read_adapter
+from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_base
 
@@ -50,7 +50,8 @@ def load_adapted(
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
     if adapter is not None:
-        apply_adapter(base, read_adapter(adapter, model=base) if value is None else value)
+        value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
+        apply_adapter(base, value)
         if merged:
             merge(base)
     return base.eval(), tokenizer

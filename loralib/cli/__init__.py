@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": "convert an adapter to another format",
     "merge": "write base model and adapter as one model",
     "combine": "combine several adapters into one",
+    "export-base": "write a base model for tools without a hub",
 }
 
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"loralib: there is no command {command!r}.{did_you_mean(command, COMMANDS)}", file=sys.stderr)
         say(f"Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run_command(importlib.import_module(f".{command}", __name__), f"loralib {command}", rest)
+    return run_command(importlib.import_module(f".{command.replace('-', '_')}", __name__), f"loralib {command}", rest)
 
 
 def run_command(module: Any, name: str, argv: Sequence[str]) -> int:

@@ -61,10 +61,8 @@ def describe(names: Collection[str]) -> tuple[str, str] | None:
         if any(re.search(pattern, name) for name in names if isinstance(name, str)):
             return what, advice
     if not any(_OURS.search(name) for name in names if isinstance(name, str)):
-        return (
-            "no adapter: it holds no LoRA tensors",
-            "Give the adapter that was trained; a base model goes to --model.",
-        )
+        what = "no adapter: it holds no LoRA tensors (names that end in lora_A or lora_B)"
+        return what, "Give the adapter that was trained; a base model goes to --model."
     return None
 
 
