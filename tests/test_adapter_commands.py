@@ -210,6 +210,31 @@ def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(
     assert fresh(tmp_path / "m").generation_config.eos_token_id == [written.eos_token_id, 1]
 
 
+@pytest.mark.filterwarnings("default")  # PEFT's
+def test_tokens_that_were_added_go_into_the_merged_model(base: Path, tmp_path: Path, capsys: Any) -> None:
+    import peft
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<stop>"]})
+    theirs.resize_token_embeddings(len(tokenizer))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        theirs.get_input_embeddings().weight.mul_(1.1)
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    theirs.eval().save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m", "--model", base, "--dtype", "fp32") == 0
+    assert "2 rows added" in capsys.readouterr().err
+    X = torch.tensor([[5, 9, len(tokenizer) - 1, len(tokenizer) - 2]])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X).logits, theirs(X).logits, rtol=0, atol=1e-5)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "m")) == merged.config.vocab_size
+
+
 def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
     before = {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()}
     assert run("merge", adapter, base, "--model", base) == 2

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .adapted import base_of, load_adapted
 from .device import pick_device, pick_dtype
-from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer
+from .loading import DEFAULT_BASE, add_rows_for, load_adapters_tokenizer, load_base, load_tokenizer
 
 __all__ = [
     "DEFAULT_BASE",
+    "add_rows_for",
     "base_of",
     "load_adapted",
     "load_adapters_tokenizer",

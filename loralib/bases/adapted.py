@@ -10,7 +10,7 @@ from ..adapter import Adapter, apply_adapter
 from ..errors import BaseModelError
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..injection import merge
-from .loading import DEFAULT_BASE, load_base
+from .loading import DEFAULT_BASE, add_rows_for, load_base
 
 __all__ = ["base_of", "load_adapted"]
 
@@ -51,6 +51,7 @@ def load_adapted(
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
     if adapter is not None:
         value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
+        add_rows_for(value, base)
         apply_adapter(base, value)
         if merged:
             merge(base)

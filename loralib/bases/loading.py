@@ -24,11 +24,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..adapter import Adapter
 from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
@@ -36,10 +37,11 @@ from ..files import cache_directory
 from ..formats import locate_adapter
 from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
+from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 
-__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
+__all__ = ["DEFAULT_BASE", "add_rows_for", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -138,6 +140,22 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
             generation.eos_token_id = [tokenizer.eos_token_id, *ends]
     tokenizer.name_or_path = os.fspath(adapter)
     return tokenizer
+
+
+def add_rows_for(adapter: Adapter, model: nn.Module) -> None:
+    """Adds rows to a base's tables of tokens where the adapter brings longer ones along, as PEFT saves added tokens.
+
+    The values of all rows come with the adapter.  Where a table is missing in it, nothing is done, and applying the
+    adapter says what does not fit.
+    """
+    tables, rows = token_tables(model), table_rows(model)
+    brought = {name: adapter.tensors.get(f"{name}.weight") for name in tables}
+    longest = max((t.shape[0] for t in brought.values() if t is not None and t.dim() == 2), default=0)
+    known = {id(tables[name].weight) for name, tensor in brought.items() if tensor is not None}
+    if longest <= rows or any(id(table.weight) not in known for table in tables.values()):
+        return
+    cast(Any, model).resize_token_embeddings(longest, mean_resizing=False)
+    _note(f"{longest - rows} rows added to the base's tables of tokens, for those that the adapter brings along")
 
 
 def _refuse_sizes(name: str, **sizes: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_base
+from ..bases import add_rows_for, load_base
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
 from ..errors import BaseModelError, ConfigError, OutputError
@@ -182,4 +182,6 @@ def read_with_base(
         adapter = read(path, args, model)
     elif model is not None:
         adapter = with_present_names(adapter, model)
+    if model is not None:
+        add_rows_for(adapter, model)
     return adapter, model, tokenizer

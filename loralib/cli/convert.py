@@ -92,7 +92,7 @@ def _tell_how_to_run(args: argparse.Namespace, adapter: Adapter, model: nn.Modul
         own = load_adapters_tokenizer(args.adapter, model)
         say("\nor with Ollama, in a Modelfile:")
         say(indent(modelfile(args.output, tokenizer if own is None else own).rstrip(), "  "))
-    if base in HUB_NAMES:
+    if base is not None and base in HUB_NAMES:
         say(
             f"\nThe adapter was trained on {base}, a copy of {HUB_NAMES[base]} with the precision of 4 bits:\n"
             "expect small differences there. `loralib export-base DIR` writes the copy itself."
