@@ -23,7 +23,16 @@ from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
+from .targets import (
+    HEADS,
+    TargetModule,
+    fully_trained_tensors,
+    is_own_forward,
+    match_modules,
+    tied_modules,
+    unsaved_head,
+    with_head,
+)
 from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
@@ -116,13 +125,15 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     Args:
         model: any torch.nn or transformers model.  Linear, Embedding, Conv1d/2d/3d, nn.MultiheadAttention and
             transformers' Conv1D can be adapted.
-        config: which modules, with which rank; see `loralib.LoraConfig`.
+        config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
+            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
+        ConfigError: PEFT's config asks for what is not trained here.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -130,6 +141,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    config = LoraConfig.of(config)
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
     _refuse_peft(model)
@@ -143,6 +155,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
+    config = with_head(model, config)
     return inject_targets(model, config, match_modules(model, config))
 
 
@@ -526,6 +539,11 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
         notes.append(
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
+        )
+    if head := unsaved_head(model, config):
+        notes.append(
+            f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
+            f"({', '.join(map(repr, HEADS))}) or modules_to_save=[{head!r}]"
         )
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
