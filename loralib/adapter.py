@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
+from .console import size
 from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import (
@@ -48,7 +49,7 @@ BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections ar
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A trained adapter, apart from any model.
 
@@ -86,6 +87,9 @@ class Adapter:
     def nbytes(self) -> int:
         """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.config!r}, {len(self.tensors)} tensors, {size(self.nbytes)})"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ _MAX_KEY: Final = 1000  # characters of a key in a file
 
 
 @settings_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraConfig:
     """The settings of one LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
@@ -162,6 +162,16 @@ class LoraConfig:
         if layers and self.layers_to_transform is None:
             faults.append(f"layers_pattern is {self.layers_pattern!r}, which needs layers_to_transform")
         return faults + [fault for name, text in expressions if (fault := _expression_fault(name, text))]
+
+    def __repr__(self) -> str:
+        """Shows what differs from the defaults.
+
+        >>> LoraConfig(r=4, target_modules=["q_proj"])
+        LoraConfig(r=4, target_modules=('q_proj',))
+        """
+        values = {s.name: getattr(self, s.name) for s in dataclasses.fields(self)}
+        chosen = {name: value for name, value in values.items() if value != getattr(_defaults(), name)}
+        return f"LoraConfig({', '.join(f'{name}={_short(value)}' for name, value in chosen.items())})"
 
     def rank_of(self, name: str) -> int:
         """Returns r for the module of that dotted name."""
@@ -309,6 +319,20 @@ _TRAINING: Final = {
     "use_bdlora": "leave it out: plain LoRA is trained",
     "arrow_config": "adapters are not routed here; train each by itself",
 }
+
+
+@functools.cache
+def _defaults() -> LoraConfig:
+    return LoraConfig()
+
+
+def _short(value: Any) -> str:
+    """Shows a value, and of many entries how many there are."""
+    many = isinstance(value, (tuple, dict)) and len(value) > _MOST_SHOWN
+    return f"<{len(value)} entries>" if many else repr(value)
+
+
+_MOST_SHOWN: Final = 12
 
 
 def parse_target_modules(text: str) -> str | list[str]:

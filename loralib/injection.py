@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .blocks import mixed_blocks
 from .config import LoraConfig
 from .console import size
 from .delta import dense
@@ -60,7 +61,7 @@ WRAP_LATER = (
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InjectReport:
     """What `inject` did; ``print(report)`` shows it as a table.
 
@@ -85,6 +86,13 @@ class InjectReport:
     def frozen(self) -> int:
         """How many parameters do not train."""
         return self.total - self.trainable
+
+    def __repr__(self) -> str:
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return (
+            f"InjectReport({self.model}: {len(self.targets)} modules, {self.trainable:,} of {self.total:,} parameters "
+            f"train{notes}; print it for more)"
+        )
 
     def __str__(self) -> str:
         width = max(len("pattern"), *(len(pattern) for pattern in self.patterns))
@@ -156,7 +164,10 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
     config = with_head(model, config)
-    return inject_targets(model, config, match_modules(model, config))
+    targets = match_modules(model, config)
+    if faults := mixed_blocks(model, targets):
+        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    return inject_targets(model, config, targets)
 
 
 def _refuse_peft(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -373,7 +374,8 @@ def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) 
     if is_conv1d(module):
         return LoRALinear
     if isinstance(module, nn.Linear):
-        _refuse_own_forward(base, nn.Linear)
+        if not _computes_a_linear(module, base):
+            _refuse_own_forward(base, nn.Linear)
         return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
@@ -412,6 +414,30 @@ def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module])
 def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
     if base.forward not in [kind.forward for kind in kinds]:
         raise TargetError(f"{base.__name__} has a forward of its own, which an update could not be added to safely")
+
+
+def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
+    """Whether a class with a forward of its own computes ``W x + b`` (Falcon's does), tried on small numbers."""
+    if base.forward is nn.Linear.forward:
+        return True
+    if module._modules or {*module._parameters} != {"weight", "bias"} or module._buffers:
+        return False
+    probe = base.__new__(base)
+    probe.__dict__.update(module.__dict__, in_features=5, out_features=3)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"weight": (3, 5), "bias": (3,)}
+    probe.__dict__["_parameters"] = {
+        name: None if p is None else nn.Parameter(torch.randn(sizes[name], generator=generator), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    x = torch.randn(2, 4, 5, generator=generator)
+    try:
+        with torch.no_grad():
+            y = base.forward(probe, x)
+    except Exception:  # it needs more than an input, or sizes of its own
+        return False
+    ours = nn.functional.linear(x, *probe.__dict__["_parameters"].values())
+    return isinstance(y, Tensor) and y.shape == ours.shape and bool(torch.allclose(y, ours, atol=1e-5))
 
 
 def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:

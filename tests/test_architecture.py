@@ -20,6 +20,7 @@ ROWS = [
     ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
+    ["blocks"],
     ["injection"],
     ["adapter"],
     ["combine"],
