@@ -46,6 +46,7 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_bas
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
+_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
@@ -66,7 +67,7 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
-        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:

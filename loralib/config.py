@@ -109,7 +109,9 @@ class LoraConfig:
     fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
     use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
     lora_bias: bool = setting(False, "B has a bias; read, not trained here")
-    task_type: str | None = setting(None, "what the model is for, as 'CAUSAL_LM'; a note for other tools")
+    task_type: str | None = setting(
+        None, "what the model is for, as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too"
+    )
     base_model_name_or_path: str | None = setting(None, "the base model the adapter belongs to; never a cache path")
 
     def __post_init__(self) -> None:
