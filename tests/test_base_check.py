@@ -361,12 +361,6 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4}
 MPT = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 4}
 BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4}
 OTHERS = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-}
 GROUPED = {**OTHERS, "num_key_value_heads": 1, "pad_token_id": 0}
 FUSED: list[tuple[str, str, dict[str, Any], str, list[bool], bool]] = [
     ("GPT2LMHeadModel", "GPT2Config", GPT2, "c_attn", [True, False, True], True),
