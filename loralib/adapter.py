@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, is_plain_name, matching_steps
-from .delta import block_diagonal_B, diagonal_blocks, scaling_of
+from .console import size
+from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import (
     WRAP_LATER,
@@ -38,7 +39,7 @@ from .injection import (
 )
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
-from .wrapping import named_parameters, plain_name, refuse_process_groups, unwrapped
+from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_process_groups, unwrapped
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
@@ -46,10 +47,11 @@ BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
+_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A trained adapter, apart from any model.
 
@@ -66,7 +68,7 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
-        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -87,6 +89,9 @@ class Adapter:
     def nbytes(self) -> int:
         """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.config!r}, {len(self.tensors)} tensors, {size(self.nbytes)})"
 
 
 @dataclass(frozen=True)
@@ -131,28 +136,52 @@ def adapter_of(model: nn.Module) -> Adapter:
         TargetError: the model holds no adapter.
         AdapterError: a layer's update cannot be expressed in the adapter's form.
     """
-    model = adapted_model(model)
+    wrapped, model = model, adapted_model(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     if layers[0][0] == "":
         raise AdapterError(f"a {type(model).__name__} on its own has no name to save it under; put it into a model")
+    with gathered(wrapped):
+        return _taken(model, layers)
+
+
+def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     record = injection_of(model)
-    config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
     for name, layer in layers:
         with _named_errors(name):
+            layer.check_stored()
             tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
+    config = record.config if record is not None else _config_of(model, layers)
     in_full = fully_trained_tensors(model, config, layers)
     if record is not None:
         in_full |= {name: tensor_at(model, name) for name in record.carried}
+        _refuse_unsaved(model, layers, in_full)
     # What trains in a model built by hand has no original left: nothing says which base it started from.
     known_base = record is not None or not in_full
     return Adapter(
         config=config,
-        tensors={name: tensor.detach().clone() for name, tensor in (tensors | in_full).items()},
+        tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
         metadata={BASE: fingerprint(model, in_full.keys())} if known_base else {},
     )
+
+
+def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
+    """Refuses to leave out, without a word, what was set to train besides the adapter."""
+    ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()} | {id(t) for t in in_full.values()}
+    merged = {id(layer._parameters[layer._weight_name]) for _, layer in layers if layer.merged}
+    others = [n for n, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours | merged]
+    if others:
+        raise AdapterError(
+            list_faults(
+                "these parameters train besides the adapter, which has no place for them",
+                others,
+                "Freeze them (requires_grad_(False)); or name their modules in modules_to_save when you inject. What "
+                "they have learned is saved by torch.save(model.state_dict(), path).",
+                most=8,
+            )
+        )
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> ApplyReport:
@@ -178,9 +207,15 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     wrapped, model = model, adapted_model(model)
     layers = adapted_layers(model)
-    if not layers:
+    record = injection_of(model)
+    if not layers or (record is not None and record.config != adapter.config):
         refuse_process_groups(wrapped, WRAP_LATER)
-    by_hand = bool(layers) and injection_of(model) is None
+    if is_spread(wrapped) and layers:
+        raise TargetError("the model is spread over processes (FSDP, ZeRO); put the adapter on first, then shard it")
+    for name, layer in layers:
+        with _named_errors(name):
+            layer.check_stored()
+    by_hand = bool(layers) and record is None
     adapted: Sequence[tuple[str, nn.Module]] = layers
     if by_hand:
         expected = _shapes_of(layers, adapter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .blocks import mixed_blocks
 from .config import LoraConfig
 from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
-from .wrapping import named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
+from .targets import (
+    HEADS,
+    TargetModule,
+    fully_trained_tensors,
+    is_own_forward,
+    match_modules,
+    tied_modules,
+    unsaved_head,
+    with_head,
+)
+from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
     "InjectReport",
@@ -50,7 +61,7 @@ WRAP_LATER = (
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InjectReport:
     """What `inject` did; ``print(report)`` shows it as a table.
 
@@ -75,6 +86,13 @@ class InjectReport:
     def frozen(self) -> int:
         """How many parameters do not train."""
         return self.total - self.trainable
+
+    def __repr__(self) -> str:
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return (
+            f"InjectReport({self.model}: {len(self.targets)} modules, {self.trainable:,} of {self.total:,} parameters "
+            f"train{notes}; print it for more)"
+        )
 
     def __str__(self) -> str:
         width = max(len("pattern"), *(len(pattern) for pattern in self.patterns))
@@ -115,13 +133,15 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     Args:
         model: any torch.nn or transformers model.  Linear, Embedding, Conv1d/2d/3d, nn.MultiheadAttention and
             transformers' Conv1D can be adapted.
-        config: which modules, with which rank; see `loralib.LoraConfig`.
+        config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
+            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
+        ConfigError: PEFT's config asks for what is not trained here.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -129,8 +149,10 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    config = LoraConfig.of(config)
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
+    _refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -141,7 +163,23 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
-    return inject_targets(model, config, match_modules(model, config))
+    config = with_head(model, config)
+    targets = match_modules(model, config)
+    if faults := mixed_blocks(model, targets):
+        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    return inject_targets(model, config, targets)
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which trains beside ours and would not be saved."""
+    theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
+    if theirs:
+        where = f"its part {theirs[0]!r}" if theirs[0] else "it"
+        raise TargetError(
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would train beside this one "
+            "and not be saved with it. Merge it (model = model.merge_and_unload()) or take it off "
+            "(model = model.unload()) first; to train on from it: save_pretrained(DIR), then load_adapter(base, DIR)"
+        )
 
 
 def inject_targets(
@@ -181,11 +219,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
-    model = adapted_model(model)
+    spread, model = is_spread(model), adapted_model(model)
     record = injection_of(model)
     if record is None:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     layers = [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer)]
+    if spread:
+        raise TargetError(
+            "the model is spread over processes (FSDP, ZeRO), which would keep what is removed; load it anew"
+        )
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
@@ -211,6 +253,11 @@ def merge(model: nn.Module) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; inject() or load_adapter() first")
+    if is_spread(model):
+        raise MergeError(
+            "the model is spread over processes (FSDP, ZeRO), which go on with their own copies of the weights; "
+            "save_adapter(), and merge in one process: load the base, load_adapter(), merge()"
+        )
     faults = []
     try:
         for name, layer in layers:
@@ -247,6 +294,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     injected = [(m, m.__dict__[_RECORD]) for m in named_modules(model).values() if _RECORD in m.__dict__]
     layers = [layer for _, layer in adapted_layers(model)]
+    if is_spread(model) and any(record.originals for _, record in injected):
+        raise TargetError(
+            "modules_to_save cannot be switched off while the model is spread over processes (FSDP, ZeRO)"
+        )
     before = [(layer.enabled, layer.merged) for layer in layers]
     trained = list[tuple[nn.Module, dict[str, Tensor]]]()
     try:
@@ -327,7 +378,8 @@ def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | No
     rows = table_rows(model) if rows is None else rows
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
-    for name, parameter in _base_parameters(model, originals):
+    # By name: undoing a pruning changes the order of a module's parameters.
+    for name, parameter in sorted(_base_parameters(model, originals), key=operator.itemgetter(0)):
         if name in left_out or id(parameter) in seen:
             continue
         seen.add(id(parameter))
@@ -498,6 +550,11 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
         notes.append(
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
+        )
+    if head := unsaved_head(model, config):
+        notes.append(
+            f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
+            f"({', '.join(map(repr, HEADS))}) or modules_to_save=[{head!r}]"
         )
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .delta import dense
 from .errors import BiasModeError
 from .layers import LoRALayer
-from .wrapping import named_modules, named_parameters, plain_name, unwrapped
+from .wrapping import gathered, named_modules, named_parameters, named_tensors
 
 __all__ = ["lora_state_dict", "mark_only_lora_as_trainable"]
 
@@ -38,8 +39,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         BiasModeError: another value of `bias`.
     """
     chosen = _chosen_names(model, bias, adapted_only=True)
-    state = {plain_name(name): value for name, value in unwrapped(model).state_dict().items()}
-    return {name: value for name, value in state.items() if name in chosen}
+    with gathered(model):
+        return {name: dense(value.detach()) for name, value in named_tensors(model).items() if name in chosen}
 
 
 def _chosen_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
@@ -58,7 +59,7 @@ def _chosen_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
             for leaf in module.trained_tensors()
         }
         if injected
-        else {name for name in (*parameters, *map(plain_name, unwrapped(model).state_dict())) if "lora_" in name}
+        else {name for name in named_tensors(model) if "lora_" in name}
     )
     if bias == "all":
         return lora | {name for name in parameters if "bias" in name}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .errors import TargetError
@@ -18,12 +19,15 @@ from .errors import TargetError
 __all__ = [
     "gathered",
     "is_sharded",
+    "is_spread",
     "named_modules",
     "named_parameters",
+    "named_tensors",
     "plain_name",
     "refuse_process_groups",
     "submodule",
     "unwrapped",
+    "writes_files",
 ]
 
 # Names that PyTorch's own wrappers give to what is inside.
@@ -110,6 +114,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and persistent buffers by name, as a state dict has them, without the steps of wrappers."""
+    return {
+        f"{name}.{leaf}" if name else leaf: tensor
+        for name, module in named_modules(model, remove_duplicate=False).items()
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and leaf not in module._non_persistent_buffers_set
+    }
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Returns the module of that name (see `named_modules`).
 
@@ -125,6 +139,17 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter is one process' share of a tensor: under FSDP2, FSDP1 or DeepSpeed's stage 3."""
     return hasattr(tensor, "full_tensor") or bool(getattr(tensor, "_fsdp_flattened", False)) or hasattr(tensor, "ds_id")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model's parameters are spread over processes, which keep the weights that they compute with."""
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(map(is_sharded, model.parameters()))
+
+
+def writes_files(model: nn.Module) -> bool:
+    """Whether this process writes what all have: under FSDP, where all must help to gather it, the first one does."""
+    return not is_spread(model) or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 @contextlib.contextmanager

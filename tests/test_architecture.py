@@ -21,6 +21,7 @@ ROWS = [
     ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
+    ["blocks"],
     ["injection"],
     ["adapter"],
     ["combine"],

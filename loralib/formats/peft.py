@@ -18,7 +18,7 @@ from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..injection import adapted_layers
 from ..layers import LoRALinear
-from ..wrapping import named_modules, unwrapped
+from ..wrapping import named_modules, unwrapped, writes_files
 from .tensors import (
     CONFIG_FILE,
     MAX_SETTINGS,
@@ -44,7 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     """Saves the adapter of a model as a PEFT directory, which PEFT, vLLM and transformers load.
 
     Args:
-        model: adapted by `loralib.inject`, or built from loralib's layers.
+        model: adapted by `loralib.inject`, or built from loralib's layers.  Under FSDP, every process must call this,
+            and the first one writes.
         directory: created if needed; an adapter in it is replaced, other files are left alone.
 
     Returns:
@@ -54,8 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         TargetError: the model holds no adapter.
         OutputError: the directory cannot be written.
     """
-    model = unwrapped(model)
-    adapter = adapter_of(model)
+    adapter, model = adapter_of(model), unwrapped(model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
@@ -67,7 +67,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         task_type=adapter.config.task_type or task_type_of(model),
     )
     adapter = Adapter(config, adapter.tensors, adapter.metadata)
-    write_peft(adapter, directory)
+    if writes_files(model):
+        write_peft(adapter, directory)
     return adapter
 
 
@@ -172,8 +173,8 @@ def _from_peft(name: str) -> str:
 def _to_peft(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Our name of a tensor -> PEFT's."""
     module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts
-        leaf = "base_layer.bias"
+    if leaf in ("bias", "weight") and {f"{module}.lora_A", f"{module}.lora_embedding_A"} & tensors.keys():
+        leaf = f"base_layer.{leaf}"  # PEFT wraps what it adapts
     parent = module.removesuffix(".out_proj")
     if parent != module and f"{parent}.lora_A" in tensors:  # nn.MultiheadAttention
         module = f"{parent}.base_layer.out_proj"
