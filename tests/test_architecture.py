@@ -56,6 +56,8 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "datasets": {"data.tables"},
+    "pyarrow": {"data.tables"},
     "filelock": {"files"},
     "psutil": {"files"},
     "tomli": {"settings"},  # Python 3.10 only

@@ -18,8 +18,6 @@ import transformers
 import loralib as lora
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
-from loralib.data.readers import Example
-from loralib.data.tokens import render_chat
 from loralib.files import hold_file
 
 TINY = ["--model", "scratch-32x1-seed0", "--max_new_tokens", "4"]
@@ -193,8 +191,9 @@ def test_a_chat_is_continued_where_its_last_answer_began(tmp_path: Path, tiny: P
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?"), ("assistant", "There.")]
     text = text_for_chat(tmp_path, tiny, turns)
     model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
-    pieces = render_chat(Example(messages=tuple(turns)), tokenizer)
-    ids = tokenizer("".join(text for text, _ in pieces[:-1]), add_special_tokens=False)["input_ids"]
+    asked = [{"role": role, "content": content} for role, content in turns[:-1]]
+    text_before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text_before, add_special_tokens=False)["input_ids"]
     [expected] = lora.generate(model, tokenizer, [ids], max_new_tokens=6)
     assert text == expected.text
 

@@ -74,8 +74,8 @@ def test_training_tells_what_a_learner_wants_to_see(run: Run, tmp_path: Path) ->
     code, out, err = run("run_training", *TINY)
     assert code == 0, err
     for line in (
-        r"Loaded 8 training examples",
-        r"Loaded 4 validation examples",
+        r"Loaded 8 of [\d,]+ training examples",
+        r"Loaded 4 of [\d,]+ validation examples",
         r"Total +[\d,]+ +100.00%",
         r"Trainable +[\d,]+ +\d+\.\d\d%",
         r"Frozen +[\d,]+ +\d+\.\d\d%",

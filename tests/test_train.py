@@ -288,7 +288,7 @@ def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm2[1]), **sizes))
     texts = [Example.of("name : X\n", "X it is."), Example.of("name : Y\n", "Y " * 100)]
     lora.train(model, texts, config, tokenizer=smollm2[1])
-    assert "Loaded 1 training examples (dropped 1 example: 1 longer than seq_len)" in capsys.readouterr().out
+    assert "Loaded 1 of 2 training examples (dropped 1 example: 1 longer than seq_len)" in capsys.readouterr().out
 
 
 def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -> None:

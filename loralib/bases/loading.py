@@ -41,7 +41,7 @@ from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 
-__all__ = ["DEFAULT_BASE", "add_rows_for", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -142,20 +142,21 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
     return tokenizer
 
 
-def add_rows_for(adapter: Adapter, model: nn.Module) -> None:
-    """Adds rows to a base's tables of tokens where the adapter brings longer ones along, as PEFT saves added tokens.
+def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
+    """Gives a base's tables of tokens as many rows as those that the adapter brings along, as PEFT saves resized ones.
 
     The values of all rows come with the adapter.  Where a table is missing in it, nothing is done, and applying the
     adapter says what does not fit.
     """
     tables, rows = token_tables(model), table_rows(model)
     brought = {name: adapter.tensors.get(f"{name}.weight") for name in tables}
-    longest = max((t.shape[0] for t in brought.values() if t is not None and t.dim() == 2), default=0)
+    sizes = {t.shape[0] for t in brought.values() if t is not None and t.dim() == 2}
     known = {id(tables[name].weight) for name, tensor in brought.items() if tensor is not None}
-    if longest <= rows or any(id(table.weight) not in known for table in tables.values()):
+    if len(sizes) != 1 or sizes == {rows} or any(id(table.weight) not in known for table in tables.values()):
         return
-    cast(Any, model).resize_token_embeddings(longest, mean_resizing=False)
-    _note(f"{longest - rows} rows added to the base's tables of tokens, for those that the adapter brings along")
+    (size,) = sizes
+    cast(Any, model).resize_token_embeddings(size, mean_resizing=False)
+    _note(f"the tables of tokens have {size:,} rows now, as in the adapter, and not {rows:,} as in the base")
 
 
 def _refuse_sizes(name: str, **sizes: int | None) -> None:

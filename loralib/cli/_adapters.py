@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import add_rows_for, load_base
+from ..bases import load_base, resize_tables_for
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
 from ..errors import BaseModelError, ConfigError, OutputError
@@ -134,6 +134,12 @@ def _is_same(first: Path, second: Path) -> bool:
         return False
 
 
+def add_columns(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--columns``."""
+    text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
+    parser.add_argument("--columns", metavar="MAP", help=text)
+
+
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
     return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
@@ -183,5 +189,5 @@ def read_with_base(
     elif model is not None:
         adapter = with_present_names(adapter, model)
     if model is not None:
-        add_rows_for(adapter, model)
+        resize_tables_for(adapter, model)
     return adapter, model, tokenizer

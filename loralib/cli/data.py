@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import bases
 from ..console import say, table
-from ..data import Encoded, TokenExample, load_examples, read_sources
+from ..data import FORMATS, Encoded, TokenExample, load_examples, read_sources
 from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
 from ..files import write_text
@@ -59,20 +59,25 @@ def _add_preview(actions: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH[:WEIGHT]",
-        help="files of examples: lines `meaning representation||text`, JSONL (prompt and completion, messages, or "
-        "text), DART or WebNLG; a weight of 2 uses a file's examples twice per epoch, 0.5 a random half of them",
+        help="files of examples in any format that training takes, folders of texts, or hub ids; a weight of 2 uses a "
+        "file's examples twice per epoch, 0.5 a random half of them",
     )
     preview.add_argument(
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
-    add_format(
-        preview, "format of the files; auto takes .txt for e2e, text is plain", "e2e", "jsonl", "text", "dart", "webnlg"
+    add_format(preview, "format of the files; auto recognises all but plain text in .txt files", *FORMATS[1:])
+    preview.add_argument(
+        "--columns",
+        metavar="MAP",
+        help="which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out",
+    )
+    preview.add_argument(
+        "--as_chat", action="store_true", help="put prompts and completions through the model's chat template"
     )
     preview.add_argument(
         "--seq_len",
         type=int,
-        default=64,
-        help="maximum tokens of an example; longer ones are dropped, never truncated (default: 64)",
+        help="maximum tokens of an example; longer ones are dropped, never truncated (default: no limit)",
     )
     preview.add_argument(
         "--objective", default="clm", help="clm trains on completions only, jlm on every token (default: clm)"
@@ -91,7 +96,11 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    sources = read_sources(args.paths, args.data_format)  # first: faults in data show before loading
+    # First: faults in data show before loading.
+    sources = read_sources(args.paths, args.data_format, columns=args.columns, as_chat=args.as_chat)
+    for note in (note for source in sources for note in source.notes):
+        say(note)
+    say()
     tokenizer = bases.load_tokenizer(args.model)
     encoded = load_examples(
         sources,
@@ -108,7 +117,14 @@ def _preview(args: argparse.Namespace) -> None:
         say(f"{number}. {text.source}: {len(example)} tokens, {sum(example.trained)} trained")
         say(_painted(example, tokenizer, colour))
         say()
+    for item in encoded.out[: args.count]:
+        length = f" ({item.tokens:,} tokens)" if item.tokens else ""
+        say(f"dropped {item.example.source}: {item.reason}{length}")
+    if encoded.out:
+        say()
     say(_summary(encoded))
+    if encoded.length_warning:
+        say(f"\nwarning: {encoded.length_warning}")
 
 
 def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
@@ -142,6 +158,7 @@ def _summary(encoded: Encoded) -> str:
     lengths = [len(example) for example in encoded.examples]
     rows: list[tuple[str, object]] = [
         ("examples", len(lengths)),
+        ("of all in the data", encoded.given),
         ("different prompts", len({text.prompt for text in encoded.texts})),
         ("tokens", sum(lengths)),
         ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),

@@ -173,7 +173,7 @@ def search(
     limits = [new_tokens(model, prompt, sampling.max_new_tokens) for prompt in prompts]
     waiting = deque(_Search(number, *each, sampling) for number, each in enumerate(zip(prompts, limits, strict=True)))
     running: list[_Search] = []
-    decoder = make_decoder(model)
+    decoder = make_decoder(model, max(map(sum, zip(map(len, prompts), limits, strict=True)), default=0))
     try:
         while waiting or running:
             branches = sum(len(one.beams) for one in running)

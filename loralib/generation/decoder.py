@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
-from ..engine.forward import device_of, logits_of, runs_here
+from ..engine.causal import require_causal
+from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
+from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
 from ..wrapping import unwrapped
 
@@ -66,7 +68,12 @@ class Decoder:
         model: a causal language model.
         modules: those that it may override.
         attention: whether the model's attention gets a layout.
+
+    Attributes:
+        longest: how many tokens a sequence may have; None: any number.
     """
+
+    longest: int | None = None
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module] = (), *, attention: bool = False) -> None:
         self._model, self._device = model, device_of(model)
@@ -250,6 +257,10 @@ class CachedDecoder(Decoder):
 class PlainDecoder(Decoder):
     """Computes every token of every branch again at each step: right for any causal model, and slow."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
+
     @torch.no_grad()
     def step(self) -> Tensor:
         rows: list[tuple[int, ...]] = []
@@ -263,31 +274,52 @@ class PlainDecoder(Decoder):
             group.length = len(group.paths[0])
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
+        parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
+        with evaluating(self._model.modules()):
+            logits = torch.cat([self._last_logits([rows[row] for row in part]) for part in parts])
+        places = torch.empty(len(rows), dtype=torch.long, device=self._device)
+        places[[row for part in parts for row in part]] = torch.arange(len(rows), device=self._device)
+        return logits[places]
+
+    def _last_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Returns the logits (R, V) after the last token of each row."""
         # Padded behind, where causal models do not look.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
-        with evaluating(self._model.modules()):
-            output = self._model(ids.to(self._device))
-        return logits_of(output)[torch.arange(len(rows), device=self._device), last]
+        if self._remembers:
+            forget_length(self._model)
+        logits = plain_logits(self._model, ids.to(self._device))
+        return logits[torch.arange(len(rows), device=self._device), last]
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 
 
-def make_decoder(model: nn.Module) -> Decoder:
-    """Returns the fastest decoder that is right for a model.
+def make_decoder(model: nn.Module, longest: int = 0) -> Decoder:
+    """Returns the fastest decoder that is right for a model, for sequences of up to `longest` tokens.
 
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
+
+    Raises:
+        UnsupportedModelError: the model is not causal.
     """
     model = unwrapped(model)  # what torch.compile has wrapped: a graph has no place for a layout
+    require_causal(model)
     if engine_mode() == "off":
         return PlainDecoder(model)
     if model not in _FAULTS:
         _FAULTS.setdefault(model, _why_not_cached(model))
-    return PlainDecoder(model) if _FAULTS[model] else CachedDecoder(model)
+    if _FAULTS[model]:
+        return PlainDecoder(model)
+    limit = rope_limit(model)
+    if limit is not None and longest > limit:
+        return PlainDecoder(model)
+    decoder = CachedDecoder(model)
+    decoder.longest = limit
+    return decoder
 
 
 def _why_not_cached(model: nn.Module) -> str:

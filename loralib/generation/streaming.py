@@ -172,6 +172,11 @@ class Generator:
             if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
                 break
             request = self._waiting[0]
+            longest, limit = len(request.ids) + request.limit, self._decoder.longest
+            if limit is not None and longest > limit:
+                if self._running:  # they end as they began
+                    break
+                self._decoder = make_decoder(self._model, longest)
             request.group = self._decoder.open(request.ids)
             self._running.append(self._waiting.popleft())
 

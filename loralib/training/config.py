@@ -50,6 +50,13 @@ class TrainConfig:
         _DATA,
         FORMATS,
     )
+    columns: str | Mapping[str, str] | None = setting(
+        None,
+        "which fields of the data are which, for instance prompt=question,completion=answer; `system=` leaves a field "
+        "out, and `prompt={context} {question}` joins several",
+        _DATA,
+    )
+    as_chat: bool = setting(False, "put prompts and completions through the model's chat template", _DATA)
     output_dir: str = setting(
         "lora_model",
         "directory to write the adapter to",

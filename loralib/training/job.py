@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..bases import load_base
-from ..data import Encoded, Example, Source, TokenExample, encode, load_examples, read_sources
-from ..errors import ConfigError, DataError
+from ..data import Encoded, TokenExample, load_examples, read_sources
+from ..errors import ConfigError
 from . import train
 from .config import TrainConfig
 from .report import Reporter
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "load_base_for", "load_examples_for", "run_job", "token_examples"]
 
-Data = str | Path | Sequence[str] | Sequence[Source] | Sequence[Example] | Sequence[TokenExample]
+Data = Any  # whatever `read_sources` takes, or TokenExample values
 
 
 def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
@@ -40,12 +39,17 @@ def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: 
     return load_examples(
         sources,
         tokenizer,
-        format=config.data_format,
+        **how_to_read(config),
         seq_len=config.seq_len,
         objective=config.objective,
         max_samples=limit or None,
         seed=config.seed,
     )
+
+
+def how_to_read(config: TrainConfig) -> dict[str, Any]:
+    """Returns a run's arguments for `read_sources`."""
+    return {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
 
 
 def token_examples(
@@ -54,38 +58,28 @@ def token_examples(
     """Turns whatever `loralib.train` accepts as data into token examples.
 
     Args:
-        data: files (paths, or what `read_sources` read of them), `Example` (text) or `TokenExample`.
+        data: whatever `read_sources` takes, or `TokenExample` values.
         tokenizer: for files and text.
         config: how to read and tokenize.
-        limit: how many examples to draw from files; 0: all.
+        limit: how many examples to draw; 0: all.
         name: "training" or "validation".
         say: called with how many examples there are, unless tokens were given.
 
     Raises:
         ConfigError: text without a tokenizer.
-        DataError: no data, or data of another kind.
+        DataError: no data, or data of another kind (see `read_sources`).
     """
-    items: Sequence[Any] = [data] if isinstance(data, (str, Path)) else data
-    if not items:
-        raise DataError(f"{name} data is empty, expected at least one example")
-    kinds = {type(item) for item in items}
-    if kinds == {TokenExample}:
-        return list(items)
-    are_files = all(isinstance(item, (str, Path, Source)) for item in items)
-    if not are_files and kinds != {Example}:
-        raise DataError(
-            f"{name} data holds {' and '.join(sorted(kind.__name__ for kind in kinds))}, expected Example (text: "
-            "Example.of(prompt, completion)) or TokenExample, or the paths of files"
-        )
+    if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
+        return list(data)
+    sources = read_sources(data, **how_to_read(config), name=f"{name} data")
     if tokenizer is None:
-        kind = "a file" if are_files else "text"
-        raise ConfigError(f"{name} data is {kind}, which needs a tokenizer: pass tokenizer=")
-    if are_files:
-        encoded = load_examples_for(config, items, tokenizer, limit)
-    else:
-        encoded = encode(items, tokenizer, config.seq_len, config.objective)
-    dropped = f" ({encoded.drop_note})" if encoded.drop_note else ""
-    say(f"Loaded {len(encoded):,} {name} examples{dropped}")
+        raise ConfigError(f"{name} data is text, which needs a tokenizer: pass tokenizer=")
+    encoded = load_examples_for(config, sources, tokenizer, limit)
+    for note in encoded.notes:
+        say(note)
+    say(f"Loaded {encoded.summary(name)}")
+    if encoded.length_warning:
+        say(f"warning: {encoded.length_warning}")
     return encoded.examples
 
 
@@ -94,8 +88,8 @@ def run_job(config: TrainConfig) -> TrainResult:
     if config.train_data is None:
         raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     # Data first: a wrong file should show before a model is loaded.
-    sources = read_sources(config.train_data, config.data_format)
-    valid_sources = None if config.valid_data is None else read_sources(config.valid_data, config.data_format)
+    sources = read_sources(config.train_data, **how_to_read(config))
+    valid_sources = None if config.valid_data is None else read_sources(config.valid_data, **how_to_read(config))
     Reporter().say(f"Loading {config.model} ...")
     model, tokenizer = load_base_for(config)
     return train(model, sources, config, tokenizer=tokenizer, valid_data=valid_sources)

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import save_tokenizer
 from ..data import TokenExample
 from ..data.packing import epoch_order
+from ..data.turns import are_chats
 from ..delta import dense
+from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, list_faults
 from ..files import hold_directory
@@ -91,6 +94,7 @@ def run(
         )
     with _ONE_RUN_AT_A_TIME:
         require_free(model, "training")
+        require_causal(model)
         _inject(model, config, reporter)
         with (
             hold_directory(config.output_dir) as path,
@@ -104,6 +108,9 @@ def run(
                 trainer = Trainer(model, examples, valid, config, directory, reporter, stop)
                 with closing(trainer.metrics):
                     result = trainer.train()
+            if tokenizer is not None:
+                for place in [path, directory.best] if directory.best.is_dir() else [path]:
+                    save_tokenizer(tokenizer, place, chats=are_chats(examples, tokenizer))
     reporter.result(result)
     return result
 
