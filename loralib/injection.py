@@ -551,6 +551,13 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
         )
+    parts = {} if hasattr(type(model), "base_model_prefix") else named_modules(model)
+    whole = next((name for name, part in parts.items() if hasattr(type(part), "base_model_prefix")), None)
+    if whole and all(target.name.startswith(f"{whole}.") for target in targets):
+        notes.append(
+            f"names in the adapter begin with {whole!r}, as {type(model).__name__} has them: for an adapter that other "
+            f"tools put on {type(parts[whole]).__name__}, inject into that part"
+        )
     if head := unsaved_head(model, config):
         notes.append(
             f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
@@ -603,8 +610,10 @@ def _save_pretrained(
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if isinstance(table, LoRALayer) or (table is not None and any(p.requires_grad for p in table.parameters())):
+    record = injection_of(model)
+    for name, table in token_tables(model).items():
+        replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
+        if isinstance(table, LoRALayer) or replaced:
             raise TargetError(
                 "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
                 "remove(model), resize, then inject() again"
