@@ -48,6 +48,7 @@ __all__ = [
     "inject_targets",
     "injection_of",
     "merge",
+    "refuse_peft",
     "remove",
     "table_rows",
     "tensor_at",
@@ -152,7 +153,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     config = LoraConfig.of(config)
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
-    _refuse_peft(model)
+    refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -170,15 +171,19 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     return inject_targets(model, config, targets)
 
 
-def _refuse_peft(model: nn.Module) -> None:
-    """Refuses models that hold an adapter of PEFT, which trains beside ours and would not be saved."""
+def refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which would train beside ours and not be saved with it.
+
+    Raises:
+        TargetError: there is one.
+    """
     theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
     if theirs:
         where = f"its part {theirs[0]!r}" if theirs[0] else "it"
         raise TargetError(
-            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would train beside this one "
-            "and not be saved with it. Merge it (model = model.merge_and_unload()) or take it off "
-            "(model = model.unload()) first; to train on from it: save_pretrained(DIR), then load_adapter(base, DIR)"
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
+            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; to go "
+            "on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
         )
 
 
