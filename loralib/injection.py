@@ -182,8 +182,8 @@ def refuse_peft(model: nn.Module) -> None:
         where = f"its part {theirs[0]!r}" if theirs[0] else "it"
         raise TargetError(
             f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
-            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; to go "
-            "on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
+            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; "
+            "to go on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
         )
 
 
