@@ -31,6 +31,7 @@ from .injection import (
     first_fingerprint,
     inject_targets,
     injection_of,
+    refuse_peft,
     remove,
     table_rows,
     tensor_at,
@@ -137,6 +138,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         AdapterError: a layer's update cannot be expressed in the adapter's form.
     """
     wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
@@ -211,6 +213,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
     record = injection_of(model)
     if not layers or (record is not None and record.config != adapter.config):

@@ -48,6 +48,7 @@ __all__ = [
     "inject_targets",
     "injection_of",
     "merge",
+    "refuse_peft",
     "remove",
     "table_rows",
     "tensor_at",
@@ -152,7 +153,7 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     config = LoraConfig.of(config)
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
-    _refuse_peft(model)
+    refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -170,15 +171,19 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     return inject_targets(model, config, targets)
 
 
-def _refuse_peft(model: nn.Module) -> None:
-    """Refuses models that hold an adapter of PEFT, which trains beside ours and would not be saved."""
+def refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which would train beside ours and not be saved with it.
+
+    Raises:
+        TargetError: there is one.
+    """
     theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
     if theirs:
         where = f"its part {theirs[0]!r}" if theirs[0] else "it"
         raise TargetError(
-            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would train beside this one "
-            "and not be saved with it. Merge it (model = model.merge_and_unload()) or take it off "
-            "(model = model.unload()) first; to train on from it: save_pretrained(DIR), then load_adapter(base, DIR)"
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
+            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; "
+            "to go on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
         )
 
 
@@ -551,6 +556,13 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
         )
+    parts = {} if hasattr(type(model), "base_model_prefix") else named_modules(model)
+    whole = next((name for name, part in parts.items() if hasattr(type(part), "base_model_prefix")), None)
+    if whole and all(target.name.startswith(f"{whole}.") for target in targets):
+        notes.append(
+            f"names in the adapter begin with {whole!r}, as {type(model).__name__} has them: for an adapter that other "
+            f"tools put on {type(parts[whole]).__name__}, inject into that part"
+        )
     if head := unsaved_head(model, config):
         notes.append(
             f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
@@ -606,8 +618,10 @@ def _save_pretrained(
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if isinstance(table, LoRALayer) or (table is not None and any(p.requires_grad for p in table.parameters())):
+    record = injection_of(model)
+    for name, table in token_tables(model).items():
+        replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
+        if isinstance(table, LoRALayer) or replaced:
             raise TargetError(
                 "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
                 "remove(model), resize, then inject() again"

@@ -182,10 +182,10 @@ def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
     if config.use_dora:
         way = convert if trained else "leave it out here; or train in PEFT, and " + convert
         raise TargetError(f"use_dora = True: DoRA is not computed by loralib's layers; {way}")
-    if config.lora_bias and not trained:
-        raise TargetError(
-            "lora_bias = True: B has no bias here; leave it out (bias='lora_only' trains the layers' own)"
-        )
+    if config.lora_bias:
+        merge = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has them"
+        way = merge if trained else "leave it out (bias='lora_only' trains the base's own)"
+        raise TargetError(f"lora_bias = True: the biases of B are not computed by loralib's layers; {way}")
     if config.init_lora_weights not in (True, "kaiming"):
         way = f"; {convert}" if trained else "; leave it out for the default start, with which LoRA and rsLoRA train"
         raise TargetError(f"init_lora_weights = {config.init_lora_weights!r} is another start than loralib's{way}")

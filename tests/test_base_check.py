@@ -282,7 +282,7 @@ def test_beside_an_adapter_of_peft() -> None:
         lora.inject(base, lora.LoraConfig(target_modules=["v_proj"]))
     model = trained(llama())
     in_peft(model, ["v_proj"])
-    with pytest.raises(AdapterError, match="train besides the adapter"):
+    with pytest.raises(TargetError, match=r"layers.0.self_attn.v_proj' is PEFT's"):
         lora.adapter_of(model)
     wrapped = trained(llama())
     in_peft(wrapped, ["q_proj"])
@@ -398,3 +398,24 @@ def test_what_a_session_shows_is_short() -> None:
     assert repr(adapter) == "Adapter(LoraConfig(r=2, target_modules=<300 entries>), 600 tensors, 18.75 KB)"
     assert len(repr(lora.apply_adapter(model, adapter))) < 300
     assert len(repr(report)) < 200
+
+
+def test_a_model_in_a_users_module_is_noted() -> None:
+    owner = nn.ModuleDict({"language": llama()})
+    (note,) = lora.inject(owner, lora.LoraConfig(r=2, target_modules=["q_proj"])).notes
+    assert "begin with 'language'" in note
+    assert not lora.inject(llama(), lora.LoraConfig(r=2, target_modules=["q_proj"])).notes
+
+
+def test_a_table_that_came_along_is_not_resized(tmp_path: Path) -> None:
+    in_peft(grown(1)).save_pretrained(tmp_path, save_embedding_layers=True)
+    model = grown(2)
+    lora.load_adapter(model, tmp_path)
+    with pytest.raises(TargetError, match="resizing them would break the adapter"):
+        model.resize_token_embeddings(80)
+
+
+def test_an_adapter_with_biases_of_B_says_what_computes_them(tmp_path: Path) -> None:
+    in_peft(llama(), lora_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=r"lora_bias = True.*`loralib merge DIRECTORY MERGED --base BASE`"):
+        lora.load_adapter(llama(), tmp_path)
