@@ -150,20 +150,21 @@ def test_an_answer_ends_with_its_turn(base: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("in_full", [["embed_tokens", "lm_head"], None], ids=["trained", "carried"])
 def test_another_tools_adapter_with_more_tokens_resizes_the_table(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, in_full: list[str] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     tokenizer = make_tokenizer(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>", "<|done|>"]})
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=in_full)
     theirs = peft.get_peft_model(model, settings).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # modules_to_save has them already
+    theirs.save_pretrained(tmp_path, save_embedding_layers=not in_full)  # modules_to_save has them already
     tokenizer.save_pretrained(tmp_path)
     ours, own = load_adapted(str(tmp_path), model=str(base), dtype="fp32", device="cpu")
     assert len(own) == len(tokenizer)
