@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, is_plain_name, matching_steps
+from .console import size
 from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import (
@@ -30,6 +31,7 @@ from .injection import (
     first_fingerprint,
     inject_targets,
     injection_of,
+    refuse_peft,
     remove,
     table_rows,
     tensor_at,
@@ -46,10 +48,11 @@ BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
+_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A trained adapter, apart from any model.
 
@@ -66,7 +69,7 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
-        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -87,6 +90,9 @@ class Adapter:
     def nbytes(self) -> int:
         """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.config!r}, {len(self.tensors)} tensors, {size(self.nbytes)})"
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         AdapterError: a layer's update cannot be expressed in the adapter's form.
     """
     wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
@@ -198,9 +205,15 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """
     if not adapter.modules:
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
+    if any(name.endswith(".lora_B.bias") for name in adapter.tensors):
+        raise AdapterError(
+            "the adapter's B has a bias (lora_bias), which layers here do not compute; `loralib merge ADAPTER DIR` "
+            "puts it into a merged model, and --model DIR takes that"
+        )
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
     record = injection_of(model)
     if not layers or (record is not None and record.config != adapter.config):

@@ -18,12 +18,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .blocks import mixed_blocks
 from .config import LoraConfig
 from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
+from .targets import (
+    HEADS,
+    TargetModule,
+    fully_trained_tensors,
+    is_own_forward,
+    match_modules,
+    tied_modules,
+    unsaved_head,
+    with_head,
+)
 from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
@@ -38,6 +48,7 @@ __all__ = [
     "inject_targets",
     "injection_of",
     "merge",
+    "refuse_peft",
     "remove",
     "table_rows",
     "tensor_at",
@@ -51,7 +62,7 @@ WRAP_LATER = (
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InjectReport:
     """What `inject` did; ``print(report)`` shows it as a table.
 
@@ -76,6 +87,13 @@ class InjectReport:
     def frozen(self) -> int:
         """How many parameters do not train."""
         return self.total - self.trainable
+
+    def __repr__(self) -> str:
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return (
+            f"InjectReport({self.model}: {len(self.targets)} modules, {self.trainable:,} of {self.total:,} parameters "
+            f"train{notes}; print it for more)"
+        )
 
     def __str__(self) -> str:
         width = max(len("pattern"), *(len(pattern) for pattern in self.patterns))
@@ -116,13 +134,15 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     Args:
         model: any torch.nn or transformers model.  Linear, Embedding, Conv1d/2d/3d, nn.MultiheadAttention and
             transformers' Conv1D can be adapted.
-        config: which modules, with which rank; see `loralib.LoraConfig`.
+        config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
+            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
+        ConfigError: PEFT's config asks for what is not trained here.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -130,9 +150,10 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    config = LoraConfig.of(config)
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
-    _refuse_peft(model)
+    refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -143,18 +164,26 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
-    return inject_targets(model, config, match_modules(model, config))
+    config = with_head(model, config)
+    targets = match_modules(model, config)
+    if faults := mixed_blocks(model, targets):
+        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    return inject_targets(model, config, targets)
 
 
-def _refuse_peft(model: nn.Module) -> None:
-    """Refuses models that hold an adapter of PEFT, which trains beside ours and would not be saved."""
+def refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which would train beside ours and not be saved with it.
+
+    Raises:
+        TargetError: there is one.
+    """
     theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
     if theirs:
         where = f"its part {theirs[0]!r}" if theirs[0] else "it"
         raise TargetError(
-            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would train beside this one "
-            "and not be saved with it. Merge it (model = model.merge_and_unload()) or take it off "
-            "(model = model.unload()) first; to train on from it: save_pretrained(DIR), then load_adapter(base, DIR)"
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
+            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; "
+            "to go on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
         )
 
 
@@ -527,6 +556,18 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
         )
+    parts = {} if hasattr(type(model), "base_model_prefix") else named_modules(model)
+    whole = next((name for name, part in parts.items() if hasattr(type(part), "base_model_prefix")), None)
+    if whole and all(target.name.startswith(f"{whole}.") for target in targets):
+        notes.append(
+            f"names in the adapter begin with {whole!r}, as {type(model).__name__} has them: for an adapter that other "
+            f"tools put on {type(parts[whole]).__name__}, inject into that part"
+        )
+    if head := unsaved_head(model, config):
+        notes.append(
+            f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
+            f"({', '.join(map(repr, HEADS))}) or modules_to_save=[{head!r}]"
+        )
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
     if half:
@@ -577,8 +618,10 @@ def _save_pretrained(
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if isinstance(table, LoRALayer) or (table is not None and any(p.requires_grad for p in table.parameters())):
+    record = injection_of(model)
+    for name, table in token_tables(model).items():
+        replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
+        if isinstance(table, LoRALayer) or replaced:
             raise TargetError(
                 "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
                 "remove(model), resize, then inject() again"

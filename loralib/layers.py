@@ -304,7 +304,7 @@ def _summed_weight(name: str) -> property:
 
 # FSDP reads a weight in order to see whether it was changed, and would take base + update for a new base.
 _NOT_SHARDED = (
-    "an adapted {} cannot be spread over processes (FSDP), since its weight reads as base + update; leave it out "
+    "the weight of an adapted {} reads as base + update and cannot be spread over processes; leave it out "
     "(FSDP(..., ignored_modules=[...]), fully_shard(..., ignored_params={{...}})), or adapt other modules"
 )
 

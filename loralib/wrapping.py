@@ -54,7 +54,8 @@ def _inside(model: nn.Module) -> nn.Module | None:
     for name in _PRIVATE:
         if isinstance(modules.get(name), nn.Module):
             return cast(nn.Module, modules[name])
-    if type(model).__module__.partition(".")[0] in _LIBRARIES:
+    home = type(model).__module__
+    if home.partition(".")[0] in _LIBRARIES and not home.startswith("torch.nn.modules"):
         inner = getattr(model, "module", None)
         return inner if isinstance(inner, nn.Module) and inner is not model else None
     return None

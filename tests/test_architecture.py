@@ -21,6 +21,7 @@ ROWS = [
     ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
+    ["blocks"],
     ["injection"],
     ["adapter"],
     ["combine"],
@@ -46,7 +47,7 @@ UPWARDS = {("injection", "formats")}
 
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {
-    "transformers": {"bases.loading", "bases.made_up", "engine.attention"},
+    "transformers": {"bases.loading", "bases.made_up", "engine.attention", "formats.old_names"},
     "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
     "gguf": {"bases.loading", "formats.gguf"},

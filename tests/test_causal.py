@@ -183,5 +183,7 @@ def test_positions_end_where_the_model_does(config: Any, limit: int | None) -> N
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 3))
         require_positions(model, longest.tolist())
+        with pytest.raises(DataError, match="prompt 1 has 33 tokens, the model's context has 32"):
+            generate(model, None, [[3] * 33])
         with pytest.raises(DataError, match=r"32 positions(?s:.)*example 1 has 33 tokens(?s:.)*seq_len to 32"):
             require_positions(model, [[3] * 33])

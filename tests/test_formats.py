@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loralib as lora
@@ -361,3 +361,50 @@ def test_a_file_that_memory_has_no_room_for_is_not_read(tmp_path: Path, monkeypa
     monkeypatch.setattr(tensors, "free_memory", lambda: 50.0)
     with pytest.raises(AdapterError, match="104 bytes, more than there is memory for"):
         tensors.read_bytes(path, lambda data: pytest.fail("it was read"))
+
+
+# Other tools' adapters.
+
+FOREIGN = {
+    "kohya": (["lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight", "lora_te_q.alpha"], "kohya's format"),
+    "diffusers": (["unet.down.attn.to_q.lora.down.weight", "unet.down.attn.to_q.lora.up.weight"], "diffusers' format"),
+    "diffusers, as PEFT": (["transformer.blocks.0.to_q.lora_A.weight"], "diffusers' format"),
+    "lycoris": (["lora_unet_mid.hada_w1_a"], "LyCORIS"),
+    "PEFT": (
+        ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"],
+        "beside its adapter_config.json",
+    ),
+    "a model": (["0.weight", "0.bias"], "it holds no LoRA tensors"),
+}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_tools_files_are_called_by_their_names(kind: str, form: str, tmp_path: Path) -> None:
+    names, expected = FOREIGN[kind]
+    values = {name: torch.ones(2, 2) for name in names}
+    path = tmp_path / f"file.{form}"
+    if form == "pickle":
+        torch.save(values, path)
+    else:
+        save_file(values, path)
+    for config in (None, CONFIG):
+        with pytest.raises(AdapterError, match=expected) as caught:
+            lora.read_adapter(path, config=config)
+        assert "Microsoft" not in str(caught.value)
+
+
+def test_names_from_compiled_and_sharded_models_are_read(saved: Path) -> None:
+    X = torch.ones(1, 6)
+    model = net()
+    lora.load_adapter(model, saved)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    for prefix in (
+        "_orig_mod.base_model.model.",
+        "base_model.model._orig_mod.",
+        "base_model.model._fsdp_wrapped_module.",
+    ):
+        names = {name.replace("base_model.model.", prefix): tensor for name, tensor in tensors.items()}
+        save_file(names, saved / "adapter_model.safetensors", {"format": "pt"})
+        lora.load_adapter(other := net(), saved)
+        assert torch.equal(other(X), model(X))

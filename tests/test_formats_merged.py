@@ -214,6 +214,8 @@ def test_biases_of_B_become_biases_of_the_layers(make: Any, targets: list[str], 
             if "lora_" in name:
                 parameter.add_(torch.rand_like(parameter) * 0.1)
     theirs.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(AdapterError, match="`loralib merge ADAPTER DIR` puts"):
+        lora.load_adapter(base, tmp_path / "adapter")
     merge_and_compare(base, read_adapter(tmp_path / "adapter"), [IDS], torch.float32)
     save_merged(base, tmp_path / "merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -305,3 +307,27 @@ def test_directories_that_cannot_hold_a_model(tmp_path: Path) -> None:
         save_merged(qwen2(), tmp_path / "file")
     with pytest.raises(AdapterError, match="is not a transformers model"):
         save_merged(nn.Linear(2, 2), tmp_path / "plain")
+
+
+def test_weights_of_the_base_in_the_file_do_not_stop_a_merge() -> None:
+    base, adapter = qwen2(), adapter_of(adapted(qwen2(), target_modules=["q_proj"]))
+    name = "model.layers.0.mlp.up_proj.weight"
+    own = base.state_dict()[name]
+    for tensor, allowed in ((own.bfloat16(), False), (own + 1, True)):
+        more = Adapter(adapter.config, {**adapter.tensors, name: tensor}, adapter.metadata)
+        model = copy.deepcopy(base)
+        merge_into(model, more, allow_base_mismatch=allowed)
+        assert torch.equal(model.state_dict()[name], own)
+
+
+def test_convolutions_and_attention_modules_merge() -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict(
+        {"conv": nn.Conv2d(4, 6, (3, 2)), "mha": nn.MultiheadAttention(8, 2), "table": nn.Embedding(5, 4)}
+    )
+    model = adapted(base, r=2, target_modules=["conv", "mha", "table"])
+    X, Y, Z = torch.randn(1, 4, 5, 5), torch.randn(3, 1, 8), torch.arange(5)
+    assert merge_into(base, adapter_of(model)) == 4
+    torch.testing.assert_close(base["conv"](X), model["conv"](X))
+    torch.testing.assert_close(base["mha"](Y, Y, Y)[0], model["mha"](Y, Y, Y)[0])
+    torch.testing.assert_close(base["table"](Z), model["table"](Z))

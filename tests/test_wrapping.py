@@ -101,6 +101,16 @@ def test_a_wrapped_model_is_adapted_merged_and_given_back(name: str, tmp_path: P
     assert lora.inject(wrapped, CONFIG).targets == ("blocks.0.up", "blocks.1.up")
 
 
+def test_a_part_that_is_called_module_is_no_wrapper(tmp_path: Path) -> None:
+    def model() -> Any:
+        return nn.ModuleDict({"module": Net(), "other": nn.Linear(8, 8)})
+
+    ours = model()
+    assert len(lora.inject(ours, lora.LoraConfig(r=2, target_modules=["up", "other"])).targets) == 3
+    assert "module.blocks.0.up.lora_A" in lora.save_adapter(ours, tmp_path).tensors
+    assert lora.load_adapter(model(), tmp_path).base == "checked"
+
+
 class Owner(nn.Module):
     """A user's own module around a model."""
 
@@ -251,9 +261,9 @@ def test_an_attention_that_reads_as_a_sum_cannot_be_sharded(one_process: None) -
         lora.inject(model, lora.LoraConfig(r=2, target_modules=["attention"]))
         return model
 
-    with pytest.raises(UnsupportedModelError, match="adapted MultiheadAttention cannot be spread"):
+    with pytest.raises(UnsupportedModelError, match="adapted MultiheadAttention reads as base"):
         FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
     model, x = adapted(), torch.randn(3, 1, 8)
     fully_shard(model.attention)
-    with pytest.raises(UnsupportedModelError, match="cannot be spread"):
+    with pytest.raises(UnsupportedModelError, match="spread over processes"):
         model.attention(x, x, x)

@@ -14,9 +14,9 @@ from torch import nn
 from ..adapter import Adapter, apply_adapter
 from ..console import say
 from ..errors import BaseModelError
-from ..formats import is_read_with_base, locate_adapter, read_adapter
+from ..formats import is_read_with_base, locate_adapter, read_adapter, with_present_names
 from ..injection import merge
-from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base
+from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
 __all__ = ["base_of", "load_adapted", "save_tokenizer", "trained_on_chats"]
 
@@ -59,25 +59,13 @@ def load_adapted(
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
     if adapter is not None:
-        value = read_adapter(adapter, model=base) if value is None else value
-        _resize_table(base, value)
+        value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
+        resize_tables_for(value, base)
         apply_adapter(base, value)
         if merged:
             merge(base)
         tokenizer = _adapters_tokenizer(adapter, base, tokenizer)
     return base.eval(), tokenizer
-
-
-def _resize_table(base: nn.Module, adapter: Adapter) -> None:
-    """Gives the base's embedding as many rows as the table that an adapter brings along, for tokens that were added."""
-    model: Any = base
-    table = model.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is table)
-    carried = adapter.tensors.get(f"{name}.weight")
-    if carried is not None and carried.shape[0] != table.weight.shape[0]:
-        rows = f"{carried.shape[0]:,} rows, the base's {table.weight.shape[0]:,}"
-        say(f"The adapter's embedding has {rows}: resized", file=sys.stderr)
-        model.resize_token_embeddings(carried.shape[0], mean_resizing=False)
 
 
 def _adapters_tokenizer(adapter: str, base: nn.Module, tokenizer: Any) -> Any:

@@ -24,11 +24,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from ..adapter import Adapter
 from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
@@ -36,13 +37,14 @@ from ..files import cache_directory
 from ..formats import locate_adapter
 from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
+from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 
 if TYPE_CHECKING:
     from .typing import LanguageModel
 
-__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer"]
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -143,6 +145,23 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
     return tokenizer
 
 
+def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
+    """Gives a base's tables of tokens as many rows as those that the adapter brings along, as PEFT saves resized ones.
+
+    The values of all rows come with the adapter.  Where a table is missing in it, nothing is done, and applying the
+    adapter says what does not fit.
+    """
+    tables, rows = token_tables(model), table_rows(model)
+    brought = {name: adapter.tensors.get(f"{name}.weight") for name in tables}
+    sizes = {t.shape[0] for t in brought.values() if t is not None and t.dim() == 2}
+    known = {id(tables[name].weight) for name, tensor in brought.items() if tensor is not None}
+    if len(sizes) != 1 or sizes == {rows} or any(id(table.weight) not in known for table in tables.values()):
+        return
+    (size,) = sizes
+    cast(Any, model).resize_token_embeddings(size, mean_resizing=False)
+    _note(f"the tables of tokens have {size:,} rows now, as in the adapter, and not {rows:,} as in the base")
+
+
 def _refuse_sizes(name: str, **sizes: int | None) -> None:
     given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
     if given:
@@ -202,7 +221,8 @@ def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
     named = f"--model {base}" if base else "--model MODEL"
     return (
         f"{name} {verb} an adapter, not a base model. Give its base as {named}, and the adapter as --adapter {name} "
-        f"to generate, chat and evaluate, as the first argument of inspect, convert and merge."
+        f"to generate, chat and evaluate, as --from_adapter {name} to train on from it, and as the first argument of "
+        "inspect, convert and merge."
     )
 
 

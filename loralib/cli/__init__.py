@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "write base model and adapter as one model",
     "combine": "combine several adapters into one",
     "completion": "let the Tab key complete commands and flags",
+    "export-base": "write a base model for tools without a hub",
 }
 
 _HELP = f"""\
@@ -73,7 +74,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f".{command}", __name__)
+    return importlib.import_module(f".{command.replace('-', '_')}", __name__)
 
 
 def _parser(module: Any, name: str) -> Parser:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_base
+from ..bases import load_base, resize_tables_for
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
 from ..data import FORMATS
 from ..errors import BaseModelError, ConfigError, OutputError
 from ..files import hold_output
-from ..formats import is_read_with_base, read_adapter
+from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..formats.tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
 from ._flags import add_flag, add_list
 
@@ -192,4 +192,10 @@ def read_with_base(
         check_base(name)
         say(f"Loading {name} ...")
         model, tokenizer = load_base(name, dtype="fp32", device="cpu")
-    return (adapter if adapter is not None else read(path, args, model)), model, tokenizer
+    if adapter is None:
+        adapter = read(path, args, model)
+    elif model is not None:
+        adapter = with_present_names(adapter, model)
+    if model is not None:
+        resize_tables_for(adapter, model)
+    return adapter, model, tokenizer

@@ -31,7 +31,7 @@ from ..data.lines import is_text, split_lines
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
-from ..formats import is_read_with_base, read_adapter
+from ..formats import is_read_with_base, locate_adapter, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
 from ..generation.text import end_with_turns
@@ -192,7 +192,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     named = args.adapter and not is_read_with_base(args.adapter)
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
-        path = Path(args.adapter)
+        path = locate_adapter(args.adapter)
         files = [path] if path.is_file() else sorted(file for kind in _DECISIVE for file in path.glob(kind))
         result["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}

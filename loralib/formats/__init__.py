@@ -10,17 +10,20 @@ from torch import nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..config import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, FormatError
 from ..hub import fetch, is_hub_id
 from ..wrapping import unwrapped
+from .foreign import describe, names_in
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
+from .old_names import with_present_names
 from .peft import read_peft, save_adapter, write_peft
 from .portable import Portable, check_portable, export, make_portable
 from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
 from .trainer import is_trainer_checkpoint, save_trained_weights
+from .usage import how_to_run, modelfile
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -28,6 +31,7 @@ __all__ = [
     "Portable",
     "check_portable",
     "export",
+    "how_to_run",
     "is_read_with_base",
     "is_trainer_checkpoint",
     "load_adapter",
@@ -35,6 +39,7 @@ __all__ = [
     "make_portable",
     "merge_and_compare",
     "merge_into",
+    "modelfile",
     "read_adapter",
     "read_gguf",
     "read_microsoft",
@@ -43,6 +48,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "save_trained_weights",
+    "with_present_names",
     "write_gguf",
     "write_microsoft",
     "write_mlx",
@@ -84,7 +90,8 @@ def read_adapter(
     Args:
         path: see `load_adapter`.
         config: the settings of a Microsoft checkpoint, whose file holds none.
-        model: the base model; needed for GGUF and MLX, which have their own names for modules.
+        model: the base model; needed for GGUF and MLX, which have their own names for modules, and for adapters with
+            names of modules from an older transformers.
 
     Raises:
         AdapterError: there is no adapter at the path, or it cannot be read without `config` or `model`.
@@ -101,7 +108,10 @@ def read_adapter(
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
-        return read_peft(path)
+        adapter = read_peft(path)
+        return adapter if model is None else with_present_names(adapter, model)
+    if (foreign := _foreign(path)) is not None:
+        raise FormatError(f"{path} is {foreign[0]}. {foreign[1]}")
     if config is None and _is_checkpoint(path):
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which holds no settings; give "
@@ -167,6 +177,12 @@ def _needed_files(name: str, files: list[str]) -> list[str]:
             f"{', '.join(files[:10]) or 'nothing'}.{hint}"
         )
     return [CONFIG_FILE, tensors, *(file for file in files if file in TOKENIZER_FILES)]
+
+
+def _foreign(path: Path) -> tuple[str, str] | None:
+    """Returns what a file is that holds another tool's adapter, and what to do with it; see `describe`."""
+    names = names_in(path) if _is_checkpoint(path) else None
+    return None if names is None else describe(names)
 
 
 def _is_checkpoint(path: Path) -> bool:

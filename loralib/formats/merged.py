@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, apply_adapter, expand_blocks
-from ..combine import depends_on_base, update_of
-from ..delta import add_delta, delta_weight, dense
+from ..adapter import Adapter, ApplyReport, apply_adapter, expand_blocks
+from ..combine import depends_on_base
+from ..delta import add_delta, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_errors, write_whole
 from ..injection import adapted_layers, injection_of, remove
-from ..layers import is_conv1d
+from .lora_bias import BIAS, add_biases, biases_of_B, fields_for
 from .portable import base_matrix, full_delta, to_stored_layout
 
 __all__ = ["MergeReport", "logit_difference", "merge_and_compare", "merge_into", "prompt_logits", "save_merged"]
@@ -89,13 +89,13 @@ def merge_into(
     """
     if injection_of(model) is not None:
         raise TargetError(f"{type(model).__name__} holds an adapter already; merge into the plain base model")
-    biases = _biases_of_B(adapter)
-    fields = _fields_for(model, biases)
-    with _applied(model, adapter, allow_base_mismatch):
+    biases = biases_of_B(adapter)
+    fields = fields_for(model, biases)
+    with _applied(model, adapter, allow_base_mismatch) as report:
         merged = _merged_weights(model, adapter, initial)
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
-    _check_against_file(model, adapter, merged, initial)
+    _check_against_file(model, adapter, merged, initial, report.ignored)
     for name, value in merged.items():
         # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")
@@ -105,7 +105,7 @@ def merge_into(
             module._parameters[leaf] = nn.Parameter(value.to(old.dtype))
         else:
             module._buffers[leaf] = value
-    _add_biases(model, biases, fields)
+    add_biases(model, biases, fields)
     model.requires_grad_(False)
     _untie(model)
     return modules
@@ -134,7 +134,7 @@ def merge_and_compare(
         MergeError: a weight would be NaN or infinite in that dtype.
     """
     reference = None
-    if not depends_on_base(adapter) and not _biases_of_B(adapter):  # the other kinds can only be computed merged
+    if not depends_on_base(adapter) and not biases_of_B(adapter):  # the other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
             reference = prompt_logits(model, inputs)
     base_change = _rounding_of_base(model, inputs, dtype)
@@ -218,13 +218,14 @@ def save_merged(
 
 
 @contextmanager
-def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[None]:
+def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[ApplyReport]:
     """Applies the low-rank part of an adapter to a model for a while, which checks that everything fits."""
     config = adapter.config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
-    tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", _BIAS))}
-    apply_adapter(model, replace(adapter, config=config, tensors=tensors), allow_base_mismatch=allow_base_mismatch)
+    tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", BIAS))}
+    plain = replace(adapter, config=config, tensors=tensors)
+    report = apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
     try:
-        yield
+        yield report
     finally:
         remove(model)
 
@@ -251,7 +252,11 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
 
 
 def _check_against_file(
-    model: nn.Module, adapter: Adapter, merged: Mapping[str, Tensor], initial: Adapter | None
+    model: nn.Module,
+    adapter: Adapter,
+    merged: Mapping[str, Tensor],
+    initial: Adapter | None,
+    ignored: Collection[str],
 ) -> None:
     """Compares merged weights with the base's and the file's tensors, which no layer has touched: each must be used.
 
@@ -260,6 +265,7 @@ def _check_against_file(
         adapter: as read from the file.
         merged: the merged weights by name.
         initial: see `merge_into`.
+        ignored: tensors of the file that may be left out.
     """
     plain = expand_blocks(adapter)
     faults, used = [], set[str]()
@@ -270,104 +276,34 @@ def _check_against_file(
             faults.append(f"{name}: its update is in no weight")
             continue
         layer, base = model.get_submodule(name), base_matrix(model, name)
-        delta = (
-            full_delta(plain, name, base, initial) if depends_on_base(adapter) else _delta_in_groups(plain, name, layer)
-        )
+        delta = full_delta(plain, name, base, initial)
         weight = to_stored_layout(layer, merged[key].flatten(1))
         if not _is_rounding(weight, base.float() + delta.to(base.device)):
             faults.append(f"{key}: is not the base weight and the adapter's update")
     state = model.state_dict()
-    in_full = {name: t for name, t in plain.tensors.items() if not _LOW_RANK.search(name) and name not in used}
-    for name, tensor in in_full.items():
+    for name, tensor in plain.tensors.items():
+        if _LOW_RANK.search(name) or name in used or name in ignored:
+            continue
         held = merged.get(name, state.get(name))
-        if held is None or held.shape != tensor.shape or not _is_rounding(held, tensor.to(held.device)):
+        # A file may also hold the base's own weights, in bf16.
+        step = None if name in merged else 2**-7
+        if held is None or held.shape != tensor.shape or not _is_rounding(held, tensor.to(held.device), step):
             faults.append(f"{name}: is not the adapter's")
     if faults:
         advice = "Nothing was merged. Please report this, with the adapter's settings and the model's name."
         raise MergeError(list_faults("merged weights are not what the adapter's file says", faults, advice))
 
 
-_BIAS = ".lora_B.bias"
 _LOW_RANK = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector|B\.bias)$")
 
 
-def _delta_in_groups(adapter: Adapter, module: str, layer: nn.Module) -> Tensor:
-    """Returns what an adapter adds to a weight as a matrix (out, in); a grouped convolution is one product a group."""
-    update = update_of(adapter, module)
-    groups = getattr(layer, "groups", 1) if update.B.shape[1] < update.A.shape[0] else 1
-    pairs = zip(update.A.chunk(groups), update.B.chunk(groups), strict=True)
-    return torch.cat([delta_weight(A, B, update.scaling) for A, B in pairs])
-
-
-def _is_rounding(ours: Tensor, exact: Tensor) -> bool:
-    """Tells whether two tensors differ by no more than rounding to the first one's dtype."""
+def _is_rounding(ours: Tensor, exact: Tensor, step: float | None = None) -> bool:
+    """Tells whether two tensors differ by no more than rounding to the first one's dtype, or to a relative step."""
     if not ours.is_floating_point():
         return torch.equal(ours, exact.to(ours.dtype))
-    step = 4 * max(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
+    step = step or 4 * max(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
     gap = (ours.float() - exact.float()).abs()
     return bool((gap <= step * (exact.float().abs() + exact.float().abs().max())).all()) if gap.numel() else True
-
-
-# Biases of B (lora_bias): what they add to a layer's output does not depend on its input, as a bias of the layer.
-
-
-def _biases_of_B(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns what the biases of B add to the outputs of modules, in fp32."""
-    modules = [name.removesuffix(_BIAS) for name in adapter.tensors if name.endswith(_BIAS)]
-    if modules and depends_on_base(adapter):
-        raise AdapterError("lora_bias together with DoRA or another base: PEFT defines no such adapter; copy it again")
-    return {name: update_of(adapter, name).scaling * adapter.tensors[name + _BIAS].float() for name in modules}
-
-
-def _fields_for(model: nn.Module, biases: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Returns which fields of a model's config give biases to layers that have none, and these layers' names.
-
-    Raises:
-        MergeError: the model has no place for such a bias, which from_pretrained would drop.
-    """
-    config = getattr(model, "config", None)
-    modules = dict(model.named_modules())
-    faults = [f"{name}: the model has no such module" for name in biases if name not in modules]
-    without = [name for name in biases if name in modules and getattr(modules[name], "bias", None) is None]
-    needed = dict[str, list[str]]()
-    for name in without if config is not None else ():
-        leaf = name.rpartition(".")[2]
-        field = next(
-            (f for f, leaves in _BIAS_FIELDS.items() if leaf in leaves and getattr(config, f, None) is False), None
-        )
-        if field is None:
-            faults.append(f"{name}: {type(model).__name__} has no bias there, and no setting for one")
-        else:
-            needed[field] = [each for each in modules if each.rpartition(".")[2] in _BIAS_FIELDS[field]]
-    if faults:
-        raise MergeError(
-            list_faults(
-                "biases of B (lora_bias) cannot be merged",
-                faults,
-                "Without merging, PEFT computes such an adapter: PeftModel.from_pretrained(base, DIRECTORY).",
-            )
-        )
-    return needed
-
-
-# Settings of transformers' models that give layers a bias.
-_BIAS_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
-}
-
-
-def _add_biases(model: nn.Module, biases: Mapping[str, Tensor], fields: Mapping[str, list[str]]) -> None:
-    for field, names in fields.items():
-        setattr(cast(Any, model).config, field, True)
-        for name in names:  # those without an update get zeros: the setting is for all
-            biases = {**biases, name: biases.get(name, torch.zeros(()))}
-    for name, value in biases.items():
-        layer: Any = model.get_submodule(name)
-        weight, old = layer.weight, getattr(layer, "bias", None)
-        size = layer.weight.shape[1] if is_conv1d(layer) else layer.weight.shape[0]
-        total = value.to(weight.device).expand(size) + (0 if old is None else old.detach().float())
-        layer._parameters["bias"] = nn.Parameter(total.to(weight.dtype), requires_grad=False)
 
 
 def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:

@@ -34,6 +34,9 @@ from .tensors import (
 __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
+# Steps in the names of models that were compiled or sharded when an adapter was saved; they are no modules of the base.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
 _BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
 
@@ -83,6 +86,8 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     missing = [name for name in (CONFIG_FILE, PEFT_FILE) if not (directory / name).is_file()]
     if CONFIG_FILE in missing or (missing and not (directory / PEFT_PICKLE).is_file()):
         fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
+        if (directory / _DIFFUSERS).is_file():
+            fault = f"holds an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
         raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
     if not isinstance(settings, dict):
@@ -158,6 +163,7 @@ def task_type_of(model: nn.Module | None) -> str | None:
 
 def _from_peft(name: str) -> str:
     """PEFT's name of a tensor -> ours."""
+    name = _WRAPPERS.sub("", name)
     name = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
     # Older files carry the adapter's name; newer ones leave it out.
     name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)", r".\1", name)
