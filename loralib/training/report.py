@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import adapter_of
 from ..config import HUB_NAMES
-from ..console import duration, parameter_table, progress, say, size
+from ..console import counted, duration, parameter_table, progress, say, size
 from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
@@ -43,14 +43,9 @@ class Reporter:
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if not self._verbose:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        with suppress(OSError):
-            say(*parts)
-        if self._bar is not None:
-            self._bar.refresh()
+        if self._verbose:
+            with suppress(OSError):
+                say(*parts)
 
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
@@ -58,7 +53,7 @@ class Reporter:
             has = "is built from LoRA layers of its own" if injection_of(model) is None else "has an adapter already"
             self.say(f"The network {has}; --rank and --target_modules do not apply.")
         else:
-            matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
+            matched = ", ".join(f"{pattern} ({counted(n, 'module')})" for pattern, n in report.patterns.items())
             self.say(f"LoRA on {matched}: r={config.rank}, lora_alpha={config.alpha:g}")
             for note in report.notes:
                 self.say(f"  note: {note}")
@@ -119,7 +114,8 @@ class Reporter:
         directory = result.output_dir
         self.say()
         self.say(
-            f"Done: {result.steps:,} updates in {duration(result.seconds)} ({result.tokens_per_second:,.0f} tokens/s)."
+            f"Done: {counted(result.steps, 'update')} in {duration(result.seconds)} "
+            f"({result.tokens_per_second:,.0f} tokens/s)."
         )
         self._say_improvement(result.valid_losses)
         self._say_file("Adapter", directory / "adapter_model.safetensors")
@@ -368,7 +364,7 @@ def _norm(tensor: Tensor) -> float:
 def _facts(config: TrainConfig, progress: Progress, example_count: int) -> dict[str, str]:
     facts = {
         "training examples": f"{example_count:,}",
-        "updates": f"{progress.step:,} of {config.batch_size * config.grad_accum} examples",
+        "updates": f"{progress.step:,} of {counted(config.batch_size * config.grad_accum, 'example')}",
         "learning rate": f"{config.lr:g}, B {config.loraplus_lr_ratio:g} times that (LoRA+), {config.schedule}",
         "training loss, by epoch": ", ".join(f"{loss:.4f}" for loss in progress.train_losses),
         "seed": str(config.seed),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
+from ..console import counted
 from ..data import TokenExample
 from ..delta import dense
 from ..errors import AdapterError, FormatError, OutputError, TrainingError, list_faults
@@ -348,8 +349,8 @@ class RunDirectory:
                 return last[0]
             if last is not None and not last[0].progress.finished:
                 raise TrainingError(
-                    f"{self.path} holds a run that stopped after {last[0].progress.step} updates. Add --resume to "
-                    "continue it, --overwrite to discard it, or choose another --output_dir."
+                    f"{self.path} holds a run that stopped after {counted(last[0].progress.step, 'update')}. Add "
+                    "--resume to continue it, --overwrite to discard it, or choose another --output_dir."
                 )
         for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
             remove_file(path)
