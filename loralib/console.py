@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from .errors import MissingDependencyError
@@ -94,7 +94,25 @@ def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
     stream = sys.stdout if file is None else file
     if stream is not None:  # a program started without a console has none
         text = " ".join(str(part) for part in parts) + end
-        print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+        with _bars_cleared():
+            print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+
+
+@contextlib.contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Takes progress bars off the terminal while something else is printed there, and draws them again below it."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    bars = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable and bar.fp.isatty()]
+    for bar in bars:
+        with contextlib.suppress(OSError):
+            bar.clear()
+            bar.fp.flush()  # tqdm leaves the last carriage return in the buffer: the text would begin mid-line
+    try:
+        yield
+    finally:
+        for bar in bars:
+            with contextlib.suppress(OSError):
+                bar.refresh()
 
 
 def progress(

@@ -6,12 +6,14 @@ Standard library only: it runs with whatever Python a machine has.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,4 +149,25 @@ def _run(command: Sequence[str], otherwise: str) -> None:
 def _call(command: Sequence[str]) -> int:
     # What is set for another Python must not leak into this one.
     environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as child, _patience(child):
+        return child.wait()
+
+
+@contextlib.contextmanager
+def _patience(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Lets a child end in its own time when a signal asks for it: training saves itself first.
+
+    A terminal sends Ctrl-C and its own end to the child as well; what only this process is sent is passed on.
+    """
+    answers = {name: lambda *_: None for name in ("SIGINT", "SIGBREAK", "SIGHUP")}
+    answers["SIGTERM"] = lambda number, _: child.send_signal(number)
+    numbers = {getattr(signal, name): answer for name, answer in answers.items() if hasattr(signal, name)}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, answer in numbers.items():
+        if before[number] != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +49,16 @@ def run(code: str, encoding: str, input: bytes = b"") -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-c", code], capture_output=True, input=input, env=environment, timeout=120)
 
 
-def run_watched(code: str, encoding: str) -> tuple[int, str]:
+def run_watched(code: str, encoding: str, columns: int = 0) -> tuple[int, str]:
     """Runs code on a terminal of that encoding; returns its exit code and what it shows, on stdout and stderr."""
     pty = pytest.importorskip("pty")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     ours, theirs = pty.openpty()
+    if columns:
+        import fcntl
+        import termios
+
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
@@ -115,6 +122,39 @@ def test_streams_that_are_closed_or_were_read_from_stay_as_they_are(monkeypatch:
 )
 def test_one_thing_is_not_several(number: int, noun: str, text: str) -> None:
     assert console.counted(number, noun) == text
+
+
+def on_screen(sent: str) -> list[str]:
+    """The lines that a terminal shows after it was sent this text: a carriage return goes back, to write over."""
+    lines = []
+    for sent_line in sent.split("\n"):
+        line, column = "", 0
+        for part in re.split("(\r)", sent_line):
+            column = 0 if part == "\r" else column
+            if part != "\r":
+                line = line[:column] + part + line[column + len(part) :]
+                column += len(part)
+        lines.append(line.rstrip())
+    return lines
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_line_printed_beside_a_progress_bar_has_a_line_of_its_own(stream: str) -> None:
+    code = f"""
+import sys
+from loralib.console import progress, say
+with progress(total=6, description="training") as bar:
+    for number in range(6):
+        bar.update()
+        bar.refresh()
+        say(f"Epoch {{number}}", file=sys.{stream})
+"""
+    returned, shown = run_watched(code, "utf-8", columns=60)
+    assert returned == 0, shown
+    assert on_screen(shown)[:6] == [f"Epoch {number}" for number in range(6)]
+    assert [line.startswith("training") for line in on_screen(shown)[6:]] == [True, False], "one bar is left, below"
+    piped = run(code, "utf-8")
+    assert b"training" not in piped.stdout + piped.stderr, "and none where nobody watches"
 
 
 def test_look_alikes_are_used_only_where_needed() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,6 +150,35 @@ def test_settings_of_another_python_do_not_leak_in(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check = "import os, sys; sys.exit(7 if 'PYTHONPATH' not in os.environ else 1)"
     assert module._call([sys.executable, "-c", check]) == 7
+
+
+SAVES_SLOWLY = """
+import signal, sys, time
+def save(number, frame):
+    time.sleep(0.6)  # longer than Python waits for a child after Ctrl-C
+    print("saved", number, flush=True)
+    sys.exit(128 + number)
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    signal.signal(getattr(signal, name), save)
+print("ready", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "whole_group"), [("SIGINT", True), ("SIGHUP", True), ("SIGTERM", False)])
+def test_a_stopped_demo_waits_until_training_has_saved(name: str, whole_group: bool) -> None:
+    """A terminal signals all that it started; whoever stops a container signals the first process."""
+    code = f"import sys, environment; sys.exit(environment._call([sys.executable, '-c', {SAVES_SLOWLY!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stdout.readline() == "ready\n"
+        number = getattr(signal, name)
+        (os.killpg if whole_group else os.kill)(demo.pid, number)
+        assert demo.stdout.read() == f"saved {int(number)}\n"
+    assert demo.returncode == 128 + number
 
 
 @pytest.mark.parametrize("script", ["demo.py", "test.py"])

@@ -44,14 +44,9 @@ class Reporter:
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if not self._verbose:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        with suppress(OSError):
-            say(*parts)
-        if self._bar is not None:
-            self._bar.refresh()
+        if self._verbose:
+            with suppress(OSError):
+                say(*parts)
 
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""

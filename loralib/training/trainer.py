@@ -51,6 +51,7 @@ __all__ = ["TrainResult", "run"]
 _ONE_RUN_AT_A_TIME = threading.RLock()
 _WINDOW = 20  # updates whose average loss tells an explosion from noise
 _SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+_PASSED_ON = (_SIGHUP, signal.SIGTERM)  # they may arrive twice: from the system, and from what started the run
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,9 @@ class Trainer:
             self._end_epoch(complete=False)
         if progress.step < self.total:
             self.reporter.say(
-                f"Stopped early, after update {progress.step:,} of {self.total:,}: the last {progress.bad:,} "
-                "validations were no better than the best before."
+                f"Stopped early, after update {progress.step:,} of {self.total:,}: the last "
+                + ("validation was" if progress.bad == 1 else f"{progress.bad:,} validations were")
+                + " no better than the best before."
             )
 
     def _update(self, batches: list[list[TokenExample]]) -> None:
@@ -409,7 +411,7 @@ class StopRequest:
     signal_number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number and number != _SIGHUP:  # SIGHUP arrives twice: from the system and from the shell
+        if self.signal_number and number not in _PASSED_ON:
             raise KeyboardInterrupt
         self.signal_number = self.signal_number or number
 
@@ -480,14 +482,16 @@ def check_gradients(model: nn.Module) -> str:
     if faults:
         raise NothingLearnedError(
             list_faults(
-                f"{len(faults)} of {len(layers)} adapted layers would learn nothing",
+                f"{len(faults)} of {counted(len(layers), 'adapted layer')} would learn nothing",
                 faults,
                 "Leave them out of target_modules, or find what keeps the gradient from them (a detach(), no_grad(), "
                 "a frozen path).",
             )
         )
     return (
-        list_faults(f"{len(idle)} of {len(layers)} adapted layers never ran and will not learn", idle) if idle else ""
+        list_faults(f"{len(idle)} of {counted(len(layers), 'adapted layer')} never ran and will not learn", idle)
+        if idle
+        else ""
     )
 
 
@@ -507,7 +511,8 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
     """
     if not _has_learned(model, initial):
         raise NothingLearnedError(
-            f"the adapter ended as it began: its {len(initial)} tensors changed nothing in {steps} updates. "
+            f"the adapter ended as it began: its {counted(len(initial), 'tensor')} changed nothing in "
+            f"{counted(steps, 'update')}. "
             f"Raise --lr (now {lr:g}) and look at metrics.jsonl."
         )
 
