@@ -205,11 +205,6 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """
     if not adapter.modules:
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
-    if any(name.endswith(".lora_B.bias") for name in adapter.tensors):
-        raise AdapterError(
-            "the adapter's B has a bias (lora_bias), which layers here do not compute; `loralib merge ADAPTER DIR` "
-            "puts it into a merged model, and --model DIR takes that"
-        )
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     wrapped, model = model, adapted_model(model)
