@@ -590,10 +590,16 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
     rows = int(count) if count.isdecimal() else 0
     # What the adapter brings along was left out when it was saved; not so in files of earlier versions, nor where a
     # table came along that is this base's own.
-    ours = (fingerprint(model, adapter.tensors.keys(), rows), fingerprint(model, (), rows), first_fingerprint(model))
-    if theirs in ours:
-        return "checked"
-    if shapes not in [mark.partition(":")[0] for mark in ours]:
+    found = set[str]()
+    for make in (
+        lambda: fingerprint(model, adapter.tensors.keys(), rows),
+        lambda: fingerprint(model, (), rows),
+        lambda: first_fingerprint(model),
+    ):
+        if (ours := make()) == theirs:
+            return "checked"
+        found.add(ours.partition(":")[0])
+    if shapes not in found:
         return "shapes"
     return "rows" if rows > table_rows(model) else "values"
 
