@@ -36,13 +36,13 @@ def _faster(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":
         # Eight operators that keep five tensors are one.
-        return functools.partial(_gelu, module) if _verdict(_same, module, kind) else None
+        return functools.partial(_gelu, loaded(), module) if _verdict(_same, module, kind) else None
     if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return functools.partial(_rms_norm, module) if _verdict(_same, module, kind) else None
+        return functools.partial(_rms_norm, loaded(), module) if _verdict(_same, module, kind) else None
     if module._modules.keys() == _GATED:
         activation = cast(nn.Module, module._modules["act_fn"])
         usual = _verdict(_gates_as_usual, module, type(module), type(activation))
-        return functools.partial(_gated, module, activation) if usual else None
+        return functools.partial(_gated, loaded(), module, activation) if usual else None
     return _rotating(module, rebound)
 
 
@@ -63,46 +63,46 @@ def _same(module: nn.Module) -> bool:
         width = next((len(weight) for weight in twin.parameters()), 16)
         x = torch.linspace(-3, 2, 2 * width).view(2, width)
         shorter = _rms_norm if hasattr(twin, "variance_epsilon") else _gelu
-        return torch.allclose(shorter(twin, x), twin(x), rtol=1e-5, atol=1e-6)
+        return torch.allclose(shorter(loaded(), twin, x), twin(x), rtol=1e-5, atol=1e-6)
     except Exception:  # whatever a module of that name is, it is not what its name says
         return False
 
 
-def _gelu(module: nn.Module, x: Tensor) -> Tensor:
-    kernels = loaded()
+def _gelu(kernels: Kernels | None, module: nn.Module, x: Tensor) -> Tensor:
     if kernels is None or not kernels.accept(x):
         return F.gelu(x, approximate="tanh")
-    return cast(Tensor, _GELU.apply(x))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _GELU.apply(x, kernels))  # type: ignore[no-untyped-call]
 
 
 class _GELU(torch.autograd.Function):
     """``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`` (Hendrycks and Gimpel 2016, arXiv:1606.08415, eq. 2)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x)
-        return cast(Kernels, loaded()).gelu(x)
+        ctx.kernels = kernels
+        return kernels.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return cast(Kernels, loaded()).gelu_back(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.kernels.gelu_back(gradient, *ctx.saved_tensors), None
 
 
-def _rms_norm(norm: Any, *given: Any, **named: Any) -> Tensor:
+def _rms_norm(kernels: Kernels | None, norm: Any, *given: Any, **named: Any) -> Tensor:
     x = given[0] if len(given) == 1 and not named else None
     weight = norm.weight  # None in some instances of a class
     usual = x is not None and weight is not None and weight.dtype == x.dtype and x.device.type == "cpu"
     if not usual or torch.is_autocast_enabled("cpu") or (weight.requires_grad and torch.is_grad_enabled()):
         return cast(Tensor, own_forward(norm, *given, **named))
-    return cast(Tensor, _RMSNorm.apply(x, weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _RMSNorm.apply(x, weight, norm.variance_epsilon, kernels))  # type: ignore[no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
     """``w x / sqrt(mean(x^2) + eps)`` (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4) with a frozen w."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        kernels = loaded()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels | None) -> Tensor:
+        ctx.kernels = kernels
         if kernels is not None and kernels.accept(x, weight):
             y, factor = kernels.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, factor)
@@ -114,11 +114,11 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(x * factor, weight, out=torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, factor = ctx.saved_tensors
-        kernels = loaded()
+        kernels: Kernels | None = ctx.kernels
         if kernels is not None and kernels.accept(gradient, x, weight):
-            return kernels.rms_norm_back(gradient, x, weight, factor), None, None
+            return kernels.rms_norm_back(gradient, x, weight, factor), None, None, None
         # With f the factor and u = w g: f (u - f^2 x mean(u x)).  LayerNorm's gradient with mean 0 is that less
         # f mean(u), and one operator has it.
         wide, width = factor.dtype, x.shape[-1]
@@ -133,7 +133,7 @@ class _RMSNorm(torch.autograd.Function):
             [True, False, False],
         )[0]
         missing = (gradient @ weight)[..., None] * (factor / width).to(gradient.dtype)
-        return of_layer_norm.add_(missing), None, None
+        return of_layer_norm.add_(missing), None, None, None
 
 
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of such a block, as transformers calls them
@@ -161,14 +161,13 @@ class _Line(nn.Module):
         return self.slope * x + self.start
 
 
-def _gated(block: Any, activation: nn.Module, x: Tensor) -> Tensor:
+def _gated(kernels: Kernels | None, block: Any, activation: nn.Module, x: Tensor) -> Tensor:
     hooks = (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks)
     if block.act_fn is not activation or any(hooks):  # changed since, or somebody listens
         return cast(Tensor, own_forward(block, x))
     gate, up = block.gate_proj(x), block.up_proj(x)
-    kernels = loaded()
     if kernels is not None and kernels.accept(gate, up) and gate.shape == up.shape:
-        hidden = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        hidden = _SwiGLU.apply(gate, up, kernels)  # type: ignore[no-untyped-call]
     else:
         hidden = block.act_fn(gate) * up
     return cast(Tensor, block.down_proj(hidden))
@@ -178,13 +177,14 @@ class _SwiGLU(torch.autograd.Function):
     """``silu(gate) * up`` (Shazeer 2020, arXiv:2002.05202, eq. 5)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return cast(Kernels, loaded()).swiglu(gate, up)
+        ctx.kernels = kernels
+        return kernels.swiglu(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(Kernels, loaded()).swiglu_back(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.kernels.swiglu_back(gradient, *ctx.saved_tensors), None
 
 
 _ROTATE: Final = "apply_rotary_pos_emb"  # what the files of transformers' models call it
@@ -206,7 +206,9 @@ def _rotating(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
     if forward not in rebound:
         theirs = forward.__globals__.get(_ROTATE)
         usual = theirs is not None and _verdict(_rotates_as_usual, theirs, theirs)
-        rebound[forward] = _with_name(forward, functools.partial(_rotate, cast(Any, theirs))) if usual else None
+        rebound[forward] = (
+            _with_name(forward, functools.partial(_rotate, loaded(), cast(Any, theirs))) if usual else None
+        )
     return None if rebound[forward] is None else types.MethodType(rebound[forward], module)
 
 
@@ -226,11 +228,11 @@ def _rotates_as_usual(function: Callable[..., Any]) -> bool:
         theirs = function(q, k, cos[0], sin[0])
     except Exception:  # whatever a function of that name is, it is not what its name says
         return False
-    ours = (_Rotate.apply(x, cos, sin) for x in (q, k))  # type: ignore[no-untyped-call]
+    ours = (_Rotate.apply(x, cos, sin, loaded()) for x in (q, k))  # type: ignore[no-untyped-call]
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
-def _rotate(theirs: Callable[..., Any], *given: Any, **named: Any) -> Any:
+def _rotate(kernels: Kernels | None, theirs: Callable[..., Any], *given: Any, **named: Any) -> Any:
     usual = len(given) == 4 and not named and all(isinstance(x, Tensor) for x in given)
     if usual:
         q, k, cos, sin = given
@@ -239,7 +241,7 @@ def _rotate(theirs: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not usual:
         return theirs(*given, **named)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    return _Rotate.apply(q, cos, sin, kernels), _Rotate.apply(k, cos, sin, kernels)  # type: ignore[no-untyped-call]
 
 
 class _Rotate(torch.autograd.Function):
@@ -249,9 +251,9 @@ class _Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        kernels = loaded()
+        ctx.kernels = kernels
         if kernels is not None and kernels.accept_heads(x, cos, sin):
             return kernels.rotate(x, cos, sin, back=False)
         (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
@@ -262,14 +264,14 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        kernels = loaded()
+        kernels: Kernels | None = ctx.kernels
         if kernels is not None and kernels.accept_heads(gradient, cos, sin):
-            return kernels.rotate(gradient, cos, sin, back=True), None, None
+            return kernels.rotate(gradient, cos, sin, back=True), None, None, None
         (g1, g2), (sin1, sin2) = gradient.chunk(2, -1), sin.chunk(2, -1)
         grad = gradient * cos
         grad1, grad2 = grad.chunk(2, -1)
         grad1.addcmul_(g2, sin2)
         grad2.addcmul_(g1, sin1, value=-1)
-        return grad, None, None
+        return grad, None, None, None

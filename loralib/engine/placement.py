@@ -252,7 +252,8 @@ _EVALUATED: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDi
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Switches dropout off, and back on in those modules where it was on, once no thread needs it off any more."""
     with _LOCK:
-        switched = [module for module in modules if module.training or (_EVALUATED and module in _EVALUATED)]
+        shared = len(_EVALUATED) > 0  # asked once: this runs at every generated token
+        switched = [module for module in modules if module.training or (shared and module in _EVALUATED)]
         for module in switched:
             _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
             module.training = False
