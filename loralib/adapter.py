@@ -205,11 +205,6 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     """
     if not adapter.modules:
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
-    if any(name.endswith(".lora_B.bias") for name in adapter.tensors):
-        raise AdapterError(
-            "the adapter's B has a bias (lora_bias), which layers here do not compute; `loralib merge ADAPTER DIR` "
-            "puts it into a merged model, and --model DIR takes that"
-        )
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
     wrapped, model = model, adapted_model(model)
@@ -598,10 +593,13 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
     rows = int(count) if count.isdecimal() else 0
     # What the adapter brings along was left out when it was saved; not so in files of earlier versions, nor where a
     # table came along that is this base's own.
-    ours = (fingerprint(model, adapter.tensors.keys(), rows), fingerprint(model, (), rows), first_fingerprint(model))
-    if theirs in ours:
-        return "checked"
-    if shapes not in [mark.partition(":")[0] for mark in ours]:
+    found = set[str]()
+    for left_out in (adapter.tensors.keys(), (), None):
+        ours = first_fingerprint(model) if left_out is None else fingerprint(model, left_out, rows)
+        if ours == theirs:
+            return "checked"
+        found.add(ours.partition(":")[0])
+    if shapes not in found:
         return "shapes"
     if rows > table_rows(model):
         return "rows"

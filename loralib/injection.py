@@ -89,7 +89,7 @@ class InjectReport:
         return self.total - self.trainable
 
     def __repr__(self) -> str:
-        notes = f", {len(self.notes)} notes" if self.notes else ""
+        notes = f"; notes: {len(self.notes)}" if self.notes else ""
         return (
             f"InjectReport({self.model}: {len(self.targets)} modules, {self.trainable:,} of {self.total:,} parameters "
             f"train{notes}; print it for more)"

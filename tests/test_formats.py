@@ -195,6 +195,13 @@ def test_the_name_of_the_base_goes_along(tmp_path: Path) -> None:
     assert lora.read_adapter(tmp_path).config.base_model_name_or_path == "some/base"
 
 
+def test_a_revision_of_the_base_goes_where_peft_reads_it(tmp_path: Path) -> None:
+    lora.save_adapter(trained(config=CONFIG.replace(base_model_name_or_path="some/base@v2")), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/base", "v2")
+    assert lora.read_adapter(tmp_path).config.base_model_name_or_path == "some/base@v2"
+
+
 def test_other_tools_read_the_name_that_our_base_has_on_the_hub(tmp_path: Path) -> None:
     ours, original = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
     lora.save_adapter(trained(config=CONFIG.replace(base_model_name_or_path=ours)), tmp_path / "a")

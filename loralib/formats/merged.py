@@ -93,9 +93,11 @@ def merge_into(
     fields = fields_for(model, biases)
     with _applied(model, adapter, allow_base_mismatch) as report:
         merged = _merged_weights(model, adapter, initial)
+        weights = {f"{name}.{layer._weight_name}": layer.base_weight for name, layer in adapted_layers(model)}
+        brought = {name: weights[name].detach() for name in report.carried if name in weights}
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
-    _check_against_file(model, adapter, merged, initial, report.ignored)
+    _check_against_file(model, adapter, merged, initial, brought, report.ignored)
     for name, value in merged.items():
         # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")
@@ -256,6 +258,7 @@ def _check_against_file(
     adapter: Adapter,
     merged: Mapping[str, Tensor],
     initial: Adapter | None,
+    brought: Mapping[str, Tensor],
     ignored: Collection[str],
 ) -> None:
     """Compares merged weights with the base's and the file's tensors, which no layer has touched: each must be used.
@@ -265,6 +268,7 @@ def _check_against_file(
         adapter: as read from the file.
         merged: the merged weights by name.
         initial: see `merge_into`.
+        brought: tables in the base's places that the adapter brought along and adapts.
         ignored: tensors of the file that may be left out.
     """
     plain = expand_blocks(adapter)
@@ -275,7 +279,10 @@ def _check_against_file(
         if key is None:
             faults.append(f"{name}: its update is in no weight")
             continue
-        layer, base = model.get_submodule(name), base_matrix(model, name)
+        layer = model.get_submodule(name)
+        base = to_stored_layout(layer, brought[key]) if key in brought else base_matrix(model, name)
+        if key in brought and not _is_rounding(brought[key], plain.tensors.get(key, brought[key])):
+            faults.append(f"{key}: is not the adapter's table")
         delta = full_delta(plain, name, base, initial)
         weight = to_stored_layout(layer, merged[key].flatten(1))
         if not _is_rounding(weight, base.float() + delta.to(base.device)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
 from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
+from ..hub import is_hub_id
 from ..injection import adapted_layers
 from ..layers import LoRALinear
 from ..wrapping import named_modules, unwrapped, writes_files
@@ -93,6 +94,9 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     if not isinstance(settings, dict):
         raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
     config = LoraConfig.from_dict(settings)
+    name, revision = config.base_model_name_or_path or "", settings.get("revision")
+    if isinstance(revision, str) and revision and "@" not in name and is_hub_id(versioned := f"{name}@{revision}"):
+        config = config.replace(base_model_name_or_path=versioned)
     metadata: dict[str, str] = {}
     if PEFT_FILE in missing:
         tensors = read_pickle(directory / PEFT_PICKLE)
@@ -131,6 +135,8 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
     settings, metadata = plain.config.to_dict(), dict(plain.metadata)
     name = plain.config.base_model_name_or_path or ""
+    if "@" in name and is_hub_id(name):
+        settings["base_model_name_or_path"], _, settings["revision"] = name.rpartition("@")
     if name in HUB_NAMES:
         settings["base_model_name_or_path"], metadata[_BASE_NAME] = HUB_NAMES[name], name
     write_directory(directory, PEFT_FILE, tensors, metadata, settings)
