@@ -144,6 +144,23 @@ def configs() -> dict[str, Any]:
             moe_intermediate_size=16,
             first_k_dense_replace=1,
         ),
+        "deepseek_v32": t.DeepseekV32Config(
+            **_SIZES | {"num_key_value_heads": 4},
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            index_topk=WINDOW,
+            index_n_heads=2,
+            index_head_dim=16,
+        ),
         "falcon_alibi": t.FalconConfig(**_TOKENS, **_LAYERS, alibi=True, max_position_embeddings=256),
         "bloom": t.BloomConfig(**_TOKENS, hidden_size=32, n_layer=3, n_head=4),
         "mpt": t.MptConfig(**_TOKENS, d_model=32, n_layers=3, n_heads=4, max_seq_len=256),
@@ -173,7 +190,8 @@ def configs() -> dict[str, Any]:
 FAMILIES = (
     "llama", "llama3", "yarn", "dynamic", "llama4", "llama4_tuned", "qwen2_moe", "qwen3", "qwen3_moe", "phimoe",
     "phimoe_long", "phi3_long", "gemma2", "gemma3", "mistral", "ministral3", "gpt_oss", "olmo2", "olmo3", "cohere2",
-    "deepseek_v3", "falcon_alibi", "bloom", "mpt", "opt", "gpt2", "gptj", "gpt_neox", "gpt_neo", "mamba", "lfm2",
+    "deepseek_v3", "deepseek_v32",
+    "falcon_alibi", "bloom", "mpt", "opt", "gpt2", "gptj", "gpt_neox", "gpt_neo", "mamba", "lfm2",
 )  # fmt: skip
 # A dynamic model ends where its positions begin to change, so that it is never asked to write beyond.
 WRITERS = tuple(name for name in FAMILIES if name != "dynamic")
