@@ -7,8 +7,8 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import sys
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
