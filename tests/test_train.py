@@ -319,7 +319,17 @@ def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsy
         lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "Loaded 24 of 24 training examples"
-        starts = [first_line, "parameters", "Total", "Trainable", "Frozen", "Memory", "Epoch 1", "Done: 4 updates", "Adapter: "]
+        starts = [
+            first_line,
+            "parameters",
+            "Total",
+            "Trainable",
+            "Frozen",
+            "Memory",
+            "Epoch 1",
+            "Done: 4 updates",
+            "Adapter: ",
+        ]
         places = [next(place for place, line in enumerate(lines) if line.startswith(start)) for start in starts]
         assert places == sorted(places)
 
@@ -719,11 +729,14 @@ def test_a_finished_run_goes_on_with_more_epochs_only_if_it_is_the_same_run(tmp_
 
 def test_a_run_at_a_constant_rate_goes_on_with_more_epochs_to_the_same_bytes(tmp_path: Path) -> None:
     config = settings(tmp_path, num_epochs=2, schedule="constant")
-    whole = kept(train(config).output_dir)
+    whole = kept(train(config).output_dir)["adapter"]
     shorter = config.replace(output_dir=str(tmp_path / "longer"), num_epochs=1)
     train(shorter)
     longer = shorter.replace(num_epochs=2, resume=True)
-    assert kept(train(longer).output_dir)["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
+    assert kept(train(longer).output_dir)["adapter"] == whole
+    train(longer.replace(overwrite=True, resume=False, keep_checkpoints=0, num_epochs=1))
+    with pytest.raises(errors.TrainingError, match="num_epochs: 1 then, 2 now"):  # what it would go on from is gone
+        train(longer)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
