@@ -147,4 +147,9 @@ def _run(command: Sequence[str], otherwise: str) -> None:
 def _call(command: Sequence[str]) -> int:
     # What is set for another Python must not leak into this one.
     environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the child got it too, and saves its work; its exit code says how it ended
+                continue

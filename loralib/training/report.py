@@ -39,6 +39,7 @@ class Reporter:
     def __init__(self, verbose: bool = True) -> None:
         self._verbose = verbose
         self._bar: Any = None
+        self._is_drawn = False  # whether the bar stands on the last line
         self._last_line = time.monotonic()
         self._epoch = ""
 
@@ -46,12 +47,12 @@ class Reporter:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
         if not self._verbose:
             return
-        if self._bar is not None:
-            self._bar.clear()
         with suppress(OSError):
+            if self._is_drawn:  # the bar keeps its line, so that the text has one of its own on any terminal
+                self._bar.refresh()
+                say(file=self._bar.fp)
+                self._is_drawn = False
             say(*parts)
-        if self._bar is not None:
-            self._bar.refresh()
 
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
@@ -79,6 +80,7 @@ class Reporter:
         """Draws a progress bar until `close_bar`, if someone watches."""
         if self._verbose:
             self._bar = progress(total=total, description="training", unit="step")
+            self._is_drawn = not self._bar.disable
             self._bar.update(done)
 
     def update(self, step: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
@@ -88,6 +90,7 @@ class Reporter:
             return
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         bar.update()
+        self._is_drawn = not bar.disable
         if bar.disable and time.monotonic() - self._last_line > _SILENCE:
             self._last_line = time.monotonic()
             self.say(
@@ -112,10 +115,11 @@ class Reporter:
         self._epoch = ""
 
     def close_bar(self) -> None:
-        """Removes the progress bar."""
+        """Ends the progress bar."""
         if self._bar is not None:
+            self._bar.leave = self._is_drawn
             self._bar.close()
-            self._bar = None
+            self._bar, self._is_drawn = None, False
 
     def result(self, result: TrainResult) -> None:
         """The outcome, and where everything is."""
