@@ -233,6 +233,10 @@ def test_thoughts_are_trained_where_generation_writes_them() -> None:
     assert rows[2][0].startswith(
         chatml([Turn("user", "1+1"), Turn("assistant", "2"), Turn("user", "2+2")]) + "4<|im_end|>"
     )
+    whole = encode([Example(messages=turns, source="a:1")], tokenizer, None)
+    shorter = whole.limited(max(whole.lengths) - 1)
+    assert shorter.dropped == {"answer of a chat longer than seq_len": 1}
+    assert shorter.summary().startswith("1 of 1 examples in 2 rows")
     (joint,) = encode([Example(messages=turns, source="a:1")], tokenizer, None, "jlm").examples
     assert tokenizer.decode(joint.ids) == rows[2][0]
     plain = make_tokenizer(SHAPES["chatml"].template, "<|im_end|>")

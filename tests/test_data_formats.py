@@ -286,6 +286,7 @@ PAIR = {"prompt": "Hi", "completion": "Hello"}
         *(({**PAIR, name: "kept?"}, name) for name in "reasoning_content thinking rejected".split()),
         *(({**CHAT, name: "kept?"}, name) for name in "input context rejected question".split()),
         ({**PAIR, "weight": 0.5}, "weight"),
+        ({"prompt": "Add 1", "input": "1", "completion": "2"}, "input"),
         ({**PAIR, "label": False}, "label"),
         ({"question": "Q", "context": "kept?", "answer": "A"}, "context"),
     ],

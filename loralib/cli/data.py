@@ -196,6 +196,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
+    if format not in ("e2e", "jsonl", "dart", "webnlg"):
+        raise ConfigError(f"{args.input} is {format}, expected E2E, DART, WebNLG or JSONL that this command wrote.")
     rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
         encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)

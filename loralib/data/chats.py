@@ -76,7 +76,6 @@ class ChatTemplate:
         return example.messages
 
     def _render(self, example: Example, turns: Sequence[Turn], begin: bool = False) -> str:
-
         def rendered(arguments_as_text: bool) -> str:
             rows = [_as_dict(turn, arguments_as_text) for turn in turns]
             return str(
@@ -175,17 +174,12 @@ def _as_dict(turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
     """Returns a turn as templates take it: with arguments of tool calls as objects, or as JSON text."""
     row = {"role": turn.role, "content": turn.content, **turn.fields}
     if arguments_as_text and "tool_calls" in row:
-        row["tool_calls"] = [
-            {
-                **call,
-                "function": {
-                    **call["function"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in turn.fields["tool_calls"]
-        ]
+        row["tool_calls"] = [{**call, "function": _with_text(call["function"])} for call in row["tool_calls"]]
     return row
+
+
+def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 def _without(turn: Turn, name: str) -> Turn:

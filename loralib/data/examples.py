@@ -72,6 +72,12 @@ class Example:
         return next((text for text, trained in reversed(self.segments) if trained), "")
 
     @property
+    def trained_texts(self) -> list[str]:
+        """Everything that the model is trained to write, without what a chat template puts around it."""
+        answers = [turn.content for turn in self.messages if turn.role == "assistant" and turn.trained]
+        return answers + [text for text, trained in self.segments if trained]
+
+    @property
     def last_answer(self) -> int:
         """Which turn of a chat is its last answer; the number of turns if there is none, or a question follows it."""
         answers = [index for index, turn in enumerate(self.messages) if turn.role == "assistant" and turn.trained]

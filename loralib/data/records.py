@@ -96,11 +96,11 @@ class Account:
         example, shape, used = _from_record(record, where, self.how)
         self.shapes[shape] += 1
         self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
-        text = "\n".join([*(turn.content for turn in example.messages), *(part for part, _ in example.segments)])
+        texts = [*(turn.content.strip() for turn in example.messages), *(part.strip() for part, _ in example.segments)]
         for name, value in record.items():
-            if name in used or value is None or value in ("", [], {}) or self.how.columns.get(name) == "":
+            if name in used or value in _NOTHING:
                 continue
-            if not matters(name, value) or (isinstance(value, str) and value.strip() in text):
+            if not matters(name, value) or _is_said(value, texts):
                 self.unused[name] += 1
             else:
                 question = next((key for key in QUESTIONS if key in used), "")
@@ -148,6 +148,15 @@ class Account:
             listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.turn_fields.items())
             notes.append(f"{self.name}: left out of turns unless the chat template writes it: {listed}")
         return tuple(notes)
+
+
+_NOTHING: Final[tuple[Any, ...]] = (None, "", "[]", "{}", [], {})
+
+
+def _is_said(value: Any, texts: list[str]) -> bool:
+    """Whether a field repeats what is in the text anyway; a short one may only seem to."""
+    said = value.strip() if isinstance(value, str) else ""
+    return said in texts or (len(said) > 20 and any(said in text for text in texts))
 
 
 def _remedy(name: str, question: str, how: How) -> str:
@@ -206,10 +215,8 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
         turns, shape, used = given, "chat (prompt and completion as turns)", {"prompt"}
         if answer is not None:
             used.add(answer)
-            value = record[answer]
-            turns = turns + (
-                turns_of(value, answer) if isinstance(value, list) else [Turn("assistant", text_of(record, answer))]
-            )
+            is_list = isinstance(record[answer], list)
+            turns += turns_of(record[answer], answer) if is_list else [Turn("assistant", text_of(record, answer))]
     else:
         return None
     system = next((name for name in SYSTEM if name in names), None)
@@ -229,11 +236,12 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
 def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
     answers = [name for name in ANSWERS if name in names]
     question = next((name for name in QUESTIONS if name in names), None)
-    if (
-        question is None
-        or not (answers or how.prompts)
-        or (question == "context" and answers not in (["completion"], []))
-    ):
+    if question is None or not (answers or how.prompts):
+        return None
+    if question == "context" and answers not in (
+        ["completion"],
+        [],
+    ):  # a meaning representation, or it lacks a question
         return None
     if len(answers) > 1:
         listed = " and ".join(map(repr, answers))
@@ -248,19 +256,14 @@ def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
         more = text_of(record, extra).strip() if extra else ""
         shape = f"Alpaca ({', '.join(name for name in (question, extra, answer) if name)})"
         asked = prompt.strip() + (f"\n{more}" if more else "")
-        prompt = _ALPACA.format(
-            _ALPACA_INPUT if more else "", prompt.strip(), f"### Input:\n{more}\n\n" if more else ""
-        )
+        given = (_ALPACA_INPUT, f"### Input:\n{more}\n\n") if more else ("", "")
+        prompt = _ALPACA.format(given[0], prompt.strip(), given[1])
     else:
         shape = f"{question} and {answer}" if answer else question
         asked = prompt
         if question == "context":
             prompt, completion = meaning_prompt(prompt), completion.strip()
-        elif (
-            (question, answer) not in (("prompt", "completion"), ("prompt", None))
-            and prompt.strip()
-            and not prompt[-1].isspace()
-        ):
+        elif (question, answer) not in (("prompt", "completion"), ("prompt", None)) and prompt == prompt.rstrip():
             prompt += "\n"
     if not how.as_chat:
         return Example.of(prompt, completion, where), shape, used
