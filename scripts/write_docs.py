@@ -58,7 +58,7 @@ def flags(config: str) -> str:
         text = str(spec.metadata["help"])
         text = f"do not {text}" if on else text
         text += "".join(f" (also `--{name}`)" for name in spec.metadata["aliases"])
-        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), text))
+        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec, config), text))
     header = ("flag", "default", "meaning")
     titles = [f"**{title.capitalize()}**\n\n" if len(groups) > 1 else "" for title in groups]
     return "\n\n".join(title + table(header, rows) for title, rows in zip(titles, groups.values(), strict=True))
@@ -118,13 +118,24 @@ def _config(name: str) -> Any:
     return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]
 
 
-def _default(spec: Any) -> str:
+def _default(spec: Any, config: str) -> str:
     """The default of a setting in the two scripts of examples/NLG."""
     if spec.name.endswith("_data"):
         return f"`{SAMPLE}/{spec.name.removesuffix('_data')}.txt`"
-    if spec.default is None or isinstance(spec.default, bool):
+    default = _own_defaults(config).get(spec.name, spec.default)
+    if default is None and spec.metadata["auto"]:
+        return "`auto`"
+    if default is None or isinstance(default, bool):
         return ""
-    return f"`{spec.default:g}`" if isinstance(spec.default, float) else f"`{spec.default}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+@functools.cache
+def _own_defaults(config: str) -> dict[str, Any]:
+    """What the script has in the place of the settings' own defaults."""
+    script = {"TrainConfig": "run_training.py", "InferenceConfig": "run_inference.py"}[config]
+    own: dict[str, Any] = runpy.run_path(str(ROOT / "examples" / "NLG" / script))["DEFAULTS"]
+    return own
 
 
 def _is_generated(part: str) -> bool:

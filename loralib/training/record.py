@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,9 +70,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what computes."""
-    from .. import __version__
-
-    found = {"python": platform.python_version(), "loralib": __version__}
+    ours = sys.modules["loralib"].__version__  # which is imported by now; an import from here would look upwards
+    found = {"python": platform.python_version(), "loralib": str(ours)}
     for name in ("torch", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -107,7 +107,7 @@ class Reporter:
         self._epoch = ""
 
     def close_bar(self) -> None:
-        """Removes the progress bar."""
+        """Ends the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -200,10 +200,13 @@ class Checkpoint:
             )
 
 
-def require_same_settings(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def require_same_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], path: Path, *, is_over: bool = False
+) -> None:
     """Refuses other settings than those of the run in a file; what was no setting then may be anything.
 
-    More epochs are the same run where the learning rate is constant: nothing before depends on where it ends.
+    More epochs are the same run where the learning rate is constant: nothing before depends on where it ends.  But one
+    that is over has no checkpoint to go on from.
     """
     then = {name: then.get(name, value) for name, value in now.items()} | dict(then)
     faults = _differences(then, now)
@@ -212,12 +215,12 @@ def require_same_settings(then: Mapping[str, Any], now: Mapping[str, Any], path:
     differ = {name for name in then if then[name] != now.get(name)}
     advice = "Resume with the original settings, or start anew with --overwrite or another --output_dir."
     if differ <= _LENGTHS:
-        if then.get("schedule") == "constant" and _is_longer(then, now):
+        if then.get("schedule") == "constant" and _is_longer(then, now) and not is_over:
             return
         advice = (
             f"The learning rate falls towards the end of a run ({then.get('schedule')}), so a longer one is another "
             "run. Finish it with the original settings; then train on from its adapter, with --from_adapter DIR and "
-            "another --output_dir. (With --schedule constant from the start, a run can be made longer.)"
+            "another --output_dir. (With --schedule constant and --keep_checkpoints 1 from the start, a run can go on.)"
         )
     raise TrainingError(list_faults(f"{path} belongs to a run with other settings", faults, advice))
 
@@ -405,7 +408,9 @@ class RunDirectory:
         left_open = {name for name in AUTOMATIC if config[name] is None}
         names = [name for name in config if name not in _MAY_DIFFER | left_open | {"model"}]
         then = {name: settings.get(name, defaults[name]) for name in names}
-        require_same_settings(then, _as_json({name: config[name] for name in names}), self.path / RUN_FILE)
+        require_same_settings(
+            then, _as_json({name: config[name] for name in names}), self.path / RUN_FILE, is_over=True
+        )
         return Progress(**{**record["result"], "finished": True})
 
     def checkpoint_to_resume(
