@@ -202,7 +202,7 @@ def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
     named = f"--model {base}" if base else "--model MODEL"
     return (
         f"{name} {verb} an adapter, not a base model. Give its base as {named}, and the adapter as --adapter {name} "
-        f"to generate, chat and evaluate, as the first argument of inspect, convert and merge."
+        f"to train (on from it), generate, chat and evaluate, as the first argument of inspect, convert and merge."
     )
 
 
