@@ -69,10 +69,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what computes."""
-    from .. import __version__
-
-    found = {"python": platform.python_version(), "loralib": __version__}
-    for name in ("torch", "transformers"):
+    found = {"python": platform.python_version()}
+    for name in ("loralib", "torch", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
