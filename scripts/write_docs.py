@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 import runpy
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -120,9 +121,15 @@ def _default(spec: Any) -> str:
     """The default of a setting in the two scripts of examples/NLG."""
     if spec.name.endswith("_data"):
         return f"`{SAMPLE}/{spec.name.removesuffix('_data')}.txt`"
-    if spec.default is None or isinstance(spec.default, bool):
-        return ""
-    return f"`{spec.default:g}`" if isinstance(spec.default, float) else f"`{spec.default}`"
+    default = _guide().get(spec.name, spec.default)
+    if default is None or isinstance(default, bool):
+        return "`auto`" if spec.metadata["auto"] else ""
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+@functools.cache
+def _guide() -> dict[str, Any]:
+    return dict(runpy.run_path(str(ROOT / "examples" / "NLG" / "run_training.py"))["DEFAULTS"])
 
 
 def _is_generated(part: str) -> bool:

@@ -164,7 +164,7 @@ def test_readme_s_command_lines_run(tiny: Path, checkout: Path, capsys: pytest.C
     quick = ["--max_train_samples", "4", "--max_valid_samples", "2", "--num_epochs", "1"]
     for _, command, *rest in lines:
         assert main([command, *rest, "--model", str(tiny), *(quick if command == "train" else [])]) == 0
-    assert "Done: 1 updates" in capsys.readouterr().out
+    assert "Done: 1 update " in capsys.readouterr().out
 
 
 def test_readme_claims_only_what_tests_show() -> None:
