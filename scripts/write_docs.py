@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import re
 import runpy
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
