@@ -83,7 +83,7 @@ def generation(num_beams: int) -> Callable[[], float]:
 def importing() -> float:
     """Returns the seconds of `import loralib` in a new interpreter, without those of `import torch`."""
     code = "import torch, time; t = time.perf_counter(); import loralib; print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def memory() -> float:
@@ -125,7 +125,7 @@ def start(checkout: Path, case: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--serve", case]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment, cwd=checkout
     )
     read(process, "ready")
     return process

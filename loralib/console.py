@@ -57,8 +57,7 @@ def ensure_safe() -> None:
 
     A console keeps its encoding, and what it cannot show becomes "?".  Files and pipes are UTF-8 in both directions,
     whatever the console's code page: no letter is lost, and what one command writes another one reads.  On standard
-    input a byte-order mark is skipped, and only line feeds end a line: text may hold other separators.  A program calls
-    this once, when it starts; a library uses `say` instead.
+    input a byte-order mark is skipped.  A program calls this once, when it starts; a library uses `say` instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if _is_redirected(stream):
@@ -66,7 +65,7 @@ def ensure_safe() -> None:
         else:
             _reconfigure(stream, errors="replace")
     if _is_redirected(sys.stdin):
-        _reconfigure(sys.stdin, encoding="utf-8-sig", newline="\n")
+        _reconfigure(sys.stdin, encoding="utf-8-sig")
 
 
 def printable(text: str, encoding: str | None) -> str:

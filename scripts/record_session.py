@@ -1,7 +1,8 @@
 """Records the first hour in a real terminal: `python scripts/record_session.py`, in the project's environment.
 
 Runs the commands of docs/first-hour.md one after another, each in a pseudo-terminal, in an empty folder but for a small
-file of one's own; writes what the screen showed into that page, and the README's picture.  Not on Windows.
+file of one's own.  What the screen showed goes into that page, in both languages, and the README's picture.  Not on
+Windows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "first-hour.md"
+PAGES = [ROOT / "docs" / place / "first-hour.md" for place in ("", "vi")]
 PICTURE = ROOT / "docs" / "img" / "session.svg"
 COLUMNS, LINES = 110, 50
 PROMPT = "$ "
@@ -47,9 +48,12 @@ SESSION: dict[str, tuple[Step, ...]] = {
         Step(f'loralib generate "{QUESTION}" --max_new_tokens 40'),
         Step(f'loralib generate "{QUESTION}" --max_new_tokens 40 --adapter home'),
     ),
-    "stop": (Step(f"{TRAIN}2 --num_epochs 20", (("Epoch 1:", "\x03"),)), Step(f"{TRAIN}2 --num_epochs 20 --resume")),
+    "stop": (Step(f"{TRAIN}2 --num_epochs 4", (("Epoch 1:", "\x03"),)), Step(f"{TRAIN}2 --num_epochs 4 --resume")),
     "chat": (
-        Step("loralib chat --temperature 0 --max_new_tokens 40", (("> ", "What is LoRA?\n"), ("\n> ", "/exit\n"))),
+        Step(
+            "loralib chat --temperature 0 --max_new_tokens 40",
+            (("> ", "What is the capital of France?\n"), ("\n> ", "/exit\n")),
+        ),
     ),
     "inspect": (Step("loralib inspect home"),),
     "merge": (Step("loralib merge home merged"), Step("loralib convert home portable --target vllm")),
@@ -69,10 +73,9 @@ def own_file(path: Path) -> None:
     devices = ("lamp", "heater", "fan", "radio")
     lines = []
     for number, (room, device, state) in enumerate(product(rooms, devices, ("on", "off"))):
-        for way in (ways[number % 4], ways[(number + 1) % 4]):
-            said = way.format(room=room, device=device, state=state)
-            done = f'{{"room": "{room}", "device": "{device}", "state": "{state}"}}'
-            lines.append(json.dumps({"prompt": f"{said}\n", "completion": done}) + "\n")
+        said = ways[number % 4 if state == "on" else (number // 4) % 4].format(room=room, device=device, state=state)
+        done = f" room: {room}, device: {device}, state: {state}"
+        lines.append(json.dumps({"prompt": said, "completion": done}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -154,7 +157,7 @@ def in_page(page: str, shown: dict[str, str]) -> str:
     for name, text in shown.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(page)) != 1:
-            raise ValueError(f"{PAGE.name} has no part between <!-- {name} --> and <!-- /{name} -->, or more than one")
+            raise ValueError(f"the page has no part between <!-- {name} --> and <!-- /{name} -->, or more than one")
         page = pattern.sub(lambda found, text=text: f"{found[1]}```\n{text}\n```\n{found[2]}", page)
     return page
 
@@ -197,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parts.append(f"{PROMPT}{step.command}\n{screen}")
             shown[name] = "\n".join(parts)
     if only is None:
-        PAGE.write_bytes(in_page(PAGE.read_text(encoding="utf-8"), shown).encode())
+        for page in PAGES:
+            page.write_bytes(in_page(page.read_text(encoding="utf-8"), shown).encode())
         PICTURE.write_bytes(picture_of("\n\n".join(shown[name] for name in IN_PICTURE)).encode())
 
 

@@ -21,7 +21,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "examples/NLG/RUN_DEMO.md": "RUN_DEMO.md",
 }
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(\s+"[^"]*")?\)')
 CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ def relinked(markdown: str, page: str, known: set[str]) -> str:
     source = {there: here for here, there in ELSEWHERE.items()}.get(page, f"docs/{page}")
 
     def changed(link: re.Match[str]) -> str:
-        mark, text, target = link.groups()
+        mark, text, target, title = link.groups("")
         path, hash, anchor = target.partition("#")
         if not path or "://" in path:
             return link[0]
@@ -66,6 +66,6 @@ def relinked(markdown: str, page: str, known: set[str]) -> str:
         there = ELSEWHERE.get(file, file.removeprefix("docs/") if file.startswith("docs/") else "")
         if there not in known:
             return text
-        return f"{mark}[{text}]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash}{anchor})"
+        return f"{mark}[{text}]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash}{anchor}{title})"
 
     return LINK.sub(changed, markdown)

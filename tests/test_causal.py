@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from loralib import LoraConfig, TrainConfig, inject, train
+from loralib.cli import main
 from loralib.data.tokens import TokenExample
 from loralib.engine.causal import require_causal
 from loralib.engine.limits import last_position, require_ids_in_table, require_positions
@@ -87,6 +88,21 @@ def test_everything_that_takes_a_causal_model_refuses_others(tmp_path: Path) -> 
                 call()
         assert list(model.state_dict()) == before  # no adapter was left in it
     assert not (tmp_path / "o").exists()
+
+
+def test_a_directory_with_a_sequence_to_sequence_model_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    t5 = transformers.T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    build(t5, transformers.AutoModelForSeq2SeqLM).save_pretrained(tmp_path)
+    assert main(["generate", "Hi", "--model", str(tmp_path)]) == 2
+    assert "sequence-to-sequence model" in capsys.readouterr().err
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    inject(model, LoraConfig(target_modules=["q"]))
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,5 +199,7 @@ def test_positions_end_where_the_model_does(config: Any, limit: int | None) -> N
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 3))
         require_positions(model, longest.tolist())
+        with pytest.raises(DataError, match="prompt 1 has 33 tokens, the model's context has 32"):
+            generate(model, None, [[3] * 33])
         with pytest.raises(DataError, match=r"32 positions(?s:.)*example 1 has 33 tokens(?s:.)*seq_len to 32"):
             require_positions(model, [[3] * 33])

@@ -126,6 +126,12 @@ def test_what_most_people_need_stands_first_in_help() -> None:
     assert shown.count("--length") == 1
 
 
+def test_ten_flags_are_those_that_most_people_need() -> None:
+    common = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata["common"]}
+    assert len(common) == 10
+    assert {"model", "train_data", "output_dir", "lr", "num_epochs", "rank", "seq_len"} <= common
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_short_of_a_wall(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Usage is one line, what the command is for comes next, and every flag says what it does."""

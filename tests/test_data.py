@@ -25,8 +25,8 @@ from loralib.data import (
     read_sources,
     tokenize,
 )
+from loralib.data.examples import Turn
 from loralib.data.readers import _READERS
-from loralib.data.records import Turn
 from loralib.errors import ConfigError, DataError
 
 CHATML = (

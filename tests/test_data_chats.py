@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from loralib.data import Example, encode, prompt_ids
-from loralib.data.records import Turn
+from loralib.data.examples import Turn
 from loralib.errors import DataError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot_id|>", "<|end|>"]
@@ -233,6 +233,12 @@ def test_thoughts_are_trained_where_generation_writes_them() -> None:
     assert rows[2][0].startswith(
         chatml([Turn("user", "1+1"), Turn("assistant", "2"), Turn("user", "2+2")]) + "4<|im_end|>"
     )
+    whole = encode([Example(messages=turns, source="a:1")], tokenizer, None)
+    shorter = whole.limited(max(whole.lengths) - 1)
+    assert shorter.dropped == {"answer of a chat longer than seq_len": 1}
+    assert shorter.summary().startswith("1 of 1 examples in 2 rows")
+    (joint,) = encode([Example(messages=turns, source="a:1")], tokenizer, None, "jlm").examples
+    assert tokenizer.decode(joint.ids) == rows[2][0]
     plain = make_tokenizer(SHAPES["chatml"].template, "<|im_end|>")
     with pytest.raises(DataError, match="a:1: the model's chat template does not write 'reasoning_content' of turn 2"):
         rows_of(Example(messages=turns, source="a:1"), plain)
@@ -277,6 +283,10 @@ def test_what_a_template_does_not_write_is_refused() -> None:
         encode([Example(messages=seen, source="a:1")], tokenizer, None)
     with pytest.raises(DataError, match="does not write 'tools'"):
         encode([Example(messages=chat("Hi", "Ho").messages, fields={"tools": TOOLS}, source="a:1")], tokenizer, None)
+    for name in ("context", "images", "documents"):
+        talk = (Turn("user", "Hi", True, {name: ["x"]}), Turn("assistant", "Ho"))
+        with pytest.raises(DataError, match=f"does not write '{name}' of turn 1"):
+            encode([Example(messages=talk, source="a:1")], tokenizer, None)
     deaf = SHAPES["chatml"].template.replace("in messages", "in messages if m.role != 'tool'")
     with pytest.raises(DataError, match=r"omits or rewrites turn 2 \(tool\)"):
         encode([Example(messages=(CALLS[0], CALLS[2], CALLS[3]), source="a:1")], make_tokenizer(deaf), None)

@@ -181,6 +181,24 @@ def test_convert_writes_text_or_ids(tmp_path: Path, vocabulary: Path) -> None:
         assert (tmp_path / "b").read_bytes() == b'{"context": [4, 6], "completion": [3, 3, 3, 2, 0, 6]}\n'
 
 
+def test_convert_takes_published_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    assert run("convert", tmp_path / "a.csv", tmp_path / "a.jsonl") == 2
+    assert "a.csv is csv, expected E2E, DART, WebNLG" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("letters")
+def test_preview_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("frage;antwort;id\nWo?;Da.;1\n", encoding="utf-8")
+    assert run("preview", path, "--columns", "prompt=frage,completion=antwort") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{path}: prompt and completion, 1 example\n{path}: left out, ")
+    assert "W·o·?[D·a·.·<end>]" in shown
+    assert run("preview", path) == 2
+    assert "found 'frage', 'antwort', 'id', expected prompt and completion" in capsys.readouterr().err
+
+
 def test_what_is_read_is_not_written_over(
     tmp_path: Path, vocabulary: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from loralib.data import Example, Source, encode, load_examples, read_examples, read_sources
+from loralib.data.examples import Turn
+from loralib.data.fields import parse_columns
 from loralib.data.readers import guess_format, read_prompts
-from loralib.data.records import Turn, parse_columns
 from loralib.errors import DataError, MissingDependencyError
 
 pa = pytest.importorskip("pyarrow")
@@ -285,6 +286,7 @@ PAIR = {"prompt": "Hi", "completion": "Hello"}
         *(({**PAIR, name: "kept?"}, name) for name in "reasoning_content thinking rejected".split()),
         *(({**CHAT, name: "kept?"}, name) for name in "input context rejected question".split()),
         ({**PAIR, "weight": 0.5}, "weight"),
+        ({"prompt": "Add 1", "input": "1", "completion": "2"}, "input"),
         ({**PAIR, "label": False}, "label"),
         ({"question": "Q", "context": "kept?", "answer": "A"}, "context"),
     ],
@@ -307,6 +309,26 @@ def test_what_the_model_should_see_can_be_put_into_the_prompt(tmp_path: Path) ->
     assert one(tmp_path, record, columns=advice).prompt == "A pub.\nWhat?\n"
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": CHAT["messages"][:1], "chosen": CHAT["messages"][1:], "rejected": CHAT["messages"][1:]},
+        {"prompt": "Hi", "chosen": CHAT["messages"], "rejected": CHAT["messages"]},
+        {"chosen": CHAT["messages"], "rejected": CHAT["messages"]},
+    ],
+)
+def test_preference_data_can_be_trained_on_by_the_advice(tmp_path: Path, record: Any) -> None:
+    message = refused(tmp_path, "a.jsonl", json.dumps(record))
+    assert one(tmp_path, record, columns=message.partition("--columns ")[2].split()[0]).completion in ("b", "Hello")
+
+
+def test_fields_of_turns_are_named(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "Hi", "mood": "good", "name": None}
+    (source,) = read_sources([{"messages": [turn, CHAT["messages"][1]]}, CHAT])
+    assert source.notes[1:] == ("data: left out of turns unless the chat template writes it: mood (in 1 of 2)",)
+
+
 def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
     records = [{**CHAT, "prompt": "Hi", "id": 1, "source": "x"}, {**CHAT, "id": 2, "source": None, "tools": []}]
     path = write(tmp_path / "a.jsonl", jsonl(records))
@@ -324,6 +346,7 @@ def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
         ({"content": "x", "weight": 0.5}, "weight is 0.5, expected true or false"),
         ({"role": "user", "content": "x", "train": True}, "only turns of the assistant are trained"),
         ({"content": "", "tool_calls": "no json"}, "not JSON"),
+        ({"role": "function_call"}, "content is missing"),
     ],
 )
 def test_turns_that_cannot_be_trained(tmp_path: Path, turn: Any, words: str) -> None:

@@ -83,7 +83,7 @@ def test_own_files_are_trained_on_and_used(installed: Path, tmp_path: Path) -> N
     (tmp_path / "sums.jsonl").write_text("".join(lines), encoding="utf-8")
     base = ["--model", "scratch-32x1-seed0"]
     commands = [
-        ["train", *base, "--train_data", "sums.jsonl", "--num_epochs", "1", "--lr", "1e-2", "--seq_len", "64"],
+        ["train", *base, "--train_data", "sums.jsonl", "--num_epochs", "1", "--batch_size", "4"],
         ["generate", "What is 3 and 3?", "--adapter", "lora_model", "--max_new_tokens", "3"],
         ["chat", "--adapter", "lora_model", "--max_new_tokens", "3"],
         ["inspect", "lora_model"],

@@ -182,6 +182,7 @@ def script(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPa
         ({"pytest": 5}, 5),
         ({"ruff": 1}, 1),
         ({"mypy": 2}, 2),
+        ({"mkdocs": 1}, 1),
         ({"mypy": 2, "pytest": 3}, 3),
     ],
 )
@@ -196,7 +197,7 @@ def test_all_checks_run_and_any_failure_counts(
 
     monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
     assert script("test", run)() == expected
-    assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "pytest"]
+    assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "mkdocs", "pytest"]
     assert done[-1] == ["pytest", "-n", "2", "--dist", "worksteal", "-k", "hub", "--tb=short"]
 
 

@@ -263,7 +263,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # whatever a broken or foreign directory leads to
         raise BaseModelError(
-            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_remote_code_note(path)}"
+            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
         ) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         faults = sorted(info["missing_keys"])
@@ -272,11 +272,16 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _remote_code_note(path: Path) -> str:
+def _note_on_config(path: Path) -> str:
     with contextlib.suppress(Exception):
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in config:
             return " It needs code of its own, which loralib never runs; choose a model that transformers supports."
+        if config.get("is_encoder_decoder"):
+            return (
+                " It is a sequence-to-sequence model, and loralib's train and generate are for causal ones. Load it "
+                "with transformers (AutoModelForSeq2SeqLM): inject() and save_adapter() take it, in a loop of your own."
+            )
     return ""
 
 

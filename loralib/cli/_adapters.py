@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..bases import load_base
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
+from ..data import FORMATS
 from ..errors import BaseModelError, ConfigError, OutputError
 from ..files import hold_output
 from ..formats import is_read_with_base, read_adapter
@@ -134,10 +135,17 @@ def _is_same(first: Path, second: Path) -> bool:
         return False
 
 
-def add_columns(parser: argparse._ActionsContainer) -> None:
-    """Adds ``--columns``."""
+def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
+    """Adds the flags that say how to read training data, as `loralib train` has them."""
+    add_format(parser, help, *FORMATS[1:], default=default)
     text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
     parser.add_argument("--columns", metavar="MAP", help=text)
+
+
+def add_as_chat(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--as_chat``."""
+    text = "put prompts and completions through the model's chat template"
+    parser.add_argument("--as_chat", action="store_true", help=text)
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:

@@ -17,14 +17,14 @@ from typing import Any
 
 from .. import bases
 from ..console import say, table
-from ..data import FORMATS, Encoded, TokenExample, load_examples, read_sources
+from ..data import Encoded, TokenExample, load_examples, read_sources
 from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
 from ..files import write_text
 from ..nlg import convert
 from ..nlg.fetch import SOURCE, fetch_e2e
 from ..nlg.published import read_rows
-from ._adapters import add_format
+from ._adapters import add_as_chat, add_format, add_reading
 
 _BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -65,15 +65,8 @@ def _add_preview(actions: Any) -> None:
     preview.add_argument(
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
-    add_format(preview, "format of the files; auto recognises all but plain text in .txt files", *FORMATS[1:])
-    preview.add_argument(
-        "--columns",
-        metavar="MAP",
-        help="which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out",
-    )
-    preview.add_argument(
-        "--as_chat", action="store_true", help="put prompts and completions through the model's chat template"
-    )
+    add_reading(preview, "format of the files; auto recognises all but plain text in .txt files")
+    add_as_chat(preview)
     preview.add_argument(
         "--seq_len",
         type=int,
@@ -203,6 +196,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
+    if format not in ("e2e", "jsonl", "dart", "webnlg"):
+        raise ConfigError(f"{args.input} is {format}, expected E2E, DART, WebNLG or JSONL that this command wrote.")
     rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
         encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)

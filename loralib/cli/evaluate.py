@@ -16,12 +16,12 @@ import sys
 
 from ..bases import load_adapted
 from ..console import say, table
-from ..data import FORMATS, read_examples
+from ..data import read_examples
 from ..errors import ConfigError, list_faults
 from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 from ..nlg.perplexity import Perplexity, perplexity
-from ._adapters import add_columns, add_format, add_model_arguments
-from ._flags import add_flag, add_list
+from ._adapters import add_as_chat, add_model_arguments, add_reading
+from ._flags import add_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity", action="store_true", help="compute a model's perplexity on REF's texts, per token and per word"
     )
     add_model_arguments(model)
-    add_format(model, "format of REF", *FORMATS[1:], default=None)
-    add_columns(model)
-    add_flag(model, "--as_chat", action="store_true", help="put prompts and completions through the chat template")
+    add_reading(model, "format of REF", default=None)
+    add_as_chat(model)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,9 +118,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
-    examples = read_examples(
-        args.reference, args.data_format or "auto", columns=args.columns, as_chat=args.as_chat
-    )  # first: faults in data show before loading
+    # First: faults in data show before loading.
+    examples = read_examples(args.reference, args.data_format or "auto", columns=args.columns, as_chat=args.as_chat)
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)
     return perplexity(model, tokenizer, examples)
 

@@ -25,17 +25,17 @@ from typing import Any, Final
 
 from ..bases import base_of, load_adapted, trained_on_chats
 from ..console import counted, progress, say
-from ..data import FORMATS, Example, prompt_ids
-from ..data.lines import is_text
+from ..data import Example, prompt_ids
+from ..data.examples import chat_of
+from ..data.lines import is_text, split_lines
 from ..data.readers import as_prompt, read_prompts
-from ..data.records import chat_of
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
 from ..generation.text import end_with_turns
-from ._adapters import add_columns, add_format, add_model_arguments
+from ._adapters import add_model_arguments, add_reading
 from ._flags import add_fields, add_flag, from_args
 
 # What the texts depend on in an adapter's directory.
@@ -46,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
-    add_format(parser, "format of the file", *FORMATS[1:])
-    add_columns(parser)
+    add_reading(parser, "format of the file")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
     chat = parser.add_mutually_exclusive_group()
@@ -90,6 +89,8 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, An
 
 
 def _prompts(args: argparse.Namespace) -> list[Example]:
+    if args.columns and args.input is None:
+        raise ConfigError("--columns names fields of a file: give --input FILE")
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
@@ -127,11 +128,11 @@ def _as_turns(args: argparse.Namespace, prompts: list[Example]) -> list[Example]
 
 
 def _standard_input() -> list[str]:
-    """Returns the lines of a file or pipe; only line feeds end a line, since a prompt may hold other separators."""
+    """Returns the lines of a file or pipe, as a file of prompts has them: a prompt may hold other separators."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     try:
-        return [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
+        return split_lines(sys.stdin.read())
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise DataError(f"standard input is not UTF-8 text: {reason}. Pipe in UTF-8, or give --input FILE.") from error

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import DataError
-from .records import Example, Turn
+from .examples import Example, Turn
+from .fields import MATTERS
 
 __all__ = ["ChatTemplate", "Segments"]
 
@@ -25,7 +26,7 @@ _MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary te
 # Fields of turns that a template must write, or they would be lost.  Thoughts before an answer that is only read, not
 # trained, are left out by templates on purpose, as in generation.
 _THOUGHTS: Final = frozenset("reasoning_content reasoning thinking thought thoughts".split())
-_MATTER: Final = _THOUGHTS | frozenset("tool_calls images image audio video videos documents refusal".split())
+_MATTER: Final = MATTERS
 
 
 class ChatTemplate:
@@ -75,7 +76,6 @@ class ChatTemplate:
         return example.messages
 
     def _render(self, example: Example, turns: Sequence[Turn], begin: bool = False) -> str:
-
         def rendered(arguments_as_text: bool) -> str:
             rows = [_as_dict(turn, arguments_as_text) for turn in turns]
             return str(
@@ -174,17 +174,12 @@ def _as_dict(turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
     """Returns a turn as templates take it: with arguments of tool calls as objects, or as JSON text."""
     row = {"role": turn.role, "content": turn.content, **turn.fields}
     if arguments_as_text and "tool_calls" in row:
-        row["tool_calls"] = [
-            {
-                **call,
-                "function": {
-                    **call["function"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in turn.fields["tool_calls"]
-        ]
+        row["tool_calls"] = [{**call, "function": _with_text(call["function"])} for call in row["tool_calls"]]
     return row
+
+
+def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 def _without(turn: Turn, name: str) -> Turn:

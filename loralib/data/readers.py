@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
+from .examples import Example, chat_of, meaning_prompt
+from .fields import How, parse_columns
 from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
-from .records import RECORDS, Example, Fault, How, chat_of, meaning_prompt, parse_columns, read_rows
+from .records import RECORDS, Fault, read_rows
 from .tables import (
     columns_of_csv,
     hub_rows,
@@ -348,7 +350,8 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
     """
     first: dict[str, Example] = {}
     for example in _with_references(list(examples)):
-        first.setdefault(example.prompt, example)
+        turns = example.messages[: example.last_answer]
+        first.setdefault(repr((turns, example.fields)) if turns else example.prompt, example)
     return list(first.values())
 
 
@@ -460,7 +463,8 @@ def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     at = f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
     if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
         return f"{at}: the file is cut off. Copy or download it again; expected {_EXPECTED['jsonl']}."
-    line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+    lines = text.split("\n")  # as JSON counts them
+    line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
     return f"{at}: {shown(line.strip())}. Fix it; expected {_EXPECTED['jsonl']}."
 
 

@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
+from .examples import Example
 from .lines import shown
 from .readers import Columns, draw, read_sources
-from .records import Example
 
 __all__ = [
     "OBJECTIVES",
@@ -36,6 +36,7 @@ Tokenizer = Any
 SeqLen = int | None | Callable[[Sequence[int]], int | None]
 
 _TOO_LONG: Final = "longer than seq_len"
+_ANSWER_TOO_LONG: Final = "answer of a chat longer than seq_len"
 _EMPTY: Final = "empty completion"
 
 
@@ -130,7 +131,7 @@ class Encoded:
     @property
     def length_warning(self) -> str:
         """A warning if more than 1 % of the examples were dropped for their length, else ""."""
-        longer = sum(item.reason == _TOO_LONG for item in self.out)
+        longer = sum(item.tokens > 0 for item in self.out)
         if self.seq_len is None or longer <= 0.01 * len(self.lengths):
             return ""
         return length_report(self.lengths, self.seq_len)
@@ -152,6 +153,8 @@ class Encoded:
             texts += [text] * len(windows)
             if not windows:
                 out.append(Dropped(text, _TOO_LONG, len(whole)))
+        used = {id(text) for text in texts}  # of a chat in several rows, some may fit
+        out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
         return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
 
 
@@ -226,14 +229,7 @@ def load_examples(
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
     parts = [_limited(whole, _checked(seq_len), tokenizer) for whole in wholes]
-    counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
-    if max_samples is not None and sum(counts) > max_samples:
-        counts = _shares(counts, max_samples)
-    drawn: list[tuple[Example, TokenExample]] = []
-    for part, count in zip(parts, counts, strict=True):
-        pairs = list(zip(part.texts, part.examples, strict=True))
-        copies, rest = divmod(count, len(pairs))
-        drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
+    drawn = _drawn(parts, [source.weight for source in loaded], max_samples, seed)
     return Encoded(
         examples=[tokens for _, tokens in drawn],
         texts=[text for text, _ in drawn],
@@ -243,6 +239,21 @@ def load_examples(
         seq_len=seq_len,
         notes=tuple(note for source in loaded for note in source.notes),
     )
+
+
+def _drawn(
+    parts: Sequence[Encoded], weights: Sequence[float], most: int | None, seed: int
+) -> list[tuple[Example, TokenExample]]:
+    """Draws from each part as many examples as its weight says, and in all at most `most`."""
+    counts = [max(1, round(weight * len(part))) for weight, part in zip(weights, parts, strict=True)]
+    if most is not None and sum(counts) > most:
+        counts = _shares(counts, most)
+    drawn: list[tuple[Example, TokenExample]] = []
+    for part, count in zip(parts, counts, strict=True):
+        pairs = list(zip(part.texts, part.examples, strict=True))
+        copies, rest = divmod(count, len(pairs))
+        drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
+    return drawn
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | None, objective: str = "clm") -> Encoded:
@@ -274,7 +285,9 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         if not _has_completion(example):
             out.append(Dropped(example, _EMPTY))
             continue
-        for pieces in next(rest):
+        pieces_of_rows = next(rest)
+        # Of a chat in several rows, the last one holds all turns: enough where every token is trained.
+        for pieces in pieces_of_rows if objective == "clm" else pieces_of_rows[-1:]:
             ids = _ids_in_place(pieces, ids_of, tokenizer)
             tokens.append(_join(example, pieces, ids, start, end, objective))
             texts.append(example)
@@ -370,13 +383,8 @@ def _rows(example: Example, template: ChatTemplate) -> list[Segments]:
 
 
 def _has_completion(example: Example) -> bool:
-    if example.messages:  # a chat's trained text also holds what the template writes around an answer
-        return any(
-            turn.content.strip() or turn.fields.get("tool_calls")
-            for turn in example.messages
-            if turn.role == "assistant" and turn.trained
-        )
-    return any(text.strip() for text, trained in example.segments if trained)
+    calls = any(turn.fields.get("tool_calls") for turn in example.messages if turn.role == "assistant" and turn.trained)
+    return calls or any(text.strip() for text in example.trained_texts)
 
 
 def _ids_of(segments: Iterable[Segments], tokenizer: Tokenizer) -> dict[str, list[int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -23,10 +24,17 @@ def text_config(model: nn.Module) -> Any:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Returns how many positions a model is made for, or None where its config does not say."""
-    config = text_config(model)
-    values = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+    """Returns how many tokens a model is made for, or None where its config does not say."""
+    length = _configured(model)
+    if length is None:
+        return None
+    known = _LENGTHS.get(model)
+    if known is None or known[0] != length:  # looking for tables takes as long as a small step of generation
+        known = _LENGTHS[model] = (length, last_position(model) or length)
+    return known[1]
+
+
+_LENGTHS: Final[weakref.WeakKeyDictionary[nn.Module, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def last_position(model: nn.Module) -> int | None:
@@ -34,7 +42,7 @@ def last_position(model: nn.Module) -> int | None:
 
     Learned positions end where their table does.  Rotary ones go on beyond what a model is made for, if not well.
     """
-    length = context_length(model)
+    length = _configured(model)
     if length is None:
         return None
     tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(name)]
@@ -44,6 +52,12 @@ def last_position(model: nn.Module) -> int | None:
     # RoBERTa counts from behind its padding token, in a table of that many rows.
     padding = tables[0].padding_idx if tables and tables[0].num_embeddings == length else None
     return length if padding is None else length - padding - 1
+
+
+def _configured(model: nn.Module) -> int | None:
+    config = text_config(model)
+    values = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def table_rows(model: nn.Module) -> int | None:

@@ -1,4 +1,4 @@
-"""Rotary positions that depend on how long a sequence is.
+"""What depends on how long a row is: above all rotary positions.
 
 "longrope" (Phi-3) turns all positions of a sequence in another way once it passes the length that the model was first
 trained for, and "dynamic" does for each length beyond that.  transformers asks the longest row of a batch.  So rows
@@ -22,9 +22,12 @@ _LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
 
 
 def rope_limit(model: nn.Module) -> int | None:
-    """Returns the length up to which positions turn in one way; None: they do at any length."""
+    """Returns the length up to which rows may be computed together; None: they may at any length."""
     changing = [module for module in model.modules() if any(map(_changes, _kinds(module)))]
-    return min([_limit(getattr(module, "config", None)) for module in changing], default=None)
+    limits = [_limit(getattr(module, "config", None)) for module in changing]
+    # Sparse attention (DeepSeek V3.2) chooses so many keys of a row; among equal ones its padding would decide.
+    limits += [size for module in model.modules() if isinstance(size := getattr(module, "index_topk", None), int)]
+    return min(limits, default=None)
 
 
 def remembers_length(model: nn.Module) -> bool:

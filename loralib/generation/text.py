@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.turns import turn_ends
+from ..data.turn_ends import turn_ends
 from ..engine.limits import context_length, require_ids_in_table
 from ..errors import DataError, list_faults
 

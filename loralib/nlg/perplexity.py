@@ -81,9 +81,6 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
         raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
-    words = sum(
-        len((text.completion if text.messages else "".join(part for part, trained in text.segments if trained)).split())
-        for text in texts
-    )
+    words = sum(len(answer.split()) for text in texts for answer in text.trained_texts)
     signature = f"given:prompt|end:counted|words:blanks|log:e|version:{_VERSION}"
     return Perplexity(loss, tokens, words, len(texts), sum(encoded.dropped.values()), signature)

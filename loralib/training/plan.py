@@ -14,7 +14,7 @@ from torch import nn
 
 from ..console import count, counted, size
 from ..data import Encoded, Source, TokenExample, draw, length_at, load_examples, read_sources
-from ..data.records import Example
+from ..data.examples import Example
 from ..engine.limits import context_length, last_position, require_ids_in_table, text_config
 from ..errors import ConfigError, DataError
 from .config import TrainConfig

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,8 +70,9 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what computes."""
-    found = {"python": platform.python_version()}
-    for name in ("loralib", "torch", "transformers"):
+    ours = sys.modules["loralib"].__version__  # which is imported by now; an import from here would look upwards
+    found = {"python": platform.python_version(), "loralib": str(ours)}
+    for name in ("torch", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

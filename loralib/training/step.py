@@ -120,7 +120,7 @@ class Step:
     def _compute(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
-        parts = list(apart(batch, self._rope_limit, _computed_tokens))
+        parts = list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
         if len(parts) == 1:
             return self._compute_part(parts[0], scale, use)
         done = [self._compute_part(part, scale, use) for part in parts]

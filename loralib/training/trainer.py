@@ -24,7 +24,7 @@ from ..adapter import apply_adapter
 from ..console import counted
 from ..data import TokenExample
 from ..data.packing import epoch_order
-from ..data.turns import are_chats
+from ..data.turn_ends import are_chats
 from ..delta import dense
 from ..engine.causal import require_causal
 from ..engine.placement import require_free
