@@ -241,7 +241,7 @@ def _removed_if_empty(path: Path) -> Iterator[None]:
         yield
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it is in use, or its name is none
                 folder.rmdir()
 
 

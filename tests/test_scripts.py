@@ -391,4 +391,4 @@ def test_the_demo_needs_no_package_beyond_its_pins(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "once" in done.stderr, "the base was not converted anew"
-    assert "The merged model writes the same text for 1 of 1 prompts" in done.stdout
+    assert "The merged model writes the same text for 1 of 1 prompt" in done.stdout

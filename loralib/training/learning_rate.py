@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..console import counted
+
 __all__ = ["automatic_learning_rate"]
 
 _RATE, _WIDTH, _EXAMPLES, _RATIO = 2e-4, 576, 8, 16.0  # where the rule starts from: SmolLM2-135M
@@ -41,9 +43,7 @@ def automatic_learning_rate(
     width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
     rate = _RATE * (_WIDTH / width) ** 0.78 * math.sqrt(examples_per_update / _EXAMPLES)
     rate *= math.sqrt(_RATIO / loraplus_lr_ratio)
-    seen = f"width {hidden_size:,}"
+    seen = f"width {width:,},"
     if hidden_size is None:
-        seen = f"taking a width of {width:,}, since the model does not say it, from {parameters:,} parameters"
-    separator = "," if hidden_size else ";"
-    examples = f"{examples_per_update:,} example{'s' * (examples_per_update != 1)} an update"
-    return float(f"{rate:.2g}"), f"{seen}{separator} {examples}"
+        seen = f"taking a width of {width:,}, since the model does not say it, from {parameters:,} parameters;"
+    return float(f"{rate:.2g}"), f"{seen} {counted(examples_per_update, 'example')} an update"
