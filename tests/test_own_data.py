@@ -75,6 +75,18 @@ def test_examples_may_be_as_long_as_the_model_allows(tmp_path: Path, capsys: pyt
         train(settings(tmp_path, seq_len=65), rows)
 
 
+def test_plain_text_is_cut_into_windows(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base)
+    config.max_position_embeddings = 4096
+    config.save_pretrained(base)
+    Path("a.txt").write_text("word " * 500, encoding="utf-8")
+    more = ["--train_data", "a.txt", "--data_format", "text", "--batch_size", "1", "--max_steps", "1"]
+    assert main([*command(base), *more]) == 0, capsys.readouterr().err
+    assert "Sequence length: 1,024 tokens (plain text is cut into windows)" in capsys.readouterr().out
+
+
 def test_memory_bounds_the_length_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate(model: Any, tokens: int, *_: Any, **__: Any) -> tuple[float, float]:
         return 1000.0 * tokens, 8 * 70 * 1000 / 0.8

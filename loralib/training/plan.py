@@ -29,6 +29,7 @@ Data = Any  # whatever `read_sources` takes, or TokenExample values
 _VALIDATE = 0.05  # share of the examples, where none is given
 _TOO_FEW = 100  # examples, of which a share would say little
 _WARM_UP, _LONGEST_WARM_UP = 0.05, 100  # share of the updates, and updates
+_WINDOW = 1024  # tokens of the windows that plain text is cut into: longer ones cost memory and teach little more
 _ROOM = 0.8  # share of the free memory that a step may take
 
 
@@ -172,6 +173,8 @@ def _tell(
         say(note)
     say(f"Loaded {encoded.summary(kind)}")
     if kind == "training" and config.seq_len is None and encoded.lengths:
+        if encoded.seq_len is not None and encoded.seq_len != limit:
+            limit, why = encoded.seq_len, "plain text is cut into windows"
         longest = max(encoded.lengths)
         bound = "" if limit is None else f", within {count(limit)} ({why})"
         if limit is None or longest <= limit:
@@ -199,6 +202,8 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
         raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
+    if config.seq_len is None and all(_is_plain(example) for source in sources for example in source.examples):
+        limit = min(limit or _WINDOW, _WINDOW)
     return load_examples(
         sources,
         tokenizer,
@@ -280,6 +285,10 @@ def split_off(
             chosen.update(group)
     apart = [row for index, row in enumerate(rows) if index in chosen]
     return [row for index, row in enumerate(rows) if index not in chosen], apart
+
+
+def _is_plain(example: Example) -> bool:
+    return not example.messages and len(example.segments) == 1
 
 
 def _group(text: Example, row: TokenExample) -> Hashable:

@@ -53,10 +53,8 @@ _TEMPORARY = tuple(
     )
 )
 # What a run leaves, which a later one in the same directory moves aside; the config last: it marks an adapter.
-_LEFT = (
-    *("best", "checkpoints", "tensorboard", "metrics.jsonl", "loss.png", "README.md", "pytorch_model.bin", RUN_FILE),
-    *("adapter_model.safetensors", "adapter_model.bin", *TOKENIZER_FILES, "adapter_config.json"),
-)
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", *TOKENIZER_FILES, "adapter_config.json")
+_LEFT = ("tensorboard", "metrics.jsonl", "loss.png", "README.md", "pytorch_model.bin", RUN_FILE, *_ADAPTER)
 _LEAST = 2  # checkpoints to keep during a run: the newest may be damaged
 _LENGTHS = frozenset(("num_epochs", "max_steps"))
 _STATE = "loralib.checkpoint"
@@ -442,17 +440,23 @@ class RunDirectory:
         number = 1
         while (aside := self.path / f"previous-{number}").exists():
             number += 1
-        is_model = (self.path / "config.json").exists()  # whose tokenizer it is then
-        card = self.path / "README.md"
-        for source in (self.path / name for name in _LEFT):
-            if not source.exists() or (source.name in TOKENIZER_FILES and is_model):
-                continue
-            if source == card and not is_our_card(card):
-                continue
-            with write_errors(aside / source.name):
-                aside.mkdir(exist_ok=True)
-                source.rename(aside / source.name)
+        for source in self._left():
+            target = aside / source.relative_to(self.path)
+            with write_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+        for folder in (self.best, self.checkpoints):
+            _remove_if_empty(folder)
         return aside
+
+    def _left(self) -> list[Path]:
+        """What an earlier run left: not the user's card, nor the tokenizer of a model that is here as well."""
+        paths = checkpoint_files(self.checkpoints) + [self.best / name for name in _ADAPTER]
+        paths += [self.path / name for name in _LEFT]
+        is_model, card = (self.path / "config.json").exists(), self.path / "README.md"
+        foreign = {card} if card.exists() and not is_our_card(card) else set()
+        foreign |= {self.path / name for name in TOKENIZER_FILES} if is_model else set()
+        return [path for path in paths if path.exists() and path not in foreign]
 
     def keep_checkpoints(self) -> None:
         """Removes the checkpoints of a finished run, but for those that were asked for."""

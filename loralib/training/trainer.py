@@ -136,12 +136,11 @@ def run_in(
         raise ConfigError(
             f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
         )
-    with _ONE_RUN_AT_A_TIME:
+    with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
         require_causal(model)
         _adapt(model, config, reporter)
         with (
-            stop_on_signal() as stop,
             keep_freed_memory(),
             freeze_objects(),
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
