@@ -272,7 +272,7 @@ def split_off(
     >>> rows = [TokenExample((number,), (False,)) for number in range(6)]
     >>> train, valid = split_off(rows, "aabbcc", 2, seed=0)
     >>> len(train), [row.ids[0] // 2 for row in valid]
-    (4, [2, 2])
+    (4, [1, 1])
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
