@@ -27,6 +27,7 @@ DEFAULTS = {
     "num_epochs": 2,
     "batch_size": 4,
     "lr": 1e-4,
+    "loraplus_lr_ratio": 16.0,
     "warmup_steps": 0,
 }
 

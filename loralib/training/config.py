@@ -157,14 +157,14 @@ class TrainConfig:
     grad_accum: int = setting(1, "steps whose gradients add up to one update", "optimiser", at_least=1)
     lr: float | None = setting(
         None,
-        "peak learning rate; auto: by the model's width and the examples of an update",
+        "peak learning rate; auto: by the model's width, lora_alpha and the trained tokens of an update",
         "optimiser",
         above=0,
         common=True,
         auto=True,
     )
     loraplus_lr_ratio: float = setting(
-        16.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
+        8.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
     )
     schedule: str = setting(
         "linear", "learning rate schedule after warm-up", "optimiser", ("linear", "cosine", "constant")

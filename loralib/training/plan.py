@@ -90,27 +90,26 @@ def make_plan(
         require_ids_in_table(model, (row.ids for row in rows), kind)
     if config.seq_len is None:
         config = config.replace(seq_len=max(2, *map(len, train), *map(len, valid)))
-    return Plan(automatic_settings(model, config, len(train), say), train, valid, facts)
+    return Plan(automatic_settings(model, config, train, say), train, valid, facts)
 
 
 def automatic_settings(
-    model: nn.Module, config: TrainConfig, examples: int, say: Callable[[str], None] = lambda line: None
+    model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], say: Callable[[str], None] = lambda _: None
 ) -> TrainConfig:
     """Chooses learning rate and warm-up where they are left open; `examples` are those of an epoch."""
     if config.lr is None:
         lr, reason = automatic_learning_rate(
             sum(parameter.numel() for parameter in model.parameters()),
             getattr(text_config(model), "hidden_size", None),
-            config.rank,
             config.alpha,
-            config.batch_size * config.grad_accum,
+            config.batch_size * config.grad_accum * sum(sum(row.trained) for row in examples) / len(examples),
             config.loraplus_lr_ratio,
         )
         b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
         say(f"Learning rate: {lr:g}{b} ({reason}); --lr sets another")
         config = config.replace(lr=lr)
     if config.warmup_steps is None:
-        updates = config.max_steps or config.num_epochs * updates_per_epoch(config, examples)
+        updates = config.max_steps or config.num_epochs * updates_per_epoch(config, len(examples))
         config = config.replace(warmup_steps=min(_LONGEST_WARM_UP, round(_WARM_UP * updates)))
     return config
 
@@ -272,7 +271,7 @@ def split_off(
     >>> rows = [TokenExample((number,), (False,)) for number in range(6)]
     >>> train, valid = split_off(rows, "aabbcc", 2, seed=0)
     >>> len(train), [row.ids[0] // 2 for row in valid]
-    (4, [2, 2])
+    (4, [1, 1])
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
