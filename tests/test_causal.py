@@ -14,7 +14,7 @@ from loralib import LoraConfig, TrainConfig, inject, train
 from loralib.cli import main
 from loralib.data.tokens import TokenExample
 from loralib.engine.causal import require_causal
-from loralib.engine.limits import last_position, require_ids_in_table, require_positions
+from loralib.engine.limits import last_position, require_ids_in_table
 from loralib.errors import DataError, UnsupportedModelError
 from loralib.generation import beam_search, generate
 
@@ -198,8 +198,5 @@ def test_positions_end_where_the_model_does(config: Any, limit: int | None) -> N
     if limit is not None:
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 3))
-        require_positions(model, longest.tolist())
         with pytest.raises(DataError, match="prompt 1 has 33 tokens, the model's context has 32"):
             generate(model, None, [[3] * 33])
-        with pytest.raises(DataError, match=r"32 positions(?s:.)*example 1 has 33 tokens(?s:.)*seq_len to 32"):
-            require_positions(model, [[3] * 33])

@@ -58,6 +58,11 @@ class Example:
         return cls(((prompt, False), (completion, True)), (completion,), source)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether this is plain text: one segment, without a prompt."""
+        return not self.messages and len(self.segments) == 1
+
+    @property
     def prompt(self) -> str:
         """The text before the first trained segment (of a chat: the turns before its last answer)."""
         if self.messages:

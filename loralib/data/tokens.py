@@ -148,7 +148,7 @@ class Encoded:
         out = list(self.out)
         for whole, text in zip(self.examples, self.texts, strict=True):
             fits = len(whole) <= seq_len
-            windows = [whole] if fits else _windows(whole, seq_len) if _is_plain(text) else []
+            windows = [whole] if fits else _windows(whole, seq_len) if text.is_plain else []
             tokens += windows
             texts += [text] * len(windows)
             if not windows:
@@ -427,7 +427,7 @@ def _join(
     ids: list[int] = []
     trained: list[bool] = []
     if not example.messages:  # a chat template writes its own start and end tokens
-        is_prompt_empty = not _is_plain(example) and not ids_of_pieces[0]
+        is_prompt_empty = not example.is_plain and not ids_of_pieces[0]
         ids += start or ([end] if is_prompt_empty else [])  # as in prompt_ids
         trained += [False] * len(ids)
     for (_, is_trained), piece in zip(pieces, ids_of_pieces, strict=True):
@@ -458,10 +458,6 @@ def _end_id(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end token, so a completion cannot be ended. Set tokenizer.eos_token.")
     return int(tokenizer.eos_token_id)
-
-
-def _is_plain(example: Example) -> bool:
-    return not example.messages and len(example.segments) == 1
 
 
 def _windows(whole: TokenExample, seq_len: int) -> list[TokenExample]:

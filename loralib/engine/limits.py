@@ -1,4 +1,4 @@
-"""What a model can be given: ids that its embedding has, and no more tokens than it has positions."""
+"""What a model can be given: the token ids of its embedding, and how many tokens at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import DataError, list_faults
 
-__all__ = ["context_length", "last_position", "require_ids_in_table", "require_positions", "table_rows"]
+__all__ = ["context_length", "last_position", "require_ids_in_table", "table_rows"]
 
 # Tables that are computed or learned for so many positions: looking beyond their end fails, whatever the values are.
 _POSITIONS = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|positions_embed|pos_emb\w*)$")
@@ -99,23 +99,3 @@ def require_ids_in_table(model: nn.Module, rows: Iterable[Sequence[int]], kind: 
                 "model.resize_token_embeddings(len(tokenizer)) before the adapter is put in.",
             )
         )
-
-
-def require_positions(model: nn.Module, rows: Iterable[Sequence[int]], kind: str = "example") -> None:
-    """Refuses rows that are longer than the model has positions.
-
-    Args:
-        model: the model.
-        rows: token ids.
-        kind: what a row is, for the message.
-
-    Raises:
-        DataError: some are; all of them at once.
-    """
-    limit = last_position(model)
-    if limit is None:
-        return
-    faults = [f"{kind} {number} has {len(ids):,} tokens" for number, ids in enumerate(rows, 1) if len(ids) > limit]
-    if faults:
-        heading = f"the model has {limit:,} positions"
-        raise DataError(list_faults(heading, faults, f"Shorten them: lower seq_len to {limit:,} at most."))

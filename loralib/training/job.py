@@ -16,7 +16,7 @@ from .start import load_base_for
 if TYPE_CHECKING:
     from .trainer import TrainResult
 
-__all__ = ["load_base_for", "load_examples_for", "run_job"]
+__all__ = ["load_examples_for", "run_job"]
 
 
 def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: int) -> Encoded:

@@ -201,7 +201,7 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
         raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
-    if config.seq_len is None and all(_is_plain(example) for source in sources for example in source.examples):
+    if config.seq_len is None and all(example.is_plain for source in sources for example in source.examples):
         limit = min(limit or _WINDOW, _WINDOW)
     return load_examples(
         sources,
@@ -284,10 +284,6 @@ def split_off(
             chosen.update(group)
     apart = [row for index, row in enumerate(rows) if index in chosen]
     return [row for index, row in enumerate(rows) if index not in chosen], apart
-
-
-def _is_plain(example: Example) -> bool:
-    return not example.messages and len(example.segments) == 1
 
 
 def _group(text: Example, row: TokenExample) -> Hashable:

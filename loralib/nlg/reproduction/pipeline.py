@@ -23,7 +23,8 @@ from ...errors import DataError, InterruptedRunError
 from ...files import hold_directory, remove_file, write_json, write_text
 from ...formats import read_adapter
 from ...training import TrainConfig, train
-from ...training.job import load_base_for, load_examples_for
+from ...training.job import load_examples_for
+from ...training.start import load_base_for
 from ...training.report import read_metrics
 from ...training.run_directory import last_checkpoint
 from ..convert import format_rows, read_formatted
