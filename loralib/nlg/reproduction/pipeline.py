@@ -24,9 +24,9 @@ from ...files import hold_directory, remove_file, write_json, write_text
 from ...formats import read_adapter
 from ...training import TrainConfig, train
 from ...training.job import load_examples_for
-from ...training.start import load_base_for
 from ...training.report import read_metrics
 from ...training.run_directory import last_checkpoint
+from ...training.start import load_base_for
 from ..convert import format_rows, read_formatted
 from ..evaluation import evaluate, read_texts
 from ..perplexity import perplexity
