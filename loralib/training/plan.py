@@ -194,10 +194,10 @@ def _tell(
 # The data.
 
 
-def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, most: int, kind: str) -> Encoded:
-    """Turns whatever `loralib.train` accepts as data into token examples, at most `most` of them; 0: all."""
+def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, max_samples: int, kind: str) -> Encoded:
+    """Turns whatever `loralib.train` accepts as data into token examples, at most `max_samples` of them; 0: all."""
     if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
-        return _limited_tokens(data, limit, most, config.seed, kind)
+        return _limited_tokens(data, limit, max_samples, config.seed, kind)
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
         raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
@@ -209,7 +209,7 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
         **how_to_read(config),
         seq_len=limit,
         objective=config.objective,
-        max_samples=most or None,
+        max_samples=max_samples or None,
         seed=config.seed,
     )
 
@@ -219,7 +219,7 @@ def how_to_read(config: TrainConfig) -> dict[str, Any]:
     return {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
 
 
-def _limited_tokens(data: Sequence[TokenExample], limit: int | None, most: int, seed: int, kind: str) -> Encoded:
+def _limited_tokens(data: Sequence[TokenExample], limit: int | None, max_samples: int, seed: int, kind: str) -> Encoded:
     texts = [Example.of("", "", f"{kind} example {number}") for number in range(1, len(data) + 1)]
     whole = Encoded(list(data), texts, [], [len(row) for row in data], len(data))
     encoded = whole.limited(limit)
@@ -227,7 +227,9 @@ def _limited_tokens(data: Sequence[TokenExample], limit: int | None, most: int, 
         raise DataError(
             f"no {kind} example is left ({encoded.drop_note}): the shortest has {min(map(len, data)):,} tokens"
         )
-    pairs = draw(list(zip(encoded.examples, encoded.texts, strict=True)), most or None, seed, lambda p: _start(p[0]))
+    pairs = draw(
+        list(zip(encoded.examples, encoded.texts, strict=True)), max_samples or None, seed, lambda p: _start(p[0])
+    )
     return Encoded(
         [row for row, _ in pairs], [text for _, text in pairs], encoded.out, whole.lengths, len(data), encoded.seq_len
     )
