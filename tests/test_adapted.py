@@ -17,7 +17,7 @@ from loralib.bases import load_adapted, save_tokenizer, trained_on_chats
 from loralib.cli import main
 from loralib.data import Example, TokenExample, encode
 from loralib.data.records import Turn
-from loralib.data.turns import are_chats, turn_ends
+from loralib.data.turn_ends import are_chats, turn_ends
 from loralib.generation.text import end_tokens, end_with_turns
 
 CHATML = (
