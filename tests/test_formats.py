@@ -61,6 +61,12 @@ def refused(path: Path, error: type[LoraError] = LoraError, **more: Any) -> str:
 # PEFT directories.
 
 
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="on the meta device, without values"):
+        lora.save_adapter(trained().to("meta"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))

@@ -60,6 +60,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         OutputError: the directory cannot be written.
     """
     adapter, model = adapter_of(model), unwrapped(model)
+    if absent := [name for name, tensor in adapter.tensors.items() if tensor.is_meta]:
+        fix = "Load the model without offloading, or save before its layers are offloaded."
+        raise AdapterError(list_faults("these tensors are on the meta device, without values", absent, fix))
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
