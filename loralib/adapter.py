@@ -599,6 +599,9 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
         if ours == theirs:
             return "checked"
         found.add(ours.partition(":")[0])
+    # It was trained in fp16, perhaps, where the smallest values are rounded.
+    if any(fingerprint(model, left_out, rows, in_fp16=True) == theirs for left_out in (adapter.tensors.keys(), ())):
+        return "checked"
     if shapes not in found:
         return "shapes"
     if rows > table_rows(model):
@@ -629,7 +632,9 @@ def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str
             f"{type(model).__name__} has {table_rows(model)}. {load} If tokens were added to it: "
             f"model.resize_token_embeddings({rows}), with the values that they had. {allow}"
         )
+    in_fp16 = any(p.dtype == torch.float16 for p in model.parameters())
+    rounded = " This one is in fp16, which rounds small values: load it in bf16 or fp32 to compare." * in_fp16
     raise BaseMismatchError(
         "the adapter was trained on a base model of the same shapes with other values "
-        f"(fingerprint {theirs}; rows of added tokens count too). {load} {allow}"
+        f"(fingerprint {theirs}; rows of added tokens count too). {load}{rounded} {allow}"
     )

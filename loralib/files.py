@@ -187,7 +187,7 @@ def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir"
     """
     if not os.fspath(directory):
         raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
-    path = Path(directory).absolute()
+    path = Path(os.path.expanduser(directory)).absolute()
     with _removed_if_empty(path), _locked(path / _LOCK, path, f"output directory {path}", flag):
         yield path
 

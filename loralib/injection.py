@@ -365,7 +365,9 @@ def _kind(module: nn.Module | None) -> str:
     return "not there" if module is None else f"now a {type(module).__name__} of {type(module).__module__}"
 
 
-def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | None = None) -> str:
+def fingerprint(
+    model: nn.Module, left_out: Collection[str] = (), rows: int | None = None, *, in_fp16: bool = False
+) -> str:
     """Returns a short text that tells base models apart by what an adapter stands on: ``shapes:values``.
 
     The first part hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
@@ -376,6 +378,7 @@ def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | No
         model: with or without an adapter, whose own parameters do not count.
         left_out: names of parameters that the adapter brings along.
         rows: how many rows of the tables count; default: all.
+        in_fp16: as if the model had been loaded in fp16, which has fewer of the smallest numbers than bf16.
     """
     record = injection_of(model)
     originals: Mapping[str, Tensor] = record.originals if record is not None else {}
@@ -393,9 +396,9 @@ def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | No
         shapes.update(f"{name} {('rows', *weight.shape[1:]) if is_table else tuple(weight.shape)}\n".encode())
         if not weight.is_meta:
             weight = weight[:rows] if is_table else weight
-            _update(values, weight.reshape(-1))
+            _update(values, weight.reshape(-1), in_fp16=in_fp16)
             if is_table:
-                _update(values, weight[-_LAST_ROWS:].reshape(-1), 64 * _LAST_ROWS)
+                _update(values, weight[-_LAST_ROWS:].reshape(-1), 64 * _LAST_ROWS, in_fp16=in_fp16)
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}" + (f":{rows}" if tables else "")
 
 
@@ -417,8 +420,9 @@ def first_fingerprint(model: nn.Module) -> str:
 _LAST_ROWS = 16
 
 
-def _update(digest: Any, flat: Tensor, count: int = 64) -> None:
-    samples = flat[:: max(1, flat.numel() // count)][:count].to("cpu", torch.bfloat16)
+def _update(digest: Any, flat: Tensor, count: int = 64, *, in_fp16: bool = False) -> None:
+    samples = flat[:: max(1, flat.numel() // count)][:count].cpu()
+    samples = (samples.half() if in_fp16 else samples).to(torch.bfloat16)
     digest.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
 
 

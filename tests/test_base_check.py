@@ -419,3 +419,21 @@ def test_an_adapter_with_biases_of_B_says_what_computes_them(tmp_path: Path) -> 
     in_peft(llama(), lora_bias=True).save_pretrained(tmp_path)
     with pytest.raises(TargetError, match=r"lora_bias = True.*`loralib merge DIRECTORY MERGED --base BASE`"):
         lora.load_adapter(llama(), tmp_path)
+
+
+def test_a_base_that_trained_in_fp16_is_itself_in_other_dtypes(tmp_path: Path) -> None:
+    half = llama().half()
+    assert any(not torch.equal(p.bfloat16(), p.half().bfloat16()) for p in llama().parameters()), "else it says nothing"
+    lora.inject(half, lora.LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_adapter(half, tmp_path)
+    for model in (llama(), llama().half()):
+        assert lora.load_adapter(model, tmp_path).base == "checked"
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(BaseMismatchError, match="other values"):
+        lora.load_adapter(other, tmp_path)
+    lora.inject(other, lora.LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_adapter(other, tmp_path)
+    with pytest.raises(BaseMismatchError, match="This one is in fp16"):
+        lora.load_adapter(llama().half(), tmp_path)

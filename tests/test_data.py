@@ -574,3 +574,14 @@ def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
     assert list(plain.ids[:3]) == prompt_ids("A:", tokenizer)
     with pytest.raises(DataError, match="rejects these messages: no system"):
         tokenize(TALK, make_tokenizer(template="{{ raise_exception('no system') }}"))
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_start_and_end_tokens_that_the_data_write_out_are_not_doubled(starts: bool) -> None:
+    tokenizer = make_tokenizer(starts=starts)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    written = tokenize(Example.of(f"{bos}Q: ", f"A{eos}"), tokenizer)
+    assert tokenizer.decode(list(written.ids)) == f"{bos}Q: A{eos}"
+    assert prompt_ids(f"{bos}Q: ", tokenizer) == list(written.ids[: written.trained.index(True)])
+    if starts:
+        assert written == tokenize(Example.of("Q: ", "A"), tokenizer)

@@ -337,3 +337,12 @@ def test_a_prompt_is_a_chat_up_to_its_last_answer() -> None:
     assert tokenizer.decode(prompt_ids(example, tokenizer)) == expected
     with pytest.raises(DataError, match="nothing to continue"):
         prompt_ids(Example(messages=(("assistant", "Ho"),)), tokenizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("system", ["s", "Tell me something about it."])
+def test_a_turn_that_is_left_out_is_missed_although_others_say_the_same(system: str) -> None:
+    deaf = SHAPES["chatml"].template.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+    example = chat("Tell me something about it.", "yes", system=system)
+    with pytest.raises(DataError, match=r"omits or rewrites turn 1 \(system\)"):
+        encode([example], make_tokenizer(deaf), None)
+    assert len(encode([example], make_tokenizer(SHAPES["chatml"].template), None)) == 1

@@ -418,6 +418,10 @@ BROKEN: dict[str, tuple[bytes | str, str]] = {
     "twice.csv": ("prompt,prompt\na,b\n", "twice.csv:1: 'prompt' names two columns"),
     "nameless.csv": ("prompt,\na,b\n", "nameless.csv:1: column 2 has no name"),
     "index.csv": (",prompt,completion\nx,a,b\n", "index.csv:1: column 1 has no name"),
+    "wrapped.json": (
+        '{"data": [{"prompt": "a", "completion": "b"}]}',
+        "'data' holds a list of records: give a file with",
+    ),
     "missing.csv": ("prompt,other\na,b\n", "missing.csv:2: found 'prompt', 'other'"),
     "rowless.csv": ("prompt,completion\n", "holds no examples"),
     "empty.csv": ("\n", "is empty, expected rows under a first row of names"),

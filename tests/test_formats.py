@@ -61,6 +61,21 @@ def refused(path: Path, error: type[LoraError] = LoraError, **more: Any) -> str:
 # PEFT directories.
 
 
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="on the meta device, without values"):
+        lora.save_adapter(trained().to("meta"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lora.save_adapter(trained(), "~/mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert lora.read_adapter("~/mine").modules
+
+
 def test_what_is_written(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     settings = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))

@@ -659,3 +659,14 @@ def test_beam_search_through_generate(model: Any) -> None:
 def test_one_beam_is_greedy(llama: Any) -> None:
     found = beam_search(llama, PROMPTS, num_beams=1, max_new_tokens=8)
     assert [list(hypothesis.ids) for hypothesis in found] == [alone(llama, prompt, 8) for prompt in PROMPTS]
+
+
+def test_prompts_of_other_kinds_are_refused_and_never_taken_for_texts() -> None:
+    model, tokenizer = make(MODELS["llama"]), SimpleNamespace(eos_token_id=END)
+    encoding = transformers.BatchEncoding({"input_ids": [[5, 6]], "attention_mask": [[1, 1]]})
+    with pytest.raises(DataError, match=r"give its \['input_ids'\]"):
+        generate(model, tokenizer, encoding, max_new_tokens=2)
+    turn = {"role": "user", "content": "Hi"}
+    for prompts in ([turn], [[turn]]):
+        with pytest.raises(DataError, match="prompts are chats, expected texts or token ids:\n  prompt 1"):
+            generate(model, tokenizer, prompts, max_new_tokens=2)  # type: ignore[arg-type]

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import loralib as lora
+from loralib.bases import load_tokenizer, save_tokenizer
 from loralib.cli import main, run_command
 
 NLG = Path(__file__).resolve().parent.parent / "examples" / "NLG"
@@ -121,6 +123,27 @@ def test_several_adapters_show_switching(run: Run, tiny_adapter: Path) -> None:
     assert "Switching between 2 adapters" in out
     assert re.search(r"best \(\d+(\.\d)? m?s\)", out)
     assert "Merged" not in out
+
+
+def test_chats_are_shown_with_the_template_they_were_trained_with(run: Run, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**settings))
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear", base_model_name_or_path="base"))
+    lora.save_adapter(model, "adapter")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}!"
+    save_tokenizer(tokenizer, "adapter", chats=True)
+    flags = ("--adapter", "adapter", "--max_new_tokens", "4")
+    _, texts, err = run("generate", "--dtype", "fp32", *flags, "Hello there")
+    assert "user's turn" in err
+    code, out, err = run("run_inference", *flags, "--prompt", "Hello there", "--no_merge")
+    assert code == 0, err
+    assert "user's turn" in out
+    assert "chat template" in err
+    assert f"  {'adapted':<10} {' '.join(texts.split())}" in out
 
 
 def test_the_historical_demo_network(run: Run, tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def test_training_goes_on_from_an_adapter(base: str, tmp_path: Path, capsys: pyt
     assert main(again) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
     assert "Training on from first" in told
+    assert f"Loading {base} ..." in told
     assert read_adapter(tmp_path / "second").config.r == 2
     assert main([*again, "--rank", "8"]) == 2
     assert "rank is 8, the adapter has 2" in capsys.readouterr().err

@@ -278,6 +278,19 @@ def test_older_files_of_peft(tmp_path: Path) -> None:
     assert_close(logits(model, IDS), logits(theirs, IDS), base)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("in_full", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_tables_that_peft_saves_besides_modules_to_save(tied: bool, in_full: list[str], tmp_path: Path) -> None:
+    """The file holds the trained tables twice, and the base's own."""
+    theirs = in_peft(llama(tie_word_embeddings=tied), target_modules=["q_proj"], modules_to_save=in_full)
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    assert any("original_module" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    model = llama(tie_word_embeddings=tied)
+    base = logits(model, IDS)
+    lora.load_adapter(model, tmp_path)
+    assert_close(logits(model, IDS), logits(theirs, IDS), base)
+
+
 # Fused blocks, which PEFT does not have.
 
 FUSED = lora.LoraConfig(

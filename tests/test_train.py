@@ -558,6 +558,13 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path, spoi
         )
 
 
+def test_a_disabled_adapter_is_not_trained(tmp_path: Path) -> None:
+    model = tiny_model()
+    lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear"))
+    with lora.disabled(model), pytest.raises(errors.TargetError, match="the adapter is disabled"):
+        train(settings(tmp_path), model)
+
+
 def test_memory_that_runs_out_is_a_message(tmp_path: Path) -> None:
     config = settings(tmp_path, save_steps=1)
     model = tiny_model()

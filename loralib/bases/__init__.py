@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .adapted import base_of, load_adapted, save_tokenizer, trained_on_chats
+from .adapted import base_of, load_adapted, save_tokenizer, tokenizer_for, trained_on_chats
 from .device import pick_device, pick_dtype
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
 
@@ -17,5 +17,6 @@ __all__ = [
     "pick_dtype",
     "resize_tables_for",
     "save_tokenizer",
+    "tokenizer_for",
     "trained_on_chats",
 ]

@@ -18,7 +18,7 @@ from ..formats import is_read_with_base, locate_adapter, read_adapter, with_pres
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
-__all__ = ["base_of", "load_adapted", "save_tokenizer", "trained_on_chats"]
+__all__ = ["base_of", "load_adapted", "save_tokenizer", "tokenizer_for", "trained_on_chats"]
 
 # In tokenizer_config.json, where chat templates are too: what the adapter beside it was trained on.
 _TRAINED_ON: Final = "loralib_trained_on"
@@ -64,11 +64,11 @@ def load_adapted(
         apply_adapter(base, value)
         if merged:
             merge(base)
-        tokenizer = _adapters_tokenizer(adapter, base, tokenizer)
+        tokenizer = tokenizer_for(adapter, base, tokenizer)
     return base.eval(), tokenizer
 
 
-def _adapters_tokenizer(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
+def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
     """Returns the tokenizer that was saved with an adapter, and says where it differs; else the base's."""
     own = load_adapters_tokenizer(adapter, base)
     if own is None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
-from ..bases import base_of, load_base
+from ..bases import base_of, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
-from ..data.readers import Example
+from ..data.examples import Example, chat_of
 from ..errors import ConfigError, LoraError
 from ..formats import read_adapter
 from ..generation import generate
+from ..generation.text import end_with_turns
 from ..injection import disabled, merge, unmerge
 from ..nlg.metrics.slots import parse_meaning, slot_error_rate
 from ..settings import check, setting, settings_class
@@ -69,16 +70,21 @@ def run_inference(config: InferenceConfig) -> None:
     model, tokenizer = load_base(name, dtype=config.dtype, device=config.device)
     say(f"Adapter {directories[0]}: {_apply_all(model, adapters)}")
     model.eval()
+    prompts = [_prompt(directories[0], example) for example in examples]
+    if any(prompt.messages for prompt in prompts):
+        say("The adapter was trained on chats: each prompt is a user's turn")
+    base_tokenizer, tokenizer = tokenizer, _tokenizer_for(directories[0], model, tokenizer)
     _show_statistics(model, tokenizer, first, examples)
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     if hasattr(model, "generate"):
-        adapted = _show_texts(model, tokenizer, examples, config)
+        adapted = _show_texts(model, tokenizer, examples, ids, config)
     else:
         adapted = []
         say("\nThis network sees one token at a time, without attention: it predicts, but writes no text.")
     if not config.no_merge:
-        _show_merging(model, tokenizer, examples, adapted, config)
+        _show_merging(model, tokenizer, examples, ids, adapted, config)
     if len(adapters) > 1:
-        _show_switching(model, tokenizer, adapters, examples[0], config)
+        _show_switching(model, base_tokenizer, adapters, examples[0], config)
 
 
 def _apply_all(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:
@@ -123,9 +129,14 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
     say(f"  as text: {tokenizer.decode(predicted)!r}")
 
 
-def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], config: InferenceConfig) -> list[str]:
+def _show_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    config: InferenceConfig,
+) -> list[str]:
     """Shows the continuations of the base and of the adapted model; returns the latter."""
-    prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
     with disabled(model):
         base = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
     adapted = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
@@ -134,7 +145,7 @@ def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], c
         say(example.prompt.strip())
         _say_text("base", before.text)
         _say_text("adapted", after.text)
-        if example.references:
+        if any(example.references):
             _say_text("reference", example.references[0])
     say()
     ended = [sum(result.finish_reason == "stop" for result in results) for results in (base, adapted)]
@@ -151,7 +162,12 @@ def _show_texts(model: nn.Module, tokenizer: Any, examples: Sequence[Example], c
 
 
 def _show_merging(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], adapted: Sequence[str], config: InferenceConfig
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    adapted: Sequence[str],
+    config: InferenceConfig,
 ) -> None:
     ids = _batch(tokenizer, examples)
     with torch.no_grad():
@@ -170,7 +186,6 @@ def _show_merging(
     say(f"Merged W + scaling * B A into every layer in {duration(took)}.")
     say(f"Logits, merged against unmerged: largest difference {difference:.2g}, tolerance {tolerance:.2g}: {verdict}.")
     if adapted:
-        prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
         texts = [result.text for result in generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)]
         same = sum(a == b for a, b in zip(adapted, texts, strict=True))
         say(f"The merged model writes the same text for {same} of {counted(len(texts), 'prompt')}:")
@@ -183,14 +198,27 @@ def _show_switching(
 ) -> None:
     say()
     say(f"Switching between {len(adapters)} adapters on one base; the prompt is {example.prompt.strip()!r}")
-    ids = [prompt_ids(example.prompt, tokenizer)]
     for directory, adapter in adapters.items():
         started = time.perf_counter()
         apply_adapter(model, adapter)
         took = time.perf_counter() - started
-        _say_text(f"{Path(directory).name} ({duration(took)})", generate(
-            model, tokenizer, ids, max_new_tokens=config.max_new_tokens
-        )[0].text)  # fmt: skip
+        own = _tokenizer_for(directory, model, tokenizer)
+        ids = [prompt_ids(_prompt(directory, example), own)]
+        text = generate(model, own, ids, max_new_tokens=config.max_new_tokens)[0].text
+        _say_text(f"{Path(directory).name} ({duration(took)})", text)
+
+
+def _prompt(directory: str, example: Example) -> Example:
+    """Makes a prompt a user's turn of a chat, if that is what the adapter was trained on."""
+    return chat_of(Example.of(example.prompt, "")) if trained_on_chats(directory) else example
+
+
+def _tokenizer_for(directory: str, model: nn.Module, tokenizer: Any) -> Any:
+    """Returns the tokenizer that an adapter was trained with; texts end where its chats do."""
+    own = tokenizer_for(directory, model, tokenizer)
+    if trained_on_chats(directory):
+        end_with_turns(model, own)
+    return own
 
 
 def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:

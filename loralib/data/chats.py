@@ -23,6 +23,8 @@ Segments = tuple[tuple[str, bool], ...]
 
 _MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary text does not contain
 
+_TELLING: Final = 12  # letters; fewer may be in a text by chance, and so say nothing about a turn
+
 # Fields of turns that a template must write, or they would be lost.  Thoughts before an answer that is only read, not
 # trained, are left out by templates on purpose, as in generation.
 _THOUGHTS: Final = frozenset("reasoning_content reasoning thinking thought thoughts".split())
@@ -152,10 +154,8 @@ class ChatTemplate:
         letters = _without_blanks(text)
         faults = []
         for index, turn in enumerate(turns):
-            if turn.role != "assistant" and _without_blanks(turn.content) not in letters:
-                marked = [*turns[:index], turn._replace(content=_MARK), *turns[index + 1 :]]
-                if turn.role != "tool" or _MARK not in self._render(example, marked):  # templates may quote results
-                    faults.append(_OMITTED.format(index + 1, turn.role))
+            if turn.role != "assistant" and self._is_omitted(example, turns, index, letters):
+                faults.append(_OMITTED.format(index + 1, turn.role))
             if turn.role == "assistant" and turn.trained:
                 continue  # seen to by `_answer`
             for name in (_MATTER - _THOUGHTS) & turn.fields.keys():
@@ -168,6 +168,19 @@ class ChatTemplate:
                 faults.append(_LOST.format(repr(name)))
         if faults:
             raise DataError(f"{example.source}: {' '.join(faults)}")
+
+    def _is_omitted(self, example: Example, turns: Sequence[Turn], index: int, letters: str) -> bool:
+        """Whether a text, given without blanks, lacks what a turn says."""
+        turn = turns[index]
+        said = _without_blanks(turn.content)
+        found, needed = letters.count(said), sum(_without_blanks(other.content).count(said) for other in turns)
+        if said and found >= needed and len(said) >= _TELLING:
+            return False
+        if turn.role != "tool" and said not in letters:
+            return True  # not so for results of tools, which templates may quote
+        return bool(said) and _MARK not in self._render(
+            example, [*turns[:index], turn._replace(content=_MARK), *turns[index + 1 :]]
+        )
 
 
 def _as_dict(turn: Turn, arguments_as_text: bool) -> dict[str, Any]:

@@ -197,10 +197,18 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
         is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
         flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
         more = f" This is preference data; to train on the chosen answers: {flag_of(how.columns, flag)}"
+    elif wrapper := next((key for key, value in record.items() if _holds_records(value)), None):
+        more = f" {wrapper!r} holds a list of records: give a file with that list alone."
     elif record:
         more += " Name other fields with --columns."
     expected = "prompt or messages" if how.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether a field of a file's only object is what the file is about."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(name in first for name in (*QUESTIONS, *ANSWERS, *CHATS, "text"))
 
 
 def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:

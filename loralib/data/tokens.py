@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
@@ -352,8 +352,7 @@ def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
         text = ChatTemplate(tokenizer).prompt(prompt)
         return _token_ids({text}, tokenizer)[text]
     text = prompt.prompt if isinstance(prompt, Example) else prompt
-    ids = _start_ids(tokenizer) + _token_ids({text}, tokenizer)[text]
-    return ids or [_end_id(tokenizer)]
+    return _started(_token_ids({text}, tokenizer)[text], _start_ids(tokenizer)) or [_end_id(tokenizer)]
 
 
 def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Segments]]:
@@ -424,18 +423,16 @@ def _join(
     end: int,
     objective: str,
 ) -> TokenExample:
-    ids: list[int] = []
-    trained: list[bool] = []
+    ids: list[int] = list(chain(*ids_of_pieces))
+    trained = [is_trained for (_, is_trained), piece in zip(pieces, ids_of_pieces, strict=True) for _ in piece]
     if not example.messages:  # a chat template writes its own start and end tokens
+        is_ended = ids[-1:] == [end]  # some data have their tokens written out
         is_prompt_empty = not example.is_plain and not ids_of_pieces[0]
-        ids += start or ([end] if is_prompt_empty else [])  # as in prompt_ids
-        trained += [False] * len(ids)
-    for (_, is_trained), piece in zip(pieces, ids_of_pieces, strict=True):
-        ids += piece
-        trained += [is_trained] * len(piece)
-    if not example.messages:
-        ids.append(end)
-        trained.append(True)
+        ids = _started(ids, start or ([end] if is_prompt_empty else []))  # as in prompt_ids
+        trained = [False] * (len(ids) - len(trained)) + trained
+        if not is_ended:
+            ids.append(end)
+            trained.append(True)
     if objective == "jlm":
         trained = [True] * len(ids)
     return TokenExample(tuple(ids), (False, *trained[1:]))
@@ -452,6 +449,11 @@ def _start_ids(tokenizer: Tokenizer) -> list[int]:
     """Returns the start token if the tokenizer puts one before a text (Llama's and Gemma's do, GPT-2's does not)."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _started(ids: list[int], start: list[int]) -> list[int]:
+    """Puts the start token before a text, unless the text begins with it, written out."""
+    return ids if start and ids[: len(start)] == start else start + ids
 
 
 def _end_id(tokenizer: Tokenizer) -> int:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
@@ -37,6 +38,8 @@ __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_p
 _PREFIX = "base_model.model."
 # Steps in the names of models that were compiled or sharded when an adapter was saved; they are no modules of the base.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The base's tensors that modules_to_save replaces.
+_REPLACED = re.compile(r"\.original_module\.")
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
@@ -57,6 +60,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         OutputError: the directory cannot be written.
     """
     adapter, model = adapter_of(model), unwrapped(model)
+    if absent := [name for name, tensor in adapter.tensors.items() if tensor.is_meta]:
+        fix = "Load the model without offloading, or save before its layers are offloaded."
+        raise AdapterError(list_faults("these tensors are on the meta device, without values", absent, fix))
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
@@ -107,17 +113,14 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     metadata.pop("format", None)
     if config.base_model_name_or_path == HUB_NAMES.get(ours := metadata.pop(_BASE_NAME, ""), 0):
         config = config.replace(base_model_name_or_path=ours)
-    named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
-    if len(named) < len(tensors):
-        raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
-    adapter = without_expressions(Adapter(config, named, metadata))
+    adapter = without_expressions(Adapter(config, _with_our_names(tensors, directory), metadata))
     if BLOCKS in metadata:
         try:
             blocks = parse_json(metadata[BLOCKS])
         except FormatError as error:
             raise FormatError(f"{directory / PEFT_FILE}: metadata {BLOCKS!r} holds {error}") from error
-        fused = [name for name in adapter.modules if f"{name}.lora_embedding_A" not in named]
-        lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(named)]
+        fused = [name for name in adapter.modules if f"{name}.lora_embedding_A" not in adapter.tensors]
+        lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(adapter.tensors)]
         if lone:
             raise FormatError(list_faults(f"{directory}: factors are missing for", lone, "Copy the adapter again."))
         return narrow_blocks(adapter, blocks)
@@ -167,10 +170,28 @@ def task_type_of(model: nn.Module | None) -> str | None:
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
+def _with_our_names(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Returns a file's tensors by our names, in the order of these.
+
+    Where PEFT saves a model's tables of tokens although modules_to_save has them, the file holds the trained table
+    twice, and the base's own as well, which the trained one replaces.
+    """
+    named = dict[str, Tensor]()
+    for name in sorted(tensors):  # files have no order of their own
+        if _REPLACED.search(name):
+            continue
+        ours, tensor = _from_peft(name), tensors[name]
+        if ours in named and not torch.equal(named[ours], tensor):
+            raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
+        named[ours] = tensor
+    return named
+
+
 def _from_peft(name: str) -> str:
     """PEFT's name of a tensor -> ours."""
     name = _WRAPPERS.sub("", name)
-    name = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+    name = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    name = re.sub(r"\.modules_to_save(\.default)?\.(?=[^.]+$)", ".", name)
     # Older files carry the adapter's name; newer ones leave it out.
     name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)", r".\1", name)
     return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.weight$", r".\1", name)

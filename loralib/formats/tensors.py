@@ -212,7 +212,7 @@ def write_directory(
     Raises:
         OutputError: it holds an adapter in another format, whose settings have the same file name as ours.
     """
-    directory = Path(directory)
+    directory = Path(os.path.expanduser(directory))
     for other in (MLX_FILE,) if file == PEFT_FILE else (PEFT_FILE, PEFT_PICKLE):
         if (directory / other).exists():
             raise OutputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -304,9 +304,23 @@ def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) 
     """
     if isinstance(prompts, str):
         raise DataError(f"prompts is one text, {prompts[:40]!r}; expected a list of them. Write [{prompts[:10]!r}...].")
+    if isinstance(prompts, Mapping):
+        raise DataError(
+            "prompts is what a tokenizer returns, a mapping; expected texts, or a list of token ids for each: give its "
+            "['input_ids'], without padding"
+        )
+    chats = [f"prompt {number}" for number, prompt in enumerate(prompts, 1) if _holds_turns(prompt)]
+    if chats:
+        fix = "Give tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for each."
+        raise DataError(list_faults("these prompts are chats, expected texts or token ids", chats, fix))
     rows = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     check_prompts(model, rows)
     return rows
+
+
+def _holds_turns(prompt: Any) -> bool:
+    """Whether a prompt is a turn of a chat, or a list of turns, as chat templates take them."""
+    return isinstance(prompt, Mapping) or (isinstance(prompt, Sequence) and any(isinstance(p, Mapping) for p in prompt))
 
 
 def _settings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:

@@ -11,7 +11,7 @@ from .config import TrainConfig
 from .plan import how_to_read
 from .report import Reporter
 from .run_directory import RunDirectory
-from .start import load_base_for
+from .start import base_for, load_base_for
 
 if TYPE_CHECKING:
     from .trainer import TrainResult
@@ -47,6 +47,6 @@ def run_job(config: TrainConfig) -> TrainResult:
         if (ended := directory.finished_run()) is not None:
             return finished(directory, ended, reporter)
         directory.look()
-        reporter.say(f"Loading {config.model} ...")
+        reporter.say(f"Loading {base_for(config)} ...")
         model, tokenizer = load_base_for(config)
         return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter)

@@ -17,22 +17,26 @@ from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers
 from .config import TrainConfig
 
-__all__ = ["adapter_to_train_on", "full_precision", "load_base_for"]
+__all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for"]
 
 
-def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
-    """Loads the base model that a run trains on, and its tokenizer (see `load_base`).
+def base_for(config: TrainConfig) -> str:
+    """Returns the name of the base model that a run trains on.
 
     A run that trains on from an adapter takes the base that the adapter names, unless another than the default is
     given.
     """
-    name = config.model
-    if config.from_adapter is not None and name == DEFAULT_BASE:
-        if is_read_with_base(config.from_adapter):
-            raise BaseModelError(f"{config.from_adapter} does not name its base model; give --model MODEL")
-        name = base_of(read_adapter(config.from_adapter))
+    if config.from_adapter is None or config.model != DEFAULT_BASE:
+        return config.model
+    if is_read_with_base(config.from_adapter):
+        raise BaseModelError(f"{config.from_adapter} does not name its base model; give --model MODEL")
+    return base_of(read_adapter(config.from_adapter))
+
+
+def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
+    """Loads the base model that a run trains on, and its tokenizer (see `load_base`)."""
     return load_base(
-        name,
+        base_for(config),
         dtype=None if config.dtype == "auto" else config.dtype,
         device=config.device,
         seed=config.seed,

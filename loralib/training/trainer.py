@@ -28,7 +28,7 @@ from ..data.turn_ends import are_chats
 from ..delta import dense
 from ..engine.causal import require_causal
 from ..engine.placement import require_free
-from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, list_faults
+from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, TargetError, list_faults
 from ..files import hold_directory
 from ..formats import check_portable, load_adapter, save_adapter
 from ..injection import adapted_layers, adapted_model, inject, unmerge
@@ -124,6 +124,10 @@ def run_in(
     """Trains an adapter in a directory that is held for it (see `hold_directory`)."""
     refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
     model = adapted_model(model)
+    if not all(layer.enabled for _, layer in adapted_layers(model)):
+        raise TargetError(
+            "the adapter is disabled, so nothing of it would learn; train after the `with disabled()` block"
+        )
     # What the program chose holds for all of a run, whatever is free or known when it goes on.
     then = directory.look()
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
