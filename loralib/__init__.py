@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter, adapter_of, apply_adapter
     from .bases import load_base
     from .config import LoraConfig
+    from .engine.bank import Bank
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
     from .generation import beam_search, generate
@@ -31,6 +32,7 @@ __version__ = "1.0.0"
 
 __all__ = [
     "Adapter",
+    "Bank",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -64,6 +66,7 @@ _LAZY = {
     "adapter": ("Adapter", "adapter_of", "apply_adapter"),
     "bases": ("load_base",),
     "config": ("LoraConfig",),
+    "engine.bank": ("Bank",),
     "errors": ("LoraError",),
     "formats": ("load_adapter", "read_adapter", "save_adapter"),
     "generation": ("beam_search", "generate"),

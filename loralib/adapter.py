@@ -171,6 +171,22 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     return ApplyReport(applied=len(expected), base=base, inject=report)
 
 
+def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> None:
+    """Checks an adapter against a plain base model as `apply_adapter` does, and changes nothing.
+
+    Raises:
+        AdapterError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+        BaseMismatchError: the adapter was trained on another base model.
+        TargetError: the adapter's target_modules do not fit the model.
+    """
+    targets = match_modules(model, adapter.config.replace(init_lora_weights=True), trained=True)
+    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    in_full = fully_trained_tensors(model, adapter.config, [(target.name, target.module) for target in targets])
+    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
+    _check_tensors(model, adapter, expected, allow_base_mismatch)
+    _check_base(model, adapter, allow_base_mismatch)
+
+
 def _replace(model: nn.Module, adapter: Adapter) -> InjectReport | None:
     """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
     previous = adapter_of(model) if injection_of(model) is not None else None
