@@ -62,6 +62,8 @@ def train_adapter(directory: str, steps: int) -> None:
         batch_size=8,
         seq_len=128,
         lr=5e-4,
+        warmup_steps=0,
+        valid_fraction=0.0,
         seed=SEED,
         output_dir=directory,
     )

@@ -78,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = lora.TrainConfig(
             output_dir=f"{folder}/whole", lora_dim=4, lr=5e-3, batch_size=6, num_epochs=6, save_steps=1, eval_steps=3,
-            lora_dropout=0.1,
+            lora_dropout=0.1, warmup_steps=0,
         )  # fmt: skip
         train(config)  # warms up
         started = time.perf_counter()

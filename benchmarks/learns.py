@@ -33,12 +33,22 @@ def texts_of(model: Any, tokenizer: Any, prompts: list[str]) -> list[Any]:
     return lora.generate(model, tokenizer, ids, max_new_tokens=80)
 
 
+# What examples/NLG/run_training.py passes.
+GUIDE = {
+    "max_train_samples": 100, "max_valid_samples": 64, "seq_len": 64, "num_epochs": 2, "batch_size": 4, "lr": 1e-4,
+    "warmup_steps": 0,
+}  # fmt: skip
+
+
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Trains with some settings and compares the adapted model with its base on unseen meanings."""
     with tempfile.TemporaryDirectory() as folder:
         result = run_job(
             lora.TrainConfig(
-                train_data=str(DATA / "train.txt"), valid_data=str(DATA / "valid.txt"), output_dir=folder, **settings
+                train_data=str(DATA / "train.txt"),
+                valid_data=str(DATA / "valid.txt"),
+                output_dir=folder,
+                **(GUIDE | settings),
             )
         )
         model, tokenizer = lora.load_base("smollm2-135m", dtype="fp32")

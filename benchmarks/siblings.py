@@ -65,7 +65,8 @@ def validation_loss(
         order = epoch_order(examples, batch_size, seed=seed, epoch=0, max_siblings=4)
         examples = [examples[index] for batch in order for index in batch]
     with tempfile.TemporaryDirectory() as folder:
-        config = lora.TrainConfig(num_epochs=1, batch_size=batch_size, seed=seed, output_dir=folder, **settings)
+        given = {"lr": 1e-4, "warmup_steps": 0, **settings}
+        config = lora.TrainConfig(num_epochs=1, batch_size=batch_size, seed=seed, output_dir=folder, **given)
         result = lora.train(model, examples, config, valid_data=valid, verbose=False)
     lora.remove(model)
     return result.valid_losses[0][1], result.valid_losses[-1][1]

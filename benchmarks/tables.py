@@ -32,8 +32,11 @@ def in_place(path: Path, rows: Iterable[dict[str, Any]], *names: str) -> list[di
 
 def speed(name: str = "train_speed") -> Rows:
     """Training steps: one row for each way of ours."""
-    yield "model", "examples", "batch", "way", "a step", "times PEFT as it comes", "times best-tuned PEFT", "GEMM rate"
-    for row in results(name).get("results", ()):
+    rows = results(name).get("results", ())
+    also = ("times Unsloth",) if any("unsloth" in row["times"] for row in rows) else ()
+    peft = ("times PEFT as it comes", "times best-tuned PEFT")
+    yield "model", "examples", "batch", "way", "a step", *peft, *also, "GEMM rate"
+    for row in rows:
         best = row["best_tuned"]
         yield (
             MODELS[row["model"]],
@@ -43,6 +46,7 @@ def speed(name: str = "train_speed") -> Rows:
             f"{row['step_s'][row['way']]:.2f} s",
             times(row["times"]["peft fp32"]) if "peft fp32" in row["times"] else "not run",
             f"{times(row['times'][best])}, {best.removeprefix('peft ')}",
+            *(times(row["times"]["unsloth"]) if "unsloth" in row["times"] else "not run" for _ in also),
             f"{row['share_of_gemm_rate']:.0%} of {row['gemm_flops'] / 1e9:.0f} GFLOP/s",
         )
 
@@ -97,6 +101,32 @@ def memory() -> Rows:
         )
 
 
+def comparison() -> Rows:
+    """The README's figures: SmolLM2 as it is trained by default, beside the best of each peer."""
+    steps = {
+        (row["data"], row["batch"]): row
+        for row in results("train_speed").get("results", ())
+        if row["model"] == "smollm2" and row["way"] == "ours"
+    }
+    with_unsloth = any("unsloth" in row["times"] for row in steps.values())
+    yield "SmolLM2-135M, two CPU cores", "loralib", "PEFT", *(["Unsloth, compiled"] if with_unsloth else [])
+    for (data, batch), row in steps.items():
+        peers = [row["best_tuned"], *(["unsloth"] if with_unsloth else [])]
+        cells = [f"{row['times'][peer][0]:.1f} times as long" if peer in row["times"] else "" for peer in peers]
+        yield f"a step of {batch} examples, {DATA[data]}", f"{row['step_s']['ours']:.2f} s", *cells
+    for row in results("train_memory").get("results", ()):
+        if row["model"] == "smollm2":
+            peak = row["peak_bytes"]
+            best = min(peak["peft bf16"], peak["peft autocast"])
+            also = [f"{peak['unsloth'] / 2**30:.1f} GiB" if "unsloth" in peak else ""] if with_unsloth else []
+            cells = [f"{peak['ours'] / 2**30:.1f} GiB", f"{best / 2**30:.1f} GiB", *also]
+            yield "peak memory at 8 sequences of 512 tokens", *cells
+    runs = results("train_loss").get("results", ())
+    if runs and all(row["ours_to_goal_s"] for row in runs):
+        share = statistics.mean(row["ours_to_goal_s"] / row["peft_s"] for row in runs)
+        yield "time to PEFT's loss after an epoch of E2E", f"{share:.0%} of PEFT's", "", *([""] if with_unsloth else [])
+
+
 def breakdown() -> Rows:
     """Where a training step's time goes."""
     yield "kind of operator", "a step", "share"
@@ -126,6 +156,7 @@ TABLES = {
     "speed on another processor": functools.partial(speed, "train_speed_zen4"),
     "time to loss": time_to_loss,
     "memory": memory,
+    "comparison": comparison,
     "breakdown": breakdown,
     "generation": generation,
 }

@@ -8,7 +8,12 @@ python benchmarks/train.py loss           wall time to the validation loss that 
 
 Results go to benchmarks/train_<what>.json, those of `speed` in the place of the same cases' before.  Peers train as
 they would be used, with a uniform shuffle and padding to the longest of a batch: "peft fp32" as it comes, "peft
-autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is forward, backward, clipping and fused AdamW.
+autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is faster where glibc keeps freed memory, so
+`speed` and `loss` tell it to, for peers as for us; `memory` leaves peers the default, which needs the least.  "unsloth"
+is Unsloth's CPU path, compiled, with its own settings.  It pins other versions of much, so it needs an environment of
+its own: --unsloth_python names the Python there; without that flag it is left out.
+
+A step is forward, backward, clipping and fused AdamW.
 "ours" is what the defaults do, a uniform shuffle; "ours, nothing shared" computes each example for itself; "ours, 4
 siblings" draws up to four of a prompt into a step, which computes it once; `loss` measures both.  Machines are shared:
 minima, and medians of interleaved rounds.
@@ -17,13 +22,16 @@ minima, and medians of interleaved rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import random
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -31,7 +39,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft
+if "UNSLOTH_CPU_COMPILE" in os.environ:  # it patches transformers, so it comes first
+    import unsloth
+
 import torch
 import transformers
 from machine import machine
@@ -48,9 +58,17 @@ from loralib.training.step import make_step
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
 SEED = 0
+UNSLOTH: Path | None = None  # the Python that has it
 LR = 5e-4
 SIBLINGS = lora.TrainConfig().max_siblings
 MOST_SIBLINGS = 4  # of one prompt in a batch, where sharing is tried
+LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# What `keep_freed_memory` does, for a process that is told from outside, when it starts.
+KEEP_FREED_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 TARGETS: dict[str, dict[str, Any]] = {
     "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "gpt2": {"r": 4, "lora_alpha": 32, "target_modules": ["c_attn"]},
@@ -77,8 +95,25 @@ def ours(name: str) -> nn.Module:
 
 
 def peers(name: str, dtype: torch.dtype) -> nn.Module:
+    import peft
+
     config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", **TARGETS[name])
     return peft.get_peft_model(base(name, dtype), config).train()
+
+
+def unsloth(name: str) -> nn.Module:
+    """Unsloth's CPU path as its notebooks use it; only SmolLM2, since it knows no GPT-2."""
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as directory:
+        model, words = lora.load_base("smollm2-135m", dtype="bf16")
+        model.save_pretrained(directory)
+        words.save_pretrained(directory)
+        model, _ = FastLanguageModel.from_pretrained(directory, dtype=torch.bfloat16, load_in_4bit=False)
+    settings = {**TARGETS[name], "target_modules": LLAMA_LINEARS}
+    model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=False, **settings)
+    trained: nn.Module = FastLanguageModel.for_training(model)
+    return trained
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -135,9 +170,11 @@ class Contender:
     def __init__(self, way: str, model: str, seed: int = SEED) -> None:
         self.way = way
         context = multiprocessing.get_context("spawn")
+        context.set_executable(str(UNSLOTH) if way == "unsloth" else sys.executable)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, way, model, seed), daemon=True)
-        self._process.start()
+        with environment(way):
+            self._process.start()
         theirs.close()  # so that a contender that dies, for lack of memory say, is not waited for
 
     def __enter__(self) -> Contender:
@@ -160,6 +197,21 @@ class Contender:
         return float(self.ask("step", batch))
 
 
+@contextlib.contextmanager
+def environment(way: str) -> Iterator[None]:
+    """The variables that a contender's process starts with; ours needs none."""
+    before = dict(os.environ)
+    if not way.startswith("ours"):
+        os.environ.update(KEEP_FREED_MEMORY)
+    if way == "unsloth":
+        os.environ.update(UNSLOTH_CPU_COMPILE="1", PYTHONPATH=str(HERE.parent), HF_HUB_OFFLINE="1")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
     """What a contender's process does."""
     transformers.logging.set_verbosity_error()
@@ -171,7 +223,8 @@ def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
             step = our_step(model, optimizer(model), "nothing shared" not in way)
             stack.enter_context(freeze_objects())
         else:
-            model = peers(name, torch.bfloat16 if way == "peft bf16" else torch.float32)
+            dtype = torch.bfloat16 if way == "peft bf16" else torch.float32
+            model = unsloth(name) if way == "unsloth" else peers(name, dtype)
             step = peer_step(model, optimizer(model), way == "peft autocast")
         while (asked := pipe.recv()) is not None:
             what, given = asked
@@ -193,7 +246,7 @@ def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
 
 def save(model: Any, directory: Path) -> None:
     """Writes a PEFT directory, which either side can."""
-    if isinstance(model, peft.PeftModel):
+    if hasattr(model, "peft_config"):
         model.save_pretrained(directory)
     else:
         lora.save_adapter(model, directory)
@@ -320,6 +373,8 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
                 shared = batches(source, size, MOST_SIBLINGS)[:count]
                 ways = {f"ours, {MOST_SIBLINGS} siblings": shared, "ours, nothing shared": plain}
                 work = {**ways, **work, "peft fp32": plain}
+            if UNSLOTH is not None and name == "smollm2":
+                work["unsloth"] = plain
             with ExitStack() as stack:
                 contenders = [stack.enter_context(Contender(way, name)) for way in work]
                 seconds = interleaved(contenders, work, rounds)
@@ -367,7 +422,8 @@ def memory_of(way: str, name: str) -> int:
             model = ours(name)
             step = our_step(model, optimizer(model), True)
         else:
-            model = peers(name, torch.float32 if way != "peft bf16" else torch.bfloat16)
+            dtype = torch.float32 if way != "peft bf16" else torch.bfloat16
+            model = unsloth(name) if way == "unsloth" else peers(name, dtype)
             step = peer_step(model, optimizer(model), way == "peft autocast")
         for _ in range(3):
             step(batch)
@@ -377,11 +433,14 @@ def memory_of(way: str, name: str) -> int:
 def memory(models: Sequence[str]) -> Iterator[dict[str, Any]]:
     for name in models:
         peak = {}
-        for contender in ("ours", "peft fp32", "peft bf16", "peft autocast"):
-            command = [sys.executable, __file__, "memory", "--of", contender, "--models", name]
-            peak[contender] = int(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-            )
+        also = ["unsloth"] if UNSLOTH is not None and name == "smollm2" else []
+        for contender in ("ours", "peft fp32", "peft bf16", "peft autocast", *also):
+            python = str(UNSLOTH) if contender == "unsloth" else sys.executable
+            command = [python, __file__, "memory", "--of", contender, "--models", name]
+            with environment(contender):
+                own = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
+            done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=own)
+            peak[contender] = int(done.stdout.split()[-1])
         best = min(peak["peft bf16"], peak["peft autocast"])
         yield {"model": name, "peak_bytes": peak, "share_of_best_tuned": peak["ours"] / best}
 
@@ -506,6 +565,18 @@ def best_peer(work: list[list[TokenExample]]) -> str:
     return min(seconds, key=lambda way: best_step(seconds[way]))
 
 
+def find_unsloth(python: Path | None) -> None:
+    """Makes Unsloth a peer if it can be had; says so if not."""
+    global UNSLOTH
+    if python is None:
+        return
+    check = [str(python), "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('unsloth') is None)"]
+    if subprocess.run(check).returncode:
+        say(f"{python} has no Unsloth: it is left out")
+    else:
+        UNSLOTH = python
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "memory", "loss"])
@@ -517,9 +588,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="directory with train.txt and valid.txt (loss)")
     parser.add_argument("--keep", type=Path, help="where the adapters go (loss), for benchmarks/quality.py")
     parser.add_argument("--examples", type=int, help="train on fewer examples (loss)")
+    parser.add_argument("--unsloth_python", type=Path, help="a Python that has Unsloth (speed, memory)")
     parser.add_argument("--of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where the results go")
     args = parser.parse_args()
+    find_unsloth(args.unsloth_python)
     transformers.logging.set_verbosity_error()
     if args.of:
         say(str(memory_of(args.of, args.models[0])))

@@ -44,7 +44,7 @@ def training(name: str) -> Callable[[], float]:
     def run() -> float:
         lora.inject(model, lora.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         with tempfile.TemporaryDirectory() as directory:
-            config = lora.TrainConfig(output_dir=directory, batch_size=8, max_steps=4, num_epochs=1)
+            config = lora.TrainConfig(output_dir=directory, batch_size=8, max_steps=4, lr=1e-4, warmup_steps=0)
             lora.train(model, examples, config, verbose=False)
             lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         lora.remove(model)
@@ -83,7 +83,7 @@ def generation(num_beams: int) -> Callable[[], float]:
 def importing() -> float:
     """Returns the seconds of `import loralib` in a new interpreter, without those of `import torch`."""
     code = "import torch, time; t = time.perf_counter(); import loralib; print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def memory() -> float:
@@ -96,7 +96,7 @@ def memory() -> float:
     rows = [tuple((7 * number + 13 * place) % 49152 for place in range(512)) for number in range(16)]
     lora.inject(model, lora.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     with tempfile.TemporaryDirectory() as directory:
-        config = lora.TrainConfig(output_dir=directory, batch_size=8, max_steps=2, num_epochs=1)
+        config = lora.TrainConfig(output_dir=directory, batch_size=8, max_steps=2, lr=1e-4, warmup_steps=0)
         lora.train(model, [TokenExample(row, flags) for row in rows], config, verbose=False)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -125,7 +125,7 @@ def start(checkout: Path, case: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--serve", case]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment, cwd=checkout
     )
     read(process, "ready")
     return process

@@ -18,31 +18,40 @@ from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, Merged
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, adapter_of, apply_adapter
+    from .adapter import Adapter, ApplyReport, adapter_of, apply_adapter
     from .bases import load_base
     from .config import LoraConfig
+    from .data import Example
     from .engine.bank import Bank
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
-    from .generation import beam_search, generate
-    from .injection import disabled, inject, merge, remove, unmerge
+    from .generation import Generation, Hypothesis, Sampling, beam_search, generate
+    from .injection import InjectReport, disabled, inject, merge, remove, unmerge
     from .training import TrainConfig, train
+    from .training.trainer import TrainResult
 
 __version__ = "1.0.0"
 
 __all__ = [
     "Adapter",
+    "ApplyReport",
     "Bank",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "Embedding",
+    "Example",
+    "Generation",
+    "Hypothesis",
+    "InjectReport",
     "Linear",
     "LoRALayer",
     "LoraConfig",
     "LoraError",
     "MergedLinear",
+    "Sampling",
     "TrainConfig",
+    "TrainResult",
     "adapter_of",
     "apply_adapter",
     "beam_search",
@@ -63,25 +72,29 @@ __all__ = [
 
 # Where the lazy names live (PEP 562): importing loralib costs about as much as importing torch.
 _LAZY = {
-    "adapter": ("Adapter", "adapter_of", "apply_adapter"),
+    "adapter": ("Adapter", "ApplyReport", "adapter_of", "apply_adapter"),
     "bases": ("load_base",),
     "config": ("LoraConfig",),
+    "data": ("Example",),
     "engine.bank": ("Bank",),
     "errors": ("LoraError",),
     "formats": ("load_adapter", "read_adapter", "save_adapter"),
-    "generation": ("beam_search", "generate"),
-    "injection": ("disabled", "inject", "merge", "remove", "unmerge"),
+    "generation": ("Generation", "Hypothesis", "Sampling", "beam_search", "generate"),
+    "injection": ("InjectReport", "disabled", "inject", "merge", "remove", "unmerge"),
     "training": ("TrainConfig", "train"),
+    "training.trainer": ("TrainResult",),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

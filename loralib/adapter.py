@@ -12,28 +12,47 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ALL_LINEAR, LoraConfig, is_plain_name, matching_steps
-from .delta import block_diagonal_B, diagonal_blocks, scaling_of
+from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, is_plain_name, matching_steps
+from .console import size
+from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
-from .injection import InjectReport, adapted_layers, fingerprint, inject_targets, injection_of, remove, unmerge
+from .injection import (
+    WRAP_LATER,
+    InjectReport,
+    adapted_layers,
+    adapted_model,
+    fingerprint,
+    first_fingerprint,
+    inject_targets,
+    injection_of,
+    refuse_peft,
+    remove,
+    table_rows,
+    tensor_at,
+    token_tables,
+    unmerge,
+)
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
+from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_process_groups, unwrapped
 
-__all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "expand_blocks", "narrow_blocks"]
+__all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
+_COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
+_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A trained adapter, apart from any model.
 
@@ -50,7 +69,7 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that have low-rank factors."""
-        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(("_A", "_B"))))
+        return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -72,6 +91,9 @@ class Adapter:
         """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def __repr__(self) -> str:
+        return f"Adapter({self.config!r}, {len(self.tensors)} tensors, {size(self.nbytes)})"
+
 
 @dataclass(frozen=True)
 class ApplyReport:
@@ -79,21 +101,30 @@ class ApplyReport:
 
     Attributes:
         applied: how many tensors were copied.
-        base: 'checked', 'unknown' (the adapter does not say which base it belongs to) or 'other' (as allowed).
+        base: 'checked', 'unknown' (the adapter does not say which base it belongs to), 'copy' (one is a quantised copy
+            of the other) or 'other' (as allowed).
         inject: what was adapted; None where the layers were there already.
+        carried: tables of the base that the adapter brings along with other values, and which were put in their places.
+        ignored: other tensors of the base that the adapter holds with other values, as allowed.
     """
 
     applied: int
     base: str
     inject: InjectReport | None = None
+    carried: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
             "unknown": "base model not checked: the adapter does not say which one it belongs to",
+            "copy": "trained on a copy of this base model, one of the two in 4 bits: expect small differences",
             "other": "trained on a base model with other values, as allowed",
         }
-        return f"{self.applied} of {self.applied} tensors applied ({bases[self.base]})"
+        carried = f"; in place of the base's: {', '.join(self.carried)}" if self.carried else ""
+        ignored = f"; the base's own stay in use: {', '.join(self.ignored)}" if self.ignored else ""
+        total = self.applied + len(self.ignored)
+        return f"{self.applied} of {total} tensors applied ({bases[self.base]}{carried}{ignored})"
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -106,25 +137,53 @@ def adapter_of(model: nn.Module) -> Adapter:
         TargetError: the model holds no adapter.
         AdapterError: a layer's update cannot be expressed in the adapter's form.
     """
+    wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
     if layers[0][0] == "":
         raise AdapterError(f"a {type(model).__name__} on its own has no name to save it under; put it into a model")
+    with gathered(wrapped):
+        return _taken(model, layers)
+
+
+def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     record = injection_of(model)
-    config = record.config if record is not None else _config_of(model, layers)
     tensors = dict[str, Tensor]()
     for name, layer in layers:
         with _named_errors(name):
+            layer.check_stored()
             tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
+    config = record.config if record is not None else _config_of(model, layers)
     in_full = fully_trained_tensors(model, config, layers)
+    if record is not None:
+        in_full |= {name: tensor_at(model, name) for name in record.carried}
+        _refuse_unsaved(model, layers, in_full)
     # What trains in a model built by hand has no original left: nothing says which base it started from.
     known_base = record is not None or not in_full
     return Adapter(
         config=config,
-        tensors={name: tensor.detach().clone() for name, tensor in (tensors | in_full).items()},
-        metadata={BASE: fingerprint(model)} if known_base else {},
+        tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
+        metadata={BASE: fingerprint(model, in_full.keys())} if known_base else {},
     )
+
+
+def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
+    """Refuses to leave out, without a word, what was set to train besides the adapter."""
+    ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()} | {id(t) for t in in_full.values()}
+    merged = {id(layer._parameters[layer._weight_name]) for _, layer in layers if layer.merged}
+    others = [n for n, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours | merged]
+    if others:
+        raise AdapterError(
+            list_faults(
+                "these parameters train besides the adapter, which has no place for them",
+                others,
+                "Freeze them (requires_grad_(False)); or name their modules in modules_to_save when you inject. What "
+                "they have learned is saved by torch.save(model.state_dict(), path).",
+                most=8,
+            )
+        )
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> ApplyReport:
@@ -148,8 +207,18 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
         adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+    wrapped, model = model, adapted_model(model)
+    refuse_peft(model)
     layers = adapted_layers(model)
-    by_hand = bool(layers) and injection_of(model) is None
+    record = injection_of(model)
+    if not layers or (record is not None and record.config != adapter.config):
+        refuse_process_groups(wrapped, WRAP_LATER)
+    if is_spread(wrapped) and layers:
+        raise TargetError("the model is spread over processes (FSDP, ZeRO); put the adapter on first, then shard it")
+    for name, layer in layers:
+        with _named_errors(name):
+            layer.check_stored()
+    by_hand = bool(layers) and record is None
     adapted: Sequence[tuple[str, nn.Module]] = layers
     if by_hand:
         expected = _shapes_of(layers, adapter)
@@ -159,16 +228,18 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     in_full = fully_trained_tensors(model, adapter.config, adapted)
     expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
-    _check_tensors(model, adapter, expected, allow_base_mismatch)
+    carried, ignored = _check_tensors(model, adapter, expected, allow_base_mismatch)
+    carried = _under_tied_names(model, carried, expected)
     base = _check_base(model, adapter, allow_base_mismatch)
     report = None
     if by_hand:
         pairs = _pairs(layers, in_full, adapter)
         unmerge(model)
-        _copy(pairs)
+        _copy(pairs + [(tensor_at(model, name), tensor) for name, tensor in carried.items()])
     else:
-        report = _replace(model, adapter)
-    return ApplyReport(applied=len(expected), base=base, inject=report)
+        report = _replace(model, adapter, carried)
+    applied = len(expected) + len(carried)
+    return ApplyReport(applied=applied, base=base, inject=report, carried=tuple(carried), ignored=ignored)
 
 
 def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> None:
@@ -183,32 +254,38 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
     expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     in_full = fully_trained_tensors(model, adapter.config, [(target.name, target.module) for target in targets])
     expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
-    _check_tensors(model, adapter, expected, allow_base_mismatch)
+    carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
+    if carried:
+        raise AdapterError(
+            list_faults("the adapter brings tables of its own along", list(carried), "Load it by itself.")
+        )
     _check_base(model, adapter, allow_base_mismatch)
 
 
-def _replace(model: nn.Module, adapter: Adapter) -> InjectReport | None:
+def _replace(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:
     """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
-    previous = adapter_of(model) if injection_of(model) is not None else None
+    record = injection_of(model)
+    previous = adapter_of(model) if record is not None else None
+    kept = {name: tensor_at(model, name) for name in record.carried} if record is not None else {}
     try:
-        return _put_on(model, adapter)
+        return _put_on(model, adapter, carried)
     except BaseException:
         if previous is not None:
-            _put_on(model, previous)
+            _put_on(model, previous, kept)
         elif injection_of(model) is not None:
             remove(model)
         raise
 
 
-def _put_on(model: nn.Module, adapter: Adapter) -> InjectReport | None:
+def _put_on(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:
     """Injects an adapter that has been checked, in place of the one that the model holds."""
     record, report = injection_of(model), None
-    if record is not None and record.config == adapter.config:
+    if record is not None and record.config == adapter.config and not (carried or record.carried):
         unmerge(model)  # the same layers with other values: copying is enough
     else:
         if record is not None:
             remove(model)
-        report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True))
+        report = inject_targets(model, adapter.config, match_modules(model, adapter.config, trained=True), carried)
     layers = adapted_layers(model)
     _copy(_pairs(layers, fully_trained_tensors(model, adapter.config, layers), adapter))
     return report
@@ -429,7 +506,8 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
 
 def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
     """Returns `bias` and `modules_to_save` for what trains besides the layers' own tensors."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()}
+    trained = {name for name, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours}
     bias = "none"
     for mode in ("all", "lora_only"):
         biases = fully_trained_tensors(model, LoraConfig(bias=mode), layers)
@@ -452,32 +530,61 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
 
 def _check_tensors(
     model: nn.Module, adapter: Adapter, expected: Mapping[str, tuple[int, ...]], allow_mismatch: bool
-) -> None:
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Checks an adapter's tensors against those expected.
+
+    Returns:
+        The tables of tokens that differ from the base's, which PEFT saves where tokens were added; and the names of
+        other tensors of the base that differ, if that is allowed.
+    """
     faults = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in adapter.tensors]
     record = injection_of(model)
-    base = model.state_dict() | (record.originals if record is not None else {})
+    base = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    base |= record.originals if record is not None else {}
+    tables, carried, ignored = token_tables(model), dict[str, Tensor](), list[str]()
     for name, tensor in adapter.tensors.items():
-        if name not in expected:
-            # Some files also hold base weights (PEFT's embeddings, Microsoft's whole models): they must be this base's.
-            if name not in base or base[name].shape != tensor.shape:
-                faults.append(f"unexpected  {name} {tuple(tensor.shape)}")
-            elif not allow_mismatch and not _same_values(base[name], tensor):
-                faults.append(f"other base  {name} {tuple(tensor.shape)} differs from the model's (trained in full?)")
-        elif tuple(tensor.shape) != expected[name]:
-            faults.append(f"misshapen   {name} {tuple(tensor.shape)}, expected {expected[name]}")
+        shape, is_table = tuple(tensor.shape), name.rpartition(".")[0] in tables
+        wanted = expected.get(name, tuple(base[name].shape) if name in base else None)
+        if wanted is None:
+            faults.append(f"unexpected  {name} {shape}")
+        elif shape != wanted:
+            kind = "misshapen  " if name in expected else "other base "
+            faults.append(f"{kind} {name} {shape}, expected {wanted}")
+            if is_table and len(shape) == 2 and shape[1:] == wanted[1:]:
+                faults[-1] += f" (tokens were added: model.resize_token_embeddings({shape[0]}) first)"
         elif not tensor.is_floating_point() and (name not in base or base[name].is_floating_point()):
             faults.append(f"not a float {name} of {tensor.dtype}")
         elif not all_finite(tensor):
             faults.append(f"not finite  {name} holds NaN or infinite values")
+        elif name not in expected and not _same_values(base[name], tensor):
+            # Some files also hold base weights (PEFT's embeddings, Microsoft's whole models).
+            if is_table:
+                carried[name] = tensor
+            elif allow_mismatch:
+                ignored.append(name)
+            else:
+                faults.append(f"other base  {name} {shape} differs from the model's (trained in full?)")
     if faults:
         raise AdapterError(
             list_faults(
                 f"the adapter does not fit {type(model).__name__}: {len(faults)} of {len(expected)} tensors are wrong",
                 faults,
                 "Load it into the base model it was trained on; check r and target_modules, "
-                "and name what was trained in full in modules_to_save.",
+                "and name what was trained in full in modules_to_save (of adapter_config.json, for a directory).",
             )
         )
+    return carried, tuple(ignored)
+
+
+def _under_tied_names(model: nn.Module, carried: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Returns the tables of a base that is replaced under all names of their parameters: a tied head follows."""
+    record, parameters = injection_of(model), named_parameters(model)
+    parameters |= cast("dict[str, nn.Parameter]", record.originals if record is not None else {})
+    followed = dict[str, Tensor]()
+    for name, tensor in carried.items():
+        twins = [twin for twin, parameter in parameters.items() if parameter is parameters.get(name)]
+        followed |= {twin: tensor for twin in twins if twin not in expected}
+    return {**followed, **carried}
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -486,27 +593,63 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors agree up to the rounding of bf16, in which either may have been stored."""
-    ours, theirs = ours.detach().cpu().float(), theirs.detach().cpu().float()
-    return bool(((ours - theirs).abs() <= 2**-7 * theirs.abs() + 1e-6).all())
+    """Whether two tensors are one, apart from the dtypes in which they were stored."""
+    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
+    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(theirs.to(ours.dtype), ours)
+
+
+def compare_base(model: nn.Module, adapter: Adapter) -> str:
+    """Compares the base that an adapter stands on with a model.
+
+    Returns:
+        'checked' (the same), 'unknown' (the adapter does not say), 'shapes' (other parameters), 'rows' (fewer tokens
+        than there were), 'copy' (by its name one is a quantised copy of the other) or 'values'.
+    """
+    theirs = adapter.metadata.get(BASE)
+    if theirs is None:
+        return "unknown"
+    shapes, _, values = theirs.partition(":")
+    count = values.partition(":")[2]
+    rows = int(count) if count.isdecimal() else 0
+    # What the adapter brings along was left out when it was saved; not so in files of earlier versions, nor where a
+    # table came along that is this base's own.
+    found = set[str]()
+    for left_out in (adapter.tensors.keys(), (), None):
+        ours = first_fingerprint(model) if left_out is None else fingerprint(model, left_out, rows)
+        if ours == theirs:
+            return "checked"
+        found.add(ours.partition(":")[0])
+    if shapes not in found:
+        return "shapes"
+    if rows > table_rows(model):
+        return "rows"
+    names = adapter.config.base_model_name_or_path, getattr(unwrapped(model), "name_or_path", None)
+    return "copy" if names in _COPIES else "values"
 
 
 def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
     """Compares fingerprints and returns the value of `ApplyReport.base`."""
-    theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
-    named = adapter.config.base_model_name_or_path
+    found = compare_base(model, adapter)
+    if found in ("checked", "unknown", "copy"):
+        return found
+    if found != "shapes" and allow_mismatch:
+        return "other"
+    theirs, named = adapter.metadata[BASE], adapter.config.base_model_name_or_path
     load = f"Load the base it was trained on{f' ({named})' if named else ''}."
-    if theirs is None:
-        return "unknown"
-    if theirs.partition(":")[0] != ours.partition(":")[0]:
+    if found == "shapes":
         raise BaseMismatchError(
             f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
-            f"(fingerprint {theirs}, here {ours}). {load}"
+            f"(fingerprint {theirs}). {load}"
         )
-    if theirs != ours and not allow_mismatch:
+    allow = "To use this one anyway: allow_base_mismatch=True in Python, --allow_base_mismatch of `loralib merge`."
+    if found == "rows":
+        rows = theirs.rpartition(":")[2]
         raise BaseMismatchError(
-            f"the adapter was trained on a base model of the same shapes with other values (fingerprint {theirs}, here "
-            f"{ours}). {load} To use this one anyway: allow_base_mismatch=True in Python, --allow_base_mismatch of "
-            "`loralib merge`."
+            f"the adapter was trained on a base model with {rows} rows in its tables of tokens, and this "
+            f"{type(model).__name__} has {table_rows(model)}. {load} If tokens were added to it: "
+            f"model.resize_token_embeddings({rows}), with the values that they had. {allow}"
         )
-    return "checked" if theirs == ours else "other"
+    raise BaseMismatchError(
+        "the adapter was trained on a base model of the same shapes with other values "
+        f"(fingerprint {theirs}; rows of added tokens count too). {load} {allow}"
+    )

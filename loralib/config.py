@@ -16,6 +16,7 @@ from .settings import check, setting, settings_class
 
 __all__ = [
     "ALL_LINEAR",
+    "HUB_NAMES",
     "LoraConfig",
     "first_match",
     "is_plain_name",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+
+# Our own names of bases, and the originals on the hub that these are quantised copies of, which other tools know.
+HUB_NAMES: Final[Mapping[str, str]] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 # Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
 _HARMLESS = frozenset(
@@ -40,7 +44,7 @@ _MAX_KEY: Final = 1000  # characters of a key in a file
 
 
 @settings_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraConfig:
     """The settings of one LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
@@ -109,7 +113,9 @@ class LoraConfig:
     fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
     use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
     lora_bias: bool = setting(False, "B has a bias; read, not trained here")
-    task_type: str | None = setting(None, "what the model is for, as 'CAUSAL_LM'; a note for other tools")
+    task_type: str | None = setting(
+        None, "what the model is for, as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too"
+    )
     base_model_name_or_path: str | None = setting(None, "the base model the adapter belongs to; never a cache path")
 
     def __post_init__(self) -> None:
@@ -117,6 +123,11 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, (set, frozenset)):  # a set has no order of its own
                 value = sorted(value)
+            if name != "target_modules" and value in ("", [""], ("",)):
+                value = []  # PEFT takes an empty text for none
+            if name == "target_modules" and value in ([ALL_LINEAR], (ALL_LINEAR,)):
+                value = ALL_LINEAR  # settings in YAML and flags make a list of it
+                object.__setattr__(self, name, value)
             if isinstance(value, (list, tuple)):
                 # PEFT writes empty lists for what is not used; without a target there is nothing to adapt, though.
                 object.__setattr__(self, name, tuple(value) if value or name == "target_modules" else None)
@@ -158,6 +169,16 @@ class LoraConfig:
             faults.append(f"layers_pattern is {self.layers_pattern!r}, which needs layers_to_transform")
         return faults + [fault for name, text in expressions if (fault := _expression_fault(name, text))]
 
+    def __repr__(self) -> str:
+        """Shows what differs from the defaults.
+
+        >>> LoraConfig(r=4, target_modules=["q_proj"])
+        LoraConfig(r=4, target_modules=('q_proj',))
+        """
+        values = {s.name: getattr(self, s.name) for s in dataclasses.fields(self)}
+        chosen = {name: value for name, value in values.items() if value != getattr(_defaults(), name)}
+        return f"LoraConfig({', '.join(f'{name}={_short(value)}' for name, value in chosen.items())})"
+
     def rank_of(self, name: str) -> int:
         """Returns r for the module of that dotted name."""
         key = _first_match_of_layer(self.rank_pattern, name)
@@ -176,6 +197,12 @@ class LoraConfig:
     def saves(self, name: str) -> bool:
         """Whether modules_to_save holds the module: any name that ends so, with or without a dot (PEFT's rule)."""
         return any(name.endswith(entry) for entry in self.modules_to_save or ())
+
+    def saved_part(self, name: str) -> str:
+        """Returns the module of modules_to_save that a parameter is in, the outermost; "" for none."""
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((module for module in modules if self.saves(module)), "")
 
     @property
     def changes_base(self) -> bool:
@@ -228,22 +255,90 @@ class LoraConfig:
         kind = values.get("peft_type", "LORA")
         if str(kind).upper().rsplit(".", 1)[-1] != "LORA":
             raise AdapterError(f"adapter_config.json says peft_type {kind!r}, expected 'LORA'; other kinds do not load")
-        known = {spec.name: spec for spec in dataclasses.fields(cls)}
-        faults = [
-            f"{key} = {str(value)[:80]!r}" + did_you_mean(key, known)
-            for key, value in values.items()
-            if key not in known and key not in _HARMLESS and not _is_off(value)
-        ]
-        if faults:
+        if faults := _unknown_fields(cls, values, _READING):
             raise AdapterError(
                 list_faults(
                     "adapter_config.json uses what loralib does not know, and leaving it out would change the result",
                     faults,
-                    "Export the adapter without it (merge it, or train without it), and load that.",
+                    _MERGE_IN_PEFT,
                 )
             )
+        return cls._chosen(values)
+
+    @classmethod
+    def of(cls, config: LoraConfig | Any) -> LoraConfig:
+        """Returns a config for training; one of `peft.LoraConfig` is taken over field by field.
+
+        Raises:
+            ConfigError: it is something else, or uses what loralib does not train; lists all of it with the way out.
+        """
+        if isinstance(config, cls):
+            return config
+        to_dict = getattr(config, "to_dict", None)
+        values = to_dict() if callable(to_dict) else None
+        kind = str((values or {}).get("peft_type")).upper().rsplit(".", 1)[-1]
+        if values is None or kind != "LORA":
+            raise ConfigError(
+                f"the config is a {type(config).__name__}, expected loralib.LoraConfig, or PEFT's of the same name"
+            )
+        if faults := _unknown_fields(cls, values, _TRAINING):
+            raise ConfigError(list_faults("the config asks for what loralib does not train", faults))
+        return cls._chosen(values)
+
+    @classmethod
+    def _chosen(cls, values: Mapping[str, Any]) -> LoraConfig:
+        known = {spec.name for spec in dataclasses.fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known and value is not None}
+        if "task_type" in chosen:  # PEFT's is an enumeration of texts
+            chosen["task_type"] = str(getattr(chosen["task_type"], "value", chosen["task_type"]))
         return cls(**chosen)
+
+
+def _unknown_fields(known: type, values: Mapping[str, Any], ways: Mapping[str, str]) -> list[str]:
+    """Describes fields that say something which would be lost, each with the way out where there is one."""
+    names = {spec.name for spec in dataclasses.fields(known)}
+    return [
+        f"{key} = {str(value)[:80]!r}" + (f": {ways[key]}" if key in ways else did_you_mean(key, names))
+        for key, value in values.items()
+        if key not in names and key not in _HARMLESS and not _is_off(value)
+    ]
+
+
+_MERGE_IN_PEFT: Final = (
+    "PEFT can put what it trained into the base's weights: peft.PeftModel.from_pretrained(base, directory)"
+    ".merge_and_unload().save_pretrained(merged); then use `merged` as the base model, without an adapter."
+)
+# What can be done instead of a field of PEFT's: when an adapter is read that has it, and when one is to be trained.
+_READING: Final = {
+    "alora_invocation_tokens": "an activated LoRA acts after these tokens alone and cannot be merged; PEFT can run it",
+    "ensure_weight_tying": "the tied embedding and head share one update; merge it in PEFT as said below",
+}
+_TRAINING: Final = {
+    "target_parameters": "weights of experts that are no modules are not adapted here; name the linear layers beside "
+    "them in target_modules, or train with PEFT",
+    "trainable_token_indices": "single rows are not trained here; train the whole table, "
+    "modules_to_save=['embed_tokens'] (and 'lm_head' where it is a weight of its own)",
+    "alora_invocation_tokens": "an activated LoRA is not trained here; leave it out for plain LoRA, or train with PEFT",
+    "layer_replication": "layers are not repeated here; repeat them in the model before, and leave it out",
+    "ensure_weight_tying": "leave it out: a head and a table in modules_to_save are trained apart",
+    "use_qalora": "leave it out: plain LoRA is trained",
+    "use_bdlora": "leave it out: plain LoRA is trained",
+    "arrow_config": "adapters are not routed here; train each by itself",
+}
+
+
+@functools.cache
+def _defaults() -> LoraConfig:
+    return LoraConfig()
+
+
+def _short(value: Any) -> str:
+    """Shows a value, and of many entries how many there are."""
+    many = isinstance(value, (tuple, dict)) and len(value) > _MOST_SHOWN
+    return f"<{len(value)} entries>" if many else repr(value)
+
+
+_MOST_SHOWN: Final = 12
 
 
 def parse_target_modules(text: str) -> str | list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from .errors import MissingDependencyError
 
 __all__ = [
     "count",
+    "counted",
     "duration",
     "ensure_safe",
     "parameter_table",
@@ -51,14 +53,19 @@ _PLAIN = str.maketrans(
 
 
 def ensure_safe() -> None:
-    """Makes printing safe in the whole program: a character that stdout or stderr cannot encode becomes "?".
+    """Makes reading and printing safe in the whole program, on any console and through any pipe.
 
-    The encoding itself does not change.  A program calls this once, when it starts; a library uses `say` instead.
+    A console keeps its encoding, and what it cannot show becomes "?".  Files and pipes are UTF-8 in both directions,
+    whatever the console's code page: no letter is lost, and what one command writes another one reads.  On standard
+    input a byte-order mark is skipped.  A program calls this once, when it starts; a library uses `say` instead.
     """
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # absent when the stream has been replaced, or is None
-        if reconfigure is not None:
-            reconfigure(errors="replace")
+        if _is_redirected(stream):
+            _reconfigure(stream, encoding="utf-8", errors="replace")
+        else:
+            _reconfigure(stream, errors="replace")
+    if _is_redirected(sys.stdin):
+        _reconfigure(sys.stdin, encoding="utf-8-sig")
 
 
 def printable(text: str, encoding: str | None) -> str:
@@ -87,7 +94,25 @@ def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
     stream = sys.stdout if file is None else file
     if stream is not None:  # a program started without a console has none
         text = " ".join(str(part) for part in parts) + end
-        print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+        with _bars_cleared():
+            print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+
+
+@contextlib.contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Takes progress bars off the terminal while something else is printed there, and draws them again below it."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    bars = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable and bar.fp.isatty()]
+    for bar in bars:
+        with contextlib.suppress(OSError):
+            bar.clear()
+            bar.fp.flush()  # tqdm leaves the last carriage return in the buffer: the text would begin mid-line
+    try:
+        yield
+    finally:
+        for bar in bars:
+            with contextlib.suppress(OSError):
+                bar.refresh()
 
 
 def progress(
@@ -190,6 +215,17 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Formats a number of things, one or several.
+
+    >>> counted(1, "update"), counted(1200, "update"), counted(2, "entry")
+    ('1 update', '1,200 updates', '2 entries')
+    """
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{count(number)} {noun}"
+
+
 def percent(part: float, whole: float) -> str:
     """Formats a share in percent with two decimals.
 
@@ -227,6 +263,17 @@ def duration(seconds: float) -> str:
     if round(seconds) < 3600:
         return "{} min {:02} s".format(*divmod(round(seconds), 60))
     return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
+
+
+def _is_redirected(stream: Any) -> bool:
+    """Tells whether a standard stream is a file or a pipe; one that was replaced by something else is neither."""
+    return hasattr(stream, "reconfigure") and not stream.closed and not stream.isatty()
+
+
+def _reconfigure(stream: Any, **settings: str) -> None:
+    if hasattr(stream, "reconfigure"):  # absent when the stream has been replaced, or is None
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has been read from already
+            stream.reconfigure(**settings)
 
 
 def _can_encode(encoding: str, text: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -89,8 +90,10 @@ def dense(weight: Tensor) -> Tensor:
     """Returns a base weight as an ordinary floating-point tensor, in the shape that its layer computes with.
 
     Whatever reads a base weight's values or shape goes through here, so that another kind of storage is a line here.
+    One that is spread over processes (FSDP2) is put together, in which every process must take part.
     """
-    return weight
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else cast(Tensor, gather())
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:

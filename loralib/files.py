@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "free_memory",
     "hold_directory",
     "hold_file",
+    "hold_output",
     "remove_file",
     "resume_lines",
     "write_errors",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _LOCK = ".loralib.lock"
+_MAX_PATH = 248  # characters, for a directory on Windows where long paths are not allowed; 259 for a file
 
 
 def write_whole(
@@ -61,7 +64,7 @@ def write_whole(
             # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
             with contextlib.suppress(OSError):
                 temporary.chmod(0o666 & ~_umask())
-            os.replace(temporary, path)
+            _patiently(lambda: os.replace(temporary, path))
         finally:
             with contextlib.suppress(OSError):  # where it has become the file, it is gone
                 temporary.unlink()
@@ -86,7 +89,29 @@ def remove_file(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     with write_errors(path):
-        path.unlink(missing_ok=True)
+        _patiently(lambda: path.unlink(missing_ok=True))
+
+
+def _patiently(action: Callable[[], object], waits: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0)) -> None:
+    """Does something to a file, again where Windows says that another process has it open.
+
+    Virus scanners and indexers open each new file for a moment.
+
+    Args:
+        action: raises PermissionError while the file is locked.
+        waits: seconds before each new attempt.
+    """
+    for wait in (*waits, None):
+        try:
+            action()
+            return
+        except PermissionError as error:
+            if wait is None or getattr(error, "winerror", None) not in _PASSING:
+                raise
+            time.sleep(wait)
+
+
+_PASSING = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 
 
 def resume_lines(
@@ -145,13 +170,14 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Call
 
 
 @contextlib.contextmanager
-def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir") -> Iterator[Path]:
     """Creates a directory and locks it: a second run is refused at once while the first one is alive.
 
-    The operating system holds the lock, so a killed run leaves none behind.
+    The operating system holds the lock, so a killed run leaves none behind.  What stays empty goes away again.
 
     Args:
         directory: the directory to create and lock.
+        flag: the command-line flag that names it, for error messages.
 
     Yields:
         The directory as an absolute path.
@@ -162,7 +188,7 @@ def hold_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     if not os.fspath(directory):
         raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
     path = Path(directory).absolute()
-    with _locked(path / _LOCK, path, f"output directory {path}", "--output_dir"):
+    with _removed_if_empty(path), _locked(path / _LOCK, path, f"output directory {path}", flag):
         yield path
 
 
@@ -180,6 +206,43 @@ def hold_file(path: str | os.PathLike[str], flag: str) -> Iterator[None]:
     path = Path(path).absolute()
     with _locked(path.parent / f".{path.name}.lock", path, str(path), flag):
         yield
+
+
+@contextlib.contextmanager
+def hold_output(path: str | os.PathLike[str], *, is_directory: bool) -> Iterator[None]:
+    """Makes sure that a result can be written before it is computed, and keeps other runs away from it meanwhile.
+
+    Args:
+        path: what will be written.
+        is_directory: whether it is a directory; else it is a file.
+
+    Raises:
+        OutputError: it cannot be written, or another run or program is using it.
+    """
+    path = Path(path).absolute()
+    if is_directory:
+        with hold_directory(path, "OUTPUT"):
+            yield
+        return
+    with write_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory, expected the name of a file", str(path))
+        if path.exists():
+            _patiently(lambda: path.open("r+b").close())  # Windows replaces no file that is open elsewhere
+    with _removed_if_empty(path.parent), hold_file(path, "OUTPUT"):
+        yield
+
+
+@contextlib.contextmanager
+def _removed_if_empty(path: Path) -> Iterator[None]:
+    """Removes a directory, and those above it, that are not there yet and stay empty: nothing was written after all."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError, ValueError):  # it is in use, or its name is none
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -258,6 +321,12 @@ def _why_not_written(path: Path, error: OSError) -> str:
         return f"cannot write {path}: the disk is full. Free some space, or write to another disk."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot write {path}: {reason}. Choose a directory that you may write to."
+    length = len(os.path.abspath(path))
+    if error.errno == errno.ENAMETOOLONG or (os.name == "nt" and error.errno == errno.ENOENT and length >= _MAX_PATH):
+        return (
+            f"cannot write {path}: its path of {length} characters is too long. Choose a directory nearer to the root"
+            + (", or allow long paths in Windows (LongPathsEnabled)." if os.name == "nt" else ".")
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"cannot write {path}: a file is in the way where a directory is needed. Choose another directory."
     return f"cannot write {path}: {reason}."

@@ -9,40 +9,60 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import mixed_blocks
 from .config import LoraConfig
 from .console import size
 from .delta import dense
 from .errors import MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
-from .targets import TargetModule, fully_trained_tensors, is_own_forward, match_modules, tied_modules
-from .utils import mark_only_lora_as_trainable
+from .targets import (
+    HEADS,
+    TargetModule,
+    fully_trained_tensors,
+    is_own_forward,
+    match_modules,
+    tied_modules,
+    unsaved_head,
+    with_head,
+)
+from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
     "InjectReport",
     "Injection",
     "adapted_layers",
+    "adapted_model",
     "disabled",
     "fingerprint",
+    "first_fingerprint",
     "inject",
     "inject_targets",
     "injection_of",
     "merge",
+    "refuse_peft",
     "remove",
+    "table_rows",
+    "tensor_at",
+    "token_tables",
     "unmerge",
 ]
 
+WRAP_LATER = (
+    "which would not synchronise an adapter that comes later between processes: put it on the model first, then wrap it"
+)
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InjectReport:
     """What `inject` did; ``print(report)`` shows it as a table.
 
@@ -68,6 +88,13 @@ class InjectReport:
         """How many parameters do not train."""
         return self.total - self.trainable
 
+    def __repr__(self) -> str:
+        notes = f"; notes: {len(self.notes)}" if self.notes else ""
+        return (
+            f"InjectReport({self.model}: {len(self.targets)} modules, {self.trainable:,} of {self.total:,} parameters "
+            f"train{notes}; print it for more)"
+        )
+
     def __str__(self) -> str:
         width = max(len("pattern"), *(len(pattern) for pattern in self.patterns))
         lines = [f"LoRA on {self.model}", f"  {'pattern':<{width}}  modules"]
@@ -90,11 +117,15 @@ class Injection:
         config: what was injected.
         trainable: requires_grad of each parameter before.
         originals: tensors of the base that are trained in full; copies of them train in their place.
+        layers: the names of the adapted modules.
+        carried: which of the originals have made place for a tensor that the adapter brings along, untrained.
     """
 
     config: LoraConfig
     trainable: dict[str, bool]
     originals: dict[str, Tensor] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
@@ -103,13 +134,15 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     Args:
         model: any torch.nn or transformers model.  Linear, Embedding, Conv1d/2d/3d, nn.MultiheadAttention and
             transformers' Conv1D can be adapted.
-        config: which modules, with which rank; see `loralib.LoraConfig`.
+        config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
+            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
+        ConfigError: PEFT's config asks for what is not trained here.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -117,6 +150,10 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    config = LoraConfig.of(config)
+    refuse_process_groups(model, WRAP_LATER)
+    model = unwrapped(model)
+    refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
@@ -127,26 +164,53 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             f"{type(model).__name__} already has LoRA layers of its own ({', '.join(by_hand[:3])}"
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
-    return inject_targets(model, config, match_modules(model, config))
+    config = with_head(model, config)
+    targets = match_modules(model, config)
+    if faults := mixed_blocks(model, targets):
+        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    return inject_targets(model, config, targets)
 
 
-def inject_targets(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule]) -> InjectReport:
+def refuse_peft(model: nn.Module) -> None:
+    """Refuses models that hold an adapter of PEFT, which would train beside ours and not be saved with it.
+
+    Raises:
+        TargetError: there is one.
+    """
+    theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
+    if theirs:
+        where = f"its part {theirs[0]!r}" if theirs[0] else "it"
+        raise TargetError(
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
+            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; "
+            "to go on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
+        )
+
+
+def inject_targets(
+    model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], carried: Mapping[str, Tensor] | None = None
+) -> InjectReport:
     """Adapts modules of a model that holds no adapter: the half of `inject` that changes it.
 
     Args:
         model: as in `inject`.
         config: as in `inject`.
         targets: what `loralib.targets.match_modules` returned for them.
+        carried: tensors by name that take the base's places as they are, without being trained.
     """
     notes = _notes(model, targets, config)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    record = model.__dict__[_RECORD] = Injection(config, trainable)
+    trainable = {name: p.requires_grad for name, p in named_parameters(model).items()}
+    layers = tuple(target.name for target in targets)
+    record = model.__dict__[_RECORD] = Injection(config, trainable, layers=layers)
     try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         for target in targets:
             _adapt(target, config)
-        mark_only_lora_as_trainable(model)
         in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
-        record.originals = _swap_tensors(model, _trainable_copies(in_full))
+        record.originals = _swap_tensors(model, _trainable_copies(in_full, config))
+        record.originals |= _swap_tensors(model, _carried(model, carried or {}))
+        record.carried = tuple(carried or ())
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
@@ -160,10 +224,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
     """
+    spread, model = is_spread(model), adapted_model(model)
     record = injection_of(model)
     if record is None:
         raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    layers = [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer)]
+    if spread:
+        raise TargetError(
+            "the model is spread over processes (FSDP, ZeRO), which would keep what is removed; load it anew"
+        )
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
@@ -175,7 +244,7 @@ def remove(model: nn.Module) -> None:
         _restore(layer)
     for name in (_RECORD, "save_pretrained", "resize_token_embeddings"):
         model.__dict__.pop(name, None)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model).items():
         parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
 
 
@@ -189,6 +258,11 @@ def merge(model: nn.Module) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; inject() or load_adapter() first")
+    if is_spread(model):
+        raise MergeError(
+            "the model is spread over processes (FSDP, ZeRO), which go on with their own copies of the weights; "
+            "save_adapter(), and merge in one process: load the base, load_adapter(), merge()"
+        )
     faults = []
     try:
         for name, layer in layers:
@@ -223,19 +297,24 @@ def disabled(model: nn.Module) -> Iterator[None]:
     >>> bool((model(x) == before).all())
     False
     """
-    record = injection_of(model)
+    injected = [(m, m.__dict__[_RECORD]) for m in named_modules(model).values() if _RECORD in m.__dict__]
     layers = [layer for _, layer in adapted_layers(model)]
+    if is_spread(model) and any(record.originals for _, record in injected):
+        raise TargetError(
+            "modules_to_save cannot be switched off while the model is spread over processes (FSDP, ZeRO)"
+        )
     before = [(layer.enabled, layer.merged) for layer in layers]
-    trained = dict[str, Tensor]()
+    trained = list[tuple[nn.Module, dict[str, Tensor]]]()
     try:
         for layer in layers:
             layer.unmerge()
             layer.enabled = False
-        if record is not None:
-            trained = _swap_tensors(model, _originals(model, record))
+        for part, record in injected:
+            trained.append((part, _swap_tensors(part, _originals(part, record))))
         yield
     finally:
-        _swap_tensors(model, trained)
+        for part, tensors in trained:
+            _swap_tensors(part, tensors)
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged and not (layer.merge_weights and layer.training):  # train() would have unmerged it
@@ -244,36 +323,133 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """Returns the LoRA layers of a model that have an adapter, with their names."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r > 0]
+    return [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer) and m.r > 0]
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """Returns what `inject` left on the model, or None."""
-    return cast("Injection | None", model.__dict__.get(_RECORD))
+    return cast("Injection | None", unwrapped(model).__dict__.get(_RECORD))
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Returns a short text that tells base models apart: ``shapes:values``.
+def adapted_model(model: nn.Module) -> nn.Module:
+    """Returns the model that holds an adapter, or may hold one, without its wrappers.
 
-    The first half hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
-    the same base has the same fingerprint in fp32 and in bf16.  LoRA's own parameters do not count.
+    Raises:
+        TargetError: only a part of the model holds an adapter, so that names in it are not the adapter's; or modules
+            that `inject` adapted are no longer in their places.
+    """
+    model = unwrapped(model)
+    record = injection_of(model)
+    modules = named_modules(model)
+    if record is None:
+        # A model of transformers may have the adapter in its body: then its own names count.
+        whole = hasattr(type(model), "base_model_prefix")
+        for name, part in () if whole else modules.items():
+            if _RECORD in part.__dict__:
+                raise TargetError(
+                    f"{type(model).__name__} holds no adapter itself; its part {name!r} ({type(part).__name__}) does, "
+                    f"and its names are the adapter's: pass model.get_submodule({name!r})"
+                )
+        return model
+    gone = [name for name in record.layers if not isinstance(modules.get(name), LoRALayer)]
+    if gone:
+        kinds = ", ".join(f"{name} is {_kind(modules.get(name))}" for name in gone[:3])
+        raise TargetError(
+            f"{len(gone)} of {len(record.layers)} adapted modules were replaced or wrapped after inject(): {kinds}. "
+            "Undo that first: names in the model are the adapter's"
+        )
+    return model
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "not there" if module is None else f"now a {type(module).__name__} of {type(module).__module__}"
+
+
+def fingerprint(model: nn.Module, left_out: Collection[str] = (), rows: int | None = None) -> str:
+    """Returns a short text that tells base models apart by what an adapter stands on: ``shapes:values``.
+
+    The first part hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
+    the same base has the same fingerprint in fp32 and in bf16.  Of the tables of tokens, which may be padded later, the
+    first rows count, with samples from the last of these; where there are tables, a third part says how many rows.
+
+    Args:
+        model: with or without an adapter, whose own parameters do not count.
+        left_out: names of parameters that the adapter brings along.
+        rows: how many rows of the tables count; default: all.
     """
     record = injection_of(model)
-    originals = record.originals if record is not None else {}
-    merged = {id(m._parameters[m._weight_name]): m.base_weight for m in model.modules() if isinstance(m, LoRALayer)}
+    originals: Mapping[str, Tensor] = record.originals if record is not None else {}
+    tables = token_tables(model)
+    rows = table_rows(model) if rows is None else rows
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter = cast(nn.Parameter, originals.get(name, merged.get(id(parameter), parameter)))
+    # By name: undoing a pruning changes the order of a module's parameters.
+    for name, parameter in sorted(_base_parameters(model, originals), key=operator.itemgetter(0)):
+        if name in left_out or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        weight = dense(parameter).detach()
+        is_table = name.rpartition(".")[0] in tables
+        shapes.update(f"{name} {('rows', *weight.shape[1:]) if is_table else tuple(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            weight = weight[:rows] if is_table else weight
+            _update(values, weight.reshape(-1))
+            if is_table:
+                _update(values, weight[-_LAST_ROWS:].reshape(-1), 64 * _LAST_ROWS)
+    return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}" + (f":{rows}" if tables else "")
+
+
+def first_fingerprint(model: nn.Module) -> str:
+    """Returns the fingerprint, ``shapes:values``, in files from before what an adapter brings along was left out."""
+    record = injection_of(model)
+    shapes, values = hashlib.sha256(), hashlib.sha256()
+    seen = set[int]()
+    for name, parameter in _base_parameters(model, record.originals if record is not None else {}):
         if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
         seen.add(id(parameter))
         shapes.update(f"{name} {tuple(dense(parameter).shape)}\n".encode())
         if not parameter.is_meta:
-            flat = dense(parameter).detach().reshape(-1)
-            samples = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-            values.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
+            _update(values, dense(parameter).detach().reshape(-1))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
+
+
+_LAST_ROWS = 16
+
+
+def _update(digest: Any, flat: Tensor, count: int = 64) -> None:
+    samples = flat[:: max(1, flat.numel() // count)][:count].to("cpu", torch.bfloat16)
+    digest.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
+
+
+def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the base's parameters by name, whatever the adapter has put in their places."""
+    for path, module in named_modules(model, remove_duplicate=False).items():
+        own = module.trained_tensors() if isinstance(module, LoRALayer) else {}
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and leaf not in own:
+                name = f"{path}.{leaf}" if path else leaf
+                kept = isinstance(module, LoRALayer) and module.merged and leaf == module._weight_name
+                base = cast(LoRALayer, module).base_weight if kept else parameter
+                yield name, originals.get(name, base)
+
+
+def token_tables(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the embedding and the head of a model of transformers, whose rows belong to tokens, by name."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(unwrapped(model), method)())
+        except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without a head
+            continue
+    ids = {id(unwrapped(table)) for table in found if isinstance(table, nn.Module)}
+    return {name: m for name, m in named_modules(model, remove_duplicate=False).items() if id(m) in ids}
+
+
+def table_rows(model: nn.Module) -> int:
+    """Returns how many rows a model's tables of tokens have; 0 where it has none."""
+    weights = [table._parameters.get("weight") for table in token_tables(model).values()]
+    return max((dense(weight).shape[0] for weight in weights if weight is not None), default=0)
 
 
 # One layer.
@@ -314,35 +490,55 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts parameters and buffers in their places and returns what was there."""
-    before = {name: _tensor_at(model, name) for name in tensors}
+    before = {name: tensor_at(model, name) for name in tensors}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, tensor)
+        setattr(submodule(model, module), leaf, tensor)
     return before
 
 
-def _tensor_at(model: nn.Module, name: str) -> Tensor:
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """Returns a parameter or buffer by its name in the model without wrappers."""
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
-def _trainable_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies that train, so that a weight tied to an original keeps the base's values."""
-    copies = dict[int, Tensor]()  # names of one tensor share one copy
-    for tensor in tensors.values():
-        if id(tensor) not in copies:
+def _trainable_copies(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Returns copies that train, so that a weight tied to an original keeps the base's values.
+
+    Each module of modules_to_save gets its own, as in PEFT: a head and an embedding that were one part ways.
+    """
+    copies = dict[tuple[str, int], Tensor]()  # names of one tensor share one copy
+    for name, tensor in tensors.items():
+        key = (config.saved_part(name), id(tensor))
+        if key not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):
                 copy = nn.Parameter(copy, requires_grad=copy.is_floating_point())
-            copies[id(tensor)] = copy
-    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+            copies[key] = copy
+    return {name: copies[config.saved_part(name), id(tensor)] for name, tensor in tensors.items()}
+
+
+def _carried(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what an adapter brings along as the model holds it; equal tensors under tied names stay one."""
+    found, ours = dict[int, list[tuple[Tensor, Tensor]]](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        old = tensor_at(model, name)
+        twins = found.setdefault(id(old), [])
+        new = next((new for seen, new in twins if torch.equal(seen, tensor)), None)
+        if new is None:
+            new = tensor.detach().clone().to(old.device, old.dtype)
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            twins.append((tensor, new))
+        ours[name] = new
+    return ours
 
 
 def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
     """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
     for name, original in record.originals.items():
-        copy = _tensor_at(model, name)
+        copy = tensor_at(model, name)
         original.data = original.data.to(copy.device, copy.dtype)
     return record.originals
 
@@ -359,6 +555,18 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
         notes.append(
             f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
             "adapter exchanged with it must not forget; here it is applied once"
+        )
+    parts = {} if hasattr(type(model), "base_model_prefix") else named_modules(model)
+    whole = next((name for name, part in parts.items() if hasattr(type(part), "base_model_prefix")), None)
+    if whole and all(target.name.startswith(f"{whole}.") for target in targets):
+        notes.append(
+            f"names in the adapter begin with {whole!r}, as {type(model).__name__} has them: for an adapter that other "
+            f"tools put on {type(parts[whole]).__name__}, inject into that part"
+        )
+    if head := unsaved_head(model, config):
+        notes.append(
+            f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
+            f"({', '.join(map(repr, HEADS))}) or modules_to_save=[{head!r}]"
         )
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
@@ -397,18 +605,23 @@ def _save_pretrained(
     model: nn.Module, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
     """Saves the adapter, as PEFT's models do; transformers' own would write factors that from_pretrained drops."""
-    from loralib import save_adapter  # through the public name, at call time: the formats stand above this module
+    from .formats.peft import save_adapter  # the formats stand below this module: imported at call time
+    from .formats.trainer import is_trainer_checkpoint, save_trained_weights
 
     if push_to_hub:
         raise TargetError("push_to_hub is not done for an adapter; save it, and upload the directory")
     if is_main_process:
         save_adapter(model, save_directory)
+        if "state_dict" in kwargs and is_trainer_checkpoint(save_directory):
+            save_trained_weights(model, save_directory)
 
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if isinstance(table, LoRALayer) or (table is not None and any(p.requires_grad for p in table.parameters())):
+    record = injection_of(model)
+    for name, table in token_tables(model).items():
+        replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
+        if isinstance(table, LoRALayer) or replaced:
             raise TargetError(
                 "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
                 "remove(model), resize, then inject() again"

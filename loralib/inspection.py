@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import BASE, Adapter, apply_adapter, expand_blocks
+from .adapter import BASE, Adapter, apply_adapter, compare_base, expand_blocks
 from .combine import depends_on_base, faults_of, located_faults, update_of
 from .console import count, size, table
 from .data import prompt_ids
@@ -31,7 +31,7 @@ from .formats import export, make_portable, merge_into, read_adapter
 from .formats.merged import logit_difference, prompt_logits
 from .formats.portable import TARGETS
 from .generation import generate
-from .injection import fingerprint, injection_of, merge, remove, unmerge
+from .injection import injection_of, merge, remove, unmerge
 
 __all__ = ["CheckResult", "Inspection", "ModuleSummary", "inspect_adapter", "plot", "verify"]
 
@@ -354,15 +354,17 @@ def _ranks(modules: Sequence[ModuleSummary]) -> str:
 
 
 def _check_base(model: nn.Module, adapter: Adapter) -> CheckResult:
-    theirs, ours = adapter.metadata.get(BASE), fingerprint(model)
+    found = compare_base(model, adapter)
     name = adapter.config.base_model_name_or_path
     fix = f"load the base it was trained on{f' ({name})' if name else ''}"
-    if theirs is None:
+    if found == "unknown":
         return CheckResult("warning", "the adapter does not say which base it was trained on: not checked", fix)
-    if theirs.partition(":")[0] != ours.partition(":")[0]:
+    if found in ("shapes", "rows"):
         return CheckResult("fault", f"wrong base: {type(model).__name__} has other parameters than its base", fix)
-    if theirs != ours:
+    if found == "values":
         return CheckResult("fault", "wrong base: the parameters have the same shapes and other values", fix)
+    if found == "copy":
+        return CheckResult("warning", "the adapter was trained on a copy of this base, one of the two in 4 bits", fix)
     return CheckResult("ok", "this is the base that the adapter was trained on")
 
 

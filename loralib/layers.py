@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scaling_of
-from .errors import AdapterError, ConfigError, MergeError
+from .errors import AdapterError, ConfigError, MergeError, UnsupportedModelError
+from .wrapping import is_sharded
 
 __all__ = [
     "Conv1d",
@@ -62,6 +63,7 @@ class LoRALayer(nn.Module):
     enabled: bool
     lora_A: Parameter
     lora_B: Parameter
+    lora_names: tuple[str, ...] = ()  # of the trained tensors that _init_lora made; the base may have names like theirs
 
     _weight_name = "weight"
 
@@ -83,7 +85,9 @@ class LoRALayer(nn.Module):
         self.merged, self.merge_weights, self.enabled = False, merge_weights, True
         if r > 0:
             device, dtype = self.base_weight.device, dense(self.base_weight).dtype
-            for name, shape in self.tensor_shapes(r).items():
+            shapes = self.tensor_shapes(r)
+            self.lora_names = tuple(shapes)
+            for name, shape in shapes.items():
                 tensor = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
                 self.register_parameter(name, Parameter(tensor))
             self.reset_lora_parameters()
@@ -103,7 +107,26 @@ class LoRALayer(nn.Module):
 
     def trained_tensors(self) -> dict[str, Parameter]:
         """Returns the tensors that the layer trains, by parameter name, in the order of `tensor_shapes`."""
-        return {name: p for name, p in self._parameters.items() if name.startswith("lora_") and p is not None}
+        return {name: p for name in self.lora_names if (p := self._parameters.get(name)) is not None}
+
+    def check_stored(self) -> None:
+        """Checks that the weight and the trained tensors are parameters, from which an adapter can be taken.
+
+        Raises:
+            AdapterError: one is computed (pruned or parametrized), or is one process' share of a tensor.
+        """
+        names = self.lora_names if self.merged else (self._weight_name, *self.lora_names)
+        computed = [name for name in names if self._parameters.get(name) is None]
+        if computed:
+            raise AdapterError(
+                f"{' and '.join(computed)} is computed since inject() (pruned or parametrized); undo that first: "
+                "torch.nn.utils.prune.remove, or remove_parametrizations"
+            )
+        if any(is_sharded(p) and p.dim() < 2 for p in self.trained_tensors().values()):
+            raise AdapterError(
+                "its tensors are spread over processes; gather them around the call, on every process: "
+                "FSDP.summon_full_params(model), or deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
 
     def to_adapter(self) -> dict[str, Tensor]:
         """Returns the trained tensors as an adapter holds them, by the names of `tensor_keys`."""
@@ -132,7 +155,10 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
-        return cast(Parameter, self.__dict__["_unmerged"] if self.merged else self._parameters[self._weight_name])
+        weight = self.__dict__["_unmerged"] if self.merged else self._parameters.get(self._weight_name)
+        if weight is None:
+            raise AdapterError("its weight is computed (pruned or parametrized since inject()); undo that first")
+        return cast(Parameter, weight)
 
     @property
     def _base_shape(self) -> torch.Size:
@@ -157,6 +183,8 @@ class LoRALayer(nn.Module):
             raise MergeError("the adapter is disabled and was not merged; merge after the `with disabled()` block")
         if self._parameters.get(self._weight_name) is None:
             raise MergeError("its weight is computed (pruned or parametrized since); undo that before merging")
+        if is_sharded(self.base_weight):
+            raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
             delta = self.delta_weight()
             if not torch.isfinite(delta).all():
@@ -259,14 +287,26 @@ def _summed_weight(name: str) -> property:
     """Makes a weight that is read directly, without calling the layer, read as base + update."""
 
     def read(self: LoRALinear) -> Tensor:
-        base = self._parameters[name]
-        assert base is not None
+        base = self._parameters.get(name)
+        if base is None:  # as hasattr() expects it
+            raise AttributeError(f"{type(self).__name__} has no {name} at the moment")
+        if is_sharded(base):
+            raise UnsupportedModelError(_NOT_SHARDED.format(type(self).__name__))
         return add_delta(dense(base), self.delta_weight()) if self._active else base
 
-    def write(self: LoRALinear, value: Parameter) -> None:
+    def write(self: LoRALinear, value: Tensor) -> None:
+        if not isinstance(value, Parameter):  # FSDP1 puts a view of its own in the parameter's place
+            raise UnsupportedModelError(_NOT_SHARDED.format(type(self).__name__))
         self.register_parameter(name, value)
 
     return property(read, write)
+
+
+# FSDP reads a weight in order to see whether it was changed, and would take base + update for a new base.
+_NOT_SHARDED = (
+    "the weight of an adapted {} reads as base + update and cannot be spread over processes; leave it out "
+    "(FSDP(..., ignored_modules=[...]), fully_shard(..., ignored_params={{...}})), or adapt other modules"
+)
 
 
 class LoRAReadLinear(LoRALinear):

@@ -15,13 +15,24 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from .errors import ConfigError, did_you_mean, list_faults
 
-__all__ = ["canonical", "check", "kinds_of", "parse_toml", "read_toml", "setting", "setting_faults", "settings_class"]
+__all__ = [
+    "AUTO",
+    "canonical",
+    "check",
+    "kinds_of",
+    "parse_toml",
+    "read_toml",
+    "setting",
+    "setting_faults",
+    "settings_class",
+]
 
 Config = TypeVar("Config")
+AUTO: Final = "auto"  # how a value is given that the program is to choose
 
 
 def setting(
@@ -38,6 +49,8 @@ def setting(
     rule: Callable[[Any], object] | None = None,
     expected: str | None = None,
     aliases: tuple[str, ...] = (),
+    common: bool = False,
+    auto: bool = False,
 ) -> Any:
     """Declares a setting as a dataclass field; its annotation says which types of value it takes.
 
@@ -55,6 +68,8 @@ def setting(
         rule: a further test that a value of the right type must pass.
         expected: describes valid values in error messages; by default made from type, bounds and choices.
         aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
+        common: most people need it: its flag stands first in ``--help``.
+        auto: None, its default, lets the program choose a value; ``auto`` says so as a flag, in TOML and in Python.
 
     >>> @dataclasses.dataclass
     ... class Bath:
@@ -71,19 +86,24 @@ def setting(
 
 
 def settings_class(config: type[Config]) -> type[Config]:
-    """Decorates a dataclass of settings: ``help()`` lists its fields, and ``__init__`` takes their second spellings."""
+    """Decorates a dataclass of settings.
+
+    ``help()`` lists its fields; ``__init__`` takes their second spellings, and suggests what an unknown one may mean.
+    """
     specs = dataclasses.fields(cast(Any, config))
     listed = "".join(f"\n        {spec.name}: {spec.metadata['help']}." for spec in specs if "help" in spec.metadata)
     if config.__doc__ is not None and "Attributes:" not in config.__doc__:
         config.__doc__ = f"{config.__doc__.rstrip()}\n\n    Attributes:{listed}\n    "
-    if any(spec.metadata.get("aliases") for spec in specs):
-        init: Any = config.__init__
+    init: Any = config.__init__
 
-        @functools.wraps(init)
-        def __init__(self: Any, *args: Any, **values: Any) -> None:
-            init(self, *args, **canonical(config, values))
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        known = _spellings(config)
+        if unknown := [f"{name}.{did_you_mean(name, known)}" for name in values if name not in known]:
+            raise ConfigError(list_faults(f"{config.__name__} has no such settings", unknown))
+        init(self, *args, **canonical(config, values))
 
-        cast(Any, config).__init__ = __init__
+    cast(Any, config).__init__ = __init__
     return config
 
 
@@ -105,7 +125,7 @@ def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) -> None:
-    """Checks a settings dataclass, from its ``__post_init__``; a path object in it becomes text.
+    """Checks a settings dataclass, from its ``__post_init__``; a path object in it becomes text, "auto" None.
 
     `what` says whose settings these are.  `rules` finds faults in how fields go together; it is called when each value
     is of its type.
@@ -114,10 +134,12 @@ def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) ->
         ConfigError: one or more settings are invalid; the message lists all of them.
     """
     values = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    chosen = {spec.name for spec in dataclasses.fields(config) if spec.metadata.get("auto")}
     for name, value in values.items():
-        if value is not (text := _without_paths(value)):
-            object.__setattr__(config, name, text)
-            values[name] = text
+        plain = None if name in chosen and value == AUTO else _without_paths(value)
+        if plain is not value:
+            object.__setattr__(config, name, plain)
+            values[name] = plain
     faults = setting_faults(type(config), values)
     hints = _hints(config.__class__)
     if all(_fits(value, hints[name]) for name, value in values.items()):
@@ -229,7 +251,7 @@ def _value_faults(name: str, value: Any, hint: Any, about: Mapping[str, Any]) ->
     if mapping is not None and isinstance(value, Mapping) and all(isinstance(key, str) and key for key in value):
         inner = typing.get_args(mapping)[1]
         return [fault for key, v in value.items() for fault in _value_faults(f"{name}[{key!r}]", v, inner, about)]
-    if _fits(value, hint) and _in_range(value, about):
+    if (about.get("auto") and value == AUTO) or (_fits(value, hint) and _in_range(value, about)):
         return []
     choices = about.get("choices") or ()
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -254,7 +276,8 @@ def _bounds(about: Mapping[str, Any]) -> list[tuple[str, Callable[[Any, Any], bo
 def _description(hint: Any, about: Mapping[str, Any]) -> str:
     """Says in words which values are valid, as "a whole number of at least 1"."""
     kinds = " or ".join(_name_of(kind) for kind in kinds_of(hint) if kind is not types.NoneType)
-    return f"{kinds} {' and '.join(f'{words} {about[name]:,}' for name, _, words in _bounds(about))}".rstrip()
+    numbers = f"{kinds} {' and '.join(f'{words} {about[name]:,}' for name, _, words in _bounds(about))}".rstrip()
+    return f"{numbers}, or {AUTO}" if about.get("auto") else numbers
 
 
 _BOUNDS = (

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -29,6 +30,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
+from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -85,13 +87,7 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
     Raises:
         TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
     """
-    supported = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": (True, "kaiming")}
-    for setting, values in supported.items():
-        if getattr(config, setting) not in values:
-            raise TargetError(
-                f"{setting} = {getattr(config, setting)!r} cannot be injected; LoRA and rsLoRA with the default start "
-                "can. Convert such an adapter with `loralib convert --target peft` first."
-            )
+    _refuse_kinds(config, trained)
     if config.target_modules is None:
         raise TargetError(f"target_modules is not given. {_suggestion(model)}")
     modules = _modules(model)
@@ -117,6 +113,26 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
     return targets
 
 
+# The heads that PEFT trains in full for a task, besides the adapter.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Returns the config with the model's head in modules_to_save, if its task_type has one: PEFT's rule."""
+    names = named_modules(model)
+    heads = [head for head in HEADS.get(config.task_type or "", ()) if any(name.endswith(head) for name in names)]
+    missing = [head for head in heads if not any(config.saves(name) for name in names if name.endswith(head))]
+    return config.replace(modules_to_save=(*(config.modules_to_save or ()), *missing)) if missing else config
+
+
+def unsaved_head(model: nn.Module, config: LoraConfig) -> str:
+    """Returns the name of a classifier's head that does not train in full; "" where there is none."""
+    if not type(model).__name__.endswith(("Classification", "ForQuestionAnswering", "ForMultipleChoice")):
+        return ""
+    heads = {head for names in HEADS.values() for head in names}
+    return next((name for name, _ in model.named_children() if name in heads and not config.saves(name)), "")
+
+
 def fully_trained_tensors(
     model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, Tensor]:
@@ -131,22 +147,26 @@ def fully_trained_tensors(
     if config.bias == "all":
         # PEFT leaves out in_proj_bias where it adapts the attention.
         left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
-        parameters = model.named_parameters(remove_duplicate=False)
-        tensors |= {n: p for n, p in parameters if "bias" in n and "lora_" not in n and n not in left_out}
+        left_out |= {
+            f"{name}.{leaf}"
+            for name, module in named_modules(model).items()
+            if isinstance(module, LoRALayer)
+            for leaf in module.trained_tensors()
+        }
+        tensors |= {n: p for n, p in named_parameters(model).items() if "bias" in n and n not in left_out}
     elif config.bias == "lora_only":
         biases = ((f"{name}.bias", module._parameters.get("bias")) for name, module in adapted)
         tensors |= {name: bias for name, bias in biases if bias is not None}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if config.saves(name):
-            state = module.state_dict(prefix=f"{name}.", keep_vars=True)
-            tensors |= {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
     return tensors
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
     """Returns which other modules hold the weight of a target, by name, for those of which one does."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
@@ -156,16 +176,32 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
     return {name: twins for name, twins in tied.items() if twins}
 
 
+def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
+    """Refuses kinds of adapters that layers cannot compute, with what to do in place of training or loading one."""
+    convert = "make a plain one of it with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
+    if config.use_dora:
+        way = convert if trained else "leave it out here; or train in PEFT, and " + convert
+        raise TargetError(f"use_dora = True: DoRA is not computed by loralib's layers; {way}")
+    if config.lora_bias:
+        merge = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has them"
+        way = merge if trained else "leave it out (bias='lora_only' trains the base's own)"
+        raise TargetError(f"lora_bias = True: the biases of B are not computed by loralib's layers; {way}")
+    if config.init_lora_weights not in (True, "kaiming"):
+        way = f"; {convert}" if trained else "; leave it out for the default start, with which LoRA and rsLoRA train"
+        raise TargetError(f"init_lora_weights = {config.init_lora_weights!r} is another start than loralib's{way}")
+
+
 # Matching names.
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name}
+    return {name: module for name, module in named_modules(model).items() if name}
 
 
 def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
     """Returns the entry of target_modules that matches, for each module that one does."""
-    if config.target_modules == ALL_LINEAR:
+    entries = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
+    if ALL_LINEAR in entries:
         _refuse_expert_weights(model, modules, config)
         left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
         head = _output_head(model)
@@ -174,6 +210,9 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
             for name, module in modules.items()
             if _is_linear(module) and module is not head and name not in left_out
         }
+        others = [entry for entry in entries if entry != ALL_LINEAR]
+        chosen = {name: patterns.get(name) or matches(others, name) for name in modules}
+        patterns = {name: entry for name, entry in chosen.items() if entry}
     else:
         patterns = {name: entry for name in modules if (entry := matches(config.target_modules, name))}
     return {
@@ -215,11 +254,14 @@ def _unused_entry_faults(
 
     faults = []
     # An entry also counts as used where an earlier one of the list took all its modules.
-    entries = [] if config.target_modules == ALL_LINEAR and matched else unmatched("target_modules", matched)
+    entries = [entry for entry in unmatched("target_modules", matched) if entry != ALL_LINEAR or not matched]
     if entries:
         narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
         after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
         hints = "".join(_similar_names(model, entry, modules) for entry in entries)
+        if isinstance(config.target_modules, str) and "," in config.target_modules:
+            names = [name.strip() for name in config.target_modules.split(",")]
+            hints = f" A text is one regular expression; several names are a list: {names}."
         faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
     unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
     for setting, entries in (("exclude_modules", unmatched("exclude_modules", modules)), ("modules_to_save", unsaved)):
@@ -237,7 +279,7 @@ def _unused_entry_faults(
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
     """Returns which module names, cut to as many parts as the entry has, are like it."""
-    if any(matches((entry,), name) for name, _ in model.named_parameters()):
+    if any(matches((entry,), name) for name in named_parameters(model)):
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     if any(matches((entry,), name) for name in names):
         return ""  # it is there, and left out by another setting
@@ -332,7 +374,8 @@ def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) 
     if is_conv1d(module):
         return LoRALinear
     if isinstance(module, nn.Linear):
-        _refuse_own_forward(base, nn.Linear)
+        if not _computes_a_linear(module, base):
+            _refuse_own_forward(base, nn.Linear)
         return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
@@ -373,8 +416,34 @@ def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
         raise TargetError(f"{base.__name__} has a forward of its own, which an update could not be added to safely")
 
 
+def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
+    """Whether a class with a forward of its own computes ``W x + b`` (Falcon's does), tried on small numbers."""
+    if base.forward is nn.Linear.forward:
+        return True
+    if module._modules or {*module._parameters} != {"weight", "bias"} or module._buffers:
+        return False
+    probe = base.__new__(base)
+    probe.__dict__.update(module.__dict__, in_features=5, out_features=3)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"weight": (3, 5), "bias": (3,)}
+    probe.__dict__["_parameters"] = {
+        name: None if p is None else nn.Parameter(torch.randn(sizes[name], generator=generator), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    x = torch.randn(2, 4, 5, generator=generator)
+    try:
+        with torch.no_grad():
+            y = base.forward(probe, x)
+    except Exception:  # it needs more than an input, or sizes of its own
+        return False
+    ours = nn.functional.linear(x, *probe.__dict__["_parameters"].values())
+    return isinstance(y, Tensor) and y.shape == ours.shape and bool(torch.allclose(y, ours, atol=1e-5))
+
+
 def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
+    if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
+        raise TargetError(f"it has parameters of these names already ({', '.join(names)}): another LoRA's?")
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     if bound is not None and not is_own_forward(module, bound):
         if type(bound).__module__ == "loralib.engine.placement":  # which stands below this module and is not imported
@@ -389,6 +458,8 @@ def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
         raise TargetError(
             "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
         )
+    if is_sharded(weight):
+        raise TargetError("its weight is spread over processes already (FSDP, ZeRO); inject first, then shard")
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")
     if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:

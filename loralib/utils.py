@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .delta import dense
 from .errors import BiasModeError
 from .layers import LoRALayer
+from .wrapping import gathered, named_modules, named_parameters, named_tensors
 
 __all__ = ["lora_state_dict", "mark_only_lora_as_trainable"]
 
@@ -20,9 +22,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Raises:
         BiasModeError: another value of `bias`.
     """
-    chosen = _bias_names(model, bias, adapted_only=False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name in chosen)
+    chosen = _chosen_names(model, bias, adapted_only=False)
+    for name, parameter in named_parameters(model).items():
+        parameter.requires_grad_(name in chosen)
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
@@ -36,21 +38,37 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Raises:
         BiasModeError: another value of `bias`.
     """
-    chosen = _bias_names(model, bias, adapted_only=True)
-    return {name: value for name, value in model.state_dict().items() if "lora_" in name or name in chosen}
+    chosen = _chosen_names(model, bias, adapted_only=True)
+    with gathered(model):
+        return {name: dense(value.detach()) for name, value in named_tensors(model).items() if name in chosen}
 
 
-def _bias_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
+def _chosen_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
+    """Returns the names of LoRA's own tensors and of the biases asked for."""
     if bias not in ("none", "all", "lora_only"):
         raise BiasModeError(f"bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
+    modules, parameters = named_modules(model, remove_duplicate=False), set(named_parameters(model))
+    injected = any("_halves" in type(module).__dict__ for module in modules.values())
+    # In a model of Microsoft's layers every name that holds "lora_" is LoRA's, also in a user's own module (its rule);
+    # inject() knows its tensors, and a module of the base may be called lora_head.
+    lora = (
+        {
+            f"{name}.{leaf}" if name else leaf
+            for name, module in modules.items()
+            if isinstance(module, LoRALayer)
+            for leaf in module.trained_tensors()
+        }
+        if injected
+        else {name for name in named_tensors(model) if "lora_" in name}
+    )
     if bias == "all":
-        return {name for name, _ in model.named_parameters() if "bias" in name and "lora_" not in name}
+        return lora | {name for name in parameters if "bias" in name}
     if bias == "none":
-        return set()
+        return lora
     # Microsoft trains the bias of a LoRA layer with r=0 but does not save it.
-    return {
+    return lora | {
         f"{name}.bias" if name else "bias"
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, LoRALayer)
         and getattr(module, "bias", None) is not None
         and (module.r > 0 or not adapted_only)

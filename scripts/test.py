@@ -1,9 +1,10 @@
 """Runs all checks and tests on a fresh machine with one command: python scripts/test.py.
 
-Makes .venv if needed, then runs ruff, mypy and pytest, even if one of them fails.  Tests run in two processes.  Further
-arguments go to pytest: python scripts/test.py tests/test_base.py -k hub (add -n 0 to stay in one process)
+Makes .venv if needed, then runs ruff, mypy, mkdocs (the site) and pytest, even if one of them fails.  Tests run in two
+processes.  Further arguments go to pytest: python scripts/test.py tests/test_base.py -k hub (add -n 0 to stay in one)
 """
 
+import os
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036  so this file keeps to what the oldest Python understands
@@ -19,9 +20,11 @@ def main():
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
+        ["mkdocs", "build", "--strict", "--quiet"],
         # Last, so that its closing line is.
         ["pytest", "-n", "2", "--dist", "worksteal"] + for_pytest,  # noqa: RUF005
     )
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # its theme's word about a successor, at every build
     codes = [run(["-m"] + check) for check in checks]  # noqa: RUF005
     failed = [check[0] for check, code in zip(checks, codes) if code]  # noqa: B905
     if failed:

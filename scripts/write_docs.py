@@ -19,7 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "data/e2e"  # beside the two scripts
-_GENERATED = frozenset({"__pycache__", "build", "dist", "lora_model", "reproduced"})  # folders made by running things
+_GENERATED = frozenset(
+    {"__pycache__", "build", "dist", "lora_model", "reproduced", "site"}
+)  # folders made by running things
 
 
 def files() -> list[str]:
@@ -56,7 +58,7 @@ def flags(config: str) -> str:
         text = str(spec.metadata["help"])
         text = f"do not {text}" if on else text
         text += "".join(f" (also `--{name}`)" for name in spec.metadata["aliases"])
-        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec), text))
+        groups.setdefault(spec.metadata["group"], []).append((flag, _default(spec, config), text))
     header = ("flag", "default", "meaning")
     titles = [f"**{title.capitalize()}**\n\n" if len(groups) > 1 else "" for title in groups]
     return "\n\n".join(title + table(header, rows) for title, rows in zip(titles, groups.values(), strict=True))
@@ -84,7 +86,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"commands": commands},
+    "README.md": {"commands": commands, "comparison": functools.partial(figures, "comparison")},
     "docs/performance.md": {
         name: functools.partial(figures, name)
         for name in ("speed", "speed on another processor", "time to loss", "memory", "breakdown", "generation")
@@ -116,20 +118,31 @@ def _config(name: str) -> Any:
     return {"TrainConfig": TrainConfig, "InferenceConfig": InferenceConfig}[name]
 
 
-def _default(spec: Any) -> str:
+def _default(spec: Any, config: str) -> str:
     """The default of a setting in the two scripts of examples/NLG."""
     if spec.name.endswith("_data"):
         return f"`{SAMPLE}/{spec.name.removesuffix('_data')}.txt`"
-    if spec.default is None or isinstance(spec.default, bool):
+    default = _own_defaults(config).get(spec.name, spec.default)
+    if default is None and spec.metadata["auto"]:
+        return "`auto`"
+    if default is None or isinstance(default, bool):
         return ""
-    return f"`{spec.default:g}`" if isinstance(spec.default, float) else f"`{spec.default}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+@functools.cache
+def _own_defaults(config: str) -> dict[str, Any]:
+    """What the script has in the place of the settings' own defaults."""
+    script = {"TrainConfig": "run_training.py", "InferenceConfig": "run_inference.py"}[config]
+    own: dict[str, Any] = runpy.run_path(str(ROOT / "examples" / "NLG" / script))["DEFAULTS"]
+    return own
 
 
 def _is_generated(part: str) -> bool:
     return part in _GENERATED or part.endswith((".egg-info", ".pyc")) or (part.startswith(".") and part not in _HIDDEN)
 
 
-_HIDDEN = frozenset({".ci", ".gitignore"})
+_HIDDEN = frozenset({".ci", ".gitattributes", ".gitignore"})
 
 
 def _is_module(name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import loralib as lora
 from loralib.cli import main
 from loralib.config import LoraConfig
+from loralib.files import hold_directory
+from loralib.formats import modelfile
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -178,7 +182,7 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in nlu.items())
     capsys.readouterr()
     assert run("convert", tmp_path / "nlu", tmp_path / "no", "--target", "vllm") == 2
-    assert "modules trained in full are not loaded" in capsys.readouterr().err
+    assert "classifier.dense.weight: of modules trained in full vLLM loads only" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -191,18 +195,102 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
 
 
+def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(
+    adapter: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.eos_token = "~"
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m") == 0
+    assert "tokenizer and chat template of the adapter" in capsys.readouterr().out
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (written.eos_token, written.chat_template) == ("~", tokenizer.chat_template)
+    assert fresh(tmp_path / "m").generation_config.eos_token_id == [written.eos_token_id, 1]
+
+
+@pytest.mark.filterwarnings("default")  # PEFT's
+def test_tokens_that_were_added_go_into_the_merged_model(base: Path, tmp_path: Path, capsys: Any) -> None:
+    import peft
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<stop>"]})
+    theirs.resize_token_embeddings(len(tokenizer))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        theirs.get_input_embeddings().weight.mul_(1.1)
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    theirs.eval().save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m", "--model", base, "--dtype", "fp32") == 0
+    assert "rows now, as in the adapter" in capsys.readouterr().err
+    X = torch.tensor([[5, 9, len(tokenizer) - 1, len(tokenizer) - 2]])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X).logits, theirs(X).logits, rtol=0, atol=1e-5)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "m")) == merged.config.vocab_size
+
+
 def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
     before = {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()}
     assert run("merge", adapter, base, "--model", base) == 2
     assert "is the base model itself" in capsys.readouterr().err
     assert run("merge", adapter, adapter, "--model", base) == 2
-    assert "holds an adapter" in capsys.readouterr().err
-    assert run("convert", adapter, adapter, "--target", "mlx", "--model", base) == 2
-    assert "holds an adapter in another format" in capsys.readouterr().err
+    assert "is what the result is made from" in capsys.readouterr().err
+    alias = tmp_path / "alias"
+    alias.symlink_to(adapter, target_is_directory=True)
+    for target in ("peft", "mlx", "vllm"):
+        for output in (adapter, alias, f"{adapter}/."):
+            assert run("convert", adapter, output, "--target", target, "--model", base) == 2
+            assert "is what the result is made from" in capsys.readouterr().err
+    assert run("combine", adapter, adapter, "-o", alias) == 2
+    assert "is what the result is made from" in capsys.readouterr().err
+    assert run("convert", f"{adapter}/adapter_config.json", adapter) == 2
+    assert "is part of the adapter in" in capsys.readouterr().err
+    assert run("convert", adapter, f"{adapter}/adapter_model.safetensors", "--target", "microsoft") == 2
+    assert "is part of the adapter in" in capsys.readouterr().err
+    assert run("convert", adapter, base) == 2
+    assert "from_pretrained would load model and adapter together" in capsys.readouterr().err
     assert {path: path.read_bytes() for place in (Path(adapter), base) for path in place.iterdir()} == before
-    assert run("convert", adapter, tmp_path, "--target", "mlx", "--model", base) == 0
-    assert run("convert", tmp_path, tmp_path, "--target", "peft", "--model", base) == 2
+
+
+def test_another_formats_settings_are_not_overwritten(adapter: str, base: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", adapter, tmp_path / "a", "--target", "mlx", "--model", base) == 0
+    assert run("convert", adapter, tmp_path / "a", "--target", "peft") == 2
     assert "holds an adapter in another format" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("loralib.cli._adapters.load_base", never)
+    monkeypatch.setattr("loralib.cli._adapters.read_adapter", never)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for words, expected in (
+        (("merge", adapter, tmp_path / "file"), "a file is in the way"),
+        (("merge", adapter, tmp_path / "file" / "below"), "a file is in the way"),
+        (("convert", adapter, tmp_path / "file"), "a file is in the way"),
+        (
+            ("convert", adapter, tmp_path / "folder", "--target", "llamacpp"),
+            "is a directory, expected the name of a file",
+        ),
+        (("combine", adapter, "-o", tmp_path / "file"), "a file is in the way"),
+        (("convert", adapter, tmp_path / ("x" * 300)), "of"),
+    ):
+        assert run(*words) == 2, words
+        assert expected in capsys.readouterr().err
+    with hold_directory(tmp_path / "busy"):
+        assert run("merge", adapter, tmp_path / "busy") == 2
+        assert "is in use by another run" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -261,10 +349,75 @@ def test_mistakes_get_one_message(
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "combine"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "combine", "export-base"])
 def test_help_teaches(command: str, capsys: Any) -> None:
     assert run(command, "--help") == 0
     shown = capsys.readouterr().out
     assert f"loralib {command}" in shown
     assert "--model" in shown
     assert "--base" not in shown  # the second spelling
+
+
+def test_export_base(base: Path, adapter: str, tmp_path: Path, capsys: Any) -> None:
+    assert run("export-base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0
+    assert "equal, bit for bit" in capsys.readouterr().out
+    X = torch.tensor([[5, 9, 20, 33]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(X).logits, fresh(base)(X).logits)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").eos_token == "<end>"
+    for output, expected in ((base, "is what the result is made from"), (adapter, "holds an adapter")):
+        assert run("export-base", output, "--model", base) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_the_default_base_is_exported_with_what_it_is(tmp_path: Path, capsys: Any) -> None:
+    assert run("export-base", tmp_path / "b") == 0
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    ours, _ = lora.load_base("smollm2-135m", dtype="bf16", device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+# The lines that use a result.
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("vllm", "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules out=OUT"),
+        ("mlx", "mlx_lm.generate --model BASE --adapter-path OUT --prompt TEXT"),
+        ("llamacpp", "llama-cli -m BASE.gguf --lora OUT"),
+        ("peft", "model = peft.PeftModel.from_pretrained(model, 'OUT')"),
+    ],
+)
+def test_convert_says_how_to_use_the_result(
+    target: str, expected: str, adapter: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = str(tmp_path / "out")
+    assert run("convert", adapter, out, "--target", target, "--model", base) == 0
+    shown = capsys.readouterr().out
+    assert expected.replace("OUT", out).replace("BASE", str(base) if target != "llamacpp" else "BASE") in shown
+    assert ("FROM ./BASE.gguf" in shown) == (target == "llamacpp")
+
+
+def test_a_modelfile_has_the_template_as_ollama_writes_it(smollm2: tuple[Any, Any]) -> None:
+    """The model's template, rendered, is what Ollama makes of ours: its loop over messages is a few replacements."""
+    tokenizer = smollm2[1]
+    text = modelfile("lora.gguf", tokenizer)
+    template = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    system = text.partition('SYSTEM """')[2].partition('"""')[0]
+    loop = template.partition("{{ range .Messages }}")[2].partition("{{ end }}")[0]
+    talk = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "So?"},
+    ]
+    turns = [{"role": "system", "content": system}, *talk]
+    filled = [loop.replace("{{ .Role }}", each["role"]).replace("{{ .Content }}", each["content"]) for each in turns]
+    ours = "".join(filled) + template.partition("{{ end }}")[2]
+    assert ours == tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    assert "TEMPLATE" not in modelfile("lora.gguf", other)

@@ -17,9 +17,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "loralib"
 ROWS = [
     ["errors"],
     ["files", "console", "settings"],
-    ["delta", "config"],
+    ["hub"],
+    ["delta", "config", "wrapping"],
     ["layers"],
     ["utils", "targets"],
+    ["blocks"],
     ["injection"],
     ["adapter"],
     ["combine"],
@@ -38,15 +40,15 @@ ROWS = [
 ]
 COMES_WITH_TORCH = ("filelock", "psutil")  # torch requires the first; without the second, memory is not checked
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings")]
+CORE = [name for row in ROWS[: RANK["adapter"] + 1] for name in row if name not in ("console", "settings", "hub")]
 
 # The one import from below, at call time: save_pretrained() of an injected model saves its adapter.
-UPWARDS = {("injection", "__init__")}
+UPWARDS = {("injection", "formats")}
 
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 OUTSIDE = {
-    "transformers": {"bases.loading", "bases.made_up", "engine.attention"},
-    "huggingface_hub": {"bases.loading"},
+    "transformers": {"bases.loading", "bases.made_up", "engine.attention", "formats.old_names"},
+    "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
     "gguf": {"bases.loading", "formats.gguf"},
     "safetensors": {"formats.tensors"},
@@ -54,8 +56,11 @@ OUTSIDE = {
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
     "sacrebleu": {"nlg.metrics.sacre"},
     "tqdm": {"console"},
+    "datasets": {"data.tables"},
+    "pyarrow": {"data.tables"},
     "filelock": {"files"},
     "psutil": {"files"},
+    "shtab": {"cli.completion"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 
@@ -250,3 +255,39 @@ print(json.dumps(faults))
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+# Text.
+
+
+def texts_without_encoding(source: str) -> list[int]:
+    """Returns the lines that open text, or read it from a program, in whatever encoding the system happens to have."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg for keyword in node.keywords}
+        words = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        method = isinstance(node.func, ast.Attribute)  # a bare read_text or write_text is one of ours, and UTF-8
+        reads = method and name in ("read_text", "write_text") and not words
+        mode = (words if method else words[1:] or ["r"])[:1]
+        opens = name == "open" and bool(mode) and set(mode[0]) <= set("rwaxt+")
+        runs = name in ("run", "Popen") and bool({"text", "universal_newlines"} & given)
+        if (reads or opens or runs) and "encoding" not in given:
+            found.append(node.lineno)
+    return found
+
+
+def test_text_has_an_encoding_everywhere() -> None:
+    """Without one, Windows takes its code page, where Vietnamese letters are lost or raise an error."""
+    root = PACKAGE.parent
+    sources = [
+        path for folder in ("loralib", "scripts", "examples", "benchmarks") for path in (root / folder).rglob("*.py")
+    ]
+    found = {path: texts_without_encoding(path.read_text(encoding="utf-8")) for path in sources}
+    assert not {path.name: lines for path, lines in found.items() if lines}
+    sample = (
+        'open("x")\nPath("x").read_text()\nPath("x").open("w")\nrun([], text=True)\nopen("x", "rb")\np.open("ab")\n'
+    )
+    assert texts_without_encoding(sample) == [1, 2, 3, 4]

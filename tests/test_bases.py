@@ -492,9 +492,10 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
 import loralib.bases.loading as base
+from loralib import hub
 from loralib.errors import BaseModelError
 
-base._HUB_TIMEOUT = 1
+hub._TIMEOUT = 1
 
 def load(name):
     try:
@@ -539,3 +540,20 @@ def test_a_repository_without_a_model_is_told() -> None:
         "vocab.json",
         "pytorch_model.bin",
     ]
+
+
+def test_tokens_without_an_embedding_are_named_and_do_not_stop(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    rows = len(tokenizer)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=rows, **sizes)).save_pretrained(copy)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<filler>"})
+    tokenizer.save_pretrained(copy)
+    model, loaded = base.load_base(str(copy), device="cpu")
+    assert "no embedding for 2 of its tokenizer's tokens (<filler>, <image>)" in capsys.readouterr().err
+    assert model.config.pad_token_id == loaded.pad_token_id == loaded.eos_token_id < rows
+    tokenizer.eos_token = "<image>"
+    tokenizer.save_pretrained(copy)
+    assert "resize_token_embeddings" in refused(copy)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import loralib as lora
-from loralib.cli import COMMANDS, add_fields, from_args, main
+from loralib.cli import COMMANDS, add_fields, from_args, main, parser_of
+from loralib.cli._flags import Parser
 from loralib.cli._inference import InferenceConfig
 from loralib.errors import ConfigError
 from loralib.generation import Sampling
@@ -103,6 +104,45 @@ def test_help_shows_the_first_spelling_alone(command: str, capsys: pytest.Captur
     shown = set(re.findall(r"--\w+", re.sub(r"(?m)^ *loralib .*$", "", capsys.readouterr().out)))
     assert not shown & {"--base", "--format", "--batch"}
     assert ("--lora_dim" in shown) == (command in ("convert", "combine"))  # where --rank is the result's
+
+
+@dataclass(frozen=True)
+class Trip:
+    shoes: str = setting("boots", "what to wear", "clothes")
+    length: float = setting(12.0, "kilometres", "way", common=True)
+    map_dir: str = setting("maps", "where maps are", "way")
+
+
+def test_what_most_people_need_stands_first_in_help() -> None:
+    parser = Parser(prog="trip", description="Walks.")
+    parser.add_argument("goal")
+    add_fields(parser, Trip)
+    shown = parser.format_help()
+    assert shown.startswith(
+        "usage: trip [options] goal\n\nWalks.\n\npositional arguments:\n  goal\n\nthe flags most people"
+    )
+    places = [shown.index(text) for text in ("--length X", "(default 12)", "--shoes TEXT", "--map_dir DIR", "--help")]
+    assert places == sorted(places)
+    assert shown.count("--length") == 1
+
+
+def test_ten_flags_are_those_that_most_people_need() -> None:
+    common = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata["common"]}
+    assert len(common) == 10
+    assert {"model", "train_data", "output_dir", "lr", "num_epochs", "rank", "seq_len"} <= common
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_short_of_a_wall(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Usage is one line, what the command is for comes next, and every flag says what it does."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, blank, about, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"usage: loralib {command} \[options\][^-]*", usage)
+    assert not blank
+    assert about
+    flags = [action for action in parser_of(command)._actions if action.option_strings]
+    assert not [action for action in flags if not action.help]
 
 
 def test_a_comma_does_not_split_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

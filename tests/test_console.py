@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -31,34 +34,127 @@ class Terminal(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
 
 
-def run(code: str, encoding: str) -> subprocess.CompletedProcess[bytes]:
+# Loads console alone, since the whole package would load torch.
+ALONE = f"""
+import sys, types
+sys.modules["loralib"] = package = types.ModuleType("loralib")
+package.__path__ = [{str(ROOT / "loralib")!r}]
+from loralib.console import ensure_safe, say
+"""
+
+
+def run(code: str, encoding: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Runs code on pipes, where a console would have `encoding`."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, input=input, env=environment, timeout=120)
+
+
+def run_watched(code: str, encoding: str, columns: int = 0) -> tuple[int, str]:
+    """Runs code on a terminal of that encoding; returns its exit code and what it shows, on stdout and stderr."""
+    pty = pytest.importorskip("pty")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    ours, theirs = pty.openpty()
+    if columns:
+        import fcntl
+        import termios
+
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+    os.close(ours)
+    return process.returncode, shown.decode(encoding)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii", "utf-8"])
 def test_any_console_will_do(encoding: str) -> None:
-    code = f"""
-import sys, types
-sys.modules["loralib"] = package = types.ModuleType("loralib")  # the real one would load torch
-package.__path__ = [{str(ROOT / "loralib")!r}]
-from loralib.console import ensure_safe, say
+    code = f"""{ALONE}
 text = {VIETNAMESE!r}
 say(text)  # a library prints, whoever uses it
 ensure_safe()
 print(text)  # a program prints
 sys.exit(text)
 """
-    result = run(code, encoding)
-    assert result.returncode == 1
+    returned, shown = run_watched(code, encoding)
+    assert returned == 1
     replaced = VIETNAMESE.encode(encoding, "replace").decode(encoding)
-    assert result.stdout.decode(encoding).splitlines() == [console.printable(VIETNAMESE, encoding), replaced]
-    assert result.stderr.decode(encoding).splitlines() == [replaced]
+    assert shown.splitlines() == [console.printable(VIETNAMESE, encoding), replaced, replaced]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_is_redirected_keeps_every_letter(encoding: str) -> None:
+    """A file is read by programs, for which the console's code page means nothing."""
+    code = f"""{ALONE}
+ensure_safe()
+for text in sys.stdin:
+    say(text, end='')
+    print(text, file=sys.stderr, end='')
+"""
+    lines = [VIETNAMESE, "one line\u2028with\x85other\x0cseparators\x1c", "dòng cuối"]
+    sent = "\n".join(lines)
+    result = run(code, encoding, b"\xef\xbb\xbf" + sent.encode())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.replace(b"\r\n", b"\n").decode() == sent
+    assert result.stderr.replace(b"\r\n", b"\n").decode() == sent
 
 
 def test_strict_consoles_do_crash_without_it() -> None:
     """So the tests above can fail."""
     assert run(f"print({VIETNAMESE!r})", "cp1252").returncode == 1
+
+
+def test_streams_that_are_closed_or_were_read_from_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, begun = Terminal("cp1252"), io.TextIOWrapper(io.BytesIO(b"caf\xe9\nth\xe9\n"), encoding="cp1252")
+    closed.close()
+    begun.readline()
+    monkeypatch.setattr(sys, "stderr", closed)
+    monkeypatch.setattr(sys, "stdin", begun)
+    console.ensure_safe()
+    assert begun.readline() == "thé\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "update", "1 update"), (0, "update", "0 updates"), (2, "query", "2 queries"), (1, "entry", "1 entry")],
+)
+def test_one_thing_is_not_several(number: int, noun: str, text: str) -> None:
+    assert console.counted(number, noun) == text
+
+
+def on_screen(sent: str) -> list[str]:
+    """The lines that a terminal shows after it was sent this text: a carriage return goes back, to write over."""
+    lines = []
+    for sent_line in sent.split("\n"):
+        line, column = "", 0
+        for part in re.split("(\r)", sent_line):
+            column = 0 if part == "\r" else column
+            if part != "\r":
+                line = line[:column] + part + line[column + len(part) :]
+                column += len(part)
+        lines.append(line.rstrip())
+    return lines
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_line_printed_beside_a_progress_bar_has_a_line_of_its_own(stream: str) -> None:
+    code = f"""
+import sys
+from loralib.console import progress, say
+with progress(total=6, description="training") as bar:
+    for number in range(6):
+        bar.update()
+        bar.refresh()
+        say(f"Epoch {{number}}", file=sys.{stream})
+"""
+    returned, shown = run_watched(code, "utf-8", columns=60)
+    assert returned == 0, shown
+    assert on_screen(shown)[:6] == [f"Epoch {number}" for number in range(6)]
+    assert [line.startswith("training") for line in on_screen(shown)[6:]] == [True, False], "one bar is left, below"
+    piped = run(code, "utf-8")
+    assert b"training" not in piped.stdout + piped.stderr, "and none where nobody watches"
 
 
 def test_look_alikes_are_used_only_where_needed() -> None:

@@ -25,6 +25,7 @@ from loralib.data import (
     read_sources,
     tokenize,
 )
+from loralib.data.examples import Turn
 from loralib.data.readers import _READERS
 from loralib.errors import ConfigError, DataError
 
@@ -120,7 +121,7 @@ def test_jsonl_forms(tmp_path: Path) -> None:
     assert (verbatim.prompt, verbatim.completion) == ("2+2=", " 4\n")
     assert (meaning.prompt, meaning.completion) == ("name : A\n", "It is A.")
     assert text.segments == (("only text", True),)
-    assert talk.messages == (("user", "Hi"), ("assistant", "Ho"))
+    assert talk.messages == (Turn("user", "Hi"), Turn("assistant", "Ho"))
     assert (talk.prompt, talk.completion) == ("Hi", "Ho")
 
 
@@ -195,8 +196,8 @@ def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
     assert "messages[0].content is null" in message
     assert "completion is text with half a character" in message
     assert "messages[0].role is 'Assistant'. Did you mean 'assistant'?" in message
-    assert "messages[0].tool_calls would be lost" in message
-    assert "messages[0].weight would be lost" in message
+    assert "a.jsonl:12: messages[0].content: a tool call is \"{'id': 1}\", expected an object with 'name'" in message
+    assert "a.jsonl:13: 'messages' has no turn with role 'assistant' to train on" in message
 
 
 def test_a_json_file_may_be_one_list(tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
             '<e><entry category="x"><modifiedtripleset><mtriple>a</mtriple></modifiedtripleset></entry></e>',
             "1 of 1",
         ),
-        ("a.csv", "a,b\n1,2\n", "expected mr and ref"),
+        ("a.csv", "a,b\n1,2\n", "a.csv:2: found 'a', 'b', expected prompt and completion"),
         ("a.csv", "mr,ref\nname The Mill,x\n", "a.csv:2: 'name The Mill'"),
     ],
 )
@@ -457,10 +458,21 @@ def test_chat_with_another_template() -> None:
     assert example.ids[0] == tokenizer.bos_token_id != example.ids[1]
 
 
-def test_chat_without_end_token_gets_one() -> None:
+def rows_of(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
+    """The text of each row of an example, and what is trained of it."""
+    encoded = encode([example], tokenizer, None)
+    return [(tokenizer.decode(row.ids), trained_text(row, tokenizer)) for row in encoded.examples]
+
+
+def test_chat_without_end_token_gets_one_after_each_answer() -> None:
     tokenizer = make_tokenizer(template=BARE)
-    example = tokenize(TALK, tokenizer)
-    assert trained_text(example, tokenizer) == "Hello you <|endoftext|>"
+    (first, second) = rows_of(TALK, tokenizer)
+    assert first == (
+        "system: Be kind.\nuser: Hello you\nassistant: Hello<|endoftext|>",
+        "Hello<|endoftext|>",
+    )
+    assert second[0].startswith("system: Be kind.\nuser: Hello you\nassistant: Hello\nuser: Hello?\nassistant:  you ")
+    assert second[1] == " you <|endoftext|>"
 
 
 def test_chats_that_cannot_be_written() -> None:
@@ -503,17 +515,27 @@ def chat(*contents: str) -> Example:
 
 def test_an_answer_that_stands_in_the_template_s_own_words_is_found() -> None:
     """A short one, such as "t" or "", is in "<think>" and everywhere."""
-    tokenizer = make_tokenizer(template=THINKS)
-    example = tokenize(chat("Hi", "t", "Hi?", "k"), tokenizer)
-    assert trained_text(example, tokenizer) == "t<|im_end|><think>\n\n</think>\n\nk<|im_end|>"
     tokenizer = make_tokenizer(template=CHATML)
     example = tokenize(chat("Hi", "", "assistant", "assistant"), tokenizer)
     assert trained_text(example, tokenizer) == "<|im_end|>assistant<|im_end|>"
 
 
+def test_answers_are_rows_of_their_own_where_the_template_rewrites_earlier_ones() -> None:
+    """Each is trained as generation would write it: with the empty thoughts that are taken away later."""
+    tokenizer = make_tokenizer(template=THINKS)
+    first, second = rows_of(chat("Hi", "t", "Hi?", "k"), tokenizer)
+    assert first[1] == "<think>\n\n</think>\n\nt<|im_end|>"
+    assert second[1] == "<think>\n\n</think>\n\nk<|im_end|>"
+    assert "t<|im_end|>" in second[0]
+    assert second[0].count("<think>") == 1
+    with pytest.raises(DataError, match="needs 2 rows"):
+        tokenize(chat("Hi", "t", "Hi?", "k"), tokenizer)
+
+
 def test_what_begins_the_next_turn_ends_no_answer() -> None:
     tokenizer = make_tokenizer(template=ENDLESS)
-    assert trained_text(tokenize(chat("Hi", "Ho", "Hi", "Hu"), tokenizer), tokenizer) == "HoHu<|endoftext|>"
+    trained = [row[1] for row in rows_of(chat("Hi", "Ho", "Hi", "Hu"), tokenizer)]
+    assert trained == ["Ho<|endoftext|>", "Hu<|endoftext|>"]
 
 
 def test_a_chat_that_the_assistant_opens() -> None:
@@ -542,7 +564,7 @@ def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
     tokenizer.chat_template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", "</s>")
     talk = chat("Hello you", "Ho", "And", "Hu Ha")
     example = tokenize(talk, tokenizer)
-    turns = [{"role": role, "content": content} for role, content in talk.messages]
+    turns = [{"role": role, "content": content} for role, content, *_ in talk.messages]
     whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
     assert list(example.ids) == tokenizer(whole, add_special_tokens=False)["input_ids"]
     trained = [token for token, on in zip(example.ids, example.trained, strict=True) if on]

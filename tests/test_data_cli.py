@@ -65,12 +65,15 @@ def test_preview_brackets_what_is_trained(tmp_path: Path, capsys: pytest.Capture
     path.write_text("ab||cd\nab||a text of many letters\nab||\nab||ef\n", encoding="utf-8")
     assert run("preview", path, "--seq_len", 10, "--count", 1) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"{path}: E2E (meaning representation||text), 4 examples\n\n")
     assert f"1. {path}:1: 6 tokens, 3 trained\na·b·\\n[c·d·<end>]\n" in shown
+    assert f"dropped {path}:3: empty completion\n" in shown
     assert "2. " not in shown
     assert "\x1b" not in shown
-    lines = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in shown.splitlines()[3:]}
+    lines = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in shown.splitlines()[-10:-2]}
     assert lines == {
         "examples": "2",
+        "of all in the data": "4",
         "different prompts": "1",
         "tokens": "12",
         "trained tokens": "6",
@@ -122,7 +125,7 @@ def test_preview_shows_characters_whole_and_lets_none_act_on_the_terminal(
     )
     monkeypatch.setattr("loralib.bases.load_tokenizer", lambda name: smollm2[1])
     assert run("preview", tmp_path / "a.jsonl") == 0
-    shown = capsys.readouterr().out.split("\n")[1].replace("·", "")
+    shown = capsys.readouterr().out.split("\n")[3].replace("·", "")
     assert shown == "a\\t[\\x1b[2J\\r😀\\u202e<|im_end|>]"
 
 
@@ -141,7 +144,7 @@ def test_preview_draws_and_reads_as_training_does(
     shown = [line.split(" ")[1] for line in capsys.readouterr().out.split("\n") if "tokens, " in line]
     assert shown == [f"{text.source}:" for text in drawn.texts]
     assert run("preview", tmp_path / "b.txt", "--max_samples", "0", "--count", "0") == 0
-    assert capsys.readouterr().out.split()[:2] == ["examples", "40"]
+    assert capsys.readouterr().out.split("\n\n")[1].split()[:2] == ["examples", "40"]
 
 
 @pytest.mark.usefixtures("letters")
@@ -149,7 +152,7 @@ def test_preview_of_several_weighted_files(tmp_path: Path, capsys: pytest.Captur
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("".join(f"{i}||x\n" for i in range(4)), encoding="utf-8")
     assert run("preview", f"{tmp_path / 'one.txt'}:2", f"{tmp_path / 'two.txt'}:0.5", "--count", 0) == 0
-    assert capsys.readouterr().out.split()[:2] == ["examples", "10"]
+    assert capsys.readouterr().out.split("\n\n")[1].split()[:2] == ["examples", "10"]
 
 
 def test_mistakes_exit_with_2_before_a_model_is_loaded(
@@ -176,6 +179,24 @@ def test_convert_writes_text_or_ids(tmp_path: Path, vocabulary: Path) -> None:
     for source in ("a.txt", "a.jsonl"):  # published or formatted
         assert run("convert", tmp_path / source, tmp_path / "b", "--vocab", vocabulary, "--add_bos", "--add-eos") == 0
         assert (tmp_path / "b").read_bytes() == b'{"context": [4, 6], "completion": [3, 3, 3, 2, 0, 6]}\n'
+
+
+def test_convert_takes_published_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    assert run("convert", tmp_path / "a.csv", tmp_path / "a.jsonl") == 2
+    assert "a.csv is csv, expected E2E, DART, WebNLG" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("letters")
+def test_preview_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("frage;antwort;id\nWo?;Da.;1\n", encoding="utf-8")
+    assert run("preview", path, "--columns", "prompt=frage,completion=antwort") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{path}: prompt and completion, 1 example\n{path}: left out, ")
+    assert "W·o·?[D·a·.·<end>]" in shown
+    assert run("preview", path) == 2
+    assert "found 'frage', 'antwort', 'id', expected prompt and completion" in capsys.readouterr().err
 
 
 def test_what_is_read_is_not_written_over(

@@ -39,7 +39,9 @@ def load(path: Path) -> SimpleNamespace:
 
 
 WRITER = load(ROOT / "scripts" / "write_docs.py")
+RECORDER = load(ROOT / "scripts" / "record_session.py")
 FILES = WRITER.files()
+FIRST_HOUR = "docs/first-hour.md"
 GUIDES = {"en": "examples/NLG/RUN_DEMO.md", "vi": "docs/vi/RUN_DEMO.md"}
 SCRIPTS = {path.name: path for path in (ROOT / "examples" / "NLG").glob("*.py")}
 
@@ -96,7 +98,9 @@ def test_every_picture_is_shown() -> None:
     pictures = [ROOT / name for name in FILES if name.startswith("docs/img/")]
     assert pictures
     assert shown.issuperset(pictures)
-    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 200_000 for path in pictures)
+    starts = {".png": b"\x89PNG", ".svg": b"<svg "}
+    assert all(path.read_bytes().startswith(starts[path.suffix]) for path in pictures)
+    assert all(path.stat().st_size < 200_000 for path in pictures)
 
 
 def test_no_machine_s_paths() -> None:
@@ -132,9 +136,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -> 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory that looks like a checkout, as far as the README's relative paths go."""
+    """A current directory that looks like a checkout with a file of one's own, as far as the README's paths go."""
     data = Path("examples/NLG/data")
     shutil.copytree(ROOT / data, tmp_path / data)
+    RECORDER.own_file(tmp_path / "mine.jsonl")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -152,8 +157,8 @@ def test_readme_snippets_run(
     printed = capsys.readouterr().out
     assert "all-linear" in printed
     assert "28 of 28 tensors applied (base model checked)" in printed
-    assert len(names["result"].valid_losses) == 3
-    assert (checkout / "lora_model" / "adapter_config.json").is_file()
+    assert len(names["result"].losses) == names["result"].steps > 1
+    assert (checkout / "mine" / "adapter_config.json").is_file()
     assert (checkout / "my_adapter" / "adapter_model.safetensors").is_file()
     assert torch.load("lora.pt", weights_only=True).keys() == {"0.lora_A", "0.lora_B"}
 
@@ -161,10 +166,10 @@ def test_readme_snippets_run(
 def test_readme_s_command_lines_run(tiny: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [words for words in commands("README.md") if words[0] == "loralib"]
     assert lines
-    quick = ["--max_train_samples", "4", "--max_valid_samples", "2", "--num_epochs", "1"]
+    quick = {"train": ["--max_train_samples", "4", "--num_epochs", "1"], "generate": ["--max_new_tokens", "3"]}
     for _, command, *rest in lines:
-        assert main([command, *rest, "--model", str(tiny), *(quick if command == "train" else [])]) == 0
-    assert "Done: 1 updates" in capsys.readouterr().out
+        assert main([command, *rest, "--model", str(tiny), *quick.get(command, [])]) == 0
+    assert "Done: 1 update" in capsys.readouterr().out
 
 
 def test_readme_claims_only_what_tests_show() -> None:
@@ -188,7 +193,9 @@ def test_readme_names_the_pinned_peft() -> None:
 def commands(name: str) -> Iterator[list[str]]:
     """The command lines in a document's fenced blocks, as words; paths with forward slashes."""
     for language, content in blocks(name):
-        for line in content.splitlines():
+        # In a recording, what stands behind the prompt was typed, and all else was shown.
+        typed = [line[2:] for line in content.splitlines() if line.startswith("$ ")]
+        for line in typed or content.splitlines():
             if language in ("bash", "powershell") or re.match(r"(python3?|loralib|pip) ", line):
                 yield shlex.split(line.replace("\\", "/"))
 
@@ -220,7 +227,7 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"an unknown program: {program}")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reproduce.md", *GUIDES.values()])
+@pytest.mark.parametrize("name", ["README.md", FIRST_HOUR, "docs/reproduce.md", *GUIDES.values()])
 def test_commands_are_such(name: str) -> None:
     found = list(commands(name))
     assert found
@@ -234,6 +241,138 @@ def test_wrong_commands_are_found(capsys: pytest.CaptureFixture[str]) -> None:
             check_command(line.split())
     with pytest.raises(AssertionError):
         check_command(["make", "demo"])
+
+
+# Coming from PEFT.
+
+PEFT_PAGE = "docs/coming-from-peft.md"
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that PEFT made, of the rank that the page's has."""
+    import peft
+    import transformers
+
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny),
+        peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    directory = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_the_page_s_two_columns_compute_the_same(
+    tiny: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+    from peft import get_peft_model_state_dict
+
+    batch = {"input_ids": torch.arange(5, 17)[None]}
+    known = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    known |= {"get_peft_model_state_dict": get_peft_model_state_dict}
+    rows = tables(PEFT_PAGE)[0]
+    assert rows[0] == ["with PEFT", "with loralib"]
+    seen = []
+    for column in (0, 1):
+        place = tmp_path / str(column)
+        shutil.copytree(theirs, place / "theirs")
+        monkeypatch.chdir(place)
+        names: dict[str, Any] = {"base": str(tiny), "batch": batch, **known}
+        for row in rows[1:]:
+            exec(row[column].strip("`"), names)
+        seen.append(names)
+    for name in ("plain", "logits"):
+        assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
+    theirs_named = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in seen[0]["tensors"]}
+    assert theirs_named == set(seen[1]["tensors"])
+    with torch.no_grad():
+        assert torch.allclose(seen[0]["merged"](**batch).logits, seen[1]["model"](**batch).logits, atol=1e-5)
+    shown = capsys.readouterr().out
+    assert "trainable params:" in shown
+    assert "8 of 8 tensors applied" in shown
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_page_s_training_runs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 4, encoding="utf-8")
+    (code,) = (content for language, content in blocks(PEFT_PAGE) if language == "python")
+    names: dict[str, Any] = {"lora": lora, "base": str(tiny)}
+    exec(compile(code, PEFT_PAGE, "exec"), names)
+    assert names["result"].steps >= 1
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), "trained")
+
+
+def test_what_the_page_says_there_is_not_is_refused(tiny: Path) -> None:
+    model, _ = lora.load_base(tiny, dtype="fp32", device="cpu")
+    kinds: list[dict[str, Any]] = [{"use_dora": True}]
+    kinds += [{"init_lora_weights": start} for start in ("pissa", "olora", "corda", "loftq")]
+    for kind in kinds:
+        with pytest.raises(lora.LoraError):
+            lora.inject(model, lora.LoraConfig(target_modules="all-linear", **kind))
+
+
+# The recorded session.
+
+
+def test_the_first_hour_is_the_recorder_s_and_the_picture_too() -> None:
+    recorded = {
+        part: re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
+        for part, text in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", read(FIRST_HOUR), re.DOTALL)
+    }
+    assert list(recorded) == list(RECORDER.SESSION)
+    for part, steps in RECORDER.SESSION.items():
+        (screen,) = recorded[part]
+        shown = [line for line in screen.splitlines() if line.startswith("$ ")]
+        assert shown == [f"$ {step.command}" for step in steps]
+        assert "Traceback" not in screen
+    assert blocks(FIRST_HOUR) == blocks("docs/vi/first-hour.md")
+    assert len(re.findall("^#", prose(FIRST_HOUR), re.M)) == len(re.findall("^#", prose("docs/vi/first-hour.md"), re.M))
+    drawn = RECORDER.picture_of("\n\n".join(recorded[part][0] for part in RECORDER.IN_PICTURE))
+    assert read("docs/img/session.svg") == drawn
+
+
+def test_a_screen_shows_what_a_terminal_would() -> None:
+    assert RECORDER.screen_of("1%\r 50%\r100%\r\nab\b\x1b[Kc\r\n\x1b[1;32mgreen\x1b[0m") == "100%\nac\ngreen"
+    assert RECORDER.screen_of("one\r\ntwo\x1b[A\rONE") == "ONE\ntwo"
+
+
+# The site.
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    named = re.findall(r"^::: loralib\.(\w+)$", read("docs/reference.md"), re.MULTILINE)
+    assert sorted(named) == lora.__all__
+
+
+def test_links_between_pages_hold_on_the_site() -> None:
+    relinked = load(ROOT / "scripts" / "site_pages.py").relinked
+    known = {"index.md", "RUN_DEMO.md", "vi/RUN_DEMO.md", "engine.md", "img/loss.png"}
+    for page, link, expected in (
+        ("index.md", "[a](docs/engine.md#b)", "[a](engine.md#b)"),
+        ("index.md", "![a](docs/img/loss.png)", "![a](img/loss.png)"),
+        ("index.md", "[`inject`](loralib/injection.py)", "`inject`"),
+        ("index.md", '[a](tests/test_x.py "what it is")', "a"),
+        ("index.md", '[a](docs/engine.md "what it is")', '[a](engine.md "what it is")'),
+        ("vi/RUN_DEMO.md", "[a](../../examples/NLG/RUN_DEMO.md)", "[a](../RUN_DEMO.md)"),
+        ("engine.md", "[a](../README.md), [b](https://example.org)", "[a](index.md), [b](https://example.org)"),
+        ("RUN_DEMO.md", "[a](#here)", "[a](#here)"),
+    ):
+        assert relinked(link, page, known) == expected
+
+
+def test_examples_in_docstrings_are_fenced_for_the_site() -> None:
+    fenced = load(ROOT / "scripts" / "site_docstrings.py").fenced
+    text = "Adds.\n\n>>> f(1)\n2\n>>> f(\n...     2)\n3\n\nRaises:\n    ValueError: no.\n"
+    assert fenced(text) == text.replace(">>> f(1)", "```pycon\n>>> f(1)").replace("\n3\n", "\n3\n```\n")
 
 
 # The guides.
@@ -286,7 +425,7 @@ def test_blocks_for_powershell_and_bash_say_the_same(name: str) -> None:
         assert windows.replace("\\", "/") == unix
 
 
-@pytest.mark.parametrize("name", ["README.md", GUIDES["en"]])
+@pytest.mark.parametrize("name", [FIRST_HOUR, GUIDES["en"]])
 def test_shown_counts_are_those_of_the_default_run(name: str, smollm2: tuple[Any, Any]) -> None:
     model = copy.deepcopy(smollm2[0])
     report = lora.inject(model, lora.TrainConfig().lora_config())
@@ -353,12 +492,13 @@ def printable() -> tuple[set[str], re.Pattern[str]]:
     return texts, re.compile("|".join(patterns))
 
 
-@pytest.mark.parametrize("name", ["README.md", GUIDES["en"]])
+@pytest.mark.parametrize("name", [FIRST_HOUR, GUIDES["en"]])
 def test_shown_output_is_what_the_code_prints(name: str) -> None:
     texts, patterns = printable()
-    shown = [content for _, content in blocks(name) if re.match("Loading|Switching", content)]
+    shown = [content for _, content in blocks(name) if re.match(r"Loading|Switching|\$ loralib train", content)]
     assert shown
     lines = [line for content in shown for line in content.splitlines() if line.strip()]
+    lines = [line for line in lines if not re.match(r"\$ |training: +\d+%\||\(exit code", line)]
     of_data = re.compile(r"name : .*| {13}.*|[- ]+|  \w+ \(\d+ ms\) .*")  # prompts, wrapped text, rules, switching
     # Labels of files and table rows are strings of their own, and a line's last part may be an f-string of its own.
     label = re.compile(r"(?:: (?=\S+ \([\d.]+ MB\)$)|  +).*")

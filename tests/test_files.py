@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from loralib.files import (
     free_memory,
     hold_directory,
     hold_file,
+    hold_output,
     remove_file,
     resume_lines,
     write_json,
@@ -231,3 +233,43 @@ def test_a_containers_memory_limit_counts(tmp_path: Path, version: int) -> None:
     assert _left_of_limit(tmp_path) == 450
     (tmp_path / names[0]).write_text("max\n", encoding="ascii")
     assert _left_of_limit(tmp_path) == float("inf")
+
+
+# What Windows does.
+
+
+def test_a_lock_that_passes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.replace, list[int]()
+
+    def busy(source: Any, target: Any) -> None:
+        calls.append(1)
+        if len(calls) < 4:
+            error = PermissionError(errno.EACCES, "being used by another process")
+            error.winerror = 32  # type: ignore[attr-defined]
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr("loralib.files.time.sleep", lambda _: None)
+    write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "x"
+    assert len(calls) == 4
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "never yours")))
+    with pytest.raises(OutputError, match="Choose a directory that you may write to"):
+        write_text(tmp_path / "b", "x")
+
+
+def test_too_long_a_path_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"its path of \d+ characters is too long"):
+        write_text(tmp_path / ("x" * 300) / "a", "x")
+
+
+def test_a_held_output_leaves_no_empty_directories(tmp_path: Path) -> None:
+    with pytest.raises(DataError), hold_output(tmp_path / "a" / "b", is_directory=True):
+        raise DataError("whatever happens")
+    with pytest.raises(DataError), hold_output(tmp_path / "a" / "b.gguf", is_directory=False):
+        raise DataError("whatever happens")
+    assert not list(tmp_path.iterdir())
+    with hold_output(tmp_path / "a" / "b", is_directory=True):
+        write_text(tmp_path / "a" / "b" / "c", "x")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c"]

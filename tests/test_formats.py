@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loralib as lora
@@ -195,6 +195,31 @@ def test_the_name_of_the_base_goes_along(tmp_path: Path) -> None:
     assert lora.read_adapter(tmp_path).config.base_model_name_or_path == "some/base"
 
 
+def test_a_revision_of_the_base_goes_where_peft_reads_it(tmp_path: Path) -> None:
+    lora.save_adapter(trained(config=CONFIG.replace(base_model_name_or_path="some/base@v2")), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/base", "v2")
+    assert lora.read_adapter(tmp_path).config.base_model_name_or_path == "some/base@v2"
+
+
+def test_other_tools_read_the_name_that_our_base_has_on_the_hub(tmp_path: Path) -> None:
+    ours, original = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    lora.save_adapter(trained(config=CONFIG.replace(base_model_name_or_path=ours)), tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == original
+    adapter = lora.read_adapter(tmp_path / "a")
+    assert adapter.config.base_model_name_or_path == ours  # which we load without a hub, as it was in training
+    assert list(adapter.metadata) == ["loralib.base"]
+    rounded = net()
+    with torch.no_grad():
+        rounded[0].weight.mul_(1.1)
+    rounded.name_or_path = original
+    assert "one of the two in 4 bits" in str(lora.load_adapter(rounded, tmp_path / "a"))
+    rounded.name_or_path = "some/other"
+    with pytest.raises(BaseMismatchError):
+        lora.load_adapter(rounded, tmp_path / "a")
+
+
 # Pickles.
 
 
@@ -343,3 +368,50 @@ def test_a_file_that_memory_has_no_room_for_is_not_read(tmp_path: Path, monkeypa
     monkeypatch.setattr(tensors, "free_memory", lambda: 50.0)
     with pytest.raises(AdapterError, match="104 bytes, more than there is memory for"):
         tensors.read_bytes(path, lambda data: pytest.fail("it was read"))
+
+
+# Other tools' adapters.
+
+FOREIGN = {
+    "kohya": (["lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight", "lora_te_q.alpha"], "kohya's format"),
+    "diffusers": (["unet.down.attn.to_q.lora.down.weight", "unet.down.attn.to_q.lora.up.weight"], "diffusers' format"),
+    "diffusers, as PEFT": (["transformer.blocks.0.to_q.lora_A.weight"], "diffusers' format"),
+    "lycoris": (["lora_unet_mid.hada_w1_a"], "LyCORIS"),
+    "PEFT": (
+        ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"],
+        "beside its adapter_config.json",
+    ),
+    "a model": (["0.weight", "0.bias"], "it holds no LoRA tensors"),
+}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_tools_files_are_called_by_their_names(kind: str, form: str, tmp_path: Path) -> None:
+    names, expected = FOREIGN[kind]
+    values = {name: torch.ones(2, 2) for name in names}
+    path = tmp_path / f"file.{form}"
+    if form == "pickle":
+        torch.save(values, path)
+    else:
+        save_file(values, path)
+    for config in (None, CONFIG):
+        with pytest.raises(AdapterError, match=expected) as caught:
+            lora.read_adapter(path, config=config)
+        assert "Microsoft" not in str(caught.value)
+
+
+def test_names_from_compiled_and_sharded_models_are_read(saved: Path) -> None:
+    X = torch.ones(1, 6)
+    model = net()
+    lora.load_adapter(model, saved)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    for prefix in (
+        "_orig_mod.base_model.model.",
+        "base_model.model._orig_mod.",
+        "base_model.model._fsdp_wrapped_module.",
+    ):
+        names = {name.replace("base_model.model.", prefix): tensor for name, tensor in tensors.items()}
+        save_file(names, saved / "adapter_model.safetensors", {"format": "pt"})
+        lora.load_adapter(other := net(), saved)
+        assert torch.equal(other(X), model(X))

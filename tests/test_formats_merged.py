@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 import loralib as lora
-from loralib.adapter import Adapter, adapter_of
+from loralib.adapter import Adapter, adapter_of, apply_adapter
 from loralib.config import LoraConfig
 from loralib.errors import AdapterError, BaseMismatchError, MergeError, OutputError, TargetError
-from loralib.formats import merge_and_compare, merge_into, read_adapter, save_merged
+from loralib.formats import MergeReport, merge_and_compare, merge_into, read_adapter, save_merged
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -154,14 +154,82 @@ def test_rounding_that_adds_up_is_expected() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
-def test_more_than_rounding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loralib.formats import merged as module
-
-    right = module.add_delta
-    monkeypatch.setattr(module, "add_delta", lambda weight, delta: right(weight, delta * 1.1))
-    report = merge_and_compare(qwen2(), adapter_of(adapted(qwen2())), [IDS], torch.bfloat16)
+def test_more_than_rounding_is_seen() -> None:
+    report = MergeReport(1.0, 0.1, 0.1, 0.01, torch.bfloat16, 4)
     assert not report.as_expected
     assert "MORE than rounding" in str(report)
+
+
+def test_a_weight_that_is_not_what_the_file_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loralib import layers
+    from loralib.formats import merged as module
+
+    base, adapter = qwen2(), adapter_of(adapted(qwen2(), modules_to_save=["norm"]))
+    right = module.add_delta
+    changed = {**adapter.tensors, "model.norm.weight": torch.full_like(adapter.tensors["model.norm.weight"], 2)}
+    other = Adapter(adapter.config, changed, adapter.metadata)
+    factors = r"q_proj.weight: is not the base weight and the adapter's update"
+    for place, name, wrong, expected in (
+        (module, "add_delta", lambda weight, delta: right(weight, delta * 1.001), factors),
+        (module, "add_delta", lambda weight, delta: weight, factors),
+        # Also where the layers compute the same wrong thing, so that logits would agree with them.
+        (layers.LoRALinear, "delta_weight", lambda layer: torch.zeros_like(layer.base_weight), factors),
+        (
+            module,
+            "apply_adapter",
+            lambda model, _, **more: apply_adapter(model, adapter, **more),
+            "norm.weight: is not the",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, wrong)
+            with pytest.raises(MergeError, match=expected):
+                merge_into(base, other)
+    assert merge_into(base, adapter) == 14
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SIZES | more))).eval()
+
+
+@pytest.mark.filterwarnings("default")  # PEFT's, about biases
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (qwen2, ["q_proj", "v_proj"]),  # which have biases
+        (llama, ["q_proj", "down_proj"]),  # which get them, as all projections of attention and MLP do
+        (gpt2, ["c_attn", "c_fc"]),
+    ],
+)
+def test_biases_of_B_become_biases_of_the_layers(make: Any, targets: list[str], tmp_path: Path) -> None:
+    from peft import LoraConfig as Config
+    from peft import get_peft_model
+
+    base = make()
+    config = Config(r=2, lora_alpha=6, lora_bias=True, target_modules=targets, fan_in_fan_out=make is gpt2)
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.rand_like(parameter) * 0.1)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(TargetError, match="`loralib merge DIRECTORY MERGED --base BASE` writes a model that has them"):
+        lora.load_adapter(base, tmp_path / "adapter")
+    merge_and_compare(base, read_adapter(tmp_path / "adapter"), [IDS], torch.float32)
+    save_merged(base, tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_biases_without_a_place_are_refused(tmp_path: Path) -> None:
+    adapter = adapter_of(adapted(qwen2(), target_modules=["down_proj"]))
+    biases = {f"{name}.lora_B.bias": torch.ones(16) for name in adapter.modules}
+    wide = Adapter(adapter.config.replace(lora_bias=True), {**adapter.tensors, **biases}, adapter.metadata)
+    with pytest.raises(
+        MergeError, match=r"(?s)down_proj: Qwen2ForCausalLM has no bias there.*PeftModel.from_pretrained"
+    ):
+        merge_into(qwen2(), wide)
 
 
 @pytest.mark.parametrize("make", [qwen2, gpt2])
@@ -239,3 +307,27 @@ def test_directories_that_cannot_hold_a_model(tmp_path: Path) -> None:
         save_merged(qwen2(), tmp_path / "file")
     with pytest.raises(AdapterError, match="is not a transformers model"):
         save_merged(nn.Linear(2, 2), tmp_path / "plain")
+
+
+def test_weights_of_the_base_in_the_file_do_not_stop_a_merge() -> None:
+    base, adapter = qwen2(), adapter_of(adapted(qwen2(), target_modules=["q_proj"]))
+    name = "model.layers.0.mlp.up_proj.weight"
+    own = base.state_dict()[name]
+    for tensor, allowed in ((own.bfloat16(), False), (own + 1, True)):
+        more = Adapter(adapter.config, {**adapter.tensors, name: tensor}, adapter.metadata)
+        model = copy.deepcopy(base)
+        merge_into(model, more, allow_base_mismatch=allowed)
+        assert torch.equal(model.state_dict()[name], own)
+
+
+def test_convolutions_and_attention_modules_merge() -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict(
+        {"conv": nn.Conv2d(4, 6, (3, 2)), "mha": nn.MultiheadAttention(8, 2), "table": nn.Embedding(5, 4)}
+    )
+    model = adapted(base, r=2, target_modules=["conv", "mha", "table"])
+    X, Y, Z = torch.randn(1, 4, 5, 5), torch.randn(3, 1, 8), torch.arange(5)
+    assert merge_into(base, adapter_of(model)) == 4
+    torch.testing.assert_close(base["conv"](X), model["conv"](X))
+    torch.testing.assert_close(base["mha"](Y, Y, Y)[0], model["mha"](Y, Y, Y)[0])
+    torch.testing.assert_close(base["table"](Z), model["table"](Z))

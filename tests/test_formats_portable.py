@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from hypothesis import given, settings
@@ -48,6 +49,24 @@ def gpt2() -> Any:
     ).eval()
 
 
+def tiny(kind: str, **more: Any) -> Any:
+    """A causal language model of a kind, on no device: only names and shapes count."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, "tie_word_embeddings": False, **more})
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def classifier(kind: str) -> Any:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
 def adapter_on(base: nn.Module, seed: int = 0, **more: Any) -> Adapter:
     model = copy.deepcopy(base)
     lora.inject(model, LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"], **more}))
@@ -73,7 +92,23 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ),
     ("mlx", lambda: llama(tie_word_embeddings=True), {"target_modules": ["lm_head", "q_proj"]}, "shares its weight"),
     ("vllm", lambda: llama(tie_word_embeddings=True), {"target_modules": ["embed_tokens"]}, "shares its weight"),
-    ("vllm", gpt2, {"target_modules": ["c_attn"]}, "no adapters on GPT-2"),
+    ("vllm", gpt2, {"target_modules": ["c_attn"]}, "no adapters on GPT2LMHeadModel"),
+    ("vllm", lambda: tiny("Olmo"), {}, "no adapters on OlmoForCausalLM"),
+    ("vllm", lambda: tiny("Bloom"), {"target_modules": ["query_key_value"]}, "no adapters on BloomForCausalLM"),
+    ("vllm", lambda: tiny("Falcon"), {"target_modules": ["query_key_value"]}, "no adapters on FalconForCausalLM"),
+    ("vllm", lambda: tiny("GPTJ", n_embd=16, n_layer=1, n_head=2, rotary_dim=4), {}, "no adapters on GPTJForCausalLM"),
+    (
+        "vllm",
+        lambda: tiny("Qwen2"),
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        "model.embed_tokens: vLLM loads no",
+    ),
+    ("vllm", lambda: tiny("Qwen2"), {"target_modules": ["lm_head"]}, "lm_head: vLLM loads no adapters of the head of"),
+    ("vllm", lambda: tiny("Mistral"), {"target_modules": ["embed_tokens"]}, "of embeddings of MistralForCausalLM"),
+    ("vllm", lambda: tiny("Olmo2"), {"target_modules": ["lm_head"]}, "of the head of Olmo2ForCausalLM"),
+    ("vllm", llama, {"modules_to_save": ["norm"]}, "only the head of a classifier"),
+    ("vllm", llama, {"modules_to_save": ["lm_head", "norm"]}, "only the head of a classifier"),
+    ("llamacpp", lambda: classifier("Llama"), {"modules_to_save": ["score"]}, r"modules_to_save \['score'\]"),
     ("llamacpp", gpt2, {"target_modules": ["wpe", "c_attn"]}, "transformer.wpe: llama.cpp applies no adapters there"),
     ("llamacpp", gpt2, {"target_modules": ["wte"]}, "transformer.wte shares its weight with lm_head"),
     ("peft", llama, {"lora_bias": True}, "lora_bias"),
@@ -101,6 +136,28 @@ def test_ordinary_configs_are_welcome(target: str) -> None:
     # Only names and shapes count, so the weights need not be there.
     with torch.device("meta"):
         check_portable(LoraConfig(target_modules=["q_proj"]), llama(tie_word_embeddings=True), target)
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        (lambda: tiny("Qwen2"), {}),
+        (lambda: tiny("Qwen3"), {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        (lambda: tiny("Phi3"), {"target_modules": ["qkv_proj", "lm_head"]}),
+        (lambda: tiny("Cohere"), {"target_modules": ["q_proj", "embed_tokens"]}),
+        (lambda: classifier("Qwen2"), {"modules_to_save": ["score"]}),
+    ],
+)
+def test_what_vllm_loads_is_not_refused(base: Any, config: dict[str, Any]) -> None:
+    check_portable(LoraConfig(**{"target_modules": ["q_proj"], **config}), base(), "vllm")
+
+
+def test_a_classifiers_head_goes_to_vllm_under_the_name_that_it_reads(tmp_path: Path) -> None:
+    model = classifier("Qwen2")
+    adapter = adapter_on(model, modules_to_save=["score"], task_type="SEQ_CLS")
+    export(make_portable(adapter, "vllm", model), "vllm", tmp_path, model)
+    names = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(names["base_model.model.score.weight"], adapter.tensors["score.weight"])
 
 
 def test_unknown_things_are_named() -> None:

@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from loralib.config import LoraConfig
+from loralib.engine.causal import require_causal
 from loralib.engine.frozen_linear import prepacked_overrides
 from loralib.engine.placement import Hold, overriding
 from loralib.errors import ConfigError, DataError
@@ -596,6 +597,8 @@ class Fixed(nn.Module):
         self.probabilities = probabilities
         self.anchor = nn.Parameter(torch.zeros(()))
         self.computed: list[tuple[int, ...]] = []
+        require_causal(self)  # so that its trial is not counted
+        self.computed.clear()
 
     def forward(self, ids: torch.Tensor) -> Any:
         logits = torch.zeros(*ids.shape, 4)

@@ -18,8 +18,6 @@ import transformers
 import loralib as lora
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
-from loralib.data.readers import Example
-from loralib.data.tokens import render_chat
 from loralib.files import hold_file
 
 TINY = ["--model", "scratch-32x1-seed0", "--max_new_tokens", "4"]
@@ -27,7 +25,7 @@ E2E = Path(__file__).resolve().parent.parent / "examples" / "NLG" / "data" / "e2
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,18 @@ def test_prompts_on_the_command_line_and_from_standard_input(
 def test_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert main(["generate", *TINY]) == 2
-    assert "standard input is not utf-8 text" in capsys.readouterr().err
+    assert "standard input is not UTF-8 text: invalid continuation byte at byte 3." in capsys.readouterr().err
+
+
+def test_only_line_feeds_separate_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text from the web or a PDF holds other separators, and Windows another code page and a byte-order mark."""
+    lines = ["first\u2028part\x85of\x0bone\x0cprompt\x1c\x1d\x1e\u2029.", "Tiếng Việt"]
+    piped = io.BytesIO("\ufeff{}\r\n\r\n{}".format(*lines).encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="cp1252"))
+    assert main(["generate", *TINY, "--output", str(tmp_path / "texts.jsonl")]) == 0
+    assert [text["prompt"] for text in lines_of(tmp_path / "texts.jsonl")] == lines
 
 
 @pytest.mark.parametrize("watched", [True, False], ids=["terminal", "pipe"])
@@ -193,8 +202,9 @@ def test_a_chat_is_continued_where_its_last_answer_began(tmp_path: Path, tiny: P
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where is it?"), ("assistant", "There.")]
     text = text_for_chat(tmp_path, tiny, turns)
     model, tokenizer = lora.load_base(str(tiny), dtype="fp32")
-    pieces = render_chat(Example(messages=tuple(turns)), tokenizer)
-    ids = tokenizer("".join(text for text, _ in pieces[:-1]), add_special_tokens=False)["input_ids"]
+    asked = [{"role": role, "content": content} for role, content in turns[:-1]]
+    text_before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text_before, add_special_tokens=False)["input_ids"]
     [expected] = lora.generate(model, tokenizer, [ids], max_new_tokens=6)
     assert text == expected.text
 

@@ -63,19 +63,25 @@ def tiny_adapter(load_file: Callable[[Path], ModuleType], tmp_path_factory: pyte
 # What it does.
 
 
-def test_the_flags_of_the_guide_and_their_defaults() -> None:
-    config = lora.TrainConfig()
+def test_the_flags_of_the_guide_and_their_defaults(load_file: Callable[[Path], ModuleType]) -> None:
+    config = lora.TrainConfig(**load_file(NLG / "run_training.py").DEFAULTS)
     assert (config.num_epochs, config.batch_size, config.rank, config.lr, config.seq_len) == (2, 4, 16, 1e-4, 64)
     assert (config.max_train_samples, config.max_valid_samples, config.output_dir) == (100, 64, "lora_model")
     assert (config.alpha, config.target_modules, config.model) == (32, "all-linear", "smollm2-135m")
+
+
+def test_a_run_on_ones_own_data_has_defaults_for_it() -> None:
+    config = lora.TrainConfig()
+    assert (config.max_train_samples, config.seq_len, config.lr, config.valid_fraction) == (0, None, None, None)
+    assert config == lora.TrainConfig(seq_len="auto", lr="auto", warmup_steps="auto")  # type: ignore[arg-type]
 
 
 def test_training_tells_what_a_learner_wants_to_see(run: Run, tmp_path: Path) -> None:
     code, out, err = run("run_training", *TINY)
     assert code == 0, err
     for line in (
-        r"Loaded 8 training examples",
-        r"Loaded 4 validation examples",
+        r"Loaded 8 of [\d,]+ training examples",
+        r"Loaded 4 of [\d,]+ validation examples",
         r"Total +[\d,]+ +100.00%",
         r"Trainable +[\d,]+ +\d+\.\d\d%",
         r"Frozen +[\d,]+ +\d+\.\d\d%",
@@ -240,7 +246,7 @@ def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None
     )
     code, out, err = run("run_training", *TINY, "--num_epochs", "1", "--config", "good.toml")
     assert code == 0, err
-    assert "LoRA on c_attn (1 modules)" in out
+    assert "LoRA on c_attn (1 module)" in out
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii"])

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loralib as lora
@@ -472,3 +472,74 @@ def test_an_adapter_on_a_part_of_a_model_keeps_its_scaling(tmp_path: Path) -> No
         parameter.requires_grad_(False)
     lora.save_adapter(model, tmp_path)
     assert_close(logits(model, IDS), logits(load_in_peft(llama(), tmp_path), IDS), base)
+
+
+# Names of modules from before transformers 5.
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=2, **sizes)
+    return hf.MixtralForCausalLM(config).eval()
+
+
+def old_adapter(directory: Path, modules: dict[str, tuple[int, int]], **more: Any) -> dict[str, Tensor]:
+    """Writes an adapter of rank 2 and lora_alpha 4 for modules of these sizes (out, in); returns their updates."""
+    generator = torch.Generator().manual_seed(1)
+    tensors, updates = dict[str, Tensor](), dict[str, Tensor]()
+    for name, (rows, columns) in modules.items():
+        A, B = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+        tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
+        updates[name] = 2 * B @ A
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    leaves = sorted({name.rpartition(".")[2] for name in modules})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": leaves,
+        **more,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return updates
+
+
+@pytest.mark.filterwarnings("default")
+def test_experts_that_were_modules_are_refused_with_a_way_that_works(tmp_path: Path) -> None:
+    prefix = "model.layers.0."
+    sizes = {f"{prefix}self_attn.q_proj": (16, 16)}
+    for expert in range(2):
+        path = f"{prefix}block_sparse_moe.experts.{expert}"
+        sizes |= {f"{path}.w1": (24, 16), f"{path}.w3": (24, 16), f"{path}.w2": (16, 24)}
+    updates = old_adapter(tmp_path / "old", sizes)
+    with pytest.raises(AdapterError, match=r"(?s)experts of MixtralForCausalLM were modules.*merge_and_unload"):
+        lora.load_adapter(mixtral(), tmp_path / "old")
+    wanted = mixtral()
+    layer = wanted.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight += updates[f"{prefix}self_attn.q_proj"]
+        for expert in range(2):
+            path = f"{prefix}block_sparse_moe.experts.{expert}"
+            layer.mlp.experts.gate_up_proj[expert] += torch.cat([updates[f"{path}.w1"], updates[f"{path}.w3"]])
+            layer.mlp.experts.down_proj[expert] += updates[f"{path}.w2"]
+        theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path / "old").merge_and_unload().eval()
+        ids = torch.arange(3, 13)[None]
+        torch.testing.assert_close(theirs(ids).logits, wanted(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_renamed_modules_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loralib.formats import old_names
+
+    monkeypatch.setattr(old_names, "_renamings", lambda _: [(r"\.attention\.", ".self_attn.")])
+    name = "model.layers.0.attention.q_proj"
+    pattern = {"attention.q_proj": 8}  # keyed by the old name too
+    updates = old_adapter(tmp_path / "old", {name: (16, 16)}, alpha_pattern=pattern)
+    model, wanted = mixtral(), mixtral()
+    lora.load_adapter(model, tmp_path / "old")
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        wanted.model.layers[0].self_attn.q_proj.weight += 2 * updates[name]
+        torch.testing.assert_close(model(ids).logits, wanted(ids).logits, rtol=0, atol=1e-4)

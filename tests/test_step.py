@@ -287,7 +287,7 @@ def forgets_positions():
 class Leaks(transformers.LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
-        self.model.norm.register_forward_hook(lambda module, args, out: out + 0.01 * out.mean(1, keepdim=True))
+        self.model.norm.register_forward_hook(lambda module, args, out: out + 0.01 * out.cumsum(1))
 
 
 def opt():  # its forward reaches into the body
@@ -362,9 +362,8 @@ def test_any_module_that_returns_logits_trains_padded(wrap):
 
 
 def test_a_module_without_logits_is_refused():
-    step = make_step(nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Flatten()))
     with pytest.raises(UnsupportedModelError, match="the model returns Tensor, expected logits of shape"):
-        step.loss(random_batch(0, [3]))
+        make_step(nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Flatten()))
 
 
 def test_the_models_own_attention_is_back_after_a_step():

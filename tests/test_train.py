@@ -32,6 +32,7 @@ from loralib.data import Example, TokenExample
 from loralib.data.packing import epoch_order
 from loralib.engine.frozen_linear import can_prepack
 from loralib.formats.tensors import read_safetensors, write_safetensors
+from loralib.injection import adapted_layers
 from loralib.training import report, run_directory, trainer
 from loralib.training.memory import memory_estimate
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
@@ -94,6 +95,7 @@ def copying_examples(count: int = 24, seed: int = 0) -> list[TokenExample]:
 def settings(tmp_path: Path, **changes: Any) -> lora.TrainConfig:
     values: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"), "lora_dim": 4, "lr": 5e-3, "batch_size": 6, "num_epochs": 3,
+        "warmup_steps": 0, "keep_checkpoints": 2,
     }  # fmt: skip
     return lora.TrainConfig(**(values | changes))
 
@@ -121,7 +123,7 @@ def test_training_learns_and_leaves_everything_a_user_needs(tmp_path: Path) -> N
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "metrics.jsonl", "loss.png",
-        "README.md", "checkpoints", "best",
+        "README.md", "checkpoints", "best", "run.toml",
     }  # fmt: skip
     fresh = tiny_model()
     print(lora.load_adapter(fresh, result.output_dir))
@@ -279,7 +281,7 @@ def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
 def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     tmp_path: Path, smollm2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(tmp_path, num_epochs=1)
+    config = settings(tmp_path, num_epochs=1, seq_len=64)
     with pytest.raises(errors.DataError, match="training data holds TokenExample and dict, expected Example"):
         lora.train(tiny_model(), [copying_examples()[0], {"prompt": "a", "completion": "b"}], config)  # type: ignore[list-item]
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -288,7 +290,7 @@ def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(smollm2[1]), **sizes))
     texts = [Example.of("name : X\n", "X it is."), Example.of("name : Y\n", "Y " * 100)]
     lora.train(model, texts, config, tokenizer=smollm2[1])
-    assert "Loaded 1 training examples (dropped 1 example: 1 longer than seq_len)" in capsys.readouterr().out
+    assert "Loaded 1 of 2 training examples (dropped 1 example: 1 longer than seq_len)" in capsys.readouterr().out
 
 
 def test_plain_text_trains_where_it_is_asked_for(tmp_path: Path, smollm2: Any) -> None:
@@ -316,8 +318,18 @@ def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsy
     ):
         lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == first_line
-        starts = ["parameters", "Total", "Trainable", "Frozen", "Memory", "Epoch 1", "Done: 4 updates", "Adapter: "]
+        assert lines[0] == "Loaded 24 of 24 training examples"
+        starts = [
+            first_line,
+            "parameters",
+            "Total",
+            "Trainable",
+            "Frozen",
+            "Memory",
+            "Epoch 1",
+            "Done: 4 updates",
+            "Adapter: ",
+        ]
         places = [next(place for place, line in enumerate(lines) if line.startswith(start)) for start in starts]
         assert places == sorted(places)
 
@@ -638,7 +650,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path,
     def hook(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 12:
-            for _ in range(2 if name == "SIGHUP" else 1):  # the shell passes it on
+            for _ in range(1 if name == "SIGINT" else 2):  # a shell, or what runs a container, passes it on
                 signal.raise_signal(getattr(signal, name))
 
     model.model.layers[1].mlp.register_forward_hook(hook)
@@ -692,16 +704,39 @@ def test_an_unfinished_run_is_not_buried_by_mistake(tmp_path: Path) -> None:
     assert train(config.replace(overwrite=True)).steps == 8
 
 
-def test_resuming_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(errors.TrainingError, match="no checkpoint to resume from"):
-        train(settings(tmp_path, resume=True))
+def test_the_same_flags_start_a_run_and_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A restarted container passes --resume every time: before there is anything, and after the end."""
+    config = settings(tmp_path, resume=True, num_epochs=1, keep_checkpoints=0)
+    first = train(config)
+    assert (first.steps, (tmp_path / "run" / "checkpoints").exists()) == (4, False)
+    whole, model = kept(first.output_dir), tiny_model()
+    again = lora.train(model, copying_examples(), config, valid_data=copying_examples(6, seed=1))
+    assert "is finished: 4 updates" in capsys.readouterr().out
+    assert (again.steps, again.losses, again.best) == (4, [], first.best)
+    assert kept(first.output_dir) == whole
+    assert adapted_layers(model), "the model has its adapter all the same"
+    with pytest.raises(errors.TrainingError, match=r"(?s)other settings.*lr: 0.005 then, 0.01 now"):
+        train(config.replace(lr=0.01))
 
 
-def test_a_finished_run_goes_on_with_more_epochs_only_if_it_is_the_same_run(tmp_path: Path) -> None:
-    config = settings(tmp_path, num_epochs=1)
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_finished_run_goes_on_with_more_epochs_only_if_it_is_the_same_run(tmp_path: Path, keep: int) -> None:
+    config = settings(tmp_path, num_epochs=1, keep_checkpoints=keep)
     train(config)
-    with pytest.raises(errors.TrainingError, match="num_epochs: 1 then, 2 now"):
+    with pytest.raises(errors.TrainingError, match=r"(?s)num_epochs: 1 then, 2 now.*--from_adapter DIR"):
         train(config.replace(resume=True, num_epochs=2))
+
+
+def test_a_run_at_a_constant_rate_goes_on_with_more_epochs_to_the_same_bytes(tmp_path: Path) -> None:
+    config = settings(tmp_path, num_epochs=2, schedule="constant")
+    whole = kept(train(config).output_dir)["adapter"]
+    shorter = config.replace(output_dir=str(tmp_path / "longer"), num_epochs=1)
+    train(shorter)
+    longer = shorter.replace(num_epochs=2, resume=True)
+    assert kept(train(longer).output_dir)["adapter"] == whole
+    train(longer.replace(overwrite=True, resume=False, keep_checkpoints=0, num_epochs=1))
+    with pytest.raises(errors.TrainingError, match="num_epochs: 1 then, 2 now"):  # what it would go on from is gone
+        train(longer)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])

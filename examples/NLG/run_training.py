@@ -17,7 +17,19 @@ from pathlib import Path
 from loralib.cli import add_fields, from_args, run_command
 
 DATA = Path(__file__).resolve().parent / "data" / "e2e"
-DEFAULTS = {"train_data": str(DATA / "train.txt"), "valid_data": str(DATA / "valid.txt")}
+# A first run of a minute: a sample of the data, in small steps.  `loralib train` has defaults for data of one's own.
+DEFAULTS = {
+    "train_data": str(DATA / "train.txt"),
+    "valid_data": str(DATA / "valid.txt"),
+    "max_train_samples": 100,
+    "max_valid_samples": 64,
+    "seq_len": 64,
+    "num_epochs": 2,
+    "batch_size": 4,
+    "lr": 1e-4,
+    "loraplus_lr_ratio": 16.0,
+    "warmup_steps": 0,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from .adapted import base_of, load_adapted
+from .adapted import base_of, load_adapted, save_tokenizer, trained_on_chats
 from .device import pick_device, pick_dtype
-from .loading import DEFAULT_BASE, load_base, load_tokenizer
+from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
 
 __all__ = [
     "DEFAULT_BASE",
     "base_of",
     "load_adapted",
+    "load_adapters_tokenizer",
     "load_base",
     "load_tokenizer",
     "pick_device",
     "pick_dtype",
+    "resize_tables_for",
+    "save_tokenizer",
+    "trained_on_chats",
 ]

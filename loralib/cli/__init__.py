@@ -18,7 +18,7 @@ from ..console import ensure_safe, say, table
 from ..errors import LoraError, did_you_mean
 from ._flags import Parser, add_fields, from_args
 
-__all__ = ["COMMANDS", "add_fields", "from_args", "main", "run_command"]
+__all__ = ["COMMANDS", "add_fields", "from_args", "main", "parser_of", "run_command"]
 
 COMMANDS = {
     "train": "train an adapter",
@@ -31,7 +31,21 @@ COMMANDS = {
     "convert": "convert an adapter to another format",
     "merge": "write base model and adapter as one model",
     "combine": "combine several adapters into one",
+    "completion": "let the Tab key complete commands and flags",
+    "export-base": "write a base model for tools without a hub",
 }
+
+_HELP = f"""\
+usage: loralib COMMAND [options]
+
+Train LoRA adapters for language models, and use them.
+
+{table([(f"  {name}", about) for name, about in COMMANDS.items()])}
+
+  loralib train --train_data mine.jsonl                train on a file of yours
+  loralib chat --adapter lora_model                    talk to the result
+
+Each command explains its flags: loralib COMMAND --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ensure_safe()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        say("usage: loralib COMMAND [options]      (see loralib COMMAND --help)\n")
-        say(table([(f"  {name}", about) for name, about in COMMANDS.items()]))
+        say(_HELP)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         from .. import __version__
@@ -52,7 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"loralib: there is no command {command!r}.{did_you_mean(command, COMMANDS)}", file=sys.stderr)
         say(f"Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run_command(importlib.import_module(f".{command}", __name__), f"loralib {command}", rest)
+    return run_command(_module(command), f"loralib {command}", rest)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Returns the argument parser of a command."""
+    return _parser(_module(command), f"loralib {command}")
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f".{command.replace('-', '_')}", __name__)
+
+
+def _parser(module: Any, name: str) -> Parser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=name, description=module.__doc__, formatter_class=formatter, allow_abbrev=False)
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
@@ -64,10 +94,7 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
         argv: its arguments; flags may be written with hyphens or underscores.
     """
     ensure_safe()
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=name, description=module.__doc__, formatter_class=formatter, allow_abbrev=False)
-    module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = _parser(module, name)
     debug = "--debug" in argv  # anywhere, before or after an action
     try:
         args = parser.parse([word for word in argv if word != "--debug"])

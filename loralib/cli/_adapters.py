@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_base
+from ..bases import load_base, resize_tables_for
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
-from ..errors import BaseModelError, ConfigError
-from ..formats import is_read_with_base, read_adapter
+from ..data import FORMATS
+from ..errors import BaseModelError, ConfigError, OutputError
+from ..files import hold_output
+from ..formats import is_read_with_base, read_adapter, with_present_names
+from ..formats.tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
 from ._flags import add_flag, add_list
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
@@ -87,6 +92,62 @@ def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, def
     add_flag(parser, "--data_format", "--format", default=default, choices=("auto", *formats), help=text)
 
 
+@contextlib.contextmanager
+def output_held(output: str, *inputs: str | None, is_directory: bool = True, what: str = "adapter") -> Iterator[None]:
+    """Checks the output of a command before anything is loaded, and holds it while the command runs.
+
+    Args:
+        output: the path to write.
+        inputs: what the result is made from: paths, or names of something else.
+        is_directory: whether the output is a directory; else it is a file.
+        what: what is written, "adapter" or "model".
+
+    Raises:
+        OutputError: the output is one of the inputs, would make a mixture with what is there, or cannot be written.
+    """
+    target = Path(output)
+    for source in map(Path, filter(None, inputs)):
+        if _is_same(source, target):
+            raise OutputError(f"{output} is what the result is made from, and would be overwritten; {_ELSEWHERE}")
+        for file, folder in ((source, target), (target, source)):
+            if file.name in _FILES and _is_same(file.parent, folder):
+                raise OutputError(
+                    f"{file} is part of the adapter in {folder}, which would be overwritten; {_ELSEWHERE}"
+                )
+    other, loader = (("config.json", "a model"), (CONFIG_FILE, "an adapter"))[what == "model"]
+    if is_directory and (target / other).exists():
+        raise OutputError(
+            f"{output} holds {loader}; from_pretrained would load model and adapter together. Choose another directory."
+        )
+    with hold_output(target, is_directory=is_directory):
+        yield
+
+
+_FILES = (CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE)
+_ELSEWHERE = "choose another output"
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    """Tells whether two paths lead to the same place, through links too."""
+    try:
+        return first.samefile(second)
+    except OSError:  # one is not there
+        return False
+
+
+def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
+    """Adds the flags that say how to read training data, as `loralib train` has them."""
+    add_format(parser, help, *FORMATS[1:], default=default)
+    text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
+    parser.add_argument("--columns", metavar="MAP", help=text)
+
+
+def add_as_chat(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--as_chat``."""
+    text = "put prompts and completions through the model's chat template"
+    parser.add_argument("--as_chat", action="store_true", help=text)
+
+
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
     return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
@@ -113,15 +174,28 @@ def _settings_of_checkpoint(args: argparse.Namespace) -> LoraConfig | None:
 
 
 def read_with_base(
-    path: str, args: argparse.Namespace, needs_base: Callable[[Adapter], bool]
+    path: str,
+    args: argparse.Namespace,
+    needs_base: Callable[[Adapter], bool],
+    check_base: Callable[[str], object] = lambda name: None,
 ) -> tuple[Adapter, nn.Module | None, Any]:
-    """Reads an adapter and, where ``--model``, its format or the command needs it, its base in fp32 and tokenizer."""
+    """Reads an adapter and, where ``--model``, its format or the command needs it, its base in fp32 and tokenizer.
+
+    `check_base` is called with the name of the base before it is loaded.
+    """
     adapter = None if is_read_with_base(path) else read(path, args)
     model, tokenizer = None, None
     if args.model or adapter is None or needs_base(adapter):
         name = args.model or (adapter.config.base_model_name_or_path if adapter is not None else None)
         if name is None:
             raise BaseModelError(f"{path} does not name its base model; give --model MODEL")
+        check_base(name)
         say(f"Loading {name} ...")
         model, tokenizer = load_base(name, dtype="fp32", device="cpu")
-    return (adapter if adapter is not None else read(path, args, model)), model, tokenizer
+    if adapter is None:
+        adapter = read(path, args, model)
+    elif model is not None:
+        adapter = with_present_names(adapter, model)
+    if model is not None:
+        resize_tables_for(adapter, model)
+    return adapter, model, tokenizer

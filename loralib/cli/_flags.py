@@ -15,14 +15,15 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 from ..config import parse_target_modules
 from ..console import say
 from ..errors import ConfigError, did_you_mean, list_faults
-from ..settings import canonical, kinds_of, read_toml, setting_faults
+from ..settings import AUTO, canonical, kinds_of, read_toml, setting_faults
 
 __all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
 
 Config = TypeVar("Config")
 
-_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT"}
-_EXPECTED: Final[dict[Any, str]] = {int: "a whole number", float: "a number"}
+_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME"}
+# The heading of the flags that stand first in --help: those of settings declared with `common`.
+_COMMON: Final = "the flags most people need"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
 
 
@@ -37,6 +38,29 @@ class Parser(argparse.ArgumentParser):
             faults = [f"{word}.{did_you_mean(word.partition('=')[0], flags)}" for word in unknown]
             self.error(list_faults("unknown arguments", faults))
         return args
+
+    def format_help(self) -> str:
+        """Returns the help: a usage line without a list of all flags, then the groups, most needed first."""
+        formatter = self._get_formatter()
+        words = [formatter._format_args(action, _name(action)) for action in self._get_positional_actions()]
+        formatter.add_usage(" ".join(["%(prog)s [options]", *words]).replace("%", "%%").replace("%%(", "%("), [], [])
+        formatter.add_text(self.description)
+        for group in sorted(self._action_groups, key=self._place):
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _place(self, group: Any) -> int:
+        """Tells where a group stands in the help: positional arguments, common flags, others; --help itself last."""
+        if group is self._positionals:
+            return 0
+        if group.title == _COMMON:
+            return 1
+        has_common = any(other.title == _COMMON for other in self._action_groups)
+        return 3 if group is self._optionals and has_common else 2
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with 2."""
@@ -55,6 +79,23 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             expected = _EXPECTED.get(cast(Any, action.type), "another value")
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
+
+
+def _whole_or_auto(word: str) -> int | str:
+    return word if word == AUTO else int(word)
+
+
+def _number_or_auto(word: str) -> float | str:
+    return word if word == AUTO else float(word)
+
+
+_OR_AUTO: Final[dict[Any, Callable[[str], Any]]] = {int: _whole_or_auto, float: _number_or_auto}
+_EXPECTED: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    _whole_or_auto: f"a whole number, or {AUTO}",
+    _number_or_auto: f"a number, or {AUTO}",
+}
 
 
 def _comma_list(word: str) -> list[str]:
@@ -98,16 +139,17 @@ def add_list(
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
     """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
-    `defaults` replace the fields' own.
+    Settings declared as `common` stand in a group of their own, first.  `defaults` replace the fields' own.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(config)
     for spec in dataclasses.fields(config):
         about = spec.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        group = groups[about["group"]]
+        title = _COMMON if about["common"] else about["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         names = [f"--{name}" for name in (spec.name, *about["aliases"])]
         kind = next((kind for kind in kinds_of(hints[spec.name]) if kind in (bool, int, float, str)), str)
         default = (defaults or {}).get(spec.name, spec.default)
@@ -120,16 +162,30 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
                 text = argparse.SUPPRESS
             add_flag(group, *names, action="store_true", default=None, help=text)
             continue
+        shown = AUTO if about["auto"] and default is None else default
         options = {
             "choices": about["choices"],
-            "metavar": None if about["choices"] else _METAVARS[kind],
-            "help": text + ("" if default in (None, ()) else f" (default {default})"),
+            "metavar": None if about["choices"] else _metavar(spec, kind),
+            "help": text + ("" if shown in (None, ()) else f" (default {_shown(shown)})"),
         }
         if about["several"] in _SPLIT:
             add_list(group, *names, items=_SPLIT[about["several"]], **options)
         else:
             action = "append" if about["several"] == "repeat" else "store"
-            add_flag(group, *names, action=action, type=kind, **options)
+            add_flag(group, *names, action=action, type=_OR_AUTO[kind] if about["auto"] else kind, **options)
+
+
+def _metavar(spec: Any, kind: Any) -> str:
+    """Returns what stands for the value of a flag in the help."""
+    return "DIR" if spec.name.endswith("_dir") else _METAVARS.get(spec.metadata["several"], _METAVARS[kind])
+
+
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _name(action: argparse.Action) -> str:
+    return action.metavar if isinstance(action.metavar, str) else action.dest
 
 
 def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:
@@ -141,6 +197,7 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     values = dict(defaults or {})
     if args.config is not None:
         given = canonical(config, read_toml(Path(args.config), f"--config {args.config}"))
+        given.pop("record", None)  # what run.toml says beside its settings
         faults = setting_faults(config, given)
         if faults:
             raise ConfigError(list_faults(f"--config {args.config} has invalid settings", faults))

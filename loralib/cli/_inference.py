@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..bases import base_of, load_base
-from ..console import duration, parameter_table, say, table
+from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.readers import Example
 from ..errors import ConfigError, LoraError
@@ -173,7 +173,7 @@ def _show_merging(
         prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
         texts = [result.text for result in generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)]
         same = sum(a == b for a, b in zip(adapted, texts, strict=True))
-        say(f"The merged model writes the same text for {same} of {len(texts)} prompts:")
+        say(f"The merged model writes the same text for {same} of {counted(len(texts), 'prompt')}:")
         _say_text("merged", texts[0])
     unmerge(model)
 

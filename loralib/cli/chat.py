@@ -20,9 +20,10 @@ from typing import Any, Final
 from ..bases import load_adapted
 from ..console import say
 from ..data import prompt_ids
+from ..engine.limits import context_length
 from ..errors import ConfigError, DataError, did_you_mean
 from ..generation import Sampling, stream
-from ..generation.text import context_length
+from ..generation.text import end_with_turns
 from ._adapters import add_model_arguments
 from ._flags import add_fields, from_args
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, so this is not a chat model. "
             "Choose an instruct model, add --plain to format turns as simple text, or use loralib generate."
         )
+    if not args.plain:
+        end_with_turns(model, tokenizer)
     conversation = Conversation(model, tokenizer, sampling, system=args.system, plain=args.plain)
     watched = sys.stdin is not None and sys.stdin.isatty()
     with contextlib.suppress(AttributeError, OSError):  # the stream may have been replaced, or already read from

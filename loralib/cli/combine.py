@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 from ..combine import METHODS, combine, resize
-from ..console import say
+from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import write_peft
-from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, read_with_base
+from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, output_held, read_with_base
 from ._flags import add_list
 
 
@@ -50,6 +50,11 @@ def _numbers(word: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
+    with output_held(args.output, *args.adapters):
+        _combine(args)
+
+
+def _combine(args: argparse.Namespace) -> None:
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):
@@ -80,4 +85,4 @@ def run(args: argparse.Namespace) -> None:
     exact = "exact" if result.error == 0 else f"off by {result.error:.2%} of the exact result"
     if 0 < result.error < 1:
         exact += f" ({result.energy:.2%} of the squared norm kept)" if len(adapters) == 1 else ""
-    say(f"{len(result.adapter.modules)} modules of {said} written to {args.output}: {exact}")
+    say(f"{counted(len(result.adapter.modules), 'module')} of {said} written to {args.output}: {exact}")

@@ -12,16 +12,20 @@ this way, or would not load there, is refused with the reason.
 from __future__ import annotations
 
 import argparse
+from textwrap import indent
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapter import Adapter
-from ..bases import pick_dtype
+from ..bases import load_adapters_tokenizer, pick_dtype
 from ..combine import depends_on_base
-from ..console import say
+from ..config import HUB_NAMES
+from ..console import counted, say
 from ..errors import ConfigError
-from ..formats import export, make_portable, write_microsoft
-from ._adapters import DTYPES, add_adapter_arguments, read, read_with_base
+from ..formats import export, how_to_run, make_portable, modelfile, write_microsoft
+from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +52,22 @@ def run(args: argparse.Namespace) -> None:
     """Converts the adapter and checks the result."""
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
+    is_directory = args.target not in ("llamacpp", "microsoft")
+    with output_held(args.output, args.adapter, args.initial_adapter, is_directory=is_directory):
+        _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
     if args.target == "microsoft":
         adapter, _, _ = read_with_base(args.adapter, args, lambda _: False)
         write_microsoft(adapter, args.output)
-        say(f"{len(adapter.tensors)} tensors written to {args.output}")
+        say(f"{counted(len(adapter.tensors), 'tensor')} written to {args.output}")
         return
 
     def needs_base(adapter: Adapter) -> bool:
         return args.target in ("llamacpp", "mlx") or depends_on_base(adapter)
 
-    adapter, model, _ = read_with_base(args.adapter, args, needs_base)
+    adapter, model, tokenizer = read_with_base(args.adapter, args, needs_base)
     initial = read(args.initial_adapter, args) if args.initial_adapter else None
     portable = make_portable(adapter, args.target, model, r=args.rank, max_error=args.max_error, initial=initial)
     dtype = None if args.dtype is None else pick_dtype(args.dtype, torch.device("cpu"))
@@ -68,4 +78,23 @@ def run(args: argparse.Namespace) -> None:
         say("  the base model was not examined (give --model MODEL): layers that share weights were not detected")
     exact = "exact" if portable.error == 0 else f"off by {portable.error:.2%} of the update"
     rounded = f", rounding to {args.dtype} moves an update by up to {moved:.2%}" if moved else ""
-    say(f"{len(portable.adapter.modules)} modules written to {args.output}, read back and compared: {exact}{rounded}")
+    written = f"{counted(len(portable.adapter.modules), 'module')} written to {args.output}"
+    say(f"{written}, read back and compared: {exact}{rounded}")
+    _tell_how_to_run(args, portable.adapter, model, tokenizer)
+
+
+def _tell_how_to_run(args: argparse.Namespace, adapter: Adapter, model: nn.Module | None, tokenizer: Any) -> None:
+    base = args.model or adapter.config.base_model_name_or_path
+    r = max(adapter.config.rank_of(name) for name in adapter.modules)
+    say("\nTo use it:")
+    for line in how_to_run(args.target, args.output, base, r):
+        say(f"  {line}")
+    if args.target == "llamacpp" and model is not None:
+        own = load_adapters_tokenizer(args.adapter, model)
+        say("\nor with Ollama, in a Modelfile:")
+        say(indent(modelfile(args.output, tokenizer if own is None else own).rstrip(), "  "))
+    if base is not None and base in HUB_NAMES:
+        say(
+            f"\nThe adapter was trained on {base}, a copy of {HUB_NAMES[base]} with the precision of 4 bits:\n"
+            "expect small differences there. `loralib export-base DIR` writes the copy itself."
+        )

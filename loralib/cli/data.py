@@ -24,7 +24,7 @@ from ..files import write_text
 from ..nlg import convert
 from ..nlg.fetch import SOURCE, fetch_e2e
 from ..nlg.published import read_rows
-from ._adapters import add_format
+from ._adapters import add_as_chat, add_format, add_reading
 
 _BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -59,20 +59,18 @@ def _add_preview(actions: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH[:WEIGHT]",
-        help="files of examples: lines `meaning representation||text`, JSONL (prompt and completion, messages, or "
-        "text), DART or WebNLG; a weight of 2 uses a file's examples twice per epoch, 0.5 a random half of them",
+        help="files of examples in any format that training takes, folders of texts, or hub ids; a weight of 2 uses a "
+        "file's examples twice per epoch, 0.5 a random half of them",
     )
     preview.add_argument(
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
-    add_format(
-        preview, "format of the files; auto takes .txt for e2e, text is plain", "e2e", "jsonl", "text", "dart", "webnlg"
-    )
+    add_reading(preview, "format of the files; auto recognises all but plain text in .txt files")
+    add_as_chat(preview)
     preview.add_argument(
         "--seq_len",
         type=int,
-        default=64,
-        help="maximum tokens of an example; longer ones are dropped, never truncated (default: 64)",
+        help="maximum tokens of an example; longer ones are dropped, never truncated (default: no limit)",
     )
     preview.add_argument(
         "--objective", default="clm", help="clm trains on completions only, jlm on every token (default: clm)"
@@ -91,7 +89,11 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    sources = read_sources(args.paths, args.data_format)  # first: faults in data show before loading
+    # First: faults in data show before loading.
+    sources = read_sources(args.paths, args.data_format, columns=args.columns, as_chat=args.as_chat)
+    for note in (note for source in sources for note in source.notes):
+        say(note)
+    say()
     tokenizer = bases.load_tokenizer(args.model)
     encoded = load_examples(
         sources,
@@ -108,7 +110,14 @@ def _preview(args: argparse.Namespace) -> None:
         say(f"{number}. {text.source}: {len(example)} tokens, {sum(example.trained)} trained")
         say(_painted(example, tokenizer, colour))
         say()
+    for item in encoded.out[: args.count]:
+        length = f" ({item.tokens:,} tokens)" if item.tokens else ""
+        say(f"dropped {item.example.source}: {item.reason}{length}")
+    if encoded.out:
+        say()
     say(_summary(encoded))
+    if encoded.length_warning:
+        say(f"\nwarning: {encoded.length_warning}")
 
 
 def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
@@ -142,6 +151,7 @@ def _summary(encoded: Encoded) -> str:
     lengths = [len(example) for example in encoded.examples]
     rows: list[tuple[str, object]] = [
         ("examples", len(lengths)),
+        ("of all in the data", encoded.given),
         ("different prompts", len({text.prompt for text in encoded.texts})),
         ("tokens", sum(lengths)),
         ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),
@@ -186,6 +196,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
+    if format not in ("e2e", "jsonl", "dart", "webnlg"):
+        raise ConfigError(f"{args.input} is {format}, expected E2E, DART, WebNLG or JSONL that this command wrote.")
     rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
         encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)

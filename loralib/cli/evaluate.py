@@ -20,7 +20,7 @@ from ..data import read_examples
 from ..errors import ConfigError, list_faults
 from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 from ..nlg.perplexity import Perplexity, perplexity
-from ._adapters import add_format, add_model_arguments
+from ._adapters import add_as_chat, add_model_arguments, add_reading
 from ._flags import add_list
 
 
@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity", action="store_true", help="compute a model's perplexity on REF's texts, per token and per word"
     )
     add_model_arguments(model)
-    add_format(model, "format of REF", "e2e", "jsonl", "text", "dart", "webnlg", default=None)
+    add_reading(model, "format of REF", default=None)
+    add_as_chat(model)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -108,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
         without = {"layout": "auto", "source": None, "subset": "all", "metrics": None}
         faults = [f"--{name} needs HYP" for name, default in without.items() if getattr(args, name) != default]
     else:
-        names = ("model", "adapter", "data_format", "dtype", "device")
+        names = ("model", "adapter", "data_format", "columns", "as_chat", "dtype", "device")
         faults = [f"--{name} needs --perplexity" for name in names if getattr(args, name) and not args.perplexity]
     if faults:
         raise ConfigError(
@@ -117,7 +118,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
-    examples = read_examples(args.reference, args.data_format or "auto")  # first: faults in data show before loading
+    # First: faults in data show before loading.
+    examples = read_examples(args.reference, args.data_format or "auto", columns=args.columns, as_chat=args.as_chat)
     model, tokenizer = load_adapted(args.adapter, model=args.model, dtype=args.dtype, device=args.device)
     return perplexity(model, tokenizer, examples)
 

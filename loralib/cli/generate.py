@@ -5,7 +5,8 @@
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
 Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E's with or
-without a text after ``||``, .jsonl with "prompt" or "messages", DART or WebNLG.
+without a text after ``||``, and whatever training takes.  An adapter that was trained on chats gets each prompt as a
+user's turn, in its chat template.
 With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
 complete line, provided that prompts and settings are the same.
 
@@ -20,29 +21,39 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..bases import base_of, load_adapted
-from ..console import progress, say
-from ..data import Example, prompt_ids, tokenize
-from ..data.lines import is_text
+from ..bases import base_of, load_adapted, trained_on_chats
+from ..console import counted, progress, say
+from ..data import Example, prompt_ids
+from ..data.examples import chat_of
+from ..data.lines import is_text, split_lines
 from ..data.readers import as_prompt, read_prompts
 from ..errors import ConfigError, DataError, OutputError, list_faults
 from ..files import append_lines, hold_file, resume_lines
-from ..formats import is_read_with_base, read_adapter
+from ..formats import is_read_with_base, locate_adapter, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
-from ._adapters import add_format, add_model_arguments
+from ..generation.text import end_with_turns
+from ._adapters import add_model_arguments, add_reading
 from ._flags import add_fields, add_flag, from_args
+
+# What the texts depend on in an adapter's directory.
+_DECISIVE: Final = ("adapter*.*", "chat_template*", "tokenizer*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
-    add_format(parser, "format of the file", "e2e", "jsonl", "dart", "webnlg")
+    add_reading(parser, "format of the file")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
     add_model_arguments(parser)
+    chat = parser.add_mutually_exclusive_group()
+    chat.add_argument("--as_chat", action="store_true", help="put prompts through the chat template, as a user's turn")
+    chat.add_argument(
+        "--raw", action="store_true", help="continue prompts as they are, even where the adapter was trained on chats"
+    )
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     add_flag(parser, "--batch_size", "--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
     add_fields(parser, Sampling)
@@ -55,13 +66,13 @@ def run(args: argparse.Namespace) -> None:
     if args.merge and args.adapter is None:
         raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
-    prompts = _prompts(args)
+    prompts = _as_turns(args, _prompts(args))
     if args.output is None:
         _print(*_load(args, prompts), sampling, args.batch_size)
         return
     with hold_file(args.output, "--output"):
         _write(args, prompts, sampling)
-    say(f"{len(prompts)} texts in {args.output}")
+    say(f"{counted(len(prompts), 'text')} in {args.output}")
 
 
 def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
@@ -69,17 +80,21 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, An
     model, tokenizer = load_adapted(
         args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
     )
-    return model, tokenizer, encode_prompts(model, tokenizer, [_ids(prompt, tokenizer) for prompt in prompts])
+    if any(prompt.messages for prompt in prompts):
+        end_with_turns(model, tokenizer)
+    return model, tokenizer, encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
 
 
 # Prompts.
 
 
 def _prompts(args: argparse.Namespace) -> list[Example]:
+    if args.columns and args.input is None:
+        raise ConfigError("--columns names fields of a file: give --input FILE")
     if args.input is not None:
         if args.prompts:
             raise ConfigError("give prompts or --input FILE, not both")
-        return read_prompts(args.input, args.data_format)
+        return read_prompts(args.input, args.data_format, columns=args.columns)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
         faults += [
@@ -92,30 +107,35 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
                 list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
             )
         return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
-    prompts = [Example.of(as_prompt(line), "") for line in _standard_input().splitlines() if line.strip()]
+    prompts = [Example.of(as_prompt(line), "") for line in _standard_input() if line.strip()]
     if not prompts:
         raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
     return prompts
 
 
-def _standard_input() -> str:
+def _as_turns(args: argparse.Namespace, prompts: list[Example]) -> list[Example]:
+    """Makes each prompt a user's turn of a chat, if that is what the adapter was trained on."""
+    trained_on = trained_on_chats(args.adapter) if args.adapter else None
+    if args.raw or not (args.as_chat or trained_on):
+        if trained_on:
+            say(
+                "note: the adapter was trained on chats, but prompts are continued as they are (--raw)", file=sys.stderr
+            )
+        return prompts
+    if not args.as_chat:
+        say("The adapter was trained on chats: each prompt is a user's turn (--raw switches that off)", file=sys.stderr)
+    return [prompt if prompt.messages else chat_of(prompt) for prompt in prompts]
+
+
+def _standard_input() -> list[str]:
+    """Returns the lines of a file or pipe, as a file of prompts has them: a prompt may hold other separators."""
     if sys.stdin is None or sys.stdin.isatty():
-        return ""
+        return []
     try:
-        return sys.stdin.read()
+        return split_lines(sys.stdin.read())
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not {error.encoding} text: {error.reason}; pipe in UTF-8") from error
-
-
-def _ids(prompt: Example, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a prompt; a chat's, of the model's chat template, end where its last answer begins."""
-    if not prompt.messages:
-        return prompt_ids(prompt.prompt, tokenizer)
-    whole = tokenize(prompt, tokenizer)
-    last = max(place for place, trained in enumerate(whole.trained) if trained)
-    while last and whole.trained[last - 1]:
-        last -= 1
-    return list(whole.ids[:last])
+        reason = f"{error.reason} at byte {error.start}"
+        raise DataError(f"standard input is not UTF-8 text: {reason}. Pipe in UTF-8, or give --input FILE.") from error
 
 
 # Texts.
@@ -154,7 +174,7 @@ def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any) 
     settings = made_with(args, sampling)
     done = resume(Path(args.output), [example.prompt for example in prompts], settings)
     if done:
-        say(f"{args.output} has {done} of {len(prompts)} texts already; continuing after them")
+        say(f"{args.output} has {done} of {counted(len(prompts), 'text')} already; continuing after them")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts)
@@ -172,10 +192,10 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     named = args.adapter and not is_read_with_base(args.adapter)
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
-        path = Path(args.adapter)
-        files = [path] if path.is_file() else sorted(path.glob("adapter*.*"))
+        path = locate_adapter(args.adapter)
+        files = [path] if path.is_file() else sorted(file for kind in _DECISIVE for file in path.glob(kind))
         result["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    result |= {name: getattr(args, name) for name in ("merge", "dtype") if getattr(args, name)}
+    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     return result | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..console import say
+from ..console import counted, say
 from ..inspection import inspect_adapter, plot, verify
 from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
 
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
             say(result)
     wrong = sum(result.level == "fault" for result in results)
     if args.verify:
-        say(f"\n{wrong} of {len(results)} checks failed." if wrong else "\nNothing is wrong.")
+        say(f"\n{wrong} of {counted(len(results), 'check')} failed." if wrong else "\nNothing is wrong.")
     return 1 if wrong else 0

@@ -3,8 +3,9 @@
 loralib merge lora_model merged
 loralib merge lora_model merged --model ./my-model --dtype fp32
 
-The arithmetic is fp32 and rounds once, to --dtype.  Its effect on the logits of a few prompts is shown beside what
-rounding alone would cause, and the written model is loaded again and compared before the command reports success.
+The arithmetic is fp32 and rounds once, to --dtype.  Each merged weight is compared with the base's and the adapter's
+file; the effect on the logits of a few prompts is shown beside what rounding alone would cause; and the written model
+is loaded again and compared before the command reports success.  A tokenizer beside the adapter goes along.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..bases import load_base, pick_dtype
-from ..console import say
+from ..bases import load_adapters_tokenizer, load_base, pick_dtype
+from ..console import counted, say
 from ..data import prompt_ids
 from ..errors import MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, read, read_with_base
+from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the model, loads it again and compares."""
-    adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True)
+    with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
+        _merge(args)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    def check_base(name: str) -> None:
+        base, output = Path(name), Path(args.output)
+        if base.is_dir() and base.resolve() == output.resolve():
+            raise OutputError(
+                f"{output} is the base model itself, which would be overwritten; choose another directory"
+            )
+
+    adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: True, check_base)
     assert model is not None
-    base = Path(args.model or adapter.config.base_model_name_or_path or "")
-    if base.is_dir() and base.resolve() == Path(args.output).resolve():
-        raise OutputError(
-            f"{args.output} is the base model itself, which would be overwritten; choose another directory"
-        )
+    own = load_adapters_tokenizer(args.adapter, model)
+    if own is not None:
+        tokenizer = own
+        say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(
@@ -64,4 +76,4 @@ def run(args: argparse.Namespace) -> None:
             f"{args.output} was written, but from_pretrained loads other weights for {', '.join(differ[:4])}; "
             "do not use it, and report this"
         )
-    say(f"{len(files)} files written to {args.output}, loaded again and compared: equal, bit for bit")
+    say(f"{counted(len(files), 'file')} written to {args.output}, loaded again and compared: equal, bit for bit")

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from .readers import FORMATS, Example, Source, draw, group_by_prompt, parse_source, read_examples, read_sources
-from .tokens import OBJECTIVES, Encoded, TokenExample, encode, load_examples, prompt_ids, tokenize
+from .tokens import (
+    OBJECTIVES,
+    Dropped,
+    Encoded,
+    TokenExample,
+    encode,
+    length_at,
+    length_report,
+    load_examples,
+    prompt_ids,
+    tokenize,
+)
 
 __all__ = [
     "FORMATS",
     "OBJECTIVES",
+    "Dropped",
     "Encoded",
     "Example",
     "Source",
@@ -15,6 +27,8 @@ __all__ = [
     "draw",
     "encode",
     "group_by_prompt",
+    "length_at",
+    "length_report",
     "load_examples",
     "parse_source",
     "prompt_ids",

@@ -1,24 +1,27 @@
-"""Reads whole UTF-8 text files, with errors that name the file, the line and the fix."""
+"""Reads whole files of UTF-8 text, packed or not, with errors that name the file, the line and the fix."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import zlib
 from pathlib import Path
+from typing import Final
 
 from ..errors import DataError, did_you_mean, list_faults
 
-__all__ = ["are_not", "is_text", "read_lines", "read_text", "shown"]
+__all__ = ["are_not", "decoded", "is_text", "read_bytes", "read_lines", "read_text", "shown", "split_lines"]
 
 
-def read_text(path: str | Path, expected: str = "some text") -> str:
-    """Returns the text of a UTF-8 file without its byte-order mark.
+def read_bytes(path: str | Path, expected: str = "some text") -> bytes:
+    """Returns the bytes of a file, unpacked if it is gzip-compressed.
 
     Args:
         path: the file; it must not be empty.
         expected: what it should hold, for error messages.
 
     Raises:
-        DataError: the file is missing, a directory, unreadable, empty or not UTF-8 (each such line is listed with its
-            byte offset).
+        DataError: the file is missing, a directory, unreadable, empty, packed in another way, or a broken archive.
     """
     path = Path(path)
     try:
@@ -30,12 +33,55 @@ def read_text(path: str | Path, expected: str = "some text") -> str:
             raise DataError(f"{path} is a directory. Name a file in it.") from None
         fix = " Check its permissions." if isinstance(error, PermissionError) else ""
         raise DataError(f"cannot read {path}: {error.strerror or error}.{fix}") from None
+    if raw[:2] == b"\x1f\x8b":
+        raw = _unpacked(path, raw)
+    packer = next((name for start, name in _PACKERS.items() if raw.startswith(start)), None)
+    if packer:
+        raise DataError(f"{path} is {packer}, expected {expected}. Unpack it, or save the data in another format.")
     if not raw.strip():
         raise DataError(f"{path} is empty, expected {expected}. Choose another file.")
+    return raw
+
+
+_PACKERS: Final = {
+    b"PK\x03\x04": "a ZIP archive (or a spreadsheet)",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"%PDF": "a PDF document",
+    b"\x1f\x8b": "packed twice by gzip",
+}
+# A packed file may be this large when unpacked, or this many times its size: text packs 3 to 30 times.
+_LARGE, _RATIO = 2**28, 200
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    most = max(_LARGE, _RATIO * len(raw))
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            content = file.read(most + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is a broken gzip archive: {error}. Copy or download it again.") from None
+    if len(content) > most:
+        raise DataError(f"{path} unpacks to more than {_RATIO} times its size, unlike text. Unpack it and look.")
+    return content
+
+
+def read_text(path: str | Path, expected: str = "some text") -> str:
+    """Returns the text of a UTF-8 file, which may be gzip-compressed, without its byte-order mark.
+
+    Raises:
+        DataError: as `read_bytes`, or the file is not UTF-8 (each such line is listed with its byte offset).
+    """
+    return decoded(Path(path), read_bytes(path, expected), expected)
+
+
+def decoded(path: Path, raw: bytes, expected: str = "some text") -> str:
+    """Returns the text that bytes of a file stand for; see `read_text`."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(_why_not_utf8(path, raw)) from None
+        raise DataError(_why_not_utf8(path, raw, expected)) from None
 
 
 def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
@@ -44,7 +90,16 @@ def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
     Raises:
         DataError: as `read_text`.
     """
-    lines = read_text(path, expected).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return split_lines(read_text(path, expected))
+
+
+def split_lines(text: str) -> list[str]:
+    """Returns the lines of a text; see `read_lines`.
+
+    >>> split_lines("a\\u2028b\\r\\nc\\n")
+    ['a\\u2028b', 'c']
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
@@ -58,9 +113,11 @@ def _why_missing(path: Path) -> str:
     return f"{path} does not exist.{near or f' Check the path: {directory} has {listed}.'}"
 
 
-def _why_not_utf8(path: Path, raw: bytes) -> str:
+def _why_not_utf8(path: Path, raw: bytes, expected: str) -> str:
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{path} is UTF-16 (byte-order mark at byte 0), expected UTF-8. Save it again as UTF-8."
+    if b"\0" in raw:
+        return f"{path} is a binary file, expected {expected}. Choose another file."
     faults, offset = [], 0
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
@@ -93,6 +150,6 @@ def shown(line: str, width: int = 60) -> str:
     return repr(line if len(line) <= width else line[: width - 3] + "...")
 
 
-def are_not(count: int) -> str:
+def are_not(count: int, unit: str = "line") -> str:
     """Returns "1 line is not" or "N lines are not"."""
-    return "1 line is not" if count == 1 else f"{count} lines are not"
+    return f"1 {unit} is not" if count == 1 else f"{count:,} {unit}s are not"

@@ -1,6 +1,6 @@
-"""Reads files of training text or of prompts: E2E lines, JSONL (prompt and completion, chats, text) and plain text.
+"""Reads training data or prompts: recognises what a file, a folder, a hub id or a value in Python holds, and reads it.
 
-A reader turns a file into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
+A reader turns data into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
 All faults of a file are reported together, each with its line, what was expected and how to fix it.
 """
 
@@ -9,18 +9,33 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
-from .lines import are_not, is_text, read_lines, read_text, shown
+from .examples import Example, chat_of, meaning_prompt
+from .fields import How, parse_columns
+from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
+from .records import RECORDS, Fault, read_rows
+from .tables import (
+    columns_of_csv,
+    hub_rows,
+    is_arrow,
+    is_hub_id,
+    is_parquet,
+    is_table,
+    rows_of_arrow,
+    rows_of_csv,
+    rows_of_table,
+)
 
 __all__ = [
     "FORMATS",
     "SEPARATOR",
+    "Columns",
     "Example",
     "Source",
     "as_prompt",
@@ -31,19 +46,21 @@ __all__ = [
     "parse_source",
     "read_examples",
     "read_prompts",
-    "read_records",
     "read_sources",
     "register_reader",
 ]
 
-FORMATS: Final = ("auto", "e2e", "jsonl", "text", "dart", "webnlg")
+FORMATS: Final = ("auto", "e2e", "jsonl", "csv", "parquet", "arrow", "text", "dart", "webnlg")
 SEPARATOR: Final = "||"  # between the meaning representation and the text of an E2E line
 
-_RECORDS: Final = "prompt and completion, messages, or text"
-_JSON: Final = "one JSON object per line (or a JSON list of objects) with "
+Columns = str | Mapping[str, str | None] | None
+
 _EXPECTED: Final = {
     "e2e": "lines of the form `meaning representation||text`",
-    "jsonl": _JSON + _RECORDS,
+    "jsonl": f"one JSON object per line (or a JSON list of objects) with {RECORDS}",
+    "csv": f"rows under a first row of names, with columns {RECORDS}",
+    "parquet": f"a Parquet file with columns {RECORDS}",
+    "arrow": f"an Arrow file with columns {RECORDS}",
     "text": "text",
     "dart": "a JSON list of entries with 'tripleset' and 'annotations'",
     "webnlg": "entries with 'modifiedtripleset' and 'lexicalisations'",
@@ -52,130 +69,118 @@ _EXPECTED: Final = {
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training example as text.
-
-    Attributes:
-        segments: pieces of text in order, each with a flag that says whether the model is trained to write it. A
-            prompt and its completion are ``((prompt, False), (completion, True))``; plain text is ``((text, True),)``.
-        references: every completion the file gives for this prompt, in file order (empty for a chat).
-        source: ``file:line``, for error messages.
-        messages: (role, content) turns of a chat. The model's own chat template makes its segments when the example
-            is tokenized, so a chat has none of its own.
-
-    >>> Example.of("name : The Wharf", "It is The Wharf.").completion
-    'It is The Wharf.'
-    """
-
-    segments: tuple[tuple[str, bool], ...] = ()
-    references: tuple[str, ...] = ()
-    source: str = ""
-    messages: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of(cls, prompt: str, completion: str, source: str = "") -> Example:
-        """Returns the example that trains ``completion`` after ``prompt``."""
-        return cls(((prompt, False), (completion, True)), (completion,), source)
-
-    @property
-    def prompt(self) -> str:
-        """The text before the first trained segment (of a chat: the turns before its last answer)."""
-        if self.messages:
-            return "\n".join(content for _, content in self.messages[: self._last_answer()])
-        return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
-
-    @property
-    def completion(self) -> str:
-        """The last trained segment (of a chat: its last answer)."""
-        if self.messages:
-            return self.messages[self._last_answer()][1]
-        return next((text for text, trained in reversed(self.segments) if trained), "")
-
-    def _last_answer(self) -> int:
-        return max(index for index, (role, _) in enumerate(self.messages) if role == "assistant")
-
-
 class Source(NamedTuple):
-    """The examples of one file, and how many times each is shown per epoch."""
+    """The examples of one file, how often each is shown per epoch, and lines for the user: what was recognised."""
 
     examples: list[Example]
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
-def read_sources(paths: str | Path | Sequence[str | Path] | Sequence[Source], format: str = "auto") -> list[Source]:
-    """Reads one file or several; the string ``path:weight`` sets a file's weight.  What is read already stays as it is.
+def read_sources(
+    data: Any, format: str = "auto", *, columns: Columns = None, as_chat: bool = False, name: str = "data"
+) -> list[Source]:
+    """Reads training data of any kind.
+
+    Args:
+        data: a file, a folder of texts, or the id of a data set on the hub; ``path:weight`` in a text sets its weight.
+            A list of dicts, a `datasets.Dataset`, a frame of pandas, or `Example` values.  Or a list of such things, in
+            which a `Source` stays as it is.
+        format: see `read_examples`.
+        columns: see `read_examples`.
+        as_chat: see `read_examples`.
+        name: what to call data that is no file in messages.
 
     Raises:
-        DataError: a file cannot be read (see `read_examples`), a weight is not a positive number, or no file is given.
+        DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or nothing is
+            given.
     """
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
-    if not paths:
-        raise DataError("no data file given. Give at least one path.")
-    sources = []
-    for path in paths:
-        if not isinstance(path, Source):
-            file, weight = parse_source(path) if isinstance(path, str) else (path, 1.0)
-            path = Source(read_examples(file, format), weight)
-        sources.append(path)
-    return sources
+    how = How(parse_columns(columns), as_chat)
+    if isinstance(data, (str, Path, Source)) or is_table(data) or _are_examples(data):
+        data = [data]
+    if not isinstance(data, Sequence):
+        raise DataError(f"{name} is of type {type(data).__name__}, expected {_DATA}")
+    if not data:
+        raise DataError(f"{name} is empty: no data file given. Give at least one path, or {_DATA}.")
+    wrong = [
+        item for item in data if not (isinstance(item, (str, Path, Source)) or is_table(item) or _are_examples(item))
+    ]
+    if wrong:
+        kinds = " and ".join(sorted({type(item).__name__ for item in data}))
+        raise DataError(f"{name} holds {kinds}, expected {_DATA}")
+    names = [name if len(data) == 1 else f"{name}[{index}]" for index in range(len(data))]
+    return [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
 
 
-def read_examples(path: str | Path, format: str = "auto") -> list[Example]:
+_DATA: Final = (
+    "Example values, the path of a file or of a folder of texts, a hub id, a list of dicts, a datasets.Dataset, or a "
+    "pandas frame"
+)
+
+
+def _source(item: Any, format: str, how: How, name: str) -> Source:
+    if isinstance(item, Source):
+        return item
+    if isinstance(item, (str, Path)):
+        path, weight = parse_source(item) if isinstance(item, str) else (item, 1.0)
+        return _read(path, format, how)._replace(weight=weight)
+    if _are_examples(item):
+        return Source([chat_of(example) if how.as_chat and not example.messages else example for example in item])
+    examples, notes = read_rows(rows_of_table(item, name), name, how, f"records with {RECORDS}")
+    return Source(_some(_with_references(examples), name, f"records with {RECORDS}"), 1.0, notes)
+
+
+def _are_examples(item: Any) -> bool:
+    return isinstance(item, Sequence) and bool(item) and all(isinstance(one, Example) for one in item)
+
+
+def read_examples(
+    path: str | Path, format: str = "auto", *, columns: Columns = None, as_chat: bool = False
+) -> list[Example]:
     """Reads one file of examples.
 
     Args:
-        path: the file. An E2E file has one ``meaning representation||text`` per line. JSONL has one object per line
-            with ``prompt`` and ``completion`` (or ``context`` and ``completion``, as `loralib data convert` writes
-            them), ``messages`` (a chat) or ``text``; a .json file may hold these objects in one list. The E2E
-            challenge's CSV, DART's JSON and WebNLG's JSON or XML are read once `loralib.nlg` has been imported.
-        format: one of `FORMATS`; "auto" goes by the file's name and content. Plain text must be asked for by name,
+        path: the file, which may be gzip-compressed, a folder of texts, or a hub id. An E2E file has one ``meaning
+            representation||text`` per line. JSONL has one object per line (a .json file may hold them in one list),
+            CSV, TSV, Parquet and Arrow a row, for each example, with ``prompt`` and ``completion`` (or instruction,
+            input and output; question and answer; ``context`` and ``completion``, as `loralib data convert` writes
+            them), ``messages`` or ``conversations`` (a chat), or ``text``. The E2E challenge's CSV, DART's JSON and
+            WebNLG's JSON or XML are read once `loralib.nlg` has been imported.
+        format: one of `FORMATS`; "auto" goes by the file's content and name. Plain text must be asked for by name,
             since it looks just like an E2E file whose lines lack their ``||``.
+        columns: which fields of records are which, ``{"prompt": "question", "completion": "answer"}`` or
+            ``"prompt=question,completion=answer"``. An empty name leaves a field out; ``{name}`` in a text puts
+            several fields together.
+        as_chat: prompts and completions become chats, which the model's chat template writes.
 
     Returns:
         The examples in file order. ``references`` holds all completions of the same prompt. The prompt of a
         meaning representation is its text and a line break.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or lines have another form (all of them are listed).
+        DataError: the file is missing, empty or not UTF-8, lines have another form (all of them are listed), or fields
+            would be left out that change what the model should see.
     """
-    path = Path(path).expanduser()
-    if format not in FORMATS:
-        raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
-    if format == "auto":
-        format = guess_format(path)
-    key = "e2e.csv" if format == "e2e" and path.suffix.lower() == ".csv" else format
-    if key not in _READERS:
-        raise DataError(
-            f"{path}: the reader for {key} files is in loralib.nlg. Add `import loralib.nlg` to your program."
-        )
-    examples = _READERS[key](path)
-    if not examples:
-        raise DataError(f"{path} holds no examples, expected {_EXPECTED[format]}.")
-    return _with_references(examples)
+    return _read(path, format, How(parse_columns(columns), as_chat)).examples
 
 
-def read_prompts(path: str | Path, format: str = "auto") -> list[Example]:
+def read_prompts(
+    path: str | Path, format: str = "auto", *, columns: Columns = None, as_chat: bool = False
+) -> list[Example]:
     """Reads the distinct prompts of a file, in order of first appearance; an omitted completion is empty.
 
     Args:
         path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
-            and a JSON record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
+            and a record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
         format: see `read_examples`.
+        columns: see `read_examples`.
+        as_chat: see `read_examples`.
 
     Raises:
         DataError: as `read_examples`, or a line has no prompt.
     """
-    path = Path(path).expanduser()
-    if format == "auto":
-        format = guess_format(path)
-    examples = []
-    if format == "jsonl":
-        examples = read_records(path, _with_answer, "prompt or messages")
-    elif format == "e2e" and path.suffix.lower() not in (".csv", ".json"):
-        examples = _bare_prompts(path)
-    examples = group_by_prompt(examples or read_examples(path, format))
+    how = How(parse_columns(columns), as_chat, prompts=True)
+    examples = group_by_prompt(_read(path, format, how).examples)
     faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
     if faults:
         raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
@@ -190,54 +195,150 @@ def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
     _READERS[key] = read
 
 
-def read_records(
-    path: Path, complete: Callable[[Any], Any] = lambda record: record, expected: str = _RECORDS
-) -> list[Example]:
-    """Reads examples, in file order, from lines of JSON, or from a .json file that is one list of records.
-
-    Their references are those of their own record.
-
-    Args:
-        path: the file.
-        complete: turns each record into one that `read_examples` takes, for instance by filling in an omitted field.
-        expected: the fields a record should have, for error messages.
-
-    Raises:
-        DataError: as `read_examples`.
-    """
-    examples, faults = [], []
-    listed = _listed(path)
-    records = [(f"{path}[{number}]", record) for number, record in enumerate(listed or ())]
-    for where, row in _numbered(path, _JSON + expected) if listed is None else records:
-        try:
-            record = json.loads(row) if listed is None else row
-            examples.append(_from_record(complete(record), where))
-        except json.JSONDecodeError as error:
-            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown(row)}")
-        except DataError as error:
-            faults.append(f"{where}: {error}")
-        except (RecursionError, ValueError):
-            faults.append(f"{where}: JSON nested too deeply, or with a number of thousands of digits")
-    if faults:
-        heading = f"expected one JSON object per line with {expected}, but {are_not(len(faults))} of that form"
-        raise DataError(list_faults(heading, faults, "Fix or remove them."))
-    return examples
+# --- recognising -----------------------------------------------------------------------------------------------------
 
 
 def guess_format(path: str | Path) -> str:
-    """Returns "e2e", "jsonl", "dart" or "webnlg", judging by a file's name and, for .json, by its content."""
+    """Returns which of `FORMATS` a file has, judging by its content and, where that does not tell, by its name."""
     path = Path(path)
-    suffix = path.suffix.lower()
+    return _guess(path, read_bytes(path))
+
+
+def _guess(path: Path, raw: bytes) -> str:
+    suffix = _suffix(path)
+    if is_parquet(raw) or is_arrow(raw):
+        return "parquet" if is_parquet(raw) else "arrow"
+    if suffix in (".parquet", ".arrow"):
+        raise DataError(f"{path} is not {_KINDS[suffix]} file: it begins with {raw[:8]!r}. Download or save it again.")
+    if suffix in (".csv", ".tsv"):
+        return "e2e" if {"mr", "ref"} <= set(columns_of_csv(decoded(path, raw), path)) else "csv"
     if suffix == ".json":
-        try:
-            value = json.loads(read_text(path))
-        except (ValueError, RecursionError):  # DataError is a ValueError; the reader will report what is wrong
-            return "jsonl"
-        if isinstance(value, dict):
-            return "webnlg" if "entries" in value else "jsonl"
-        first = value[0] if isinstance(value, list) and value else None
-        return "jsonl" if isinstance(first, dict) and not {"tripleset", "annotations"} & first.keys() else "dart"
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "webnlg"}.get(suffix, "e2e")
+        return _kind_of_json(raw)
+    return _BY_NAME.get(suffix) or ("jsonl" if _begins_json(raw) else "e2e")
+
+
+def _suffix(path: Path) -> str:
+    """Returns the end of a file's name, without .gz.
+
+    >>> _suffix(Path("a.b.JSONL.gz")), _suffix(Path("a"))
+    ('.jsonl', '')
+    """
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+_BY_NAME: Final = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "jsonl"),
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".xml": "webnlg",
+    ".md": "text",
+}
+_KINDS: Final = {".parquet": "a Parquet", ".arrow": "an Arrow"}
+
+
+def _begins_json(raw: bytes) -> bool:
+    """Whether the first line that is not blank is a JSON object, or how a list or an object begins."""
+    line = next((line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()), b"").strip()
+    try:
+        return line in (b"[", b"[{", b"{") or isinstance(json.loads(line), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _kind_of_json(raw: bytes) -> str:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # the reader will report what is wrong
+        return "jsonl"
+    if isinstance(value, dict):
+        return "webnlg" if "entries" in value else "jsonl"
+    first = value[0] if isinstance(value, list) and value else None
+    return "dart" if isinstance(first, dict) and {"tripleset", "annotations"} & first.keys() else "jsonl"
+
+
+def _read(path: str | Path, format: str, how: How) -> Source:
+    """Reads whatever a path or a hub id names."""
+    if format not in FORMATS:
+        raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _read_folder(path, format)
+    if not path.exists() and is_hub_id(name := path.as_posix()):
+        rows: Iterable[tuple[str, Any]] = hub_rows(name)
+        examples, notes = read_rows(rows, name, how, f"rows with {RECORDS}")
+        return Source(_some(_with_references(examples), name, f"rows with {RECORDS}"), 1.0, notes)
+    raw = read_bytes(path, _EXPECTED[_BY_NAME.get(_suffix(path), "e2e") if format == "auto" else format])
+    if format == "auto":
+        format = _guess(path, raw)
+    if format in _ROWS:
+        form = _EXPECTED[format].replace(RECORDS, "prompt or messages") if how.prompts else _EXPECTED[format]
+        examples, notes = read_rows(_ROWS[format](raw, path), str(path), how, form)
+    else:
+        examples, notes = _read_lines_of(path, format, how)
+    return Source(_some(_with_references(examples), path, _EXPECTED[format]), 1.0, notes)
+
+
+def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tuple[str, ...]]:
+    """Reads a file whose examples are not records."""
+    if how.columns:
+        raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or give data_format.")
+    key = "e2e.csv" if format == "e2e" and path.suffix.lower() == ".csv" else format
+    if key not in _READERS:
+        raise DataError(
+            f"{path}: the reader for {key} files is in loralib.nlg. Add `import loralib.nlg` to your program."
+        )
+    examples = (_bare_prompts(path) if how.prompts and key == "e2e" else []) or _READERS[key](path)
+    if how.as_chat:
+        if format == "text":
+            raise DataError(
+                f"{path} is plain text: there is no prompt and completion that as_chat could make a chat of."
+            )
+        examples = [chat_of(example) for example in examples]
+    name = _NAMES.get(format, format) + (", as chats" if how.as_chat else "")
+    return examples, (f"{path}: {name}, {len(examples):,} example{'s' * (len(examples) != 1)}",)
+
+
+_NAMES: Final = {
+    "e2e": "E2E (meaning representation||text)",
+    "text": "plain text",
+    "dart": "DART",
+    "webnlg": "WebNLG",
+}
+
+
+def _some(examples: list[Example], name: object, expected: str) -> list[Example]:
+    if not examples:
+        raise DataError(f"{name} holds no examples, expected {expected}.")
+    return examples
+
+
+def _read_folder(path: Path, format: str) -> Source:
+    """Reads a folder of plain texts, one document a file."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    texts = [file for file in files if file.name.lower().removesuffix(".gz").endswith((".txt", ".md"))]
+    if not texts:
+        listed = ", ".join([file.name for file in files[:8]] + ["..."] * (len(files) > 8)) or "nothing"
+        raise DataError(f"{path} is a directory without texts (.txt, .md): it has {listed}. Name a file in it.")
+    others = [file for file in texts if format == "auto" and _has_examples(file)]
+    if others:
+        raise DataError(
+            f"{path} is a directory, and {others[0].name} in it has a line with `||` or JSON, so it is no plain text. "
+            "Name the files to train on; for plain text all the same choose the format 'text' (--data_format text)."
+        )
+    if format not in ("auto", "text"):
+        raise DataError(f"{path} is a directory, which is read as plain texts. Name a file in it.")
+    examples = [example for file in texts for example in _read_plain(file)]
+    rest = len(files) - len(texts)
+    left = [f"{path}: left out, since they are no texts (.txt, .md): {rest:,} files"] if rest else []
+    return Source(examples, 1.0, (f"{path}: a folder of plain texts, {len(texts):,} files", *left))
+
+
+def _has_examples(file: Path) -> bool:
+    raw = read_bytes(file, "text")
+    line = next((line for line in raw.split(b"\n") if line.strip()), b"")
+    return file.suffix.lower() != ".md" and (SEPARATOR.encode() in line or _guess(file, raw) == "jsonl")
 
 
 def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
@@ -249,7 +350,8 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
     """
     first: dict[str, Example] = {}
     for example in _with_references(list(examples)):
-        first.setdefault(example.prompt, example)
+        turns = example.messages[: example.last_answer]
+        first.setdefault(repr((turns, example.fields)) if turns else example.prompt, example)
     return list(first.values())
 
 
@@ -319,62 +421,51 @@ def _read_e2e(path: Path) -> list[Example]:
     return examples
 
 
-def _listed(path: Path) -> list[Any] | None:
-    """Returns the records of a .json file that is one list or one record; None where it has lines, or is not JSON."""
-    if path.suffix.lower() != ".json":
-        return None
+def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the records of lines of JSON, or of one list; one record may fill a whole file."""
+    text = decoded(path, raw, _EXPECTED["jsonl"])
+    lines = [(number, line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
+    first = lines[0][1].strip()
+    if first[0] == "[" or (first[0] == "{" and len(lines) > 1 and not _is_json_line(first)):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if not _is_json_line(first):
+                raise DataError(_why_not_json(path, text, error)) from None
+        except (RecursionError, ValueError):
+            yield f"{path}:{lines[0][0]}", Fault(_DEEP)
+            return
+        else:
+            records = value if isinstance(value, list) else [value]
+            yield from ((f"{path}[{number}]", record) for number, record in enumerate(records))
+            return
+    for number, line in lines:
+        yield f"{path}:{number}", _record(line)
+
+
+_DEEP: Final = "JSON nested too deeply, or with a number of thousands of digits"
+
+
+def _record(line: str) -> Any:
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError):  # DataError is a ValueError; faults are reported line by line
-        return None
-    return value if isinstance(value, list) else [value]
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return Fault(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
+    except (RecursionError, ValueError):
+        return Fault(_DEEP)
 
 
-def _from_record(record: Any, where: str) -> Example:
-    if not isinstance(record, dict):
-        raise DataError(f"found {_kind(record)} where an object was expected")
-    if "messages" in record:
-        return Example(messages=_messages(record["messages"]), source=where)
-    if "completion" in record and ("prompt" in record or "context" in record):
-        key = "prompt" if "prompt" in record else "context"
-        prompt, completion = _text(record, key), _text(record, "completion")
-        if key == "context":  # a meaning representation, as in the E2E form
-            prompt, completion = meaning_prompt(prompt), completion.strip()
-        return Example.of(prompt, completion, where)
-    if "text" in record:
-        return Example(((_text(record, "text"), True),), (), where)
-    known = ("prompt", "completion", "messages", "text")
-    keys = ", ".join(map(repr, record)) or "nothing"
-    near = "".join(did_you_mean(key, known) for key in record if key not in known)
-    raise DataError(f"found {keys}, expected {_RECORDS}.{near}")
+def _is_json_line(line: str) -> bool:
+    return not isinstance(_record(line), Fault)
 
 
-def _messages(value: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError("'messages' must be a list of turns, each with 'role' and 'content'")
-    turns = []
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise DataError(f"messages[{index}] is {_kind(turn)}, expected an object with 'role' and 'content'")
-        for key, default in _UNUSED.items():
-            if turn.get(key, default) not in (default, None, []):
-                raise DataError(
-                    f"messages[{index}].{key} would be lost: only role and content are used. Write it into the content "
-                    "as the model should, or remove it"
-                )
-        role = _text(turn, "role", f"messages[{index}].")
-        near = "" if role in _ROLES else did_you_mean(role.strip().lower(), _ROLES[:3])
-        if near:  # the chat template judges other roles
-            raise DataError(f"messages[{index}].role is {role!r}.{near}")
-        turns.append((role, _text(turn, "content", f"messages[{index}].")))
-    if not any(role == "assistant" for role, _ in turns):
-        raise DataError("'messages' has no turn with role 'assistant', so there is nothing to train on")
-    return tuple(turns)
-
-
-# Other fields of a turn that a template would write or another trainer would follow, with their neutral values.
-_UNUSED: Final = {"tool_calls": None, "function_call": None, "reasoning_content": "", "thinking": "", "weight": 1}
-_ROLES: Final = ("system", "user", "assistant", "tool", "developer")
+def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    at = f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
+    if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
+        return f"{at}: the file is cut off. Copy or download it again; expected {_EXPECTED['jsonl']}."
+    lines = text.split("\n")  # as JSON counts them
+    line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
+    return f"{at}: {shown(line.strip())}. Fix it; expected {_EXPECTED['jsonl']}."
 
 
 def _read_plain(path: Path) -> list[Example]:
@@ -382,17 +473,13 @@ def _read_plain(path: Path) -> list[Example]:
     return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
 
 
-_READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {
-    "e2e": _read_e2e,
-    "jsonl": read_records,
-    "text": _read_plain,
+_ROWS: Final[dict[str, Callable[[bytes, Path], Iterator[tuple[str, Any]]]]] = {
+    "jsonl": _rows_of_json,
+    "csv": lambda raw, path: rows_of_csv(decoded(path, raw, _EXPECTED["csv"]), path),
+    "parquet": rows_of_arrow,
+    "arrow": rows_of_arrow,
 }
-
-
-# --- prompts alone -------------------------------------------------------------------------------------------------
-
-# A placeholder for the answer to be generated: chat templates write whole turns only. Its tokens are cut off again.
-_ANSWER = {"role": "assistant", "content": "-"}
+_READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {"e2e": _read_e2e, "text": _read_plain}
 
 
 def _bare_prompts(path: Path) -> list[Example]:
@@ -403,28 +490,7 @@ def _bare_prompts(path: Path) -> list[Example]:
     return [Example.of(as_prompt(line), "", where) for where, line in lines]
 
 
-def _with_answer(record: Any) -> Any:
-    """Gives a record without a completion an empty one, and a chat without an answer a placeholder."""
-    if not isinstance(record, dict):
-        return record
-    turns = record.get("messages")
-    if isinstance(turns, list) and turns:
-        last = turns[-1]
-        answered = isinstance(last, dict) and last.get("role") == "assistant"
-        return record if answered else {**record, "messages": [*turns, _ANSWER]}
-    return {"completion": "", **record} if {"prompt", "context"} & record.keys() else record
-
-
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-def meaning_prompt(meaning: str) -> str:
-    r"""Returns the prompt of a meaning representation: its text and a line break.
-
-    >>> meaning_prompt(" name : The Mill ")
-    'name : The Mill\n'
-    """
-    return meaning.strip() + "\n"
 
 
 def as_prompt(text: str) -> str:
@@ -448,21 +514,3 @@ def _with_references(examples: list[Example]) -> list[Example]:
 def _numbered(path: Path, expected: str) -> list[tuple[str, str]]:
     """Returns ``file:line`` and the text of each line that is not blank."""
     return [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]
-
-
-def _text(record: dict[str, Any], key: str, prefix: str = "") -> str:
-    value = record.get(key)
-    if not is_text(value):
-        raise DataError(f"{prefix}{key} is {_kind(value) if key in record else 'missing'}, expected text")
-    return str(value)
-
-
-def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text with half a character (a lone surrogate)",
-        bool: "true or false",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")

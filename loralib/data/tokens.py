@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby
+from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
-from .readers import Example, Source, draw, read_sources
+from .chats import ChatTemplate, Segments
+from .examples import Example
+from .lines import shown
+from .readers import Columns, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
+    "Dropped",
     "Encoded",
     "TokenExample",
     "encode",
+    "length_at",
+    "length_report",
     "load_examples",
     "prompt_ids",
-    "render_chat",
     "tokenize",
 ]
 
@@ -27,8 +33,10 @@ OBJECTIVES: Final = ("clm", "jlm")
 
 # Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
+SeqLen = int | None | Callable[[Sequence[int]], int | None]
 
 _TOO_LONG: Final = "longer than seq_len"
+_ANSWER_TOO_LONG: Final = "answer of a chat longer than seq_len"
 _EMPTY: Final = "empty completion"
 
 
@@ -49,59 +57,166 @@ class TokenExample:
         return len(self.ids)
 
 
+class Dropped(NamedTuple):
+    """An example that is not trained on, why, and how many tokens it has (0: not tokenized)."""
+
+    example: Example
+    reason: str
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """The token examples that fit, and the number of those that did not.
+    """Token examples, and an account of those that were left out.
 
     Attributes:
         examples: the token examples.
-        texts: the `Example` that each was made from, at the same index.
-        dropped: how many examples were dropped for each reason that occurred.
+        texts: the `Example` that each was made from, at the same index; one cut into windows is there repeatedly.
+        out: the examples that were dropped.
+        lengths: the tokens of each example that could be trained, whole: before any was dropped for its length, cut
+            into windows, or left out of a sample.
+        given: how many examples there were.
+        seq_len: the limit that was applied; None: none was.
+        notes: lines for the user: how each file was recognised, and which of its fields are not used.
     """
 
     examples: list[TokenExample]
     texts: list[Example] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
+    out: list[Dropped] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    given: int = 0
+    seq_len: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
+    def dropped(self) -> dict[str, int]:
+        """How many examples were dropped for each reason that occurred."""
+        return dict(Counter(item.reason for item in self.out))
+
+    @property
+    def used(self) -> int:
+        """How many different examples are trained on."""
+        return len({id(text) for text in self.texts})
+
+    @property
     def drop_note(self) -> str:
         """A line for the user, or "" if nothing was dropped.
 
-        >>> Encoded([], [], {"longer than seq_len": 2, "empty completion": 1}).drop_note
-        'dropped 3 examples: 2 longer than seq_len, 1 empty completion'
+        >>> one = Example.of("a", "b")
+        >>> Encoded([], [], [Dropped(one, "longer than seq_len", 9), Dropped(one, "empty completion")]).drop_note
+        'dropped 2 examples: 1 longer than seq_len, 1 empty completion'
         """
-        total = sum(self.dropped.values())
-        parts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        return f"dropped {total} example{'s' * (total != 1)}: {parts}" if total else ""
+        parts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        total = len(self.out)
+        return f"dropped {total:,} example{'s' * (total != 1)}: {parts}" if total else ""
+
+    def summary(self, kind: str = "") -> str:
+        """Returns how many of the given examples are trained on, and why the others are not.
+
+        >>> one, two = Example.of("a", "b"), Example.of("a", "")
+        >>> Encoded([], [one], [Dropped(two, "empty completion")], given=2).summary("training")
+        '1 of 2 training examples in 0 rows (dropped 1 example: 1 empty completion)'
+        """
+        seen = {id(text) for text in self.texts} | {id(item.example) for item in self.out}
+        sampled_out = self.given - len(seen)
+        reasons = [self.drop_note] * bool(self.out) + [f"{sampled_out:,} not drawn"] * (sampled_out > 0)
+        several = f" in {len(self):,} rows" if len(self) != self.used else ""
+        return f"{self.used:,} of {self.given:,} {kind} examples{several}".replace("  ", " ") + (
+            f" ({'; '.join(reasons)})" if reasons else ""
+        )
+
+    @property
+    def length_warning(self) -> str:
+        """A warning if more than 1 % of the examples were dropped for their length, else ""."""
+        longer = sum(item.tokens > 0 for item in self.out)
+        if self.seq_len is None or longer <= 0.01 * len(self.lengths):
+            return ""
+        return length_report(self.lengths, self.seq_len)
+
+    def limited(self, seq_len: int | None) -> Encoded:
+        """Drops the examples of more than `seq_len` tokens; plain text is cut into windows instead.
+
+        The windows of a text overlap by one token, so that each token is trained once.
+        """
+        if seq_len is None:
+            return self
+        tokens: list[TokenExample] = []
+        texts: list[Example] = []
+        out = list(self.out)
+        for whole, text in zip(self.examples, self.texts, strict=True):
+            fits = len(whole) <= seq_len
+            windows = [whole] if fits else _windows(whole, seq_len) if _is_plain(text) else []
+            tokens += windows
+            texts += [text] * len(windows)
+            if not windows:
+                out.append(Dropped(text, _TOO_LONG, len(whole)))
+        used = {id(text) for text in texts}  # of a chat in several rows, some may fit
+        out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
+        return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
+
+
+def length_report(lengths: Sequence[int], seq_len: int) -> str:
+    r"""Describes how long examples are, for one whose `seq_len` drops some of them.
+
+    Args:
+        lengths: the tokens of each example, as in `Encoded.lengths`.
+        seq_len: the limit.
+
+    >>> print(*length_report([40] * 90 + [70] * 8 + [300] * 2, seq_len=64).split(": "), sep="\n")
+    10 of 100 examples (10 %) are longer than 64 tokens
+    50 % have at most 40, 90 % 40, 99 % 300, the longest 300. seq_len 300 keeps 99 % of them.
+    """
+    longer = sum(length > seq_len for length in lengths)
+    parts = ", ".join(
+        f"{share} %{' have at most' * (share == 50)} {length_at(lengths, share):,}" for share in (50, 90, 99)
+    )
+    return (
+        f"{longer:,} of {len(lengths):,} examples ({100 * longer / len(lengths):.0f} %) are longer than {seq_len:,} "
+        f"tokens: {parts}, the longest {max(lengths):,}. seq_len {length_at(lengths, 99)} keeps 99 % of them."
+    )
+
+
+def length_at(lengths: Sequence[int], percent: float) -> int:
+    """Returns the shortest length that covers this share of the examples.
+
+    >>> length_at(range(1, 101), 99)
+    99
+    """
+    ordered = sorted(lengths)
+    return ordered[min(len(ordered), max(1, math.ceil(len(ordered) * percent / 100))) - 1]
 
 
 def load_examples(
-    sources: str | Path | Sequence[str | Path] | Sequence[Source],
+    sources: Any,
     tokenizer: Tokenizer,
     *,
-    seq_len: int,
+    seq_len: SeqLen,
     objective: str = "clm",
     max_samples: int | None = None,
     seed: int = 0,
     format: str = "auto",
+    columns: Columns = None,
+    as_chat: bool = False,
 ) -> Encoded:
     """Reads, tokenizes and samples the examples of one or several weighted files.
 
     Args:
-        sources: one path, several, or the result of `read_sources` (which is quick, and so reports faults before a
-            model is loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a
-            random half of them).
+        sources: whatever `read_sources` takes, or its result (it is quick, and so reports faults before a model is
+            loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a random
+            half of them).
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
-            windows instead).
+            windows instead).  None: no limit.  A function gets the lengths of all examples and returns the limit.
         objective: "clm" trains completions, "jlm" all tokens.
         max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
             possible; several files share it in proportion to weight times size.
         seed: random seed of the sample.
         format: the format of files still to be read; see `read_examples`.
+        columns: which of their fields are which; see `read_examples`.
+        as_chat: prompts and completions become chats; see `read_examples`.
 
     Raises:
         DataError: a file cannot be read, or none of its examples fits.
@@ -109,29 +224,45 @@ def load_examples(
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    loaded = read_sources(sources, format)
-    parts = [encode(source.examples, tokenizer, seq_len, objective) for source in loaded]
-    counts = [max(1, round(source.weight * len(part))) for source, part in zip(loaded, parts, strict=True)]
-    if max_samples is not None and sum(counts) > max_samples:
-        counts = _shares(counts, max_samples)
+    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat)
+    wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
+    if callable(seq_len):
+        seq_len = seq_len([length for whole in wholes for length in whole.lengths])
+    parts = [_limited(whole, _checked(seq_len), tokenizer) for whole in wholes]
+    drawn = _drawn(parts, [source.weight for source in loaded], max_samples, seed)
+    return Encoded(
+        examples=[tokens for _, tokens in drawn],
+        texts=[text for text, _ in drawn],
+        out=[item for part in parts for item in part.out],
+        lengths=[length for part in parts for length in part.lengths],
+        given=sum(part.given for part in parts),
+        seq_len=seq_len,
+        notes=tuple(note for source in loaded for note in source.notes),
+    )
+
+
+def _drawn(
+    parts: Sequence[Encoded], weights: Sequence[float], most: int | None, seed: int
+) -> list[tuple[Example, TokenExample]]:
+    """Draws from each part as many examples as its weight says, and in all at most `most`."""
+    counts = [max(1, round(weight * len(part))) for weight, part in zip(weights, parts, strict=True)]
+    if most is not None and sum(counts) > most:
+        counts = _shares(counts, most)
     drawn: list[tuple[Example, TokenExample]] = []
-    dropped: Counter[str] = Counter()
     for part, count in zip(parts, counts, strict=True):
         pairs = list(zip(part.texts, part.examples, strict=True))
         copies, rest = divmod(count, len(pairs))
         drawn += pairs * copies + (draw(pairs, rest, seed, lambda pair: pair[0].prompt) if rest else [])
-        dropped.update(part.dropped)
-    return Encoded([tokens for _, tokens in drawn], [text for text, _ in drawn], dict(dropped))
+    return drawn
 
 
-def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, objective: str = "clm") -> Encoded:
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | None, objective: str = "clm") -> Encoded:
     """Tokenizes examples, in their order; drops and counts those that are too long or have an empty completion.
 
     Args:
         examples: what to tokenize.
         tokenizer: the model's tokenizer.
-        seq_len: maximum number of tokens in an example, its end token included. Longer plain text is cut into windows
-            that overlap by one token, so that each token is trained once.
+        seq_len: maximum number of tokens in an example, its end token included; None: no limit. See `Encoded.limited`.
         objective: "clm" (causal, completions only) or "jlm" (joint, every token).
 
     Raises:
@@ -141,34 +272,58 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int, obje
     if objective not in OBJECTIVES:
         expected = " or ".join(map(repr, OBJECTIVES))
         raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
-    if seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+    seq_len = _checked(seq_len)
     examples = list(examples)
-    segments = _all_segments(examples, tokenizer)
-    ids_of = _ids_of(segments, tokenizer)
+    rows = _all_rows([example for example in examples if _has_completion(example)], tokenizer)
+    ids_of = _ids_of([pieces for row in rows for pieces in row], tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
     tokens: list[TokenExample] = []
     texts: list[Example] = []
-    dropped: Counter[str] = Counter()
-    shortest = 0
-    for example, pieces in zip(examples, segments, strict=True):
-        if not _has_completion(example, pieces):
-            dropped[_EMPTY] += 1
+    out: list[Dropped] = []
+    rest = iter(rows)
+    for example in examples:
+        if not _has_completion(example):
+            out.append(Dropped(example, _EMPTY))
             continue
-        whole = _join(example, pieces, _ids_in_place(pieces, ids_of, tokenizer), start, end, objective)
-        windows = _windows(whole, seq_len) if _is_plain(example) else [whole] if len(whole) <= seq_len else []
-        if not windows:
-            dropped[_TOO_LONG] += 1
-            shortest = min(shortest or len(whole), len(whole))
-        tokens += windows
-        texts += [example] * len(windows)
-    encoded = Encoded(tokens, texts, dict(dropped))
-    if not tokens:
-        where = examples[0].source.rpartition(":")[0] if examples else ""
-        reason = encoded.drop_note or "there were none"
-        fix = f" The shortest has {shortest} tokens: raise seq_len to at least that." if shortest else ""
-        raise DataError(f"no example of {where or 'the data'} is left ({reason}).{fix}")
-    return encoded
+        pieces_of_rows = next(rest)
+        # Of a chat in several rows, the last one holds all turns: enough where every token is trained.
+        for pieces in pieces_of_rows if objective == "clm" else pieces_of_rows[-1:]:
+            ids = _ids_in_place(pieces, ids_of, tokenizer)
+            tokens.append(_join(example, pieces, ids, start, end, objective))
+            texts.append(example)
+    whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
+    return _limited(whole, seq_len, tokenizer)
+
+
+def _checked(seq_len: int | None) -> int | None:
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+    return seq_len
+
+
+def _limited(whole: Encoded, seq_len: int | None, tokenizer: Tokenizer) -> Encoded:
+    """Applies a limit; raises DataError, which shows the first example, if nothing is left to train on."""
+    encoded = whole.limited(seq_len)
+    if encoded.examples:
+        return encoded
+    if not encoded.out:
+        raise DataError("no example of the data is left (there were none).")
+    example, reason, tokens = encoded.out[0]
+    fix = f" The shortest has {min(whole.lengths):,} tokens: raise seq_len to at least that." if whole.lengths else ""
+    pieces = [(example.prompt, False), (example.completion, True)]
+    if whole.examples:
+        row = zip(whole.examples[0].ids, whole.examples[0].trained, strict=True)
+        runs = groupby(row, key=lambda pair: pair[1])
+        pieces = [(tokenizer.decode([token for token, _ in run]), trained) for trained, run in runs]
+        example, reason, tokens = next(item for item in encoded.out if item.tokens)
+    listed = [f"{'trained' if trained else 'not trained'}: {shown(text, 300)}" for text, trained in pieces[:6]]
+    where = _SOURCE_END.sub("", example.source) or "the data"
+    size = f", {tokens:,} tokens" if tokens else ""
+    heading = f"no example of {where} is left ({encoded.drop_note}).{fix} The first, {example.source} ({reason}{size})"
+    raise DataError(list_faults(heading, listed))
+
+
+_SOURCE_END: Final = re.compile(r"(:\d+|\[\d+\])$")
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
@@ -176,53 +331,63 @@ def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> 
 
     The text before a completion gets the ids that it has on its own, as in generation.
     """
-    pieces = _segments(example, tokenizer)
-    ids = _ids_in_place(pieces, _ids_of([pieces], tokenizer), tokenizer)
-    return _join(example, pieces, ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
+    rows = _rows(example, ChatTemplate(tokenizer))
+    if len(rows) > 1:
+        raise DataError(f"{example.source}: this chat needs {len(rows)} rows, one for each answer. Use encode.")
+    ids = _ids_in_place(rows[0], _ids_of(rows, tokenizer), tokenizer)
+    return _join(example, rows[0], ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
     """Returns a prompt's ids in training and generation: the start token, if the tokenizer adds one, and the text.
 
     An empty prompt without a start token becomes the end token alone (GPT-2's convention), since a model needs at
-    least one token to continue.
+    least one token to continue.  Of a chat it is the turns before its last answer and how the model's chat template
+    begins that answer; the template writes its own start token.
+
+    Raises:
+        DataError: a chat that the model's template cannot write.
     """
-    ids = _start_ids(tokenizer) + _token_ids({prompt}, tokenizer)[prompt]
+    if isinstance(prompt, Example) and prompt.messages:
+        text = ChatTemplate(tokenizer).prompt(prompt)
+        return _token_ids({text}, tokenizer)[text]
+    text = prompt.prompt if isinstance(prompt, Example) else prompt
+    ids = _start_ids(tokenizer) + _token_ids({text}, tokenizer)[text]
     return ids or [_end_id(tokenizer)]
 
 
-def _all_segments(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[tuple[str, bool], ...]]:
-    """Returns the segments of each example.
+def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Segments]]:
+    """Returns the segments of each example; a chat may need several rows.
 
     Raises:
         DataError: lists all chats that the model's template cannot render.
     """
-    segments, faults = [], []
+    template = ChatTemplate(tokenizer)
+    rows, faults = [], []
     for example in examples:
         try:
-            segments.append(_segments(example, tokenizer))
+            rows.append(_rows(example, template))
         except DataError as error:
             faults.append(str(error))
-            if not tokenizer.chat_template:  # no other chat can be rendered either
+            if not template.is_there:  # no other chat can be rendered either
                 break
     if len(faults) > 1:
         raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", faults))
     if faults:
         raise DataError(faults[0])
-    return segments
+    return rows
 
 
-def _segments(example: Example, tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
-    return render_chat(example, tokenizer) if example.messages else example.segments
+def _rows(example: Example, template: ChatTemplate) -> list[Segments]:
+    return template.rows(example) if example.messages else [example.segments]
 
 
-def _has_completion(example: Example, pieces: Sequence[tuple[str, bool]]) -> bool:
-    if example.messages:  # a chat's trained text also holds what the template writes around an answer
-        return any(content.strip() for role, content in example.messages if role == "assistant")
-    return any(text.strip() for text, trained in pieces if trained)
+def _has_completion(example: Example) -> bool:
+    calls = any(turn.fields.get("tool_calls") for turn in example.messages if turn.role == "assistant" and turn.trained)
+    return calls or any(text.strip() for text in example.trained_texts)
 
 
-def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer) -> dict[str, list[int]]:
+def _ids_of(segments: Iterable[Segments], tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Returns the ids of the texts that `_ids_in_place` compares: the pieces of each example, and its whole text."""
     texts = set()
     for pieces in segments:
@@ -230,9 +395,7 @@ def _ids_of(segments: Iterable[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
     return _token_ids(texts, tokenizer)
 
 
-def _ids_in_place(
-    pieces: Sequence[tuple[str, bool]], ids_of: Mapping[str, list[int]], tokenizer: Tokenizer
-) -> list[list[int]]:
+def _ids_in_place(pieces: Segments, ids_of: Mapping[str, list[int]], tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the ids of each piece in its place: those that it adds to the ids of the text before it.
 
     Usually these are the ids of the piece alone.  But some tokenizers (Llama 2's kind) put a blank before whatever they
@@ -255,7 +418,7 @@ def _ids_in_place(
 
 def _join(
     example: Example,
-    pieces: Sequence[tuple[str, bool]],
+    pieces: Segments,
     ids_of_pieces: Sequence[list[int]],
     start: list[int],
     end: int,
@@ -316,102 +479,3 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
     for index in by_remainder[: total - sum(shares)]:
         shares[index] += 1
     return shares
-
-
-# --- chats ---------------------------------------------------------------------------------------------------------
-
-_MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary text does not contain
-
-
-def render_chat(example: Example, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Renders a chat with the model's own template as segments; assistant turns are trained, with their end token.
-
-    A template does not say where an answer begins and ends.  To find out, the chat is rendered twice more for each
-    answer: up to it, as generation begins an answer, and whole with a mark in its place.  The turn is what lies between
-    the end of the first rendering and what follows the mark, with all that the template adds to it.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or the template omits or rewrites a turn.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{example.source}: the model's tokenizer has no chat template, so 'messages' cannot be rendered as text. "
-            "Choose an instruct model, or give prompt and completion."
-        )
-    turns = [{"role": role, "content": content} for role, content in example.messages]
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    turns = turns[: answers[-1] + 1]  # what follows the last answer is not trained
-
-    def render(turns: list[dict[str, str]], begin_answer: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer))
-        except Exception as error:  # templates are programs that raise errors of their own, jinja2's among them
-            raise DataError(f"{example.source}: the model's chat template rejects these messages: {error}") from None
-
-    whole = render(turns)
-    letters = _without_blanks(whole)
-    for number, turn in enumerate(turns, 1):
-        if turn["role"] in ("system", "user") and _without_blanks(turn["content"]) not in letters:
-            raise DataError(f"{example.source}: {_OMITTED.format(number, turn['role'])}")
-    spans = []
-    for index in answers:
-        marked = render([*turns[:index], {**turns[index], "content": _MARK}, *turns[index + 1 :]])
-        before, _, after = marked.partition(_MARK)
-        # Templates cannot begin an answer to nothing: where the assistant speaks first, its turn starts the text.
-        head = render(turns[:index], begin_answer=True) if index else before
-        start, end = len(head), len(whole) - len(after)
-        if not whole.startswith(head):
-            reason = _OTHER_START if whole.startswith(render(turns[:index])) else _REWRITTEN
-            raise DataError(f"{example.source}: {reason.format(index + 1)}")
-        answer = _without_blanks(turns[index]["content"])
-        if not whole.endswith(after) or answer not in _without_blanks(whole[start:end]):
-            raise DataError(f"{example.source}: {_OMITTED.format(index + 1, 'assistant')}")
-        spans.append((start, end))
-    return _cut(whole, spans, tokenizer, example.source)
-
-
-_OMITTED: Final = (
-    "the model's chat template omits or rewrites turn {0} ({1}). Remove the turn, or give prompt and completion."
-)
-_REWRITTEN: Final = (
-    "the model's chat template rewrites what comes before turn {0} once the chat goes on, so the text to train on "
-    "cannot be located. Give each answer as an example of its own."
-)
-_OTHER_START: Final = (
-    "the model's chat template does not begin turn {0} as it begins an answer in generation, so the model would learn "
-    "something other than what it is asked for later. Give prompt and completion instead."
-)
-
-
-def _cut(whole: str, spans: list[tuple[int, int]], tokenizer: Any, source: str) -> tuple[tuple[str, bool], ...]:
-    """Cuts the text at the answers, each with the end token that follows it; the last answer always gets one."""
-    end_token = _end_token(whole[spans[-1][1] :], tokenizer)
-    if not end_token and not tokenizer.eos_token:
-        raise DataError(f"{source}: neither the chat template nor the tokenizer has an end token. Set eos_token.")
-    segments: list[tuple[str, bool]] = []
-    position = 0
-    for start, end in spans:
-        end += max(_length_of(token, whole[end:]) for token in (end_token, tokenizer.eos_token))
-        segments += [(whole[position:start], False), (whole[start:end], True)]
-        position = end
-    if not end_token:
-        segments[-1] = (segments[-1][0] + tokenizer.eos_token, True)
-    return tuple(segments)
-
-
-def _end_token(rest: str, tokenizer: Any) -> str:
-    """Returns the special token that the template puts right after an answer, or ""."""
-    special = {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())}
-    special -= {tokenizer.bos_token} - {tokenizer.eos_token}  # a start token belongs to the next turn
-    return max((token for token in special if _length_of(token, rest)), key=len, default="")
-
-
-def _length_of(token: str | None, rest: str) -> int:
-    """Returns how many characters the token and the blanks before it take at the start of ``rest``, else 0."""
-    blanks = len(rest) - len(rest.lstrip())
-    return blanks + len(token) if token and rest.startswith(token, blanks) else 0
-
-
-def _without_blanks(text: str) -> str:
-    """Removes blanks and line ends, which templates trim."""
-    return "".join(text.split())

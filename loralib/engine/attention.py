@@ -185,6 +185,8 @@ def _refuse_unknown(
     unknown = sorted(key for key, value in others.items() if value is not None and key not in _HARMLESS)
     if unknown:
         raise UnsupportedModelError(f"{name} passes {', '.join(unknown)} to its attention, which is not known here")
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        raise UnsupportedModelError(f"{name} counts tokens from the beginning of the row")
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -34,10 +34,11 @@ from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_fau
 from ..formats import read_adapter
 from ..injection import adapted_layers
 from ..layers import is_conv1d
-from .forward import logits_of
+from ..wrapping import unwrapped
+from .forward import plain_logits
 from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
 
-__all__ = ["Bank", "Slot"]
+__all__ = ["Bank", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
@@ -104,6 +105,7 @@ class Bank:
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int | None = None) -> None:
+        model = unwrapped(model)
         if adapted_layers(model):
             raise AdapterError(
                 f"this {type(model).__name__} holds an adapter, and a bank works over a plain base. "
@@ -292,9 +294,9 @@ class Bank:
         rows = [(cast("Slot | None", slot), ids.numel())]
         overrides = self.overrides(rows, rows, {})
         with Hold(self.model, self.modules, "inference"), evaluating(self.model.modules()), torch.no_grad():
-            without = logits_of(self.model(ids))
+            without = plain_logits(self.model, ids)
             with overriding(overrides):
-                changed = logits_of(self.model(ids))
+                changed = plain_logits(self.model, ids)
         if torch.equal(without, changed):
             raise AdapterError(
                 f"the adapter {slot.name!r} changes no logit of this {type(self.model).__name__}: it was not trained, "
@@ -327,6 +329,11 @@ class Bank:
         if not used.issubset(slots) or len(slots) > max(_SPARE * len(used), 8):
             self._stack = _Stack(tuple(sorted(used, key=lambda slot: slot.name)))
         return self._stack
+
+
+def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
+    """Returns the bank, if it is one, and the base model without what is wrapped around it."""
+    return (model, model.model) if isinstance(model, Bank) else (None, unwrapped(model))
 
 
 # --- one pass --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and an adapted head stay the model's own, whatever they are.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .attention import Layout, interface_name, with_layout
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
 
-__all__ = ["Forward", "device_of", "logits_of", "runs_here"]
+__all__ = ["Forward", "device_of", "logits_of", "plain_logits", "runs_here"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -47,6 +48,16 @@ def logits_of(output: Any) -> Tensor:
             "or an object that holds them as `logits`"
         )
     return logits
+
+
+def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Returns the logits (B, T, V) of ids (B, T), from a model that may be anything, which keeps no cache of them.
+
+    Raises:
+        UnsupportedModelError: it returns none.
+    """
+    takes = inspect.signature(model.forward).parameters
+    return logits_of(model(ids, use_cache=False) if "use_cache" in takes else model(ids))
 
 
 class Forward:
@@ -146,7 +157,7 @@ class Forward:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Returns the logits (B, T, V) of a model that may be anything."""
-        return logits_of(self.model(ids))
+        return plain_logits(self.model, ids)
 
     def _run_body(self, **inputs: Any) -> Any:
         assert self._body is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -9,25 +10,36 @@ from torch import nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..config import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, FormatError
+from ..hub import fetch, is_hub_id
+from ..wrapping import unwrapped
+from .foreign import describe, names_in
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
 from .microsoft import read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
+from .old_names import with_present_names
 from .peft import read_peft, save_adapter, write_peft
 from .portable import Portable, check_portable, export, make_portable
-from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE
+from .tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
+from .trainer import is_trainer_checkpoint, save_trained_weights
+from .usage import how_to_run, modelfile
 
 __all__ = [
+    "TOKENIZER_FILES",
     "MergeReport",
     "Portable",
     "check_portable",
     "export",
+    "how_to_run",
     "is_read_with_base",
+    "is_trainer_checkpoint",
     "load_adapter",
+    "locate_adapter",
     "make_portable",
     "merge_and_compare",
     "merge_into",
+    "modelfile",
     "read_adapter",
     "read_gguf",
     "read_microsoft",
@@ -35,6 +47,8 @@ __all__ = [
     "read_peft",
     "save_adapter",
     "save_merged",
+    "save_trained_weights",
+    "with_present_names",
     "write_gguf",
     "write_microsoft",
     "write_mlx",
@@ -53,7 +67,8 @@ def load_adapter(
 
     Args:
         model: the base model; an adapter that it holds is replaced once the new one is known to fit.
-        path: a PEFT or MLX directory, a GGUF LoRA file, or a Microsoft checkpoint file.
+        path: a PEFT or MLX directory, also by its id on the hub (see `locate_adapter`); a GGUF LoRA file, or a
+            Microsoft checkpoint file.
         config: the settings of a Microsoft checkpoint, whose file holds none.
         allow_base_mismatch: see `loralib.adapter.apply_adapter`.
 
@@ -63,7 +78,7 @@ def load_adapter(
     Raises:
         AdapterError: there is no adapter at the path, or it does not fit; lists every fault.
     """
-    adapter = read_adapter(path, config=config, model=model)
+    adapter = read_adapter(path, config=config, model=unwrapped(model))
     return apply_adapter(model, adapter, allow_base_mismatch=allow_base_mismatch)
 
 
@@ -75,13 +90,14 @@ def read_adapter(
     Args:
         path: see `load_adapter`.
         config: the settings of a Microsoft checkpoint, whose file holds none.
-        model: the base model; needed for GGUF and MLX, which have their own names for modules.
+        model: the base model; needed for GGUF and MLX, which have their own names for modules, and for adapters with
+            names of modules from an older transformers.
 
     Raises:
         AdapterError: there is no adapter at the path, or it cannot be read without `config` or `model`.
         FormatError: a file is corrupt.
     """
-    path = _directory_of(Path(path))
+    path = locate_adapter(path)
     if is_read_with_base(path):
         gguf = path.is_file()
         if model is None:
@@ -92,7 +108,10 @@ def read_adapter(
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
-        return read_peft(path)
+        adapter = read_peft(path)
+        return adapter if model is None else with_present_names(adapter, model)
+    if (foreign := _foreign(path)) is not None:
+        raise FormatError(f"{path} is {foreign[0]}. {foreign[1]}")
     if config is None and _is_checkpoint(path):
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which holds no settings; give "
@@ -109,13 +128,61 @@ def read_adapter(
 
 def is_read_with_base(path: str | os.PathLike[str]) -> bool:
     """Tells whether reading an adapter takes its base model: GGUF and MLX have their own names for modules."""
-    path = _directory_of(Path(path))
+    path = locate_adapter(path)
     return (path.is_file() and is_gguf(path)) or is_mlx(path)
 
 
-def _directory_of(path: Path) -> Path:
-    """Returns the directory of an adapter, also when the path is that of a file in it."""
-    return path.parent if path.name in (CONFIG_FILE, PEFT_FILE, MLX_FILE) else path
+def locate_adapter(path: str | os.PathLike[str]) -> Path:
+    """Returns the directory or file of an adapter, fetched from the hub where there is none of that name here.
+
+    Args:
+        path: that of the directory, or of a file in it, or an id on the hub: ``owner/name``, where needed with the
+            folder in the repository and a revision, as in ``owner/name/folder@revision``.
+
+    Raises:
+        AdapterError: the repository holds no adapter, or cannot be reached.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and isinstance(path, str) and "/" in path and is_hub_id(path):
+        return fetch(
+            path,
+            functools.partial(_needed_files, path),
+            [CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE, *TOKENIZER_FILES],
+            error=AdapterError,
+            what="adapter",
+            advice="Check the name and the network, or give the directory that training or save_adapter() wrote.",
+        )
+    return local.parent if local.name in (CONFIG_FILE, PEFT_FILE, PEFT_PICKLE, MLX_FILE) else local
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def _needed_files(name: str, files: list[str]) -> list[str]:
+    """Returns the files of a repository to download: an adapter, one copy of its tensors, and its tokenizer.
+
+    >>> _needed_files("a/b", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "optimizer.pt"])
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    tensors = next((file for file in (PEFT_FILE, PEFT_PICKLE, MLX_FILE) if file in files), None)
+    if CONFIG_FILE not in files or tensors is None:
+        kind = "a model, not an adapter; give it as --model" if "config.json" in files else "no adapter"
+        below = sorted({file.rpartition("/")[0] for file in files if file.endswith(f"/{CONFIG_FILE}")})
+        hint = f" There are adapters in its folders: {name}/{below[0]}" if below else ""
+        raise AdapterError(
+            f"{name} on the hub is {kind}: expected {CONFIG_FILE} and {PEFT_FILE}, it holds "
+            f"{', '.join(files[:10]) or 'nothing'}.{hint}"
+        )
+    return [CONFIG_FILE, tensors, *(file for file in files if file in TOKENIZER_FILES)]
+
+
+def _foreign(path: Path) -> tuple[str, str] | None:
+    """Returns what a file is that holds another tool's adapter, and what to do with it; see `describe`."""
+    names = names_in(path) if _is_checkpoint(path) else None
+    return None if names is None else describe(names)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, apply_adapter, expand_blocks
+from ..adapter import Adapter, ApplyReport, apply_adapter, expand_blocks
 from ..combine import depends_on_base
 from ..delta import add_delta, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_errors, write_whole
 from ..injection import adapted_layers, injection_of, remove
+from .lora_bias import BIAS, add_biases, biases_of_B, fields_for
 from .portable import base_matrix, full_delta, to_stored_layout
 
 __all__ = ["MergeReport", "logit_difference", "merge_and_compare", "merge_into", "prompt_logits", "save_merged"]
@@ -56,7 +58,8 @@ class MergeReport:
     def __str__(self) -> str:
         verdict = "rounding explains it" if self.as_expected else "MORE than rounding explains"
         return (
-            f"{self.modules} modules merged in fp32, then cast to {str(self.dtype).removeprefix('torch.')}\n"
+            f"{self.modules} modules merged in fp32, equal to base and file, then cast to "
+            f"{str(self.dtype).removeprefix('torch.')}\n"
             f"  logit difference   max {self.max_difference:.2e}  mean {self.mean_difference:.2e}\n"
             f"  rounding expected  max {self.expected_max:.2e}  mean {self.expected_mean:.2e}: {verdict}"
         )
@@ -81,14 +84,20 @@ def merge_into(
 
     Raises:
         AdapterError: the adapter does not fit.
-        MergeError: a merged weight would be NaN or infinite; the model stays as it was.
+        MergeError: a merged weight would be NaN or infinite, or is not the sum of the base's and what the adapter says;
+            or a bias has no place in the model. The model stays as it was.
     """
     if injection_of(model) is not None:
         raise TargetError(f"{type(model).__name__} holds an adapter already; merge into the plain base model")
-    with _applied(model, adapter, allow_base_mismatch):
+    biases = biases_of_B(adapter)
+    fields = fields_for(model, biases)
+    with _applied(model, adapter, allow_base_mismatch) as report:
         merged = _merged_weights(model, adapter, initial)
+        weights = {f"{name}.{layer._weight_name}": layer.base_weight for name, layer in adapted_layers(model)}
+        brought = {name: weights[name].detach() for name in report.carried if name in weights}
         modules, record, state = len(merged), injection_of(model), model.state_dict()
-        merged |= {name: state[name].clone() for name in (record.originals if record is not None else ())}
+        merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
+    _check_against_file(model, adapter, merged, initial, brought, report.ignored)
     for name, value in merged.items():
         # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")
@@ -98,6 +107,7 @@ def merge_into(
             module._parameters[leaf] = nn.Parameter(value.to(old.dtype))
         else:
             module._buffers[leaf] = value
+    add_biases(model, biases, fields)
     model.requires_grad_(False)
     _untie(model)
     return modules
@@ -126,7 +136,7 @@ def merge_and_compare(
         MergeError: a weight would be NaN or infinite in that dtype.
     """
     reference = None
-    if not depends_on_base(adapter):  # the other kinds can only be computed merged
+    if not depends_on_base(adapter) and not biases_of_B(adapter):  # the other kinds can only be computed merged
         with _applied(model, adapter, allow_base_mismatch):
             reference = prompt_logits(model, inputs)
     base_change = _rounding_of_base(model, inputs, dtype)
@@ -210,15 +220,14 @@ def save_merged(
 
 
 @contextmanager
-def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[None]:
+def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[ApplyReport]:
     """Applies the low-rank part of an adapter to a model for a while, which checks that everything fits."""
-    if adapter.config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
-        raise AdapterError("lora_bias: loralib does not merge a bias of B; merge with PEFT")
-    config = adapter.config.replace(use_dora=False, init_lora_weights=True)
-    tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith("lora_magnitude_vector")}
-    apply_adapter(model, replace(adapter, config=config, tensors=tensors), allow_base_mismatch=allow_base_mismatch)
+    config = adapter.config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+    tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", BIAS))}
+    plain = replace(adapter, config=config, tensors=tensors)
+    report = apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
     try:
-        yield
+        yield report
     finally:
         remove(model)
 
@@ -242,6 +251,66 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     if faults:
         raise MergeError(list_faults("nothing was merged", faults, "Train again, or load another adapter or base."))
     return merged
+
+
+def _check_against_file(
+    model: nn.Module,
+    adapter: Adapter,
+    merged: Mapping[str, Tensor],
+    initial: Adapter | None,
+    brought: Mapping[str, Tensor],
+    ignored: Collection[str],
+) -> None:
+    """Compares merged weights with the base's and the file's tensors, which no layer has touched: each must be used.
+
+    Args:
+        model: the plain base model.
+        adapter: as read from the file.
+        merged: the merged weights by name.
+        initial: see `merge_into`.
+        brought: tables in the base's places that the adapter brought along and adapts.
+        ignored: tensors of the file that may be left out.
+    """
+    plain = expand_blocks(adapter)
+    faults, used = [], set[str]()
+    for name in plain.modules:
+        key = next((f"{name}.{leaf}" for leaf in ("weight", "in_proj_weight") if f"{name}.{leaf}" in merged), None)
+        used |= {key or name}
+        if key is None:
+            faults.append(f"{name}: its update is in no weight")
+            continue
+        layer = model.get_submodule(name)
+        base = to_stored_layout(layer, brought[key]) if key in brought else base_matrix(model, name)
+        if key in brought and not _is_rounding(brought[key], plain.tensors.get(key, brought[key])):
+            faults.append(f"{key}: is not the adapter's table")
+        delta = full_delta(plain, name, base, initial)
+        weight = to_stored_layout(layer, merged[key].flatten(1))
+        if not _is_rounding(weight, base.float() + delta.to(base.device)):
+            faults.append(f"{key}: is not the base weight and the adapter's update")
+    state = model.state_dict()
+    for name, tensor in plain.tensors.items():
+        if _LOW_RANK.search(name) or name in used or name in ignored:
+            continue
+        held = merged.get(name, state.get(name))
+        # A file may also hold the base's own weights, in bf16.
+        step = None if name in merged else 2**-7
+        if held is None or held.shape != tensor.shape or not _is_rounding(held, tensor.to(held.device), step):
+            faults.append(f"{name}: is not the adapter's")
+    if faults:
+        advice = "Nothing was merged. Please report this, with the adapter's settings and the model's name."
+        raise MergeError(list_faults("merged weights are not what the adapter's file says", faults, advice))
+
+
+_LOW_RANK = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector|B\.bias)$")
+
+
+def _is_rounding(ours: Tensor, exact: Tensor, step: float | None = None) -> bool:
+    """Tells whether two tensors differ by no more than rounding to the first one's dtype, or to a relative step."""
+    if not ours.is_floating_point():
+        return torch.equal(ours, exact.to(ours.dtype))
+    step = step or 4 * max(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
+    gap = (ours.float() - exact.float()).abs()
+    return bool((gap <= step * (exact.float().abs() + exact.float().abs().max())).all()) if gap.numel() else True
 
 
 def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:

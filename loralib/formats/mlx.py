@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapter import BASE, Adapter, with_ranks
 from ..combine import check_sound, factors
-from ..config import LoraConfig
+from ..config import HUB_NAMES, LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from .tensors import CONFIG_FILE, MAX_SETTINGS, MLX_FILE, parse_json, read_bytes, read_safetensors, write_directory
 
@@ -92,7 +92,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
             "dropout": 0.0,
             "keys": list(dict.fromkeys(keys)),
         },
-        "model": config.base_model_name_or_path,
+        "model": HUB_NAMES.get(config.base_model_name_or_path or "", config.base_model_name_or_path),
     }
     base = {BASE: adapter.metadata[BASE]} if BASE in adapter.metadata else {}
     write_directory(directory, MLX_FILE, tensors, base, settings)

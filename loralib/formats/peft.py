@@ -14,10 +14,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
-from ..config import LoraConfig, matches
+from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
+from ..hub import is_hub_id
 from ..injection import adapted_layers
 from ..layers import LoRALinear
+from ..wrapping import named_modules, unwrapped, writes_files
 from .tensors import (
     CONFIG_FILE,
     MAX_SETTINGS,
@@ -33,13 +35,18 @@ from .tensors import (
 __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
+# Steps in the names of models that were compiled or sharded when an adapter was saved; they are no modules of the base.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
+_BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
     """Saves the adapter of a model as a PEFT directory, which PEFT, vLLM and transformers load.
 
     Args:
-        model: adapted by `loralib.inject`, or built from loralib's layers.
+        model: adapted by `loralib.inject`, or built from loralib's layers.  Under FSDP, every process must call this,
+            and the first one writes.
         directory: created if needed; an adapter in it is replaced, other files are left alone.
 
     Returns:
@@ -49,7 +56,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         TargetError: the model holds no adapter.
         OutputError: the directory cannot be written.
     """
-    adapter = adapter_of(model)
+    adapter, model = adapter_of(model), unwrapped(model)
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
@@ -61,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         task_type=adapter.config.task_type or task_type_of(model),
     )
     adapter = Adapter(config, adapter.tensors, adapter.metadata)
-    write_peft(adapter, directory)
+    if writes_files(model):
+        write_peft(adapter, directory)
     return adapter
 
 
@@ -79,11 +87,16 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     missing = [name for name in (CONFIG_FILE, PEFT_FILE) if not (directory / name).is_file()]
     if CONFIG_FILE in missing or (missing and not (directory / PEFT_PICKLE).is_file()):
         fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
+        if (directory / _DIFFUSERS).is_file():
+            fault = f"holds an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
         raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
     if not isinstance(settings, dict):
         raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
     config = LoraConfig.from_dict(settings)
+    name, revision = config.base_model_name_or_path or "", settings.get("revision")
+    if isinstance(revision, str) and revision and "@" not in name and is_hub_id(versioned := f"{name}@{revision}"):
+        config = config.replace(base_model_name_or_path=versioned)
     metadata: dict[str, str] = {}
     if PEFT_FILE in missing:
         tensors = read_pickle(directory / PEFT_PICKLE)
@@ -92,6 +105,8 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     else:
         tensors, metadata = read_safetensors(directory / PEFT_FILE)
     metadata.pop("format", None)
+    if config.base_model_name_or_path == HUB_NAMES.get(ours := metadata.pop(_BASE_NAME, ""), 0):
+        config = config.replace(base_model_name_or_path=ours)
     named = {_from_peft(name): tensors[name] for name in sorted(tensors)}  # files have no order of their own
     if len(named) < len(tensors):
         raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
@@ -118,7 +133,13 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """
     plain = expand_blocks(adapter)
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
-    write_directory(directory, PEFT_FILE, tensors, plain.metadata, plain.config.to_dict())
+    settings, metadata = plain.config.to_dict(), dict(plain.metadata)
+    name = plain.config.base_model_name_or_path or ""
+    if "@" in name and is_hub_id(name):
+        settings["base_model_name_or_path"], _, settings["revision"] = name.rpartition("@")
+    if name in HUB_NAMES:
+        settings["base_model_name_or_path"], metadata[_BASE_NAME] = HUB_NAMES[name], name
+    write_directory(directory, PEFT_FILE, tensors, metadata, settings)
 
 
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
@@ -130,7 +151,7 @@ def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     chosen = list(adapter.target_modules)
     if model is None:
         return chosen
-    names = [name for name, _ in model.named_modules()]
+    names = list(named_modules(model))
     short = list[str]()
     for ending in dict.fromkeys(name.rpartition(".")[2] for name in chosen):
         fitting = {name for name in names if name == ending or name.endswith(f".{ending}")}
@@ -148,6 +169,7 @@ def task_type_of(model: nn.Module | None) -> str | None:
 
 def _from_peft(name: str) -> str:
     """PEFT's name of a tensor -> ours."""
+    name = _WRAPPERS.sub("", name)
     name = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
     # Older files carry the adapter's name; newer ones leave it out.
     name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)", r".\1", name)
@@ -157,8 +179,8 @@ def _from_peft(name: str) -> str:
 def _to_peft(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Our name of a tensor -> PEFT's."""
     module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and f"{module}.lora_A" in tensors:  # PEFT wraps what it adapts
-        leaf = "base_layer.bias"
+    if leaf in ("bias", "weight") and {f"{module}.lora_A", f"{module}.lora_embedding_A"} & tensors.keys():
+        leaf = f"base_layer.{leaf}"  # PEFT wraps what it adapts
     parent = module.removesuffix(".out_proj")
     if parent != module and f"{parent}.lora_A" in tensors:  # nn.MultiheadAttention
         module = f"{parent}.base_layer.out_proj"

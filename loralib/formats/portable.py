@@ -23,6 +23,7 @@ from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_fa
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
 from ..targets import match_modules, tied_modules
+from . import vllm
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, target_names, task_type_of, write_peft
@@ -40,10 +41,10 @@ __all__ = [
 
 
 # Tools that adapters are exported for, and their names.  All but PEFT accept low-rank updates of linear layers and
-# embeddings only: no biases, modules trained in full, convolutions, attention modules, or weights that modules share.
+# embeddings only: no biases, modules trained in full (vLLM: but a classifier's head), convolutions, attention modules,
+# or weights that modules share.
 TARGETS: Mapping[str, str] = {"peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "MLX"}
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max_lora_rank
 _MAX_RANK_FACTOR = 4  # times the adapter's own rank: where the search for a good approximation ends
 _MERGE = "`loralib merge` writes the merged model instead, which every tool reads."
 
@@ -79,7 +80,9 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
     if target != "peft":
-        if config.modules_to_save:
+        if target == "vllm":
+            faults += vllm.head_faults(config, model)
+        elif config.modules_to_save:
             faults.append(f"modules_to_save {list(config.modules_to_save)}: modules trained in full are not loaded")
         if config.bias != "none":
             faults.append(f"bias {config.bias!r}: trained biases are not loaded")
@@ -118,6 +121,8 @@ def make_portable(
     """
     check_sound(adapter)
     check_portable(adapter.config, model, target)
+    if target == "vllm" and (faults := vllm.tensor_faults(adapter.tensors)):
+        raise AdapterError(list_faults("vLLM would refuse this adapter", faults, _MERGE))
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:
@@ -132,10 +137,10 @@ def make_portable(
     if any(update.r != rank for update in updates.values()):
         notes.append(f"all modules have rank {rank} now, the smaller ones padded with zeros (exact)")
     if target == "vllm":
-        limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+        limit = next((limit for limit in vllm.accepted_ranks if limit >= rank), None)
         if limit is None:
             raise AdapterError(
-                f"vLLM accepts ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}; give a smaller r"
+                f"vLLM accepts ranks up to {vllm.accepted_ranks[-1]}, and this adapter has {rank}; give a smaller r"
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
     result = with_updates(plain, {name: update.plain(rank) for name, update in updates.items()})
@@ -323,15 +328,16 @@ def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initia
 
 def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[str]:
     """Returns the adapted modules that a tool would compute wrongly, with the reasons."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if target == "vllm" and kind == "gpt2":
-        return ["vLLM accepts no adapters on GPT-2"]
+    if target == "vllm" and not vllm.takes_adapters(model):
+        return [f"vLLM accepts no adapters on {type(model).__name__}"]
     names: Mapping[str, str] | None = None
     if target != "vllm":
         names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
     faults = []
     title = TARGETS[target]
     modules = match_modules(model, config)
+    if target == "vllm":
+        faults += vllm.load_faults(model, [(module.name, module.module) for module in modules])
     shared = tied_modules(model, modules)
     for module in modules:
         name, layer = module.name, module.module

@@ -22,8 +22,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ..engine.bank import Bank
+from ..engine.bank import Bank, bank_and_base
 from ..engine.kernels import loaded
+from ..wrapping import unwrapped
 from .decoder import Decoder, SequenceGroup, make_decoder
 from .sampling import Sampling, penalize
 from .text import check_prompts, end_tokens, new_tokens
@@ -144,6 +145,7 @@ def beam_search(
         ConfigError: settings are out of range; all of them at once.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
+    model = unwrapped(model)
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_length,
@@ -169,12 +171,12 @@ def search(
     adapters: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Hypothesis]]:
     """Yields the number of each prompt and its best hypothesis as the searches end; see `beam_search`."""
-    base = model.model if isinstance(model, Bank) else model
+    base = bank_and_base(model)[1]
     check_prompts(base, prompts)
     limits = [new_tokens(base, prompt, sampling.max_new_tokens) for prompt in prompts]
     waiting = deque(_Search(number, *each, sampling) for number, each in enumerate(zip(prompts, limits, strict=True)))
     running: list[_Search] = []
-    decoder = make_decoder(model)
+    decoder = make_decoder(model, max(map(sum, zip(map(len, prompts), limits, strict=True)), default=0))
     try:
         while waiting or running:
             branches = sum(len(one.beams) for one in running)

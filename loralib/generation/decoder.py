@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
-from ..engine.bank import Bank, Slot
-from ..engine.forward import device_of, logits_of, runs_here
+from ..engine.bank import Bank, Slot, bank_and_base
+from ..engine.causal import require_causal
+from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
+from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
@@ -69,7 +71,12 @@ class Decoder:
         bank: adapters over it that groups may choose.
         modules: those that it may override.
         attention: whether the model's attention gets a layout.
+
+    Attributes:
+        longest: how many tokens a sequence may have; None: any number.
     """
+
+    longest: int | None = None
 
     def __init__(
         self, model: nn.Module, bank: Bank | None, modules: Sequence[nn.Module] = (), *, attention: bool = False
@@ -283,6 +290,7 @@ class PlainDecoder(Decoder):
 
     def __init__(self, model: nn.Module, bank: Bank | None = None) -> None:
         super().__init__(model, bank)
+        self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -297,36 +305,60 @@ class PlainDecoder(Decoder):
             group.length = len(group.paths[0])
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
+        slots = [group.slot for group in self._groups for _ in group.paths]
+        parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
+        with evaluating(self._model.modules()):
+            logits = torch.cat([self._last_logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts])
+        places = torch.empty(len(rows), dtype=torch.long, device=self._device)
+        places[[row for part in parts for row in part]] = torch.arange(len(rows), device=self._device)
+        return logits[places]
+
+    def _last_logits(self, rows: Sequence[Sequence[int]], slots: Sequence[Slot | None]) -> Tensor:
+        """Returns the logits (R, V) after the last token of each row, which has its adapter."""
         # Padded behind, where causal models do not look.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
+        if self._remembers:
+            forget_length(self._model)
         overrides: Overrides = {}
         if self._bank is not None:
-            whole = [(group.slot, ids.shape[1] * len(group.paths)) for group in self._groups]
+            whole = [(slot, ids.shape[1]) for slot in slots]
             overrides = self._bank.overrides(whole, whole, {})
-        with evaluating(self._model.modules()), overriding(overrides):
-            output = self._model(ids.to(self._device))
-        return logits_of(output)[torch.arange(len(rows), device=self._device), last]
+        with overriding(overrides):
+            logits = plain_logits(self._model, ids.to(self._device))
+        return logits[torch.arange(len(rows), device=self._device), last]
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 
 
-def make_decoder(model: nn.Module | Bank) -> Decoder:
+def make_decoder(model: nn.Module | Bank, longest: int = 0) -> Decoder:
     """Returns the fastest decoder that is right for a model, or for a bank of adapters over one.
+
+    Sequences have up to `longest` tokens.
 
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
+
+    Raises:
+        UnsupportedModelError: the model is not causal.
     """
-    bank, model = (model, model.model) if isinstance(model, Bank) else (None, model)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: a graph has no place for a layout
+    bank, model = bank_and_base(model)  # without torch.compile's wrapper: a graph has no place for a layout
+    require_causal(model)
     if engine_mode() == "off":
         return PlainDecoder(model, bank)
     if model not in _FAULTS:
         _FAULTS.setdefault(model, _why_not_cached(model))
-    return PlainDecoder(model, bank) if _FAULTS[model] else CachedDecoder(model, bank)
+    if _FAULTS[model]:
+        return PlainDecoder(model, bank)
+    limit = rope_limit(model)
+    if limit is not None and longest > limit:
+        return PlainDecoder(model, bank)
+    decoder = CachedDecoder(model, bank)
+    decoder.longest = limit
+    return decoder
 
 
 def _why_not_cached(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..data.tokens import prompt_ids
-from ..engine.bank import Bank
+from ..engine.bank import Bank, bank_and_base
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
@@ -93,9 +93,8 @@ class Generator:
     def __init__(
         self, model: nn.Module | Bank, tokenizer: Any, *, max_requests: int = 128, max_prompt_tokens: int = 2048
     ) -> None:
-        self._bank = model if isinstance(model, Bank) else None
-        self._model = model.model if isinstance(model, Bank) else model
-        self._tokenizer = tokenizer
+        self._given, self._tokenizer = model, tokenizer
+        self._bank, self._model = bank_and_base(model)
         self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
         self._decoder = make_decoder(model)
         self._ends = end_tokens(self._model, tokenizer)
@@ -182,6 +181,11 @@ class Generator:
             if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
                 break
             request = self._waiting[0]
+            longest, limit = len(request.ids) + request.limit, self._decoder.longest
+            if limit is not None and longest > limit:
+                if self._running:  # they end as they began
+                    break
+                self._decoder = make_decoder(self._given, longest)
             request.group = self._decoder.open(request.ids, request.adapter)
             self._running.append(self._waiting.popleft())
 
@@ -214,7 +218,7 @@ def stream(
         ConfigError: there are not as many settings or adapters as prompts, or beam searches differ in theirs.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
-    bank, base = (model, model.model) if isinstance(model, Bank) else (None, model)
+    bank, base = bank_and_base(model)
     rows = encode_prompts(base, tokenizer, prompts)
     settings = _settings(sampling, len(rows))
     names = list(adapters) if adapters is not None else [None] * len(rows)
@@ -255,7 +259,7 @@ def _searched(
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
-    ends = frozenset(end_tokens(model.model if isinstance(model, Bank) else model, tokenizer))
+    ends = frozenset(end_tokens(bank_and_base(model)[1], tokenizer))
     for number, best in search(model, prompts, own, ends, adapters=adapters):
         ids = best.ids[: len(best.ids) - best.ended]
         text = TextStream(tokenizer)
@@ -295,7 +299,7 @@ def generate(
         if faults:
             raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
         sampling = replace(sampling or Sampling(), **settings)
-    rows = encode_prompts(model.model if isinstance(model, Bank) else model, tokenizer, prompts)
+    rows = encode_prompts(bank_and_base(model)[1], tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in stream(model, tokenizer, rows, sampling, adapters):
         pieces[piece.request].append(piece)

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..data.turn_ends import turn_ends
+from ..engine.limits import context_length, require_ids_in_table
 from ..errors import DataError, list_faults
 
-__all__ = ["TextStream", "check_prompts", "context_length", "end_tokens", "new_tokens"]
+__all__ = ["TextStream", "check_prompts", "end_tokens", "end_with_turns", "new_tokens"]
 
 
 class TextStream:
@@ -88,10 +90,12 @@ def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Returns how many positions the model has, or None where its config does not say."""
-    value = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return value if isinstance(value, int) else None
+def end_with_turns(model: Any, tokenizer: Any) -> None:
+    """Makes a model's texts end where the tokenizer's chat template ends a turn, besides where they end already."""
+    settings = getattr(model, "generation_config", None)
+    more = [token for token in turn_ends(tokenizer) if token not in end_tokens(model, tokenizer)]
+    if settings is not None and more:
+        settings.eos_token_id = end_tokens(model) + more
 
 
 def new_tokens(model: nn.Module, prompt: Sequence[int], wanted: int) -> int:
@@ -105,7 +109,8 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     """Refuses prompts that the model cannot continue.
 
     Raises:
-        DataError: some have no tokens, or more than the model's context; all of them at once.
+        DataError: some have no tokens, more than the model's context, or ids that its embedding does not have; all of
+            a kind at once.
     """
     limit = context_length(model)
     faults = []
@@ -116,3 +121,4 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
             faults.append(f"prompt {number} has {len(ids):,} tokens, the model's context has {limit:,}")
     if faults:
         raise DataError(list_faults("the model cannot continue these prompts", faults, "Shorten or remove them."))
+    require_ids_in_table(model, prompts)

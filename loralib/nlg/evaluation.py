@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..data.lines import are_not, read_lines, read_text, shown
-from ..data.readers import SEPARATOR, guess_format
+from ..data.readers import SEPARATOR, guess_format, read_examples
 from ..errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
 from .convert import read_formatted
 from .metrics import SCORES, Score, slot_error_rate
@@ -258,7 +259,7 @@ class _Group:
 def _guess_layout(path: Path) -> str:
     if path.is_dir() or (not path.exists() and _reference_files(path)):
         return "directory"
-    if guess_format(path) != "e2e" or path.suffix.lower() == ".csv":
+    if guess_format(path) not in ("e2e", "text") or path.suffix.lower() == ".csv":
         return "data"
     first = next((line for line in read_lines(path, "references") if line.strip()), "")
     return "data" if SEPARATOR in first else "groups"
@@ -320,11 +321,22 @@ def _reference_files(path: Path) -> list[Path]:
 
 def _read_data(path: Path) -> list[_Group]:
     format = guess_format(path)
-    rows = read_formatted(path) if format == "jsonl" else read_rows(path, format)
+    rows = read_rows(path, format) if format in ("e2e", "dart", "webnlg") else _read_records(path, format)
     groups: dict[str, _Group] = {}
     for row in rows:
         groups.setdefault(row.context, _Group(row, [])).texts.append(row.completion.strip())
     return list(groups.values())
+
+
+def _read_records(path: Path, format: str) -> list[Row]:
+    """Reads rows of any form that training takes, and those that `loralib data convert` writes with categories."""
+    if format == "jsonl":
+        with contextlib.suppress(DataError):
+            return read_formatted(path)
+    examples = read_examples(path, format)
+    if not all(example.prompt for example in examples):
+        raise DataError(f"{path} has texts without prompts, expected prompts and the texts that are their references.")
+    return [Row(example.prompt.strip(), example.completion) for example in examples]
 
 
 def _why_not_as_many(

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..data import Example, encode
+from ..engine.limits import context_length, require_ids_in_table
 from ..errors import ConfigError
-from ..generation.text import context_length
 from ..training.step import evaluate_loss, make_step
 from .metrics import Score
 
@@ -71,21 +71,16 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
 
     Raises:
         ConfigError: the loss is not finite in the model's dtype.
-        DataError: no text fits the model's context.
+        DataError: no text fits the model's context, or the tokenizer is another model's.
+        UnsupportedModelError: the model is not causal.
     """
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
+    require_ids_in_table(model, [example.ids for example in encoded.examples], "text")
     loss = evaluate_loss(make_step(model), model, encoded.examples)
     if not math.isfinite(loss):
         raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
     texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
-    words = sum(
-        len(
-            (
-                text.messages[-1][1] if text.messages else "".join(part for part, trained in text.segments if trained)
-            ).split()
-        )
-        for text in texts
-    )
+    words = sum(len(answer.split()) for text in texts for answer in text.trained_texts)
     signature = f"given:prompt|end:counted|words:blanks|log:e|version:{_VERSION}"
     return Perplexity(loss, tokens, words, len(texts), sum(encoded.dropped.values()), signature)

@@ -9,7 +9,7 @@ from torch import nn
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .job import Data
+    from .plan import Data
     from .trainer import TrainResult
 
 __all__ = ["TrainConfig", "train"]

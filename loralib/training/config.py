@@ -15,7 +15,7 @@ from ..data import FORMATS
 from ..errors import ConfigError
 from ..settings import canonical, check, setting, settings_class
 
-__all__ = ["TrainConfig"]
+__all__ = ["AUTOMATIC", "TrainConfig"]
 
 
 _DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings of many settings
@@ -35,33 +35,63 @@ class TrainConfig:
 
     # The model and the data.
     model: str = setting(
-        "smollm2-135m", "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id", _DATA
+        "smollm2-135m",
+        "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id",
+        _DATA,
+        common=True,
     )
     train_data: str | Sequence[str] | None = setting(
         None,
         "training files, each `path` or `path:weight`: E2E lines, .jsonl, or see data_format",
         _DATA,
         several="files",
+        common=True,
     )
-    valid_data: str | Sequence[str] | None = setting(None, "validation files", _DATA, several="files")
+    valid_data: str | Sequence[str] | None = setting(
+        None, "validation files (default: see valid_fraction)", _DATA, several="files", common=True
+    )
+    valid_fraction: float | None = setting(
+        None,
+        "share of the training examples to validate on instead where there is no valid_data, prompts apart; 0: none; "
+        "auto: 5 %, none of fewer than 100 examples",
+        _DATA,
+        at_least=0,
+        below=1,
+        auto=True,
+    )
     data_format: str = setting(
         "auto",
-        "format of the data files: auto goes by their names, with .txt for E2E lines; text is plain text",
+        "format of the data files: auto goes by what they hold, with .txt for E2E lines; text is plain text",
         _DATA,
         FORMATS,
     )
+    columns: str | Mapping[str, str] | None = setting(
+        None,
+        "which fields of the data are which, as in prompt=question,completion=answer; system= leaves a field out, and "
+        "prompt={context} {question} joins several",
+        _DATA,
+    )
+    as_chat: bool = setting(False, "put prompts and completions through the model's chat template", _DATA)
     output_dir: str = setting(
         "lora_model",
         "directory to write the adapter to",
         _DATA,
         rule=str.strip,
         expected="the name of a directory (. is the current one)",
+        common=True,
     )
     max_train_samples: int = setting(
-        100, "number of training examples, drawn across prompts; 0: all", _DATA, at_least=0
+        0, "maximum number of training examples, drawn across prompts; 0: all", _DATA, at_least=0
     )
-    max_valid_samples: int = setting(64, "number of validation examples; 0: all", _DATA, at_least=0)
-    seq_len: int = setting(64, "maximum tokens of an example; longer ones are dropped and counted", _DATA, at_least=2)
+    max_valid_samples: int = setting(200, "maximum number of validation examples; 0: all", _DATA, at_least=0)
+    seq_len: int | None = setting(
+        None,
+        "maximum tokens of an example; longer ones are dropped and counted; auto: what model and memory allow",
+        _DATA,
+        at_least=2,
+        common=True,
+        auto=True,
+    )
     objective: str = setting("clm", "train on completions only (clm) or on all tokens (jlm)", _DATA, ("clm", "jlm"))
     dtype: str = setting(
         "auto",
@@ -81,7 +111,15 @@ class TrainConfig:
     )
 
     # The adapter.
-    rank: int = setting(16, "LoRA rank r: the inner size of A and B", "adapter", at_least=1, aliases=("lora_dim",))
+    from_adapter: str | None = setting(
+        None,
+        "adapter to train on from, in any format that load_adapter reads; rank and the like are its own",
+        "adapter",
+        aliases=("adapter",),
+    )
+    rank: int = setting(
+        16, "LoRA rank r: the inner size of A and B", "adapter", at_least=1, aliases=("lora_dim",), common=True
+    )
     lora_alpha: float | None = setting(
         None,
         "the update is scaled by lora_alpha / rank (default 2 * rank)",
@@ -113,18 +151,31 @@ class TrainConfig:
     )
 
     # The optimiser.
-    num_epochs: int = setting(2, "passes over the data", "optimiser", at_least=0)
+    num_epochs: int = setting(3, "passes over the data", "optimiser", at_least=0, common=True)
     max_steps: int = setting(0, "stop after this many updates; 0: after num_epochs", "optimiser", at_least=0)
-    batch_size: int = setting(4, "examples per step", "optimiser", at_least=1)
+    batch_size: int = setting(8, "examples per step", "optimiser", at_least=1, common=True)
     grad_accum: int = setting(1, "steps whose gradients add up to one update", "optimiser", at_least=1)
-    lr: float = setting(1e-4, "peak learning rate", "optimiser", above=0)
+    lr: float | None = setting(
+        None,
+        "peak learning rate; auto: by the model's width, lora_alpha and the trained tokens of an update",
+        "optimiser",
+        above=0,
+        common=True,
+        auto=True,
+    )
     loraplus_lr_ratio: float = setting(
-        16.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
+        8.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
     )
     schedule: str = setting(
         "linear", "learning rate schedule after warm-up", "optimiser", ("linear", "cosine", "constant")
     )
-    warmup_steps: int = setting(0, "updates over which the learning rate rises", "optimiser", at_least=0)
+    warmup_steps: int | None = setting(
+        None,
+        "updates over which the learning rate rises; auto: 5 % of them, at most 100",
+        "optimiser",
+        at_least=0,
+        auto=True,
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of the adapter", "optimiser", at_least=0)
     beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient", "optimiser", at_least=0, below=1)
     beta2: float = setting(0.999, "AdamW's decay rate of the mean squared gradient", "optimiser", at_least=0, below=1)
@@ -159,9 +210,16 @@ class TrainConfig:
         0, "stop after this many validations without a lower loss; 0: never", _LOGS, at_least=0
     )
     save_steps: int = setting(0, "checkpoint every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
-    keep_checkpoints: int = setting(2, "number of recent checkpoints to keep", _LOGS, at_least=1)
-    resume: bool = setting(False, "continue from the last checkpoint in output_dir", _LOGS)
-    overwrite: bool = setting(False, "discard an unfinished run in output_dir", _LOGS)
+    keep_checkpoints: int = setting(
+        0,
+        "number of recent checkpoints to keep when the run is over (until then, at least two)",
+        _LOGS,
+        at_least=0,
+    )
+    resume: bool = setting(
+        False, "continue from the last checkpoint in output_dir; start where there is none", _LOGS, common=True
+    )
+    overwrite: bool = setting(False, "discard the run in output_dir, finished or not", _LOGS)
     report_to: str = setting("none", "also log to this tool", _LOGS, ("none", "tensorboard"))
 
     def __post_init__(self) -> None:
@@ -176,6 +234,17 @@ class TrainConfig:
         except ConfigError as error:
             faults.append(str(error))
         return faults
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate, once it is given or chosen.
+
+        Raises:
+            ConfigError: it is left to the program, which has not seen a model yet.
+        """
+        if self.lr is None:
+            raise ConfigError("lr is auto, which a run replaces by a number once it has seen the model; give one here")
+        return self.lr
 
     @property
     def alpha(self) -> float:
@@ -216,3 +285,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings as plain values."""
         return dataclasses.asdict(self)
+
+
+# What the program chooses where it is left open.
+AUTOMATIC = frozenset(spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata["auto"])

@@ -110,20 +110,21 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def memory_estimate(
-    model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0
+    model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0, *, planned: bool = False
 ) -> tuple[float, float | None]:
     """Estimates the bytes that training an adapted model needs, with so many tokens in a step.
 
     `prepacked_bytes` are those of the prepacked copies of frozen weights (see `Step`).  Also returns how many bytes the
-    machine has free, None where it does not say.
+    machine has free, None where it does not say.  `planned`: what will be needed beside the model that is there, before
+    it has an adapter; then each linear counts as adapted.
 
     Weights are exact.  The rest was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the inputs of
     the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around them), twice
     where they are not.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
+    weights = 0 if planned else sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
     # Gradient, two moments and the initial values, all in fp32.
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
+    trained = 0 if planned else sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
     adapted = {layer for _, layer in adapted_layers(model)}
     activations = 0.0  # of one token
@@ -135,7 +136,7 @@ def memory_estimate(
         if not is_adapted and weight.shape[0] == vocabulary:  # the head computes in chunks
             continue
         width = weight.shape[0 if is_conv1d(module) or getattr(module, "fan_in_fan_out", False) else 1]
-        activations += (3.5 if is_adapted else 2) * width * weight.element_size()
+        activations += (3.5 if is_adapted or planned else 2) * width * weight.element_size()
     head_chunk = 256 * vocabulary * 8
     device = next(model.parameters()).device
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()

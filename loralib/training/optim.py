@@ -25,7 +25,7 @@ def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
     >>> [round(lr_factor(TrainConfig(warmup_steps=2), update, 6), 2) for update in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    warmup, ticks = config.warmup_steps, _ticks(config)
+    warmup, ticks = config.warmup_steps or 0, _ticks(config)
     step, total = (update + 1) * ticks - 1, updates * ticks
     paper = config.arithmetic == "paper"
     if step < warmup:
@@ -40,7 +40,7 @@ def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
 
 def reaches_peak(config: TrainConfig, updates: int) -> bool:
     """Whether a run of so many updates outlasts the learning rate's warm-up."""
-    return config.warmup_steps <= updates * _ticks(config)
+    return (config.warmup_steps or 0) <= updates * _ticks(config)
 
 
 def _ticks(config: TrainConfig) -> int:
@@ -64,14 +64,17 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
     fast_ids = {id(tensor) for tensor in fast}
     common = [p for p in model.parameters() if p.requires_grad and id(p) not in fast_ids]
-    groups = [{"params": common, "peak": config.lr}, {"params": fast, "peak": config.lr * config.loraplus_lr_ratio}]
+    groups = [
+        {"params": common, "peak": config.peak_lr},
+        {"params": fast, "peak": config.peak_lr * config.loraplus_lr_ratio},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW, torch's fused one or the paper's."""
     common: dict[str, Any] = {
-        "lr": config.lr,
+        "lr": config.peak_lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -13,18 +13,20 @@ from typing import IO, TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
-from ..console import duration, parameter_table, progress, say, size
+from ..config import HUB_NAMES
+from ..console import counted, duration, parameter_table, progress, say, size
 from ..delta import dense
 from ..errors import MissingDependencyError, OutputError
 from ..files import write_text, write_whole
 from ..injection import InjectReport, adapted_layers, injection_of
 from .config import TrainConfig
+from .record import versions
 
 if TYPE_CHECKING:
     from .run_directory import Progress
     from .trainer import TrainResult
 
-__all__ = ["Metrics", "Reporter", "plot_losses", "read_metrics", "write_card"]
+__all__ = ["Metrics", "Reporter", "is_our_card", "plot_losses", "read_metrics", "write_card"]
 
 _SILENCE = 30.0  # seconds without a line where no progress bar is drawn
 
@@ -42,14 +44,9 @@ class Reporter:
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if not self._verbose:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        with suppress(OSError):
-            say(*parts)
-        if self._bar is not None:
-            self._bar.refresh()
+        if self._verbose:
+            with suppress(OSError):
+                say(*parts)
 
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
@@ -57,7 +54,9 @@ class Reporter:
             has = "is built from LoRA layers of its own" if injection_of(model) is None else "has an adapter already"
             self.say(f"The network {has}; --rank and --target_modules do not apply.")
         else:
-            matched = ", ".join(f"{pattern} ({number} modules)" for pattern, number in report.patterns.items())
+            matched = ", ".join(
+                f"{pattern} ({counted(number, 'module')})" for pattern, number in report.patterns.items()
+            )
             self.say(f"LoRA on {matched}: r={config.rank}, lora_alpha={config.alpha:g}")
             for note in report.notes:
                 self.say(f"  note: {note}")
@@ -108,7 +107,7 @@ class Reporter:
         self._epoch = ""
 
     def close_bar(self) -> None:
-        """Removes the progress bar."""
+        """Ends the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -118,7 +117,8 @@ class Reporter:
         directory = result.output_dir
         self.say()
         self.say(
-            f"Done: {result.steps:,} updates in {duration(result.seconds)} ({result.tokens_per_second:,.0f} tokens/s)."
+            f"Done: {counted(result.steps, 'update')} in {duration(result.seconds)} "
+            f"({result.tokens_per_second:,.0f} tokens/s)."
         )
         self._say_improvement(result.valid_losses)
         self._say_file("Adapter", directory / "adapter_model.safetensors")
@@ -298,13 +298,25 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 _TAGS = b"tags: [lora, loralib]"  # marks a card as ours
 
 
-def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress: Progress, example_count: int) -> None:
+def is_our_card(card: Path) -> bool:
+    """Tells whether a README.md is one that a run wrote."""
+    return _TAGS in card.read_bytes()
+
+
+def write_card(
+    directory: Path,
+    model: nn.Module,
+    config: TrainConfig,
+    progress: Progress,
+    data: Sequence[Mapping[str, Any]],
+) -> None:
     """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned.
 
     A README.md of somebody else stays: the directory may be a project.  If there is a loss.png, the card shows it.
+    `data` is what run.toml says of it (see `data_record`).
     """
     card = directory / "README.md"
-    if card.exists() and _TAGS not in card.read_bytes():
+    if card.exists() and not is_our_card(card):
         return
     name = getattr(model, "name_or_path", "") or config.model
     adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
@@ -315,12 +327,17 @@ def write_card(directory: Path, model: nn.Module, config: TrainConfig, progress:
     norms = [(name, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for name, layer in layers]
     sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
     shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
-    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, example_count).items())
+    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, data).items())
+    original = ""
+    if name in HUB_NAMES:
+        original = (
+            f" {name} is a copy of {HUB_NAMES[name]} with the precision of 4 bits: expect small differences there."
+        )
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
         card,
         f"""---
-base_model: {json.dumps(name, ensure_ascii=False)}
+base_model: {json.dumps(HUB_NAMES.get(name, name), ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
 ---
@@ -342,7 +359,10 @@ model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
-PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.
+PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.{original}
+
+All settings, the hashes of the data and the versions are in `run.toml`; `loralib train --config run.toml` repeats the
+run.
 
 ## What was learned
 
@@ -359,14 +379,24 @@ def _norm(tensor: Tensor) -> float:
     return float(tensor.detach().float().norm())
 
 
-def _facts(config: TrainConfig, progress: Progress, example_count: int) -> dict[str, str]:
-    facts = {
-        "training examples": f"{example_count:,}",
-        "updates": f"{progress.step:,} of {config.batch_size * config.grad_accum} examples",
-        "learning rate": f"{config.lr:g}, B {config.loraplus_lr_ratio:g} times that (LoRA+), {config.schedule}",
-        "training loss, by epoch": ", ".join(f"{loss:.4f}" for loss in progress.train_losses),
-        "seed": str(config.seed),
-    }
+def _facts(config: TrainConfig, progress: Progress, data: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    counts = {f"{each['kind']} examples": f"{each['examples']:,} of {each['of']:,}" for each in data if "of" in each}
+    files = [f"`{each['path']}` (SHA-256 {each['sha256'][:12]})" for each in data if "sha256" in each]
+    facts = (
+        counts
+        | ({"data files": ", ".join(files)} if files else {})
+        | {
+            "longest example": f"{config.seq_len:,} tokens at most",
+            "updates": f"{progress.step:,} of {counted(config.batch_size * config.grad_accum, 'example')}",
+            "learning rate": f"{config.peak_lr:g}, B {config.loraplus_lr_ratio:g} times that (LoRA+); "
+            f"{config.schedule}, after {counted(config.warmup_steps or 0, 'update')} of warm-up",
+            "training loss, by epoch": ", ".join(f"{loss:.4f}" for loss in progress.train_losses),
+            "seed": str(config.seed),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        }
+    )
+    if config.from_adapter is not None:
+        facts["trained on from"] = f"`{config.from_adapter}`"
     if progress.valid_losses:
         first, last = progress.valid_losses[0][1], progress.valid_losses[-1][1]
         facts["validation loss"] = f"{first:.4f} before, {last:.4f} after ({last / first:.0%})"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import adapter_of
+from ..bases import save_tokenizer
+from ..console import counted
 from ..data import TokenExample
 from ..delta import dense
-from ..errors import AdapterError, FormatError, OutputError, TrainingError, list_faults
-from ..files import remove_file
-from ..formats import save_adapter, write_microsoft
+from ..errors import AdapterError, FormatError, OutputError, TrainingError, first_line, list_faults
+from ..files import remove_file, write_errors
+from ..formats import TOKENIZER_FILES, save_adapter, write_microsoft
 from ..formats.tensors import read_safetensors, write_safetensors
-from .config import TrainConfig
-from .report import plot_losses, write_card
+from .config import AUTOMATIC, TrainConfig
+from .record import RUN_FILE, hash_examples, read_record
+from .report import is_our_card, plot_losses, write_card
 
 __all__ = [
     "Checkpoint",
@@ -39,13 +42,21 @@ __all__ = [
 # Settings that may differ when a run resumes: they change what is kept and shown, not what is computed.
 _MAY_DIFFER = frozenset(
     "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data "
-    "data_format".split()
+    "data_format columns as_chat".split()
 )
 # How the names of our temporary files begin, which a run leaves behind when it is killed while writing.
 _TEMPORARY = tuple(
     f".{name}"
-    for name in ("step-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md.")
+    for name in (
+        *("step-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md."),
+        "run.toml.",
+    )
 )
+# What a run leaves, which a later one in the same directory moves aside; the config last: it marks an adapter.
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", *TOKENIZER_FILES, "adapter_config.json")
+_LEFT = ("tensorboard", "metrics.jsonl", "loss.png", "README.md", "pytorch_model.bin", RUN_FILE, *_ADAPTER)
+_LEAST = 2  # checkpoints to keep during a run: the newest may be damaged
+_LENGTHS = frozenset(("num_epochs", "max_steps"))
 _STATE = "loralib.checkpoint"
 _RENAMED = {"lora_dim": "rank"}  # settings that checkpoints from before a new name hold under the old one
 _DIGEST = "loralib.sha256"  # safetensors has no checksum of its own: a flipped bit would go unnoticed
@@ -92,6 +103,11 @@ class Progress:
         if complete:
             self.epoch, self.update = self.epoch + 1, 0
         return average
+
+    def result(self) -> dict[str, Any]:
+        """Returns how the run ended, without what only its checkpoints need."""
+        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad")
+        return {name: value for name, value in asdict(self).items() if name not in passing}
 
     def add_validation(self, loss: float) -> bool:
         """Records a validation loss; returns whether it is the lowest one after any update."""
@@ -174,19 +190,44 @@ class Checkpoint:
         Raises:
             TrainingError: names every setting, or every parameter, that differs.
         """
-        if faults := _differences(self.settings, settings):
-            raise TrainingError(
-                list_faults(
-                    f"{path} belongs to a run with other settings",
-                    faults,
-                    "Resume with the original settings, or start anew with --overwrite or another --output_dir.",
-                )
-            )
+        require_same_settings(self.settings, settings, path)
         shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (self.parameters, parameters)]
         if faults := _differences(*shapes):
             raise TrainingError(
                 list_faults(f"{path} belongs to a model with another adapter", faults, "Inject the original one.")
             )
+
+
+def require_same_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], path: Path, *, is_over: bool = False
+) -> None:
+    """Refuses other settings than those of the run in a file; what was no setting then may be anything.
+
+    More epochs are the same run where the learning rate is constant: nothing before depends on where it ends.  But one
+    that is over has no checkpoint to go on from.
+    """
+    then = {name: then.get(name, value) for name, value in now.items()} | dict(then)
+    faults = _differences(then, now)
+    if not faults:
+        return
+    differ = {name for name in then if then[name] != now.get(name)}
+    advice = "Resume with the original settings, or start anew with --overwrite or another --output_dir."
+    if differ <= _LENGTHS:
+        if then.get("schedule") == "constant" and _is_longer(then, now) and not is_over:
+            return
+        advice = (
+            f"The learning rate falls towards the end of a run ({then.get('schedule')}), so a longer one is another "
+            "run. Finish it with the original settings; then train on from its adapter, with --from_adapter DIR and "
+            "another --output_dir. (With --schedule constant and --keep_checkpoints 1 from the start, a run can go on.)"
+        )
+    raise TrainingError(list_faults(f"{path} belongs to a run with other settings", faults, advice))
+
+
+def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    def length(settings: Mapping[str, Any]) -> tuple[int, int]:
+        return (1, settings["max_steps"]) if settings["max_steps"] else (0, settings["num_epochs"])
+
+    return length(now)[0] == length(then)[0] and length(now) > length(then)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -312,62 +353,152 @@ def _read(path: Path) -> Checkpoint:
 
 
 class RunDirectory:
-    """The output directory of one run, which must hold its lock (see `hold_directory`).
+    """The output directory of one run, whose lock the caller holds (see `hold_directory`).
 
     Attributes:
         path, checkpoints: the directory, and where its checkpoints are.
         best: where the adapter with the lowest validation loss so far is saved.
+        config: the run's settings.
+        tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
     """
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.checkpoints, self.best = path, path / "checkpoints", path / "best"
-        self._config = config
+        self.config = config
+        self.tokenizer: Any = None
+        self.chats = False
+        self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best):
             for file in folder.glob(".*.tmp"):
                 if file.name.startswith(_TEMPORARY):
                     remove_file(file)
 
+    def look(self) -> Mapping[str, Any]:
+        """Looks at what is there, before anything is loaded; returns the settings of the run to resume, or none.
+
+        Raises:
+            TrainingError: an unfinished run would be lost.
+            FormatError: no checkpoint can be read.
+        """
+        if self._then is None:
+            discards = self.config.overwrite and not self.config.resume
+            last = None if discards else last_checkpoint(self.checkpoints)
+            if last is not None and not last[0].progress.finished and not self.config.resume:
+                raise TrainingError(
+                    f"{self.path} holds a run that stopped after {counted(last[0].progress.step, 'update')}. Add "
+                    "--resume to continue it, --overwrite to discard it, or choose another --output_dir."
+                )
+            self._then = last[0].settings if last is not None and self.config.resume else {}
+        return self._then
+
+    def finished_run(self) -> Progress | None:
+        """Returns how a run ended that is to be resumed and has nothing left to do; its checkpoints may be gone.
+
+        Raises:
+            TrainingError: it had other settings.
+        """
+        if not self.config.resume or checkpoint_files(self.checkpoints):
+            return None
+        settings, record = read_record(self.path)
+        if "result" not in record or not (self.path / "adapter_config.json").exists():
+            return None
+        config, defaults = self.config.to_dict(), {spec.name: spec.default for spec in fields(TrainConfig)}
+        left_open = {name for name in AUTOMATIC if config[name] is None}
+        names = [name for name in config if name not in _MAY_DIFFER | left_open | {"model"}]
+        then = {name: settings.get(name, defaults[name]) for name in names}
+        require_same_settings(
+            then, _as_json({name: config[name] for name in names}), self.path / RUN_FILE, is_over=True
+        )
+        return Progress(**{**record["result"], "finished": True})
+
     def checkpoint_to_resume(
         self, settings: Mapping[str, Any], parameters: Mapping[str, Tensor], say: Callable[[str], None]
     ) -> Checkpoint | None:
-        """Returns the checkpoint to resume from, or None to start anew, which removes the checkpoints there.
+        """Returns the checkpoint to resume from, or None to start, in a directory that is cleared for it.
 
-        `settings` are those of `run_settings`; `say` is called with a line about each checkpoint that cannot be read.
+        What an earlier run left is moved aside; `overwrite` discards it.  `settings` are those of `run_settings`; `say`
+        is called with a line about each checkpoint that cannot be read, and where things were moved.
 
         Raises:
-            TrainingError: there is nothing to resume, or it is another run's; or an unfinished run would be lost.
+            TrainingError: it is another run's checkpoint.
             FormatError: no checkpoint can be read.
         """
-        config = self._config
-        if config.resume or not config.overwrite:
+        if self.config.resume:
             last = last_checkpoint(self.checkpoints, lambda fault: say(f"WARNING: {fault}"))
-            if config.resume:
-                if last is None:
-                    raise TrainingError(f"{self.path} holds no checkpoint to resume from; leave out --resume to start")
+            if last is not None:
                 last[0].require_same(settings, parameters, last[1])
                 return last[0]
-            if last is not None and not last[0].progress.finished:
-                raise TrainingError(
-                    f"{self.path} holds a run that stopped after {last[0].progress.step} updates. Add --resume to "
-                    "continue it, --overwrite to discard it, or choose another --output_dir."
-                )
+        if not self.config.overwrite and (aside := self._move_aside()):
+            say(f"An earlier run's files here were moved to {aside}")
+        self._remove_checkpoints()
+        return None
+
+    def _move_aside(self) -> Path | None:
+        """Moves what an earlier run left into a folder of its own; the user's other files stay."""
+        if not (self.path / "adapter_config.json").exists():
+            return None  # a run that came to nothing
+        number = 1
+        while (aside := self.path / f"previous-{number}").exists():
+            number += 1
+        for source in self._left():
+            target = aside / source.relative_to(self.path)
+            with write_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+        for folder in (self.best, self.checkpoints):
+            _remove_if_empty(folder)
+        return aside
+
+    def _left(self) -> list[Path]:
+        """What an earlier run left: not the user's card, nor the tokenizer of a model that is here as well."""
+        paths = checkpoint_files(self.checkpoints) + [self.best / name for name in _ADAPTER]
+        paths += [self.path / name for name in _LEFT]
+        is_model, card = (self.path / "config.json").exists(), self.path / "README.md"
+        foreign = {card} if card.exists() and not is_our_card(card) else set()
+        foreign |= {self.path / name for name in TOKENIZER_FILES} if is_model else set()
+        return [path for path in paths if path.exists() and path not in foreign]
+
+    def keep_checkpoints(self) -> None:
+        """Removes the checkpoints of a finished run, but for those that were asked for."""
+        keep = self.config.keep_checkpoints
+        files = checkpoint_files(self.checkpoints)
+        for path in files[: len(files) - keep]:
+            remove_file(path)
+        _remove_if_empty(self.checkpoints)
+
+    def save(self, state: Checkpoint) -> None:
+        """Writes a checkpoint; older ones go, but for the last few."""
+        save_checkpoint(self.checkpoints, state, max(_LEAST, self.config.keep_checkpoints))
+
+    def _remove_checkpoints(self) -> None:
         for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
             remove_file(path)
         _remove_if_empty(self.checkpoints)
-        return None
 
-    def write_results(self, model: nn.Module, progress: Progress, example_count: int) -> int:
-        """Writes what the run leaves, the adapter last; returns the size of the adapter's tensors in bytes."""
+    def write_results(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        data: Sequence[Mapping[str, Any]],
+        say: Callable[[str], None],
+    ) -> int:
+        """Writes what the run leaves, the adapter before all that describes it; returns the size of its tensors."""
         adapter = adapter_of(model)
         write_microsoft(adapter, self.path / "pytorch_model.bin")
-        base = getattr(model, "name_or_path", "") or self._config.model
-        plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", f"LoRA on {base}, r={adapter.config.r}")
+        save_adapter(model, self.path)
+        if self.tokenizer is not None:
+            for place in [self.path, self.best] if progress.valid_losses and self.best.is_dir() else [self.path]:
+                save_tokenizer(self.tokenizer, place, chats=self.chats)
+        base = getattr(model, "name_or_path", "") or self.config.model
+        try:
+            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", f"LoRA on {base}, r={adapter.config.r}")
+        except Exception as error:  # a picture is not worth a run: whatever another library raises
+            say(f"WARNING: {self.path / 'loss.png'} could not be drawn: {first_line(error)}")
         if not progress.valid_losses:  # `best` is then from an earlier run here
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 remove_file(self.best / name)
             _remove_if_empty(self.best)
-        write_card(self.path, model, self._config, progress, example_count)
-        save_adapter(model, self.path)
+        write_card(self.path, model, self.config, progress, data)
         return adapter.nbytes
 
     def divergence(self, fault: str, progress: Progress) -> TrainingError:
@@ -379,7 +510,7 @@ class RunDirectory:
             )
         best = progress.best_validation()
         saved = f" {self.best} holds the adapter of update {best[0]}." if best else ""
-        lr, ratio = self._config.lr, self._config.loraplus_lr_ratio
+        lr, ratio = self.config.peak_lr, self.config.loraplus_lr_ratio
         return TrainingError(
             f"{fault}. {self._saved()}{saved} Lower --lr (now {lr:g}) or --loraplus_lr_ratio (now {ratio:g}), raise "
             "--warmup_steps, or try --dtype fp32; then start anew with --overwrite."
@@ -388,8 +519,8 @@ class RunDirectory:
     def less_memory(self) -> str:
         """Returns what is saved, and what needs less memory."""
         return (
-            f"{self._saved()} Lower --batch_size (now {self._config.batch_size}) and raise --grad_accum to make up "
-            f"for it, lower --seq_len (now {self._config.seq_len}), or add --gradient_checkpointing."
+            f"{self._saved()} Lower --batch_size (now {self.config.batch_size}) and raise --grad_accum to make up "
+            f"for it, lower --seq_len (now {self.config.seq_len}), or add --gradient_checkpointing."
         )
 
     def _saved(self) -> str:
@@ -403,21 +534,17 @@ class RunDirectory:
         return f"The checkpoint of update {last[0].progress.step} is intact ({last[1]})."
 
 
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(settings)))  # tuples are lists there, and in TOML
+
+
 def run_settings(
     model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], valid: Sequence[TokenExample]
 ) -> dict[str, Any]:
     """Returns what must be the same for a run to resume: settings that change results, the data, the frozen weights."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as in JSON
-    data = {"training data": _hash_examples(examples), "validation data": _hash_examples(valid)}
-    return {**plain, **data, "base model": _hash_frozen(model)}
-
-
-def _hash_examples(examples: Iterable[TokenExample]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.ids, example.trained)).encode())
-    return digest.hexdigest()[:16]
+    data = {"training data": hash_examples(examples), "validation data": hash_examples(valid)}
+    return {**_as_json(settings), **data, "base model": _hash_frozen(model)}
 
 
 def _hash_frozen(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.attention import PackedLayout
+from ..engine.causal import require_causal
 from ..engine.forward import Forward
+from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
+from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
@@ -63,10 +67,13 @@ class Step:
     def __init__(
         self, model: nn.Module, *, packing: bool, share_prompts: bool, label_smoothing: float, chunk_tokens: int
     ) -> None:
+        require_causal(model)
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
         self._forward = Forward(model)
+        self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
+        self._half = computes_in_half(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
@@ -113,16 +120,36 @@ class Step:
     def _compute(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
+        parts = list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
+        if len(parts) == 1:
+            return self._compute_part(parts[0], scale, use)
+        done = [self._compute_part(part, scale, use) for part in parts]
+        return StepStats(
+            torch.stack([stats.loss_sum for stats in done]).sum(),
+            *(sum(getattr(stats, name) for stats in done) for name in ("trained_tokens", "tokens", "processed_tokens")),
+        )
+
+    def _compute_part(
+        self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
+    ) -> StepStats:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
         if len(laid.states):
             forward = self._forward
             with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
-                loss = self._loss(laid, scale)
+                if scale is not None and self._half:
+                    loss = scaled_backward(partial(self._loss, laid), self._trained(), scale)
+                else:
+                    loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
         device = self._forward.device
+        if self._remembers:
+            forget_length(self._model)
         places = laid.states.to(device)
         predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
         if self._forward.splits:
@@ -224,6 +251,7 @@ def make_step(
 
     Raises:
         ConfigError: label_smoothing or chunk_tokens is out of range.
+        UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to below 1 (0.1 is usual)")
@@ -285,6 +313,10 @@ def _batches(examples: Sequence[TokenExample], max_tokens: int, limit: int = 16)
             batch = []
         batch.append(example)
     yield batch
+
+
+def _computed_tokens(example: TokenExample) -> int:
+    return max((place for place, trained in enumerate(example.trained) if trained), default=0)
 
 
 def _places(laid: Pack, ids: Sequence[int]) -> list[int]:

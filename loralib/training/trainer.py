@@ -20,21 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import apply_adapter
+from ..console import counted
 from ..data import TokenExample
 from ..data.packing import epoch_order
+from ..data.turn_ends import are_chats
 from ..delta import dense
+from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, list_faults
 from ..files import hold_directory
-from ..formats import check_portable, save_adapter
-from ..injection import adapted_layers, inject, unmerge
+from ..formats import check_portable, load_adapter, save_adapter
+from ..injection import adapted_layers, adapted_model, inject, unmerge
 from ..layers import LoRALayer
-from .config import TrainConfig
-from .job import Data, token_examples
+from ..wrapping import refuse_process_groups
+from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
+from .plan import Data, Plan, make_plan, updates_per_epoch
+from .record import run_record, write_record
 from .report import Metrics, Reporter
-from .run_directory import Checkpoint, Progress, RunDirectory, run_settings, save_checkpoint
+from .run_directory import Checkpoint, Progress, RunDirectory, run_settings
+from .start import adapter_to_train_on, full_precision
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -44,6 +51,7 @@ __all__ = ["TrainResult", "run"]
 _ONE_RUN_AT_A_TIME = threading.RLock()
 _WINDOW = 20  # updates whose average loss tells an explosion from noise
 _SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+_PASSED_ON = (_SIGHUP, signal.SIGTERM)  # they may arrive twice: from the system, and from what started the run
 
 
 @dataclass(frozen=True)
@@ -80,44 +88,88 @@ def run(
 ) -> TrainResult:
     """Trains an adapter; see `loralib.train`."""
     reporter = Reporter(verbose)
-    examples = token_examples(data, tokenizer, config, config.max_train_samples, "training", reporter.say)
-    valid: list[TokenExample] = []
-    if valid_data is not None:
-        valid = token_examples(valid_data, tokenizer, config, config.max_valid_samples, "validation", reporter.say)
-    if not valid and (config.early_stopping or config.eval_steps):
+    with hold_directory(config.output_dir) as path:
+        directory = RunDirectory(path, config)
+        if (ended := directory.finished_run()) is not None:
+            return finished(directory, ended, reporter, str(load_adapter(model, path)))
+        return run_in(directory, model, data, config, tokenizer, valid_data, reporter)
+
+
+def finished(directory: RunDirectory, ended: Progress, reporter: Reporter, note: str = "") -> TrainResult:
+    """Tells that the run to resume has ended already, and how."""
+    reporter.say(f"The run in {directory.path} is finished: {counted(ended.step, 'update')}. {note}".rstrip())
+    adapter = directory.path / "adapter_model.safetensors"
+    return TrainResult(
+        output_dir=directory.path,
+        steps=ended.step,
+        losses=[],
+        train_losses=ended.train_losses,
+        valid_losses=[(int(step), loss) for step, loss in ended.valid_losses],
+        tokens_per_second=0.0,
+        seconds=0.0,
+        adapter_bytes=adapter.stat().st_size if adapter.exists() else 0,
+        best=ended.best_validation(),
+    )
+
+
+def run_in(
+    directory: RunDirectory,
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    tokenizer: Any,
+    valid_data: Data | None,
+    reporter: Reporter,
+) -> TrainResult:
+    """Trains an adapter in a directory that is held for it (see `hold_directory`)."""
+    refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
+    model = adapted_model(model)
+    # What the program chose holds for all of a run, whatever is free or known when it goes on.
+    then = directory.look()
+    chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
+    plan = make_plan(model, data, valid_data, tokenizer, config.replace(**chosen), reporter.say)
+    given, config = config, plan.config
+    directory.config, directory.tokenizer = config, tokenizer
+    directory.chats = tokenizer is not None and are_chats(plan.train, tokenizer)
+    if not plan.valid and (config.early_stopping or config.eval_steps):
         name = "early_stopping" if config.early_stopping else "eval_steps"
         raise ConfigError(
             f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
         )
-    with _ONE_RUN_AT_A_TIME:
+    with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
-        _inject(model, config, reporter)
+        require_causal(model)
+        _adapt(model, config, reporter)
         with (
-            hold_directory(config.output_dir) as path,
-            stop_on_signal() as stop,
             keep_freed_memory(),
             freeze_objects(),
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
+            explain_out_of_memory(directory.less_memory),
         ):
-            directory = RunDirectory(path, config)
-            with explain_out_of_memory(directory.less_memory):
-                trainer = Trainer(model, examples, valid, config, directory, reporter, stop)
-                with closing(trainer.metrics):
-                    result = trainer.train()
+            trainer = Trainer(model, plan, run_record(model, given, plan.data), directory, reporter, stop)
+            with closing(trainer.metrics):
+                result = trainer.train()
     reporter.result(result)
     return result
 
 
-def _inject(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
+def _adapt(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
     """Gives the model an adapter unless it has one, and makes its weights the base's."""
-    report = None
-    if not adapted_layers(model):
+    injected = None
+    if config.from_adapter is not None:
+        if adapted_layers(model):
+            raise ConfigError("the model has an adapter already: leave out from_adapter, or pass a model without one")
+        report = apply_adapter(model, adapter_to_train_on(config, model))
+        reporter.say(f"Training on from {config.from_adapter}: {report}")
+    elif not adapted_layers(model):
         if config.target != "none":
             check_portable(config.lora_config(), model, config.target)
         torch.manual_seed(config.seed)
-        report = inject(model, config.lora_config())
+        injected = inject(model, config.lora_config())
     unmerge(model)
-    reporter.adapter(model, report, config)
+    for note in full_precision(model):
+        reporter.say(note)
+    reporter.adapter(model, injected, config)
 
 
 class Trainer:
@@ -126,18 +178,18 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        examples: Sequence[TokenExample],
-        valid: Sequence[TokenExample],
-        config: TrainConfig,
+        plan: Plan,
+        record: Mapping[str, Any],
         directory: RunDirectory,
         reporter: Reporter,
         stop: StopRequest,
     ) -> None:
-        self.model, self.examples, self.valid, self.config = model, examples, valid, config
-        self.directory, self.reporter, self.stop = directory, reporter, stop
+        config = plan.config
+        self.model, self.examples, self.valid, self.config = model, plan.train, plan.valid, config
+        self.record, self.directory, self.reporter, self.stop = record, directory, reporter, stop
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.settings = run_settings(model, config, examples, valid)
-        self.updates_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
+        self.settings = run_settings(model, config, plan.train, plan.valid)
+        self.updates_per_epoch = updates_per_epoch(config, len(plan.train))
         self.total = config.max_steps or config.num_epochs * self.updates_per_epoch
         self.progress = Progress()
         self.initial = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -162,6 +214,7 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Trains to the end, or until a signal or early stopping, and saves."""
+        write_record(self.directory.path, self.config, self.record)
         self._announce()
         was_training = self.model.training
         self.model.train()
@@ -219,8 +272,9 @@ class Trainer:
             self._end_epoch(complete=False)
         if progress.step < self.total:
             self.reporter.say(
-                f"Stopped early, after update {progress.step:,} of {self.total:,}: the last {progress.bad:,} "
-                "validations were no better than the best before."
+                f"Stopped early, after update {progress.step:,} of {self.total:,}: the last "
+                + ("validation was" if progress.bad == 1 else f"{progress.bad:,} validations were")
+                + " no better than the best before."
             )
 
     def _update(self, batches: list[list[TokenExample]]) -> None:
@@ -251,7 +305,7 @@ class Trainer:
         progress.trained_tokens += trained
         self.losses.append(loss)
         self.seconds, self.tokens = self.seconds + elapsed, self.tokens + tokens
-        self.metrics.add("train", progress, loss, config.lr * factor, elapsed)
+        self.metrics.add("train", progress, loss, config.peak_lr * factor, elapsed)
         seconds_left = (self.total - progress.step) * self.seconds / len(self.losses)
         self.reporter.update(progress.step, self.total, loss, tokens / elapsed, seconds_left)
 
@@ -299,7 +353,7 @@ class Trainer:
             raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
         is_best = progress.add_validation(loss)
         # Of the last update; after a resume the optimiser has not been given it yet.
-        lr = config.lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
+        lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
         self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1])
         if is_best:
@@ -319,16 +373,20 @@ class Trainer:
     def _save(self, finished: bool = False) -> None:
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished = finished
-        state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
-        save_checkpoint(self.directory.checkpoints, state, self.config.keep_checkpoints)
+        self.directory.save(
+            Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
+        )
 
     def _finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
         progress = self.progress
-        check_learned(self.model, self.initial, progress.step, self.config.lr)
+        check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
         self._save()  # whatever fails below, --resume has nothing to compute again
-        adapter_bytes = self.directory.write_results(self.model, progress, len(self.examples))
-        self._save(finished=True)
+        adapter_bytes = self.directory.write_results(self.model, progress, self.record["data"], self.reporter.say)
+        if self.config.keep_checkpoints:
+            self._save(finished=True)
+        write_record(self.directory.path, self.config, {**self.record, "result": progress.result()})
+        self.directory.keep_checkpoints()
         return TrainResult(
             output_dir=self.directory.path,
             steps=progress.step,
@@ -352,7 +410,7 @@ class StopRequest:
     signal_number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number and number != _SIGHUP:  # SIGHUP arrives twice: from the system and from the shell
+        if self.signal_number and number not in _PASSED_ON:
             raise KeyboardInterrupt
         self.signal_number = self.signal_number or number
 
@@ -423,14 +481,16 @@ def check_gradients(model: nn.Module) -> str:
     if faults:
         raise NothingLearnedError(
             list_faults(
-                f"{len(faults)} of {len(layers)} adapted layers would learn nothing",
+                f"{len(faults)} of {counted(len(layers), 'adapted layer')} would learn nothing",
                 faults,
                 "Leave them out of target_modules, or find what keeps the gradient from them (a detach(), no_grad(), "
                 "a frozen path).",
             )
         )
     return (
-        list_faults(f"{len(idle)} of {len(layers)} adapted layers never ran and will not learn", idle) if idle else ""
+        list_faults(f"{len(idle)} of {counted(len(layers), 'adapted layer')} never ran and will not learn", idle)
+        if idle
+        else ""
     )
 
 
@@ -450,7 +510,8 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
     """
     if not _has_learned(model, initial):
         raise NothingLearnedError(
-            f"the adapter ended as it began: its {len(initial)} tensors changed nothing in {steps} updates. "
+            f"the adapter ended as it began: its {counted(len(initial), 'tensor')} changed nothing in "
+            f"{counted(steps, 'update')}. "
             f"Raise --lr (now {lr:g}) and look at metrics.jsonl."
         )
 

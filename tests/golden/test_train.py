@@ -69,6 +69,7 @@ def paper_config(run: dict[str, Any], output_dir: Path) -> lora.TrainConfig:
         enable_lora={"c_attn": run["enable_lora"]},
         batch_size=run["batch_size"],
         shuffle=False,
+        valid_fraction=0.0,
         output_dir=str(output_dir),
     )
 

@@ -1,0 +1,19 @@
+"""What type checkers see of a base model; nothing here is imported when a program runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    _Transformers: Any = object
+
+    class LanguageModel(nn.Module, _Transformers):  # type: ignore[misc]  # a base of type Any is meant
+        """A model of transformers: a module, with ``config``, ``generate`` and all else that its architecture has.
+
+        transformers' own classes would refuse much that works, such as ``model.generate(...)`` of a `PreTrainedModel`,
+        and checking them takes half a minute.
+        """
+
+        def __getattr__(self, name: str) -> Any: ...

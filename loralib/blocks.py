@@ -1,0 +1,89 @@
+"""Whether the equal blocks of a fused projection, which `enable_lora` chooses from, are what the model makes of them.
+
+GPT-2's projection holds query, key and value one after the other.  GPT-NeoX, BLOOM and Falcon hold them head by head,
+and with grouped queries they are not equally large: a third of such outputs is no query, key or value, but a part of
+each.  The model itself tells: attention to a single token passes its values on, whatever query and key are, so that the
+outputs which change anything then are the values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .targets import TargetModule
+
+__all__ = ["mixed_blocks"]
+
+_TEXTS = 8  # of one token each
+
+
+def mixed_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> list[str]:
+    """Finds fused projections of which some blocks are to be adapted, and whose equal blocks the model cuts through.
+
+    A model that takes no ``input_ids`` cannot be asked, and counts as right.
+
+    Returns:
+        One sentence for each.
+    """
+    partial = [target for target in targets if target.blocks is not None and not all(target.blocks)]
+    if not partial or not hasattr(model, "config"):
+        return []
+    faults = []
+    for target, used in zip(partial, _used_outputs(model, [target.module for target in partial]), strict=True):
+        blocks = target.blocks or ()
+        shares = [float(block.float().mean()) for block in used.chunk(len(blocks))] if used is not None else []
+        if any(0.1 < share < 0.9 for share in shares):
+            faults.append(
+                f"{target.name}: enable_lora takes {len(blocks)} equal blocks for query, key and value, but "
+                f"{type(model).__name__} arranges its outputs by head, or in unequal parts: the values are "
+                f"{', '.join(f'{share:.0%}' for share in shares)} of the blocks. Adapt it whole, without enable_lora"
+            )
+    return faults
+
+
+def _used_outputs(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor | None]:
+    """Returns for each module which of its outputs (out,) change what the model makes of single tokens."""
+    leaves: dict[nn.Module, Tensor] = {}
+
+    def cut(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        leaves[module] = output.detach().requires_grad_()
+        return leaves[module]
+
+    hooks = [module.register_forward_hook(cut) for module in modules]
+    try:
+        device = next(model.parameters()).device
+        ids = torch.arange(3, 3 + _TEXTS, device=device)[:, None] % getattr(model.config, "vocab_size", 3 + _TEXTS)
+        with _evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            result: Tensor = model(input_ids=ids)[0]
+            loss = result.float().pow(2).sum()
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    except Exception:  # it wants other inputs, or has no values (on "meta")
+        return [None] * len(modules)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = dict(zip(leaves, gradients, strict=True))
+    return [None if (g := found.get(module)) is None else _above_noise(g) for module in modules]
+
+
+def _above_noise(gradient: Tensor) -> Tensor | None:
+    sizes = gradient.float().abs().flatten(0, -2).amax(0)
+    return sizes > 1e-3 * sizes.max() if sizes.max() > 0 else None
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Sets modules to evaluation without telling them, since some merge then."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,103 @@
+"""`Example`: one training example as text, or as the turns of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+__all__ = ["Example", "Turn", "chat_of", "meaning_prompt"]
+
+
+class Turn(NamedTuple):
+    """One turn of a chat.
+
+    Attributes:
+        role: "system", "user", "assistant", "tool", or another that the chat template knows.
+        content: its text.
+        trained: whether an answer is trained; of no meaning for other roles.
+        fields: what else the chat template gets: ``tool_calls``, ``reasoning_content``, ...
+    """
+
+    role: str
+    content: str
+    trained: bool = True
+    fields: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example as text.
+
+    Attributes:
+        segments: pieces of text in order, each with a flag that says whether the model is trained to write it. A
+            prompt and its completion are ``((prompt, False), (completion, True))``; plain text is ``((text, True),)``.
+        references: every completion the file gives for this prompt, in file order (empty for a chat).
+        source: ``file:line``, for error messages.
+        messages: the turns of a chat; pairs of role and content become `Turn`. The model's own chat template makes its
+            segments when the example is tokenized, so a chat has none of its own.
+        fields: what else the chat template gets: ``tools``, ``documents``.
+
+    >>> Example.of("name : The Wharf", "It is The Wharf.").completion
+    'It is The Wharf.'
+    """
+
+    segments: tuple[tuple[str, bool], ...] = ()
+    references: tuple[str, ...] = ()
+    source: str = ""
+    messages: tuple[Turn, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(Turn(*turn) for turn in self.messages))
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, source: str = "") -> Example:
+        """Returns the example that trains ``completion`` after ``prompt``."""
+        return cls(((prompt, False), (completion, True)), (completion,), source)
+
+    @property
+    def prompt(self) -> str:
+        """The text before the first trained segment (of a chat: the turns before its last answer)."""
+        if self.messages:
+            return "\n".join(turn.content for turn in self.messages[: self.last_answer])
+        return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
+
+    @property
+    def completion(self) -> str:
+        """The last trained segment (of a chat: its last answer)."""
+        if self.messages:
+            return "".join(turn.content for turn in self.messages[self.last_answer :][:1])
+        return next((text for text, trained in reversed(self.segments) if trained), "")
+
+    @property
+    def trained_texts(self) -> list[str]:
+        """Everything that the model is trained to write, without what a chat template puts around it."""
+        answers = [turn.content for turn in self.messages if turn.role == "assistant" and turn.trained]
+        return answers + [text for text, trained in self.segments if trained]
+
+    @property
+    def last_answer(self) -> int:
+        """Which turn of a chat is its last answer; the number of turns if there is none, or a question follows it."""
+        answers = [index for index, turn in enumerate(self.messages) if turn.role == "assistant" and turn.trained]
+        return answers[-1] if answers else len(self.messages)
+
+
+def chat_of(example: Example) -> Example:
+    """Makes a chat of a prompt and its completion.
+
+    >>> [turn[:2] for turn in chat_of(Example.of("Hi\\n", "Hello")).messages]
+    [('user', 'Hi'), ('assistant', 'Hello')]
+    """
+    turns = (Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip()))
+    return Example((), (), example.source, turns if example.completion else turns[:1])
+
+
+def meaning_prompt(meaning: str) -> str:
+    r"""Returns the prompt of a meaning representation: its text and a line break.
+
+    >>> meaning_prompt(" name : The Mill ")
+    'name : The Mill\n'
+    """
+    return meaning.strip() + "\n"

@@ -1,0 +1,319 @@
+"""A record (a JSON object, a row of a table) becomes an `Example`: a chat, a prompt and its completion, or text.
+
+What a record holds is told by the names of its fields.  No field is lost in silence: one that would change what the
+model should see is used or refused, any other that is not used is named (see `Account`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from ..errors import DataError, did_you_mean, list_faults
+from .examples import Example, Turn, meaning_prompt
+from .fields import (
+    ANSWERS,
+    CHATS,
+    COLUMNS_FIX,
+    MATTERS,
+    PASSED,
+    QUESTIONS,
+    SYSTEM,
+    How,
+    flag_of,
+    json_of,
+    kind_of,
+    mapped,
+    matters,
+    named,
+    text_of,
+)
+from .lines import are_not
+from .turns import turns_of
+
+__all__ = ["RECORDS", "Fault", "read_rows"]
+
+RECORDS: Final = "prompt and completion, instruction and output, question and answer, messages, conversations, or text"
+
+
+class Fault(str):
+    """Stands in the place of a record that could not be read, and says why."""
+
+
+def read_rows(rows: Iterable[tuple[str, Any]], name: str, how: How, form: str) -> tuple[list[Example], tuple[str, ...]]:
+    """Makes an example of every record.
+
+    Args:
+        rows: where each record is, for messages, and the record; or a `Fault`.
+        name: what the records are of, for messages.
+        how: how to read them.
+        form: what the file should hold, for messages.
+
+    Returns:
+        The examples, and lines for the user: what was recognised, and which fields are not used.
+
+    Raises:
+        DataError: records of another form, or fields that would be lost; all are listed.
+    """
+    account = Account(name, how)
+    examples, faults = [], []
+    for where, record in rows:
+        try:
+            if isinstance(record, Fault):
+                raise DataError(str(record))
+            examples.append(account.example(record, where))
+        except DataError as error:
+            faults.append(f"{where}: {error}")
+    account.check_columns()
+    if faults:
+        heading = f"expected {form}, but {are_not(len(faults), account.unit)} of that form"
+        raise DataError(list_faults(heading, faults, "Fix or remove them."))
+    account.check_fields()
+    return examples, account.notes()
+
+
+class Account:
+    """Reads the records of a file, and keeps account of what they hold and which fields are not used."""
+
+    def __init__(self, name: str, how: How) -> None:
+        self.name, self.how = name, how
+        self.unit = "line" if name.endswith((".jsonl", ".ndjson", ".txt")) else "record"
+        self.shapes: Counter[str] = Counter()
+        self.records = 0
+        self.columns: dict[str, None] = {}  # every field that occurs, in order
+        self.unused: Counter[str] = Counter()
+        self.turn_fields: Counter[str] = Counter()
+        self.refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (field, form, prompt's) -> where
+
+    def example(self, record: Any, where: str) -> Example:
+        """Makes an example of a record; raises DataError if it has another form."""
+        if not isinstance(record, Mapping):
+            raise DataError(f"found {kind_of(record)} where an object was expected")
+        self.records += 1
+        self.columns |= dict.fromkeys(map(str, record))
+        record = mapped(record, self.how.columns)
+        example, shape, used = _from_record(record, where, self.how)
+        self.shapes[shape] += 1
+        self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
+        texts = [*(turn.content.strip() for turn in example.messages), *(part.strip() for part, _ in example.segments)]
+        for name, value in record.items():
+            if name in used or value in _NOTHING:
+                continue
+            if not matters(name, value) or _is_said(value, texts):
+                self.unused[name] += 1
+            else:
+                question = next((key for key in QUESTIONS if key in used), "")
+                self.refused[name, shape, question].append(where)
+        return example
+
+    def check_columns(self) -> None:
+        """Refuses a column map that names what no record has."""
+        wanted = {name: named(spec) or [spec or name] for name, spec in self.how.columns.items()}
+        faults = [
+            f"{key}={self.how.columns[key]}: no record has {name!r}.{did_you_mean(name, self.columns)}"
+            for key, names in wanted.items()
+            for name in names
+            if name not in self.columns
+        ]
+        if faults and self.records:
+            there = ", ".join(map(repr, self.columns))
+            fix = f"The columns are {there}. {COLUMNS_FIX}"
+            raise DataError(list_faults(f"columns does not fit {self.name}", faults, fix))
+
+    def check_fields(self) -> None:
+        """Refuses fields that would change what the model should see and that would be lost."""
+        faults = [
+            f"{name!r} in {len(places):,} of {self.records:,} records (the first: {places[0]}) is no part of {shape}."
+            f"{_remedy(name, question, self.how)}"
+            for (name, shape, question), places in self.refused.items()
+        ]
+        if faults:
+            names = dict.fromkeys(name for name, _, _ in self.refused)
+            fix = f"To train without, leave out by name: {flag_of(self.how.columns, dict.fromkeys(names, ''))}"
+            raise DataError(list_faults(f"{self.name} has fields that would be left out of training", faults, fix))
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns lines that say what was recognised and which fields are left out."""
+        if not self.records:
+            return ()
+        kinds = " and ".join(
+            f"{shape} ({count:,})" if len(self.shapes) > 1 else shape for shape, count in self.shapes.items()
+        )
+        notes = [f"{self.name}: {kinds}, {self.records:,} example{'s' * (self.records != 1)}"]
+        if self.unused:
+            listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.unused.items())
+            notes.append(f"{self.name}: left out, since it is no part of the text: {listed}")
+        if self.turn_fields:
+            listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.turn_fields.items())
+            notes.append(f"{self.name}: left out of turns unless the chat template writes it: {listed}")
+        return tuple(notes)
+
+
+_NOTHING: Final[tuple[Any, ...]] = (None, "", "[]", "{}", [], {})
+
+
+def _is_said(value: Any, texts: list[str]) -> bool:
+    """Whether a field repeats what is in the text anyway; a short one may only seem to."""
+    said = value.strip() if isinstance(value, str) else ""
+    return said in texts or (len(said) > 20 and any(said in text for text in texts))
+
+
+def _remedy(name: str, question: str, how: How) -> str:
+    if name in ("chosen", "rejected"):
+        return " This is preference data."
+    if name in (*SYSTEM, "history", *PASSED) and question and not how.as_chat:
+        return " --as_chat makes a chat of it, which has a place for it."
+    if question and name in (*QUESTIONS, "document", "passage"):
+        parts = (question, name) if name == "input" else (name, question)
+        joined = "\n".join(f"{{{part}}}" for part in parts)
+        return f" To make it a part of the {question}: {flag_of(how.columns, {question: joined})}"
+    return ""
+
+
+# --- the forms of a record -------------------------------------------------------------------------------------------
+
+_ALPACA: Final = (
+    "Below is an instruction that describes a task{0}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{1}\n\n{2}### Response:\n"
+)
+_ALPACA_INPUT: Final = ", paired with an input that provides further context"
+
+
+def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]]:
+    """Returns the example, the name of its form, and the fields that were used."""
+    present = {name for name, value in record.items() if value is not None}
+    for names in (present, set(record)):  # a table has null where a row lacks a field
+        for read in (_chat, _pair, _plain):
+            found = read(record, names, where, how)
+            if found is not None:
+                return found
+    known = (*QUESTIONS, *ANSWERS, *CHATS, "text")
+    keys = ", ".join(map(repr, record)) or "nothing"
+    near = "".join(did_you_mean(key, known) for key in record if key not in known)
+    question = next((name for name in QUESTIONS if name in names), None)
+    more = f" {question!r} has no {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}." if question else ""
+    if "chosen" in record:  # either a whole chat, or the answer to a prompt
+        is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
+        flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
+        more = f" This is preference data; to train on the chosen answers: {flag_of(how.columns, flag)}"
+    elif record:
+        more += " Name other fields with --columns."
+    expected = "prompt or messages" if how.prompts else RECORDS
+    raise DataError(f"found {keys}, expected {expected}.{near}{more}")
+
+
+def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+    key = next((key for key in CHATS if key in names), None)
+    if key is not None:
+        turns = turns_of(record[key], key)
+        shape = f"chat ({key})" if key == "messages" else f"ShareGPT chat ({key})"
+        used = {key}
+    elif isinstance(record.get("prompt"), list) and ({"completion", "response"} & names or how.prompts):
+        answer = next((name for name in ANSWERS if name in names), None)
+        given = [turn._replace(trained=False) for turn in turns_of(record["prompt"], "prompt")]
+        turns, shape, used = given, "chat (prompt and completion as turns)", {"prompt"}
+        if answer is not None:
+            used.add(answer)
+            is_list = isinstance(record[answer], list)
+            turns += turns_of(record[answer], answer) if is_list else [Turn("assistant", text_of(record, answer))]
+    else:
+        return None
+    system = next((name for name in SYSTEM if name in names), None)
+    if system is not None and text_of(record, system).strip():
+        used.add(system)
+        if turns[0].role != "system":
+            turns = [Turn("system", record[system]), *turns]
+        elif turns[0].content.strip() != record[system].strip():
+            raise DataError(f"{system!r} and the first turn of {key!r} are two system prompts. Remove one")
+    if how.prompts and turns[-1].role != "assistant":  # the answer that is wanted comes after the last turn
+        turns = [turn._replace(trained=False) for turn in turns]
+    if not how.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
+        raise DataError(f"{key or 'completion'!r} has no turn with role 'assistant' to train on")
+    return Example((), (), where, tuple(turns), _passed(record, used)), shape, used
+
+
+def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+    answers = [name for name in ANSWERS if name in names]
+    question = next((name for name in QUESTIONS if name in names), None)
+    if question is None or not (answers or how.prompts):
+        return None
+    if question == "context" and answers not in (
+        ["completion"],
+        [],
+    ):  # a meaning representation, or it lacks a question
+        return None
+    if len(answers) > 1:
+        listed = " and ".join(map(repr, answers))
+        raise DataError(f"found {listed}, expected one answer. Choose: --columns completion={answers[0]}")
+    answer = answers[0] if answers else None
+    prompt = text_of(record, question)
+    completion = text_of(record, answer) if answer else ""
+    used = {question, *answers}
+    if question == "instruction":
+        extra = next((name for name in ("input", "context") if name in names), None)
+        used |= {extra} if extra else set()
+        more = text_of(record, extra).strip() if extra else ""
+        shape = f"Alpaca ({', '.join(name for name in (question, extra, answer) if name)})"
+        asked = prompt.strip() + (f"\n{more}" if more else "")
+        given = (_ALPACA_INPUT, f"### Input:\n{more}\n\n") if more else ("", "")
+        prompt = _ALPACA.format(given[0], prompt.strip(), given[1])
+    else:
+        shape = f"{question} and {answer}" if answer else question
+        asked = prompt
+        if question == "context":
+            prompt, completion = meaning_prompt(prompt), completion.strip()
+        elif (question, answer) not in (("prompt", "completion"), ("prompt", None)) and prompt == prompt.rstrip():
+            prompt += "\n"
+    if not how.as_chat:
+        return Example.of(prompt, completion, where), shape, used
+    history = _history(record.get("history"))
+    turns = [*history, Turn("user", asked.strip()), *([Turn("assistant", completion.strip())] if answer else [])]
+    for name in SYSTEM:
+        if name in names and text_of(record, name).strip():
+            turns.insert(0, Turn("system", record[name]))
+            used.add(name)
+    used.add("history")
+    return Example((), (), where, tuple(turns), _passed(record, used)), f"{shape}, as a chat", used
+
+
+def _plain(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+    if "text" not in names:
+        return None
+    if how.as_chat:
+        raise DataError("'text' has no prompt and completion that as_chat could make a chat of")
+    return Example(((text_of(record, "text"), True),), (), where), "text", {"text"}
+
+
+def _history(value: Any) -> list[Turn]:
+    if value in (None, "", []):
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise DataError(f"history is {kind_of(value)}, expected a list of pairs of a question and its answer")
+    names = [{"question": question, "answer": answer} for question, answer in value]
+    turns = [[Turn("user", text_of(pair, "question")), Turn("assistant", text_of(pair, "answer"))] for pair in names]
+    return [turn for pair in turns for turn in pair]
+
+
+def _passed(record: dict[str, Any], used: set[str]) -> dict[str, Any]:
+    """Returns what the chat template gets besides the turns, and adds it to the fields that are used."""
+    passed: dict[str, Any] = {}
+    for name in PASSED:
+        value = json_of(record.get(name), name)
+        used.add(name)
+        if value in (None, "", [], {}):
+            continue
+        if name == "chat_template_kwargs":
+            if not isinstance(value, dict):
+                raise DataError(f"{name} is {kind_of(value)}, expected an object")
+            passed |= value
+        elif not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            raise DataError(f"{name} is {kind_of(value)}, expected a list of objects")
+        elif name == "documents":
+            passed[name] = value
+        else:
+            passed["tools"] = [
+                item if "function" in item or "type" in item else {"type": "function", "function": item}
+                for item in value
+            ]
+    return passed

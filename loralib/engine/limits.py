@@ -1,0 +1,121 @@
+"""What a model can be given: ids that its embedding has, and no more tokens than it has positions."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from torch import nn
+
+from ..errors import DataError, list_faults
+
+__all__ = ["context_length", "last_position", "require_ids_in_table", "require_positions", "table_rows"]
+
+# Tables that are computed or learned for so many positions: looking beyond their end fails, whatever the values are.
+_POSITIONS = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|positions_embed|pos_emb\w*)$")
+
+
+def text_config(model: nn.Module) -> Any:
+    """Returns the settings of the language model (those of its text part, where it also sees or hears)."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Returns how many tokens a model is made for, or None where its config does not say."""
+    length = _configured(model)
+    if length is None:
+        return None
+    known = _LENGTHS.get(model)
+    if known is None or known[0] != length:  # looking for tables takes as long as a small step of generation
+        known = _LENGTHS[model] = (length, last_position(model) or length)
+    return known[1]
+
+
+_LENGTHS: Final[weakref.WeakKeyDictionary[nn.Module, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+def last_position(model: nn.Module) -> int | None:
+    """Returns how many tokens a model can compute at all, or None where nothing ends.
+
+    Learned positions end where their table does.  Rotary ones go on beyond what a model is made for, if not well.
+    """
+    length = _configured(model)
+    if length is None:
+        return None
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(name)]
+    computed = any(_POSITIONS.search(name) for name, _ in model.named_buffers())
+    if not (tables or computed or hasattr(text_config(model), "max_seq_len")):
+        return None
+    # RoBERTa counts from behind its padding token, in a table of that many rows.
+    padding = tables[0].padding_idx if tables and tables[0].num_embeddings == length else None
+    return length if padding is None else length - padding - 1
+
+
+def _configured(model: nn.Module) -> int | None:
+    config = text_config(model)
+    values = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def table_rows(model: nn.Module) -> int | None:
+    """Returns how many token ids the embedding has, or None where it is not known."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(table, "num_embeddings", None)
+    if rows is None:
+        weight = getattr(table, "weight", None)
+        rows = weight.shape[0] if weight is not None and weight.dim() == 2 else None
+    return int(rows) if rows is not None else None
+
+
+def require_ids_in_table(model: nn.Module, rows: Iterable[Sequence[int]], kind: str = "prompt") -> None:
+    """Refuses token ids that the model's embedding does not have.
+
+    Args:
+        model: the model.
+        rows: token ids.
+        kind: what a row is, for the message.
+
+    Raises:
+        DataError: some have such ids; all of them at once.
+    """
+    size = table_rows(model)
+    if size is None:
+        return
+    faults = []
+    for number, ids in enumerate(rows, 1):
+        wrong = sorted({token for token in ids if not 0 <= token < size})
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            faults.append(f"{kind} {number} has {', '.join(map(str, wrong[:3]))}{more}")
+    if faults:
+        raise DataError(
+            list_faults(
+                f"these token ids are not in the model's embedding, which has ids 0 to {size - 1:,}",
+                faults,
+                "Use the tokenizer that came with the model; if tokens were added to it, call "
+                "model.resize_token_embeddings(len(tokenizer)) before the adapter is put in.",
+            )
+        )
+
+
+def require_positions(model: nn.Module, rows: Iterable[Sequence[int]], kind: str = "example") -> None:
+    """Refuses rows that are longer than the model has positions.
+
+    Args:
+        model: the model.
+        rows: token ids.
+        kind: what a row is, for the message.
+
+    Raises:
+        DataError: some are; all of them at once.
+    """
+    limit = last_position(model)
+    if limit is None:
+        return
+    faults = [f"{kind} {number} has {len(ids):,} tokens" for number, ids in enumerate(rows, 1) if len(ids) > limit]
+    if faults:
+        heading = f"the model has {limit:,} positions"
+        raise DataError(list_faults(heading, faults, f"Shorten them: lower seq_len to {limit:,} at most."))

@@ -1,0 +1,81 @@
+"""What a file of tensors is, by the names in it: other tools' adapters are named, and where they are at home."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ..errors import LoraError
+from .tensors import read_pickle, read_safetensors
+
+__all__ = ["describe", "names_in"]
+
+_DIFFUSION = "loralib adapts language models and other PyTorch modules; in diffusers: pipeline.load_lora_weights(FILE)."
+# What is recognised, in this order: a pattern of one of the names, what the file is, and what to do with it.
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (r"hada_w[12]|lokr_w[12]|oft_blocks|\.diff$", "an adapter of LyCORIS (LoHa, LoKr and others)", _DIFFUSION),
+    (
+        r"^lora_(unet|te\d?|transformer|prior)_|\.lora_(down|up)\.",
+        "an adapter in kohya's format, for images",
+        _DIFFUSION,
+    ),
+    (
+        r"^(unet|text_encoder(_\d)?|transformer|prior)\..*(lora_[AB]\.weight$|lora\.(down|up)|lora_linear_layer)|\.processor\.",
+        "an adapter in diffusers' format, for images",
+        _DIFFUSION,
+    ),
+    (
+        r"^base_model\.model\.|\.lora_[AB](\.default)?\.weight$",
+        "the tensors of a PEFT adapter without its settings",
+        "Put it into a directory as adapter_model.safetensors (or .bin), beside its adapter_config.json.",
+    ),
+    (
+        r"^(blk\.\d+|token_embd|output)\..*\.lora_[ab]$",
+        "an adapter with llama.cpp's names",
+        "Give the GGUF file itself.",
+    ),
+    (
+        r"\.lora_[ab]$",
+        "the tensors of an MLX adapter without its settings",
+        "Put it into a directory as adapters.safetensors, beside its adapter_config.json.",
+    ),
+)
+_OURS = re.compile(r"lora_(embedding_)?[AB]$")
+
+
+def describe(names: Collection[str]) -> tuple[str, str] | None:
+    """Returns what a file is that is not a checkpoint of Microsoft's loralib, and what to do with it.
+
+    Args:
+        names: of the tensors in it.
+
+    >>> describe(["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.alpha"])[0]
+    "an adapter in kohya's format, for images"
+    >>> describe(["h.0.attn.c_attn.lora_A", "h.0.attn.c_attn.lora_B"]) is None
+    True
+    >>> describe(["h.0.attn.c_attn.weight"])[0]
+    'no adapter: it holds no LoRA tensors (names that end in lora_A or lora_B)'
+    """
+    for pattern, what, advice in _KINDS:
+        if any(re.search(pattern, name) for name in names if isinstance(name, str)):
+            return what, advice
+    if not any(_OURS.search(name) for name in names if isinstance(name, str)):
+        what = "no adapter: it holds no LoRA tensors (names that end in lora_A or lora_B)"
+        return what, "Give the adapter that was trained; a base model goes to --model."
+    return None
+
+
+def names_in(path: Path) -> list[str] | None:
+    """Returns the names of the tensors in a file, whatever it is called; None where it cannot be read safely."""
+    for read in (lambda: read_safetensors(path)[0], lambda: read_pickle(path)):
+        try:
+            value = read()
+        except LoraError:
+            continue
+        while isinstance(value, dict) and isinstance(
+            inner := value.get("model_state_dict", value.get("state_dict")), dict
+        ):
+            value = inner
+        return [str(name) for name in value] if isinstance(value, dict) else None
+    return None

@@ -1,0 +1,113 @@
+"""What vLLM accepts of an adapter, by the class of the base model: read from the sources of vLLM 0.33.
+
+It loads adapters of linear layers for most of its models, for some not at all, and for others those of embeddings and
+heads too.  A classifier's head may be trained in full.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ..config import LoraConfig
+
+__all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults"]
+
+accepted_ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
+
+_HEADS = ("classifier", "score")  # what may be in modules_to_save, if it is one linear layer
+# Kinds of models by the names of their classes in transformers, without ForCausalLM and the like.
+_NO_ADAPTERS = frozenset(
+    """bloom codegen cohere2moe cpmant ctrl dbrx falcon falconmamba gemma3n gpt2 gptj gptneo mamba mamba2 moonshine mpt
+    olmo openaigpt persimmon rwkv stablelm xglm xlnet zamba zamba2""".split()
+)
+_EMBEDDING_AND_HEAD = frozenset(
+    """apertus deci ernie4_5 exaone4 exaonemoe falconh1 granite granitemoe granitemoehybrid granitemoeshared
+    hyperclovax jamba lfm2 lfm2moe llama llama4 minicpm minicpm3 mixtral nemotron nemotronh phi3 phimoe qwen3 qwen3moe
+    qwen3_5 qwen3_5moe solar""".split()
+)
+# Those below arcee run in vLLM's backend for transformers.
+_EMBEDDING = frozenset(
+    """cohere cohere2 arcee cwm flexolmo glm hunyuandensev1 jais2 olmo2 olmo3 phi seedoss smollm3 starcoder2
+    vaultgemma""".split()
+)
+_CLASS = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
+
+
+def takes_adapters(model: nn.Module) -> bool:
+    """Tells whether vLLM loads adapters at all on models of this kind."""
+    return _kind_of(model) not in _NO_ADAPTERS
+
+
+def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """Returns what vLLM refuses of the adapted modules of a base model, with the reasons.
+
+    Args:
+        model: the base model.
+        modules: names and modules.
+    """
+    kind = _kind_of(model)
+    both = kind in _EMBEDDING_AND_HEAD
+    accepted = {"embed_tokens", "lm_head"} if both else {"embed_tokens"} if kind in _EMBEDDING else set()
+    faults = []
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in modules:
+        leaf = name.rpartition(".")[2]
+        if leaf not in accepted and (isinstance(module, nn.Embedding) or module is head):
+            which = "embeddings" if isinstance(module, nn.Embedding) else "the head"
+            faults.append(f"{name}: vLLM loads no adapters of {which} of {type(model).__name__}")
+    return faults
+
+
+def head_faults(config: LoraConfig, model: nn.Module | None) -> list[str]:
+    """Returns why modules that are trained in full do not load in vLLM; it takes the head of a classifier.
+
+    Args:
+        config: its `modules_to_save` count.
+        model: the base model; None: look at the names alone.
+    """
+    names = list(config.modules_to_save or ())
+    if any(name not in _HEADS for name in names) or len(names) > 1:
+        return [
+            f"modules_to_save {names}: of modules trained in full vLLM loads only the head of a classifier, called "
+            f"{' or '.join(_HEADS)}"
+        ]
+    if model is None or not names:
+        return []
+    heads = [(name, module) for name, module in model.named_modules() if config.saves(name)]
+    is_classifier = type(model).__name__.endswith("Classification")
+    return [
+        f"{name} is {'no classifier' if not is_classifier else type(module).__name__}: of modules trained in full vLLM "
+        "loads only the head of a classifier, one linear layer"
+        for name, module in heads
+        if not is_classifier or name != names[0] or not isinstance(module, nn.Linear)
+    ]
+
+
+def tensor_faults(names: Iterable[str]) -> list[str]:
+    """Returns which tensors of an adapter vLLM does not load: of modules trained in full it takes single linear layers.
+
+    Args:
+        names: of the tensors.
+
+    >>> tensor_faults(["model.layers.0.q_proj.lora_A", "score.weight", "classifier.dense.weight"])
+    ['classifier.dense.weight: of modules trained in full vLLM loads only score or classifier, one linear layer']
+    """
+    in_full = [name.split(".") for name in names if ".lora_" not in name]
+    return [
+        f"{'.'.join(parts)}: of modules trained in full vLLM loads only score or classifier, one linear layer"
+        for parts in in_full
+        if parts[-2:-1] not in (["score"], ["classifier"])
+    ]
+
+
+def _kind_of(model: nn.Module) -> str:
+    """Returns the kind of a model as the tables above write it.
+
+    >>> class Qwen2ForCausalLM(nn.Module): ...
+    >>> _kind_of(Qwen2ForCausalLM())
+    'qwen2'
+    """
+    return _CLASS.sub("", type(model).__name__).lower()

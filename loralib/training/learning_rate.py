@@ -1,0 +1,49 @@
+"""The learning rate of a run whose user gave none: by the model's width, the adapter's scaling and the batch."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["automatic_learning_rate"]
+
+_RATE, _WIDTH, _RATIO, _ALPHA = 1e-4, 576, 8.0, 32.0  # measured on SmolLM2-135M: docs/results/learning-rates.md
+_MOST_TOKENS = 256  # beyond which a larger batch is not followed
+
+
+def automatic_learning_rate(
+    parameters: int,
+    hidden_size: int | None,
+    alpha: float,
+    trained_tokens: float,
+    loraplus_lr_ratio: float = _RATIO,
+) -> tuple[float, str]:
+    """Chooses the peak learning rate of A; B learns `loraplus_lr_ratio` times faster.
+
+        lr = 1e-4 * sqrt(T) * (576 / width)^0.78 * sqrt(32 / alpha) * sqrt(8 / ratio),    T at most 256
+
+    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so.
+    That it falls with the width by this power comes from published sweeps over Llama shapes.  The rank r itself does
+    not matter: the updates of r directions add up to lora_alpha, whatever r is, and lora_alpha is what counts.
+
+    Args:
+        parameters: of the base model.
+        hidden_size: width of the model; None: unknown, and estimated from the parameters.
+        alpha: lora_alpha.
+        trained_tokens: T, those in an update, on average.
+        loraplus_lr_ratio: learning rate of B divided by that of A.
+
+    Returns:
+        The rate, rounded to two digits, and the reason in words.
+
+    >>> automatic_learning_rate(135_000_000, 576, 32.0, 100)
+    (0.001, 'width 576, lora_alpha 32, 100 trained tokens an update')
+    >>> automatic_learning_rate(135_000_000, None, 32.0, 100)[1].partition(";")[0]
+    'taking a width of 877, since the model does not say it, from 135,000,000 parameters'
+    """
+    width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
+    rate = _RATE * math.sqrt(min(max(1, trained_tokens), _MOST_TOKENS)) * (_WIDTH / width) ** 0.78
+    rate *= math.sqrt(_ALPHA / abs(alpha)) * math.sqrt(_RATIO / loraplus_lr_ratio)
+    seen = f"width {width:,},"
+    if hidden_size is None:
+        seen = f"taking a width of {width:,}, since the model does not say it, from {parameters:,} parameters;"
+    return float(f"{rate:.2g}"), f"{seen} lora_alpha {alpha:g}, {trained_tokens:,.0f} trained tokens an update"

@@ -1,0 +1,304 @@
+"""What a run decides by itself: how long examples may be, what to validate on, learning rate and warm-up."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..console import count, counted, size
+from ..data import Encoded, Source, TokenExample, draw, length_at, load_examples, read_sources
+from ..data.examples import Example
+from ..engine.limits import context_length, last_position, require_ids_in_table, text_config
+from ..errors import ConfigError, DataError
+from .config import TrainConfig
+from .learning_rate import automatic_learning_rate
+from .memory import memory_estimate
+from .record import data_record
+
+__all__ = ["Data", "Plan", "automatic_settings", "how_to_read", "make_plan", "split_off", "updates_per_epoch"]
+
+Data = Any  # whatever `read_sources` takes, or TokenExample values
+
+_VALIDATE = 0.05  # share of the examples, where none is given
+_TOO_FEW = 100  # examples, of which a share would say little
+_WARM_UP, _LONGEST_WARM_UP = 0.05, 100  # share of the updates, and updates
+_WINDOW = 1024  # tokens of the windows that plain text is cut into: longer ones cost memory and teach little more
+_ROOM = 0.8  # share of the free memory that a step may take
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run trains and validates on, and with which settings.
+
+    Attributes:
+        config: the settings, each with a value.
+        train, valid: token examples.
+        data: what the run's record says of the data (see `data_record`).
+    """
+
+    config: TrainConfig
+    train: list[TokenExample]
+    valid: list[TokenExample]
+    data: list[dict[str, Any]]
+
+
+def make_plan(
+    model: nn.Module,
+    data: Data,
+    valid_data: Data | None,
+    tokenizer: Any,
+    config: TrainConfig,
+    say: Callable[[str], None],
+) -> Plan:
+    """Turns data into token examples, and chooses the settings that were left to the program.
+
+    Args:
+        model: what will be trained; it stays as it is.
+        data: whatever `loralib.train` accepts.
+        valid_data: the same; None: a part of `data` is split off.
+        tokenizer: for files and text.
+        config: the settings as given.
+        say: called with a line about each decision.
+
+    Raises:
+        ConfigError: text without a tokenizer.
+        DataError: no data, or data of another kind, or that the model cannot be given.
+    """
+    limit, why = _length_limit(model, config)
+    encoded = _encoded(data, tokenizer, config, limit, config.max_train_samples, "training")
+    _tell(encoded, "training", model, config, limit, why, say)
+    train, valid = encoded.examples, list[TokenExample]()
+    facts = data_record("training", _paths(data, config.train_data), train, encoded.given)
+    if valid_data is not None:
+        apart = _encoded(valid_data, tokenizer, config, limit, config.max_valid_samples, "validation")
+        _tell(apart, "validation", model, config, limit, why, say)
+        valid = apart.examples
+        facts += data_record("validation", _paths(valid_data, config.valid_data), valid, apart.given)
+    else:
+        train, valid, share = _split(encoded, config, say)
+        config = config.replace(valid_fraction=share)
+        facts[0] |= {"examples": len(train)}
+        facts += data_record("validation", [], valid, encoded.given) if valid else []
+    for rows, kind in ((train, "training example"), (valid, "validation example")):
+        require_ids_in_table(model, (row.ids for row in rows), kind)
+    if config.seq_len is None:
+        config = config.replace(seq_len=max(2, *map(len, train), *map(len, valid)))
+    return Plan(automatic_settings(model, config, train, say), train, valid, facts)
+
+
+def automatic_settings(
+    model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], say: Callable[[str], None] = lambda _: None
+) -> TrainConfig:
+    """Chooses learning rate and warm-up where they are left open; `examples` are those of an epoch."""
+    if config.lr is None:
+        lr, reason = automatic_learning_rate(
+            sum(parameter.numel() for parameter in model.parameters()),
+            getattr(text_config(model), "hidden_size", None),
+            config.alpha,
+            config.batch_size * config.grad_accum * sum(sum(row.trained) for row in examples) / len(examples),
+            config.loraplus_lr_ratio,
+        )
+        b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
+        say(f"Learning rate: {lr:g}{b} ({reason}); --lr sets another")
+        config = config.replace(lr=lr)
+    if config.warmup_steps is None:
+        updates = config.max_steps or config.num_epochs * updates_per_epoch(config, len(examples))
+        config = config.replace(warmup_steps=min(_LONGEST_WARM_UP, round(_WARM_UP * updates)))
+    return config
+
+
+def updates_per_epoch(config: TrainConfig, examples: int) -> int:
+    """Returns how many updates an epoch of so many examples has."""
+    return math.ceil(math.ceil(examples / config.batch_size) / config.grad_accum)
+
+
+def _paths(data: Any, given: Any) -> list[str | Path]:
+    """The paths among what was given as data, which may have been read already."""
+    items: Any = [data] if isinstance(data, (str, Path)) else data if isinstance(data, Sequence) else []
+    if any(isinstance(item, Source) for item in items):
+        items = [given] if isinstance(given, str) else given or []
+    return [item for item in items if isinstance(item, (str, Path))]
+
+
+# How long examples may be.
+
+
+def _length_limit(model: nn.Module, config: TrainConfig) -> tuple[int | None, str]:
+    """Returns how many tokens an example may have, and what sets that limit."""
+    last = last_position(model)
+    if config.seq_len is not None:
+        if last is not None and config.seq_len > last:
+            raise ConfigError(
+                f"seq_len is {count(config.seq_len)}, but the model has only {count(last)} positions: lower --seq_len "
+                f"to {count(last)} at most, or leave it out"
+            )
+        return config.seq_len, "seq_len"
+    context = context_length(model)
+    if context is not None and last is not None:
+        context = min(context, last)
+    fits = _fits_in_memory(model, config)
+    if fits is not None and (context is None or fits < context):
+        return fits, f"memory, with {counted(config.batch_size, 'example')} a step"
+    return context, "the model's context"
+
+
+def _fits_in_memory(model: nn.Module, config: TrainConfig) -> int | None:
+    """Returns the longest examples of which a step fits into free memory; None where nothing is known of it."""
+    fixed, free = memory_estimate(model, 0, config.gradient_checkpointing, planned=True)
+    if free is None:
+        return None
+    per_token = memory_estimate(model, 1, config.gradient_checkpointing, planned=True)[0] - fixed
+    tokens = (_ROOM * free - fixed) / per_token if per_token else 0
+    return max(64, int(tokens / config.batch_size) // 64 * 64)  # a shorter limit would only hide that nothing fits
+
+
+def _tell(
+    encoded: Encoded,
+    kind: str,
+    model: nn.Module,
+    config: TrainConfig,
+    limit: int | None,
+    why: str,
+    say: Callable[[str], None],
+) -> None:
+    for note in encoded.notes:
+        say(note)
+    say(f"Loaded {encoded.summary(kind)}")
+    if kind == "training" and config.seq_len is None and encoded.lengths:
+        if encoded.seq_len is not None and encoded.seq_len != limit:
+            limit, why = encoded.seq_len, "plain text is cut into windows"
+        longest = max(encoded.lengths)
+        bound = "" if limit is None else f", within {count(limit)} ({why})"
+        if limit is None or longest <= limit:
+            say(f"Sequence length: up to {count(longest)} tokens, the longest example{bound}")
+        else:
+            say(f"Sequence length: {count(limit)} tokens ({why}); the longest example has {count(longest)}")
+    if encoded.length_warning:
+        needed, free = memory_estimate(
+            model, config.batch_size * length_at(encoded.lengths, 99), config.gradient_checkpointing, planned=True
+        )
+        there = f" ({size(free)} free now)" if free is not None else ""
+        fix = "" if why == "seq_len" else " Lower --batch_size and raise --grad_accum, or add --gradient_checkpointing."
+        if why == "the model's context":
+            fix = " The model cannot: shorten them, or choose another."
+        say(f"WARNING: {encoded.length_warning} That takes about {size(needed)} a step{there}.{fix}")
+
+
+# The data.
+
+
+def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, most: int, kind: str) -> Encoded:
+    """Turns whatever `loralib.train` accepts as data into token examples, at most `most` of them; 0: all."""
+    if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
+        return _limited_tokens(data, limit, most, config.seed, kind)
+    sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
+    if tokenizer is None:
+        raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
+    if config.seq_len is None and all(_is_plain(example) for source in sources for example in source.examples):
+        limit = min(limit or _WINDOW, _WINDOW)
+    return load_examples(
+        sources,
+        tokenizer,
+        **how_to_read(config),
+        seq_len=limit,
+        objective=config.objective,
+        max_samples=most or None,
+        seed=config.seed,
+    )
+
+
+def how_to_read(config: TrainConfig) -> dict[str, Any]:
+    """Returns a run's arguments for `read_sources`."""
+    return {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
+
+
+def _limited_tokens(data: Sequence[TokenExample], limit: int | None, most: int, seed: int, kind: str) -> Encoded:
+    texts = [Example.of("", "", f"{kind} example {number}") for number in range(1, len(data) + 1)]
+    whole = Encoded(list(data), texts, [], [len(row) for row in data], len(data))
+    encoded = whole.limited(limit)
+    if not encoded.examples:
+        raise DataError(
+            f"no {kind} example is left ({encoded.drop_note}): the shortest has {min(map(len, data)):,} tokens"
+        )
+    pairs = draw(list(zip(encoded.examples, encoded.texts, strict=True)), most or None, seed, lambda p: _start(p[0]))
+    return Encoded(
+        [row for row, _ in pairs], [text for _, text in pairs], encoded.out, whole.lengths, len(data), encoded.seq_len
+    )
+
+
+# Validation data.
+
+
+def _split(
+    encoded: Encoded, config: TrainConfig, say: Callable[[str], None]
+) -> tuple[list[TokenExample], list[TokenExample], float]:
+    """Splits validation data off; also returns which share was meant."""
+    rows = encoded.examples
+    share = config.valid_fraction
+    if share is None:
+        share = _VALIDATE if len(rows) >= _TOO_FEW else 0.0
+    wanted = round(share * len(rows))
+    if config.max_valid_samples:
+        wanted = min(wanted, config.max_valid_samples)
+    if not wanted:
+        if config.valid_fraction is None:
+            say("Validation: none, of so few examples; give --valid_data, or --valid_fraction")
+        return rows, [], share
+    keys = [_group(text, row) for text, row in zip(encoded.texts, rows, strict=True)]
+    train, valid = split_off(rows, keys, wanted, config.seed)
+    if not valid:
+        say("Validation: none, since too many examples share one prompt to set some apart; give --valid_data")
+        return rows, [], 0.0
+    say(
+        f"Validation: {count(len(valid))} of the {count(len(rows))} examples, whose prompts are in no training example "
+        "(--valid_fraction 0 trains on all)"
+    )
+    return train, valid, share
+
+
+def split_off(
+    rows: Sequence[TokenExample], keys: Sequence[Hashable], wanted: int, seed: int
+) -> tuple[list[TokenExample], list[TokenExample]]:
+    """Draws about `wanted` rows; rows of equal keys stay together, and some always remain.
+
+    >>> rows = [TokenExample((number,), (False,)) for number in range(6)]
+    >>> train, valid = split_off(rows, "aabbcc", 2, seed=0)
+    >>> len(train), [row.ids[0] // 2 for row in valid]
+    (4, [1, 1])
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    order = list(groups.values())
+    random.Random(f"validation {seed}").shuffle(order)
+    chosen: set[int] = set()
+    for group in order:
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    apart = [row for index, row in enumerate(rows) if index in chosen]
+    return [row for index, row in enumerate(rows) if index not in chosen], apart
+
+
+def _is_plain(example: Example) -> bool:
+    return not example.messages and len(example.segments) == 1
+
+
+def _group(text: Example, row: TokenExample) -> Hashable:
+    """What examples must not share across the split: a chat's turns before its first answer, a prompt, a text."""
+    if text.messages:
+        first = next((n for n, turn in enumerate(text.messages) if turn.role == "assistant"), 0)
+        return tuple((turn.role, turn.content) for turn in text.messages[: max(1, first)])
+    return text.prompt or _start(row)
+
+
+def _start(row: TokenExample) -> tuple[int, ...]:
+    """The tokens before the first trained one; of a row that is trained from its start, all."""
+    first = row.trained.index(True) if True in row.trained else len(row)
+    return row.ids[:first] if first > 1 else row.ids

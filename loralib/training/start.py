@@ -1,0 +1,109 @@
+"""What training starts from: a base model, and perhaps an adapter trained before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..bases import DEFAULT_BASE, base_of, load_base
+from ..console import counted
+from ..errors import BaseModelError, ConfigError, list_faults
+from ..formats import is_read_with_base, read_adapter
+from ..injection import adapted_layers
+from .config import TrainConfig
+
+__all__ = ["adapter_to_train_on", "full_precision", "load_base_for"]
+
+
+def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
+    """Loads the base model that a run trains on, and its tokenizer (see `load_base`).
+
+    A run that trains on from an adapter takes the base that the adapter names, unless another than the default is
+    given.
+    """
+    name = config.model
+    if config.from_adapter is not None and name == DEFAULT_BASE:
+        if is_read_with_base(config.from_adapter):
+            raise BaseModelError(f"{config.from_adapter} does not name its base model; give --model MODEL")
+        name = base_of(read_adapter(config.from_adapter))
+    return load_base(
+        name,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        device=config.device,
+        seed=config.seed,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+    )
+
+
+def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:
+    """Reads the adapter that a run trains on from.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+        ConfigError: settings ask for another shape than it has; all are listed.
+    """
+    assert config.from_adapter is not None
+    adapter = read_adapter(config.from_adapter, model=model)
+    own, asked = _shape(adapter.config), _shape(config.lora_config())
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
+    faults = [
+        f"{name} is {getattr(config, name)!r}, the adapter has {own[key]!r}"
+        for name, key in _NAMES.items()
+        if getattr(config, name) != defaults[name] and asked[key] != own[key]
+    ]
+    if faults:
+        raise ConfigError(
+            list_faults(
+                f"{config.from_adapter} has a shape of its own, which training keeps",
+                faults,
+                "Leave these settings out. For another rank: `loralib combine ADAPTER=1 NEW --rank N`, then train on "
+                "from NEW; for all else, train a new adapter.",
+            )
+        )
+    return adapter
+
+
+# Settings that say what an adapter is like, and the fields of its config.
+_NAMES = {
+    "rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "target_modules",
+    "enable_lora": "enable_lora",
+    "use_rslora": "use_rslora",
+    "bias": "bias",
+}
+
+
+def _shape(config: Any) -> Mapping[str, Any]:
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, (list, tuple, set)) else value
+
+    return {key: plain(getattr(config, key)) for key in _NAMES.values()}
+
+
+def full_precision(model: nn.Module) -> list[str]:
+    """Gives factors that somebody cast to fewer bits back the fp32 that an optimiser needs; returns a note, if so.
+
+    In bf16 most updates are smaller than half a step between two numbers, and rounding takes them back.
+    """
+    cast = set()
+    for _, layer in adapted_layers(model):
+        for tensor in layer.trained_tensors().values():
+            if tensor.requires_grad and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                if tensor.dtype.itemsize < 4:
+                    cast.add((str(tensor.dtype).removeprefix("torch."), id(tensor)))
+                    tensor.data = tensor.data.float()
+    if not cast:
+        return []
+    kinds = " and ".join(sorted({kind for kind, _ in cast}))
+    return [
+        f"{counted(len(cast), 'trained tensor')} of the adapter had been cast to {kinds}, in which most updates would "
+        "be lost; training takes them back to float32"
+    ]
