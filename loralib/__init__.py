@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .bases import load_base
     from .config import LoraConfig
     from .data import Example
+    from .engine.bank import Bank
     from .errors import LoraError
     from .formats import load_adapter, read_adapter, save_adapter
     from .generation import Generation, Hypothesis, Sampling, beam_search, generate
@@ -34,6 +35,7 @@ __version__ = "1.0.0"
 __all__ = [
     "Adapter",
     "ApplyReport",
+    "Bank",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -74,6 +76,7 @@ _LAZY = {
     "bases": ("load_base",),
     "config": ("LoraConfig",),
     "data": ("Example",),
+    "engine.bank": ("Bank",),
     "errors": ("LoraError",),
     "formats": ("load_adapter", "read_adapter", "save_adapter"),
     "generation": ("Generation", "Hypothesis", "Sampling", "beam_search", "generate"),

@@ -242,6 +242,26 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     return ApplyReport(applied=applied, base=base, inject=report, carried=tuple(carried), ignored=ignored)
 
 
+def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> None:
+    """Checks an adapter against a plain base model as `apply_adapter` does, and changes nothing.
+
+    Raises:
+        AdapterError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+        BaseMismatchError: the adapter was trained on another base model.
+        TargetError: the adapter's target_modules do not fit the model.
+    """
+    targets = match_modules(model, adapter.config.replace(init_lora_weights=True), trained=True)
+    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    in_full = fully_trained_tensors(model, adapter.config, [(target.name, target.module) for target in targets])
+    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
+    carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
+    if carried:
+        raise AdapterError(
+            list_faults("the adapter brings tables of its own along", list(carried), "Load it by itself.")
+        )
+    _check_base(model, adapter, allow_base_mismatch)
+
+
 def _replace(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:
     """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
     record = injection_of(model)

@@ -22,6 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..engine.bank import Bank, bank_and_base
 from ..engine.kernels import loaded
 from ..wrapping import unwrapped
 from .decoder import Decoder, SequenceGroup, make_decoder
@@ -162,15 +163,17 @@ def beam_search(
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | Bank,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     ends: frozenset[int],
     max_branches: int = MAX_BRANCHES,
+    adapters: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Hypothesis]]:
     """Yields the number of each prompt and its best hypothesis as the searches end; see `beam_search`."""
-    check_prompts(model, prompts)
-    limits = [new_tokens(model, prompt, sampling.max_new_tokens) for prompt in prompts]
+    base = bank_and_base(model)[1]
+    check_prompts(base, prompts)
+    limits = [new_tokens(base, prompt, sampling.max_new_tokens) for prompt in prompts]
     waiting = deque(_Search(number, *each, sampling) for number, each in enumerate(zip(prompts, limits, strict=True)))
     running: list[_Search] = []
     decoder = make_decoder(model, max(map(sum, zip(map(len, prompts), limits, strict=True)), default=0))
@@ -179,7 +182,7 @@ def search(
             branches = sum(len(one.beams) for one in running)
             while waiting and (not branches or branches + sampling.num_beams <= max_branches):
                 one = waiting.popleft()
-                one.group = decoder.open(one.prompt)
+                one.group = decoder.open(one.prompt, adapters[one.number] if adapters is not None else None)
                 running.append(one)
                 branches += sampling.num_beams
             _step(decoder, running, sampling, ends)

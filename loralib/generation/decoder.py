@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
+from ..engine.bank import Bank, Slot, bank_and_base
 from ..engine.causal import require_causal
 from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
@@ -23,7 +24,6 @@ from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
-from ..wrapping import unwrapped
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
@@ -42,6 +42,7 @@ class SequenceGroup:
     Attributes:
         prompt: its token ids.
         length: tokens from the prompt's first to a branch's newest; all branches are equally long.
+        slot: its adapter in a bank; None: the model as it is.
         rows: which rows of the last step's logits belong to it, one per branch.
         row: its row in the cache.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
@@ -49,6 +50,7 @@ class SequenceGroup:
     """
 
     prompt: Sequence[int]
+    slot: Slot | None = None
     length: int = 0
     rows: slice = field(default_factory=lambda: slice(0, 0))
     row: int = 0
@@ -66,6 +68,7 @@ class Decoder:
 
     Args:
         model: a causal language model.
+        bank: adapters over it that groups may choose.
         modules: those that it may override.
         attention: whether the model's attention gets a layout.
 
@@ -75,29 +78,46 @@ class Decoder:
 
     longest: int | None = None
 
-    def __init__(self, model: nn.Module, modules: Sequence[nn.Module] = (), *, attention: bool = False) -> None:
-        self._model, self._device = model, device_of(model)
-        self._switched, self._attention = modules, interface_name if attention else None
+    def __init__(
+        self, model: nn.Module, bank: Bank | None, modules: Sequence[nn.Module] = (), *, attention: bool = False
+    ) -> None:
+        self._model, self._device, self._bank = model, device_of(model), bank
+        self._switched = list(dict.fromkeys([*modules, *(bank.modules if bank is not None else ())]))
+        self._attention = interface_name if attention else None
         self._groups: list[SequenceGroup] = []
+        self._slots: list[Slot | None] = []  # those of the open groups
         self._release: weakref.finalize[Any, Any] | None = None
 
-    def open(self, prompt: Sequence[int]) -> SequenceGroup:
-        """Takes a prompt in; the next step computes it.
+    def open(self, prompt: Sequence[int], adapter: str | None = None) -> SequenceGroup:
+        """Takes a prompt in, with an adapter of the bank; the next step computes it.
 
         Raises:
+            AdapterError: there is no such adapter.
             BusyModelError: the model is being trained.
         """
         if self._release is None:
             hold = Hold(self._model, self._switched, "inference", self._attention)
             # Also where the decoder is forgotten with groups still open.
-            self._release = weakref.finalize(self, hold.release)
-        group = SequenceGroup(prompt, row=len(self._groups))
+            self._release = weakref.finalize(self, _release, hold, self._bank, self._slots)
+        try:
+            slot = None if self._bank is None else self._bank.acquire(adapter)
+        except BaseException:
+            self._end()
+            raise
+        self._slots.append(slot)
+        group = SequenceGroup(prompt, slot, row=len(self._groups))
         self._groups.append(group)
         return group
 
     def close(self, group: SequenceGroup) -> None:
         """Forgets a group."""
         self._forget(group)
+        self._slots.remove(group.slot)
+        if self._bank is not None:
+            self._bank.release(group.slot)
+        self._end()
+
+    def _end(self) -> None:
         if not self._groups and self._release is not None:
             self._release()
             self._release = None
@@ -115,16 +135,23 @@ class Decoder:
         raise NotImplementedError
 
 
+def _release(hold: Hold, bank: Bank | None, slots: list[Slot | None]) -> None:
+    hold.release()
+    if bank is not None:
+        for slot in slots:
+            bank.release(slot)
+
+
 class CachedDecoder(Decoder):
     """Keeps keys and values, each token's once a sequence, and computes without padding (see `TreeLayout`)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bank: Bank | None = None) -> None:
         self._modules = list(model.modules())
         self._fast = runs_here(model)
         self._operators: Overrides = operator_overrides(model) if self._fast else {}
         self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
-        super().__init__(model, [*self._operators, *linears], attention=True)
+        super().__init__(model, bank, [*self._operators, *linears], attention=True)
         self._cache = KVCache()
         self._steps = 0
         # Which columns each branch of each group sees (rows, N, C), and the place in its group of each token (rows, C).
@@ -163,7 +190,11 @@ class CachedDecoder(Decoder):
         if self._fast and long and not self._prepacked:
             self._prepacked = prepacked_overrides(self._modules)
         self._steps += 1
-        overrides = {**self._operators, **self._prepacked}
+        overrides: Overrides = {**self._operators, **self._prepacked}
+        if self._bank is not None:
+            rows = [(group.slot, len(group.tokens)) for group in growing]
+            prompts = [(group.slot, group.length) for group in fresh]
+            overrides = self._bank.overrides([*rows, *prompts], [*rows, *((slot, 1) for slot, _ in prompts)], overrides)
         with evaluating(self._modules), with_layout(), overriding(overrides):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
@@ -257,8 +288,8 @@ class CachedDecoder(Decoder):
 class PlainDecoder(Decoder):
     """Computes every token of every branch again at each step: right for any causal model, and slow."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, bank: Bank | None = None) -> None:
+        super().__init__(model, bank)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
 
     @torch.no_grad()
@@ -274,15 +305,16 @@ class PlainDecoder(Decoder):
             group.length = len(group.paths[0])
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
+        slots = [group.slot for group in self._groups for _ in group.paths]
         parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
         with evaluating(self._model.modules()):
-            logits = torch.cat([self._last_logits([rows[row] for row in part]) for part in parts])
+            logits = torch.cat([self._last_logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts])
         places = torch.empty(len(rows), dtype=torch.long, device=self._device)
         places[[row for part in parts for row in part]] = torch.arange(len(rows), device=self._device)
         return logits[places]
 
-    def _last_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Returns the logits (R, V) after the last token of each row."""
+    def _last_logits(self, rows: Sequence[Sequence[int]], slots: Sequence[Slot | None]) -> Tensor:
+        """Returns the logits (R, V) after the last token of each row, which has its adapter."""
         # Padded behind, where causal models do not look.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -290,15 +322,22 @@ class PlainDecoder(Decoder):
         last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
         if self._remembers:
             forget_length(self._model)
-        logits = plain_logits(self._model, ids.to(self._device))
+        overrides: Overrides = {}
+        if self._bank is not None:
+            whole = [(slot, ids.shape[1]) for slot in slots]
+            overrides = self._bank.overrides(whole, whole, {})
+        with overriding(overrides):
+            logits = plain_logits(self._model, ids.to(self._device))
         return logits[torch.arange(len(rows), device=self._device), last]
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 
 
-def make_decoder(model: nn.Module, longest: int = 0) -> Decoder:
-    """Returns the fastest decoder that is right for a model, for sequences of up to `longest` tokens.
+def make_decoder(model: nn.Module | Bank, longest: int = 0) -> Decoder:
+    """Returns the fastest decoder that is right for a model, or for a bank of adapters over one.
+
+    Sequences have up to `longest` tokens.
 
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
@@ -306,18 +345,18 @@ def make_decoder(model: nn.Module, longest: int = 0) -> Decoder:
     Raises:
         UnsupportedModelError: the model is not causal.
     """
-    model = unwrapped(model)  # what torch.compile has wrapped: a graph has no place for a layout
+    bank, model = bank_and_base(model)  # without torch.compile's wrapper: a graph has no place for a layout
     require_causal(model)
     if engine_mode() == "off":
-        return PlainDecoder(model)
+        return PlainDecoder(model, bank)
     if model not in _FAULTS:
         _FAULTS.setdefault(model, _why_not_cached(model))
     if _FAULTS[model]:
-        return PlainDecoder(model)
+        return PlainDecoder(model, bank)
     limit = rope_limit(model)
     if limit is not None and longest > limit:
-        return PlainDecoder(model)
-    decoder = CachedDecoder(model)
+        return PlainDecoder(model, bank)
+    decoder = CachedDecoder(model, bank)
     decoder.longest = limit
     return decoder
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..data.tokens import prompt_ids
+from ..engine.bank import Bank, bank_and_base
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
-from ..wrapping import unwrapped
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
 from .sampling import Sampling, choose, penalize
@@ -69,6 +69,7 @@ class _Request:
     sampling: Sampling
     text: TextStream
     limit: int
+    adapter: str | None = None
     generated: list[int] = field(default_factory=list)
     group: SequenceGroup | None = None
 
@@ -82,7 +83,7 @@ class Generator:
     While requests are running, the model cannot be trained.
 
     Args:
-        model: a causal language model, adapted or not.
+        model: a causal language model, adapted or not; or a `Bank`, of which each request chooses an adapter.
         tokenizer: its tokenizer.
         max_requests: how many are computed together; the others wait.
         max_prompt_tokens: new requests join with at most this many tokens at once (or one alone), so that those which
@@ -90,12 +91,13 @@ class Generator:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, max_requests: int = 128, max_prompt_tokens: int = 2048
+        self, model: nn.Module | Bank, tokenizer: Any, *, max_requests: int = 128, max_prompt_tokens: int = 2048
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._given, self._tokenizer = model, tokenizer
+        self._bank, self._model = bank_and_base(model)
         self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
         self._decoder = make_decoder(model)
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = end_tokens(self._model, tokenizer)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._count = 0
@@ -103,19 +105,26 @@ class Generator:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None) -> int:
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None) -> int:
         """Adds a request; returns the number that its pieces carry.
 
+        Args:
+            prompt: a text, or token ids.
+            sampling: its settings.
+            adapter: the name of an adapter in the bank; None: the base alone.
+
         Raises:
-            ConfigError: the settings ask for a beam search.
+            AdapterError: there is no such adapter.
+            ConfigError: the settings ask for a beam search, or there is no bank.
             DataError: the prompt has no tokens, or too many for the model.
         """
         own = sampling or Sampling()
         if own.num_beams > 1:
             raise ConfigError("a beam search has no stream of tokens. Call `generate` or `beam_search`.")
         [ids] = encode_prompts(self._model, self._tokenizer, [prompt])
+        _check_adapters(self._bank, [adapter])
         limit = new_tokens(self._model, ids, own.max_new_tokens)
-        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop), limit))
+        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop), limit, adapter))
         self._count += 1
         return self._count - 1
 
@@ -176,8 +185,8 @@ class Generator:
             if limit is not None and longest > limit:
                 if self._running:  # they end as they began
                     break
-                self._decoder = make_decoder(self._model, longest)
-            request.group = self._decoder.open(request.ids)
+                self._decoder = make_decoder(self._given, longest)
+            request.group = self._decoder.open(request.ids, request.adapter)
             self._running.append(self._waiting.popleft())
 
     def _leave(self, request: _Request) -> None:
@@ -186,32 +195,42 @@ class Generator:
 
 
 def stream(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    model: nn.Module | Bank,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> Iterator[Piece]:
     """Generates for many prompts at once and yields each piece as it comes.
 
     Args:
-        model: a causal language model, adapted or not.
+        model: a causal language model, adapted or not; or a `Bank` of adapters over one.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
+        adapters: of a bank, the name of each prompt's adapter, or None for the base alone.
         sampling: settings for all, or one per prompt.  Settings for all give prompt i the seed ``seed + i``.
 
     Yields:
         Pieces, of all prompts in turn; the last one of a prompt has a finish_reason.
 
     Raises:
-        ConfigError: there are not as many settings as prompts, or beam searches differ in theirs.
+        AdapterError: there is no such adapter; all of them at once.
+        ConfigError: there are not as many settings or adapters as prompts, or beam searches differ in theirs.
         DataError: prompts are empty or too long for the model; all of them at once.
     """
-    model = unwrapped(model)
-    rows = encode_prompts(model, tokenizer, prompts)
+    bank, base = bank_and_base(model)
+    rows = encode_prompts(base, tokenizer, prompts)
     settings = _settings(sampling, len(rows))
+    names = list(adapters) if adapters is not None else [None] * len(rows)
+    if len(names) != len(rows):
+        raise ConfigError(f"adapters has {len(names)} names for {len(rows)} prompts; give one per prompt (None: base)")
+    _check_adapters(bank, names)
     if any(own.num_beams > 1 for own in settings):
-        yield from _searched(model, tokenizer, rows, settings)
+        yield from _searched(model, tokenizer, rows, settings, names)
         return
     generator = Generator(model, tokenizer)
-    for ids, own in zip(rows, settings, strict=True):
-        generator.add(ids, own)
+    for ids, own, adapter in zip(rows, settings, names, strict=True):
+        generator.add(ids, own, adapter)
     try:
         while len(generator):
             yield from generator.step()
@@ -219,15 +238,29 @@ def stream(
         generator.close()
 
 
+def _check_adapters(bank: Bank | None, names: Sequence[str | None]) -> None:
+    if bank is not None:
+        bank.check(names)
+    elif any(name is not None for name in names):
+        raise ConfigError(
+            "adapters by name need a bank: bank = lora.Bank(model), bank.load(name, directory), and the bank in the "
+            "model's place"
+        )
+
+
 def _searched(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]
+    model: nn.Module | Bank,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[Sampling],
+    adapters: Sequence[str | None],
 ) -> Iterator[Piece]:
     """Yields one piece per prompt: a beam search knows its result only at the end."""
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
-    ends = frozenset(end_tokens(model, tokenizer))
-    for number, best in search(model, prompts, own, ends):
+    ends = frozenset(end_tokens(bank_and_base(model)[1], tokenizer))
+    for number, best in search(model, prompts, own, ends, adapters=adapters):
         ids = best.ids[: len(best.ids) - best.ended]
         text = TextStream(tokenizer)
         pieces = [text.add(token) for token in ids]
@@ -235,14 +268,21 @@ def _searched(
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling | None = None, **settings: Any
+    model: nn.Module | Bank,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    *,
+    adapters: Sequence[str | None] | None = None,
+    **settings: Any,
 ) -> list[Generation]:
     """Generates for many prompts at once.
 
     Args:
-        model: a causal language model, adapted or not.
+        model: a causal language model, adapted or not; or a `Bank` of adapters over one.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
+        adapters: of a bank, the name of each prompt's adapter, or None for the base alone.
         sampling: the settings; or
         **settings: those of `Sampling` by name, as ``max_new_tokens=20, temperature=0.7, seed=1``.
 
@@ -259,10 +299,9 @@ def generate(
         if faults:
             raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
         sampling = replace(sampling or Sampling(), **settings)
-    model = unwrapped(model)
-    rows = encode_prompts(model, tokenizer, prompts)
+    rows = encode_prompts(bank_and_base(model)[1], tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in rows]
-    for piece in stream(model, tokenizer, rows, sampling):
+    for piece in stream(model, tokenizer, rows, sampling, adapters):
         pieces[piece.request].append(piece)
     return [join(own, row) for own, row in zip(pieces, rows, strict=True)]
 

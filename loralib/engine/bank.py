@@ -1,0 +1,423 @@
+"""Many adapters over one base: each row of a batch chooses its own, or none.
+
+Adapters stay apart from the base, as values; nothing is injected.  For the rows x (T, in) of a pass, in which N
+adapters take part, with their A_i below one another as A (R, in), their scaled B_i side by side as B (out, R), and
+M (T, R) which holds a row's scale where the column belongs to its adapter and 0 elsewhere,
+
+    y = x W^T + ((x A^T) * M) B^T
+
+are two thin products for any number of adapters (Chen et al. 2023, arXiv:2310.18547, and Sheng et al. 2023,
+arXiv:2311.03285, gather instead, which pays on GPUs).  Where many rows in a row have the same adapter, as those of a
+prompt, the products are made of that adapter alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapter import Adapter, check_fit, expand_blocks
+from ..combine import updates_of
+from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_faults
+from ..formats import read_adapter
+from ..injection import adapted_layers
+from ..layers import is_conv1d
+from ..wrapping import unwrapped
+from .forward import plain_logits
+from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
+
+__all__ = ["Bank", "Slot", "bank_and_base"]
+
+_LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
+_SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
+
+FactorPair = tuple[Tensor, Tensor]  # A (r, in) and B^T with the scaling in it (r, out)
+
+
+@dataclass(eq=False)
+class Slot:
+    """One adapter in a bank.
+
+    Attributes:
+        name: what it is called.
+        scale: a factor for its updates; 1: as trained.
+        pinned: whether it always stays in memory.
+        nbytes: size of its factors in memory.
+        factors: by module; None while they are on disk.
+        users: sequences that use it at the moment.
+    """
+
+    name: str
+    scale: float
+    pinned: bool
+    nbytes: int
+    factors: Mapping[str, FactorPair] | None
+    users: int = 0
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rows from `start` to `stop` that are computed together: with one adapter, or with several and a mask."""
+
+    start: int
+    stop: int
+    slots: tuple[Slot | None, ...]  # of each row
+
+
+@dataclass
+class _Stack:
+    """The factors of several adapters, one below another."""
+
+    slots: tuple[Slot, ...]
+    factors: dict[str, FactorPair] = field(default_factory=dict)
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which slot a column belongs to, by module
+
+
+class Bank:
+    """Adapters by name over one plain base model.
+
+    Loading, replacing and unloading take the same time however many adapters there are.  Sequences that are being
+    generated keep the adapter that they began with, even where its name is unloaded or means another one meanwhile.
+
+    Args:
+        model: a causal language model that holds no adapter.
+        max_bytes: memory for factors; the least recently used adapters wait on disk when more is needed.  None: all
+            stay in memory.
+
+    Attributes:
+        model: the base model.
+
+    Raises:
+        AdapterError: the model holds an adapter.
+    """
+
+    def __init__(self, model: nn.Module, *, max_bytes: int | None = None) -> None:
+        model = unwrapped(model)
+        if adapted_layers(model):
+            raise AdapterError(
+                f"this {type(model).__name__} holds an adapter, and a bank works over a plain base. "
+                "Call lora.remove(model) first, and load the adapter into the bank by its name."
+            )
+        self.model, self._max_bytes = model, max_bytes
+        self._modules = {name: module for name, module in model.named_modules() if _takes_rows(module)}
+        self._head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._slots: dict[str, Slot] = {}  # the least recently used first
+        self._stack = _Stack(())
+        self._lock = threading.RLock()
+        self._directory: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters, in alphabetical order."""
+        return tuple(sorted(self._slots))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that adapters may change."""
+        return list(self._modules.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of factors in memory."""
+        return sum(slot.nbytes for slot in self._slots.values() if slot.factors is not None)
+
+    def load(
+        self,
+        name: str,
+        adapter: Adapter | str | Path,
+        *,
+        scale: float = 1.0,
+        pin: bool = False,
+        replace: bool = False,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        """Takes an adapter in.
+
+        Args:
+            name: what to call it.
+            adapter: the adapter, or where it is (see `loralib.load_adapter`).
+            scale: a factor for its updates.
+            pin: keep it in memory.
+            replace: whether the name may be taken already.
+            allow_base_mismatch: accept an adapter that was trained on a base with other values.
+
+        Raises:
+            AdapterError: the name is taken; or the adapter is damaged, does not fit the base, is more than low-rank
+                updates of linears and embeddings, or changes no logit.
+            BaseMismatchError: it was trained on another base.
+        """
+        if name in self._slots and not replace:
+            raise AdapterError(f"there is an adapter called {name!r} already; unload it first, or pass replace=True")
+        value = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, model=self.model)
+        check_fit(self.model, value, allow_base_mismatch=allow_base_mismatch)
+        factors = self._factors_of(value)
+        slot = Slot(name, scale, pin, sum(t.nbytes for pair in factors.values() for t in pair), factors)
+        self._check_effect(slot)
+        with self._lock:
+            self._forget(name)
+            self._slots[name] = slot
+            self._evict()
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        self._find(name)
+        with self._lock:
+            self._forget(name)
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Sets the factor of an adapter's updates, from the next token on.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        self._find(name).scale = scale
+
+    def acquire(self, name: str | None) -> Slot | None:
+        """Returns an adapter for a sequence, which gives it back with `release`; None for the base alone.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        if name is None:
+            return None
+        with self._lock:
+            slot = self._find(name)
+            slot.users += 1
+            self._slots[name] = self._slots.pop(name)  # the most recently used
+            if slot.factors is None:
+                slot.factors = torch.load(cast(Path, slot.file), weights_only=True)
+                self._evict()
+            return slot
+
+    def release(self, slot: Slot | None) -> None:
+        """Takes back what `acquire` gave."""
+        if slot is not None:
+            with self._lock:
+                slot.users -= 1
+                self._evict()
+
+    def overrides(
+        self, rows: Sequence[tuple[Slot | None, int]], heads: Sequence[tuple[Slot | None, int]], below: Overrides
+    ) -> Overrides:
+        """Returns what to call instead of the modules' forwards in one pass.
+
+        Args:
+            rows: who is in the pass, in the order of its rows: an adapter, or None, and how many rows it has.
+            heads: the same for the rows for which logits are computed.
+            below: overrides of the same modules that compute the base's part.
+        """
+        used = {slot for slot, _ in (*rows, *heads) if slot is not None}
+        if not used:
+            return below
+        stack = self._stacked(used)
+        plans = {False: _runs(rows), True: _runs(heads)}
+        masks: dict[Any, Tensor] = {}
+        changed = {name for slot in used for name in cast("Mapping[str, FactorPair]", slot.factors)}
+        own: dict[nn.Module, Override] = {}
+        for name in changed:
+            module = self._modules[name]
+            base = below.get(module) or functools.partial(own_forward, module)
+            own[module] = functools.partial(_mixed, name, module, base, plans[module is self._head], stack, masks)
+        return {**below, **own}
+
+    def check(self, names: Sequence[str | None]) -> None:
+        """Checks that there are adapters of these names; None is the base alone.
+
+        Raises:
+            AdapterError: there are not; all of them at once.
+        """
+        missing = dict.fromkeys(name for name in names if name is not None and name not in self._slots)
+        if missing:
+            faults = [f"{name}.{did_you_mean(name, self._slots)}" for name in missing]
+            raise AdapterError(
+                list_faults("there are no such adapters", faults, f"Loaded: {', '.join(self.names) or 'none'}.")
+            )
+
+    def _find(self, name: str) -> Slot:
+        self.check([name])
+        return self._slots[name]
+
+    def _forget(self, name: str) -> None:
+        slot = self._slots.pop(name, None)
+        if slot is not None and slot.file is not None:
+            slot.file.unlink(missing_ok=True)
+        if slot in self._stack.slots:
+            self._stack = _Stack(())
+
+    def _factors_of(self, adapter: Adapter) -> dict[str, FactorPair]:
+        plain = expand_blocks(adapter)
+        faults = [f"{key}: trained in full" for key in plain.tensors if "lora_" not in key.rpartition(".")[2]]
+        faults += [f"{name}: {_kind(self.model, name)}" for name in plain.modules if name not in self._modules]
+        if faults:
+            raise AdapterError(
+                list_faults(
+                    "a bank holds low-rank updates of linears and embeddings, and this adapter has more",
+                    faults,
+                    "Load it by itself with lora.load_adapter(model, ...).",
+                )
+            )
+        factors = {}
+        for name, update in updates_of(plain).items():
+            weight = self._modules[name].weight
+            A, B = update.plain()
+            factors[name] = (A.to(weight).contiguous(), B.T.to(weight).contiguous())
+        return factors
+
+    def _check_effect(self, slot: Slot) -> None:
+        """Refuses an adapter that changes nothing, and a base in which rows cannot choose."""
+        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        device = next(self.model.parameters()).device
+        ids = torch.arange(8, device=device)[None] % (len(table.weight) if table is not None else 8)
+        rows = [(cast("Slot | None", slot), ids.numel())]
+        overrides = self.overrides(rows, rows, {})
+        with Hold(self.model, self.modules, "inference"), evaluating(self.model.modules()), torch.no_grad():
+            without = plain_logits(self.model, ids)
+            with overriding(overrides):
+                changed = plain_logits(self.model, ids)
+        if torch.equal(without, changed):
+            raise AdapterError(
+                f"the adapter {slot.name!r} changes no logit of this {type(self.model).__name__}: it was not trained, "
+                "or its updates are too small to be seen. Train it, or leave it out."
+            )
+
+    def _evict(self) -> None:
+        if self._max_bytes is None:
+            return
+        for slot in list(self._slots.values()):
+            if self.nbytes <= self._max_bytes:
+                return
+            if slot.factors is not None and not slot.users and not slot.pinned:
+                self._to_disk(slot)
+
+    def _to_disk(self, slot: Slot) -> None:
+        if slot.file is None:
+            if self._directory is None:
+                self._directory = Path(tempfile.mkdtemp(prefix="loralib-bank-"))
+                weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+            slot.file = self._directory / f"{id(slot):x}.pt"
+            torch.save(dict(cast("Mapping[str, FactorPair]", slot.factors)), slot.file)
+        slot.factors = None
+        if slot in self._stack.slots:
+            self._stack = _Stack(())
+
+    def _stacked(self, used: set[Slot]) -> _Stack:
+        """Returns stacked factors that hold these adapters: the last ones, where they do."""
+        slots = self._stack.slots
+        if not used.issubset(slots) or len(slots) > max(_SPARE * len(used), 8):
+            self._stack = _Stack(tuple(sorted(used, key=lambda slot: slot.name)))
+        return self._stack
+
+
+def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
+    """Returns the bank, if it is one, and the base model without what is wrapped around it."""
+    return (model, model.model) if isinstance(model, Bank) else (None, unwrapped(model))
+
+
+# --- one pass --------------------------------------------------------------------------------------------------------
+
+
+def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
+    """Joins rows of one adapter that follow one another, and short ones of several adapters."""
+    runs: list[_Run] = []
+    start = 0
+    for slot, group in itertools.groupby(rows, key=lambda row: row[0]):
+        count = sum(number for _, number in group)
+        last = runs[-1] if runs else None
+        if count < _LONG and last is not None and last.stop - last.start < _LONG * max(1, len(set(last.slots))):
+            runs[-1] = _Run(last.start, start + count, (*last.slots, *[slot] * count))
+        else:
+            runs.append(_Run(start, start + count, (slot,) * count))
+        start += count
+    return runs
+
+
+def _mixed(
+    name: str,
+    module: nn.Module,
+    base: Override,
+    runs: list[_Run],
+    stack: _Stack,
+    masks: dict[Any, Tensor],
+    x: Tensor,
+) -> Tensor:
+    """Computes one module with each row's adapter."""
+    y: Tensor = base(x)
+    flat = y.view(-1, y.shape[-1])
+    if len(flat) != runs[-1].stop:
+        raise UnsupportedModelError(
+            f"{name} computes {len(flat)} rows where the pass has {runs[-1].stop}, so that rows cannot choose adapters "
+            "there. Load such an adapter by itself with lora.load_adapter(model, ...)."
+        )
+    looks_up = isinstance(module, nn.Embedding)
+    inputs = x.reshape(-1) if looks_up else x.reshape(-1, x.shape[-1])
+    for run in runs:
+        part, out = inputs[run.start : run.stop], flat[run.start : run.stop]
+        distinct = set(run.slots)
+        if len(distinct) == 1:
+            slot = run.slots[0]
+            pair = None if slot is None else cast("Mapping[str, FactorPair]", slot.factors).get(name)
+            if slot is not None and pair is not None:
+                out.addmm_(_thin(part, pair[0], looks_up), pair[1], alpha=slot.scale)
+            continue
+        A, B = _factors(stack, name)
+        out.addmm_(_thin(part, A, looks_up).mul_(_mask(stack, name, run, masks, A)), B)
+    return y
+
+
+def _thin(x: Tensor, A: Tensor, looks_up: bool) -> Tensor:
+    """A x for rows x (T, in), or of the rows of an embedding with the indices x (T,)."""
+    return F.embedding(x, A.T) if looks_up else F.linear(x, A)
+
+
+def _factors(stack: _Stack, name: str) -> FactorPair:
+    if name not in stack.factors:
+        # An adapter that is on disk by now has no rows in this pass.
+        pairs = [(number, (slot.factors or {}).get(name)) for number, slot in enumerate(stack.slots)]
+        there = [(number, pair) for number, pair in pairs if pair is not None]
+        stack.columns[name] = tuple(number for number, (A, _) in there for _ in range(len(A)))
+        stack.factors[name] = (torch.cat([A for _, (A, _) in there]), torch.cat([B for _, (_, B) in there]))
+    return stack.factors[name]
+
+
+def _mask(stack: _Stack, name: str, run: _Run, masks: dict[Any, Tensor], like: Tensor) -> Tensor:
+    """M (T, R): the scale of a row's adapter in the columns that belong to it."""
+    columns = stack.columns[name]
+    key = (run.start, columns)
+    if key not in masks:
+        numbers = {slot: number for number, slot in enumerate(stack.slots)}
+        own = torch.tensor([numbers.get(cast(Slot, slot), -1) for slot in run.slots])
+        scales = torch.tensor([0.0 if slot is None else slot.scale for slot in run.slots])
+        masks[key] = ((own[:, None] == torch.tensor(columns)) * scales[:, None]).to(like)
+    return masks[key]
+
+
+def _takes_rows(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(type(module))
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    module: Iterator[nn.Module] = (found for key, found in model.named_modules() if key == name)
+    return f"a {type(next(module, None)).__name__}"
