@@ -807,3 +807,15 @@ def test_injected_layers_keep_base_dtype_and_train_in_fp32() -> None:
     on_meta = nn.Sequential(nn.Linear(4, 4, device="meta"))
     lora.inject(on_meta, config(["0"]))
     assert on_meta[0].lora_A.is_meta
+
+
+def test_save_pretrained_of_a_merged_model_is_refused(tmp_path: Any) -> None:
+    model = gpt2()
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
+    lora.merge(model)
+    with pytest.raises(lora.LoraError, match="not the merged weights"):
+        model.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    lora.unmerge(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
