@@ -616,8 +616,8 @@ def _save_pretrained(
         raise TargetError("push_to_hub is not done for an adapter; save it, and upload the directory")
     if any(layer.merged for _, layer in adapted_layers(model)):
         raise TargetError(
-            "the adapter is merged, and save_pretrained would save the adapter, not the merged weights. For a merged "
-            "model: `loralib merge ADAPTER DIR`; for the adapter: lora.save_adapter(model, DIR), or unmerge(model) first"
+            "the adapter is merged, and save_pretrained would save it, not the merged weights. For a merged model: "
+            "`loralib merge ADAPTER DIR`; for the adapter: lora.save_adapter(model, DIR), or unmerge(model) first"
         )
     if is_main_process:
         save_adapter(model, save_directory)
