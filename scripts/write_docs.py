@@ -68,7 +68,9 @@ def commands() -> str:
     """The commands of the command line, as a table."""
     from loralib.cli import COMMANDS
 
-    here = [(f"`loralib {name}`", about) for name, about in COMMANDS.items() if _is_module(f"cli/{name}")]
+    here = [
+        (f"`loralib {name}`", about) for name, about in COMMANDS.items() if _is_module(f"cli/{name.replace('-', '_')}")
+    ]
     return table(("command", "what it does"), here)
 
 
