@@ -113,7 +113,7 @@ def test_the_learning_rate_is_chosen_and_said(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     tokens = float(re.search(r"([\d,]+) trained tokens an update", said).group(1))  # type: ignore[union-attr]
     rate, reason = automatic_learning_rate(0, 16, 4.0, tokens)
-    assert f"Learning rate: {rate:g}, B 8 times that ({reason})" in said
+    assert f"Learning rate: {rate:g}, B 4 times that ({reason})" in said
     assert read_toml(tmp_path / "run" / "run.toml", "run.toml")["lr"] == rate
     assert "does not say it" in automatic_learning_rate(10_000, None, 4.0, 4)[1]
 

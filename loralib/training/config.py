@@ -164,7 +164,7 @@ class TrainConfig:
         auto=True,
     )
     loraplus_lr_ratio: float = setting(
-        8.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
+        4.0, "learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); 1: equal", "optimiser", above=0
     )
     schedule: str = setting(
         "linear", "learning rate schedule after warm-up", "optimiser", ("linear", "cosine", "constant")

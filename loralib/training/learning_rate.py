@@ -6,8 +6,8 @@ import math
 
 __all__ = ["automatic_learning_rate"]
 
-_RATE, _WIDTH, _RATIO, _ALPHA = 1e-4, 576, 8.0, 32.0  # measured on SmolLM2-135M: docs/results/learning-rates.md
-_MOST_TOKENS = 256  # beyond which a larger batch is not followed
+_RATE, _WIDTH, _RATIO, _ALPHA = 1.7e-4, 576, 4.0, 32.0  # measured on SmolLM2-135M: docs/results/learning-rates.md
+_MOST_TOKENS = 90  # more in an update did not ask for a higher rate
 
 
 def automatic_learning_rate(
@@ -19,9 +19,10 @@ def automatic_learning_rate(
 ) -> tuple[float, str]:
     """Chooses the peak learning rate of A; B learns `loraplus_lr_ratio` times faster.
 
-        lr = 1e-4 * sqrt(T) * (576 / width)^0.78 * sqrt(32 / alpha) * sqrt(8 / ratio),    T at most 256
+        lr = 1.7e-4 * sqrt(T) * (576 / width)^0.78 * sqrt(32 / alpha) * sqrt(4 / ratio),    T at most 90
 
-    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so.
+    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so, until
+    noise is no longer what limits it.
     That it falls with the width by this power comes from published sweeps over Llama shapes.  The rank r itself does
     not matter: the updates of r directions add up to lora_alpha, whatever r is, and lora_alpha is what counts.
 
@@ -35,9 +36,9 @@ def automatic_learning_rate(
     Returns:
         The rate, rounded to two digits, and the reason in words.
 
-    >>> automatic_learning_rate(135_000_000, 576, 32.0, 100)
-    (0.001, 'width 576, lora_alpha 32, 100 trained tokens an update')
-    >>> automatic_learning_rate(135_000_000, None, 32.0, 100)[1].partition(";")[0]
+    >>> automatic_learning_rate(135_000_000, 576, 32.0, 90)
+    (0.0016, 'width 576, lora_alpha 32, 90 trained tokens an update')
+    >>> automatic_learning_rate(135_000_000, None, 32.0, 90)[1].partition(";")[0]
     'taking a width of 877, since the model does not say it, from 135,000,000 parameters'
     """
     width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
