@@ -21,8 +21,8 @@ def automatic_learning_rate(
 
         lr = 1.7e-4 * sqrt(T) * (576 / width)^0.78 * sqrt(32 / alpha) * sqrt(4 / ratio),    T at most 90
 
-    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so, until
-    noise is no longer what limits it.
+    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so,
+    until noise is no longer what limits it.
     That it falls with the width by this power comes from published sweeps over Llama shapes.  The rank r itself does
     not matter: the updates of r directions add up to lora_alpha, whatever r is, and lora_alpha is what counts.
 
