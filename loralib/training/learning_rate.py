@@ -19,12 +19,11 @@ def automatic_learning_rate(
 ) -> tuple[float, str]:
     """Chooses the peak learning rate of A; B learns `loraplus_lr_ratio` times faster.
 
-        lr = 1.7e-4 * sqrt(T) * (576 / width)^0.78 * sqrt(32 / alpha) * sqrt(4 / ratio),    T at most 90
+        lr = 1.7e-4 * sqrt(min(T, 90)) * (576 / width)^0.78 * min(2, 32 / alpha) * sqrt(4 / ratio)
 
     The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so,
-    until noise is no longer what limits it.
-    That it falls with the width by this power comes from published sweeps over Llama shapes.  The rank r itself does
-    not matter: the updates of r directions add up to lora_alpha, whatever r is, and lora_alpha is what counts.
+    until noise is no longer what limits it.  That it falls with the width by this power comes from published sweeps
+    over Llama shapes.  The rank r itself does not matter: r directions of scaling lora_alpha / r add up to lora_alpha.
 
     Args:
         parameters: of the base model.
@@ -43,7 +42,7 @@ def automatic_learning_rate(
     """
     width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
     rate = _RATE * math.sqrt(min(max(1, trained_tokens), _MOST_TOKENS)) * (_WIDTH / width) ** 0.78
-    rate *= math.sqrt(_ALPHA / abs(alpha)) * math.sqrt(_RATIO / loraplus_lr_ratio)
+    rate *= min(2.0, _ALPHA / abs(alpha)) * math.sqrt(_RATIO / loraplus_lr_ratio)
     seen = f"width {width:,},"
     if hidden_size is None:
         seen = f"taking a width of {width:,}, since the model does not say it, from {parameters:,} parameters;"
