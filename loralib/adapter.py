@@ -203,10 +203,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
-    if not adapter.modules:
-        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
-    if not adapter.config.changes_base:  # how factors were initialised does not matter once they are trained
-        adapter = replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+    adapter = _as_trained(adapter)
     wrapped, model = model, adapted_model(model)
     refuse_peft(model)
     layers = adapted_layers(model)
@@ -219,15 +216,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         with _named_errors(name):
             layer.check_stored()
     by_hand = bool(layers) and record is None
-    adapted: Sequence[tuple[str, nn.Module]] = layers
-    if by_hand:
-        expected = _shapes_of(layers, adapter)
-    else:
-        targets = match_modules(model, adapter.config, trained=True)
-        adapted = [(target.name, target.module) for target in targets]
-        expected = {key: shape for target in targets for key, shape in target.shapes().items()}
-    in_full = fully_trained_tensors(model, adapter.config, adapted)
-    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
+    expected, in_full = _expected(model, adapter, layers if by_hand else ())
     carried, ignored = _check_tensors(model, adapter, expected, allow_base_mismatch)
     carried = _under_tied_names(model, carried, expected)
     base = _check_base(model, adapter, allow_base_mismatch)
@@ -250,16 +239,41 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
-    targets = match_modules(model, adapter.config.replace(init_lora_weights=True), trained=True)
-    expected = {key: shape for target in targets for key, shape in target.shapes().items()}
-    in_full = fully_trained_tensors(model, adapter.config, [(target.name, target.module) for target in targets])
-    expected |= {name: tuple(tensor.shape) for name, tensor in in_full.items()}
+    adapter = _as_trained(adapter)
+    expected, _ = _expected(model, adapter)
     carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
     if carried:
         raise AdapterError(
             list_faults("the adapter brings tables of its own along", list(carried), "Load it by itself.")
         )
     _check_base(model, adapter, allow_base_mismatch)
+
+
+def _as_trained(adapter: Adapter) -> Adapter:
+    """Returns an adapter without what only mattered before its training: how its factors were initialised."""
+    if not adapter.modules:
+        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
+    if adapter.config.changes_base:
+        return adapter
+    return replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+
+
+def _expected(
+    model: nn.Module, adapter: Adapter, by_hand: Sequence[tuple[str, LoRALayer]] = ()
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """Returns the shapes of all tensors that an adapter must have, and the model's tensors that it trains in full.
+
+    `by_hand` are the layers that a model was built from; without them, the adapter's config says what is adapted.
+    """
+    adapted: Sequence[tuple[str, nn.Module]] = by_hand
+    if by_hand:
+        expected = _shapes_of(by_hand, adapter)
+    else:
+        targets = match_modules(model, adapter.config, trained=True)
+        adapted = [(target.name, target.module) for target in targets]
+        expected = {key: shape for target in targets for key, shape in target.shapes().items()}
+    in_full = fully_trained_tensors(model, adapter.config, adapted)
+    return expected | {name: tuple(tensor.shape) for name, tensor in in_full.items()}, in_full
 
 
 def _replace(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -419,5 +419,4 @@ def _takes_rows(module: nn.Module) -> bool:
 
 
 def _kind(model: nn.Module, name: str) -> str:
-    module: Iterator[nn.Module] = (found for key, found in model.named_modules() if key == name)
-    return f"a {type(next(module, None)).__name__}"
+    return f"a {type(model.get_submodule(name)).__name__}"
