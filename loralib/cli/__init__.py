@@ -33,6 +33,7 @@ COMMANDS = {
     "combine": "combine several adapters into one",
     "completion": "let the Tab key complete commands and flags",
     "export-base": "write a base model for tools without a hub",
+    "serve": "serve a model and its adapters over HTTP, with a page",
 }
 
 _HELP = f"""\

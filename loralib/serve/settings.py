@@ -1,0 +1,54 @@
+"""The settings of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..settings import check, setting, settings_class
+
+__all__ = ["ServeConfig"]
+
+
+@settings_class
+@dataclass(frozen=True)
+class ServeConfig:
+    """What is served, where, and with which limits.
+
+    Raises:
+        ConfigError: one or more settings are invalid; the message lists all of them.
+    """
+
+    model: str | None = setting(None, "base model: a name or path (default: the adapters', else smollm2-135m)", "model",
+                                aliases=("base",), common=True)  # fmt: skip
+    adapter: Sequence[str] = setting((), "an adapter to load, as NAME=DIR; may be repeated", "model",
+                                     several="repeat", common=True)  # fmt: skip
+    adapters: str | None = setting(
+        None, "directory of adapters: each is loaded, and only from here more can be loaded while it runs", "model",
+        common=True,
+    )  # fmt: skip
+    dtype: str | None = setting(None, "fp32, bf16 or fp16 (default: bf16 where it is fast)", "model")
+    device: str | None = setting(None, "cpu, cuda, mps, ... (default: the fastest available)", "model")
+    chat_template: str | None = setting(None, "file with a chat template (Jinja), for a base without one", "model")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from elsewhere", "network", common=True)
+    port: int = setting(8000, "port to listen on", "network", at_least=0, at_most=65535, common=True)
+    api_key: Sequence[str] = setting((), "a key that clients must send; may be repeated", "network", several="repeat")
+    state_dir: str = setting("loralib-serve", "where uploaded files, jobs and their adapters are kept", "jobs",
+                             common=True)  # fmt: skip
+    page: bool = setting(True, "serve the page for people at /", "network")
+    max_requests: int = setting(64, "requests that are computed together; others wait", "limits", at_least=1)
+    max_waiting: int = setting(256, "requests that may wait; more are refused with 429", "limits", at_least=0)
+    max_tokens: int = setting(4096, "most new tokens a request may ask for", "limits", at_least=1)
+    max_seconds: float = setting(600.0, "most seconds a request may take", "limits", above=0)
+    max_body_mb: float = setting(8.0, "largest request body in MB, but for uploads", "limits", above=0)
+    max_upload_mb: float = setting(512.0, "largest uploaded file in MB", "limits", above=0)
+    max_jobs: int = setting(1, "training jobs that run at once; others wait", "limits", at_least=0)
+    adapter_memory_mb: float | None = setting(
+        None, "memory for adapters; the least recently used wait on disk", "limits", above=0
+    )
+    cache_tokens: int | None = setting(
+        None, "tokens whose keys and values are kept (default: by free memory)", "limits", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "the server")
