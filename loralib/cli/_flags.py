@@ -140,10 +140,10 @@ def add_list(
     class Words(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             try:
-                lists = [items(word) for word in values]
+                lists: list[Any] = [items(word) for word in values]
             except ValueError:
                 raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
-            joined = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
+            joined: list[Any] = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
             if items is _pairs:
                 setattr(namespace, self.dest, dict(joined))
             else:
