@@ -6,7 +6,9 @@ else, so any server that finds a job unfinished starts it again, and it ends wit
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import threading
 import traceback
@@ -20,14 +22,17 @@ from typing import Any, Final
 from ..console import say
 from ..data import read_sources
 from ..errors import ConfigError, LoraError, OutputError, first_line, list_faults
+from ..files import write_errors
 from ..settings import setting_faults
+from ..targets import match_modules
 from ..training import TrainConfig
-from ..training.plan import how_to_read, updates_per_epoch
+from ..training.plan import how_to_read, make_plan, updates_per_epoch
 from ..training.record import read_record, write_settings
 from ..training.run_directory import checkpoint_files
+from .preview import Preview, make_preview
 from .process import LogTail, MetricsTail, TrainingProcess, last_words
 from .state import RequestError, State, new_id, now
-from .uploads import Files
+from .uploads import READ_AT_ONCE, Files
 
 __all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progress"]
 
@@ -35,7 +40,7 @@ OVER: Final = ("succeeded", "failed", "cancelled")
 # Settings that name places or belong to the server, and those that have arguments of their own.
 NOT_SETTABLE: Final = frozenset(
     "model train_data valid_data output_dir from_adapter adapter resume overwrite report_to device hidden_dim "
-    "num_layers seed".split()
+    "num_layers".split()
 )
 _ID: Final = re.compile(r"ftjob-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIX: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
@@ -46,6 +51,8 @@ _SAVE_STEPS: Final = 25  # updates between checkpoints, unless the job says othe
 _ADD_EVENT: Final = (
     "INSERT OR IGNORE INTO events (job, key, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
+_LATEST: Final = 50  # metrics that tell how fast a job is
+_MOST_OPEN: Final = 100  # jobs that are not over
 _MOST_DEATHS: Final = 3  # times in a row that a process may be killed without getting any further
 
 
@@ -143,9 +150,9 @@ class _Running:
     process: TrainingProcess
     metrics: MetricsTail
     log: LogTail
+    began: int  # updates that were done before it started
     wanted: str = ""
     steps: int | None = None
-    first_step: int | None = None
     last_step: int = 0
 
 
@@ -159,6 +166,7 @@ class Jobs:
         name: what it is called in the API; default: `model`.
         on_finished: called with each job that succeeded and its adapter's directory, from the jobs' thread; of jobs
             that an earlier server finished, before this returns.
+        base: the base model in memory and its tokenizer, for previews; they stay as they are.
 
     Attributes:
         files: the uploaded files.
@@ -175,12 +183,13 @@ class Jobs:
         model: str = "smollm2-135m",
         name: str | None = None,
         on_finished: Callable[[Job, Path], object] = lambda job, directory: None,
+        base: tuple[Any, Any] | None = None,
     ) -> None:
         self._state = State(state_dir)
         self._directory = self._state.directory / "jobs"
         self._model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model
         self.name = name or model
-        self._max_jobs, self._on_finished = max_jobs, on_finished
+        self._max_jobs, self._on_finished, self._base = max_jobs, on_finished, base
         self._running: dict[str, _Running] = {}
         self._deaths: dict[str, int] = {}
         self._wake, self._changed = threading.Event(), threading.Condition()
@@ -206,6 +215,7 @@ class Jobs:
         suffix: str = "",
         *,
         validation_file: str | None = None,
+        learning_rate_multiplier: float | None = None,
         asked: Mapping[str, Any] | None = None,
     ) -> Job:
         """Queues a job.
@@ -215,6 +225,7 @@ class Jobs:
             settings: fields of `TrainConfig`.
             suffix: a part of the adapter's name: letters, digits, ``.``, ``_`` and ``-``.
             validation_file: the id of another uploaded file.
+            learning_rate_multiplier: times the rate that training would choose.
             asked: what else the job's description shall say.
 
         Raises:
@@ -222,6 +233,8 @@ class Jobs:
             OutputError: the disk is full.
         """
         settings = dict(settings or {})
+        if not self._max_jobs:
+            raise RequestError("this server runs no training jobs (--max_jobs 0)", 403, "jobs_are_off")
         self.files.get(training_file, "training_file")
         if validation_file is not None:
             self.files.get(validation_file, "validation_file")
@@ -230,15 +243,25 @@ class Jobs:
                 f"suffix is {suffix[:80]!r}, expected at most 64 letters, digits, dots, hyphens and underscores",
                 param="suffix",
             )
+        if learning_rate_multiplier is not None and ("lr" in settings or self._base is None):
+            why = "lr is given as well" if "lr" in settings else "the base model is not in memory here"
+            raise RequestError(
+                f"learning_rate_multiplier is {learning_rate_multiplier:g}, but {why}", param="hyperparameters"
+            )
         job_id = new_id("ftjob")
         self._config(job_id, settings, training_file, validation_file)  # raises what is wrong with it
         with self._state.transaction() as database:
+            is_over = "status IN ('succeeded', 'failed', 'cancelled')"
+            if database.execute(f"SELECT COUNT(*) FROM jobs WHERE NOT {is_over}").fetchone()[0] >= _MOST_OPEN:
+                raise RequestError(
+                    f"{_MOST_OPEN} jobs wait already; try again when some are over", 429, "too_many_jobs"
+                )
             database.execute(
                 "INSERT INTO jobs (id, status, wanted, suffix, training_file, validation_file, settings, asked, "
                 "created) VALUES (?, 'validating_files', '', ?, ?, ?, ?, ?, ?)",
                 (
-                    job_id, suffix, training_file, validation_file, json.dumps(settings), json.dumps(dict(asked or {})),
-                    now(),
+                    job_id, suffix, training_file, validation_file, json.dumps(settings),
+                    json.dumps({**(asked or {}), "learning_rate_multiplier": learning_rate_multiplier}), now(),
                 ),
             )  # fmt: skip
             self._say(database, job_id, f"Created fine-tuning job {job_id}")
@@ -293,7 +316,7 @@ class Jobs:
 
     def events(
         self, job_id: str, after: int = 0, limit: int | None = None, *, newest_first: bool = False
-    ) -> list[Event]:
+    ) -> Sequence[Event]:
         """Returns what happened to a job, at most `limit` events after the one of number `after`.
 
         `newest_first`: the other way round; then those before `after`, where that is not 0.
@@ -306,7 +329,7 @@ class Jobs:
         )  # fmt: skip
         return [_event(row) for row in rows]
 
-    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+    def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """Returns the training state that a job has on the disk, the newest first."""
         job = self.get(job_id)
         found = []
@@ -316,27 +339,61 @@ class Jobs:
                 found.append(Checkpoint(job_id, step, int(path.stat().st_mtime), self._metrics_at(job_id, step)))
         return found
 
-    def progress(self, job_id: str) -> Progress:
-        """Returns how far a job is, with its losses so far."""
+    def progress(self, job_id: str, *, curves: bool = True) -> Progress:
+        """Returns how far a job is; `curves`: with all its losses so far, else with the latest."""
         job = self.get(job_id)
-        rows = self._state.rows("SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number", job_id)
-        events = [json.loads(row["data"]) for row in rows]
-        train = {event["step"]: event for event in events if "train_loss" in event}
-        valid = {event["step"]: event["valid_loss"] for event in events if "valid_loss" in event}
-        last = max(train, default=0)
-        steps = _total_steps(job.run)
-        seconds = [train[step]["step_s"] for step in sorted(train)[-50:]]
+        rows = self._state.rows(
+            "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT ?",
+            job_id, -1 if curves else _LATEST,
+        )  # fmt: skip
+        events = [json.loads(row["data"]) for row in reversed(rows)]
+        train = [event for event in events if "train_loss" in event]
+        last = train[-1] if train else {"step": 0, "trained_tokens": 0}
+        steps = events[-1]["total_steps"] if events else None
+        seconds = [event["step_s"] for event in train[-_LATEST:]]
         left = None
         if job.status == "running" and steps and seconds:
-            left = max(0, steps - last) * sum(seconds) / len(seconds)
+            left = max(0, steps - last["step"]) * sum(seconds) / len(seconds)
         return Progress(
-            last,
+            last["step"],
             steps,
-            [(step, train[step]["train_loss"]) for step in sorted(train)],
-            sorted(valid.items()),
+            [(event["step"], event["train_loss"]) for event in train],
+            [(event["step"], event["valid_loss"]) for event in events if "valid_loss" in event],
             left,
-            train[last]["trained_tokens"] if train else 0,
+            last["trained_tokens"],
         )
+
+    def preview(
+        self, training_file: str, settings: Mapping[str, Any] | None = None, *, validation_file: str | None = None
+    ) -> Preview:
+        """Says what a job would do: how its data are read, what is trained, memory and time; see `make_preview`.
+
+        It takes as long as reading and tokenizing the data; a page calls it in a thread.
+
+        Raises:
+            RequestError: there is no such file, a setting is invalid, or the data cannot be trained on.
+        """
+        if self._base is None:
+            raise RequestError("the base model is not in memory here, so nothing can be previewed")
+        config = self._config("preview", settings or {}, training_file, validation_file)
+        try:
+            return make_preview(config, *self._base, public=self._public, speed=self._speed())
+        except LoraError as error:
+            raise RequestError(self._public(str(error)), param="training_file") from error
+
+    def _speed(self) -> float | None:
+        """Returns the tokens a second of the latest runs on this base; None: there were none."""
+        rows = self._state.rows(
+            "SELECT data FROM events WHERE type = 'metrics' AND key LIKE 'train:%' ORDER BY number DESC LIMIT 200"
+        )
+        events = [json.loads(row["data"]) for row in rows]
+        pairs = [
+            (later["tokens"] - earlier["tokens"], later["step_s"])
+            for later, earlier in itertools.pairwise(events)
+            if later["step"] == earlier["step"] + 1
+        ]
+        seconds = sum(step_s for _, step_s in pairs)
+        return sum(tokens for tokens, _ in pairs) / seconds if len(pairs) >= 5 and seconds else None
 
     def wait(self, job_id: str, timeout: float | None = None, *, after: int = 0) -> Job:
         """Waits until a job is over or paused, or has an event of a higher number than `after` where one is given."""
@@ -370,7 +427,7 @@ class Jobs:
         Raises:
             RequestError: they are invalid, or not the client's to choose; all faults are listed.
         """
-        own = {name: value for name, value in settings.items() if name in NOT_SETTABLE - {"seed"}}
+        own = {name: value for name, value in settings.items() if name in NOT_SETTABLE}
         faults = [f"{name} is set by the server" for name in own]
         faults += setting_faults(TrainConfig, {name: value for name, value in settings.items() if name not in own})
         if faults:
@@ -384,14 +441,14 @@ class Jobs:
         except ConfigError as error:
             raise RequestError(str(error), param="loralib") from error
 
-    def _public(self, text: str, job: Job) -> str:
-        """Returns a text for clients: without the paths of the server."""
-        for file_id in filter(None, (job.training_file, job.validation_file)):
-            with suppress(RequestError):
-                file = self.files.get(file_id)
-                text = text.replace(str(file.path), file.name)
-        text = text.replace(str(job.run), job.id)
-        return text.replace(str(self._state.directory), "")
+    def _public(self, text: str) -> str:
+        """Returns a text for clients, in which the server's paths are the names that clients know."""
+        if str(self._state.directory) not in text:
+            return text
+        for file in self.files.list():
+            text = text.replace(str(file.path), file.name)
+        text = text.replace(f"{self._directory}{os.sep}", "")
+        return text.replace(str(self._state.directory), "state_dir")
 
     # --- one thread -------------------------------------------------------------------------------------------------
 
@@ -442,33 +499,57 @@ class Jobs:
         """Reads a job's data, as its run will."""
         try:
             job = self.get(job_id)
-            fault, param = "", "training_file"
+            settings, fault = job.settings, ""
             try:
-                config = self._config(job_id, job.settings, job.training_file, job.validation_file)
-                read_sources(config.train_data, **how_to_read(config))
-                if config.valid_data is not None:
-                    param = "validation_file"
-                    read_sources(config.valid_data, **how_to_read(config))
+                settings = self._planned(job)
             except LoraError as error:
-                fault = self._public(str(error), job)
+                fault = self._public(str(error))
             except Exception as error:
                 fault = f"the data cannot be read: {type(error).__name__}: {first_line(error)}"
             with self._state.transaction() as database:
                 if self.get(job_id).status != "validating_files":
                     return  # it was cancelled meanwhile
                 if fault:
-                    self._fail(database, job_id, "invalid_" + param, fault, param)
+                    self._fail(database, job_id, "invalid_job", fault, "training_file")
                 else:
-                    self._set(database, job_id, "queued", "Files validated, moving job to queued state")
+                    ready = "Files validated, moving job to queued state"
+                    self._set(database, job_id, "queued", ready, settings=json.dumps(settings))
         except LoraError as error:
             say(f"Training jobs: {error}")  # a full disk; it is tried again
         finally:
             self._validating.discard(job_id)
             self._wake.set()
+            self._notify()
+
+    def _planned(self, job: Job) -> dict[str, Any]:
+        """Reads a job's data, and plans its run where the base is in memory; returns the settings, with a rate if any.
+
+        Raises:
+            LoraError: it would fail, for this reason.
+        """
+        config = self._config(job.id, job.settings, job.training_file, job.validation_file)
+        multiplier = None if "lr" in job.settings else job.asked["learning_rate_multiplier"]
+        ids = filter(None, (job.training_file, job.validation_file))
+        if multiplier is None and sum(self.files.get(file_id).bytes for file_id in ids) > READ_AT_ONCE:
+            return job.settings  # the job will find out
+        if self._base is None:
+            for data in filter(None, (config.train_data, config.valid_data)):
+                read_sources(data, **how_to_read(config))
+            return job.settings
+        model, tokenizer = self._base
+        match_modules(model, config.lora_config())
+        plan = make_plan(model, config.train_data, config.valid_data, tokenizer, config, lambda line: None)
+        return job.settings if multiplier is None else {**job.settings, "lr": plan.config.peak_lr * multiplier}
 
     def _start(self, job: Job) -> None:
-        config = self._config(job.id, job.settings, job.training_file, job.validation_file)
-        job.directory.mkdir(exist_ok=True)
+        try:
+            config = self._config(job.id, job.settings, job.training_file, job.validation_file)
+        except LoraError as error:  # its file was removed
+            with self._state.transaction() as database:
+                self._fail(database, job.id, "invalid_job", self._public(str(error)))
+            return
+        with write_errors(job.directory):
+            job.directory.mkdir(exist_ok=True)
         given = {name: value for name, value in config.to_dict().items() if name not in ("resume", "overwrite")}
         write_settings(job.directory / "job.toml", given)
         with self._state.transaction() as database:
@@ -480,9 +561,9 @@ class Jobs:
             process = TrainingProcess(job.directory)
         except OutputError as error:
             with self._state.transaction() as database:
-                self._fail(database, job.id, "not_started", self._public(str(error), job))
+                self._fail(database, job.id, "not_started", self._public(str(error)))
             return
-        self._running[job.id] = _Running(process, *_tails(job))
+        self._running[job.id] = _Running(process, *_tails(job), began=self.progress(job.id, curves=False).step)
 
     def _collect(self, job_id: str) -> None:
         """Notes what a run has told since the last look, and whether it has ended."""
@@ -492,18 +573,18 @@ class Jobs:
             running.wanted = wanted
             running.process.stop(_CANCEL_WITHIN if wanted == "cancel" else None)
         code = running.process.poll()  # first: what it wrote before it ended is then read below
+        if code == 0:
+            self._hand_over(job)  # before the job says that it succeeded: its adapter is there then
         try:
             with self._state.transaction() as database:
                 self._note(database, job, running)
                 if code is not None:
                     self._ended(database, job, running, code)
-        except OutputError:
+        except LoraError:
             running.metrics, running.log = _tails(job)  # nothing was noted: all is read again
             raise
         if code is not None:
             del self._running[job_id]
-            if (job := self.get(job_id)).status == "succeeded":
-                self._hand_over(job)
             self._wake.set()
         self._notify()
 
@@ -512,12 +593,11 @@ class Jobs:
         for start, line in running.log.lines():
             if line:
                 level = "warn" if line.lower().startswith("warning") else "info"
-                rows.append((job.id, f"log:{start}", now(), level, "message", self._public(line, job), "{}"))
+                rows.append((job.id, f"log:{start}", now(), level, "message", self._public(line), "{}"))
         for event in running.metrics.events():
             if running.steps is None:
                 running.steps = _total_steps(job.run)
             step, kind = event["step"], event["event"]
-            running.first_step = step if running.first_step is None else running.first_step
             running.last_step = max(running.last_step, step)
             data = {"step": step, "total_steps": running.steps, f"{kind}_loss": event["loss"]}
             data |= {name: event[name] for name in ("epoch", "lr", "examples", "tokens", "trained_tokens", "step_s")}
@@ -528,24 +608,21 @@ class Jobs:
 
     def _ended(self, database: Any, job: Job, running: _Running, code: int) -> None:
         """Decides what the end of a process means for its job."""
-        words = self._public(last_words(job.directory / "errors.log"), job)
+        words = self._public(last_words(job.directory / "errors.log"))
         if code == 0:
             self._set(database, job.id, "succeeded", "The job has successfully completed", finished=now())
         elif running.wanted == "cancel":
             self._set(database, job.id, "cancelled", "The job was cancelled", finished=now(), wanted="")
         elif running.wanted == "pause" and code != 2:
             self._set(database, job.id, "paused", "The job was paused", wanted="")
-        elif code in (143, 130, 129):
-            self._set(database, job.id, "paused", f"The training process was told to stop: {words}")
-        elif code < 0 or code == 137:
-            self._died(database, job, running, -code if code < 0 else 9)
+        elif code < 0 or code > 128:  # 128 + a signal: it saved itself, as when the whole machine shuts down
+            self._died(database, job, running, -code if code < 0 else code - 128)
         else:
             self._fail(database, job.id, "training_failed", words or f"the training process ended with code {code}")
 
     def _died(self, database: Any, job: Job, running: _Running, signal: int) -> None:
         """Queues a job again whose process was killed, unless that happens over and over at the same place."""
-        began, came = running.first_step, running.last_step
-        deaths = 1 if began is not None and came - began > _SAVE_STEPS else self._deaths.get(job.id, 0) + 1
+        deaths = 1 if running.last_step > running.began else self._deaths.get(job.id, 0) + 1
         self._deaths[job.id] = deaths
         if deaths < _MOST_DEATHS:
             self._set(database, job.id, "queued", f"The training process was killed (signal {signal}); it starts again")
@@ -586,7 +663,7 @@ class Jobs:
         except Exception as error:
             why = error if isinstance(error, LoraError) else f"{type(error).__name__}: {error}"
             with self._state.transaction() as database:
-                words = self._public(f"The adapter is in {job.run}, and could not be loaded: {why}", job)
+                words = self._public(f"The adapter is in {job.run}, and could not be loaded: {why}")
                 self._say(database, job.id, words, "warn")
 
     # --- rows -------------------------------------------------------------------------------------------------------

@@ -149,4 +149,5 @@ def last_words(path: Path, most: int = 4000) -> str:
     except OSError:
         return ""
     _, found, message = ("\n" + text).rpartition("\n" + _COMMAND)
-    return (message if found else "\n".join(text.splitlines()[-10:]))[:most]
+    lines = text.splitlines()[-1 if "Traceback" in text else -10 :]
+    return (message if found else "\n".join(lines))[:most]

@@ -66,6 +66,7 @@ def start(config: ServeConfig) -> Server:
         config.state_dir,
         max_jobs=config.max_jobs,
         model=name,
+        base=(bank.model, tokenizer),
         on_finished=lambda job, adapter: service.call(lambda: bank.load(job.adapter_name, adapter, replace=True)),
     )
     return Server(config, name, bank, tokenizer, service, jobs)

@@ -36,6 +36,7 @@ CREATE TABLE events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, key TEXT NOT NULL, created INTEGER NOT NULL,
     level TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL, data TEXT NOT NULL, UNIQUE (job, key)
 );
+CREATE INDEX events_of_job ON events (job, type, number);
 """
 
 
@@ -111,7 +112,8 @@ class State:
         """Changes the database: all of it happens, or, where an error is raised, nothing.
 
         Raises:
-            OutputError: it cannot be written, as when the disk is full.
+            RequestError: the disk is full.
+            OutputError: it cannot be written.
         """
         with self._lock:
             try:
@@ -124,8 +126,9 @@ class State:
                         self._connection.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                full = "the disk is full. Free some space" if "full" in str(error) else str(error)
-                raise OutputError(f"the database of the jobs cannot be written: {full}.") from error
+                if "full" in str(error):
+                    raise RequestError("the server's disk is full; nothing was changed", 507, "disk_full") from error
+                raise OutputError(f"the database of the jobs cannot be written: {error}.") from error
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         """Reads from the database."""

@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import closing
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from ..errors import did_you_mean
+from ..errors import OutputError, did_you_mean
 from .jobs import OVER, Checkpoint, Event, Job, Jobs
 from .state import RequestError
 from .uploads import Files, Upload, UploadedFile
 
 __all__ = ["router"]
 
-router = APIRouter()
+
+class _Route(APIRoute):
+    """Answers errors in OpenAI's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Returns the handler, with errors turned into answers."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestError as error:
+                return _error(error.status, str(error), error.code, error.param)
+            except RequestValidationError as error:
+                faults = error.errors()
+                where = [".".join(map(str, fault["loc"][1:])) for fault in faults]
+                words = [f"{place}: {fault['msg']}" for place, fault in zip(where, faults, strict=True)]
+                return _error(400, "; ".join(words), None, where[0])
+            except OutputError as error:
+                full = "disk is full" in str(error)
+                return _error(507 if full else 500, "the server cannot write its files", "disk_full" if full else None)
+
+        return handle
+
+
+def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code, "param": param}}, status)
+
+
+router = APIRouter(route_class=_Route)
 
 Item = TypeVar("Item")
 Auto = Literal["auto"]
@@ -257,12 +290,14 @@ def create_job(request: Request, body: JobRequest) -> dict[str, Any]:
     if body.hyperparameters is not None and body.method is not None:
         raise RequestError("hyperparameters and method say the same; give one of them", param="hyperparameters")
     given = body.hyperparameters or (body.method or Method()).supervised.hyperparameters
+    multiplier = given.learning_rate_multiplier
     job = jobs.create(
         body.training_file,
         _settings(given, body.seed, body.loralib),
         body.suffix or "",
         validation_file=body.validation_file,
-        asked={"hyperparameters": given.model_dump(), "metadata": body.metadata, "seed": body.seed or 0},
+        learning_rate_multiplier=None if multiplier == "auto" else multiplier,
+        asked={"hyperparameters": given.model_dump(), "metadata": body.metadata},
     )
     return _job(jobs, job)
 
@@ -398,14 +433,13 @@ def _file(file: UploadedFile) -> dict[str, Any]:
 
 
 def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
-    progress = jobs.progress(job.id)
-    over = job.status in OVER
+    progress = jobs.progress(job.id, curves=False)
     return {
         "id": job.id,
         "object": "fine_tuning.job",
         "created_at": job.created,
         "error": job.error,
-        "estimated_finish": None if progress.seconds_left is None else int(job.created + progress.seconds_left),
+        "estimated_finish": None if progress.seconds_left is None else int(time.time() + progress.seconds_left),
         "fine_tuned_model": job.adapter_name if job.status == "succeeded" else None,
         "finished_at": job.finished,
         "hyperparameters": job.asked.get("hyperparameters", {}),
@@ -418,9 +452,9 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         "model": jobs.name,
         "organization_id": "local",
         "result_files": [],
-        "seed": job.asked.get("seed", 0),
+        "seed": job.settings.get("seed", 0),
         "status": job.status,
-        "trained_tokens": progress.trained_tokens if over else None,
+        "trained_tokens": progress.trained_tokens if job.status in OVER else None,
         "training_file": job.training_file,
         "validation_file": job.validation_file,
         "loralib": {"settings": job.settings, "step": progress.step, "steps": progress.steps},

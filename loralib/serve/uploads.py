@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,12 +18,12 @@ from ..errors import LoraError, OutputError, did_you_mean
 from ..files import remove_file, write_errors
 from .state import RequestError, State, new_id, now
 
-__all__ = ["Files", "Upload", "UploadedFile"]
+__all__ = ["READ_AT_ONCE", "Files", "Upload", "UploadedFile"]
 
 PURPOSES: Final = ("fine-tune",)
 _ID: Final = re.compile(r"file-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow", ".xml")
-_READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
+READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Upload:
     def __init__(self, directory: Path, most: int) -> None:
         self._path = directory / f".{new_id('upload')}.tmp"
         self._most, self.size = most, 0
-        with write_errors(self._path):
+        with _without_paths():
             self._file: BinaryIO = self._path.open("xb")
 
     def write(self, piece: bytes) -> None:
         """Appends a piece.
 
         Raises:
-            RequestError: the file becomes too large.
-            OutputError: the disk is full.
+            RequestError: the file becomes too large, or the disk is full.
+            OutputError: it cannot be written.
         """
         self.size += len(piece)
         if self.size > self._most:
@@ -93,14 +93,14 @@ class Upload:
 
 
 @contextlib.contextmanager
-def _without_paths() -> Any:
+def _without_paths() -> Iterator[None]:
     """Says why a file cannot be written, without where the server keeps it."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        why = "the server's disk is full" if full else f"the server cannot write it: {error.strerror}"
-        raise OutputError(errno.ENOSPC if full else errno.EIO, f"the upload was not kept: {why}.") from error
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            raise RequestError("the server's disk is full; the upload was not kept", 507, "disk_full") from error
+        raise OutputError(f"the upload was not kept: {error.strerror}") from error
 
 
 class Files:
@@ -160,13 +160,13 @@ class Files:
             purpose: what it is for.
             most: bytes that it may have.
         """
-        pieces = iter(lambda: stream.read(1 << 20), b"") if hasattr(stream, "read") else stream
+        pieces = _pieces(stream) if hasattr(stream, "read") else stream
         with contextlib.closing(self.begin(most)) as upload:
             for piece in pieces:
                 upload.write(piece)
             return self.finish(upload, name, purpose)
 
-    def list(self) -> list[UploadedFile]:
+    def list(self) -> Sequence[UploadedFile]:
         """Returns all files, the newest first."""
         return [self._made(row) for row in self._state.rows("SELECT * FROM files ORDER BY number DESC")]
 
@@ -195,7 +195,7 @@ class Files:
         with self._state.transaction() as database:
             users = database.execute(
                 "SELECT id FROM jobs WHERE (training_file = ? OR validation_file = ?) "
-                "AND status NOT IN ('succeeded', 'cancelled')",
+                "AND status NOT IN ('succeeded', 'failed', 'cancelled')",
                 (file_id, file_id),
             ).fetchall()
             if users:
@@ -208,7 +208,8 @@ class Files:
         remove_file(file.path)
 
     def _path(self, row: Any) -> Path:
-        return self._directory / (row["id"] + row["suffix"])
+        name: str = row["id"] + row["suffix"]
+        return self._directory / name
 
     def _made(self, row: Any) -> UploadedFile:
         return UploadedFile(
@@ -220,6 +221,11 @@ class Files:
             row["created"],
             json.loads(row["facts"]),
         )
+
+
+def _pieces(stream: Any) -> Iterator[bytes]:
+    while piece := stream.read(1 << 20):
+        yield piece
 
 
 def _shown_name(name: str) -> str:
@@ -247,7 +253,7 @@ def _suffix(name: str) -> str:
 def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
     """Reads a file as training would with its default settings."""
     facts: dict[str, Any] = {"format": None, "examples": None, "notes": [], "error": None}
-    if size > _READ_AT_ONCE:
+    if size > READ_AT_ONCE:
         return {**facts, "notes": [f"{name}: {size / 1e6:,.0f} MB, which only a job reads"]}
     try:
         facts["format"] = guess_format(path)
