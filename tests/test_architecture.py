@@ -65,6 +65,7 @@ OUTSIDE = {
     "uvicorn": {"cli.serve"},
     "fastapi": {"serve"},
     "pydantic": {"serve"},
+    "python_multipart": {"serve"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 

@@ -167,22 +167,26 @@ def test_nothing_is_padded_and_a_prompt_is_computed_once(llama: Any, monkeypatch
     """Counted in tokens that the model sees, and in columns of the cache."""
     seen: list[int] = []
     columns: list[int] = []
+    slots: list[int] = []
     step = CachedDecoder.step
 
     def counted(self: CachedDecoder) -> torch.Tensor:
         logits = step(self)
-        columns.append(self._cache.columns)
+        columns.append(self._columns)
+        slots.append(self._cache.slots)
         return logits
 
     monkeypatch.setattr(CachedDecoder, "step", counted)
     make_decoder(llama)  # whose check is not counted
     columns.clear()
+    slots.clear()
     hook = llama.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
     beam_search(llama, PROMPTS, num_beams=4, max_new_tokens=5, eos_token_id=[])
     generate(llama, LETTERS, PROMPTS, max_new_tokens=5, min_new_tokens=5)
     hook.remove()
     prompts = sum(map(len, PROMPTS))
     assert seen == [prompts, *[4 * len(PROMPTS)] * 4, prompts, *[len(PROMPTS)] * 4]
+    assert max(slots) <= 16 * (1 + 3 * len(PROMPTS))  # a page of 16 that is nobody's, and up to 3 for each
     assert max(columns) == 32  # prompts and what follows them have up to 13 tokens, and 4 beams' branches 9 + 16
 
 

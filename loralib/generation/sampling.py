@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,10 +13,35 @@ from torch import Tensor
 
 from ..settings import check, setting, settings_class
 
-__all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
+__all__ = ["Sampling", "TokenLogprob", "banned_tokens", "choose", "log_probabilities", "penalize"]
 
 # Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
+# Rows of a whole vocabulary that are computed with at a time.
+_ROWS: Final = 64
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, in natural logarithms of the model's own distribution: no penalty or temperature.
+
+    Attributes:
+        token: its id.
+        logprob: of the token.
+        top: the likeliest tokens in its place, best first: id and log-probability.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 @settings_class
@@ -22,8 +49,8 @@ _FIRST_CUT: Final = 256
 class Sampling:
     """The settings of one request: how long it gets and how each token is chosen.
 
-    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2.  Penalty and ban look at generated
-    tokens only, never at the prompt: a completion may repeat its names.
+    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2; presence and frequency penalty are
+    OpenAI's.  Penalties and ban look at generated tokens only, never at the prompt: a completion may repeat its names.
 
     A seed draws the same text whatever is computed beside it, but for rounding: in fp32 that hardly ever shows, in bf16
     after some tokens.
@@ -35,7 +62,7 @@ class Sampling:
     ('END',)
     """
 
-    max_new_tokens: int = setting(128, "maximum number of tokens to generate", "length", at_least=1)
+    max_new_tokens: int = setting(128, "maximum number of tokens to generate", "length", at_least=0)
     min_new_tokens: int = setting(0, "minimum number of tokens before the text may end", "length", at_least=0)
     stop: str | Sequence[str] = setting(
         (),
@@ -60,6 +87,37 @@ class Sampling:
     no_repeat_ngram_size: int = setting(
         0, "generate no sequence of this many tokens twice; 0: off", "sampling", at_least=0
     )
+    presence_penalty: float = setting(
+        0.0, "subtracted from the logits of tokens that were already generated", "sampling", at_least=-2, at_most=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "subtracted once for each time that a token was already generated", "sampling", at_least=-2, at_most=2
+    )
+    logit_bias: Mapping[int, float] = setting(
+        {},
+        "added to the logits of some tokens, by id; 100 all but forces one, -100 bans it",
+        "sampling",
+        several="pairs",
+        at_least=-100,
+        at_most=100,
+    )
+    json_schema: str | None = setting(
+        None,
+        "JSON schema that the text must follow; {} allows any JSON object",
+        "sampling",
+        rule=_is_json,
+        expected="a JSON schema, as text",
+    )
+    logprobs: int | None = setting(
+        None,
+        "return the log-probability of each token, and of this many of the likeliest in its place",
+        "sampling",
+        at_least=0,
+        flag=False,
+    )
+    prompt_logprobs: bool = setting(
+        False, "return the log-probabilities of the prompt's tokens too", "sampling", flag=False
+    )
     seed: int = setting(0, "random seed; prompt i uses seed + i", "sampling")
     num_beams: int = setting(1, "above 1: beam search with this many beams", "beam search", at_least=1)
     length_penalty: float = setting(
@@ -77,10 +135,23 @@ class Sampling:
 
     def _faults(self) -> list[str]:
         faults = []
+        if not self.max_new_tokens and not self.prompt_logprobs:
+            faults.append("max_new_tokens is 0, expected at least 1 (0 only with prompt_logprobs)")
+        if any(token < 0 for token in self.logit_bias):
+            faults.append(f"logit_bias has the token {min(self.logit_bias)}, expected ids of at least 0")
         if self.min_new_tokens > self.max_new_tokens:
             faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
         if self.num_beams > 1:
-            off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
+            off = {
+                "temperature": 0.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "stop": (),
+                "json_schema": None,
+                "logprobs": None,
+                "prompt_logprobs": False,
+            }
             clashes = [name for name, value in off.items() if getattr(self, name) != value]
             faults += [f"{name} has no effect in beam search (num_beams is {self.num_beams})" for name in clashes]
         return faults
@@ -88,7 +159,14 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether logits are used as they are, but for the temperature and the cuts."""
-        return self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.min_new_tokens
+        return (
+            self.repetition_penalty == 1
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and not self.logit_bias
+            and not self.no_repeat_ngram_size
+            and not self.min_new_tokens
+        )
 
 
 def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
@@ -106,7 +184,9 @@ def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
 
 
 def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sampling) -> None:
-    """Applies repetition penalty, minimal length and n-gram ban to one row of logits, in place and in this order.
+    """Applies penalties, bias, n-gram ban and minimal length to one row of logits, in place and in this order.
+
+    The repetition penalty comes first.
 
     Args:
         logits: (V,), before any softmax.
@@ -124,11 +204,43 @@ def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sa
         seen = torch.tensor(sorted(set(tokens)), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if (own.presence_penalty or own.frequency_penalty) and tokens:
+        counts = Counter(tokens)
+        less = [own.presence_penalty + own.frequency_penalty * count for count in counts.values()]
+        logits[list(counts)] -= torch.tensor(less, dtype=logits.dtype, device=logits.device)
+    if bias := {token: value for token, value in own.logit_bias.items() if token < len(logits)}:
+        logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
     banned = banned_tokens(tokens, own.no_repeat_ngram_size)
     if len(tokens) < own.min_new_tokens:
         banned += [end for end in ends if end < len(logits)]
     if banned:
         logits[banned] = float("-inf")
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """Returns how likely tokens were.
+
+    Args:
+        logits: (R, V), as the model computed them.
+        tokens: the token of each row.
+        counts: how many of the likeliest tokens to name with each.
+
+    >>> [found] = log_probabilities(torch.tensor([[0.0, 1.0, -1.0]]), [0], [2])
+    >>> round(found.logprob, 4), [(token, round(value, 4)) for token, value in found.top]
+    (-1.4076, [(1, -0.4076), (0, -1.4076)])
+    """
+    found = []
+    for at in range(0, len(tokens), _ROWS):  # whole vocabularies in fp32 take room
+        part = torch.log_softmax(logits[at : at + _ROWS], -1, dtype=torch.float32)
+        places = torch.tensor(tokens[at : at + _ROWS], device=part.device)
+        own = part.gather(1, places[:, None])[:, 0].tolist()
+        most = min(max(counts[at : at + _ROWS]), part.shape[1])
+        best = [rows.tolist() for rows in part.topk(most)] if most else [[()] * len(part)] * 2
+        for token, value, count, values, ids in zip(
+            tokens[at : at + _ROWS], own, counts[at : at + _ROWS], *best, strict=True
+        ):
+            found.append(TokenLogprob(token, value, tuple(zip(ids, values, strict=True))[:count]))
+    return found
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:

@@ -16,7 +16,7 @@ from ..engine.bank import Bank, bank_and_base
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
-from .sampling import Sampling, choose, penalize
+from .sampling import Sampling, TokenLogprob, choose, penalize
 from .text import TextStream, check_prompts, end_tokens, new_tokens
 
 __all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
@@ -34,6 +34,9 @@ class Piece:
         ids: the new tokens; the end token is not among them.
         finish_reason: None while it goes on; "stop": the end token or a stop text came; "length": the limit did.
         score: of a beam search, see `Hypothesis`.
+        logprobs: one for each of `ids`, where the settings ask for them.
+        prompt_logprobs: in the first piece, where the settings ask for them; None for the first token.
+        cached_tokens: in the first piece, how many tokens of the prompt were not computed again.
     """
 
     request: int
@@ -41,6 +44,9 @@ class Piece:
     ids: tuple[int, ...]
     finish_reason: str | None = None
     score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from .. import __version__
-from . import adapters, text
+from . import adapters, text, tuning
 from .server import Server
 
 __all__ = ["create_app"]
@@ -17,6 +17,7 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     app.include_router(text.router)
     app.include_router(adapters.router)
+    app.include_router(tuning.router)
 
     @app.get("/health")
     def health() -> dict[str, str]:

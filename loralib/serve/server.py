@@ -10,6 +10,7 @@ from ..bases import load_base
 from ..engine.bank import Bank
 from ..errors import ConfigError
 from ..generation.service import Service
+from .jobs import Jobs
 from .settings import ServeConfig
 
 __all__ = ["Server", "start"]
@@ -25,6 +26,7 @@ class Server:
         bank: the base with its adapters.
         tokenizer: the base's tokenizer.
         service: the thread that generates.
+        jobs: training jobs, and the files that they train on.
     """
 
     config: ServeConfig
@@ -32,6 +34,7 @@ class Server:
     bank: Bank
     tokenizer: Any
     service: Service
+    jobs: Jobs
 
     @property
     def state_dir(self) -> Path:
@@ -40,6 +43,7 @@ class Server:
 
     def close(self) -> None:
         """Ends what runs."""
+        self.jobs.close()
         self.service.close()
 
 
@@ -57,4 +61,12 @@ def start(config: ServeConfig) -> Server:
         if not equals:
             raise ConfigError(f"--adapter is {word!r}, expected NAME=DIR")
         bank.load(called, directory)
-    return Server(config, name, bank, tokenizer, Service(bank, tokenizer, max_requests=config.max_requests))
+    service = Service(bank, tokenizer, max_requests=config.max_requests)
+    jobs = Jobs(
+        config.state_dir,
+        max_jobs=config.max_jobs,
+        model=name,
+        base=(bank.model, tokenizer),
+        on_finished=lambda job, adapter: service.call(lambda: bank.load(job.adapter_name, adapter, replace=True)),
+    )
+    return Server(config, name, bank, tokenizer, service, jobs)
