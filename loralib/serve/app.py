@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from .. import __version__
-from . import adapters, text, tuning
+from . import adapters, page, text, tuning
 from .server import Server
 
 __all__ = ["create_app"]
@@ -18,6 +18,8 @@ def create_app(server: Server) -> FastAPI:
     app.include_router(text.router)
     app.include_router(adapters.router)
     app.include_router(tuning.router)
+    if server.config.page:
+        page.mount(app)
 
     @app.get("/health")
     def health() -> dict[str, str]:

@@ -1,0 +1,167 @@
+"""Which adapters a server has or could load, what they are, and what they have learned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import AdapterError, LoraError, OutputError, did_you_mean
+from ...formats import read_adapter
+from ...inspection import Inspection, inspect_adapter
+from ...training.record import read_record
+from ..server import Server
+from ..state import RequestError
+
+__all__ = ["Source", "describe", "heat_map", "inspect", "source", "sources"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is from.
+
+    Attributes:
+        name: what it is called.
+        directory: where it is.
+        job: the id of the job that trained it; None: it was given to the server.
+    """
+
+    name: str
+    directory: Path
+    job: str | None = None
+
+
+def sources(server: Server) -> dict[str, Source]:
+    """Returns the adapters that a server knows, loaded or not, by name: no request can name another place."""
+    return {each.name: each for each in _sources(server)}
+
+
+def _sources(server: Server) -> Iterator[Source]:
+    if server.config.adapters is not None:
+        root = Path(server.config.adapters).resolve()
+        for path in sorted(root.iterdir()) if root.is_dir() else ():
+            if (path / "adapter_config.json").is_file() and path.resolve().parent == root:  # no link that leads out
+                yield Source(path.name, path)
+    for word in server.config.adapter:
+        name, _, directory = word.partition("=")
+        yield Source(name, Path(directory))
+    for job in server.jobs.list():
+        if job.status == "succeeded":
+            yield Source(job.adapter_name, job.run, job.id)
+
+
+def source(server: Server, name: str) -> Source:
+    """Returns where an adapter is from.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    known = sources(server)
+    if name not in known:
+        raise RequestError(
+            f"there is no adapter {name[:200]!r} here.{did_you_mean(name, known)} "
+            f"Known: {', '.join(sorted(known)) or 'none'}.",
+            404,
+            "adapter_not_found",
+            "name",
+        )
+    return known[name]
+
+
+def inspect(found: Source) -> Inspection:
+    """Looks into an adapter; quick the second time.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        stamp = max(path.stat().st_mtime_ns for path in (found.directory, *found.directory.glob("adapter_*")))
+        return _inspect(found.directory, stamp)
+    except (LoraError, OSError) as error:
+        raise RequestError(f"the adapter {found.name!r} cannot be read: {error}", param="name") from error
+
+
+@functools.lru_cache(32)
+def _inspect(directory: Path, stamp: int) -> Inspection:
+    return inspect_adapter(read_adapter(directory))
+
+
+def describe(server: Server, found: Source) -> dict[str, Any]:
+    """Returns what the page's list says of an adapter."""
+    facts: dict[str, Any] = {"name": found.name, "loaded": found.name in server.bank, "job": found.job, "error": None}
+    try:
+        inspection = inspect(found)
+    except RequestError as error:
+        return {**facts, "error": str(error)}
+    adapter = inspection.adapter
+    targets = adapter.config.target_modules
+    return {
+        **facts,
+        "r": adapter.config.r,
+        "lora_alpha": adapter.config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+        "base": adapter.config.base_model_name_or_path,
+        "bytes": adapter.nbytes,
+        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "modules": len(adapter.modules),
+        "checks": [{"level": check.level, "text": check.text, "fix": check.fix} for check in inspection.checks],
+        "uses": dict(inspection.uses),
+        "trained": _trained(server, found),
+    }
+
+
+def _trained(server: Server, found: Source) -> dict[str, Any] | None:
+    """Returns what an adapter was trained on and how; None: nothing is known."""
+    if found.job is not None:
+        job = server.jobs.get(found.job)
+        try:
+            name = server.jobs.files.get(job.training_file).name
+        except RequestError:  # removed since
+            name = None
+        return {"data": name, "settings": job.settings}
+    try:
+        settings, _ = read_record(found.directory)
+    except (LoraError, OSError, ValueError, AttributeError, OutputError):
+        return None
+    names = ("rank", "num_epochs", "batch_size", "lr", "seed")
+    data = settings.get("train_data")
+    return {
+        "data": [Path(str(each)).name for each in ([data] if isinstance(data, str) else data or ())],
+        "settings": {name: settings[name] for name in names if name in settings},
+    }
+
+
+def heat_map(inspection: Inspection) -> dict[str, Any]:
+    """Returns the norms of an adapter's updates, by layer and kind of module.
+
+    Returns:
+        `layers`: their numbers (None: modules outside of layers); `kinds`: of modules; `norms`: a row for each layer
+        with a number, or None, for each kind; `effective_ranks`: the same of those.
+    """
+    layers = sorted({module.layer for module in inspection.modules}, key=lambda each: (each is None, each))
+    kinds = list(dict.fromkeys(module.kind for module in inspection.modules))
+    found = {(module.layer, module.kind): module for module in inspection.modules}
+    cells = [[found.get((layer, kind)) for kind in kinds] for layer in layers]
+    return {
+        "layers": layers,
+        "kinds": kinds,
+        "norms": [[None if cell is None else cell.norm for cell in row] for row in cells],
+        "effective_ranks": [[None if cell is None else cell.effective_rank for cell in row] for row in cells],
+    }
+
+
+def load(server: Server, name: str) -> None:
+    """Loads an adapter that the server knows.
+
+    Raises:
+        RequestError: it is loaded, or cannot be.
+    """
+    found = source(server, name)
+    try:
+        server.service.call(lambda: server.bank.load(name, found.directory))
+    except AdapterError as error:
+        raise RequestError(str(error), 409 if name in server.bank else 400, param="name") from error
+    except LoraError as error:
+        raise RequestError(str(error), param="name") from error
