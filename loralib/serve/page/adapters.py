@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data import read_sources
 from ...errors import AdapterError, LoraError, OutputError, did_you_mean
 from ...formats import read_adapter
 from ...inspection import Inspection, inspect_adapter
 from ...training.record import read_record
 from ..server import Server
 from ..state import RequestError
+from ..uploads import READ_AT_ONCE
 
-__all__ = ["Source", "describe", "heat_map", "inspect", "source", "sources"]
+__all__ = ["Source", "describe", "heat_map", "inspect", "load", "prompts", "source", "sources"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,33 @@ def _trained(server: Server, found: Source) -> dict[str, Any] | None:
         "data": [Path(str(each)).name for each in ([data] if isinstance(data, str) else data or ())],
         "settings": {name: settings[name] for name in names if name in settings},
     }
+
+
+def prompts(server: Server, found: Source, most: int = 5) -> list[dict[str, Any]]:
+    """Returns what an adapter was asked in training: the first prompts of its file, exactly as they were.
+
+    Returns:
+        Objects with a `prompt`, or, of chats, the last question as `message`; nothing where its data are not known.
+    """
+    if found.job is None:
+        return []
+    job = server.jobs.get(found.job)
+    try:
+        if (file := server.jobs.files.get(job.training_file)).bytes > READ_AT_ONCE:
+            return []
+        how = {"format": job.settings.get("data_format", "auto"), "columns": job.settings.get("columns")}
+        [data] = read_sources(str(file.path), **how, as_chat=job.settings.get("as_chat", False))
+    except LoraError:  # removed since
+        return []
+    asked = {}
+    for example in data.examples:
+        if example.messages:
+            asked[next((turn.content for turn in example.messages if turn.role == "user"), "")] = "message"
+        elif len(example.segments) > 1 and not example.segments[0][1]:
+            asked[example.segments[0][0]] = "prompt"
+        if len(asked) == most:
+            break
+    return [{kind: text} for text, kind in asked.items() if text]
 
 
 def heat_map(inspection: Inspection) -> dict[str, Any]:

@@ -218,6 +218,13 @@ def learned(request: Request, name: str) -> dict[str, Any]:
     return adapters.heat_map(adapters.inspect(adapters.source(server, name)))
 
 
+@router.get("/adapters/prompts")
+def prompts(request: Request, name: str) -> dict[str, Any]:
+    """Returns some of what an adapter was asked in training."""
+    server = _server(request)
+    return {"object": "list", "data": adapters.prompts(server, adapters.source(server, name))}
+
+
 @router.post("/adapters/load")
 def load(request: Request, body: NameRequest) -> dict[str, Any]:
     """Loads an adapter that the server knows."""

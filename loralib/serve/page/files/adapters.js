@@ -2,7 +2,7 @@
 import { blob, get, hasKey, post } from "./api.js";
 import { heatMap } from "./charts.js";
 import { announce, h, setWords, showError } from "./dom.js";
-import { bytes, number, significant, translate } from "./words.js";
+import { bytes, called, number, significant, translate } from "./words.js";
 
 export class AdaptersView {
   constructor(context) {
@@ -54,7 +54,8 @@ class AdapterCard {
 
   fill(facts) {
     this.facts = facts;
-    this.name.textContent = facts.name;
+    this.name.textContent = called(facts.name);
+    this.name.title = facts.name;
     this.badge.className = `badge ${facts.loaded ? "succeeded" : ""}`;
     setWords(this.badge, "t", facts.loaded ? "loaded" : "not_loaded");
     setWords(this.loadButton, "t", facts.loaded ? "unload" : "load");
@@ -64,13 +65,13 @@ class AdapterCard {
     showError(this.problem, facts.error ? new Error(facts.error) : null);
     this.details.hidden = !facts.r;
     if (!facts.r) { this.sub.textContent = ""; return; }
-    this.sub.textContent = [`r = ${facts.r}`, translate("fact_parameters", { n: number(facts.parameters) }), bytes(facts.bytes)].join(" · ");
+    this.sub.textContent = [...(called(facts.name) === facts.name ? [] : [facts.name]), `r = ${facts.r}`, translate("fact_parameters", { n: number(facts.parameters) }), bytes(facts.bytes)].join(" · ");
     const { trained } = facts;
     const data = [trained?.data ?? []].flat().join(", ");
     const settings = Object.entries(trained?.settings ?? {}).map(([name, value]) => `${name} ${typeof value === "number" ? significant(value, 6) : value}`).join(", ");
     const targets = [facts.target_modules].flat().join(", ");
     const fact = (key, value) => value ? h("div", { class: "fact" }, h("dt", { t: key }), h("dd", {}, value)) : null;
-    this.facts_.replaceChildren(h("dl", { class: "facts" }, h("div", { class: "fact" }, h("dt", {}, "r, alpha"), h("dd", {}, `${facts.r}, ${significant(facts.lora_alpha)}`)), fact("fact_targets", `${targets} (${translate("fact_modules", { n: number(facts.modules) })})`), fact("fact_base", facts.base), fact("fact_size", bytes(facts.bytes)), fact("fact_trained", data), fact("fact_settings", settings)),
+    this.facts_.replaceChildren(h("dl", { class: "facts" }, h("div", { class: "fact" }, h("dt", {}, "r, alpha"), h("dd", {}, `${facts.r}, ${significant(facts.lora_alpha)}`)), fact("fact_targets", `${targets} (${translate("fact_modules", { n: number(facts.modules) })})`), fact("fact_base", facts.base && called(facts.base)), fact("fact_size", bytes(facts.bytes)), fact("fact_trained", data), fact("fact_settings", settings)),
       ...facts.checks.filter((check) => check.level !== "ok").map((check) => h("p", { class: "warning" }, `${check.text} ${check.fix}`)));
     if (this.learned) this.drawMap();
     if (!this.exports.childNodes.length) this.drawExports();

@@ -2,7 +2,7 @@
 import { h, newId } from "./dom.js";
 import { number, significant, translate } from "./words.js";
 
-const WIDTH = 640, HEIGHT = 260, LEFT = 52, RIGHT = 14, TOP = 12, BOTTOM = 30;
+const HEIGHT = 280, LEFT = 52, RIGHT = 14, TOP = 12, BOTTOM = 30;
 export const COLOURS = 8; // --line-0 to --line-7 in style.css
 
 // Round values that divide a range into about `count` parts.
@@ -30,6 +30,8 @@ export function thinned(points, most = 400) {
 export function lineChart(lines, { steps } = {}) {
   const shown = lines.filter((line) => line.points.length);
   if (!shown.length) return h("p", { class: "faint", t: "before_first_step" });
+  // As many units as there are pixels, so that letters keep their size.
+  const WIDTH = Math.max(280, Math.min(1100, document.getElementById("main").clientWidth - 80));
   const all = shown.flatMap((line) => thinned(line.points));
   const xs = all.map(([x]) => x), ys = all.map(([, y]) => y).sort((a, b) => a - b);
   const x0 = Math.min(0, ...xs), x1 = Math.max(steps ?? 1, ...xs, 1);
@@ -40,11 +42,13 @@ export function lineChart(lines, { steps } = {}) {
   const px = (x) => LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
   const py = (y) => TOP + (y1 - Math.min(y, y1)) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
   const svg = h("svg:svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "chart", role: "img", tLabel: ["curve_label", () => ({ summary: summary(shown) })] });
-  for (const tick of ticks(y0, y1, 5)) {
+  const levels = ticks(y0, y1, 5);
+  const digits = Math.max(0, Math.ceil(-Math.log10(levels[1] - levels[0] || 1) - 1e-9));
+  for (const tick of levels) {
     svg.append(h("svg:line", { x1: LEFT, x2: WIDTH - RIGHT, y1: py(tick), y2: py(tick), class: "grid" }),
-      h("svg:text", { x: LEFT - 8, y: py(tick) + 4, "text-anchor": "end" }, significant(tick)));
+      h("svg:text", { x: LEFT - 8, y: py(tick) + 4, "text-anchor": "end" }, number(tick, digits)));
   }
-  for (const tick of ticks(x0, x1, 6).filter(Number.isInteger)) svg.append(h("svg:text", { x: px(tick), y: HEIGHT - 10, "text-anchor": "middle" }, number(tick)));
+  for (const tick of ticks(x0, x1, Math.max(3, WIDTH / 120)).filter(Number.isInteger)) svg.append(h("svg:text", { x: px(tick), y: HEIGHT - 10, "text-anchor": "middle" }, number(tick)));
   svg.append(h("svg:line", { x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM, class: "axis" }));
   for (const line of shown) {
     const points = thinned(line.points);
@@ -83,9 +87,9 @@ export function heatMap({ rows, columns, values, corner, label }) {
   const body = rows.map((row, i) => h("tr", {}, h("th", { scope: "row" }, row), columns.map((column, j) => {
     const value = values[i][j];
     if (value === null) return h("td", { class: "void" }, h("span", { class: "hidden", t: "none" }));
-    const cell = h("td", { title: `${row} · ${column}: ${significant(value)}`, "data-level": Math.round(value / most * 20) }, h("span", {}, significant(value, 2)));
+    const cell = h("td", { title: `${row} · ${column}: ${significant(value)}` }, h("span", {}, significant(value, 2)));
     cell.style.setProperty("--heat", `${(value / most * 100).toFixed(1)}%`);
-    if (value / most > 0.55) cell.classList.add("hot");
+    if (value / most > 0.75) cell.classList.add("hot");
     return cell;
   })));
   return h("div", { class: "scroll heat", tabindex: 0, role: "region", "aria-labelledby": id }, h("table", {},

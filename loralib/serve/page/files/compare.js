@@ -1,7 +1,7 @@
 // Compare: one prompt, several panels, each with a model and a scale of its own.
 import { events, get } from "./api.js";
 import { announce, field, h, newId, setWords, showError } from "./dom.js";
-import { number, translate } from "./words.js";
+import { called, number, translate } from "./words.js";
 
 const MOST = 4;
 
@@ -35,7 +35,7 @@ class Panel {
 
   fill(chosen = this.model.value) {
     const { about, adapters } = this.view;
-    this.model.replaceChildren(h("option", { value: "" }, `${about.base} (${translate("base")})`), ...adapters.map((name) => h("option", { value: name }, name)));
+    this.model.replaceChildren(h("option", { value: "" }, `${called(about.base)} (${translate("base")})`), ...adapters.map((name) => h("option", { value: name, title: name }, called(name))));
     this.model.value = adapters.includes(chosen) ? chosen : "";
     this.showScale();
   }
@@ -49,6 +49,7 @@ class Panel {
   changed() {
     this.showScale();
     this.turns = [];
+    if (this.adapter) this.view.findSamples(this.adapter);
     this.view.again(this);
   }
 
@@ -130,6 +131,9 @@ export class CompareView {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); this.generate(); }
     } });
     this.promptField = field("prompt", this.prompt);
+    this.sample = h("select", { onchange: () => { if (this.sample.value) this.take(this.samples[Number(this.sample.value)]); } });
+    this.sampleField = field("samples", this.sample);
+    this.sampleField.hidden = true;
     this.tokens = h("input", { type: "number", min: 1, max: about.max_tokens, value: Math.min(80, about.max_tokens) });
     this.temperature = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0 });
     this.topP = h("input", { type: "number", min: 0.01, max: 1, step: 0.01, value: 1 });
@@ -140,7 +144,7 @@ export class CompareView {
     this.problem = h("div");
     const form = h("form", { class: "card ask", onsubmit: (event) => { event.preventDefault(); this.generate(); } },
       h("fieldset", { class: "segments" }, h("legend", { class: "hidden", t: "kind" }), kindLabels, about.chat ? null : h("small", { t: "no_chat" })),
-      this.systemField, this.promptField,
+      this.systemField, this.promptField, this.sampleField,
       h("div", { class: "row actions" }, this.start, this.stopButton, this.fresh, h("kbd", { class: "faint", t: "shortcut" })),
       h("details", {}, h("summary", { t: "settings" }), h("div", { class: "fields" }, field("tokens", this.tokens), field("temperature", this.temperature, "temperature_hint"), field("top_p", this.topP), field("seed", this.seed, "seed_hint"))));
     this.grid = h("div", { class: "panels" });
@@ -169,6 +173,25 @@ export class CompareView {
       const free = this.panels.find((panel, index) => index > 0 && panel.adapter) ?? null;
       if (free && this.panels.length >= 2) { free.fill(name); free.empty(); } else this.addPanel(name);
     }
+    await this.findSamples(chosen.find((each) => this.adapters.includes(each)) ?? this.panels.map((panel) => panel.adapter).find(Boolean));
+    if (chosen.length && !this.prompt.value && this.samples.length) this.take(this.samples[0]);
+  }
+
+  // What the adapters were asked in training: an adapter knows the form that its prompts had, to the last line break.
+  async findSamples(name) {
+    this.samples = [];
+    try {
+      this.samples = name ? (await get(`/page-api/adapters/prompts?name=${encodeURIComponent(name)}`)).data : [];
+    } catch { /* it was given to the server: its data are not known */ }
+    this.sampleField.hidden = !this.samples.length;
+    this.sample.replaceChildren(h("option", { value: "", t: "samples_choose" }), ...this.samples.map((each, index) => h("option", { value: index }, (each.prompt ?? each.message).trim().slice(0, 120))));
+  }
+
+  take({ prompt, message }) {
+    if (message !== undefined && !this.isChat && this.about.chat) { this.kinds[1].checked = true; this.setKind(); }
+    if (prompt !== undefined && this.isChat) { this.kinds[0].checked = true; this.setKind(); }
+    this.prompt.value = prompt ?? message;
+    this.prompt.focus();
   }
 
   retranslate() { this.panels.forEach((panel) => panel.fill()); }

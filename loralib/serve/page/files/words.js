@@ -4,7 +4,7 @@ export const WORDS = {
   skip: ["Skip to content", "Tới nội dung chính"],
   compare: ["Compare", "So sánh"],
   train: ["Train", "Huấn luyện"],
-  runs: ["Runs", "Các lần chạy"],
+  runs: ["Runs", "Lần chạy"],
   adapters: ["Adapters", "Adapter"],
   views: ["Views", "Các trang"],
   language: ["Language", "Ngôn ngữ"],
@@ -14,6 +14,7 @@ export const WORDS = {
   theme_dark: ["Dark", "Tối"],
   error: ["This did not work", "Không thực hiện được"],
   base: ["base", "mô hình gốc"],
+  adapter: ["adapter", "adapter"],
   loading: ["Loading …", "Đang tải …"],
   close: ["Close", "Đóng"],
   none: ["none", "không có"],
@@ -38,6 +39,8 @@ export const WORDS = {
   system: ["Instructions for all turns (optional)", "Chỉ dẫn cho mọi lượt (không bắt buộc)"],
   prompt_placeholder: ["Write what the models shall continue, as in the training data", "Viết phần đầu để các mô hình viết tiếp, giống như trong dữ liệu huấn luyện"],
   message_placeholder: ["Write what the models shall answer", "Viết điều bạn muốn các mô hình trả lời"],
+  samples: ["Prompts from its data", "Câu nhắc từ dữ liệu của nó"],
+  samples_choose: ["choose one", "chọn một câu"],
   generate: ["Generate", "Sinh văn bản"],
   stop: ["Stop", "Dừng"],
   shortcut: ["Ctrl + Enter", "Ctrl + Enter"],
@@ -57,8 +60,8 @@ export const WORDS = {
   panel: ["Panel {n}", "Khung {n}"],
   answer: ["Answer of panel {n}", "Câu trả lời của khung {n}"],
   waiting: ["Waiting …", "Đang chờ …"],
-  writing: ["{n} tokens · {s} s", "{n} token · {s} giây"],
-  written: ["{n} tokens · {s} s · {rate} a second", "{n} token · {s} giây · {rate} mỗi giây"],
+  writing: ["{n} {n|token|tokens} · {s} s", "{n} token · {s} giây"],
+  written: ["{n} {n|token|tokens} · {s} s · {rate} a second", "{n} token · {s} giây · {rate} mỗi giây"],
   why_stop: ["ended by itself", "tự kết thúc"],
   why_length: ["cut at the limit", "dừng ở giới hạn"],
   why_stopped: ["stopped", "đã dừng"],
@@ -81,7 +84,7 @@ export const WORDS = {
   earlier_file: ["Or a file from before", "Hoặc một tệp đã có"],
   choose_file: ["choose", "chọn"],
   uploading: ["Uploading {name} …", "Đang tải lên {name} …"],
-  file_read: ["{name}: {n} examples, read as {format}", "{name}: {n} ví dụ, đọc theo dạng {format}"],
+  file_read: ["{name}: {n} {n|example|examples}, read as {format}", "{name}: {n} ví dụ, đọc theo dạng {format}"],
   file_unread: ["{name}: {format}, read by the run itself", "{name}: {format}, sẽ được đọc khi chạy"],
   name: ["Name", "Tên"],
   name_hint: ["a part of the adapter's name", "một phần trong tên của adapter"],
@@ -121,7 +124,7 @@ export const WORDS = {
   some_examples: ["The first examples, as the model sees them", "Những ví dụ đầu, như mô hình nhìn thấy"],
   legend_trained: ["trained", "được huấn luyện"],
   legend_read: ["read only", "chỉ đọc"],
-  example_facts: ["{source} · {n} tokens, {m} trained", "{source} · {n} token, {m} được huấn luyện"],
+  example_facts: ["{source} · {n} {n|token|tokens}, {m} trained", "{source} · {n} token, {m} được huấn luyện"],
   start: ["Start training", "Bắt đầu huấn luyện"],
   pause: ["Stop, to go on later", "Dừng, chạy tiếp sau"],
   resume: ["Go on", "Chạy tiếp"],
@@ -181,7 +184,7 @@ export const WORDS = {
   unload: ["Unload", "Gỡ"],
   adapter_facts: ["What it is", "Thông tin"],
   fact_targets: ["Adapts", "Điều chỉnh"],
-  fact_modules: ["{n} modules", "{n} mô-đun"],
+  fact_modules: ["{n} {n|module|modules}", "{n} mô-đun"],
   fact_base: ["Base", "Mô hình gốc"],
   fact_size: ["Size", "Kích thước"],
   fact_parameters: ["{n} parameters", "{n} tham số"],
@@ -236,7 +239,13 @@ export function setLanguage(chosen) {
 export function translate(key, values = {}) {
   const words = WORDS[key]?.[LANGUAGES.indexOf(language)];
   if (words === undefined) throw new Error(`no words for ${key}`);
-  return words.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+  return words.replace(/\{(\w+)\|(.*?)\|(.*?)\}/g, (_, name, one, many) => String(values[name]) === "1" ? one : many).replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+// How people call an adapter: of one that was trained here, its own part of the name.
+export function called(name) {
+  const [, suffix, id] = name.match(/^ft:.*:([^:]*):([^:]*)$/) ?? [];
+  return id === undefined ? name.split("/").at(-1) : `${suffix || translate("adapter")} · ${id.slice(0, 4)}`;
 }
 
 export const number = (value, digits = 0) =>
