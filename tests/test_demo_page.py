@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +16,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.fixture
-def demo(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """scripts/demo.py, with what it would run and open recorded; the server it starts answers until it is asked once."""
+def demo(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/demo.py, with what it would run and open recorded; the server that it starts answers once."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = load_file(SCRIPTS / "demo.py")
     module.done, module.opened = [], threading.Event()  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ def demo(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "say", lambda text: (module.done.append(text), module.told.set()))
     monkeypatch.setattr(module.webbrowser, "open", lambda address: module.done.append(f"opened {address}"))
     monkeypatch.setattr(module, "has_display", lambda: True)
-    yield module
+    return module
 
 
 def called(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[str]:

@@ -91,7 +91,9 @@ def visit(browser: Any, site: SimpleNamespace) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on(
             "console",
-            lambda line: line.type in ("error", "warning") and not (expects and expects in line.text) and said.append(line.text),
+            lambda line: (
+                line.type in ("error", "warning") and not (expects and expects in line.text) and said.append(line.text)
+            ),
         )
         page.goto(f"{site.address}/{at}")
         page.locator("h1:visible").wait_for()
@@ -126,7 +128,10 @@ def trained(browser: Any, site: SimpleNamespace) -> SimpleNamespace:
     told = page.locator(".run").inner_text()
     chart = page.get_by_role("img", name=re.compile("Loss by step"))
     result = SimpleNamespace(
-        told=told, chart=chart.get_attribute("aria-label"), name=site.server.bank.names[0], job=page.url.rpartition("/")[2]
+        told=told,
+        chart=chart.get_attribute("aria-label"),
+        name=site.server.bank.names[0],
+        job=page.url.rpartition("/")[2],
     )
     page.get_by_role("link", name="Compare it with its base").click()
     page.get_by_role("heading", name="Compare answers").wait_for()
@@ -194,7 +199,9 @@ def test_the_slider_changes_the_text_and_nobody_elses(
         slider.press("End")
     assert page.locator(".panel output").nth(1).inner_text() == "2.00"
     assert answers(page)[1] not in (base,)
-    assert "".join(piece.text for piece in site.server.service.stream("Number 7 is", _greedy(6), trained.name)) in adapted
+    assert (
+        "".join(piece.text for piece in site.server.service.stream("Number 7 is", _greedy(6), trained.name)) in adapted
+    )
 
 
 def test_a_chat_keeps_its_turns_and_a_stop_stops(visit: Callable[..., Any], trained: SimpleNamespace) -> None:
@@ -224,7 +231,11 @@ def test_an_error_stands_in_full_where_it_arose(visit: Callable[..., Any], train
 
     page.goto(page.url.partition("#")[0] + "#train")
     page.locator("input[type=file]").set_input_files(
-        {"name": "broken.jsonl", "mimeType": "application/jsonl", "buffer": b'{"prompt": "a", "completion": "b"}\n{"pro\n'}
+        {
+            "name": "broken.jsonl",
+            "mimeType": "application/jsonl",
+            "buffer": b'{"prompt": "a", "completion": "b"}\n{"pro\n',
+        }
     )
     told = page.get_by_role("alert").inner_text()
     assert "broken.jsonl:2" in told or "line 2" in told, told
@@ -336,7 +347,10 @@ def test_the_keyboard_alone_gets_everywhere_in_order(visit: Callable[..., Any], 
                 "(one => one.labels?.[0]?.textContent || one.ariaLabel || one.textContent)(document.activeElement)"
             )
         )
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none" or order[-1] == "Plain text"
+        assert (
+            page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+            or order[-1] == "Plain text"
+        )
     assert order == [
         "Skip to content", "loralib", "Compare", "Train", "Runs", "Adapters", "Language", "Theme", "Plain text",
         "Prompt", "Generate", "Settings", "Model", "Remove panel 1", order[14], "Model", "Remove panel 2",
@@ -391,7 +405,9 @@ def test_a_server_with_keys_is_asked_with_one(visit: Callable[..., Any], site: S
     assert "secret" not in json.dumps(fresh.evaluate("({...localStorage})"))
 
 
-def test_the_page_fetches_nothing_from_elsewhere_and_cannot_be_framed(visit: Callable[..., Any], site: SimpleNamespace) -> None:
+def test_the_page_fetches_nothing_from_elsewhere_and_cannot_be_framed(
+    visit: Callable[..., Any], site: SimpleNamespace
+) -> None:
     page = visit()
     hosts = page.evaluate("performance.getEntriesByType('resource').map(one => new URL(one.name).origin)")
     assert set(hosts) == {site.address}
@@ -401,7 +417,11 @@ def test_the_page_fetches_nothing_from_elsewhere_and_cannot_be_framed(visit: Cal
 
 
 def test_both_languages_have_every_word() -> None:
-    words = re.findall(r'^  (\w+): \[\s*"((?:[^"\\]|\\.)*)",\s*"((?:[^"\\]|\\.)*)"\],$', WORDS.read_text(encoding="utf-8"), re.MULTILINE)
+    words = re.findall(
+        r'^  (\w+): \[\s*"((?:[^"\\]|\\.)*)",\s*"((?:[^"\\]|\\.)*)"\],$',
+        WORDS.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     lines = re.findall(r"^  (\w+): \[", WORDS.read_text(encoding="utf-8"), re.MULTILINE)
     assert [key for key, *_ in words] == lines
     assert len(set(lines)) == len(lines)

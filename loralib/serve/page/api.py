@@ -92,18 +92,20 @@ async def stream(request: Request, body: StreamRequest) -> StreamingResponse:
     adapter = body.adapter
     if adapter is not None and body.scale != 1:
         adapter = f"{adapter}@{body.scale!r}"
-    sampling = Sampling(
-        max_new_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, seed=body.seed
-    )
+    sampling = Sampling(max_new_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, seed=body.seed)
     pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-    put, loop = pieces.put_nowait, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
+
+    def listen(piece: Piece | BaseException) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
     try:
         ticket = await run_in_threadpool(
             server.service.submit,
             prompt,
             sampling,
             adapter,
-            listener=lambda piece: loop.call_soon_threadsafe(put, piece) and None,
+            listener=listen,
         )
     except BusyServerError as error:
         raise RequestError(str(error), 429, "busy") from error
@@ -124,7 +126,7 @@ async def stream(request: Request, body: StreamRequest) -> StreamingResponse:
                 yield _event({"text": piece.text, "tokens": tokens, "finish_reason": piece.finish_reason})
                 if piece.finish_reason is not None:
                     return
-        except asyncio.TimeoutError:  # noqa: UP041  another class on Python 3.10
+        except asyncio.TimeoutError:  # on Python 3.10 not the built-in one
             words = f"nothing came for {server.config.max_seconds:g} seconds (--max_seconds)"
             yield _event({"error": {"message": words, "type": "server_error", "code": "timeout"}})
         finally:

@@ -130,7 +130,13 @@ class Exports:
         with write_errors(place):
             place.mkdir(parents=True)
         made = place / (file or export.target)
-        words = [*command, "--model", self._server.config.model or self._server.name, str(adapter.absolute()), str(made)]
+        words = [
+            *command,
+            "--model",
+            self._server.config.model or self._server.name,
+            str(adapter.absolute()),
+            str(made),
+        ]
         root = str(Path(__file__).resolve().parents[3])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loralib", *words],
@@ -147,7 +153,9 @@ class Exports:
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            public = line.rstrip().rpartition("\r")[2].replace(str(place), "").replace(str(adapter.absolute()), export.name)
+            public = (
+                line.rstrip().rpartition("\r")[2].replace(str(place), "").replace(str(adapter.absolute()), export.name)
+            )
             export.lines = [*export.lines[-_MOST_LINES:], public]
         code = self._process.wait()
         if code == 0:
