@@ -15,7 +15,19 @@ from torch.nn import functional as F
 
 from ..settings import check, setting, settings_class
 
-__all__ = ["Sampling", "TokenLogprob", "banned_tokens", "choose", "log_probabilities", "penalize"]
+__all__ = [
+    "NOTHING_LEFT",
+    "NO_NUMBER",
+    "Sampling",
+    "TokenLogprob",
+    "banned_tokens",
+    "choose",
+    "log_probabilities",
+    "penalize",
+]
+
+NOTHING_LEFT: Final = -1
+NO_NUMBER: Final = -2
 
 # Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
@@ -258,7 +270,7 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
         uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
 
     Returns:
-        R tokens; -1 where there is none to choose: the largest logit of the row is not a number, or infinite.
+        R tokens; `NOTHING_LEFT` where all are banned, `NO_NUMBER` where the largest logit is NaN or infinite.
 
     >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
     >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
@@ -266,7 +278,9 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
     """
     best = logits.max(-1)  # argmax is four times as slow in bf16
     found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    tokens = [token if math.isfinite(value) else -1 for value, token in found]
+    tokens = [
+        token if math.isfinite(value) else NOTHING_LEFT if value == -math.inf else NO_NUMBER for value, token in found
+    ]
     alike: dict[tuple[int, float, float], list[int]] = {}
     for row, own in enumerate(settings):
         if own.temperature > 0 and tokens[row] >= 0:

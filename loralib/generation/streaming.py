@@ -19,7 +19,7 @@ from .beam import search
 from .decoder import SequenceGroup, make_decoder
 from .grammar import Constraint, Grammars
 from .queueing import FairQueue
-from .sampling import Sampling, TokenLogprob, choose, log_probabilities, penalize
+from .sampling import NO_NUMBER, NOTHING_LEFT, Sampling, TokenLogprob, choose, log_probabilities, penalize
 from .text import TextStream, check_prompts, end_tokens, new_tokens
 
 __all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
@@ -324,8 +324,16 @@ class Generator:
 
     def _advance(self, request: _Request, token: int, score: TokenLogprob | None) -> Piece:
         """Returns what comes of a token that was chosen for a request."""
-        if token < 0:
-            raise UnsupportedModelError(_nothing_left(request))
+        if token == NOTHING_LEFT:
+            raise ConfigError(
+                f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. "
+                "Compare json_schema, no_repeat_ngram_size and min_new_tokens."
+            )
+        if token == NO_NUMBER:
+            raise UnsupportedModelError(
+                f"the model computed logits that are no numbers after {len(request.ids) + len(request.generated)} "
+                "tokens: its weights or the adapter's are damaged, or its dtype is too narrow (try fp32)"
+            )
         if token in self._ends:
             return self._piece(request, request.text.finish(), (), "stop")
         request.generated.append(token)
@@ -401,19 +409,6 @@ class Generator:
         self._decoder.close(request.group)
         self._running.remove(request)
         self._blocked = False
-
-
-def _nothing_left(request: _Request) -> str:
-    own = request.sampling
-    if request.constraint is not None or own.logit_bias or own.no_repeat_ngram_size or own.min_new_tokens:
-        return (
-            f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. Compare "
-            "json_schema, logit_bias, no_repeat_ngram_size and min_new_tokens."
-        )
-    return (
-        f"the model computed logits that are no numbers after {len(request.ids) + len(request.generated)} tokens: its "
-        "weights or the adapter's are damaged, or its dtype is too narrow (try fp32)"
-    )
 
 
 def _check_bias(model: nn.Module, own: Sampling) -> None:
