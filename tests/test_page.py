@@ -192,10 +192,10 @@ def test_the_slider_changes_the_text_and_nobody_elses(
     base, adapted = ask(page, "Number 7 is")
     slider = page.get_by_role("slider").nth(1)
     slider.focus()
-    with page.expect_response("**/page-api/stream"):
+    with page.expect_response("**/v1/completions"):
         slider.press("Home")
     assert answers(page) == [base, base]
-    with page.expect_response("**/page-api/stream"):
+    with page.expect_response("**/v1/completions"):
         slider.press("End")
     assert page.locator(".panel output").nth(1).inner_text() == "2.00"
     assert answers(page)[1] not in (base,)

@@ -142,7 +142,8 @@ def add_list(
             try:
                 lists: list[Any] = [items(word) for word in values]
             except ValueError:
-                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
+                expected = "pairs such as 13=-5" if items is _pairs else "numbers"
+                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected {expected}") from None
             joined: list[Any] = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
             if items is _pairs:
                 setattr(namespace, self.dest, dict(joined))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import shutil
 import tempfile
 import threading
@@ -45,6 +44,7 @@ _LONG: Final = 16  # rows of one adapter from which on its own products are chea
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
 
 _SCALES: Final = 64  # of one adapter that are remembered
+_MOST_SCALE: Final = 1000.0
 
 FactorPair = tuple[Tensor, Tensor]  # A (r, in) and B^T with the scaling in it (r, out)
 
@@ -200,6 +200,14 @@ class Bank:
         """
         self._find(name).scale = scale
 
+    def slot(self, name: str) -> Slot:
+        """Returns the state of an adapter, to look at.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        return self._find(name)
+
     def acquire(self, name: str | None) -> Slot | None:
         """Returns an adapter for a sequence, which gives it back with `release`; None for the base alone.
 
@@ -279,6 +287,10 @@ class Bank:
             list_faults("there are no such adapters", faults, f"Loaded: {', '.join(self.names) or 'none'}.")
         )
 
+    def called(self, name: str) -> str:
+        """Returns what the adapter is called that a name means, with a scale or without (see `acquire`)."""
+        return self._meant(name)[0]
+
     def _meant(self, name: str) -> tuple[str, float | None]:
         """Returns which adapter a name means, and at which scale; None: at its own."""
         own, at, word = name.rpartition("@")
@@ -288,7 +300,7 @@ class Bank:
             scale = float(word)
         except ValueError:
             return name, None
-        return (own, scale) if math.isfinite(scale) else (name, None)
+        return (own, scale) if abs(scale) <= _MOST_SCALE else (name, None)
 
     def _forget(self, name: str) -> None:
         slot = self._slots.pop(name, None)

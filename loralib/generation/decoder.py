@@ -183,6 +183,10 @@ class Decoder:
     def _forget(self, group: SequenceGroup) -> None:
         self._groups.remove(group)
 
+    def has_room(self, tokens: int, limit: int) -> bool:
+        """Tells whether a prompt of so many tokens and its continuation ever have room."""
+        return True
+
     @property
     def used_tokens(self) -> int:
         """Tokens that are kept or promised."""
@@ -247,6 +251,9 @@ class CachedDecoder(Decoder):
     @property
     def used_tokens(self) -> int:
         return self._pages.used * PAGE
+
+    def has_room(self, tokens: int, limit: int) -> bool:
+        return self._pages.budget is None or pages_of(tokens + max(limit - 1, 0)) <= self._pages.budget
 
     def _place(self, group: SequenceGroup, limit: int) -> bool:
         tokens = len(group.prompt) + max(limit - 1, 0)  # nothing is computed from the last one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,28 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..settings import check, setting, settings_class
 
-__all__ = ["Sampling", "TokenLogprob", "banned_tokens", "choose", "log_probabilities", "penalize"]
+__all__ = [
+    "NOTHING_LEFT",
+    "NO_NUMBER",
+    "Sampling",
+    "TokenLogprob",
+    "banned_tokens",
+    "choose",
+    "log_probabilities",
+    "penalize",
+]
+
+NOTHING_LEFT: Final = -1
+NO_NUMBER: Final = -2
 
 # Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
+# Tokens whose probabilities are added up first where one is drawn from all.
+_BLOCK: Final = 64
 # Rows of a whole vocabulary that are computed with at a time.
 _ROWS: Final = 64
 
@@ -254,45 +270,80 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
         uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
 
     Returns:
-        R tokens.
+        R tokens; `NOTHING_LEFT` where all are banned, `NO_NUMBER` where the largest logit is NaN or infinite.
 
     >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
     >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
     [1, 2]
     """
-    tokens: list[int] = logits.max(-1).indices.tolist()  # argmax is four times as slow in bf16
-    for row, (own, uniform) in enumerate(zip(settings, uniforms, strict=True)):
-        if own.temperature > 0:
-            tokens[row] = _draw(logits[row].float() / own.temperature, own, uniform)
+    best = logits.max(-1)  # argmax is four times as slow in bf16
+    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    tokens = [
+        token if math.isfinite(value) else NOTHING_LEFT if value == -math.inf else NO_NUMBER for value, token in found
+    ]
+    alike: dict[tuple[int, float, float], list[int]] = {}
+    for row, own in enumerate(settings):
+        if own.temperature > 0 and tokens[row] >= 0:
+            alike.setdefault((own.top_k, own.top_p, own.min_p), []).append(row)
+    for rows in alike.values():
+        heat = torch.tensor([settings[row].temperature for row in rows], device=logits.device)
+        some = logits if len(rows) == len(logits) else logits[rows]
+        probabilities = torch.softmax(some.float() / heat[:, None], -1)
+        wanted = torch.tensor([uniforms[row] for row in rows], dtype=torch.float64, device=logits.device)
+        for row, token in zip(rows, _draw(probabilities, settings[rows[0]], wanted).tolist(), strict=True):
+            tokens[row] = token
     return tokens
 
 
-def _draw(scores: Tensor, own: Sampling, uniform: float) -> int:
-    probabilities = torch.softmax(scores, -1)
+def _draw(probabilities: Tensor, own: Sampling, uniforms: Tensor) -> Tensor:
+    """Draws a token for each row (n, V), all with the same cuts."""
     if own.top_k == 0 and own.top_p == 1 and own.min_p == 0:
-        return _inverse(probabilities, uniform)
-    count = len(scores) if own.top_k == 0 else min(own.top_k, len(scores))
-    width = min(_FIRST_CUT, count)
-    while True:
+        return _inverse(probabilities, uniforms)
+    size = probabilities.shape[1]
+    count = size if own.top_k == 0 else min(own.top_k, size)
+    width = count if own.top_k else min(_FIRST_CUT, count)
+    drawn = torch.zeros_like(uniforms, dtype=torch.long)
+    left = torch.arange(len(uniforms), device=uniforms.device)
+    while len(left):
         # As other libraries do it: top-p counts within what top-k left, min-p cuts what both left.
-        best, order = probabilities.topk(width)
-        total = best.sum() if own.top_k and width == count else probabilities.sum()
-        if own.top_k and width < count:
-            width = count
-            continue
-        before = torch.cumsum(best, 0) - best
-        kept = (before < own.top_p * total) & (best >= own.min_p * best[0])
-        if width == count or not bool(kept[-1]):
-            break
-        width = min(width * 16, count)
-    # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood, and
-    # with it what a seed draws.
-    tokens, places = order[kept].sort()
-    return int(tokens[_inverse(best[kept][places], uniform)])
+        some = probabilities if len(left) == len(uniforms) else probabilities[left]
+        best, order = some.topk(width)
+        total = (best if own.top_k else some).sum(-1, keepdim=True)
+        before = torch.cumsum(best, -1) - best
+        kept = (before < own.top_p * total) & (best >= own.min_p * best[:, :1])
+        done = torch.ones_like(left, dtype=torch.bool) if width == count else ~kept[:, -1]
+        # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood,
+        # and with it what a seed draws.
+        tokens, places = order.sort(-1)
+        chosen = _inverse(torch.where(kept, best, 0).gather(-1, places), uniforms[left])
+        drawn[left[done]] = tokens.gather(-1, chosen[:, None])[done, 0]
+        left, width = left[~done], min(width * 16, count)
+    return drawn
 
 
-def _inverse(weights: Tensor, uniform: float) -> int:
-    """The first index whose cumulative weight exceeds that share of the whole."""
-    cumulative = torch.cumsum(weights.double(), 0)  # in fp32 the last of 50,000 sums would be off by more than a token
-    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    return min(index, int(weights.nonzero()[-1]))
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """For each row (n, V), the first index whose cumulative weight exceeds that share of the whole.
+
+    >>> _inverse(torch.tensor([[0.0, 1.0, 0.0, 3.0]]).repeat(2, 1), torch.tensor([0.0, 0.3]).double()).tolist()
+    [1, 3]
+    """
+    # In fp64: in fp32 the last of 50,000 sums would be off by more than a token.  Blocks first, which are few.
+    weights = F.pad(weights, (0, -weights.shape[1] % _BLOCK))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    before, block = _first_above(blocks.sum(-1, dtype=torch.float64), uniforms)
+    own = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0].double()
+    return block * _BLOCK + _first_above(own, uniforms, before)[1]
+
+
+def _first_above(weights: Tensor, uniforms: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns what is left of a cumulative weight before the index that exceeds it, and that index, of each row.
+
+    `wanted` is that weight; None: the row's share of the whole.
+    """
+    cumulative = weights.cumsum(-1)
+    wanted = cumulative[:, -1] * uniforms if wanted is None else wanted
+    index = torch.searchsorted(cumulative, wanted[:, None].clamp(min=0), right=True)[:, 0]
+    # Rounding never leads beyond the last one that has any weight.
+    index = torch.minimum(index, (cumulative < cumulative[:, -1:]).sum(-1))
+    reached = (cumulative - weights).gather(-1, index[:, None])[:, 0]
+    return wanted - reached, index

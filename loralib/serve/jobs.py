@@ -204,6 +204,7 @@ class Jobs:
         self._validator = ThreadPoolExecutor(1, "loralib-validate")
         self._validating: set[str] = set()
         self._thread = threading.Thread(target=self._watch, name="loralib-jobs", daemon=True)
+        self._wake.set()  # for what an earlier server left
         self._thread.start()
 
     # --- what clients ask for ---------------------------------------------------------------------------------------
@@ -622,7 +623,7 @@ class Jobs:
 
     def _died(self, database: Any, job: Job, running: _Running, signal: int) -> None:
         """Queues a job again whose process was killed, unless that happens over and over at the same place."""
-        deaths = 1 if running.last_step > running.began else self._deaths.get(job.id, 0) + 1
+        deaths = 0 if running.last_step > running.began else self._deaths.get(job.id, 0) + 1
         self._deaths[job.id] = deaths
         if deaths < _MOST_DEATHS:
             self._set(database, job.id, "queued", f"The training process was killed (signal {signal}); it starts again")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import read_sources
-from ...errors import AdapterError, LoraError, OutputError, did_you_mean
+from ...errors import LoraError, did_you_mean
 from ...formats import read_adapter
 from ...inspection import Inspection, inspect_adapter
 from ...training.record import read_record
@@ -41,17 +41,13 @@ def sources(server: Server) -> dict[str, Source]:
 
 
 def _sources(server: Server) -> Iterator[Source]:
-    if server.config.adapters is not None:
-        root = Path(server.config.adapters).resolve()
-        for path in sorted(root.iterdir()) if root.is_dir() else ():
-            if (path / "adapter_config.json").is_file() and path.resolve().parent == root:  # no link that leads out
-                yield Source(path.name, path)
-    for word in server.config.adapter:
-        name, _, directory = word.partition("=")
-        yield Source(name, Path(directory))
-    for job in server.jobs.list():
-        if job.status == "succeeded":
-            yield Source(job.adapter_name, job.run, job.id)
+    if (root := server.adapters.root) is not None:
+        yield from (Source(name, root / name) for name in server.adapters.unused())
+    yield from (Source(name, Path(place)) for name, place in server.config.named_adapters)
+    jobs = {job.adapter_name: job for job in server.jobs.list() if job.status == "succeeded"}
+    yield from (Source(name, job.run, job.id) for name, job in jobs.items())
+    for name in server.adapters.names:
+        yield Source(name, server.adapters.get(name).source, jobs[name].id if name in jobs else None)
 
 
 def source(server: Server, name: str) -> Source:
@@ -82,7 +78,8 @@ def inspect(found: Source) -> Inspection:
         stamp = max(path.stat().st_mtime_ns for path in (found.directory, *found.directory.glob("adapter_*")))
         return _inspect(found.directory, stamp)
     except (LoraError, OSError) as error:
-        raise RequestError(f"the adapter {found.name!r} cannot be read: {error}", param="name") from error
+        words = str(error).replace(str(found.directory), found.name)
+        raise RequestError(f"the adapter {found.name!r} cannot be read: {words}", param="name") from error
 
 
 @functools.lru_cache(32)
@@ -92,7 +89,12 @@ def _inspect(directory: Path, stamp: int) -> Inspection:
 
 def describe(server: Server, found: Source) -> dict[str, Any]:
     """Returns what the page's list says of an adapter."""
-    facts: dict[str, Any] = {"name": found.name, "loaded": found.name in server.bank, "job": found.job, "error": None}
+    facts: dict[str, Any] = {
+        "name": found.name,
+        "loaded": found.name in server.adapters,
+        "job": found.job,
+        "error": None,
+    }
     try:
         inspection = inspect(found)
     except RequestError as error:
@@ -125,7 +127,7 @@ def _trained(server: Server, found: Source) -> dict[str, Any] | None:
         return {"data": name, "settings": job.settings}
     try:
         settings, _ = read_record(found.directory)
-    except (LoraError, OSError, ValueError, AttributeError, OutputError):
+    except (LoraError, OSError, ValueError, AttributeError):
         return None
     names = ("rank", "num_epochs", "batch_size", "lr", "seed")
     data = settings.get("train_data")
@@ -185,12 +187,7 @@ def load(server: Server, name: str) -> None:
     """Loads an adapter that the server knows.
 
     Raises:
-        RequestError: it is loaded, or cannot be.
+        RequestError: there is none of that name, or it is loaded.
+        LoraError: it cannot be.
     """
-    found = source(server, name)
-    try:
-        server.service.call(lambda: server.bank.load(name, found.directory))
-    except AdapterError as error:
-        raise RequestError(str(error), 409 if name in server.bank else 400, param="name") from error
-    except LoraError as error:
-        raise RequestError(str(error), param="name") from error
+    server.adapters.load(name, source(server, name).directory)

@@ -70,6 +70,9 @@ class Panel {
     const answer = h("span", {});
     this.output.setAttribute("aria-busy", "true");
     const { prompt, ...settings } = request;
+    const { about } = this.view, scale = Number(this.scale.value);
+    Object.assign(settings, { model: this.adapter ? this.adapter + (scale === 1 ? "" : `@${scale}`) : about.base, stream: true, stream_options: { include_usage: true } });
+    const path = isChat ? "/v1/chat/completions" : "/v1/completions";
     if (isChat) {
       if (!this.turns.length) this.output.replaceChildren();
       this.turns.push({ role: "user", content: prompt });
@@ -84,15 +87,18 @@ class Panel {
     const began = performance.now();
     let first = null, tokens = 0, why = "why_stopped";
     try {
-      for await (const event of events("/page-api/stream", { adapter: this.adapter, scale: this.adapter ? Number(this.scale.value) : 1, ...settings }, abort.signal)) {
-        first ??= performance.now();
-        tokens = event.tokens;
+      for await (const event of events(path, settings, abort.signal)) {
+        tokens = event.usage?.completion_tokens ?? tokens;
+        const [choice] = event.choices;
+        if (!choice) continue;
+        const text = choice.text ?? choice.delta.content ?? "";
+        if (text) { first ??= performance.now(); tokens++; }
         const atEnd = this.output.scrollHeight - this.output.scrollTop - this.output.clientHeight < 40;
-        answer.textContent += event.text;
+        answer.textContent += text;
         if (atEnd) this.output.scrollTop = this.output.scrollHeight;
         const seconds = (performance.now() - began) / 1000;
         setWords(this.status, "t", ["writing", { n: number(tokens), s: number(seconds, 1) }]);
-        if (event.finish_reason) why = event.finish_reason === "length" ? "why_length" : "why_stop";
+        if (choice.finish_reason) why = choice.finish_reason === "length" ? "why_length" : "why_stop";
       }
     } catch (error) {
       if (error.name !== "AbortError") {
