@@ -44,7 +44,7 @@ def ensure(wanted: str, torch_index: str | None) -> None:
     """Makes .venv if needed and installs a set of packages and loralib itself; quick when nothing has changed.
 
     Args:
-        wanted: "run" or "dev" (which holds all of "run").
+        wanted: "run", "serve" (which holds all of "run") or "dev" (which holds all).
         torch_index: where to get PyTorch, or None for pip's own index.
     """
     installed = _installed()

@@ -1,4 +1,4 @@
-"""Pins what pyproject.toml asks for in requirements/{run,dev}.txt: `python scripts/pin.py` (needs `pip install uv`).
+"""Pins what pyproject.toml asks for in requirements/{run,serve,dev}.txt: `python scripts/pin.py` (needs uv).
 
 One file serves every system and Python version, by markers.  What a CUDA build of PyTorch wants is left out: PyTorch
 pins it itself, and it must not land on machines that install the CPU build.
@@ -29,3 +29,4 @@ def pin(target: str, extras: list[str], *constraints: str) -> None:
 if __name__ == "__main__":
     pin("dev.txt", ["dev"])
     pin("run.txt", ["train"], "dev.txt")
+    pin("serve.txt", ["train", "serve"], "dev.txt")

@@ -62,9 +62,11 @@ OUTSIDE = {
     "filelock": {"files"},
     "psutil": {"files"},
     "shtab": {"cli.completion"},
+    "llguidance": {"generation.grammar"},
     "uvicorn": {"cli.serve"},
     "fastapi": {"serve"},
     "pydantic": {"serve"},
+    "python_multipart": {"serve"},
     "tomli": {"settings"},  # Python 3.10 only
 }
 

@@ -315,7 +315,12 @@ def test_demo_and_tests_use_the_same_versions(machine: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
 @pytest.mark.parametrize(
-    ("file", "extras"), [("run.txt", ["train"]), ("dev.txt", ["train", "eval", "completion", "docs", "dev"])]
+    ("file", "extras"),
+    [
+        ("run.txt", ["train"]),
+        ("serve.txt", ["train", "serve"]),
+        ("dev.txt", ["train", "eval", "completion", "docs", "dev"]),
+    ],
 )
 def test_pins_hold_what_the_project_asks_for(machine: tuple[str, str], file: str, extras: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -42,6 +42,9 @@ __all__ = ["Bank", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
+
+_SCALES: Final = 64  # of one adapter that are remembered
+_MOST_SCALE: Final = 1000.0
 
 FactorPair = tuple[Tensor, Tensor]  # A (r, in) and B^T with the scaling in it (r, out)
 
@@ -66,6 +69,8 @@ class Slot:
     factors: Mapping[str, FactorPair] | None
     users: int = 0
     file: Path | None = None
+    of: Slot | None = None  # whose factors these are, where only the scale differs
+    scaled: dict[float, Slot] = field(default_factory=dict)  # the same adapter at other scales
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,18 @@ class Bank:
         """
         self._find(name).scale = scale
 
+    def slot(self, name: str) -> Slot:
+        """Returns the state of an adapter, to look at.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        return self._find(name)
+
     def acquire(self, name: str | None) -> Slot | None:
         """Returns an adapter for a sequence, which gives it back with `release`; None for the base alone.
+
+        ``name@0.5`` is the adapter called ``name`` at a scale of 0.5, for this sequence alone.
 
         Raises:
             AdapterError: there is none of that name.
@@ -204,19 +219,27 @@ class Bank:
         if name is None:
             return None
         with self._lock:
-            slot = self._find(name)
+            self.check([name])
+            own, scale = self._meant(name)
+            slot = self._slots[own]
             slot.users += 1
-            self._slots[name] = self._slots.pop(name)  # the most recently used
+            self._slots[own] = self._slots.pop(own)  # the most recently used
             if slot.factors is None:
                 slot.factors = torch.load(cast(Path, slot.file), weights_only=True)
                 self._evict()
-            return slot
+            if scale is None:
+                return slot
+            if scale not in slot.scaled:
+                while len(slot.scaled) >= _SCALES:
+                    slot.scaled.pop(next(iter(slot.scaled)))
+                slot.scaled[scale] = Slot(f"{own}@{scale:g}", scale, slot.pinned, 0, slot.factors, of=slot)
+            return slot.scaled[scale]
 
     def release(self, slot: Slot | None) -> None:
         """Takes back what `acquire` gave."""
         if slot is not None:
             with self._lock:
-                slot.users -= 1
+                (slot.of or slot).users -= 1
                 self._evict()
 
     def overrides(
@@ -249,22 +272,45 @@ class Bank:
         Raises:
             AdapterError: there are not; all of them at once.
         """
-        missing = dict.fromkeys(name for name in names if name is not None and name not in self._slots)
+        missing = dict.fromkeys(name for name in names if name is not None and self._meant(name)[0] not in self._slots)
         if missing:
-            faults = [f"{name}.{did_you_mean(name, self._slots)}" for name in missing]
-            raise AdapterError(
-                list_faults("there are no such adapters", faults, f"Loaded: {', '.join(self.names) or 'none'}.")
-            )
+            raise self._no_such(missing)
 
     def _find(self, name: str) -> Slot:
-        self.check([name])
+        if name not in self._slots:
+            raise self._no_such([name])
         return self._slots[name]
+
+    def _no_such(self, names: Iterable[str]) -> AdapterError:
+        faults = [f"{name}.{did_you_mean(name, self._slots)}" for name in names]
+        return AdapterError(
+            list_faults("there are no such adapters", faults, f"Loaded: {', '.join(self.names) or 'none'}.")
+        )
+
+    def called(self, name: str) -> str:
+        """Returns what the adapter is called that a name means, with a scale or without (see `acquire`)."""
+        return self._meant(name)[0]
+
+    def _meant(self, name: str) -> tuple[str, float | None]:
+        """Returns which adapter a name means, and at which scale; None: at its own."""
+        own, at, word = name.rpartition("@")
+        if name in self._slots or not at:
+            return name, None
+        try:
+            scale = float(word)
+        except ValueError:
+            return name, None
+        return (own, scale) if abs(scale) <= _MOST_SCALE else (name, None)
 
     def _forget(self, name: str) -> None:
         slot = self._slots.pop(name, None)
         if slot is not None and slot.file is not None:
             slot.file.unlink(missing_ok=True)
-        if slot in self._stack.slots:
+        self._unstack(slot)
+
+    def _unstack(self, slot: Slot | None) -> None:
+        """Lets go of stacked factors that are, at any scale, those of an adapter."""
+        if slot is not None and any(slot in (each, each.of) for each in self._stack.slots):
             self._stack = _Stack(())
 
     def _factors_of(self, adapter: Adapter) -> dict[str, FactorPair]:
@@ -320,8 +366,8 @@ class Bank:
             slot.file = self._directory / f"{id(slot):x}.pt"
             torch.save(dict(cast("Mapping[str, FactorPair]", slot.factors)), slot.file)
         slot.factors = None
-        if slot in self._stack.slots:
-            self._stack = _Stack(())
+        slot.scaled.clear()
+        self._unstack(slot)
 
     def _stacked(self, used: set[Slot]) -> _Stack:
         """Returns stacked factors that hold these adapters: the last ones, where they do."""

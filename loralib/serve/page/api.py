@@ -1,0 +1,145 @@
+"""What the page asks for that the API for clients has not: previews, what adapters have learned, exports."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict
+
+from ... import __version__
+from ...training import TrainConfig
+from ..server import Server
+from ..state import RequestError
+from . import adapters
+from .exports import TARGETS, Exports
+
+__all__ = ["Exports", "router"]
+
+router = APIRouter(prefix="/page-api", include_in_schema=False)
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+@router.get("/about")
+def about(request: Request) -> dict[str, Any]:
+    """Says what is served, and what the fields of a job begin with."""
+    server = _server(request)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    shown = ("num_epochs", "rank", "batch_size", "lora_dropout", "seed", "objective")
+    return {
+        "base": server.name,
+        "version": __version__,
+        "chat": bool(getattr(server.tokenizer, "chat_template", None)),
+        "max_tokens": server.config.max_tokens,
+        "max_jobs": server.config.max_jobs,
+        "exports": list(TARGETS),
+        "defaults": {name: defaults[name] for name in shown},
+    }
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class PreviewRequest(BaseModel):
+    """A job that is thought about."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    training_file: str
+    loralib: dict[str, Any] = {}
+
+
+@router.post("/preview")
+def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
+    """Says what a job would do: how its data are read, what is trained, memory and time."""
+    found = _server(request).jobs.preview(body.training_file, body.loralib)
+    result = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "config"}
+    config = found.config.to_dict()
+    chosen = ("lr", "rank", "lora_alpha", "num_epochs", "batch_size", "seq_len", "dtype", "warmup_steps", "schedule")
+    examples = [dataclasses.asdict(example) for example in found.examples]
+    return {**result, "examples": examples, "settings": {name: config.get(name) for name in chosen}}
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+class NameRequest(BaseModel):
+    """An adapter that is meant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+
+
+class ExportRequest(NameRequest):
+    """A form to write an adapter in."""
+
+    target: str
+
+
+@router.get("/adapters")
+def list_adapters(request: Request) -> dict[str, Any]:
+    """Lists the adapters that are loaded or could be."""
+    server = _server(request)
+    known = adapters.sources(server)
+    return {"object": "list", "data": [adapters.describe(server, found) for found in known.values()]}
+
+
+@router.get("/adapters/learned")
+def learned(request: Request, name: str) -> dict[str, Any]:
+    """Returns the norms of an adapter's updates by layer and kind of module."""
+    server = _server(request)
+    return adapters.heat_map(adapters.inspect(adapters.source(server, name)))
+
+
+@router.get("/adapters/prompts")
+def prompts(request: Request, name: str) -> dict[str, Any]:
+    """Returns some of what an adapter was asked in training."""
+    server = _server(request)
+    return {"object": "list", "data": adapters.prompts(server, adapters.source(server, name))}
+
+
+@router.post("/adapters/load")
+def load(request: Request, body: NameRequest) -> dict[str, Any]:
+    """Loads an adapter that the server knows."""
+    adapters.load(_server(request), body.name)
+    return {"name": body.name, "loaded": True}
+
+
+@router.post("/adapters/unload")
+def unload(request: Request, body: NameRequest) -> dict[str, Any]:
+    """Forgets a loaded adapter; texts that are being written with it go on."""
+    _server(request).adapters.unload(body.name)
+    return {"name": body.name, "loaded": False}
+
+
+def _exports(request: Request) -> Exports:
+    exports: Exports = request.app.state.exports
+    return exports
+
+
+@router.post("/exports")
+def create_export(request: Request, body: ExportRequest) -> dict[str, Any]:
+    """Begins to write an adapter in another form."""
+    return _exports(request).create(body.name, body.target).to_dict()
+
+
+@router.get("/exports/{export_id}")
+def get_export(request: Request, export_id: str) -> dict[str, Any]:
+    """Says how far an export is."""
+    return _exports(request).get(export_id).to_dict()
+
+
+@router.get("/exports/{export_id}/content", response_class=FileResponse)
+def export_content(request: Request, export_id: str) -> FileResponse:
+    """Returns what an export has made."""
+    export = _exports(request).get(export_id)
+    if export.path is None:
+        raise RequestError(f"the export is {export.status}; there is nothing to download", 409, "not_ready", "id")
+    return FileResponse(export.path, media_type="application/octet-stream", filename=export.file_name)

@@ -1,0 +1,176 @@
+"""Exports of adapters: each is the command that a person would type, in a process of its own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ...errors import OutputError, did_you_mean
+from ...files import write_errors
+from ..server import Server
+from ..state import RequestError, new_id
+from .adapters import source
+
+__all__ = ["TARGETS", "Export", "Exports"]
+
+# What the page calls a form, the command that makes it, and how its file is called where it is one.
+TARGETS: Final[dict[str, tuple[list[str], str]]] = {
+    "peft": (["convert", "--target", "peft"], ""),
+    "gguf": (["convert", "--target", "llamacpp"], "adapter.gguf"),
+    "mlx": (["convert", "--target", "mlx"], ""),
+    "merged": (["merge"], ""),
+}
+_MOST_LINES: Final = 200
+
+
+@dataclass
+class Export:
+    """An export, under way or done.
+
+    Attributes:
+        id: its random name.
+        name: of the adapter.
+        target: one of `TARGETS`.
+        status: waiting, running, succeeded or failed.
+        lines: what the command has said.
+        path: what it made, once it is there.
+    """
+
+    id: str
+    name: str
+    target: str
+    status: str = "waiting"
+    lines: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a client gets to see."""
+        seen = {"id": self.id, "name": self.name, "target": self.target, "status": self.status, "lines": self.lines}
+        return {**seen, "file": None if self.path is None else self.file_name, "bytes": self.bytes}
+
+    @property
+    def file_name(self) -> str:
+        """What a download is called."""
+        safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in self.name).strip("-.")
+        return f"{safe or 'adapter'}-{self.target}{'.gguf' if self.target == 'gguf' else '.zip'}"
+
+    @property
+    def bytes(self) -> int | None:
+        """How large it is; None: not there yet."""
+        return None if self.path is None else self.path.stat().st_size
+
+
+class Exports:
+    """The exports of a server, one after another; what they make is kept below its state directory."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._directory = server, server.state_dir.absolute() / "exports"
+        self._all: dict[str, Export] = {}
+        self._turn = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self.close)
+
+    def create(self, name: str, target: str) -> Export:
+        """Begins an export.
+
+        Raises:
+            RequestError: there is no such adapter or form.
+        """
+        if target not in TARGETS:
+            raise RequestError(
+                f"target is {target[:80]!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}",
+                param="target",
+            )
+        directory = source(self._server, name).directory
+        for known in self._all.values():
+            if (known.name, known.target) == (name, target) and known.status in ("waiting", "running"):
+                return known
+        export = Export(new_id("export"), name, target)
+        self._all[export.id] = export
+        threading.Thread(target=self._run, args=(export, directory), name="loralib-export", daemon=True).start()
+        return export
+
+    def get(self, export_id: str) -> Export:
+        """Returns an export.
+
+        Raises:
+            RequestError: there is none of that id.
+        """
+        if export_id not in self._all:
+            raise RequestError(f"there is no export {export_id[:80]!r}", 404, "export_not_found", "id")
+        return self._all[export_id]
+
+    def close(self) -> None:
+        """Ends what runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        atexit.unregister(self.close)
+
+    def _run(self, export: Export, adapter: Path) -> None:
+        with self._turn:
+            export.status = "running"
+            try:
+                code = self._convert(export, adapter)
+            except (OSError, OutputError) as error:
+                export.lines.append(str(error))
+                code = 1
+            export.status = "failed" if code else "succeeded"
+
+    def _convert(self, export: Export, adapter: Path) -> int:
+        command, file = TARGETS[export.target]
+        place = self._directory / export.id
+        with write_errors(place):
+            place.mkdir(parents=True)
+        made = place / (file or export.target)
+        words = [
+            *command,
+            "--model",
+            self._server.config.model or self._server.name,
+            str(adapter.absolute()),
+            str(made),
+        ]
+        root = str(Path(__file__).resolve().parents[3])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loralib", *words],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+                "PYTHONUTF8": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            public = (
+                line.rstrip().rpartition("\r")[2].replace(str(place), "").replace(str(adapter.absolute()), export.name)
+            )
+            export.lines = [*export.lines[-_MOST_LINES:], public]
+        code = self._process.wait()
+        if code == 0:
+            export.path = made if made.is_file() else _zipped(made)
+        return code
+
+
+def _zipped(directory: Path) -> Path:
+    """Packs a directory into one file beside it; weights do not get smaller, so nothing is compressed."""
+    target = directory.with_suffix(".zip")
+    with write_errors(target), zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in _files(directory):
+            archive.write(path, path.relative_to(directory))
+    return target
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file())
