@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import random
@@ -86,6 +87,8 @@ class FakeProcess:
 
     def stop(self, kill_after: float | None = None) -> None:
         self.is_asked.set()
+
+    leave = stop
 
     def train(self, *steps: int) -> None:
         """Writes the events of updates, as a run that has begun does."""
@@ -251,7 +254,7 @@ def test_a_server_that_is_killed_leaves_a_job_that_ends_with_the_same_bytes(tmp_
             metrics = run / "metrics.jsonl"
             eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > updates)  # noqa: B023
             children = psutil.Process(server.pid).children() if with_child else []
-            for process in [*children, server]:
+            for process in [server, *children]:
                 process.kill()
     with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
         assert jobs.wait(job, PATIENCE).status == "succeeded"
@@ -421,6 +424,9 @@ def test_an_upload_says_at_once_how_it_is_read(jobs: Jobs) -> None:
     assert [file.id for file in client.files.list(order="asc")] == [good.id, bad.id]
     assert client.files.retrieve(good.id) == good
     assert client.files.delete(bad.id).deleted
+    packed = sent("many.jsonl.gz", gzip.compress(b" " * (65 << 20)))
+    assert packed.loralib["notes"] == ["many.jsonl.gz: more than 67 MB, which only a job reads"]
+    client.files.delete(packed.id)
     with pytest.raises(openai.NotFoundError, match="there is no file"):
         client.files.retrieve(bad.id)
     stored = [path.name for path in (jobs.files.get(good.id).path.parent).iterdir()]
@@ -539,12 +545,13 @@ def test_a_full_disk_refuses_and_the_server_goes_on(
         ({"loralib": {"rnak": 8}}, 400, "Did you mean 'rank'?"),
         ({"loralib": {"rank": -1, "lora_dropout": 2}}, 400, "lora_dropout is 2"),
         ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are the same setting"),
+        ({"loralib": {"columns": {"prompt": "\ud800"}}}, 400, "cannot be written"),
     ],
 )  # fmt: skip
 def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], status: int, words: str) -> None:
     file = jobs.files.add("a.jsonl", [EXAMPLES]).id
     body = {"model": MODEL, "training_file": file, **changes}
-    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", json=body)
+    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body))
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
     assert not jobs.list()

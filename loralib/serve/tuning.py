@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
 from ..errors import OutputError, did_you_mean
 from .jobs import OVER, Checkpoint, Event, Job, Jobs
@@ -188,8 +189,9 @@ async def create_file(request: Request) -> dict[str, Any]:
     files = _jobs(request).files
     most = int(request.app.state.server.config.max_upload_mb * 1e6)
     with closing(_Form(request.headers.get("content-type", ""), lambda: files.begin(most))) as form:
-        async for piece in request.stream():
-            await run_in_threadpool(form.write, piece)
+        with suppress(ClientDisconnect):  # nobody is there to be told; what came is not whole
+            async for piece in request.stream():
+                await run_in_threadpool(form.write, piece)
         return _file(await run_in_threadpool(form.finish, files))
 
 
@@ -212,7 +214,11 @@ def get_file(request: Request, file_id: str) -> dict[str, Any]:
     return _file(_jobs(request).files.get(file_id))
 
 
-@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/v1/files/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+)
 def get_file_content(request: Request, file_id: str) -> FileResponse:
     """Returns the bytes of a file."""
     file = _jobs(request).files.get(file_id)
@@ -346,7 +352,11 @@ def resume_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
     return _job(jobs, jobs.resume(fine_tuning_job_id))
 
 
-@router.get("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", response_model=None)
+@router.get(
+    "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events",
+    response_model=None,
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
+)
 def list_events(
     request: Request, fine_tuning_job_id: str, after: str | None = None, limit: Limit = 20, stream: bool = False
 ) -> dict[str, Any] | StreamingResponse:
