@@ -14,6 +14,7 @@
     │   ├── NothingLearnedError              no gradient reaches a layer, or nothing changed
     │   └── InterruptedRunError              a signal stopped the run, after it saved itself
     ├── BusyModelError (RuntimeError)        a model is in use in another way at the moment
+    ├── BusyServerError (RuntimeError)       too many requests are waiting; later there may be room
     ├── UnsupportedModelError (RuntimeError) a model computes in a way that is not known here
     ├── OutputError (OSError)                a result cannot be written
     └── MissingDependencyError (ImportError) an optional package is not installed
@@ -33,6 +34,7 @@ __all__ = [
     "BaseModelError",
     "BiasModeError",
     "BusyModelError",
+    "BusyServerError",
     "ConfigError",
     "DataError",
     "FormatError",
@@ -113,6 +115,10 @@ class InterruptedRunError(TrainingError):
 
 class BusyModelError(LoraError, RuntimeError):
     """A model is in use in another way at the moment: it cannot generate while it is trained."""
+
+
+class BusyServerError(LoraError, RuntimeError):
+    """A server has as many requests as it takes, or is shutting down; the same request may be taken in later."""
 
 
 class UnsupportedModelError(LoraError, RuntimeError):

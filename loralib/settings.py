@@ -41,7 +41,7 @@ def setting(
     group: str = "",
     choices: tuple[str, ...] | None = None,
     *,
-    several: Literal["names", "files", "repeat"] | None = None,
+    several: Literal["names", "files", "repeat", "pairs"] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -51,6 +51,7 @@ def setting(
     aliases: tuple[str, ...] = (),
     common: bool = False,
     auto: bool = False,
+    flag: bool = True,
 ) -> Any:
     """Declares a setting as a dataclass field; its annotation says which types of value it takes.
 
@@ -60,7 +61,8 @@ def setting(
         group: the heading of its flag in ``--help`` and in the docs.
         choices: the only values allowed; None allows any.
         several: how its flag takes several values. "names": ``--x a,b`` or ``--x a b``. "files": the same, but a comma
-            in the name of an existing file does not split it. "repeat": ``--x a --x b``. None: one value.
+            in the name of an existing file does not split it. "repeat": ``--x a --x b``. "pairs", of a mapping from
+            whole numbers to numbers: ``--x 5=1.5 7=-2``. None: one value.
         at_least: lower bound, inclusive. Bounds and `rule` apply to each value of a mapping.
         above: lower bound, exclusive.
         at_most: upper bound, inclusive.
@@ -70,6 +72,7 @@ def setting(
         aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
         common: most people need it: its flag stands first in ``--help``.
         auto: None, its default, lets the program choose a value; ``auto`` says so as a flag, in TOML and in Python.
+        flag: whether it has a flag; without one it is for Python alone.
 
     >>> @dataclasses.dataclass
     ... class Bath:
@@ -237,7 +240,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(item != "" and _fits(item, parts[0]) for item in value)
     if kind is Mapping:
         return isinstance(value, Mapping) and all(
-            key != "" and _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+            _is_key(key, hint) and _fits(item, parts[1]) for key, item in value.items()
         )
     if isinstance(value, bool):
         return kind is bool
@@ -248,7 +251,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _value_faults(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> list[str]:
     mapping = next((kind for kind in kinds_of(hint) if typing.get_origin(kind) is Mapping), None)
-    if mapping is not None and isinstance(value, Mapping) and all(isinstance(key, str) and key for key in value):
+    if mapping is not None and isinstance(value, Mapping) and all(_is_key(key, mapping) for key in value):
         inner = typing.get_args(mapping)[1]
         return [fault for key, v in value.items() for fault in _value_faults(f"{name}[{key!r}]", v, inner, about)]
     if (about.get("auto") and value == AUTO) or (_fits(value, hint) and _in_range(value, about)):
@@ -257,6 +260,10 @@ def _value_faults(name: str, value: Any, hint: Any, about: Mapping[str, Any]) ->
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
     expected = about.get("expected") or " or ".join(map(repr, choices)) or _description(hint, about)
     return [f"{name} is {value!r}"[:200] + f", expected {expected}" + (f".{near}" if near else "")]
+
+
+def _is_key(key: Any, mapping: Any) -> bool:
+    return key != "" and _fits(key, typing.get_args(mapping)[0])
 
 
 def _in_range(value: Any, about: Mapping[str, Any]) -> bool:

@@ -62,6 +62,7 @@ OUTSIDE = {
     "filelock": {"files"},
     "psutil": {"files"},
     "shtab": {"cli.completion"},
+    "llguidance": {"generation.grammar"},
     "uvicorn": {"cli.serve"},
     "fastapi": {"serve"},
     "pydantic": {"serve"},

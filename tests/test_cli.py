@@ -65,6 +65,18 @@ def test_which_flags_take_several_values() -> None:
     }
 
 
+def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed(Sampling, "--logit_bias", "13=-5", "7=1.5").logit_bias == {13: -5, 7: 1.5}
+    assert parsed(Sampling, "--logit_bias", "13=-5,7=1.5").logit_bias == {13: -5, 7: 1.5}
+    assert parsed(Sampling, "--logit_bias=13=-5").logit_bias == {13: -5}
+    with pytest.raises(ConfigError, match=r"logit_bias\[13\] is 200.0, expected a number of at least -100 and at most"):
+        parsed(Sampling, "--logit_bias", "13=200")
+    for line in (["--logit_bias", "13:5"], ["--logprobs", "3"]):
+        with pytest.raises(SystemExit):
+            parsed(Sampling, *line)
+    assert "13:5 was given, expected pairs such as 13=-5" in capsys.readouterr().err
+
+
 # Second spellings.
 
 

@@ -163,26 +163,58 @@ def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
             other.grow(parents, tokens)
 
 
+@pytest.mark.usefixtures("both_ways")
+def test_parts_of_prompts_and_shared_beginnings_change_no_logits(model: Any) -> None:
+    """Prompts are computed in parts, some after others that begin alike; each has the logits of all its tokens."""
+    decoder = CachedDecoder(model, max_tokens=16 * 40, reuse=True, max_prompt_tokens=9)
+    generator = torch.Generator().manual_seed(1)
+    same = torch.randint(VOCABULARY, (40,), generator=generator).tolist()
+    known = []
+    for length, tail in ((40, 3), (33, 5), (20, 1), (40, 12), (0, 30)):
+        prompt = same[:length] + torch.randint(VOCABULARY, (tail,), generator=generator).tolist()
+        group = decoder.admit(prompt, limit=5)
+        assert group is not None
+        known.append(group.known)
+        logits = decoder.step()
+        while not group.length:
+            logits = decoder.step()
+        for token in (5, 6, 7):
+            with torch.no_grad():
+                expected = model(torch.tensor([prompt])).logits[0, -1]
+            assert (logits[group.rows][0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+            prompt.append(token)
+            group.grow([0], [token])
+            logits = decoder.step()
+        decoder.close(group)
+    assert known == [0, 32, 16, 32, 0]
+    decoder.close_all()
+    assert decoder.used_tokens == 0
+
+
 def test_nothing_is_padded_and_a_prompt_is_computed_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in tokens that the model sees, and in columns of the cache."""
     seen: list[int] = []
     columns: list[int] = []
+    slots: list[int] = []
     step = CachedDecoder.step
 
     def counted(self: CachedDecoder) -> torch.Tensor:
         logits = step(self)
-        columns.append(self._cache.columns)
+        columns.append(self._columns)
+        slots.append(self._cache.slots)
         return logits
 
     monkeypatch.setattr(CachedDecoder, "step", counted)
     make_decoder(llama)  # whose check is not counted
     columns.clear()
+    slots.clear()
     hook = llama.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
     beam_search(llama, PROMPTS, num_beams=4, max_new_tokens=5, eos_token_id=[])
     generate(llama, LETTERS, PROMPTS, max_new_tokens=5, min_new_tokens=5)
     hook.remove()
     prompts = sum(map(len, PROMPTS))
     assert seen == [prompts, *[4 * len(PROMPTS)] * 4, prompts, *[len(PROMPTS)] * 4]
+    assert max(slots) <= 16 * (1 + 3 * len(PROMPTS))  # a page of 16 that is nobody's, and up to 3 for each
     assert max(columns) == 32  # prompts and what follows them have up to 13 tokens, and 4 beams' branches 9 + 16
 
 

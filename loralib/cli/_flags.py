@@ -21,7 +21,7 @@ __all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
 
 Config = TypeVar("Config")
 
-_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME"}
+_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME", "pairs": "N=X"}
 # The heading of the flags that stand first in --help: those of settings declared with `common`.
 _COMMON: Final = "the flags most people need"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
@@ -108,7 +108,20 @@ def _files(word: str) -> list[str]:
     return [word] if exists else _comma_list(word)
 
 
-_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {"names": parse_target_modules, "files": _files}
+def _pair(word: str) -> tuple[int, float]:
+    key, _, value = word.partition("=")
+    return int(key), float(value)
+
+
+def _pairs(word: str) -> list[tuple[int, float]]:
+    return [_pair(part) for part in _comma_list(word)]
+
+
+_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {
+    "names": parse_target_modules,
+    "files": _files,
+    "pairs": _pairs,
+}
 
 
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
@@ -127,11 +140,15 @@ def add_list(
     class Words(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             try:
-                lists = [items(word) for word in values]
+                lists: list[Any] = [items(word) for word in values]
             except ValueError:
-                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected numbers") from None
-            joined = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
-            setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
+                expected = "pairs such as 13=-5" if items is _pairs else "numbers"
+                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected {expected}") from None
+            joined: list[Any] = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
+            if items is _pairs:
+                setattr(namespace, self.dest, dict(joined))
+            else:
+                setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
 
     add_flag(group, *names, nargs="+", action=Words, **options)
 
@@ -146,13 +163,15 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
     hints = typing.get_type_hints(config)
     for spec in dataclasses.fields(config):
         about = spec.metadata
+        if not about["flag"]:
+            continue
         title = _COMMON if about["common"] else about["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
         names = [f"--{name}" for name in (spec.name, *about["aliases"])]
         kind = next((kind for kind in kinds_of(hints[spec.name]) if kind in (bool, int, float, str)), str)
-        default = (defaults or {}).get(spec.name, spec.default)
+        default = (defaults or {}).get(spec.name, None if spec.default is dataclasses.MISSING else spec.default)
         text = about["help"].replace("%", "%%")
         if kind is bool:
             if default:

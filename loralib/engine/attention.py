@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, cast
 
 import torch
@@ -28,7 +28,17 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UnsupportedModelError
 from .kernels import LANES, Blocks, Kernels, loaded
 
-__all__ = ["KVCache", "Layout", "PackedLayout", "TreeLayout", "attention", "interface_name", "resized", "with_layout"]
+__all__ = [
+    "KVCache",
+    "Layout",
+    "PackedLayout",
+    "Part",
+    "TreeLayout",
+    "attention",
+    "interface_name",
+    "resized",
+    "with_layout",
+]
 
 # What models pass to an attention function without it changing the result.
 _HARMLESS: Final = frozenset(
@@ -386,37 +396,30 @@ def _weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) 
 
 @dataclass
 class KVCache:
-    """Keys and values of all layers: (rows, H / G, columns, D) each, made when a layer first writes.
+    """Keys and values of all layers: (slots, H / G, D) each, made when a layer first writes.
 
-    A row holds a sequence: a prompt and the tree of its continuations, each token once, a column a token.  Which
-    columns a branch sees is a bit mask.  So beams share their prompt and all that they have in common, and choosing
-    other beams moves bits, not keys.
+    A slot holds a token.  Who owns it, and which sequences see it, is said elsewhere: several may share the slots of
+    what they have in common, and nothing is ever moved.
     """
 
-    rows: int = 0
-    columns: int = 0
+    slots: int = 0
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
-    def resize(self, rows: int, columns: int) -> None:
-        """Makes room for this many sequences and tokens of each, or gives room back; what fits stays."""
-        self.rows, self.columns = rows, columns
+    def resize(self, slots: int) -> None:
+        """Makes room for this many tokens, or gives room back; what fits stays."""
+        self.slots = slots
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
-                store[layer] = resized(tensor, (rows, tensor.shape[1], columns, tensor.shape[3]))
+                store[layer] = resized(tensor, (slots, *tensor.shape[1:]))
 
-    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values of a layer whose new ones are (T, H / G, D)."""
-        if number not in self.keys:
-            for store, like in ((self.keys, key), (self.values, value)):
-                store[number] = like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[2])
-        return self.keys[number], self.values[number]
-
-    def move(self, source: int, target: int) -> None:
-        """Copies a sequence to another row."""
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                tensor[target] = tensor[source]
+    def store(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a layer's keys and values (T, H / G, D) in slots (T,); returns all that the layer has."""
+        for store, new in ((self.keys, key), (self.values, value)):
+            if layer not in store:
+                store[layer] = new.new_zeros(self.slots, *new.shape[1:])
+            store[layer].index_copy_(0, slots, new)
+        return self.keys[layer], self.values[layer]
 
 
 def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -433,54 +436,78 @@ def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return new
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a prompt that is computed in one pass.
+
+    Attributes:
+        start: how many tokens of the prompt are computed already.
+        slots: (start + n,) where the prompt's tokens are, up to this part's last.
+    """
+
+    start: int
+    slots: Tensor
+
+    @property
+    def count(self) -> int:
+        """n, how many tokens it has."""
+        return len(self.slots) - self.start
+
+
 @dataclass
 class TreeLayout:
-    """One row of new tokens: first that of each branch, sequence by sequence, then whole new prompts.
+    """One row of new tokens: first that of each branch, sequence by sequence, then parts of new prompts.
+
+    Columns are the places of a sequence's tokens: each token of the tree once, a column a token, and a bit says whether
+    a branch sees it.  So beams share their prompt and all that they have in common.
 
     Attributes:
         cache: where keys and values are.
-        sequence: (R,) the sequence of each branch, its row in the cache.
-        column: (R,) where the branch's new token is stored.
+        slots: (T,) where those of the new tokens go.
+        sequence: (R,) the sequence of each branch.
         grid_index: (R,) the branch's place in the padded grid of sequences x branches; None: the grid is full.
         visible: (S, N, C) the columns that each branch sees, its own included.
         branch_positions: (S, N) place of each branch's new token in its sequence.
-        positions: (S, C) place in the sequence of each stored token.
-        prompts: row in the cache and length of each new prompt, in the order of their tokens.
+        positions: (S, C) place in the sequence of the token in each column.
+        table: (S, C) the slot of each column.
+        parts: of new prompts, in the order of their tokens.
     """
 
     cache: KVCache
+    slots: Tensor
     sequence: Tensor
-    column: Tensor
     grid_index: Tensor | None
     visible: Tensor
     branch_positions: Tensor
     positions: Tensor
-    prompts: list[tuple[int, int]]
+    table: Tensor
+    parts: list[Part]
     _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
     _blocks: dict[tuple[int | None, int], Blocks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tokens = len(self.sequence) + sum(length for _, length in self.prompts)
+        self.tokens = len(self.slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Stores k and v (T, H / G, D), and returns the attention of q (T, H, D) over what each token sees."""
-        keys, values = self.cache.layer(layer, k, v)
-        parts = []
+        keys, values = self.cache.store(layer, self.slots, k, v)
+        results = []
         start = len(self.sequence)
         if start:
-            keys[self.sequence, :, self.column] = k[:start]
-            values[self.sequence, :, self.column] = v[:start]
-            parts.append(self._attend_branches(q[:start], keys, values, settings))
-        for row, length in self.prompts:
-            own = slice(start, start + length)
-            keys[row, :, :length] = k[own].transpose(0, 1)
-            values[row, :, :length] = v[own].transpose(0, 1)
-            parts.append(_attend_causally(q[own], k[own], v[own], settings))
-            start += length
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            results.append(self._attend_branches(q[:start], keys, values, settings))
+        for part in self.parts:
+            own = slice(start, start + part.count)
+            if part.start:
+                # In the order of the prompt, and together: what is in slots of several prompts may lie anywhere.
+                seen = keys.index_select(0, part.slots), values.index_select(0, part.slots)
+            else:
+                seen = k[own], v[own]
+            results.append(_attend_causally(q[own], *seen, settings))
+            start += part.count
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def blocks(self, window: int | None, group: int) -> Blocks:
-        """Returns which columns the branches see, for the compiled kernel: `group` heads of a branch share keys."""
+        """Returns which slots the branches see, for the compiled kernel: `group` heads of a branch share keys."""
         key = (window, group)
         if key not in self._blocks:
             visible = self._within(window)
@@ -491,8 +518,12 @@ class TreeLayout:
             in_sequence = torch.bincount(self.sequence, minlength=sequences)
             counts = (in_sequence[:, None] - size * torch.arange(blocks)).clamp(0, size).flatten()
             used = counts > 0
-            owners = torch.arange(sequences).repeat_interleave(blocks)
-            self._blocks[key] = Blocks.of(visible[used], counts[used], owners[used], group)
+            owners = torch.arange(sequences).repeat_interleave(blocks)[used]
+            of_columns = Blocks.of(visible[used], counts[used], owners, group)
+            # All slots are those of one text: which of them are a sequence's is what the keys say.
+            owners = owners.repeat_interleave(of_columns.starts.diff())
+            slots = self.table[owners, of_columns.keys].to(torch.int32)
+            self._blocks[key] = replace(of_columns, keys=slots, sequences=torch.zeros_like(of_columns.sequences))
         return self._blocks[key]
 
     def _mask(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
@@ -515,7 +546,7 @@ class TreeLayout:
 
     def _attend_branches(self, q: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of the branches (R, H, D): for each sequence one product of all its branches and all its keys."""
-        sequences, branches, _ = self.visible.shape
+        sequences, branches, columns = self.visible.shape
         kv_heads, heads, width = keys.shape[1], *q.shape[1:]
         group = heads // kv_heads
         kernels = loaded() if settings.plain and group <= LANES else None
@@ -527,8 +558,11 @@ class TreeLayout:
         # Heads that share keys are stacked: (S * H / G, N * G, D).
         grid = grid.view(sequences, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(sequences * kv_heads, branches * group, width)
-        # All columns, also those that nobody sees: a product with a part of them would first copy that part.
-        keys, values = keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
+        # Columns that nobody sees may hold anything, as NaN, which a weight of 0 does not silence; slot 0 holds zeros.
+        slots = torch.where(self.visible.any(1), self.table, 0)[:, None]
+        of_heads = torch.arange(kv_heads, device=q.device)[:, None]
+        keys = keys[slots, of_heads].view(sequences * kv_heads, columns, width)
+        values = values[slots, of_heads].view(sequences * kv_heads, columns, -1)
         y = _weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
         y = y.view(sequences, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
         y = y.reshape(sequences * branches, heads, -1)
@@ -536,17 +570,18 @@ class TreeLayout:
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-    """Causal attention of one prompt: q (T, H, D) over k and v (T, H / G, D)."""
-    length, group = len(q), q.shape[1] // k.shape[1]
+    """Causal attention of a prompt's last tokens, q (T, H, D), over all of them, k and v (P + T, H / G, D)."""
+    total, group = len(k), q.shape[1] // k.shape[1]
+    before = total - len(q)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if settings.softcap is None and (settings.window is None or length <= settings.window):
+    if not before and settings.softcap is None and (settings.window is None or total <= settings.window):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=settings.scaling)
     else:
-        place = torch.arange(length, device=q.device)
-        before = place[:, None] - place
-        visible = before >= 0 if settings.window is None else (before >= 0) & (before < settings.window)
+        place = torch.arange(total, device=q.device)
+        back = place[before:, None] - place
+        visible = back >= 0 if settings.window is None else (back >= 0) & (back < settings.window)
         if settings.softcap is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=settings.scaling)
         else:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .beam import Hypothesis, beam_search
-from .sampling import Sampling
+from .sampling import Sampling, TokenLogprob
 from .streaming import Generation, Generator, Piece, generate, stream
 
-__all__ = ["Generation", "Generator", "Hypothesis", "Piece", "Sampling", "beam_search", "generate", "stream"]
+__all__ = [
+    "Generation",
+    "Generator",
+    "Hypothesis",
+    "Piece",
+    "Sampling",
+    "TokenLogprob",
+    "beam_search",
+    "generate",
+    "stream",
+]

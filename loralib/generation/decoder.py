@@ -2,20 +2,24 @@
 
 A `SequenceGroup` is a prompt and its branches: one, or the beams of a search.  Whoever generates opens groups, says how
 they grow, and calls `step`, which computes all that is new in all open groups in one pass through the model.
+
+What a decoder keeps of earlier texts may stand for the beginning of a new one, where it was computed in the same way:
+with the same adapter at the same scale, over the same weights.  PyTorch counts changes of a tensor; a weight that is
+changed past that count, as through ``.data``, is not noticed.
 """
 
 from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.attention import KVCache, TreeLayout, interface_name, resized, with_layout
+from ..engine.attention import KVCache, Part, TreeLayout, interface_name, resized, with_layout
 from ..engine.bank import Bank, Slot, bank_and_base
 from ..engine.causal import require_causal
 from ..engine.forward import device_of, logits_of, plain_logits, runs_here
@@ -24,6 +28,8 @@ from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
+from ..injection import adapted_layers
+from .pages import PAGE, Lease, Node, Pages, pages_of
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
@@ -33,6 +39,9 @@ _COLUMNS: Final = 32
 # beam search save, or ten of a single sequence, and how long a generation goes on is not known before.
 _PREPACK_AFTER: Final = 4
 _MANY_SEQUENCES: Final = 16
+# Tokens of a prompt that is scored which are computed at once: each has logits over the whole vocabulary.
+_SCORED: Final = 256
+_NONE: Final = slice(0, 0)
 
 
 @dataclass(eq=False)
@@ -41,22 +50,37 @@ class SequenceGroup:
 
     Attributes:
         prompt: its token ids.
-        length: tokens from the prompt's first to a branch's newest; all branches are equally long.
+        length: tokens from the prompt's first to a branch's newest; all branches are equally long.  0: the prompt is
+            not computed to its end.
         slot: its adapter in a bank; None: the model as it is.
+        scored: whether logits are wanted after each token of the prompt.
         rows: which rows of the last step's logits belong to it, one per branch.
-        row: its row in the cache.
+        prompt_rows: which of them follow the prompt's tokens, where it is `scored`.
+        row: its place among the open groups.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
         paths: the tokens of each branch, where there is no cache.
+        lease: where its keys and values are.
+        known: tokens of the prompt whose keys and values were there already.
+        done: tokens of the prompt that are computed.
+        text: the tokens that are computed, while there is one branch.
+        scale: of the adapter, when it began.
     """
 
     prompt: Sequence[int]
     slot: Slot | None = None
+    scored: bool = False
     length: int = 0
-    rows: slice = field(default_factory=lambda: slice(0, 0))
+    rows: slice = field(default_factory=lambda: _NONE)
+    prompt_rows: slice = field(default_factory=lambda: _NONE)
     row: int = 0
     parents: Sequence[int] = ()
     tokens: Sequence[int] = ()
     paths: list[tuple[int, ...]] = field(default_factory=list)
+    lease: Lease | None = None
+    known: int = 0
+    done: int = 0
+    text: list[int] = field(default_factory=list)
+    scale: float | None = None
 
     def grow(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         """Says what the next step adds: a token to each of some branches; a branch may come several times."""
@@ -74,9 +98,11 @@ class Decoder:
 
     Attributes:
         longest: how many tokens a sequence may have; None: any number.
+        max_tokens: tokens of sequences that are kept, or promised, at most; None: any number.
     """
 
     longest: int | None = None
+    max_tokens: int | None = None
 
     def __init__(
         self, model: nn.Module, bank: Bank | None, modules: Sequence[nn.Module] = (), *, attention: bool = False
@@ -89,11 +115,29 @@ class Decoder:
         self._release: weakref.finalize[Any, Any] | None = None
 
     def open(self, prompt: Sequence[int], adapter: str | None = None) -> SequenceGroup:
-        """Takes a prompt in, with an adapter of the bank; the next step computes it.
+        """Takes a prompt in, with an adapter of the bank; the next steps compute it.
 
         Raises:
             AdapterError: there is no such adapter.
             BusyModelError: the model is being trained.
+        """
+        group = self.admit(prompt, adapter)
+        assert group is not None
+        return group
+
+    def admit(
+        self, prompt: Sequence[int], adapter: str | None = None, *, limit: int = 0, scored: bool = False
+    ) -> SequenceGroup | None:
+        """Takes a prompt in as `open` does, or returns None: not yet.
+
+        That is so while there is no room for it and its continuation, or while the beginning of another that it shares
+        is being computed.
+
+        Args:
+            prompt: its token ids.
+            adapter: the name of its adapter.
+            limit: how many tokens follow it at most.
+            scored: whether logits are wanted after each of its tokens.
         """
         if self._release is None:
             hold = Hold(self._model, self._switched, "inference", self._attention)
@@ -104,13 +148,22 @@ class Decoder:
         except BaseException:
             self._end()
             raise
+        group = SequenceGroup(prompt, slot, scored, row=len(self._groups), scale=None if slot is None else slot.scale)
+        if not self._place(group, limit):
+            if self._bank is not None:
+                self._bank.release(slot)
+            self._end()
+            return None
         self._slots.append(slot)
-        group = SequenceGroup(prompt, slot, row=len(self._groups))
         self._groups.append(group)
         return group
 
-    def close(self, group: SequenceGroup) -> None:
-        """Forgets a group."""
+    def _place(self, group: SequenceGroup, limit: int) -> bool:
+        """Finds room for a group and its continuation; tells whether there is any."""
+        return True
+
+    def close(self, group: SequenceGroup, *, keep: bool = True) -> None:
+        """Forgets a group; what was computed for it is kept for others, where the decoder does that."""
         self._forget(group)
         self._slots.remove(group.slot)
         if self._bank is not None:
@@ -123,15 +176,29 @@ class Decoder:
             self._release = None
 
     def close_all(self) -> None:
-        """Forgets all groups."""
+        """Forgets all groups, and all that is kept of earlier ones."""
         for group in reversed(self._groups):
             self.close(group)
 
     def _forget(self, group: SequenceGroup) -> None:
         self._groups.remove(group)
 
+    def has_room(self, tokens: int, limit: int) -> bool:
+        """Tells whether a prompt of so many tokens and its continuation ever have room."""
+        return True
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens that are kept or promised."""
+        return 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens of prompts that are not computed."""
+        return sum(len(group.prompt) - group.done for group in self._groups if not group.length)
+
     def step(self) -> Tensor:
-        """Computes all new tokens of all open groups; returns logits, in which each group has its `rows`."""
+        """Computes new tokens of open groups; returns logits, in which each group that goes on has its `rows`."""
         raise NotImplementedError
 
 
@@ -143,58 +210,145 @@ def _release(hold: Hold, bank: Bank | None, slots: list[Slot | None]) -> None:
 
 
 class CachedDecoder(Decoder):
-    """Keeps keys and values, each token's once a sequence, and computes without padding (see `TreeLayout`)."""
+    """Keeps keys and values, each token's once a sequence, and computes without padding (see `TreeLayout`).
 
-    def __init__(self, model: nn.Module, bank: Bank | None = None) -> None:
+    Args:
+        model: a causal language model.
+        bank: adapters over it that groups may choose.
+        max_tokens: tokens whose keys and values are kept or promised at most; None: any number.
+        reuse: whether what was computed of a text stays for others that begin with it.  A model that holds an adapter
+            has none kept: what its layers compute may change without a trace.
+        max_prompt_tokens: tokens of prompts that are computed in one step; longer ones are computed in parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank | None = None,
+        *,
+        max_tokens: int | None = None,
+        reuse: bool = False,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
         self._modules = list(model.modules())
         self._fast = runs_here(model)
         self._operators: Overrides = operator_overrides(model) if self._fast else {}
         self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
         super().__init__(model, bank, [*self._operators, *linears], attention=True)
+        self.max_tokens, self._max_prompt_tokens = max_tokens, max_prompt_tokens
         self._cache = KVCache()
+        self._pages = Pages(None if max_tokens is None else max_tokens // PAGE)
+        self._roots: _Roots | None = _Roots(model) if reuse else None
         self._steps = 0
-        # Which columns each branch of each group sees (rows, N, C), and the place in its group of each token (rows, C).
+        # Which columns each branch of each group sees (rows, N, C), the place in its group of each token (rows, C), and
+        # in which page of the cache each 16 columns are.
         self._visible = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
+        self._table = torch.zeros(0, 0, dtype=torch.long, device=self._device)
+        self._mapped: list[int] = []  # how many pages of each group the table has
+
+    @property
+    def used_tokens(self) -> int:
+        return self._pages.used * PAGE
+
+    def has_room(self, tokens: int, limit: int) -> bool:
+        return self._pages.budget is None or pages_of(tokens + max(limit - 1, 0)) <= self._pages.budget
+
+    def _place(self, group: SequenceGroup, limit: int) -> bool:
+        tokens = len(group.prompt) + max(limit - 1, 0)  # nothing is computed from the last one
+        root = None if self._roots is None else self._roots.find(self._pages, group.slot, group.scale)
+        if root is not None and not group.scored and self._is_coming(group.prompt, root):
+            return False
+        # Scored prompts need logits after each token, so they are computed from the first one on.
+        group.lease = self._pages.lease([] if group.scored else group.prompt, tokens, root)
+        if group.lease is None:
+            return False
+        group.known = group.done = len(group.lease.nodes) * PAGE
+        self._mapped.append(0)
+        return True
+
+    def _is_coming(self, prompt: Sequence[int], root: Node) -> bool:
+        """Whether pages that a prompt could share are being computed."""
+        kept = len(self._pages.kept(root, prompt[:-1]))
+        first = prompt[: (kept + 1) * PAGE]
+        return len(first) < len(prompt) and any(
+            not group.length
+            and group.lease is not None
+            and group.lease.root is root
+            and group.prompt[: len(first)] == first
+            for group in self._groups
+        )
+
+    def close(self, group: SequenceGroup, *, keep: bool = True) -> None:
+        assert group.lease is not None
+        if keep:
+            self._share(group, group.text)
+        self._pages.release(group.lease)
+        super().close(group)
+
+    def close_all(self) -> None:
+        for group in reversed(self._groups):
+            self.close(group, keep=False)
+        self._pages.clear()
+
+    def _share(self, group: SequenceGroup, tokens: Sequence[int]) -> None:
+        """Keeps what was computed for others, where it is what they would compute."""
+        lease = group.lease
+        if self._roots is None or lease is None or lease.root is None or not tokens:
+            return
+        scale = None if group.slot is None else group.slot.scale
+        if scale == group.scale and self._roots.find(self._pages, group.slot, scale) is lease.root:
+            self._pages.share(lease, tokens)
+        else:
+            lease.root = None  # the scale or a weight changed meanwhile
 
     def _forget(self, group: SequenceGroup) -> None:
         if len(self._groups) == 1:  # weights may change before the next one
             self._prepacked, self._steps = {}, 0
         last = self._groups.pop()
+        mapped = self._mapped.pop()
         if last is not group:
-            # The last group takes its place, so that the open groups are always the first rows of the cache.
-            if last.length:
-                self._cache.move(last.row, group.row)
-                self._visible[group.row] = self._visible[last.row]
-                self._positions[group.row] = self._positions[last.row]
+            # The last group takes its place, so that the open groups are always the first rows.
+            if last.row < len(self._table):
+                for each in (self._visible, self._positions, self._table):
+                    each[group.row] = each[last.row]
+            self._mapped[group.row] = mapped
             last.row = group.row
             self._groups[group.row] = last
 
     @torch.no_grad()
     def step(self) -> Tensor:
         growing = [group for group in self._groups if group.length]
-        fresh = [group for group in self._groups if not group.length]
+        parts = list(self._parts())
         ids = [token for group in growing for token in group.tokens]
         positions = [group.length for group in growing for _ in group.tokens]
         last = list(range(len(ids)))
-        layout = self._lay_out(growing, fresh)
-        for group in growing:
-            group.length += 1
-        for group in fresh:
-            group.length = len(group.prompt)
-            ids += group.prompt
-            positions += range(group.length)
+        rows = [(group.slot, len(group.tokens)) for group in growing]
+        heads = list(rows)
+        layout = self._lay_out(growing, parts)
+        for group, count in parts:
+            rows.append((group.slot, count))
+            first, stop = len(ids), len(ids) + count
+            ids += group.prompt[group.done : group.done + count]
+            positions += range(group.done, group.done + count)
+            kept = range(first if group.scored else stop - 1, stop)
+            if group.done + count < len(group.prompt) and not group.scored:
+                kept = range(0)
+            group.prompt_rows = slice(len(last), len(last) + len(kept)) if group.scored else _NONE
+            last += kept
+            heads.append((group.slot, len(kept)))
+        nothing = not last
+        if nothing:  # parts of prompts alone: the logits of one token are less trouble than none
             last.append(len(ids) - 1)
+            heads[-1] = (heads[-1][0], 1)
         long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
         if self._fast and long and not self._prepacked:
             self._prepacked = prepacked_overrides(self._modules)
         self._steps += 1
         overrides: Overrides = {**self._operators, **self._prepacked}
         if self._bank is not None:
-            rows = [(group.slot, len(group.tokens)) for group in growing]
-            prompts = [(group.slot, group.length) for group in fresh]
-            overrides = self._bank.overrides([*rows, *prompts], [*rows, *((slot, 1) for slot, _ in prompts)], overrides)
+            overrides = self._bank.overrides(rows, [head for head in heads if head[1]], overrides)
         with evaluating(self._modules), with_layout(), overriding(overrides):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
@@ -206,67 +360,137 @@ class CachedDecoder(Decoder):
         logits = logits_of(output)[0]
         if logits.shape[0] != len(last) or not self._cache.keys:
             raise UnsupportedModelError(f"{type(self._model).__name__} does not pass its layout on to its attention")
-        return logits
+        self._note_down(growing, parts)
+        return logits[:0] if nothing else logits
 
-    def _lay_out(self, growing: list[SequenceGroup], fresh: list[SequenceGroup]) -> TreeLayout:
+    def _parts(self) -> Iterator[tuple[SequenceGroup, int]]:
+        """Yields prompts to compute, and how much of each: whole ones while there is room, or a part of a long one."""
+        left = self._max_prompt_tokens
+        for group in sorted((group for group in self._groups if not group.length), key=lambda group: -group.done):
+            count = len(group.prompt) - group.done
+            if group.scored:
+                count = min(count, _SCORED)
+            if left is not None and count > left:
+                if left < cast(int, self._max_prompt_tokens):
+                    break
+                count = left
+            if left is not None:
+                left -= count
+            yield group, count
+
+    def _note_down(self, growing: list[SequenceGroup], parts: list[tuple[SequenceGroup, int]]) -> None:
+        """Says in the groups what has been computed."""
+        row = 0
+        for group in growing:
+            group.prompt_rows = _NONE
+            group.length += 1
+            group.rows = slice(row, row + len(group.tokens))
+            row += len(group.tokens)
+            if self._roots is not None:
+                if group.scale != (None if group.slot is None else group.slot.scale):
+                    cast(Lease, group.lease).root = None
+                group.text += group.tokens
+        for group, count in parts:
+            group.done += count
+            kept = group.prompt_rows.stop - group.prompt_rows.start if group.scored else 0
+            if group.done == len(group.prompt):
+                group.length = group.done
+                kept = max(kept, 1)
+                group.rows = slice(row + kept - 1, row + kept)
+                group.text = list(group.prompt)
+                self._share(group, group.text)
+            row += kept
+
+    def _lay_out(self, growing: list[SequenceGroup], parts: list[tuple[SequenceGroup, int]]) -> TreeLayout:
         """Says what the pass computes, and notes down what branches will see after it."""
         branches = max([len(group.tokens) for group in growing], default=0)
         group_rows: list[int] = []
         parents: list[int] = []
         places: list[int] = []
-        rows = 0
         for group in growing:
             count = len(group.tokens)
             group_rows += [group.row] * count
             parents += group.parents
             places += range(group.row * branches, group.row * branches + count)
-            group.rows = slice(rows, rows + count)
-            rows += count
-        for group in fresh:
-            group.rows = slice(rows, rows + 1)
-            rows += 1
         at_group, grid_index = self._tensor(group_rows), self._tensor(places)
         parents_see = self._visible[at_group, self._tensor(parents)]  # (R, C)
         visible = self._grid(grid_index, parents_see, branches)
         alive = visible.any(1)  # (rows, C): the others are free, those of branches that were given up among them
-        needed = max([*(int(number) for number in (alive.sum(1) + branches).tolist()), *(len(t.prompt) for t in fresh)])
-        if self._fit(needed, alive):
-            parents_see = resized(parents_see, (len(group_rows), self._cache.columns))
+        seen = alive.sum(1).tolist() if growing else []
+        needed = [seen[group.row] + len(group.tokens) for group in growing]
+        for group, columns in zip(growing, needed, strict=True):
+            self._pages.extend(cast(Lease, group.lease), pages_of(columns))
+        for group, count in parts:
+            self._pages.extend(cast(Lease, group.lease), pages_of(group.done + count))
+        prompts = [len(group.prompt) for group in self._groups if not group.length]
+        if self._fit(max([*needed, *prompts, branches]), alive):
+            parents_see = resized(parents_see, (len(group_rows), self._columns))
             visible = self._grid(grid_index, parents_see, branches)
             alive = visible.any(1)
+        table = self._slots_of_columns()
         free = torch.argsort(alive.to(torch.uint8), dim=1, stable=True)[:, :branches]  # (rows, N)
         at_column = free.reshape(-1)[grid_index]
-        visible.view(-1, self._cache.columns)[grid_index, at_column] = True
+        visible.view(-1, self._columns)[grid_index, at_column] = True
         at_position = self._tensor([group.length for group in growing for _ in group.tokens])
         self._positions[at_group, at_column] = at_position
         branch_positions = self._positions.new_zeros(len(self._groups) * branches)
         branch_positions[grid_index] = at_position
+        pieces = [Part(group.done, table[group.row, : group.done + count]) for group, count in parts]
         layout = TreeLayout(
             cache=self._cache,
+            slots=torch.cat([table[at_group, at_column], *(piece.slots[piece.start :] for piece in pieces)]),
             sequence=at_group,
-            column=at_column,
             grid_index=None if len(group_rows) == len(self._groups) * branches else grid_index,
             visible=visible[: len(self._groups)],
             branch_positions=branch_positions.view(len(self._groups), branches),
             positions=self._positions[: len(self._groups)],
-            prompts=[(group.row, len(group.prompt)) for group in fresh],
+            table=table[: len(self._groups)],
+            parts=pieces,
         )
-        self._visible = visible if branches else self._visible.new_zeros(self._cache.rows, 1, self._cache.columns)
-        for group in fresh:
+        self._visible = visible if branches else self._visible.new_zeros(self._rows, 1, self._columns)
+        for group, count in parts:
             length = len(group.prompt)
-            self._visible[group.row, 0, :length] = True
-            self._positions[group.row, :length] = torch.arange(length, device=self._device)
+            if group.done + count == length:
+                self._visible[group.row, 0, :length] = True
+                self._positions[group.row, :length] = torch.arange(length, device=self._device)
         return layout
+
+    @property
+    def _rows(self) -> int:
+        return self._positions.shape[0]
+
+    @property
+    def _columns(self) -> int:
+        return self._positions.shape[1]
+
+    def _slots_of_columns(self) -> Tensor:
+        """Returns the slot in the cache of each column of each group: (rows, C)."""
+        rows: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for group in self._groups:
+            own, known = cast(Lease, group.lease).pages, self._mapped[group.row]
+            count = min(len(own), self._table.shape[1])
+            if count > known:
+                rows += [group.row] * (count - known)
+                columns += range(known, count)
+                pages += own[known:count]
+                self._mapped[group.row] = count
+        if pages:
+            self._table[self._tensor(rows), self._tensor(columns)] = self._tensor(pages)
+        if self._pages.count * PAGE > self._cache.slots:
+            self._cache.resize(self._pages.count * PAGE)
+        return (self._table[:, :, None] * PAGE + torch.arange(PAGE, device=self._device)).flatten(1)
 
     def _grid(self, places: Tensor, parents_see: Tensor, branches: int) -> Tensor:
         """Spreads what branches see (R, C) over groups and their branches (rows, N, C)."""
-        grid = parents_see.new_zeros(self._cache.rows * branches, parents_see.shape[1])
+        grid = parents_see.new_zeros(self._rows * branches, parents_see.shape[1])
         grid[places] = parents_see
-        return grid.view(self._cache.rows, branches, parents_see.shape[1])
+        return grid.view(self._rows, branches, parents_see.shape[1])
 
     def _fit(self, needed: int, alive: Tensor) -> bool:
-        """Gives the cache as many rows and columns as are needed, and not many more; tells whether it changed."""
-        rows, columns = self._cache.rows, self._cache.columns
+        """Makes as many rows and columns as are needed, and not many more; tells whether that changed anything."""
+        rows, columns = self._rows, self._columns
         if len(self._groups) > rows:
             rows = max(len(self._groups), min(2 * rows, rows + 8))
         fitting = -(-needed // _COLUMNS) * _COLUMNS
@@ -275,10 +499,11 @@ class CachedDecoder(Decoder):
         elif fitting * 2 <= columns:  # a long group has gone
             last = int(alive.any(0).nonzero().max()) + 1 if bool(alive.any()) else 0
             columns = max(fitting, -(-last // _COLUMNS) * _COLUMNS)
-        if (rows, columns) == (self._cache.rows, self._cache.columns):
+        if (rows, columns) == (self._rows, self._columns):
             return False
-        self._cache.resize(rows, columns)
         self._positions = resized(self._positions, (rows, columns))
+        self._table = self._table.new_zeros(rows, columns // PAGE)
+        self._mapped = [0] * len(self._groups)
         return True
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
@@ -295,26 +520,35 @@ class PlainDecoder(Decoder):
     @torch.no_grad()
     def step(self) -> Tensor:
         rows: list[tuple[int, ...]] = []
+        scored: list[SequenceGroup] = []
         for group in self._groups:
+            group.prompt_rows = _NONE
             if group.length:
                 group.paths = [
                     (*group.paths[parent], token) for parent, token in zip(group.parents, group.tokens, strict=True)
                 ]
             else:
                 group.paths = [tuple(group.prompt)]
-            group.length = len(group.paths[0])
+                scored += [group] if group.scored else []
+            group.done = group.length = len(group.paths[0])
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
         slots = [group.slot for group in self._groups for _ in group.paths]
         parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
         with evaluating(self._model.modules()):
-            logits = torch.cat([self._last_logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts])
-        places = torch.empty(len(rows), dtype=torch.long, device=self._device)
-        places[[row for part in parts for row in part]] = torch.arange(len(rows), device=self._device)
-        return logits[places]
+            results = [self._logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts]
+            places = torch.empty(len(rows), dtype=torch.long, device=self._device)
+            places[[row for part in parts for row in part]] = torch.arange(len(rows), device=self._device)
+            logits = [torch.cat([_after_last(*result) for result in results])[places]]
+            count = len(rows)
+            for group in scored:
+                logits.append(self._logits([group.paths[0]], [group.slot])[0][0])
+                group.prompt_rows = slice(count, count + group.length)
+                count += group.length
+        return torch.cat(logits) if scored else logits[0]
 
-    def _last_logits(self, rows: Sequence[Sequence[int]], slots: Sequence[Slot | None]) -> Tensor:
-        """Returns the logits (R, V) after the last token of each row, which has its adapter."""
+    def _logits(self, rows: Sequence[Sequence[int]], slots: Sequence[Slot | None]) -> tuple[Tensor, Tensor]:
+        """Returns logits (R, T, V) of rows, each of which has its adapter, and the place of each row's last token."""
         # Padded behind, where causal models do not look.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -328,16 +562,61 @@ class PlainDecoder(Decoder):
             overrides = self._bank.overrides(whole, whole, {})
         with overriding(overrides):
             logits = plain_logits(self._model, ids.to(self._device))
-        return logits[torch.arange(len(rows), device=self._device), last]
+        return logits, last
+
+
+def _after_last(logits: Tensor, last: Tensor) -> Tensor:
+    return logits[torch.arange(len(logits), device=logits.device), last]
+
+
+class _Roots:
+    """Where kept texts begin: a root for each way of computing them, as long as the weights are what they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._base: Node | None = None
+        self._of_slots: weakref.WeakKeyDictionary[Slot, dict[float, Node]] = weakref.WeakKeyDictionary()
+        self._weights: list[Any] = []
+        self._counts: list[int] = []
+        self._holds = False
+
+    def find(self, pages: Pages, slot: Slot | None, scale: float | None) -> Node | None:
+        """Returns the root for an adapter at a scale, or for the base alone; None: nothing may be kept."""
+        weights, counts = _state_of(self._model)
+        if counts != self._counts or any(a is not b for a, b in zip(weights, self._weights, strict=True)):
+            self._weights, self._counts = weights, counts
+            self._base, self._holds = None, bool(adapted_layers(self._model))
+            self._of_slots.clear()
+            pages.clear()
+        if self._holds:
+            return None
+        if slot is None:
+            self._base = self._base or Node()
+            return self._base
+        return self._of_slots.setdefault(slot, {}).setdefault(cast(float, scale), Node())
+
+
+def _state_of(model: nn.Module) -> tuple[list[Any], list[int]]:
+    """Returns a model's modules and tensors, and numbers that change when one of these does."""
+    parts: list[Any] = list(model.modules())
+    tensors = [
+        tensor
+        for module in parts
+        for each in (module._parameters, module._buffers)
+        for tensor in each.values()
+        if tensor is not None
+    ]
+    counts = [number for t in tensors for number in (t.data_ptr(), 0 if t.is_inference() else t._version)]
+    return [*parts, *tensors], counts
 
 
 _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 
 
-def make_decoder(model: nn.Module | Bank, longest: int = 0) -> Decoder:
+def make_decoder(model: nn.Module | Bank, longest: int = 0, **settings: Any) -> Decoder:
     """Returns the fastest decoder that is right for a model, or for a bank of adapters over one.
 
-    Sequences have up to `longest` tokens.
+    Sequences have up to `longest` tokens; `settings` are those of `CachedDecoder`.
 
     Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
     random tokens.
@@ -356,7 +635,7 @@ def make_decoder(model: nn.Module | Bank, longest: int = 0) -> Decoder:
     limit = rope_limit(model)
     if limit is not None and longest > limit:
         return PlainDecoder(model, bank)
-    decoder = CachedDecoder(model, bank)
+    decoder = CachedDecoder(model, bank, **settings)
     decoder.longest = limit
     return decoder
 

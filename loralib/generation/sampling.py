@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..settings import check, setting, settings_class
 
-__all__ = ["Sampling", "banned_tokens", "choose", "penalize"]
+__all__ = [
+    "NOTHING_LEFT",
+    "NO_NUMBER",
+    "Sampling",
+    "TokenLogprob",
+    "banned_tokens",
+    "choose",
+    "log_probabilities",
+    "penalize",
+]
+
+NOTHING_LEFT: Final = -1
+NO_NUMBER: Final = -2
 
 # Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
+# Tokens whose probabilities are added up first where one is drawn from all.
+_BLOCK: Final = 64
+# Rows of a whole vocabulary that are computed with at a time.
+_ROWS: Final = 64
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, in natural logarithms of the model's own distribution: no penalty or temperature.
+
+    Attributes:
+        token: its id.
+        logprob: of the token.
+        top: the likeliest tokens in its place, best first: id and log-probability.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 @settings_class
@@ -22,8 +65,8 @@ _FIRST_CUT: Final = 256
 class Sampling:
     """The settings of one request: how long it gets and how each token is chosen.
 
-    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2.  Penalty and ban look at generated
-    tokens only, never at the prompt: a completion may repeat its names.
+    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2; presence and frequency penalty are
+    OpenAI's.  Penalties and ban look at generated tokens only, never at the prompt: a completion may repeat its names.
 
     A seed draws the same text whatever is computed beside it, but for rounding: in fp32 that hardly ever shows, in bf16
     after some tokens.
@@ -35,7 +78,7 @@ class Sampling:
     ('END',)
     """
 
-    max_new_tokens: int = setting(128, "maximum number of tokens to generate", "length", at_least=1)
+    max_new_tokens: int = setting(128, "maximum number of tokens to generate", "length", at_least=0)
     min_new_tokens: int = setting(0, "minimum number of tokens before the text may end", "length", at_least=0)
     stop: str | Sequence[str] = setting(
         (),
@@ -60,6 +103,37 @@ class Sampling:
     no_repeat_ngram_size: int = setting(
         0, "generate no sequence of this many tokens twice; 0: off", "sampling", at_least=0
     )
+    presence_penalty: float = setting(
+        0.0, "subtracted from the logits of tokens that were already generated", "sampling", at_least=-2, at_most=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "subtracted once for each time that a token was already generated", "sampling", at_least=-2, at_most=2
+    )
+    logit_bias: Mapping[int, float] = setting(
+        {},
+        "added to the logits of some tokens, by id; 100 all but forces one, -100 bans it",
+        "sampling",
+        several="pairs",
+        at_least=-100,
+        at_most=100,
+    )
+    json_schema: str | None = setting(
+        None,
+        "JSON schema that the text must follow; {} allows any JSON object",
+        "sampling",
+        rule=_is_json,
+        expected="a JSON schema, as text",
+    )
+    logprobs: int | None = setting(
+        None,
+        "return the log-probability of each token, and of this many of the likeliest in its place",
+        "sampling",
+        at_least=0,
+        flag=False,
+    )
+    prompt_logprobs: bool = setting(
+        False, "return the log-probabilities of the prompt's tokens too", "sampling", flag=False
+    )
     seed: int = setting(0, "random seed; prompt i uses seed + i", "sampling")
     num_beams: int = setting(1, "above 1: beam search with this many beams", "beam search", at_least=1)
     length_penalty: float = setting(
@@ -77,10 +151,23 @@ class Sampling:
 
     def _faults(self) -> list[str]:
         faults = []
+        if not self.max_new_tokens and not self.prompt_logprobs:
+            faults.append("max_new_tokens is 0, expected at least 1 (0 only with prompt_logprobs)")
+        if any(token < 0 for token in self.logit_bias):
+            faults.append(f"logit_bias has the token {min(self.logit_bias)}, expected ids of at least 0")
         if self.min_new_tokens > self.max_new_tokens:
             faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
         if self.num_beams > 1:
-            off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ()}
+            off = {
+                "temperature": 0.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "stop": (),
+                "json_schema": None,
+                "logprobs": None,
+                "prompt_logprobs": False,
+            }
             clashes = [name for name, value in off.items() if getattr(self, name) != value]
             faults += [f"{name} has no effect in beam search (num_beams is {self.num_beams})" for name in clashes]
         return faults
@@ -88,7 +175,14 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether logits are used as they are, but for the temperature and the cuts."""
-        return self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.min_new_tokens
+        return (
+            self.repetition_penalty == 1
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and not self.logit_bias
+            and not self.no_repeat_ngram_size
+            and not self.min_new_tokens
+        )
 
 
 def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
@@ -106,7 +200,9 @@ def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
 
 
 def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sampling) -> None:
-    """Applies repetition penalty, minimal length and n-gram ban to one row of logits, in place and in this order.
+    """Applies penalties, bias, n-gram ban and minimal length to one row of logits, in place and in this order.
+
+    The repetition penalty comes first.
 
     Args:
         logits: (V,), before any softmax.
@@ -124,11 +220,43 @@ def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sa
         seen = torch.tensor(sorted(set(tokens)), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if (own.presence_penalty or own.frequency_penalty) and tokens:
+        counts = Counter(tokens)
+        less = [own.presence_penalty + own.frequency_penalty * count for count in counts.values()]
+        logits[list(counts)] -= torch.tensor(less, dtype=logits.dtype, device=logits.device)
+    if bias := {token: value for token, value in own.logit_bias.items() if token < len(logits)}:
+        logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
     banned = banned_tokens(tokens, own.no_repeat_ngram_size)
     if len(tokens) < own.min_new_tokens:
         banned += [end for end in ends if end < len(logits)]
     if banned:
         logits[banned] = float("-inf")
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """Returns how likely tokens were.
+
+    Args:
+        logits: (R, V), as the model computed them.
+        tokens: the token of each row.
+        counts: how many of the likeliest tokens to name with each.
+
+    >>> [found] = log_probabilities(torch.tensor([[0.0, 1.0, -1.0]]), [0], [2])
+    >>> round(found.logprob, 4), [(token, round(value, 4)) for token, value in found.top]
+    (-1.4076, [(1, -0.4076), (0, -1.4076)])
+    """
+    found = []
+    for at in range(0, len(tokens), _ROWS):  # whole vocabularies in fp32 take room
+        part = torch.log_softmax(logits[at : at + _ROWS], -1, dtype=torch.float32)
+        places = torch.tensor(tokens[at : at + _ROWS], device=part.device)
+        own = part.gather(1, places[:, None])[:, 0].tolist()
+        most = min(max(counts[at : at + _ROWS]), part.shape[1])
+        best = [rows.tolist() for rows in part.topk(most)] if most else [[()] * len(part)] * 2
+        for token, value, count, values, ids in zip(
+            tokens[at : at + _ROWS], own, counts[at : at + _ROWS], *best, strict=True
+        ):
+            found.append(TokenLogprob(token, value, tuple(zip(ids, values, strict=True))[:count]))
+    return found
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
@@ -142,45 +270,80 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
         uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
 
     Returns:
-        R tokens.
+        R tokens; `NOTHING_LEFT` where all are banned, `NO_NUMBER` where the largest logit is NaN or infinite.
 
     >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
     >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
     [1, 2]
     """
-    tokens: list[int] = logits.max(-1).indices.tolist()  # argmax is four times as slow in bf16
-    for row, (own, uniform) in enumerate(zip(settings, uniforms, strict=True)):
-        if own.temperature > 0:
-            tokens[row] = _draw(logits[row].float() / own.temperature, own, uniform)
+    best = logits.max(-1)  # argmax is four times as slow in bf16
+    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    tokens = [
+        token if math.isfinite(value) else NOTHING_LEFT if value == -math.inf else NO_NUMBER for value, token in found
+    ]
+    alike: dict[tuple[int, float, float], list[int]] = {}
+    for row, own in enumerate(settings):
+        if own.temperature > 0 and tokens[row] >= 0:
+            alike.setdefault((own.top_k, own.top_p, own.min_p), []).append(row)
+    for rows in alike.values():
+        heat = torch.tensor([settings[row].temperature for row in rows], device=logits.device)
+        some = logits if len(rows) == len(logits) else logits[rows]
+        probabilities = torch.softmax(some.float() / heat[:, None], -1)
+        wanted = torch.tensor([uniforms[row] for row in rows], dtype=torch.float64, device=logits.device)
+        for row, token in zip(rows, _draw(probabilities, settings[rows[0]], wanted).tolist(), strict=True):
+            tokens[row] = token
     return tokens
 
 
-def _draw(scores: Tensor, own: Sampling, uniform: float) -> int:
-    probabilities = torch.softmax(scores, -1)
+def _draw(probabilities: Tensor, own: Sampling, uniforms: Tensor) -> Tensor:
+    """Draws a token for each row (n, V), all with the same cuts."""
     if own.top_k == 0 and own.top_p == 1 and own.min_p == 0:
-        return _inverse(probabilities, uniform)
-    count = len(scores) if own.top_k == 0 else min(own.top_k, len(scores))
-    width = min(_FIRST_CUT, count)
-    while True:
+        return _inverse(probabilities, uniforms)
+    size = probabilities.shape[1]
+    count = size if own.top_k == 0 else min(own.top_k, size)
+    width = count if own.top_k else min(_FIRST_CUT, count)
+    drawn = torch.zeros_like(uniforms, dtype=torch.long)
+    left = torch.arange(len(uniforms), device=uniforms.device)
+    while len(left):
         # As other libraries do it: top-p counts within what top-k left, min-p cuts what both left.
-        best, order = probabilities.topk(width)
-        total = best.sum() if own.top_k and width == count else probabilities.sum()
-        if own.top_k and width < count:
-            width = count
-            continue
-        before = torch.cumsum(best, 0) - best
-        kept = (before < own.top_p * total) & (best >= own.min_p * best[0])
-        if width == count or not bool(kept[-1]):
-            break
-        width = min(width * 16, count)
-    # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood, and
-    # with it what a seed draws.
-    tokens, places = order[kept].sort()
-    return int(tokens[_inverse(best[kept][places], uniform)])
+        some = probabilities if len(left) == len(uniforms) else probabilities[left]
+        best, order = some.topk(width)
+        total = (best if own.top_k else some).sum(-1, keepdim=True)
+        before = torch.cumsum(best, -1) - best
+        kept = (before < own.top_p * total) & (best >= own.min_p * best[:, :1])
+        done = torch.ones_like(left, dtype=torch.bool) if width == count else ~kept[:, -1]
+        # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood,
+        # and with it what a seed draws.
+        tokens, places = order.sort(-1)
+        chosen = _inverse(torch.where(kept, best, 0).gather(-1, places), uniforms[left])
+        drawn[left[done]] = tokens.gather(-1, chosen[:, None])[done, 0]
+        left, width = left[~done], min(width * 16, count)
+    return drawn
 
 
-def _inverse(weights: Tensor, uniform: float) -> int:
-    """The first index whose cumulative weight exceeds that share of the whole."""
-    cumulative = torch.cumsum(weights.double(), 0)  # in fp32 the last of 50,000 sums would be off by more than a token
-    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    return min(index, int(weights.nonzero()[-1]))
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """For each row (n, V), the first index whose cumulative weight exceeds that share of the whole.
+
+    >>> _inverse(torch.tensor([[0.0, 1.0, 0.0, 3.0]]).repeat(2, 1), torch.tensor([0.0, 0.3]).double()).tolist()
+    [1, 3]
+    """
+    # In fp64: in fp32 the last of 50,000 sums would be off by more than a token.  Blocks first, which are few.
+    weights = F.pad(weights, (0, -weights.shape[1] % _BLOCK))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    before, block = _first_above(blocks.sum(-1, dtype=torch.float64), uniforms)
+    own = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0].double()
+    return block * _BLOCK + _first_above(own, uniforms, before)[1]
+
+
+def _first_above(weights: Tensor, uniforms: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns what is left of a cumulative weight before the index that exceeds it, and that index, of each row.
+
+    `wanted` is that weight; None: the row's share of the whole.
+    """
+    cumulative = weights.cumsum(-1)
+    wanted = cumulative[:, -1] * uniforms if wanted is None else wanted
+    index = torch.searchsorted(cumulative, wanted[:, None].clamp(min=0), right=True)[:, 0]
+    # Rounding never leads beyond the last one that has any weight.
+    index = torch.minimum(index, (cumulative < cumulative[:, -1:]).sum(-1))
+    reached = (cumulative - weights).gather(-1, index[:, None])[:, 0]
+    return wanted - reached, index

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+import torch
 from torch import nn
 
-from ..engine.bank import Bank
+from ..engine.bank import Bank, bank_and_base
+from ..engine.forward import device_of
+from ..engine.limits import context_length, text_config
+from ..errors import BusyServerError
+from ..files import free_memory
+from .pages import PAGE
 from .sampling import Sampling
 from .streaming import Generator, Piece, Prompt
 
-__all__ = ["Service", "Ticket"]
+__all__ = ["Service", "ServiceStats", "Ticket", "default_cache_tokens"]
 
 Result = TypeVar("Result")
 Listener = Callable[[Piece | BaseException], None]
+
+# Tokens of prompts that are computed in one step, which is how long running requests wait for their next token.
+_PROMPT_TOKENS: Final = 512
+# Where neither the free memory nor the sizes of a model are known.
+_SOME_TOKENS: Final = 65_536
 
 
 @dataclass(frozen=True)
@@ -34,51 +47,116 @@ class Ticket:
     prompt_tokens: int
 
 
+@dataclass(frozen=True)
+class ServiceStats:
+    """What a service has done and is doing.
+
+    Attributes:
+        running: requests that are computed together at the moment.
+        waiting: requests that wait for a place.
+        used_tokens: tokens whose keys and values are kept or promised.
+        cache_tokens: how many can be.
+        prompt_tokens: of all prompts that were begun, since the start.
+        generated_tokens: since the start.
+        reused_tokens: tokens of prompts that did not have to be computed again, since the start.
+    """
+
+    running: int
+    waiting: int
+    used_tokens: int
+    cache_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    reused_tokens: int
+
+
 class Service:
     """Generates for requests that come from any thread, all in one batch.
+
+    Keys and values of up to `cache_tokens` tokens are kept.  A request joins when its prompt and all that it may
+    generate have room there, so that none fails half way; what room is left holds the texts of earlier requests, and
+    one that begins as they do, with the same adapter, goes on from there.  Clients take turns; a large request is
+    overtaken by 16 others at most.
 
     Args:
         model: a causal language model, or a `Bank`, of which each request chooses an adapter.
         tokenizer: its tokenizer.
         max_requests: how many are computed together; the others wait.
+        max_waiting: how many more are taken in; the others are refused.
+        cache_tokens: for how many tokens keys and values are kept; default: what half of the free memory holds, and no
+            more than `max_requests` texts that fill the model's context.
     """
 
-    def __init__(self, model: nn.Module | Bank, tokenizer: Any, *, max_requests: int = 64) -> None:
-        self._generator = Generator(model, tokenizer, max_requests=max_requests)
+    def __init__(
+        self,
+        model: nn.Module | Bank,
+        tokenizer: Any,
+        *,
+        max_requests: int = 64,
+        max_waiting: int = 256,
+        cache_tokens: int | None = None,
+    ) -> None:
+        self._most, self._max_waiting = max_requests + max_waiting, max_waiting
+        self._cache_tokens = cache_tokens or default_cache_tokens(bank_and_base(model)[1], max_requests)
+        self._generator = Generator(
+            model,
+            tokenizer,
+            max_requests=max_requests,
+            max_prompt_tokens=_PROMPT_TOKENS,
+            cache_tokens=self._cache_tokens,
+            reuse=True,
+            on_error=self._end_with,
+        )
+        self._lock = threading.Lock()
+        self._encoding = threading.Lock()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
+        self._closing = False
+        self._deadline = 0.0
         self._thread = threading.Thread(target=self._run, name="loralib-service", daemon=True)
         self._thread.start()
 
     def submit(
-        self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, listener: Listener
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        adapter: str | None = None,
+        *,
+        client: str = "",
+        listener: Listener,
     ) -> Ticket:
-        """Takes a request in.
+        """Takes a request in; it does not wait for the model.
 
         Args:
             prompt: a text, or token ids.
             sampling: its settings.
             adapter: the name of an adapter in the bank; None: the base alone.
-            listener: called with each piece, or with the error that ended the request, in the model's thread; it must
-                return at once.
+            client: who asks: places are given to clients in turn.
+            listener: called with each piece, or with the error that ended the request, in the model's thread, perhaps
+                before this returns; it must return at once.  One that raises is not called again.
 
         Raises:
             AdapterError: there is no such adapter.
+            BusyServerError: too many requests wait, or the service is ending.
             ConfigError: the settings cannot be used in a stream.
-            DataError: the prompt has no tokens, or too many for the model.
+            DataError: the prompt has no tokens, too many for the model, or more than the cache has room for.
+            MissingDependencyError: a JSON schema needs llguidance.
         """
+        self._refuse_more()  # before any work
+        with self._encoding:
+            request = self._generator.prepared(prompt, sampling, adapter)
+        with self._lock:
+            self._refuse_more()
+            self._listeners[request.number] = listener
+            self._calls.put(lambda: self._generator.queue(request, client))
+        return Ticket(request.number, len(request.ids))
 
-        def add() -> Ticket:
-            number = self._generator.add(prompt, sampling, adapter)
-            self._listeners[number] = listener
-            return Ticket(number, 0)
-
-        return self.call(add)
-
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, client: str = ""
+    ) -> Iterator[Piece]:
         """Yields the pieces of one request; see `submit`.  Closing the iterator cancels it."""
         pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
-        ticket = self.submit(prompt, sampling, adapter, listener=pieces.put)
+        ticket = self.submit(prompt, sampling, adapter, client=client, listener=pieces.put)
         try:
             while True:
                 piece = pieces.get()
@@ -91,16 +169,19 @@ class Service:
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forgets a request: its listener is not called again."""
-
-        def forget() -> None:
+        """Forgets a request, if it has not ended: its listener gets at most the piece that is on its way."""
+        with self._lock:
             if self._listeners.pop(ticket.number, None) is not None:
-                self._generator.cancel(ticket.number)
-
-        self._calls.put(forget)
+                self._calls.put(lambda: self._generator.cancel(ticket.number))
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """Runs a function in the model's thread, between two steps, and returns what it returns."""
+        """Runs a function in the model's thread, between two steps, and returns what it returns.
+
+        Raises:
+            BusyServerError: the service is ending.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -109,37 +190,112 @@ class Service:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._calls.put(run)
+        with self._lock:
+            self._refuse_if_closing()
+            self._calls.put(run)
         return future.result()
 
-    def close(self) -> None:
-        """Ends the thread; requests that are running are forgotten."""
-        self._calls.put(None)
-        self._thread.join()
+    def stats(self) -> ServiceStats:
+        """Returns what the service has done and is doing."""
+        counts, running = self._generator.counts, self._generator.running
+        return ServiceStats(
+            running,
+            max(len(self._listeners) - running, 0),
+            self._generator.used_tokens,
+            self._cache_tokens,
+            counts.prompt_tokens,
+            counts.generated_tokens,
+            counts.reused_tokens,
+        )
+
+    def close(self, finish_within: float = 0.0) -> None:
+        """Takes no more requests, and ends the thread.
+
+        Args:
+            finish_within: seconds that requests may take to finish; those that are left get a BusyServerError.
+        """
+        with self._lock:
+            if not self._closing:
+                self._closing, self._deadline = True, time.monotonic() + finish_within
+                self._calls.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _refuse_more(self) -> None:
+        self._refuse_if_closing()
+        if len(self._listeners) >= self._most:
+            raise BusyServerError(
+                f"{len(self._listeners)} requests are running or waiting already, and no more than {self._max_waiting} "
+                "may wait. Try again later."
+            )
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise BusyServerError("the server is shutting down")
+
+    # In the model's thread.
 
     def _run(self) -> None:
-        while True:
-            call = None
-            try:
+        while not (self._closing and (time.monotonic() >= self._deadline or not self._listeners)):
+            with contextlib.suppress(queue.Empty):
                 call = self._calls.get(block=not len(self._generator))
-            except queue.Empty:
-                self._step()
+                if call is not None:
+                    call()
                 continue
-            if call is None:
-                self._generator.close()
-                return
-            call()
+            self._step()
+        while not self._calls.empty():  # nobody waits for ever; what `close` was too early for is cancelled below
+            call = self._calls.get()
+            if call is not None:
+                call()
+        self._end_all(BusyServerError("the server is shutting down"))
 
     def _step(self) -> None:
         try:
             pieces = self._generator.step()
-        except BaseException as error:
-            listeners, self._listeners = self._listeners, {}
-            for listener in listeners.values():
-                listener(error)
+        except Exception as error:  # what ended one request came through `_end_with`
+            self._end_all(error)
             return
         for piece in pieces:
-            listener = self._listeners[piece.request]
-            if piece.finish_reason is not None:
-                del self._listeners[piece.request]
+            self._tell(piece.request, piece, last=piece.finish_reason is not None)
+
+    def _end_with(self, number: int, error: Exception) -> None:
+        self._tell(number, error, last=True)
+
+    def _end_all(self, error: Exception) -> None:
+        self._generator.close()
+        for number in list(self._listeners):
+            self._tell(number, error, last=True)
+
+    def _tell(self, number: int, piece: Piece | BaseException, *, last: bool) -> None:
+        with self._lock:
+            listener = self._listeners.pop(number, None) if last else self._listeners.get(number)
+        if listener is None:  # cancelled
+            return
+        try:
             listener(piece)
+        except Exception:
+            if not last:
+                with self._lock:
+                    self._listeners.pop(number, None)
+                self._generator.cancel(number)
+
+
+def default_cache_tokens(model: nn.Module, texts: int) -> int:
+    """Returns for how many tokens to keep keys and values: what half of the free memory holds.
+
+    That is two vectors a layer, each as long as its heads of keys together.  It is no more than this many texts need
+    that fill the model's context, and enough for one.
+    """
+    config, device = text_config(model), device_of(model)
+    context = context_length(model)
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(heads, int)) or free is None:
+        tokens = _SOME_TOKENS
+    else:
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head = getattr(config, "head_dim", None) or width // heads
+        size = next(model.parameters()).element_size()
+        tokens = int(free / 2 / (2 * layers * kv_heads * head * size))
+    return tokens if context is None else max(context + PAGE, min(tokens, texts * context))

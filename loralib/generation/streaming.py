@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.tokens import prompt_ids
 from ..engine.bank import Bank, bank_and_base
-from ..errors import ConfigError, DataError, did_you_mean, list_faults
+from ..engine.limits import table_rows
+from ..errors import ConfigError, DataError, UnsupportedModelError, did_you_mean, list_faults
 from .beam import search
 from .decoder import SequenceGroup, make_decoder
-from .sampling import Sampling, choose, penalize
+from .grammar import Constraint, Grammars
+from .queueing import FairQueue
+from .sampling import NO_NUMBER, NOTHING_LEFT, Sampling, TokenLogprob, choose, log_probabilities, penalize
 from .text import TextStream, check_prompts, end_tokens, new_tokens
 
 __all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
@@ -34,6 +37,9 @@ class Piece:
         ids: the new tokens; the end token is not among them.
         finish_reason: None while it goes on; "stop": the end token or a stop text came; "length": the limit did.
         score: of a beam search, see `Hypothesis`.
+        logprobs: one for each of `ids`, where the settings ask for them.
+        prompt_logprobs: in the first piece, where the settings ask for them; None for the first token.
+        cached_tokens: in the first piece, how many tokens of the prompt were not computed again.
     """
 
     request: int
@@ -41,6 +47,9 @@ class Piece:
     ids: tuple[int, ...]
     finish_reason: str | None = None
     score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Generation:
         finish_reason: "stop" or "length", see `Piece`.
         prompt_tokens: length of the prompt.
         score: of a beam search, see `Hypothesis`.
+        logprobs: see `Piece`.
+        prompt_logprobs: see `Piece`.
     """
 
     text: str
@@ -60,9 +71,11 @@ class Generation:
     finish_reason: str
     prompt_tokens: int
     score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     number: int
     ids: list[int]
@@ -70,11 +83,35 @@ class _Request:
     text: TextStream
     limit: int
     adapter: str | None = None
+    constraint: Constraint | None = None
     generated: list[int] = field(default_factory=list)
     group: SequenceGroup | None = None
+    begun: bool = False
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.sampling.seed)
+
+    @property
+    def row(self) -> int:
+        """Which row of the last logits is its own."""
+        assert self.group is not None
+        return int(self.group.rows.start)
+
+
+@dataclass
+class Counts:
+    """What a generator has done so far.
+
+    Attributes:
+        prompt_tokens: of all prompts that were begun.
+        generated_tokens: of all requests.
+        reused_tokens: of prompts, those that did not have to be computed.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    reused_tokens: int = 0
 
 
 class Generator:
@@ -86,55 +123,117 @@ class Generator:
         model: a causal language model, adapted or not; or a `Bank`, of which each request chooses an adapter.
         tokenizer: its tokenizer.
         max_requests: how many are computed together; the others wait.
-        max_prompt_tokens: new requests join with at most this many tokens at once (or one alone), so that those which
-            are generated already do not wait long.
+        max_prompt_tokens: in one step at most this many tokens of prompts are computed, longer prompts in parts, so
+            that requests which are generated already do not wait long.
+        cache_tokens: for how many tokens keys and values are kept.  A request joins when its prompt and all that it
+            may generate have room, so that none fails half way.  None: any number.
+        reuse: whether what was computed of a text is kept, in that room, for others that begin with it.
+        on_error: called with the number of a request that cannot go on, and the error; the others do.  None: the error
+            is raised, and all requests are forgotten.
+
+    Attributes:
+        counts: what was done so far.
     """
 
     def __init__(
-        self, model: nn.Module | Bank, tokenizer: Any, *, max_requests: int = 128, max_prompt_tokens: int = 2048
+        self,
+        model: nn.Module | Bank,
+        tokenizer: Any,
+        *,
+        max_requests: int = 128,
+        max_prompt_tokens: int = 2048,
+        cache_tokens: int | None = None,
+        reuse: bool = False,
+        on_error: Callable[[int, Exception], None] | None = None,
     ) -> None:
         self._given, self._tokenizer = model, tokenizer
         self._bank, self._model = bank_and_base(model)
         self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
-        self._decoder = make_decoder(model)
+        self._cache_tokens, self._reuse, self._on_error = cache_tokens, reuse, on_error
         self._ends = end_tokens(self._model, tokenizer)
-        self._waiting: deque[_Request] = deque()
+        self._grammars = Grammars(tokenizer, self._ends)
+        self._waiting: FairQueue[_Request] = FairQueue()
         self._running: list[_Request] = []
-        self._count = 0
+        self._count = itertools.count()
+        self._blocked = False  # no waiting request has room before another leaves
+        self.counts = Counts()
+        self._make_decoder()
+
+    def _make_decoder(self, longest: int = 0) -> None:
+        self._decoder = make_decoder(
+            self._given,
+            longest,
+            max_tokens=self._cache_tokens,
+            reuse=self._reuse,
+            max_prompt_tokens=self._max_prompt_tokens,
+        )
+        self._longest = longest if self._decoder.longest is None else 0
+        self._blocked = False
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None) -> int:
+    @property
+    def running(self) -> int:
+        """How many requests are computed at the moment."""
+        return len(self._running)
+
+    @property
+    def used_tokens(self) -> int:
+        """For how many tokens keys and values are kept or promised."""
+        return self._decoder.used_tokens
+
+    def add(
+        self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, client: str = ""
+    ) -> int:
         """Adds a request; returns the number that its pieces carry.
 
         Args:
             prompt: a text, or token ids.
             sampling: its settings.
             adapter: the name of an adapter in the bank; None: the base alone.
+            client: who asks; places are given to clients in turn.
 
         Raises:
             AdapterError: there is no such adapter.
-            ConfigError: the settings ask for a beam search, or there is no bank.
-            DataError: the prompt has no tokens, or too many for the model.
+            ConfigError: the settings ask for a beam search, or for a schema that cannot be followed; there is no bank.
+            DataError: the prompt has no tokens, too many for the model, or more than there is room for.
+            MissingDependencyError: a schema needs llguidance.
         """
+        request = self.prepared(prompt, sampling, adapter)
+        self.queue(request, client)
+        return request.number
+
+    def prepared(self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None) -> _Request:
+        """Returns what `add` adds, checked; this disturbs no other thread's `step`."""
         own = sampling or Sampling()
         if own.num_beams > 1:
             raise ConfigError("a beam search has no stream of tokens. Call `generate` or `beam_search`.")
         [ids] = encode_prompts(self._model, self._tokenizer, [prompt])
         _check_adapters(self._bank, [adapter])
+        _check_bias(self._model, own)
         limit = new_tokens(self._model, ids, own.max_new_tokens)
-        self._waiting.append(_Request(self._count, ids, own, TextStream(self._tokenizer, own.stop), limit, adapter))
-        self._count += 1
-        return self._count - 1
+        room = self._cache_tokens
+        if room is not None and not self._decoder.has_room(len(ids), limit):
+            raise DataError(
+                f"the prompt has {len(ids):,} tokens and up to {limit:,} may follow, and there is room for {room:,} in "
+                "all (cache_tokens). Shorten the prompt, or ask for fewer with max_new_tokens."
+            )
+        constraint = None if own.json_schema is None else self._grammars.follow(own.json_schema)
+        text = TextStream(self._tokenizer, own.stop)
+        return _Request(next(self._count), ids, own, text, limit, adapter, constraint)
+
+    def queue(self, request: _Request, client: str = "") -> None:
+        """Adds what was `prepared`."""
+        self._waiting.push(client, request)
+        self._blocked = False
 
     def cancel(self, number: int) -> None:
-        """Forgets a request: no more pieces of it come."""
-        self._waiting = deque(request for request in self._waiting if request.number != number)
-        for request in self._running:
-            if request.number == number:
-                self._leave(request)
-        self._running = [request for request in self._running if request.number != number]
+        """Forgets a request: no more pieces of it come.  One that has ended stays as it is."""
+        for request in [request for request in self._waiting if request.number == number]:
+            self._waiting.remove(request)
+        for request in [request for request in self._running if request.number == number]:
+            self._leave(request)
 
     def close(self) -> None:
         """Forgets all requests, and takes back what generating needs in the model's place."""
@@ -143,7 +242,7 @@ class Generator:
         self._decoder.close_all()
 
     def step(self) -> list[Piece]:
-        """Computes one token of every running request.
+        """Computes one token of every running request, or a part of its prompt.
 
         Raises:
             BusyModelError: the model is being trained.
@@ -153,45 +252,173 @@ class Generator:
             return []
         try:
             logits = self._decoder.step()
-        except BaseException:
-            self.close()  # the sequences may have grown by half a step
-            raise
-        requests = sorted(self._running, key=_row)  # the decoder may have moved them
-        changed = [request for request in requests if not request.sampling.plain]
+        except BaseException as error:  # the sequences may have grown by half a step
+            if self._on_error is None or not isinstance(error, Exception):
+                self.close()
+                raise
+            failed, self._running = self._running, []
+            self._decoder.close_all()
+            self._make_decoder()
+            for request in failed:
+                self._on_error(request.number, error)
+            return []
+        going = [request for request in self._running if request.group is not None and request.group.length]
+        going.sort(key=lambda request: request.row)  # the decoder may have moved them
+        return [*self._score_prompts(logits), *self._continue(going, logits)]
+
+    def _score_prompts(self, logits: Tensor) -> Iterator[Piece]:
+        """Notes down how likely prompts' tokens were, and ends requests that ask for nothing else."""
+        for request in [request for request in self._running if request.sampling.prompt_logprobs]:
+            group, scores = request.group, request.prompt_logprobs
+            assert group is not None
+            rows = logits[group.prompt_rows]
+            known = len(scores) - 1
+            ids = request.ids[known + 1 : known + 1 + len(rows)]  # those that come next; nothing does after the last
+            scores += log_probabilities(rows[: len(ids)], ids, [request.sampling.logprobs or 0] * len(ids))
+            if group.length and not request.limit:
+                self._leave(request)
+                yield self._piece(request, "", (), "length")
+
+    def _continue(self, requests: list[_Request], logits: Tensor) -> Iterator[Piece]:
+        """Chooses the next token of each request and yields what comes of it."""
+        requests = [request for request in requests if request.limit]
+        if not requests:
+            return
+        rows = [request.row for request in requests]
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+        plain = logits[wanted] if wanted else logits[:0]
+        changed = [r for r in requests if r.constraint is not None or not r.sampling.plain]
         if changed:
             logits = logits.float()  # half precision would make ties of what a penalty sets apart
-        for request in changed:
-            penalize(logits[_row(request)], request.generated, self._ends, request.sampling)
+        errors: dict[int, Exception] = {}
+        for row, request in enumerate(requests):
+            if request in changed:
+                try:
+                    penalize(logits[row], request.generated, self._ends, request.sampling)
+                    if request.constraint is not None:
+                        request.constraint.mask(logits[row])
+                except Exception as error:
+                    errors[row] = error
         tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
-        pieces = [_advance(*pair, self._ends) for pair in zip(requests, tokens, strict=True)]
-        self._running = []
-        for request, piece, token in zip(requests, pieces, tokens, strict=True):
+        scores: dict[int, TokenLogprob] = {}
+        if wanted:
+            chosen = [max(tokens[row], 0) for row in wanted]
+            counts = [requests[row].sampling.logprobs or 0 for row in wanted]
+            scores = dict(zip(wanted, log_probabilities(plain, chosen, counts), strict=True))
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            try:
+                if row in errors:
+                    raise errors[row]
+                piece = self._advance(request, token, scores.get(row))
+            except Exception as error:
+                self._fail(request, error)
+                continue
             if piece.finish_reason is None:
                 assert request.group is not None
                 request.group.grow([0], [token])
-                self._running.append(request)
             else:
                 self._leave(request)
-        return pieces
+            yield piece
+
+    def _advance(self, request: _Request, token: int, score: TokenLogprob | None) -> Piece:
+        """Returns what comes of a token that was chosen for a request."""
+        if token == NOTHING_LEFT:
+            raise ConfigError(
+                f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. "
+                "Compare json_schema, no_repeat_ngram_size and min_new_tokens."
+            )
+        if token == NO_NUMBER:
+            raise UnsupportedModelError(
+                f"the model computed logits that are no numbers after {len(request.ids) + len(request.generated)} "
+                "tokens: its weights or the adapter's are damaged, or its dtype is too narrow (try fp32)"
+            )
+        if token in self._ends:
+            return self._piece(request, request.text.finish(), (), "stop")
+        request.generated.append(token)
+        self.counts.generated_tokens += 1
+        if request.constraint is not None:
+            request.constraint.accept(token)
+        text, reason = request.text.add(token), None
+        done = request.constraint is not None and request.constraint.finished
+        if request.text.stopped:
+            reason = "stop"
+        elif done or len(request.generated) == request.limit:
+            text += request.text.finish()
+            reason = "stop" if done or request.text.stopped else "length"
+        return self._piece(request, text, (token,), reason, () if score is None else (score,))
+
+    def _piece(
+        self,
+        request: _Request,
+        text: str,
+        ids: tuple[int, ...],
+        reason: str | None,
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> Piece:
+        if request.begun:
+            return Piece(request.number, text, ids, reason, None, logprobs)
+        request.begun = True
+        assert request.group is not None
+        scores = tuple(request.prompt_logprobs) if request.sampling.prompt_logprobs else None
+        return Piece(request.number, text, ids, reason, None, logprobs, scores, request.group.known)
 
     def _admit(self) -> None:
-        tokens = 0
-        while self._waiting and len(self._running) < self._max_requests:
-            tokens += len(self._waiting[0].ids)
-            if tokens > self._max_prompt_tokens and tokens > len(self._waiting[0].ids):
-                break
-            request = self._waiting[0]
-            longest, limit = len(request.ids) + request.limit, self._decoder.longest
-            if limit is not None and longest > limit:
-                if self._running:  # they end as they began
-                    break
-                self._decoder = make_decoder(self._given, longest)
-            request.group = self._decoder.open(request.ids, request.adapter)
-            self._running.append(self._waiting.popleft())
+        while not self._blocked and len(self._running) < self._max_requests:
+            request = self._waiting.pop(self._begin)
+            if request is None:
+                # What is being computed may be the beginning of one that waits.
+                self._blocked = not self._decoder.pending
+                return
+            if request.group is not None:
+                self._running.append(request)
+
+    def _begin(self, request: _Request) -> bool:
+        """Tells whether a request is to leave the queue: it has a group then, or has ended."""
+        longest, tokens = len(request.ids) + request.limit, self._decoder.pending + len(request.ids)
+        if tokens > self._max_prompt_tokens and self._decoder.pending:
+            return False
+        try:
+            limit = self._decoder.longest
+            if not self._running and (self._longest or (limit is not None and longest > limit)):
+                self._make_decoder(longest if limit is None or longest > limit else 0)
+            elif limit is not None and longest > limit:
+                return False  # those that are running end as they began
+            scored = request.sampling.prompt_logprobs
+            request.group = self._decoder.admit(request.ids, request.adapter, limit=request.limit, scored=scored)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._on_error(request.number, error)
+            return True
+        if request.group is not None:
+            self.counts.prompt_tokens += len(request.ids)
+            self.counts.reused_tokens += request.group.known
+        return request.group is not None
+
+    def _fail(self, request: _Request, error: Exception) -> None:
+        if self._on_error is None:
+            self.close()
+            raise error
+        self._leave(request)
+        self._on_error(request.number, error)
 
     def _leave(self, request: _Request) -> None:
         assert request.group is not None
         self._decoder.close(request.group)
+        self._running.remove(request)
+        self._blocked = False
+
+
+def _check_bias(model: nn.Module, own: Sampling) -> None:
+    """Refuses a bias for tokens that the model does not have."""
+    size = table_rows(model)
+    unknown = sorted(token for token in own.logit_bias if size is not None and token >= size)
+    if size is not None and unknown:
+        raise ConfigError(
+            f"logit_bias has the tokens {', '.join(map(str, unknown[:8]))}, and this model's end at {size - 1:,}"
+        )
 
 
 def stream(
@@ -314,25 +541,9 @@ def join(pieces: Sequence[Piece], prompt: Sequence[int]) -> Generation:
         pieces[-1].finish_reason or "length",
         len(prompt),
         pieces[-1].score,
+        tuple(each for piece in pieces for each in piece.logprobs),
+        pieces[0].prompt_logprobs,
     )
-
-
-def _row(request: _Request) -> int:
-    assert request.group is not None
-    return int(request.group.rows.start)
-
-
-def _advance(request: _Request, token: int, ends: Sequence[int]) -> Piece:
-    if token in ends:
-        return Piece(request.number, request.text.finish(), (), "stop")
-    request.generated.append(token)
-    text, reason = request.text.add(token), None
-    if request.text.stopped:
-        reason = "stop"
-    elif len(request.generated) == request.limit:
-        text += request.text.finish()
-        reason = "stop" if request.text.stopped else "length"
-    return Piece(request.number, text, (token,), reason)
 
 
 def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -1,0 +1,108 @@
+"""Texts that follow a JSON schema: which tokens may come next (llguidance keeps the state of the grammar).
+
+What a schema says with keywords that llguidance does not know (``not``, ``uniqueItems``, look-around in a ``pattern``
+and a few more) is refused, never ignored.  A text that is cut at its limit of tokens is the beginning of one that
+follows the schema, no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MissingDependencyError, first_line
+
+__all__ = ["Constraint", "Grammars"]
+
+# Without a limit a small model may write blanks for ever.
+_BLANKS: Final = r"[ \t\n]{1,32}"
+
+
+class Constraint:
+    """The state of one text."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def mask(self, logits: Tensor) -> None:
+        """Bans what cannot come next, in one row of logits (V,), in place."""
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().bool()[: len(logits)].clone()
+        beyond = len(logits) - len(allowed)  # rows of a table that the tokenizer has no tokens for
+        banned = torch.nn.functional.pad(~allowed, (0, beyond), value=True)
+        logits.masked_fill_(banned.to(logits.device), float("-inf"))
+
+    def accept(self, token: int) -> None:
+        """Takes the token that was chosen.
+
+        Raises:
+            ConfigError: the grammar cannot go on.
+        """
+        if not self._matcher.consume_token(token):
+            raise ConfigError(f"json_schema is too much to follow: {first_line(Exception(self._matcher.get_error()))}")
+
+
+class Grammars:
+    """Makes constraints for the texts of one tokenizer.
+
+    Args:
+        tokenizer: of transformers, with the tokenizers library behind it.
+        ends: the tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, ends
+        self._made: Any = None
+
+    def follow(self, schema: str) -> Constraint:
+        """Returns the state of a text that has to follow a JSON schema; "{}" allows any JSON object.
+
+        Raises:
+            ConfigError: the schema is invalid, or says something that cannot be followed; or the tokenizer is of
+                another kind.
+            MissingDependencyError: llguidance is not installed.
+        """
+        try:
+            from llguidance import LLMatcher
+        except ImportError as error:
+            raise MissingDependencyError("json_schema needs llguidance: pip install 'loralib[serve]'") from error
+        parsed = json.loads(schema)
+        if not isinstance(parsed, dict):
+            raise ConfigError(f"json_schema is {schema[:60]}, expected a JSON object that describes the text")
+        try:
+            source = json.dumps(parsed or {"type": "object"})
+            grammar = LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": _BLANKS})
+            failed, said = LLMatcher.validate_grammar_with_warnings(grammar, self._of_tokens())
+        except ValueError as error:
+            failed, said = True, [str(error)]
+        if failed:
+            raise ConfigError(f"json_schema cannot be followed: {' '.join('; '.join(said).split())[:300]}")
+        return Constraint(LLMatcher(self._of_tokens(), grammar, log_level=0))
+
+    def _of_tokens(self) -> Any:
+        """Returns the tokenizer as llguidance reads it, which takes it half a second, once."""
+        if self._made is None:
+            from llguidance import LLTokenizer
+
+            backend = getattr(self._tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise ConfigError(
+                    f"json_schema needs a tokenizer of the tokenizers library, and this is a "
+                    f"{type(self._tokenizer).__name__}"
+                )
+            about = json.loads(backend.to_str())
+            about["truncation"] = about["padding"] = None  # what it does to rows is nothing to a grammar
+            count = max(backend.get_vocab().values()) + 1
+            self._made = LLTokenizer(
+                json.dumps(about), n_vocab=count, eos_token=sorted(e for e in self._ends if e < count)
+            )
+        return self._made
