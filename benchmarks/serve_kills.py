@@ -31,7 +31,7 @@ from loralib.training.report import read_metrics
 MODEL = "scratch-32x1-seed0"
 EXAMPLES = "".join(f'{{"prompt": "Number {n} is", "completion": "{n * n} when squared"}}\n' for n in range(40))
 SETTINGS = {
-    "rank": 4, "lr": 5e-3, "batch_size": 4, "num_epochs": 15, "save_steps": 3, "eval_steps": 7, "dtype": "fp32",
+    "rank": 4, "lr": 5e-3, "batch_size": 4, "num_epochs": 40, "save_steps": 3, "eval_steps": 7, "dtype": "fp32",
     "lora_dropout": 0.1, "valid_fraction": 0.2,
 }  # fmt: skip
 

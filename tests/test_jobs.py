@@ -35,6 +35,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from loralib.serve import jobs as jobs_module  # noqa: E402
 from loralib.serve import tuning, uploads  # noqa: E402
 from loralib.serve.app import create_app  # noqa: E402
+from loralib.serve.errors import install  # noqa: E402
 from loralib.serve.jobs import Job, Jobs  # noqa: E402
 from loralib.serve.process import LogTail, MetricsTail, last_words  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
@@ -52,8 +53,8 @@ def client_of(app: FastAPI) -> Any:
     """OpenAI's client, connected to an application."""
     return openai.OpenAI(
         api_key="none",
-        base_url="http://testserver/v1",
-        http_client=TestClient(app, raise_server_exceptions=False),
+        base_url="http://127.0.0.1/v1",
+        http_client=TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False),
         max_retries=0,
     )
 
@@ -61,6 +62,7 @@ def client_of(app: FastAPI) -> Any:
 def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
     """An application with the routes of files and jobs alone."""
     app = FastAPI()
+    install(app)
     app.include_router(tuning.router)
     app.state.server = SimpleNamespace(jobs=jobs, config=ServeConfig(**settings))
     return app
@@ -446,6 +448,7 @@ def test_an_id_is_no_path(jobs: Jobs, name: str) -> None:
         jobs.get(name)
 
 
+JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
@@ -551,7 +554,7 @@ def test_a_full_disk_refuses_and_the_server_goes_on(
 def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], status: int, words: str) -> None:
     file = jobs.files.add("a.jsonl", [EXAMPLES]).id
     body = {"model": MODEL, "training_file": file, **changes}
-    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body))
+    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
     assert not jobs.list()

@@ -4,58 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing, suppress
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
+from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from ..errors import OutputError, did_you_mean
+from ..errors import did_you_mean
 from .jobs import OVER, Checkpoint, Event, Job, Jobs
 from .state import RequestError
 from .uploads import Files, Upload, UploadedFile
 
 __all__ = ["router"]
 
-
-class _Route(APIRoute):
-    """Answers errors in OpenAI's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns the handler, with errors turned into answers."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except RequestError as error:
-                return _error(error.status, str(error), error.code, error.param)
-            except RequestValidationError as error:
-                faults = error.errors()
-                where = [".".join(map(str, fault["loc"][1:])) for fault in faults]
-                words = [f"{place}: {fault['msg']}" for place, fault in zip(where, faults, strict=True)]
-                return _error(400, "; ".join(words), None, where[0])
-            except OutputError as error:
-                full = "disk is full" in str(error)
-                return _error(507 if full else 500, "the server cannot write its files", "disk_full" if full else None)
-
-        return handle
-
-
-def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code, "param": param}}, status)
-
-
-router = APIRouter(route_class=_Route)
+router = APIRouter()
 
 Item = TypeVar("Item")
 Auto = Literal["auto"]
