@@ -45,8 +45,9 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
-                        "file": {"type": "string", "format": "binary"},
+                        "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": ["fine-tune"]},
                     },
                 }
@@ -326,7 +327,11 @@ def resume_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 def list_events(
-    request: Request, fine_tuning_job_id: str, after: str | None = None, limit: Limit = 20, stream: bool = False
+    request: Request,
+    fine_tuning_job_id: str,
+    after: Annotated[str, Query(pattern="^ftevent-[0-9]{1,17}$")] | None = None,
+    limit: Limit = 20,
+    stream: bool = False,
 ) -> dict[str, Any] | StreamingResponse:
     """Lists what happened to a job, the newest first; streamed: from the first on, until it is over."""
     jobs = _jobs(request)
@@ -377,7 +382,7 @@ def _page(
     """Returns the items after one, at most `limit`."""
     names = [name(item) for item in items]
     if after is not None and after not in names:
-        raise RequestError(f"after is {after[:80]!r}, which is none of the list", param="after")
+        raise RequestError(f"after is {after[:80]!r}, which is none of the list", 404, "not_found", "after")
     start = 0 if after is None else names.index(after) + 1
     return _cut(items[start:], limit, name, shape)
 
@@ -444,10 +449,7 @@ def _event_id(event: Event) -> str:
 
 
 def _event_number(word: str | None) -> int:
-    number = 0 if word is None else word.removeprefix("ftevent-")
-    if isinstance(number, str) and not (number.isascii() and number.isdigit() and len(number) < 18):
-        raise RequestError(f"after is {str(word)[:80]!r}, expected the id of an event", param="after")
-    return int(number)
+    return 0 if word is None else int(word.removeprefix("ftevent-"))
 
 
 def _event(event: Event) -> dict[str, Any]:
