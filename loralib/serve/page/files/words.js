@@ -16,7 +16,6 @@ export const WORDS = {
   base: ["base", "mô hình gốc"],
   adapter: ["adapter", "adapter"],
   loading: ["Loading …", "Đang tải …"],
-  close: ["Close", "Đóng"],
   none: ["none", "không có"],
   auto: ["auto", "tự động"],
   try_again: ["Try again", "Thử lại"],
@@ -148,7 +147,6 @@ export const WORDS = {
   job_done: ["Training is done", "Huấn luyện đã xong"],
   before_first_step: ["The first losses appear after the first step.", "Loss đầu tiên hiện sau bước đầu tiên."],
 
-  loss: ["Loss", "Loss"],
   training_loss: ["training", "huấn luyện"],
   validation_loss: ["validation", "kiểm định"],
   step: ["step", "bước"],
@@ -190,7 +188,6 @@ export const WORDS = {
   fact_parameters: ["{n} parameters", "{n} tham số"],
   fact_trained: ["Trained on", "Huấn luyện trên"],
   fact_settings: ["With", "Thiết lập"],
-  unknown: ["not known", "không rõ"],
   learned: ["What it learned", "Nó đã học được gì"],
   learned_hint: ["Size of the update (Frobenius norm) by layer and kind of module; darker: larger.",
     "Độ lớn của phần cập nhật (chuẩn Frobenius) theo lớp và loại mô-đun; đậm hơn: lớn hơn."],
