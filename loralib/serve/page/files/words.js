@@ -171,6 +171,7 @@ export const WORDS = {
   settings_compared: ["Settings compared", "So sánh thiết lập"],
   setting: ["Setting", "Thiết lập"],
   differs: ["differs", "khác nhau"],
+  by_default: ["default", "mặc định"],
   data: ["Data", "Dữ liệu"],
 
   adapters_title: ["Adapters", "Adapter"],
