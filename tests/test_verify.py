@@ -400,3 +400,49 @@ def test_llama_cpp_s_server_is_judged(tmp_path: Path, load_file: Callable[[Path]
         with llama_cpp(tmp_path / "base.gguf", *adapters) as address:
             verdict = judged(address, model="mine" if adapters else None)
         assert verdict.kind == kind, verdict
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]) -> Iterator[tuple[str, Path]]:
+    """Our own server with the adapter `mine`, and where its base and adapters are."""
+    from loralib.serve.app import create_app
+    from loralib.serve.server import start
+    from loralib.serve.settings import ServeConfig
+
+    folder = tmp_path_factory.mktemp("served")
+    made = load_file(ROOT / "tests" / "test_serve.py")
+    base = made.tiny_base(folder / "base")
+    mine = made.tiny_adapter(base, folder / "mine", seed=1)
+    made.tiny_adapter(base, folder / "other", seed=2)
+    served = start(ServeConfig(model=str(base), adapter=[f"mine={mine}"], dtype="fp32", api_key=["secret"]))
+    server = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        assert thread.is_alive()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", folder
+    finally:
+        server.should_exit = True
+        thread.join()
+        served.close()
+
+
+def test_our_own_server_is_judged_by_the_command(
+    own_server: tuple[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = own_server
+    command = ["verify", address, "--adapter", str(folder / "mine"), "--base", str(folder / "base")]
+    assert main(command) == 2
+    assert "LORALIB_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("LORALIB_API_KEY", "secret")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "Acts as it should." in shown
+    assert "base from base" in shown
+    # Another adapter of the same base, where `mine` is what the server has.
+    assert main([*command[:3], str(folder / "other"), *command[4:], "--model", "mine"]) == 1
+    assert "another adapter" in capsys.readouterr().out
+    assert main([*command, "--model", "base", "--base_model", "base"]) == 1
+    assert "has no effect" in capsys.readouterr().out
