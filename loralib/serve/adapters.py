@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import LoraError
 from .errors import RequestError, fault_of
@@ -31,15 +31,8 @@ class AdapterRequest(_Body):
     path: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         None, description="a directory below --adapters; default: the one of that name"
     )
-    directory: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(None, description="the same as path")
     scale: Scale = 1.0
     pin: bool = Field(False, description="always keep it in memory")
-
-    @model_validator(mode="after")
-    def _one_path(self) -> AdapterRequest:
-        if self.path is not None and self.directory is not None:
-            raise ValueError("path and directory are the same; give one of them")
-        return self
 
 
 class ScaleRequest(_Body):
@@ -75,7 +68,7 @@ def list_adapters(request: Request) -> dict[str, Any]:
 def load_adapter(request: Request, body: AdapterRequest) -> dict[str, Any]:
     """Loads an adapter from below the configured directory."""
     server: Server = request.app.state.server
-    source = server.adapter_directory(body.path or body.directory or body.name)
+    source = server.adapter_directory(body.path or body.name)
     try:
         server.adapters.load(body.name, source, scale=body.scale, pin=body.pin)
     except RequestError:

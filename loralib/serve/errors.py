@@ -176,6 +176,9 @@ def _invalid(error: RequestValidationError) -> Fault:
     """
     faults: dict[str, list[str]] = {}
     for each in error.errors():
+        own = each.get("ctx", {}).get("error")
+        if isinstance(own, RequestError):  # raised where a field was checked
+            return fault_of(own)
         if each["type"] == "json_invalid":
             why = each.get("ctx", {}).get("error", "")
             return Fault(400, f"the body is not valid JSON: {why} (at character {each['loc'][-1]})", "invalid_json")

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from ..errors import did_you_mean
@@ -51,9 +51,26 @@ _WITHOUT_EFFECT: Final = (
 )  # fmt: skip
 _COLDEST: Final = 1e-3  # below, logits divided by the temperature overflow: the most likely token it is
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is the whole number 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE: Final = BeforeValidator(_whole)
+TokenId = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {"^[0-9]{1,9}$": {"type": "number", "minimum": -100, "maximum": 100}},
+            "additionalProperties": False,
+        }
+    ),
+]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -98,22 +115,20 @@ class TextRequest(_Model):
     """What both endpoints take."""
 
     model: str = Field(max_length=300, description="the base, or an adapter: what GET /v1/models lists")
-    n: Annotated[int, Field(ge=1, le=1024)] | None = 1
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), _WHOLE] | None = 1
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = Field(None, description="0 or -1: all")
+    top_k: Annotated[int, Field(ge=-1, le=2**31), _WHOLE] | None = Field(None, description="0 or -1: all")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_tokens_as_token_ids: bool | None = Field(None, description="name tokens in logprobs as token_id:7")
@@ -160,7 +175,7 @@ class CompletionRequest(TextRequest):
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -219,9 +234,9 @@ class ChatRequest(TextRequest):
     """A chat to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
 
     @property
     def turns(self) -> list[dict[str, str]]:
