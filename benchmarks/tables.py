@@ -91,12 +91,15 @@ def time_to_loss() -> Rows:
 
 def memory() -> Rows:
     """Peak memory of a process that trains."""
-    yield "model", "ours", "PEFT with a bf16 base", "PEFT with autocast", "PEFT as it comes", "of best-tuned PEFT"
-    for row in results("train_memory").get("results", ()):
-        peaks = (row["peak_bytes"][way] for way in ("ours", "peft bf16", "peft autocast", "peft fp32"))
+    rows = results("train_memory").get("results", ())
+    also = ("unsloth",) if any("unsloth" in row["peak_bytes"] for row in rows) else ()
+    peft = ("PEFT with a bf16 base", "PEFT with autocast", "PEFT as it comes")
+    yield "model", "ours", *peft, *("Unsloth" for _ in also), "of best-tuned PEFT"
+    for row in rows:
+        peaks = (row["peak_bytes"].get(way) for way in ("ours", "peft bf16", "peft autocast", "peft fp32", *also))
         yield (
             MODELS[row["model"]],
-            *(f"{peak / 2**30:.2f} GiB" for peak in peaks),
+            *(f"{peak / 2**30:.2f} GiB" if peak else "not run" for peak in peaks),
             f"{row['share_of_best_tuned']:.0%}",
         )
 
@@ -121,10 +124,6 @@ def comparison() -> Rows:
             also = [f"{peak['unsloth'] / 2**30:.1f} GiB" if "unsloth" in peak else ""] if with_unsloth else []
             cells = [f"{peak['ours'] / 2**30:.1f} GiB", f"{best / 2**30:.1f} GiB", *also]
             yield "peak memory at 8 sequences of 512 tokens", *cells
-    runs = results("train_loss").get("results", ())
-    if runs and all(row["ours_to_goal_s"] for row in runs):
-        share = statistics.mean(row["ours_to_goal_s"] / row["peft_s"] for row in runs)
-        yield "time to PEFT's loss after an epoch of E2E", f"{share:.0%} of PEFT's", "", *([""] if with_unsloth else [])
 
 
 def breakdown() -> Rows:
@@ -153,7 +152,7 @@ def generation() -> Rows:
 
 TABLES = {
     "speed": speed,
-    "speed on another processor": functools.partial(speed, "train_speed_zen4"),
+    "speed on another processor": functools.partial(speed, "train_speed_zen5"),
     "time to loss": time_to_loss,
     "memory": memory,
     "comparison": comparison,

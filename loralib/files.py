@@ -193,18 +193,19 @@ def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir"
 
 
 @contextlib.contextmanager
-def hold_file(path: str | os.PathLike[str], flag: str) -> Iterator[None]:
+def hold_file(path: str | os.PathLike[str], flag: str, *, wait: bool = False) -> Iterator[None]:
     """Locks a file that a run appends to, as `hold_directory` locks a directory; the file need not exist.
 
     Args:
         path: the file; its directory is created if needed.
         flag: the command-line flag that names the file, for error messages.
+        wait: until no other run is using it.
 
     Raises:
         OutputError: its directory cannot be written, or another run is using the file.
     """
     path = Path(path).absolute()
-    with _locked(path.parent / f".{path.name}.lock", path, str(path), flag):
+    with _locked(path.parent / f".{path.name}.lock", path, str(path), flag, wait=wait):
         yield
 
 
@@ -246,14 +247,14 @@ def _removed_if_empty(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(lock_file: Path, path: Path, what: str, flag: str) -> Iterator[None]:
+def _locked(lock_file: Path, path: Path, what: str, flag: str, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock file that stands for `path`, and removes it in the end."""
     from filelock import FileLock, Timeout  # torch requires it
 
     lock = FileLock(lock_file)
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout as error:
         raise OutputError(
             f"{what} is in use by another run. Wait for it to finish, or choose another {flag}."

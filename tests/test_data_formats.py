@@ -329,6 +329,23 @@ def test_fields_of_turns_are_named(tmp_path: Path) -> None:
     assert source.notes[1:] == ("data: left out of turns unless the chat template writes it: mood (in 1 of 2)",)
 
 
+def test_turns_after_the_last_answer_are_counted(tmp_path: Path) -> None:
+    thanks = {"messages": [*CHAT["messages"], {"role": "user", "content": "Thanks!"}]}
+    (source,) = read_sources([thanks, CHAT])
+    assert source.notes[1:] == ("data: left out, since no trained answer follows: the last turns in 1 of 2 chats",)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ('{"prompt": "Hi", "completion": "a", "completion": "b"}\n{"prompt": "Hi", "completion": "c"}\n', ":1: "),
+        ('[\n {"prompt": "Hi", "completion": "a", "completion": "b"}\n]\n', ": "),
+    ],
+)
+def test_a_key_that_comes_twice_is_refused_since_one_value_would_be_lost(tmp_path: Path, text: str, where: str) -> None:
+    assert f"a.jsonl{where}an object has the key 'completion' 2 times" in refused(tmp_path, "a.jsonl", text)
+
+
 def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
     records = [{**CHAT, "prompt": "Hi", "id": 1, "source": "x"}, {**CHAT, "id": 2, "source": None, "tools": []}]
     path = write(tmp_path / "a.jsonl", jsonl(records))

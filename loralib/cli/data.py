@@ -11,13 +11,13 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import bases
 from ..console import say, table
-from ..data import Encoded, TokenExample, load_examples, read_sources
+from ..data import Encoded, TokenExample, load_examples, read_sources, token_texts
 from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
 from ..files import write_text
@@ -26,7 +26,6 @@ from ..nlg.fetch import SOURCE, fetch_e2e
 from ..nlg.published import read_rows
 from ._adapters import add_as_chat, add_format, add_reading
 
-_BROKEN = "\ufffd"  # what part of a character decodes to
 _TRAINED, _GIVEN, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -124,27 +123,12 @@ def _painted(example: TokenExample, tokenizer: Any, colour: bool) -> str:
     """Returns the tokens separated by dots, with runs of trained tokens in green or in brackets."""
     painted = []
     for is_trained, run in itertools.groupby(zip(example.ids, example.trained, strict=True), key=lambda pair: pair[1]):
-        text = "·".join(_texts([token for token, _ in run], tokenizer))
+        text = "·".join(token_texts([token for token, _ in run], tokenizer))
         if colour:
             painted.append(f"{_TRAINED if is_trained else _GIVEN}{text}{_RESET}")
         else:
             painted.append(f"[{text}]" if is_trained else text)
     return "".join(painted)
-
-
-def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """Yields the text of each token; tokens that are parts of one character are joined."""
-    at = 0
-    while at < len(ids):
-        for end in range(at + 1, min(at + 4, len(ids)) + 1):  # a character has at most four bytes in UTF-8
-            text = tokenizer.decode(ids[at:end])
-            if _BROKEN not in text:
-                break
-        else:
-            end, text = at + 1, tokenizer.decode(ids[at : at + 1])
-        at = end
-        # A line end or an escape code in the data must not reach the terminal.
-        yield "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _summary(encoded: Encoded) -> str:

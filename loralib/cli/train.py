@@ -8,7 +8,14 @@ loralib train --config run.toml --resume
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 
+from ..files import hold_file
 from ..training import TrainConfig
 from ..training.job import run_job
 from . import add_fields, from_args
@@ -17,8 +24,35 @@ from . import add_fields, from_args
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of training."""
     add_fields(parser, TrainConfig)
+    parser.add_argument(
+        "--stop_with_stdin",
+        action="store_true",
+        help="for programs that start runs: save and end, as after SIGTERM, when standard input ends, as it does when "
+        "that program is gone; and wait where an earlier run in output_dir is still saving",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains and saves the adapter."""
-    run_job(from_args(TrainConfig, args))
+    config = from_args(TrainConfig, args)
+    with _in_turn(config.output_dir) if args.stop_with_stdin else contextlib.nullcontext():
+        run_job(config)
+
+
+@contextlib.contextmanager
+def _in_turn(output_dir: str) -> Iterator[None]:
+    """Ends the run with standard input; waits for an earlier one that has not ended yet."""
+    threading.Thread(target=_stop_at_end_of_input, name="loralib-stop", daemon=True).start()
+    with hold_file(output_dir, "--output_dir", wait=True):
+        yield
+
+
+def _stop_at_end_of_input() -> None:
+    """Waits for the end of standard input, then signals this process as a user would.
+
+    Not through `sys.stdin`: a thread that waits in it holds a lock which the interpreter needs when it ends.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none: it has ended
+        while os.read(sys.stdin.fileno(), 1 << 12):
+            pass
+    signal.raise_signal(signal.SIGTERM)

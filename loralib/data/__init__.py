@@ -13,6 +13,7 @@ from .tokens import (
     length_report,
     load_examples,
     prompt_ids,
+    token_texts,
     tokenize,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "prompt_ids",
     "read_examples",
     "read_sources",
+    "token_texts",
     "tokenize",
 ]

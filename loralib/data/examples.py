@@ -84,7 +84,7 @@ class Example:
 
     @property
     def last_answer(self) -> int:
-        """Which turn of a chat is its last answer; the number of turns if there is none, or a question follows it."""
+        """Which turn of a chat is its last trained answer; the number of turns if there is none."""
         answers = [index for index, turn in enumerate(self.messages) if turn.role == "assistant" and turn.trained]
         return answers[-1] if answers else len(self.messages)
 

@@ -428,10 +428,12 @@ def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     first = lines[0][1].strip()
     if first[0] == "[" or (first[0] == "{" and len(lines) > 1 and not _is_json_line(first)):
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             if not _is_json_line(first):
                 raise DataError(_why_not_json(path, text, error)) from None
+        except _TwiceError as error:
+            raise DataError(f"{path}: {error}") from None
         except (RecursionError, ValueError):
             yield f"{path}:{lines[0][0]}", Fault(_DEEP)
             return
@@ -446,9 +448,24 @@ def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
 _DEEP: Final = "JSON nested too deeply, or with a number of thousands of digits"
 
 
+class _TwiceError(ValueError):
+    """An object has a key twice: JSON's readers keep the last value and lose the others without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"an object has the key {twice!r} {names.count(twice)} times, expected once")
+    return value
+
+
 def _record(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object)
+    except _TwiceError as error:
+        return Fault(str(error))
     except json.JSONDecodeError as error:
         return Fault(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
     except (RecursionError, ValueError):
@@ -456,7 +473,11 @@ def _record(line: str) -> Any:
 
 
 def _is_json_line(line: str) -> bool:
-    return not isinstance(_record(line), Fault)
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:

@@ -84,6 +84,7 @@ class Account:
         self.columns: dict[str, None] = {}  # every field that occurs, in order
         self.unused: Counter[str] = Counter()
         self.turn_fields: Counter[str] = Counter()
+        self.open_ended = 0  # chats with turns after their last trained answer
         self.refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (field, form, prompt's) -> where
 
     def example(self, record: Any, where: str) -> Example:
@@ -95,6 +96,7 @@ class Account:
         record = mapped(record, self.how.columns)
         example, shape, used = _from_record(record, where, self.how)
         self.shapes[shape] += 1
+        self.open_ended += example.messages[example.last_answer + 1 :] != () and not self.how.prompts
         self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
         texts = [*(turn.content.strip() for turn in example.messages), *(part.strip() for part, _ in example.segments)]
         for name, value in record.items():
@@ -147,6 +149,9 @@ class Account:
         if self.turn_fields:
             listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.turn_fields.items())
             notes.append(f"{self.name}: left out of turns unless the chat template writes it: {listed}")
+        if self.open_ended:
+            count = f"in {self.open_ended:,} of {self.records:,} chats"
+            notes.append(f"{self.name}: left out, since no trained answer follows: the last turns {count}")
         return tuple(notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby
 from typing import Any, Final, NamedTuple
@@ -26,6 +26,7 @@ __all__ = [
     "length_report",
     "load_examples",
     "prompt_ids",
+    "token_texts",
     "tokenize",
 ]
 
@@ -38,6 +39,7 @@ SeqLen = int | None | Callable[[Sequence[int]], int | None]
 _TOO_LONG: Final = "longer than seq_len"
 _ANSWER_TOO_LONG: Final = "answer of a chat longer than seq_len"
 _EMPTY: Final = "empty completion"
+_BROKEN: Final = "\ufffd"  # what part of a character decodes to
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,21 @@ def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
         return _token_ids({text}, tokenizer)[text]
     text = prompt.prompt if isinstance(prompt, Example) else prompt
     return _started(_token_ids({text}, tokenizer)[text], _start_ids(tokenizer)) or [_end_id(tokenizer)]
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields the text of each token, for people; tokens that are parts of one character are joined."""
+    at = 0
+    while at < len(ids):
+        for end in range(at + 1, min(at + 4, len(ids)) + 1):  # a character has at most four bytes in UTF-8
+            text = tokenizer.decode(list(ids[at:end]))
+            if _BROKEN not in text:
+                break
+        else:
+            end, text = at + 1, tokenizer.decode([ids[at]])
+        at = end
+        # A line end or an escape code in the data must not reach the terminal.
+        yield "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Segments]]:

@@ -1,11 +1,17 @@
-"""The application: routes, put together over what is served."""
+"""The application: routes, put together over what is served, behind what every request passes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
 
 from .. import __version__
-from . import adapters, text
+from . import adapters, text, tuning
+from .errors import RESPONSES, install
+from .metrics import Counting
+from .security import Guard, Rules
 from .server import Server
 
 __all__ = ["create_app"]
@@ -13,14 +19,47 @@ __all__ = ["create_app"]
 
 def create_app(server: Server) -> FastAPI:
     """Returns the application, which serves but does not own `server`."""
-    app = FastAPI(title="loralib", version=__version__)
+    config = server.config
+    # The interactive docs would fetch their scripts from elsewhere; the schema is at /openapi.json.
+    app = FastAPI(title="loralib", version=__version__, docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.server = server
+    install(app)
     app.include_router(text.router)
     app.include_router(adapters.router)
+    app.include_router(tuning.router)
+    rules = Rules(
+        config.host,
+        config.api_key,
+        config.allow_origin,
+        int(config.max_body_mb * 1e6),
+        int(config.max_upload_mb * 1e6),
+        config.max_seconds,
+    )
+    app.add_middleware(Guard, rules=rules)
+    app.add_middleware(Counting, metrics=server.metrics)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
-        """Answers while the server can."""
-        return {"status": "ok"}
+    def health() -> JSONResponse:
+        """Tells whether requests are taken in."""
+        status = "shutting down" if server.is_closing else "ok"
+        return JSONResponse({"status": status}, 503 if server.is_closing else 200)
 
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    def metrics() -> Response:
+        """Returns figures for Prometheus."""
+        return Response(server.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    make_schema = app.openapi
+
+    def schema() -> dict[str, Any]:
+        made = make_schema()
+        for path in made["paths"].values():
+            for operation in path.values():
+                # FastAPI's own shape of a wrong request, which is 400 here and has OpenAI's.
+                said = operation.get("responses", {}).get("422", {})
+                if "HTTPValidationError" in str(said):
+                    operation["responses"]["422"] = operation["responses"].get("400", said)
+        return made
+
+    app.openapi = schema  # type: ignore[method-assign]
     return app

@@ -41,12 +41,14 @@ class Plan:
         config: the settings, each with a value.
         train, valid: token examples.
         data: what the run's record says of the data (see `data_record`).
+        encoded: all of the training data, with what was left out and why.
     """
 
     config: TrainConfig
     train: list[TokenExample]
     valid: list[TokenExample]
     data: list[dict[str, Any]]
+    encoded: Encoded
 
 
 def make_plan(
@@ -90,7 +92,7 @@ def make_plan(
         require_ids_in_table(model, (row.ids for row in rows), kind)
     if config.seq_len is None:
         config = config.replace(seq_len=max(2, *map(len, train), *map(len, valid)))
-    return Plan(automatic_settings(model, config, train, say), train, valid, facts)
+    return Plan(automatic_settings(model, config, train, say), train, valid, facts, encoded)
 
 
 def automatic_settings(

@@ -33,6 +33,7 @@ __all__ = [
     "run_record",
     "versions",
     "write_record",
+    "write_settings",
 ]
 
 RUN_FILE = "run.toml"
@@ -57,6 +58,11 @@ def write_record(directory: Path, config: TrainConfig, record: Mapping[str, Any]
             or None
         )
     write_text(directory / RUN_FILE, _HEADING + "\n" + "\n".join(_lines({**settings, RECORD: record})) + "\n")
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings as a TOML file for ``--config``; those that are None are left out."""
+    write_text(path, "\n".join(_lines(settings)) + "\n")
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

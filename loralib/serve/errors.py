@@ -1,0 +1,208 @@
+"""Errors as answers, in the shape of OpenAI's API: one table says which error is which status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from ..errors import (
+    AdapterError,
+    BaseMismatchError,
+    BaseModelError,
+    BusyModelError,
+    BusyServerError,
+    ConfigError,
+    DataError,
+    LoraError,
+    MissingDependencyError,
+    OutputError,
+    UnsupportedModelError,
+)
+from .state import RequestError
+
+__all__ = ["RESPONSES", "RETRY_AFTER", "Fault", "RequestError", "answer", "body_of", "fault_of", "install"]
+
+RETRY_AFTER: Final = 1  # seconds; places become free with every text that ends
+
+# The first that fits: error, status, code.  Whatever is not here is 500, and its text stays in the log.
+_STATUSES: Final[Sequence[tuple[type[LoraError], int, str | None]]] = (
+    (BusyServerError, 429, "too_many_requests"),
+    (BusyModelError, 503, "model_is_busy"),
+    (BaseMismatchError, 422, "base_mismatch"),
+    (AdapterError, 422, "adapter_refused"),
+    (BaseModelError, 422, "adapter_refused"),
+    (DataError, 400, None),
+    (ConfigError, 400, None),
+    (UnsupportedModelError, 400, "unsupported"),
+    (MissingDependencyError, 501, "missing_dependency"),
+)
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_WORDS: Final = {
+    404: "there is nothing at this address",
+    405: "this method is not allowed here",
+    413: "the request's body is too large",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that cannot be met."""
+
+    error: ErrorDetail
+
+
+_ABOUT: Final = {
+    400: "The request is wrong, or cannot be met; the message says what to change.",
+    401: "The API key is missing or wrong.",
+    403: "The request came from a page of another origin, or what it asks is not allowed here.",
+    404: "There is no such model, adapter, file or job.",
+    408: "The body did not arrive in time.",
+    409: "It is there already, or in the wrong state.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    421: "The server is not known by this name.",
+    422: "The adapter cannot be used with this base.",
+    429: "Too many requests wait.",
+    500: "An error of the server.",
+    501: "An optional package of the server is missing.",
+    503: "The server is shutting down, or the model is in use.",
+    504: "It took longer than a request may take.",
+    507: "The server's disk is full.",
+}
+# For the OpenAPI schema: any route may answer so.
+RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorAnswer, "description": about} for status, about in _ABOUT.items()
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a client is told.
+
+    Attributes:
+        status: of HTTP.
+        message: in words.
+        code: a word for programs.
+        param: the field that is at fault.
+        headers: more headers.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Returns what a client is told of an error.
+
+    >>> fault_of(BusyServerError("256 requests are waiting")).status
+    429
+    >>> fault_of(ZeroDivisionError("secret")).message
+    'the server made an error; its log says more'
+    """
+    if isinstance(error, RequestError):
+        return Fault(error.status, str(error), error.code, error.param, _retry(error.status))
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    if isinstance(error, HTTPException):
+        words = _WORDS.get(error.status_code) if not error.detail or error.detail.istitle() else None
+        words = words or ("there is nothing at this address" if error.detail == "Not Found" else str(error.detail))
+        words = _WORDS[405] if error.detail == "Method Not Allowed" else words
+        return Fault(error.status_code, words, None, None, error.headers)
+    if isinstance(error, OutputError):
+        full = "disk is full" in str(error)
+        return Fault(507 if full else 500, "the server cannot write its files", "disk_full" if full else None)
+    for kind, status, code in _STATUSES:
+        if isinstance(error, kind):
+            if kind is BusyServerError and "shutting down" in str(error):
+                status, code = 503, "shutting_down"
+            if kind is DataError and "context" in str(error):
+                code = "context_length_exceeded"
+            return Fault(status, str(error), code, None, _retry(status))
+    return Fault(500, "the server made an error; its log says more")
+
+
+def body_of(fault: Fault) -> dict[str, Any]:
+    """Returns the body of an answer.
+
+    >>> body_of(Fault(404, "no such model", "model_not_found", "model"))["error"]["type"]
+    'not_found_error'
+    """
+    kind = "server_error" if fault.status >= 500 else _TYPES.get(fault.status, "invalid_request_error")
+    return {"error": {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}}
+
+
+def answer(error: BaseException) -> JSONResponse:
+    """Returns the answer to a request that an error ended."""
+    fault = fault_of(error)
+    return JSONResponse(body_of(fault), fault.status, dict(fault.headers or {}))
+
+
+def install(app: FastAPI) -> None:
+    """Makes an application answer every error in this shape."""
+
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return answer(error)
+
+    for kind in (LoraError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _retry(status: int) -> dict[str, str] | None:
+    return {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else None
+
+
+def _invalid(error: RequestValidationError) -> Fault:
+    """Says what is wrong with a request, one line a field.
+
+    A field that may be of several types has one fault for each of them.
+    """
+    faults: dict[str, list[str]] = {}
+    for each in error.errors():
+        own = each.get("ctx", {}).get("error")
+        if isinstance(own, RequestError):  # raised where a field was checked
+            return fault_of(own)
+        if each["type"] == "json_invalid":
+            why = each.get("ctx", {}).get("error", "")
+            return Fault(400, f"the body is not valid JSON: {why} (at character {each['loc'][-1]})", "invalid_json")
+        where = list(each["loc"][1:])
+        path = next(
+            (n for n, step in enumerate(where) if isinstance(step, str) and not step.isidentifier()), len(where)
+        )
+        name = ".".join(map(str, where[:path])) if each["loc"][0] == "body" else str(where[0] if where else "")
+        top = name.split(".")[0]
+        message = _message(each)
+        lines = faults.setdefault(top, [])
+        line = message if name == top else f"{name}: {message}"
+        if line not in lines:
+            lines.append(line)
+    words = [f"{name}: {' or: '.join(lines)}" if name else " or: ".join(lines) for name, lines in faults.items()]
+    return Fault(400, "; ".join(words) or "the request is invalid", None, next(iter(faults), None) or None)
+
+
+def _message(each: Mapping[str, Any]) -> str:
+    if each["type"] == "missing":
+        return "it is missing"
+    if each["type"] == "extra_forbidden":
+        return "there is no such field here"
+    text = str(each["msg"]).removeprefix("Value error, ")
+    value = each.get("input")
+    shown = f" (it is {value!r:.60})" if isinstance(value, (bool, int, float, str)) else ""
+    return text[:1].lower() + text[1:] + shown

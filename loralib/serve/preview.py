@@ -1,0 +1,189 @@
+"""What a training job would do, before it is started: how its data are read, what it needs, how long it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import token_texts
+from ..engine.adapted_linears import TrainingLinears
+from ..targets import match_modules
+from ..training import TrainConfig
+from ..training.memory import memory_estimate
+from ..training.plan import Plan, make_plan, updates_per_epoch
+
+__all__ = ["ExamplePreview", "Preview", "machine_speed", "make_preview"]
+
+_OF_MATRIX_SPEED = (
+    0.5  # share of the speed of plain products that training reaches: 0.66 at best, less with small steps
+)
+_FLOPS = 4  # a parameter and token: forward, and the gradient of the inputs; frozen weights need none of their own
+
+
+@dataclass(frozen=True)
+class ExamplePreview:
+    """One example as the model will see it.
+
+    Attributes:
+        source: where it is from, as ``train.jsonl:3``.
+        tokens, trained: how many tokens it has, and how many of them are trained.
+        pieces: its tokens in order, each with whether it is trained.
+    """
+
+    source: str
+    tokens: int
+    trained: int
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a training job would do.
+
+    Attributes:
+        notes: lines about how the data are read, and what was decided.
+        given: examples in the data.
+        used: examples that are trained on.
+        valid: examples that are validated on.
+        dropped: how many are left out for each reason.
+        left_out: the first of them: where it is from, why, and its tokens (0: not counted).
+        examples: the first ones that are trained on.
+        config: the settings, those that were left open with the values that were chosen.
+        steps: updates.
+        trained_parameters: how many the adapter has.
+        memory, free: bytes that the job's process needs, and that are free now; None: not known.
+        seconds: about how long it takes.
+        measured: whether that comes from earlier jobs here, rather than from the speed of plain products.
+    """
+
+    notes: tuple[str, ...]
+    given: int
+    used: int
+    valid: int
+    dropped: dict[str, int]
+    left_out: tuple[tuple[str, str, int], ...]
+    examples: tuple[ExamplePreview, ...]
+    config: TrainConfig
+    steps: int
+    trained_parameters: int
+    memory: float
+    free: float | None
+    seconds: float
+    measured: bool
+
+
+def make_preview(
+    config: TrainConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    public: Callable[[str], str] = str,
+    speed: float | None = None,
+    count: int = 5,
+) -> Preview:
+    """Plans a run as the trainer will, and estimates its cost.
+
+    Args:
+        config: the run's settings, with its data.
+        model: its base, which stays as it is.
+        tokenizer: the base's.
+        public: makes a text fit to be shown.
+        speed: tokens a second of earlier runs on this base; None: there were none.
+        count: how many examples to show.
+
+    Raises:
+        LoraError: the run would not start, for this reason.
+    """
+    notes: list[str] = []
+    plan = make_plan(model, config.train_data, config.valid_data, tokenizer, config, notes.append)
+    encoded = plan.encoded
+    trained = trained_parameters(model, plan.config)
+    memory, free = _memory(model, plan, trained)
+    steps, tokens = _length(plan)
+    seconds = tokens / speed if speed else tokens * _FLOPS * _matrix_parameters(model) / machine_speed(model)
+    texts = zip(encoded.examples, encoded.texts, strict=True)
+    return Preview(
+        notes=tuple(public(note) for note in notes),
+        given=encoded.given,
+        used=len(plan.train),
+        valid=len(plan.valid),
+        dropped=encoded.dropped,
+        left_out=tuple((public(item.example.source), item.reason, item.tokens) for item in encoded.out[:count]),
+        examples=tuple(
+            ExamplePreview(public(text.source), len(row), sum(row.trained), _pieces(row.ids, row.trained, tokenizer))
+            for (row, text), _ in zip(texts, range(count), strict=False)
+        ),
+        config=plan.config,
+        steps=steps,
+        trained_parameters=trained,
+        memory=memory,
+        free=free,
+        seconds=seconds,
+        measured=speed is not None,
+    )
+
+
+def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
+    """Returns how many parameters an adapter would have, biases left out.
+
+    Raises:
+        TargetError: the adapter does not fit the model.
+    """
+    targets = match_modules(model, config.lora_config())
+    return sum(math.prod(shape) for target in targets for shape in target.shapes().values())
+
+
+def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple(
+        (text, flag)
+        for flag, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+        for text in token_texts([token for token, _ in run], tokenizer)
+    )
+
+
+def _length(plan: Plan) -> tuple[int, float]:
+    """Returns how many updates a run has, and for how many tokens it computes; validation takes half as long each."""
+    config = plan.config
+    per_epoch = updates_per_epoch(config, len(plan.train))
+    steps = config.max_steps or config.num_epochs * per_epoch
+    validations = 1 + math.ceil(steps / (config.eval_steps or per_epoch))
+    return steps, steps / per_epoch * sum(map(len, plan.train)) + validations * sum(map(len, plan.valid)) / 2
+
+
+def _memory(model: nn.Module, plan: Plan, trained: int) -> tuple[float, float | None]:
+    """Returns what a process of its own needs: a copy of the base, the adapter with its optimiser, a step."""
+    tokens = max(map(len, plan.train)) * plan.config.batch_size
+    beside, free = memory_estimate(model, tokens, plan.config.gradient_checkpointing, planned=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    copies = TrainingLinears([], list(model.modules())).prepacked_bytes
+    return weights + copies + 16 * trained + beside, free
+
+
+def _matrix_parameters(model: nn.Module) -> int:
+    """Returns how many parameters take part in products: all but tables that are only looked up."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    looked_up = sum(w.numel() for key, w in tables.items() if head is None or key != id(getattr(head, "weight", None)))
+    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
+
+
+def machine_speed(model: nn.Module, rows: int = 256, width: int = 1024) -> float:
+    """Measures how many operations a second training will reach with weights such as the model's, roughly."""
+    like = next(model.parameters())
+    x = torch.ones(rows, width, dtype=like.dtype, device=like.device)
+    weight = torch.ones(width, width, dtype=like.dtype, device=like.device)
+    best = math.inf
+    with torch.no_grad():
+        for _ in range(4):
+            started = time.perf_counter()
+            product = x @ weight
+            product[0, 0].item()  # waits for a device that computes aside
+            best = min(best, time.perf_counter() - started)
+    return _OF_MATRIX_SPEED * 2 * rows * width * width / best

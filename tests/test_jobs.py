@@ -1,0 +1,643 @@
+"""Uploaded files and training jobs of a server: through the official client, killed, full, and asked for nonsense."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import io
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loralib.bases import load_base
+from loralib.cli import main
+from loralib.errors import OutputError
+from loralib.training.report import read_metrics
+
+openai = pytest.importorskip("openai")
+psutil = pytest.importorskip("psutil")
+pytest.importorskip("python_multipart")
+
+from fastapi import FastAPI  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from loralib.serve import jobs as jobs_module  # noqa: E402
+from loralib.serve import tuning, uploads  # noqa: E402
+from loralib.serve.app import create_app  # noqa: E402
+from loralib.serve.errors import install  # noqa: E402
+from loralib.serve.jobs import Job, Jobs  # noqa: E402
+from loralib.serve.process import LogTail, MetricsTail, last_words  # noqa: E402
+from loralib.serve.server import start  # noqa: E402
+from loralib.serve.settings import ServeConfig  # noqa: E402
+from loralib.serve.state import RequestError, State  # noqa: E402
+
+MODEL = "scratch-32x1-seed0"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = "".join(f'{{"prompt": "Number {n} is", "completion": "{n * n} when squared"}}\n' for n in range(40)).encode()
+QUICK = {"rank": 2, "lr": 1e-2, "batch_size": 4, "num_epochs": 2, "dtype": "fp32", "valid_fraction": 0.2}
+PATIENCE = 120.0
+
+
+def client_of(app: FastAPI) -> Any:
+    """OpenAI's client, connected to an application."""
+    return openai.OpenAI(
+        api_key="none",
+        base_url="http://127.0.0.1/v1",
+        http_client=TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False),
+        max_retries=0,
+    )
+
+
+def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
+    """An application with the routes of files and jobs alone."""
+    app = FastAPI()
+    install(app)
+    app.include_router(tuning.router)
+    app.state.server = SimpleNamespace(jobs=jobs, config=ServeConfig(**settings))
+    return app
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    with contextlib.closing(Jobs(tmp_path / "state", model=MODEL)) as each:
+        yield each
+
+
+class FakeProcess:
+    """Stands for a training process; the test says what it writes and how it ends."""
+
+    made: list[FakeProcess]
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.code, self.is_asked = directory, None, threading.Event()
+        (directory / "run").mkdir(exist_ok=True)
+        self.made.append(self)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self, kill_after: float | None = None) -> None:
+        self.is_asked.set()
+
+    leave = stop
+
+    def train(self, *steps: int) -> None:
+        """Writes the events of updates, as a run that has begun does."""
+        names = ("epoch", "lr", "examples", "tokens", "trained_tokens")
+        with (self.directory / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            for step in steps:
+                event = {"event": "train", "step": step, "loss": 1 / step, "step_s": 0.5, **dict.fromkeys(names, step)}
+                file.write(json.dumps(event) + "\n")
+
+    def end(self, code: int, words: str = "") -> None:
+        (self.directory / "errors.log").write_text(words, encoding="utf-8")
+        self.code = code
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    FakeProcess.made = []
+    monkeypatch.setattr(jobs_module, "TrainingProcess", FakeProcess)
+    return FakeProcess.made
+
+
+def eventually(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def messages(jobs: Jobs, job: Job) -> list[str]:
+    return [event.message for event in jobs.events(job.id)]
+
+
+# A whole job.
+
+
+def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
+    settings = ServeConfig(model=MODEL, dtype="fp32", state_dir=str(tmp_path / "state"))
+    with contextlib.closing(start(settings)) as server:
+        client = client_of(create_app(server))
+        file = client.files.create(file=("numbers.jsonl", EXAMPLES), purpose="fine-tune")
+        assert (file.bytes, file.status, file.loralib["format"], file.loralib["examples"]) == (
+            len(EXAMPLES), "processed", "jsonl", 40,
+        )  # fmt: skip
+        before = server.jobs.preview(file.id, {"rank": 2, "num_epochs": 2, "batch_size": 4})
+        assert (before.given, before.used, before.steps, before.measured) == (40, 40, 20, False)
+        assert before.memory > 4 * 1_650_000
+        assert before.seconds > 0
+        first = before.examples[0]
+        assert first.source == "numbers.jsonl:1"
+        assert "".join(text for text, trained in first.pieces if not trained) == "Number 0 is"
+        assert "".join(text for text, trained in first.pieces if trained).startswith("0 when squared")
+
+        job = client.fine_tuning.jobs.create(
+            model=MODEL,
+            training_file=file.id,
+            validation_file=file.id,
+            suffix="squares",
+            seed=3,
+            method={
+                "type": "supervised",
+                "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}},
+            },
+            metadata={"purpose": "a test"},
+            extra_body={"loralib": {"rank": 2, "dtype": "fp32"}},
+        )
+        assert job.status == "validating_files"
+        with pytest.raises(openai.ConflictError, match=f"used by {job.id}"):
+            client.files.delete(file.id)
+        assert server.jobs.wait(job.id, PATIENCE).status == "succeeded"
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        name = f"ft:{MODEL}:squares:{job.id.partition('-')[2][:8]}"
+        assert (job.status, job.fine_tuned_model, job.seed, job.metadata) == (
+            "succeeded",
+            name,
+            3,
+            {"purpose": "a test"},
+        )
+        assert job.loralib["settings"]["lr"] == 0.5 * before.config.peak_lr
+        assert job.method.supervised.hyperparameters.learning_rate_multiplier == 0.5
+        assert job.trained_tokens
+
+        events = list(client.fine_tuning.jobs.list_events(job.id, limit=9))  # page by page, the newest first
+        assert [events[0].message, events[-1].message] == [
+            "The job has successfully completed",
+            f"Created fine-tuning job {job.id}",
+        ]
+        assert len({event.id for event in events}) == len(events) > 30
+        steps = [event.data["step"] for event in events if event.type == "metrics" and "train_loss" in event.data]
+        assert steps == list(range(20, 0, -1))
+        assert [e.data["step"] for e in reversed(events) if "valid_loss" in (e.data or {})] == [0, 10, 20]
+        assert not any(str(tmp_path) in event.message for event in events)
+        assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
+        with client.fine_tuning.jobs.with_streaming_response.list_events(job.id, extra_query={"stream": True}) as lines:
+            streamed = [line.removeprefix("data: ") for line in lines.iter_lines() if line]
+        assert streamed.pop() == "[DONE]"
+        assert [json.loads(line)["id"] for line in streamed] == [event.id for event in reversed(events)]
+
+        progress = server.jobs.progress(job.id)
+        assert (progress.step, progress.steps, progress.seconds_left) == (20, 20, None)
+        assert progress.valid[0][1] > progress.valid[-1][1]
+        assert server.jobs.preview(file.id).measured
+        assert {model.id for model in client.models.list()} == {MODEL, name}
+        answers = {
+            model: client.completions.create(model=model, prompt="Number 4 is", max_tokens=3, temperature=0)
+            for model in (MODEL, name)
+        }
+        assert answers[MODEL].choices[0].text != answers[name].choices[0].text
+        assert client.files.delete(file.id).deleted
+
+    with contextlib.closing(start(settings)) as server:
+        assert server.bank.names == (name,), "an adapter that was trained is there again"
+
+
+def test_a_job_is_paused_resumed_and_cancelled_and_another_fails_beside_it(tmp_path: Path) -> None:
+    with contextlib.closing(Jobs(tmp_path / "state", model=MODEL, max_jobs=2)) as jobs:
+        file = jobs.files.add("numbers.jsonl", io.BytesIO(EXAMPLES)).id
+        long = jobs.create(file, {**QUICK, "num_epochs": 10_000})
+        wrong = jobs.create(file, {**QUICK, "valid_fraction": 0, "early_stopping": 3})
+        eventually(lambda: jobs.progress(long.id).step > 3)
+        jobs.pause(long.id)
+        assert jobs.wait(long.id, PATIENCE).status == "paused"
+        (checkpoint,) = jobs.checkpoints(long.id)
+        assert checkpoint.step == jobs.progress(long.id).step == checkpoint.metrics["step"]
+        assert checkpoint.metrics["train_loss"] > 0
+        jobs.resume(long.id)
+
+        assert jobs.wait(wrong.id, PATIENCE).status == "failed"
+        error = jobs.get(wrong.id).error
+        assert error is not None
+        assert error["code"] == "training_failed"
+        assert error["message"].startswith("early_stopping is 3, but there is no validation data"), (
+            "the trainer's words"
+        )
+        assert jobs.events(wrong.id)[-1].level == "error"
+
+        eventually(lambda: jobs.progress(long.id).step > checkpoint.step)
+        assert f"Resuming from step-{checkpoint.step:08}" in "\n".join(messages(jobs, long))
+        jobs.cancel(long.id)
+        assert jobs.wait(long.id, PATIENCE).status == "cancelled"
+        steps = [step for step, _ in jobs.progress(long.id).train]
+        assert steps == list(range(1, len(steps) + 1)), "each update is told once"
+
+
+SERVER = """
+import sys
+from loralib.serve.jobs import Jobs
+jobs = Jobs(sys.argv[1], model=sys.argv[2])
+jobs.wait(jobs.list()[0].id)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_server_that_is_killed_leaves_a_job_that_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    state, rng = tmp_path / "state", random.Random(0)
+    settings = {**QUICK, "num_epochs": 8, "save_steps": 3, "eval_steps": 5, "lora_dropout": 0.1}
+    with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
+        job = jobs.create(jobs.files.add("numbers.jsonl", io.BytesIO(EXAMPLES)).id, settings).id
+        jobs.close(finish_within=0)
+    run = state / "jobs" / job / "run"
+
+    for updates, with_child in ((rng.randrange(2, 20), True), (rng.randrange(25, 40), False)):
+        with subprocess.Popen([sys.executable, "-c", SERVER, str(state), MODEL], cwd=ROOT) as server:
+            metrics = run / "metrics.jsonl"
+            eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > updates)  # noqa: B023
+            children = psutil.Process(server.pid).children() if with_child else []
+            for process in [server, *children]:
+                process.kill()
+    with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
+        assert jobs.wait(job, PATIENCE).status == "succeeded"
+        events = [event.data for event in jobs.events(job) if event.type == "metrics"]
+        told = [
+            (kind, e["step"], e[f"{kind}_loss"]) for e in events for kind in ("train", "valid") if f"{kind}_loss" in e
+        ]
+        assert "Resuming from" in "\n".join(messages(jobs, jobs.get(job)))
+
+    whole = tmp_path / "whole"
+    assert main(["train", "--config", str(state / "jobs" / job / "job.toml"), "--output_dir", str(whole)]) == 0
+    files = ("adapter_model.safetensors", "best/adapter_model.safetensors", "adapter_config.json", "pytorch_model.bin")
+    for name in files:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (
+        [(event["event"], event["step"], event["loss"]) for event in read_metrics(path / "metrics.jsonl")]
+        for path in (run, whole)
+    )
+    assert ours == theirs
+    assert sorted(told) == sorted(theirs), "no event is lost, and none told twice"
+
+
+# The watch over processes.
+
+
+def test_a_process_that_is_killed_is_started_again_while_it_gets_further(
+    jobs: Jobs, processes: list[FakeProcess]
+) -> None:
+    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    for number in range(5):
+        eventually(lambda number=number: len(processes) == number + 1)
+        processes[-1].train(number + 1)
+        processes[-1].end(-9)
+    for number in range(5, 8):
+        eventually(lambda number=number: len(processes) == number + 1)
+        processes[-1].end(137)
+    assert jobs.wait(job.id, PATIENCE).status == "failed"
+    assert "killed (signal 9) 3 times without getting further" in jobs.get(job.id).error["message"]  # type: ignore[index]
+    assert [step for step, _ in jobs.progress(job.id).train] == [1, 2, 3, 4, 5]
+    jobs.resume(job.id)  # once there is more memory
+    eventually(lambda: len(processes) == 9)
+    processes[-1].end(0)
+    assert jobs.wait(job.id, PATIENCE).status == "succeeded"
+
+
+def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path, processes: list[FakeProcess]) -> None:
+    finished: list[str] = []
+    with contextlib.closing(
+        Jobs(tmp_path, model=MODEL, max_jobs=2, on_finished=lambda job, _: finished.append(job.id))
+    ) as jobs:
+        file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+        made = [jobs.create(file, QUICK).id for _ in range(4)]
+        for number in range(4):
+            eventually(lambda number=number: len(processes) == min(4, number + 2))
+            eventually(lambda: jobs.get(made[-1]).status != "validating_files")
+            assert sum(jobs.get(job).status == "running" for job in made) == min(2, 4 - number)
+            processes[number].end(0)
+            jobs.wait(made[number], PATIENCE)
+        assert [process.directory.name for process in processes] == finished == made
+
+
+def test_a_server_that_shuts_down_lets_its_jobs_save_and_the_next_one_goes_on(
+    tmp_path: Path, processes: list[FakeProcess]
+) -> None:
+    jobs = Jobs(tmp_path, model=MODEL)
+    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    eventually(lambda: processes)
+    closing = threading.Thread(target=jobs.close)
+    closing.start()
+    assert processes[0].is_asked.wait(PATIENCE)
+    processes[0].train(1, 2)
+    processes[0].end(143)
+    closing.join(PATIENCE)
+    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
+        eventually(lambda: len(processes) == 2)
+        assert [step for step, _ in jobs.progress(job.id).train] == [1, 2]
+        assert jobs.progress(job.id).seconds_left is None, "how many updates there are is not known yet"
+        jobs.cancel(job.id)
+        assert processes[1].is_asked.wait(PATIENCE)
+        processes[1].end(143)
+        assert jobs.wait(job.id, PATIENCE).status == "cancelled"
+
+
+@pytest.mark.parametrize(("wanted", "becomes"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_what_was_asked_for_before_a_crash_is_done_after_it(
+    tmp_path: Path, processes: list[FakeProcess], wanted: str, becomes: str
+) -> None:
+    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
+        job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+        eventually(lambda: processes)
+        getattr(jobs, wanted)(job.id)
+        jobs.close(finish_within=0)
+    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
+        assert jobs.get(job.id).status == becomes
+        assert len(processes) == 1
+
+
+def test_an_adapter_that_cannot_be_loaded_is_said_and_kept(tmp_path: Path, processes: list[FakeProcess]) -> None:
+    def refuse(job: Job, directory: Path) -> None:
+        raise ValueError(f"{directory} changes nothing")
+
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, on_finished=refuse)) as jobs:
+        job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+        eventually(lambda: processes)
+        processes[0].end(0)
+        assert jobs.wait(job.id, PATIENCE).status == "succeeded"
+        warnings = [event.message for event in jobs.events(job.id) if event.level == "warn"]
+        assert warnings == [
+            f"The adapter is in {job.id}/run, and could not be loaded: ValueError: {job.id}/run changes nothing"
+        ]
+
+
+# Tails.
+
+
+def test_a_tail_neither_loses_nor_doubles_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail, seen = MetricsTail(path), dict[int, float]()
+    lines = [json.dumps({"step": step, "loss": 1 / (step + 1)}).encode() + b"\n" for step in range(60)]
+    rng = random.Random(0)
+    content = b""
+    while len(content) < sum(map(len, lines)):
+        if rng.random() < 0.2 and content:  # the run resumes: cut to whole lines, then written again
+            content = b"".join(lines[: rng.randrange(content.count(b"\n") + 1)])
+        whole = b"".join(lines)
+        content = whole[: len(content) + rng.randrange(200)]
+        path.write_bytes(content)
+        seen |= {event["step"]: event["loss"] for event in tail.events()}
+        assert sorted(seen) == list(range(len(seen)))
+        assert len(seen) >= content.count(b"\n")
+    assert len(seen) == 60
+
+    log = LogTail(path)
+    path.write_bytes(b"one\ntwo\n thr")
+    assert list(log.lines()) == [(0, "one"), (4, "two")]
+    path.write_bytes("one\ntwo\n three ü\n".encode())
+    assert list(log.lines()) == [(8, "three ü")]
+    assert list(LogTail(tmp_path / "none").lines()) == []
+
+
+def test_the_last_words_are_the_error_and_not_what_libraries_print(tmp_path: Path) -> None:
+    log = tmp_path / "errors.log"
+    log.write_text("some library: a warning\nloralib train: it is\n  so\nand so\n", encoding="utf-8")
+    assert last_words(log) == "it is\n  so\nand so"
+    log.write_text('Traceback (most recent call last):\n  File "/x.py"\nValueError: no\n', encoding="utf-8")
+    assert last_words(log) == "ValueError: no"
+    assert last_words(tmp_path / "none") == ""
+
+
+# Files.
+
+
+def test_an_upload_says_at_once_how_it_is_read(jobs: Jobs) -> None:
+    client = client_of(app_of(jobs))
+
+    def sent(name: str, content: bytes) -> Any:
+        return client.files.create(file=(name, content), purpose="fine-tune")
+
+    good = sent("../../../etc/a\\b\u200b.csv", b"prompt,completion\nHi,there\n")
+    assert (good.filename, good.loralib["format"], good.loralib["examples"]) == ("b.csv", "csv", 1)
+    bad = sent("bad.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n')
+    assert (bad.status, bad.loralib["examples"]) == ("error", None)
+    assert "bad.jsonl:2" in bad.status_details
+    assert "state" not in bad.status_details
+    assert client.files.content(good.id).read() == b"prompt,completion\nHi,there\n"
+    assert [file.id for file in client.files.list(limit=1)] == [bad.id, good.id], "the client asks page by page"
+    assert [file.id for file in client.files.list(order="asc")] == [good.id, bad.id]
+    assert client.files.retrieve(good.id) == good
+    assert client.files.delete(bad.id).deleted
+    packed = sent("many.jsonl.gz", gzip.compress(b" " * (65 << 20)))
+    assert packed.loralib["notes"] == ["many.jsonl.gz: more than 67 MB, which only a job reads"]
+    client.files.delete(packed.id)
+    with pytest.raises(openai.NotFoundError, match="there is no file"):
+        client.files.retrieve(bad.id)
+    stored = [path.name for path in (jobs.files.get(good.id).path.parent).iterdir()]
+    assert stored == [f"{good.id}.csv"], "a client's name is no path"
+
+
+@pytest.mark.parametrize(
+    "name", ["../state.sqlite", "..%2fstate.sqlite", "file-" + "a" * 24, "file-" + "/" * 24, "x" * 999]
+)
+def test_an_id_is_no_path(jobs: Jobs, name: str) -> None:
+    client = TestClient(app_of(jobs))
+    for path in (f"/v1/files/{name}", f"/v1/files/{name}/content", f"/v1/fine_tuning/jobs/{name}"):
+        assert client.get(path).status_code == 404
+    with pytest.raises(RequestError, match="there is no file"):
+        jobs.files.get(name)
+    with pytest.raises(RequestError, match="there is no fine-tuning job"):
+        jobs.get(name)
+
+
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def part(name: str, content: str, file: str = "") -> str:
+    filename = f'; filename="{file}"' if file else ""
+    return f'--x\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n{content}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (part("file", "{}", "a") + "--x--\r\n", 400, "no purpose"),
+        (part("purpose", "fine-tune") + "--x--\r\n", 400, "no file"),
+        (part("purpose", "fine-tune") + part("file", "", "a") + "--x--\r\n", 400, "the file is empty"),
+        (part("purpose", "fine-tune") + part("file", "{}", "a"), 400, "broke off"),
+        (part("purpose", "assistants") + part("file", "{}", "a") + "--x--\r\n", 400, "expected 'fine-tune'"),
+        (part("purpose", "fine-tune") + part("flie", "{}") + "--x--\r\n", 400, "Did you mean 'file'?"),
+        (part("file", "{}", "a") + part("file", "{}", "a") + "--x--\r\n", 400, "file twice"),
+        (part("purpose", "f" * 5000) + "--x--\r\n", 400, "too long"),
+        (part("purpose", "fine-tune") + part("file", "y" * 20_000, "a") + "--x--\r\n", 413, "larger than the 0.0 MB"),
+        ("nonsense", 400, "cannot be read"),
+        ("", 400, "broke off"),
+    ],
+)
+def test_an_upload_that_is_wrong_leaves_nothing(tmp_path: Path, jobs: Jobs, body: str, status: int, words: str) -> None:
+    answer = TestClient(app_of(jobs, max_upload_mb=0.01)).post("/v1/files", content=body, headers=FORM)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert not list((tmp_path / "state" / "files").iterdir())
+
+
+def test_an_upload_whose_client_goes_away_leaves_nothing(tmp_path: Path, jobs: Jobs) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield part("purpose", "fine-tune").encode() + part("file", "y" * 5000, "a").encode()
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        TestClient(app_of(jobs)).post("/v1/files", content=pieces(), headers=FORM)
+    assert not list((tmp_path / "state" / "files").iterdir())
+    left = tmp_path / "state" / "files" / ".upload-abc.tmp"
+    left.write_bytes(b"what a kill left")
+    jobs.close()
+    Jobs(tmp_path / "state", model=MODEL).close()
+    assert not left.exists()
+
+
+def test_a_full_disk_refuses_and_the_server_goes_on(
+    tmp_path: Path, jobs: Jobs, processes: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(app_of(jobs))
+    file = client.files.create(file=("a.jsonl", EXAMPLES), purpose="fine-tune")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads.os, "fsync", full)
+        with pytest.raises(openai.InternalServerError, match="disk is full") as refused:
+            client.files.create(file=("b.jsonl", EXAMPLES), purpose="fine-tune")
+    assert (refused.value.status_code, refused.value.code) == (507, "disk_full")
+    assert len(list((tmp_path / "state" / "files").iterdir())) == 1
+
+    database = jobs._state._connection
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(openai.InternalServerError, match="disk is full"):
+        client.fine_tuning.jobs.create(
+            model=MODEL, training_file=file.id, metadata={str(n): "x" * 512 for n in range(16)}
+        )
+    assert not list(client.fine_tuning.jobs.list())
+    database.execute("PRAGMA max_page_count = 1000000")
+    assert client.fine_tuning.jobs.create(model=MODEL, training_file=file.id).status == "validating_files"
+    eventually(lambda: processes)
+    processes[0].end(0)
+
+
+# Jobs that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"model": "scratch-32x1-seed1"}, 404, f"Did you mean '{MODEL}'?"),
+        ({"training_file": "file-nothing"}, 404, "there is no file 'file-nothing'"),
+        ({"validation_file": "../x"}, 404, "there is no file"),
+        ({"suffix": "a/../b"}, 400, "suffix is 'a/../b'"),
+        ({"traning_file": "x"}, 400, "traning_file"),
+        ({"hyperparameters": {"n_epoch": 3}}, 400, "n_epoch"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs"),
+        ({"hyperparameters": {}, "method": {"type": "supervised"}}, 400, "give one of them"),
+        ({"hyperparameters": {"learning_rate_multiplier": 2}, "loralib": {"lr": 1e-3}}, 400, "lr is given as well"),
+        ({"hyperparameters": {"n_epochs": 3}, "loralib": {"num_epochs": 3}}, 400, "given twice"),
+        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
+        ({"loralib": {"output_dir": "/etc", "train_data": "/etc/passwd"}}, 400, "output_dir is set by the server"),
+        ({"loralib": {"from_adapter": "/etc"}}, 400, "from_adapter is set by the server"),
+        ({"loralib": {"rnak": 8}}, 400, "Did you mean 'rank'?"),
+        ({"loralib": {"rank": -1, "lora_dropout": 2}}, 400, "lora_dropout is 2"),
+        ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are the same setting"),
+        ({"loralib": {"columns": {"prompt": "\ud800"}}}, 400, "cannot be written"),
+    ],
+)  # fmt: skip
+def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], status: int, words: str) -> None:
+    file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+    body = {"model": MODEL, "training_file": file, **changes}
+    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert not jobs.list()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"promt": "a"}\n', "a.jsonl:2"),
+        ("a.txt", b"no separator\n", "a.txt:1"),
+        ("a.parquet", b"no parquet", "a.parquet is not a Parquet file"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "template",
+        ),
+        ("a.jsonl", b'{"prompt": "a", "completion": " "}', "no example of a.jsonl is left"),
+    ],
+)
+def test_data_that_are_wrong_fail_with_the_reader_s_message(
+    tmp_path: Path, processes: list[FakeProcess], name: str, content: bytes, words: str
+) -> None:
+    base = load_base(MODEL, dtype="fp32")
+    base[1].chat_template = None
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, base=base)) as jobs:
+        job = jobs.create(jobs.files.add(name, [content]).id, QUICK)
+        assert jobs.wait(job.id, PATIENCE).status == "failed"
+        error = jobs.get(job.id).error
+        assert error is not None
+        assert words in error["message"]
+        assert (error["code"], error["param"]) == ("invalid_job", "training_file")
+        assert str(tmp_path) not in error["message"]
+        assert not processes
+
+
+def test_a_job_is_asked_only_for_what_it_can_still_do(jobs: Jobs, processes: list[FakeProcess]) -> None:
+    client = client_of(app_of(jobs))
+    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK).id
+    eventually(lambda: processes)
+    with pytest.raises(openai.ConflictError, match="is running, so it cannot be resumed"):
+        client.fine_tuning.jobs.resume(job)
+    assert client.fine_tuning.jobs.pause(job).status == "running", "until it has saved itself"
+    processes[0].end(143)
+    assert jobs.wait(job, PATIENCE).status == "paused"
+    assert client.fine_tuning.jobs.cancel(job).status == "cancelled"
+    for action in ("cancel", "pause", "resume"):
+        with pytest.raises(openai.ConflictError, match="is cancelled"):
+            getattr(client.fine_tuning.jobs, action)(job)
+    assert client.fine_tuning.jobs.checkpoints.list(job).data == []
+    for query in ("after=ftevent-x", "limit=0", "limit=x", "after=-1"):
+        assert TestClient(app_of(jobs)).get(f"/v1/fine_tuning/jobs/{job}/events?{query}").status_code == 400
+
+
+# The directory.
+
+
+def test_a_directory_has_one_server_and_a_database_of_ours(tmp_path: Path) -> None:
+    with contextlib.closing(State(tmp_path / "one")), pytest.raises(OutputError, match="in use by another run"):
+        State(tmp_path / "one")
+    State(tmp_path / "one").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "one" / "state.sqlite")) as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(OutputError, match="written by a newer loralib"):
+        State(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "state.sqlite").write_bytes(b"something else " * 100)
+    with pytest.raises(OutputError, match="cannot be used: file is not a database"):
+        State(tmp_path / "two")
+
+
+def test_a_transaction_that_fails_changes_nothing(tmp_path: Path) -> None:
+    with contextlib.closing(State(tmp_path)) as state:
+        insert = "INSERT INTO events (job, key, created, level, type, message, data) VALUES ('j', ?, 0, '', '', '', '')"
+
+        def add(*keys: str) -> None:
+            with state.transaction() as database:
+                for key in keys:
+                    database.execute(insert, (key.strip("!"),))
+                    if key.endswith("!"):
+                        raise KeyError
+
+        with pytest.raises(KeyError):
+            add("a", "b!")
+        with pytest.raises(OutputError, match="UNIQUE"):
+            add("a", "a")
+        assert state.rows("SELECT * FROM events") == []
