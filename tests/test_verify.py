@@ -403,7 +403,9 @@ def test_llama_cpp_s_server_is_judged(tmp_path: Path, load_file: Callable[[Path]
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]) -> Iterator[tuple[str, Path]]:
+def own_server(
+    tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]
+) -> Iterator[tuple[str, Path]]:
     """Our own server with the adapter `mine`, and where its base and adapters are."""
     from loralib.serve.app import create_app
     from loralib.serve.server import start
