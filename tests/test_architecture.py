@@ -32,6 +32,7 @@ ROWS = [
     ["training"],
     ["generation"],
     ["inspection"],
+    ["verify"],
     ["nlg"],
     ["__init__"],
     ["serve"],
@@ -65,6 +66,8 @@ OUTSIDE = {
     "llguidance": {"generation.grammar"},
     "uvicorn": {"cli.serve"},
     "fastapi": {"serve"},
+    "starlette": {"serve"},  # what FastAPI is made of
+    "prometheus_client": {"serve"},
     "pydantic": {"serve"},
     "python_multipart": {"serve"},
     "tomli": {"settings"},  # Python 3.10 only
