@@ -9,7 +9,7 @@ export const WORDS = {
   views: ["Views", "Các trang"],
   language: ["Language", "Ngôn ngữ"],
   theme: ["Theme", "Giao diện"],
-  theme_auto: ["As the system", "Theo hệ thống"],
+  theme_auto: ["System", "Hệ thống"],
   theme_light: ["Light", "Sáng"],
   theme_dark: ["Dark", "Tối"],
   error: ["This did not work", "Không thực hiện được"],
