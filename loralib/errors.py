@@ -15,6 +15,7 @@
     │   └── InterruptedRunError              a signal stopped the run, after it saved itself
     ├── BusyModelError (RuntimeError)        a model is in use in another way at the moment
     ├── BusyServerError (RuntimeError)       too many requests are waiting; later there may be room
+    ├── UnreachableServerError (OSError)     another server cannot be asked
     ├── UnsupportedModelError (RuntimeError) a model computes in a way that is not known here
     ├── OutputError (OSError)                a result cannot be written
     └── MissingDependencyError (ImportError) an optional package is not installed
@@ -46,6 +47,7 @@ __all__ = [
     "OutputError",
     "TargetError",
     "TrainingError",
+    "UnreachableServerError",
     "UnsupportedModelError",
     "did_you_mean",
     "first_line",
@@ -119,6 +121,10 @@ class BusyModelError(LoraError, RuntimeError):
 
 class BusyServerError(LoraError, RuntimeError):
     """A server has as many requests as it takes, or is shutting down; the same request may be taken in later."""
+
+
+class UnreachableServerError(LoraError, OSError):
+    """Another server cannot be asked: it is not there, refuses, or says nothing that can be used."""
 
 
 class UnsupportedModelError(LoraError, RuntimeError):

@@ -32,6 +32,7 @@ ROWS = [
     ["training"],
     ["generation"],
     ["inspection"],
+    ["verify"],
     ["nlg"],
     ["__init__"],
     ["serve"],

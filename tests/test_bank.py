@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import loralib as lora
 from loralib.adapter import Adapter
 from loralib.engine.placement import Hold, overriding
+from loralib.errors import AdapterError
 from loralib.generation import Generator, Sampling
 
 
@@ -235,3 +236,28 @@ def test_gpt2_with_fused_blocks():
     assert together == [
         alone(model, values.get(name), prompt, max_new_tokens=6) for name, prompt in zip(names, PROMPTS, strict=False)
     ]
+
+
+def test_a_name_with_a_scale_is_the_adapter_at_that_scale_for_one_row_alone(bank):
+    bank, _ = bank
+    prompt, names = PROMPTS[1], ["wide@0", "wide@0.5", "wide", "wide@-2.5", None]
+    mixed = lora.generate(bank, Letters(), [prompt] * len(names), adapters=names)
+    assert mixed[0].ids == mixed[-1].ids
+    for name, result in zip(names[1:4], mixed[1:4], strict=True):
+        bank.set_scale("wide", float(name.partition("@")[2] or 1))
+        assert lora.generate(bank, Letters(), [prompt], adapters=["wide"])[0].ids == result.ids
+        bank.set_scale("wide", 1.0)
+    assert len({result.ids for result in mixed}) > 2
+    assert bank.slot("wide").users == 0
+
+
+def test_names_that_have_an_at_sign_themselves_come_first(bank):
+    bank, values = bank
+    bank.load("plain@2", values["few"])
+    few, same = lora.generate(bank, Letters(), [PROMPTS[1]] * 2, adapters=["few", "plain@2"])
+    assert few.ids == same.ids
+    for unknown in ("nobody@1", "plain@", "plain@two", "plain@1e9", "plain@nan"):
+        with pytest.raises(AdapterError, match="no such adapters"):
+            lora.generate(bank, Letters(), [PROMPTS[1]], adapters=[unknown])
+    with pytest.raises(AdapterError, match="no such adapters"):
+        bank.unload("plain@0.5")

@@ -21,6 +21,8 @@ uvicorn = pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api")
 transformers = pytest.importorskip("transformers")
 
+from fastapi.testclient import TestClient  # noqa: E402
+
 from loralib.bases.loading import load_tokenizer  # noqa: E402
 from loralib.serve.app import create_app  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
@@ -340,7 +342,7 @@ def test_the_keyboard_alone_gets_everywhere_in_order(visit: Callable[..., Any], 
     page = visit()
     page.locator(".panel").nth(1).wait_for()
     order = []
-    for _ in range(17):
+    for _ in range(20):
         page.keyboard.press("Tab")
         order.append(
             page.evaluate(
@@ -353,7 +355,8 @@ def test_the_keyboard_alone_gets_everywhere_in_order(visit: Callable[..., Any], 
         )
     assert order == [
         "Skip to content", "loralib", "Compare", "Train", "Runs", "Adapters", "Language", "Theme", "Plain text",
-        "Prompt", "Generate", "Settings", "Model", "Remove panel 1", order[14], "Model", "Remove panel 2",
+        "Prompt", "Prompts from its data", "Generate", "Settings", "Model", "Remove panel 1",
+        "Answer of panel 1", "Model", "Remove panel 2", "Scale", "Answer of panel 2",
     ]  # fmt: skip
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.type("Number 7 is")
@@ -403,6 +406,48 @@ def test_a_server_with_keys_is_asked_with_one(visit: Callable[..., Any], site: S
     fresh.get_by_role("button", name="Use this key").click()
     fresh.get_by_role("heading", name="Compare answers").wait_for()
     assert "secret" not in json.dumps(fresh.evaluate("({...localStorage})"))
+
+
+def test_only_the_page_itself_needs_no_key(model: Path, tmp_path: Path) -> None:
+    with contextlib.closing(
+        start(ServeConfig(model=str(model), state_dir=str(tmp_path), api_key=("secret",)))
+    ) as server:
+        client = TestClient(create_app(server), base_url="http://127.0.0.1")
+        for path in ("/", "/page/main.js", "/page/style.css"):
+            assert client.get(path).status_code == 200
+        for path in ("/page-api/about", "/page-api/adapters", "/v1/models"):
+            answer = client.get(path)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"  # no dialog of the browser's own
+            assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+        elsewhere = {"Authorization": "Bearer secret", "Origin": "https://example.com"}
+        export = client.post("/page-api/exports", json={"name": "x", "target": "peft"}, headers=elsewhere)
+        assert export.json()["error"]["code"] == "foreign_origin"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/page-api/exports", {"name": "../../etc", "target": "peft"}, 404),
+        ("POST", "/page-api/exports", {"name": "x", "target": "exe"}, 400),
+        ("POST", "/page-api/exports", {"name": 1, "target": "peft"}, 400),
+        ("GET", "/page-api/exports/nothing", None, 404),
+        ("GET", "/page-api/exports/..%2F..%2Fjobs/content", None, 404),
+        ("GET", "/page-api/adapters/learned?name=/etc", None, 404),
+        ("POST", "/page-api/adapters/load", {"name": "nobody"}, 404),
+        ("POST", "/page-api/adapters/unload", {"name": "nobody"}, 404),
+        ("POST", "/page-api/preview", {"training_file": "file-nothing"}, 404),
+        ("GET", "/page/..%2Fapi.py", None, 404),
+        ("GET", "/page/../api.py", None, 404),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_in_the_api_s_shape(
+    site: SimpleNamespace, method: str, path: str, body: dict[str, Any] | None, status: int
+) -> None:
+    client = TestClient(create_app(site.server), base_url="http://127.0.0.1")
+    answer = client.request(method, path, json=body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
 
 
 def test_the_page_fetches_nothing_from_elsewhere_and_cannot_be_framed(

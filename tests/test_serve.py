@@ -518,6 +518,7 @@ def test_adapters_come_change_and_go(running: Running, places: Path, post: Any, 
 
 def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, places: Path, post: Any) -> None:
     tiny_adapter(places / "base", places / "shelf" / "brief", 11)
+    tiny_adapter(places / "base", places / "shelf" / "second", 12)
     assert post("/v1/adapters", {"name": "brief"}).status_code == 201
     expected = offline(running, "Hi", "brief", max_new_tokens=100, min_new_tokens=100, temperature=1.0, seed=2).text
     body = {**COMPLETION, "model": "brief", "max_tokens": 100, "ignore_eos": True, "seed": 2, "stream": True}
@@ -525,6 +526,7 @@ def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, place
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as stream:
         for line in stream.iter_lines():
             if not unloaded:
+                assert post("/v1/adapters", {"name": "second"}).status_code == 201
                 assert httpx.delete(f"{running.url}/v1/adapters/brief").status_code == 200
                 unloaded = True
             if line.startswith("data: {"):

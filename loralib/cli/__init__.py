@@ -34,6 +34,7 @@ COMMANDS = {
     "completion": "let the Tab key complete commands and flags",
     "export-base": "write a base model for tools without a hub",
     "serve": "serve a model and its adapters over HTTP, with a page",
+    "verify": "ask a running server whether it computes an adapter as it should",
 }
 
 _HELP = f"""\

@@ -551,7 +551,7 @@ class Jobs:
                 read_sources(data, **how_to_read(config))
             return job.settings
         model, tokenizer = self._base
-        match_modules(model, config.lora_config())
+        match_modules(model, config.lora_config(), changes=False)
         plan = make_plan(model, config.train_data, config.valid_data, tokenizer, config, lambda line: None)
         return job.settings if multiplier is None else {**job.settings, "lr": plan.config.peak_lr * multiplier}
 

@@ -15,7 +15,6 @@ from ...inspection import Inspection, inspect_adapter
 from ...training.record import read_record
 from ..server import Server
 from ..state import RequestError
-from ..uploads import READ_AT_ONCE
 
 __all__ = ["Source", "describe", "heat_map", "inspect", "load", "prompts", "source", "sources"]
 
@@ -147,7 +146,8 @@ def prompts(server: Server, found: Source, most: int = 5) -> list[dict[str, Any]
         return []
     job = server.jobs.get(found.job)
     try:
-        if (file := server.jobs.files.get(job.training_file)).bytes > READ_AT_ONCE:
+        file = server.jobs.files.get(job.training_file)
+        if not file.facts["examples"]:  # too large to be read at once
             return []
         how = {"format": job.settings.get("data_format", "auto"), "columns": job.settings.get("columns")}
         [data] = read_sources(str(file.path), **how, as_chat=job.settings.get("as_chat", False))

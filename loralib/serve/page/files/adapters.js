@@ -68,7 +68,7 @@ class AdapterCard {
     this.sub.textContent = [...(called(facts.name) === facts.name ? [] : [facts.name]), `r = ${facts.r}`, translate("fact_parameters", { n: number(facts.parameters) }), bytes(facts.bytes)].join(" · ");
     const { trained } = facts;
     const data = [trained?.data ?? []].flat().join(", ");
-    const settings = Object.entries(trained?.settings ?? {}).map(([name, value]) => `${name} ${typeof value === "number" ? significant(value, 6) : value}`).join(", ");
+    const settings = Object.entries(trained?.settings ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
     const targets = [facts.target_modules].flat().join(", ");
     const fact = (key, value) => value ? h("div", { class: "fact" }, h("dt", { t: key }), h("dd", {}, value)) : null;
     this.facts_.replaceChildren(h("dl", { class: "facts" }, h("div", { class: "fact" }, h("dt", {}, "r, alpha"), h("dd", {}, `${facts.r}, ${significant(facts.lora_alpha)}`)), fact("fact_targets", `${targets} (${translate("fact_modules", { n: number(facts.modules) })})`), fact("fact_base", facts.base && called(facts.base)), fact("fact_size", bytes(facts.bytes)), fact("fact_trained", data), fact("fact_settings", settings)),

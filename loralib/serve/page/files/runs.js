@@ -2,7 +2,7 @@
 import { get } from "./api.js";
 import { lineChart } from "./charts.js";
 import { h, showError } from "./dom.js";
-import { number, significant, translate, when } from "./words.js";
+import { number, translate, when } from "./words.js";
 
 export class RunsView {
   constructor(context) {
@@ -83,7 +83,7 @@ export class RunsView {
   compared(shown) {
     const settings = shown.map((job) => ({ data: this.files.get(job.training_file) ?? "?", ...job.loralib.settings }));
     const names = [...new Set(settings.flatMap(Object.keys))];
-    const say = (value) => value === undefined ? "–" : typeof value === "number" ? significant(value, 6) : typeof value === "object" ? JSON.stringify(value) : String(value);
+    const say = (value) => value === undefined ? translate("by_default") : typeof value === "object" ? JSON.stringify(value) : String(value);
     const rows = names.map((name) => {
       const values = settings.map((each) => say(each[name]));
       const differs = new Set(values).size > 1;

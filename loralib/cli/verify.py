@@ -1,0 +1,129 @@
+"""Ask a running server whether it computes an adapter as it should.
+
+  loralib verify http://localhost:8000 --adapter lora_model
+  loralib verify http://localhost:8080 --adapter lora_model --model 0
+  loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
+
+The server is asked for log-probabilities of texts with the adapter and with the base alone; the same are computed here.
+It may be loralib's own, vLLM, SGLang, llama.cpp's, Ollama, or another with OpenAI's API.  --model is the adapter's name
+there, for llama.cpp its number.
+
+The exit code is 0 if it acts as it should, 1 if not, and 2 if that could not be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..bases import base_of, load_base, resize_tables_for, tokenizer_for
+from ..console import counted, say, table
+from ..engine.limits import context_length
+from ..errors import BaseModelError, ConfigError, DataError
+from ..formats import is_read_with_base, read_adapter, with_present_names
+from ..verify import Reference, Verdict, Vocabulary, connect, judge
+from ._adapters import ADAPTER_HELP, DTYPES
+from ._flags import add_flag
+
+_LONGEST: Final = 256  # tokens of a text
+_FEW: Final = 50
+# Prose, facts, dialogue, code and lists: an adapter shows somewhere.
+_TEXTS: Final = (
+    "The old harbour had been quiet for years before the ferries came back. Every morning a few people stood at the "
+    "railing, held their coffee in both hands, and watched the boats turn slowly in the grey water before they left "
+    "for the islands. Nobody asked where the others were going.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. For every "
+    "three hundred metres of height the boiling point falls by about one degree Celsius, so that potatoes take longer "
+    "to cook in a hut than in a kitchen at the coast.",
+    "Question: How do I keep bread fresh for longer?\nAnswer: Keep it in a paper bag at room temperature for two days, "
+    "and freeze what is left in slices. Do not put it into the fridge, where it becomes stale sooner.\nQuestion: Can I "
+    "freeze cheese?\nAnswer: Hard cheese can be frozen, but it crumbles afterwards.",
+    "def average(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / "
+    "len(values)\n\n\ndef largest(values):\n    best = values[0]\n    for value in values[1:]:\n        if value > "
+    "best:\n            best = value\n    return best\n",
+    "name : The Wooden Boat | Type : coffee shop | food : Italian | price : moderate | area : harbour\nThe Wooden Boat "
+    "is a coffee shop in the harbour area that serves Italian food at moderate prices. Families are welcome, and "
+    "guests rate it five out of five.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the server, the adapter, and what both are called there."""
+    parser.add_argument("url", metavar="URL", help="address of the server, as in http://localhost:8000")
+    parser.add_argument("--adapter", required=True, metavar="ADAPTER", help=ADAPTER_HELP)
+    parser.add_argument("--model", metavar="NAME", help="what the server calls the adapter (default: the only one)")
+    parser.add_argument("--base_model", metavar="NAME", help="what the server calls the base (default: as it says)")
+    add_flag(parser, "--base", metavar="MODEL", help="base model to compute with here (default: the adapter's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="what to compute in here (default fp32)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cpu)", default="cpu")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text as in training; may be repeated (default: a few of all)",
+    )
+    parser.add_argument("--api_key", metavar="KEY", help="the server's key (default: LORALIB_API_KEY)")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for an answer (default 120)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was found and returns the exit code."""
+    if not args.timeout > 0:
+        raise ConfigError(f"--timeout is {args.timeout:g}, expected a positive number of seconds")
+    model, tokenizer, adapter = _load(args)
+    rows = _rows(model, tokenizer, [text.replace("\\n", "\n") for text in args.prompt or _TEXTS])
+    key = args.api_key or os.environ.get("LORALIB_API_KEY")
+    server = connect(
+        args.url, Vocabulary(tokenizer), model=args.model, base_model=args.base_model, api_key=key, timeout=args.timeout
+    )
+    say(f"Asking {args.url} ({server.kind}) ...")
+    adapted = server.ask(rows, adapted=True)
+    base = server.ask(rows, adapted=False) if server.base is not None else None
+    with Reference.of(model, adapter) as reference:
+        verdict = judge(reference, adapted, base)
+    asked = [("adapter", server.adapter or "none is loaded there"), ("base", server.base or "not asked (--base_model)")]
+    say(f"\n{table([*asked, *_figures(verdict)])}\n\n{verdict.text[0].upper()}{verdict.text[1:]}.")
+    if verdict.positions < _FEW:
+        say(f"note: {counted(verdict.positions, 'place')} in texts tell little; give more with --prompt")
+    return verdict.exit_code
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    value = None if is_read_with_base(args.adapter) else read_adapter(args.adapter)
+    if value is None and args.base is None:
+        raise BaseModelError(f"{args.adapter} does not name its base model; give --base MODEL")
+    model, tokenizer = load_base(base_of(value, args.base), dtype=args.dtype, device=args.device)
+    value = read_adapter(args.adapter, model=model) if value is None else with_present_names(value, model)
+    resize_tables_for(value, model)
+    return model, tokenizer_for(args.adapter, model, tokenizer), value
+
+
+def _rows(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the tokens of the texts, as far as the model can take them."""
+    longest = min(context_length(model) or _LONGEST, _LONGEST) - 1
+    rows = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise DataError("the texts of --prompt have fewer than two tokens each; give longer ones")
+    return rows
+
+
+def _figures(verdict: Verdict) -> list[tuple[str, str]]:
+    """Returns a verdict's figures as rows of a table."""
+
+    def nats(value: float) -> str:
+        return f"{value:.4g} nats a token"
+
+    rows = [
+        ("compared", f"{counted(verdict.values, 'value')} at {counted(verdict.positions, 'place')} in texts"),
+        ("from the adapter", nats(verdict.from_adapter)),
+        ("from the base", nats(verdict.from_base)),
+        ("effect here", nats(verdict.effect)),
+    ]
+    if verdict.base_error is not None:
+        rows.append(("base from base", nats(verdict.base_error)))
+    if verdict.scale is not None and verdict.scale_error is not None:
+        rows.append(("best scale", f"{verdict.scale:.3g}, where {nats(verdict.scale_error)} remain"))
+    return rows

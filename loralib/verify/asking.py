@@ -1,0 +1,466 @@
+"""Asks servers for log-probabilities, each kind in its own way.
+
+urllib is enough: a few requests, one after another; so this needs no client library.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Final, Protocol
+
+from ..errors import ConfigError, UnreachableServerError, did_you_mean, list_faults
+from .judging import Observed
+
+__all__ = ["Asker", "Vocabulary", "connect"]
+
+_LARGEST: Final = 64 * 2**20  # bytes of an answer
+_PROMPT: Final = 12  # tokens of a text that a server continues, where it tells nothing of prompts
+_NEW: Final = 48  # tokens that it continues with
+_TOP: Final = 5  # alternatives for each, the most that OpenAI's API gives
+
+Ids = Sequence[int]
+
+
+class Vocabulary:
+    """The tokens of a tokenizer by their text, for servers that say no numbers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, ids: Ids) -> str:
+        """Returns the text of tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @functools.cached_property
+    def _ids(self) -> Mapping[str, int | None]:
+        """Each token by its text; None where several have the same."""
+        result: dict[str, int | None] = {}
+        for token in range(len(self._tokenizer)):
+            text = self.text([token])
+            result[text] = None if text in result else token
+        return result
+
+    def id(self, name: str) -> int | None:
+        """Returns the token that a server calls so, if it is certain which one."""
+        if name.startswith("token_id:") and name[9:].isdigit():
+            return int(name[9:])
+        return self._ids.get(name)
+
+
+class Asker(Protocol):
+    """A running server.
+
+    Attributes:
+        kind: what kind of server it is, in words.
+        adapter: what the adapter is called there; None: the server has none.
+        base: what the base is called there; None: it cannot be asked.
+    """
+
+    kind: str
+    adapter: str | None
+    base: str | None
+
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+        """Returns the log-probabilities of texts, or of how they are continued, with the adapter or the base alone.
+
+        Raises:
+            UnreachableServerError: the server refuses, or says nothing that can be used.
+        """
+        ...
+
+
+def connect(
+    url: str,
+    vocabulary: Vocabulary,
+    *,
+    model: str | None = None,
+    base_model: str | None = None,
+    api_key: str | None = None,
+    timeout: float = 120,
+) -> Asker:
+    """Finds out what kind of server there is, and what adapter and base are called.
+
+    Args:
+        url: its address, with or without /v1.
+        vocabulary: the tokens of the base.
+        model: what the adapter is called there; None: the only one there is.
+        base_model: what the base is called there; None: as the server says.
+        api_key: sent as a bearer token.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        ConfigError: the address is none, or a name is missing or unknown; the message has the names there are.
+        UnreachableServerError: no server that can be asked.
+    """
+    client = _Client(url, api_key, timeout)
+    if isinstance(listed := client.try_get("/lora-adapters"), list):
+        return _LlamaCpp(client, listed, model)
+    for path in ("/model_info", "/get_model_info"):
+        info = client.try_get(path)
+        if isinstance(info, dict) and "model_path" in info:
+            return _SGLang(client, info, model)
+    if isinstance(version := client.try_get("/api/version"), dict) and "version" in version:
+        return _Ollama(client, vocabulary, model, base_model)
+    return _OpenAI(client, vocabulary, model, base_model)
+
+
+class _Refused(UnreachableServerError):
+    """The server answers with an error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: a key goes to the server that it was given for, and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class _Client:
+    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"the address is {url!r}, expected one such as http://localhost:8000")
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        self.url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        self._timeout = timeout
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def try_get(self, path: str) -> Any:
+        """Returns what stands at a path, None if the server has no such path."""
+        try:
+            return self.request(path)
+        except _Refused as error:
+            if error.status in (401, 403):
+                raise
+            return None
+        except _NotJson:
+            return None
+
+    def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Returns the answer of the server to GET, or with a body to POST."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self._headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout) as answer:
+                content = answer.read(_LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            raise self._refusal(path, error) from None
+        except TimeoutError:
+            raise UnreachableServerError(
+                f"{self.url}{path} gave no answer in {self._timeout:g} seconds; --timeout waits longer"
+            ) from None
+        except (OSError, ValueError) as error:  # urllib and http.client raise both
+            reason = getattr(error, "reason", error)
+            raise UnreachableServerError(
+                f"{self.url} cannot be reached: {reason}. Is the server running, and is the address right?"
+            ) from None
+        except Exception as error:  # http.client's errors have a root of their own: no HTTP server is there
+            raise UnreachableServerError(f"{self.url} does not speak HTTP: {error!r}") from None
+        try:
+            if len(content) > _LARGEST:
+                raise ValueError(f"more than {_LARGEST >> 20} MiB")
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise _NotJson(
+                f"{self.url}{path} answers with something other than JSON ({error}); is it such a server?"
+            ) from None
+
+    def _refusal(self, path: str, error: urllib.error.HTTPError) -> _Refused:
+        try:
+            text = error.read(4096).decode("utf-8", "replace").strip()
+        except OSError:
+            text = ""
+        with_key = " Give --api_key KEY, or set LORALIB_API_KEY." if error.code in (401, 403) else ""
+        return _Refused(
+            f"{self.url}{path} answers {error.code}: {_message(text) or error.reason}{with_key}", error.code
+        )
+
+
+class _NotJson(UnreachableServerError):
+    """The server speaks HTTP, and not JSON."""
+
+
+def _message(text: str) -> str:
+    """Returns what an error says, in OpenAI's shape and others."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text[:300]
+    for key in ("error", "message", "detail"):
+        value = value.get(key, value) if isinstance(value, dict) else value
+    return (value if isinstance(value, str) else json.dumps(value))[:300]
+
+
+def _unusable(client: _Client, reasons: Sequence[str]) -> UnreachableServerError:
+    return UnreachableServerError(
+        list_faults(f"{client.url} gives no log-probabilities that can be used", list(reasons), "")
+    )
+
+
+# --- servers that speak OpenAI's API: loralib, vLLM, and others ------------------------------------------------------
+
+
+class _OpenAI:
+    kind = "OpenAI's API"
+
+    def __init__(self, client: _Client, vocabulary: Vocabulary, model: str | None, base_model: str | None) -> None:
+        self._client, self._vocabulary = client, vocabulary
+        listed = client.request("/v1/models")
+        entries = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(entries, list):
+            raise UnreachableServerError(f"{client.url}/v1/models lists no models; is it such a server?")
+        self._models = {str(entry.get("id")): entry.get("parent") for entry in entries if isinstance(entry, dict)}
+        self.adapter: str | None = self._known(model, "--model") if model else self._only_adapter()
+        self.base: str | None = self._known(base_model, "--base_model") if base_model else self._base()
+        self._way: Callable[[Ids, str], Observed] | None = None
+
+    def _known(self, name: str, flag: str) -> str:
+        if name not in self._models:
+            there = ", ".join(self._models) or "none"
+            raise ConfigError(
+                f"{flag} is {name}, and the server has no such model.{did_you_mean(name, self._models)} It has: {there}"
+            )
+        return name
+
+    def _only_adapter(self) -> str:
+        children = [name for name, parent in self._models.items() if parent is not None]
+        if len(children) != 1:
+            there = ", ".join(children or self._models) or "none"
+            raise ConfigError(f"which of the server's models is the adapter? Give --model NAME. It has: {there}")
+        return children[0]
+
+    def _base(self) -> str | None:
+        parent = self._models.get(self.adapter or "")
+        roots = [name for name, above in self._models.items() if above is None and name != self.adapter]
+        if parent in self._models:
+            return str(parent)
+        return roots[0] if len(roots) == 1 else None
+
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+        name = self.adapter if adapted else self.base
+        assert name is not None
+        if self._way is None:
+            self._way = self._working(rows[0], name)
+        return [self._way(row, name) for row in rows]
+
+    def _working(self, row: Ids, name: str) -> Callable[[Ids, str], Observed]:
+        reasons = []
+        ways = {"echo": self._echoed, "prompt_logprobs": self._of_prompt, "logprobs": self._continued}
+        for label, way in ways.items():
+            try:
+                if way(row, name).values:
+                    return way
+                reasons.append(f"{label}: there are none in the answer")
+            except _Refused as error:
+                reasons.append(f"{label}: {error}")
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                reasons.append(f"{label}: the answer has another shape ({error!r})")
+        raise _unusable(self._client, reasons)
+
+    def _echoed(self, row: Ids, name: str) -> Observed:
+        body = {"max_tokens": 0, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+        try:
+            choice = self._choice(row, name, body)
+        except _Refused as error:
+            if error.status not in (400, 422):
+                raise
+            choice = self._choice(row, name, {**body, "max_tokens": 1})  # some servers must generate
+        tokens, scores = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+        named = [self._vocabulary.id(token) for token in tokens[: len(row)]]
+        if len(named) < len(row) or any(a not in (None, b) for a, b in zip(named, row, strict=True)):
+            raise ValueError("the answer is about other tokens than the prompt's")
+        return Observed(tuple(row), _values(row, scores))
+
+    def _of_prompt(self, row: Ids, name: str) -> Observed:
+        choice = self._choice(row, name, {"max_tokens": 1, "prompt_logprobs": 1})
+        entries = choice["prompt_logprobs"]
+        scores = [
+            None if entry is None else entry[str(token)]["logprob"] for token, entry in zip(row, entries, strict=True)
+        ]
+        return Observed(tuple(row), _values(row, scores))
+
+    def _continued(self, row: Ids, name: str) -> Observed:
+        start = row[:_PROMPT]
+        body = {"max_tokens": _NEW, "logprobs": _TOP, "return_tokens_as_token_ids": True}
+        scores = self._choice(start, name, body)["logprobs"]
+        steps = zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"] or (), strict=True)
+        return _continuation(
+            start, ((self._vocabulary.id(token), {**(top or {}), token: score}) for token, score, top in steps),
+            self._vocabulary.id,
+        )  # fmt: skip
+
+    def _choice(self, row: Ids, name: str, body: Mapping[str, Any]) -> Any:
+        request = {"model": name, "prompt": list(row), "temperature": 0, **body}
+        return self._client.request("/v1/completions", request)["choices"][0]
+
+
+def _values(row: Ids, scores: Sequence[float | None]) -> tuple[tuple[int, int, float], ...]:
+    """Returns the log-probabilities of a text's tokens; a first one has none."""
+    pairs = enumerate(zip(row, scores[: len(row)], strict=True))
+    return tuple((at, token, float(score)) for at, (token, score) in pairs if at and score is not None)
+
+
+def _continuation(start: Ids, steps: Any, id_of: Callable[[Any], int | None]) -> Observed:
+    """Returns what was said while a text was continued, up to the first token that is not certainly one."""
+    ids, values = list(start), []
+    for token, top in steps:
+        for name, score in top.items():
+            known = id_of(name)
+            # -9999 and the like stand for minus infinity.
+            if known is not None and score is not None and score > -1000:
+                values.append((len(ids), known, float(score)))
+        if token is None:
+            break
+        ids.append(token)
+    return Observed(tuple(ids), tuple(values))
+
+
+# --- SGLang ----------------------------------------------------------------------------------------------------------
+
+
+class _SGLang:
+    kind = "SGLang"
+
+    def __init__(self, client: _Client, info: Mapping[str, Any], model: str | None) -> None:
+        if model is None:
+            raise ConfigError("what is the adapter called there? Give --model NAME, as in --lora-paths NAME=DIR")
+        self._client = client
+        self.adapter: str | None = model.rpartition(":")[2]  # its OpenAI API says base:adapter
+        self.base: str | None = str(info["model_path"])
+
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+        result = []
+        for row in rows:
+            body: dict[str, Any] = {
+                "input_ids": list(row),
+                "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            }
+            if adapted:
+                body["lora_path"] = self.adapter
+            try:
+                entries = self._client.request("/generate", body)["meta_info"]["input_token_logprobs"]
+                if [entry[1] for entry in entries] != list(row):
+                    raise ValueError("the answer is about other tokens than the prompt's")
+                result.append(Observed(tuple(row), _values(row, [entry[0] for entry in entries])))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise _unusable(self._client, [f"/generate: {error!r}"]) from None
+        return result
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+class _LlamaCpp:
+    kind = "llama.cpp"
+
+    def __init__(self, client: _Client, listed: Sequence[Mapping[str, Any]], model: str | None) -> None:
+        self._client = client
+        self._ids = [int(entry["id"]) for entry in listed]
+        names = {str(entry["id"]): _stem(str(entry.get("path", ""))) for entry in listed}
+        chosen = [entry for entry in listed if model in (None, str(entry["id"]), names[str(entry["id"])])]
+        if listed and len(chosen) != 1:
+            there = ", ".join(f"{name} (id {number})" for number, name in names.items())
+            wanted = "which adapter? Give" if model is None else f"there is no single adapter {model}; give"
+            raise ConfigError(f"{wanted} --model with its id or name. The server has: {there}")
+        self._chosen = chosen[0] if chosen else None
+        self.adapter: str | None = names[str(chosen[0]["id"])] if chosen else None
+        self.base: str | None = "the same with all adapters at scale 0"
+
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+        scales = dict.fromkeys(self._ids, 0.0)
+        if adapted and self._chosen is not None:
+            # As the server applies it; one that waits for requests to name it stands at 0.
+            scales[int(self._chosen["id"])] = float(self._chosen.get("scale") or 1.0)
+        lora = [{"id": number, "scale": scale} for number, scale in scales.items()]
+        result = []
+        for row in rows:
+            body = {
+                "prompt": list(row[:_PROMPT]),
+                "n_predict": _NEW,
+                "n_probs": _TOP,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": False,  # it may have been computed with another adapter
+                "lora": lora,
+            }
+            try:
+                steps = self._client.request("/completion", body)["completion_probabilities"]
+                tokens = (
+                    (step["id"], {top["id"]: top["logprob"] for top in (*step["top_logprobs"], step)}) for step in steps
+                )
+                result.append(_continuation(row[:_PROMPT], tokens, lambda token: token))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise _unusable(self._client, [f"/completion: {error!r}"]) from None
+        return result
+
+
+def _stem(path: str) -> str:
+    """Returns the name of a file without its ending; the server may run on another system."""
+    return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).stem
+
+
+# --- Ollama ----------------------------------------------------------------------------------------------------------
+
+
+class _Ollama:
+    kind = "Ollama"
+
+    def __init__(self, client: _Client, vocabulary: Vocabulary, model: str | None, base_model: str | None) -> None:
+        self._client, self._vocabulary = client, vocabulary
+        tags = client.request("/api/tags")
+        there = [str(each.get("name")) for each in tags.get("models", ())]
+        missing = [
+            name for name in (model, base_model) if name is not None and not {name, f"{name}:latest"} & set(there)
+        ]
+        if model is None or missing:
+            wanted = f"there is no model {missing[0]}" if missing else "which model has the adapter? Give --model NAME"
+            raise ConfigError(f"{wanted}. The server has: {', '.join(there) or 'none'}")
+        self.adapter: str | None = model
+        self.base: str | None = base_model
+
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+        return [self._continued(row[:_PROMPT], self.adapter if adapted else self.base) for row in rows]
+
+    def _continued(self, start: Ids, name: str | None) -> Observed:
+        body = {
+            "model": name,
+            "prompt": self._vocabulary.text(start),
+            "raw": True,  # no template
+            "stream": False,
+            "logprobs": True,
+            "top_logprobs": _TOP,
+            "options": {"temperature": 0, "num_predict": _NEW, "repeat_penalty": 1.0},
+        }
+        try:
+            steps = self._client.request("/api/generate", body)["logprobs"]
+            tops = (
+                (self._vocabulary.id(step["token"]), {top["token"]: top["logprob"] for top in (*_tops(step), step)})
+                for step in steps
+            )
+            return _continuation(start, tops, self._vocabulary.id)
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"/api/generate: {error!r} (log-probabilities need Ollama 0.12.11 or later)"
+            raise _unusable(self._client, [reason]) from None
+
+
+def _tops(step: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return step.get("top_logprobs") or ()

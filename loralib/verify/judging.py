@@ -1,0 +1,268 @@
+"""What explains a server's log-probabilities: the adapter, none, another scale, a part of it, or something else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, apply_adapter
+from ..combine import depends_on_base
+from ..delta import scaling_of
+from ..engine.forward import device_of, plain_logits
+from ..formats import make_portable
+from ..injection import adapted_layers, disabled, remove
+
+__all__ = ["Observed", "Reference", "Verdict", "judge"]
+
+_SCALES: Final = (-2.0, -1.0, -0.5, 0.0, *(2.0**power for power in range(-6, 6)))
+_ATTENTION: Final = re.compile(r"attn|attention")
+_MLP: Final = re.compile(r"mlp|ffn|feed_forward|(^|\.)fc\d?($|\.)")
+_EXACT: Final = 1e-3  # nats a token: no server is asked to be nearer
+_UNKNOWN_NOISE: Final = 0.02  # what bf16 rounds to, for servers whose base cannot be asked
+_GOLDEN: Final = (math.sqrt(5) - 1) / 2
+
+Factor = Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a server said about one text.
+
+    Attributes:
+        ids: the text's tokens.
+        values: position, token and the log-probability of that token there, in nats.
+    """
+
+    ids: tuple[int, ...]
+    values: tuple[tuple[int, int, float], ...]
+
+
+class Reference:
+    """The same log-probabilities computed here, with any part of the adapter at any scale."""
+
+    def __init__(self, model: nn.Module, plain_scaling: float) -> None:
+        self._model, self.plain_scaling = model, plain_scaling  # the latter: without patterns
+        self._scalings = [(name, layer, layer.scaling) for name, layer in adapted_layers(model)]
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> Iterator[Reference]:
+        """Puts an adapter onto its base for a while.
+
+        Raises:
+            AdapterError: it does not fit the base.
+        """
+        plain = make_portable(adapter, "vllm", model).adapter if depends_on_base(adapter) else adapter
+        apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
+        try:
+            config = plain.config
+            yield cls(model.eval(), scaling_of(config.r, config.lora_alpha, config.use_rslora))
+        finally:
+            remove(model)
+
+    @property
+    def modules(self) -> dict[str, float]:
+        """The adapted modules, and the scaling of each."""
+        return {name: scaling for name, _, scaling in self._scalings}
+
+    def __call__(self, texts: Sequence[Observed], factor: Factor | None) -> Tensor:
+        """Returns the log-probability of each observed token.
+
+        Args:
+            texts: what was observed.
+            factor: scale of each module's update beside what it should be; None: the base alone.
+        """
+        if factor is None:
+            with disabled(self._model):
+                return self._computed(texts)
+        try:
+            for name, layer, scaling in self._scalings:
+                layer.scaling = scaling * factor(name)
+            return self._computed(texts)
+        finally:
+            for _, layer, scaling in self._scalings:
+                layer.scaling = scaling
+
+    @torch.no_grad()
+    def _computed(self, texts: Sequence[Observed]) -> Tensor:
+        parts = []
+        for text in texts:
+            ids = torch.tensor([text.ids], device=device_of(self._model))
+            scores = plain_logits(self._model, ids)[0].float().log_softmax(-1).cpu()
+            at = torch.tensor([position - 1 for position, _, _ in text.values], dtype=torch.long)
+            parts.append(scores[at, torch.tensor([token for _, token, _ in text.values], dtype=torch.long)])
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found.
+
+    Attributes:
+        kind: "right", "none", "scaled", "partly", "other", "base", "merged" or "unclear".
+        text: the same in words.
+        values: how many log-probabilities were compared.
+        positions: at how many places in texts.
+        from_adapter: mean |difference| of the adapter's answers from the adapter computed here, in nats a token.
+        from_base: the same, from the base computed here.
+        effect: mean |difference| that the adapter makes here.
+        base_error: mean |difference| of the base's answers from the base computed here; None: it was not asked.
+        scale: the scale that explains the answers best; None: none was looked for.
+        scale_error: mean |difference| that remains with it.
+    """
+
+    kind: str
+    text: str
+    values: int
+    positions: int
+    from_adapter: float
+    from_base: float
+    effect: float
+    base_error: float | None
+    scale: float | None = None
+    scale_error: float | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0: it acts as it should; 1: it does not; 2: that could not be told."""
+        return {"right": 0, "unclear": 2}.get(self.kind, 1)
+
+
+@dataclass(frozen=True)
+class _Figures:
+    from_adapter: float
+    from_base: float
+    effect: float
+    base_error: float | None
+    base_from_adapter: float | None
+
+    @property
+    def tolerance(self) -> float:
+        """Which difference counts as none: what the base's own answers show of rounding, or a tenth of the effect."""
+        noise = _UNKNOWN_NOISE if self.base_error is None else max(_EXACT, 3 * self.base_error)
+        return max(noise, 0.1 * self.effect)
+
+
+def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Observed] | None) -> Verdict:
+    """Says what explains the answers.
+
+    Args:
+        reference: computes the same here.
+        adapted: what the server answered with the adapter.
+        base: what it answered without; None: it cannot be asked.
+    """
+    found = _found(adapted)
+    without, with_all = reference(adapted, None), reference(adapted, lambda _: 1.0)
+    own = None if base is None else (_gap(_found(base), reference(base, None)))
+    other = None if base is None else (_gap(_found(base), reference(base, lambda _: 1.0)))
+    figures = _Figures(_gap(found, with_all), _gap(found, without), _gap(with_all, without), own, other)
+    kind, text = _plainly(figures)
+    scale = error = None
+    if kind is None:
+        scale, error = _best_scale(reference, adapted, found)
+        kind, text = _by_search(reference, adapted, found, figures, scale, error)
+    positions = sum(len({position for position, _, _ in each.values}) for each in adapted)
+    return Verdict(
+        kind, text, len(found), positions, figures.from_adapter, figures.from_base, figures.effect, own, scale, error
+    )
+
+
+def _plainly(figures: _Figures) -> tuple[str | None, str]:
+    """Judges what needs no search."""
+    base, noise = figures.base_error, figures.base_error or 0.0
+    if base is not None and figures.base_from_adapter is not None and base > 3 * max(_EXACT, figures.base_from_adapter):
+        text = "what is called the base acts as the adapter: its weights have the adapter merged, or the name is wrong"
+        return "merged", text
+    if noise > max(0.3, figures.effect / 2):
+        return "base", "another base, or coarsely quantised weights: the base alone answers differently"
+    if figures.effect <= 3 * max(noise, 1e-5):
+        text = "cannot tell: the adapter changes these texts no more than the server rounds. Give --prompt TEXT as in "
+        return "unclear", text + "its training data"
+    if figures.from_adapter <= figures.tolerance and figures.from_adapter < figures.from_base:
+        return "right", "acts as it should"
+    if figures.from_base <= min(figures.tolerance, figures.effect / 3):
+        return "none", "has no effect: the server answers as the base alone does"
+    return None, ""
+
+
+def _by_search(
+    reference: Reference, adapted: Sequence[Observed], found: Tensor, figures: _Figures, scale: float, error: float
+) -> tuple[str, str]:
+    partly = {label: _gap(found, reference(adapted, factor)) for label, factor in _hypotheses(reference).items()}
+    label = min(partly, key=lambda each: partly[each], default=None)
+    bound = min(figures.tolerance, 0.3 * max(figures.from_base, figures.effect))
+    if label is not None and partly[label] <= bound and partly[label] < 0.7 * error:
+        return "partly", f"acts differently: {label} explains the answers"
+    if error > bound:
+        rest = f"{error:.3g} nats a token remain at the best one, {scale:.3g}"
+        return "other", f"acts differently: another adapter, or another base; no scale explains the answers ({rest})"
+    return "scaled", f"acts differently: its scaling is {scale:.3g} of what it should be"
+
+
+def _hypotheses(reference: Reference) -> dict[str, Factor]:
+    """Ways in which a server may apply an adapter in part, by what to call them."""
+    modules, usual = reference.modules, reference.plain_scaling
+    kinds = {name: _kind(name) for name in modules}
+    leaves = {name: name.rpartition(".")[2] for name in modules}
+    result: dict[str, Factor] = {}
+    for names in (kinds, leaves):
+        different = sorted(set(names.values()))
+        if len(different) < 2:
+            continue
+        for part in different:
+            result[f"only its part in {part}"] = _among(names, part)
+            if len(different) > 2:  # of two, all but one is the other
+                result[f"all but its part in {part}"] = _among(names, *(other for other in different if other != part))
+    if any(scaling != usual for scaling in modules.values()):
+        result["one scaling for all modules (alpha_pattern or rank_pattern ignored)"] = lambda name: (
+            usual / modules[name] if modules[name] else 1.0
+        )
+    return result
+
+
+def _among(names: dict[str, str], *parts: str) -> Factor:
+    return lambda name: float(names[name] in parts)
+
+
+def _kind(name: str) -> str:
+    if _ATTENTION.search(name):
+        return "the attention"
+    return "the MLP" if _MLP.search(name) else "embeddings, head and others"
+
+
+def _best_scale(reference: Reference, adapted: Sequence[Observed], found: Tensor) -> tuple[float, float]:
+    """Returns the scale whose log-probabilities are nearest, and how far they are: a grid, then golden sections."""
+
+    def error(scale: float) -> float:
+        return _gap(found, reference(adapted, lambda _: scale))
+
+    grid = sorted((*_SCALES, 64.0))
+    errors = [error(scale) for scale in grid]
+    best = min(range(len(grid)), key=errors.__getitem__)
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    tried = {grid[best]: errors[best]}
+    for _ in range(12):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        for scale in (left, right):
+            if scale not in tried:
+                tried[scale] = error(scale)
+        low, high = (low, right) if tried[left] <= tried[right] else (left, high)
+    scale = min(tried, key=lambda each: tried[each])
+    return scale, tried[scale]
+
+
+def _found(texts: Sequence[Observed]) -> Tensor:
+    return torch.tensor([value for text in texts for _, _, value in text.values])
+
+
+def _gap(first: Tensor, second: Tensor) -> float:
+    """Mean |difference|; what is not finite, as at absurd scales, is infinitely far."""
+    gap = float((first - second).abs().mean())
+    return gap if math.isfinite(gap) else math.inf
