@@ -488,11 +488,12 @@ def test_an_upload_whose_client_goes_away_leaves_nothing(tmp_path: Path, jobs: J
     with pytest.raises(ConnectionResetError):
         TestClient(app_of(jobs)).post("/v1/files", content=pieces(), headers=FORM)
     assert not list((tmp_path / "state" / "files").iterdir())
-    left = tmp_path / "state" / "files" / ".upload-abc.tmp"
-    left.write_bytes(b"what a kill left")
+    left = [tmp_path / "state" / "files" / name for name in (f".upload-{'a' * 24}.tmp", f"file-{'b' * 24}.csv", "mine")]
+    for path in left:
+        path.write_bytes(b"what a kill left, and what is somebody's")
     jobs.close()
     Jobs(tmp_path / "state", model=MODEL).close()
-    assert not left.exists()
+    assert [path.exists() for path in left] == [False, False, True]
 
 
 def test_a_full_disk_refuses_and_the_server_goes_on(

@@ -24,6 +24,7 @@ __all__ = ["Files", "Upload", "UploadedFile"]
 
 PURPOSES: Final = ("fine-tune",)
 _ID: Final = re.compile(r"file-[A-Za-z0-9]{24}", re.ASCII)
+_OURS: Final = re.compile(r"\.?(file|upload)-[A-Za-z0-9]{24}(\.|$)", re.ASCII)  # how names of stored files begin
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow", ".xml")
 _READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
 
@@ -119,8 +120,8 @@ class Files:
         with write_errors(self._directory):
             self._directory.mkdir(exist_ok=True)
         known = {self._path(row).name for row in state.rows("SELECT id, suffix FROM files")}
-        for path in self._directory.iterdir():  # uploads that a crash cut short
-            if path.name not in known and path.is_file():
+        for path in self._directory.iterdir():  # uploads that a crash cut short; what is not ours stays
+            if path.name not in known and _OURS.match(path.name) and path.is_file():
                 remove_file(path)
 
     def begin(self, most: int) -> Upload:
