@@ -1,4 +1,4 @@
-"""How fast a server answers: SmolLM2 with 8 adapters of r = 16 on all linears, 1 to 64 clients, beside llama.cpp's server.
+"""How fast a server answers: SmolLM2 with 8 adapters of r = 16 on all linears, 1 to 64 clients, beside llama.cpp's.
 
 python benchmarks/serve.py               ten minutes on two cores; writes benchmarks/serve.json and docs/img/serve.png
 python benchmarks/serve.py --rounds 1
