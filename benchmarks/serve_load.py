@@ -180,12 +180,13 @@ def parts_at_a_tie(server: Server, asked: dict[str, Any], adapter: str | None, i
         return score.top[0][1] - score.top[1][1] < TIE
     dice = random.Random(asked["seed"])
     uniform = [dice.random() for _ in range(common + 1)][-1]
-    near = {
+    ends = [
         choose(logits, [replace(sampling_of(asked), top_p=min(1.0, asked["top_p"] + cut))], [uniform + by])[0]
-        for by in (-TIE, 0, TIE)
-        for cut in (-TIE, 0, TIE)
-    }
-    return any(text.startswith(server.decode([*ids[:common], token])) for token in near - {*ids[common : common + 1]})
+        for by in (-TIE, TIE)
+        for cut in (-TIE, TIE)
+    ]
+    # Tokens are drawn in the order of their ids, so those between are as near.
+    return any(text.startswith(server.decode([*ids[:common], token])) for token in range(min(ends), max(ends) + 1))
 
 
 def main() -> None:
