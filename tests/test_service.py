@@ -224,22 +224,17 @@ def test_only_the_same_adapter_at_the_same_scale_reuses(generator: Generator, ba
     try:
         bank.set_scale("first", 0.5)
         assert [reused(generator, prompt, "first"), reused(generator, prompt, "second")] == [0, 32]
-        number = generator.add(text(3, 40), Sampling(max_new_tokens=9), "first")
-        generator.step()
-        bank.set_scale("first", 1.0)
-        finish(generator)
+        number = generator.add(text(3, 40), Sampling(max_new_tokens=30, min_new_tokens=30), "first")
+        pieces = generator.step()
+        bank.set_scale("first", 1.0)  # for a while
+        pieces += generator.step()
         bank.set_scale("first", 0.5)
-        pieces = finish_one(generator, text(3, 40), "first")
-        assert pieces[0].cached_tokens == 32  # its prompt was computed at this scale, its answer not
-        assert number
+        pieces += finish(generator)[number]
+        # Its prompt was computed at this scale, and not all of its answer.
+        assert reused(generator, [*text(3, 40), *ids_of(pieces)], "first") == 32
     finally:
         bank.set_scale("first", 1.0)
     assert reused(generator, prompt, "first") == 32  # as before
-
-
-def finish_one(generator: Generator, prompt: list[int], adapter: str | None) -> list[Piece]:
-    number = generator.add(prompt, Sampling(max_new_tokens=3), adapter)
-    return finish(generator)[number]
 
 
 def test_a_replaced_adapter_reuses_nothing(generator: Generator, bank: Bank) -> None:
