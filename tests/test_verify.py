@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 import xllamacpp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralib as lora
+from loralib.cli import main
 from loralib.errors import ConfigError, UnreachableServerError
 from loralib.formats import export, make_portable
 from loralib.verify import Reference, Verdict, Vocabulary, connect, judge
@@ -403,7 +405,9 @@ def test_llama_cpp_s_server_is_judged(tmp_path: Path, load_file: Callable[[Path]
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]) -> Iterator[tuple[str, Path]]:
+def own_server(
+    tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]
+) -> Iterator[tuple[str, Path]]:
     """Our own server with the adapter `mine`, and where its base and adapters are."""
     from loralib.serve.app import create_app
     from loralib.serve.server import start
@@ -445,4 +449,4 @@ def test_our_own_server_is_judged_by_the_command(
     assert main([*command[:3], str(folder / "other"), *command[4:], "--model", "mine"]) == 1
     assert "another adapter" in capsys.readouterr().out
     assert main([*command, "--model", "base", "--base_model", "base"]) == 1
-    assert "has no effect" in capsys.readouterr().out
+    assert "Has no effect" in capsys.readouterr().out
