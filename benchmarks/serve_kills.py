@@ -12,11 +12,11 @@ import json
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ from loralib.training.report import read_metrics
 MODEL = "scratch-32x1-seed0"
 EXAMPLES = "".join(f'{{"prompt": "Number {n} is", "completion": "{n * n} when squared"}}\n' for n in range(40))
 SETTINGS = {
-    "rank": 4, "lr": 5e-3, "batch_size": 4, "num_epochs": 15, "save_steps": 3, "eval_steps": 7, "dtype": "fp32",
+    "rank": 4, "lr": 5e-3, "batch_size": 4, "num_epochs": 40, "save_steps": 3, "eval_steps": 7, "dtype": "fp32",
     "lora_dropout": 0.1, "valid_fraction": 0.2,
 }  # fmt: skip
 
@@ -40,20 +40,25 @@ class Served:
     """`loralib serve` in a process of its own."""
 
     def __init__(self, state_dir: Path) -> None:
-        command = [sys.executable, "-m", "loralib", "serve", "--model", MODEL, "--port", "0", "--no_page"]
-        self._log = state_dir.with_suffix(".log")
-        self._at = self._log.stat().st_size if self._log.exists() else 0
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen([*command, "--state_dir", str(state_dir)], stdout=log, stderr=log)
-        self.url = self._address()
-
-    def _address(self) -> str:
-        while self.process.poll() is None:
-            text = self._log.read_bytes()[self._at :].decode("utf-8", "replace")
-            if "http://127.0.0.1:" in text and "\n" in (rest := text.split("http://127.0.0.1:", 1)[1]):
-                return "http://127.0.0.1:" + "".join(c for c in rest.split("\n")[0].split(" ")[0] if c.isdigit())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "loralib", "serve", "--model", MODEL, "--port", str(port), "--no_page"]
+        log = state_dir.with_suffix(".log")
+        with log.open("ab") as file:
+            self.process = subprocess.Popen([*command, "--state_dir", str(state_dir)], stdout=file, stderr=file)
+        while not self._is_up():
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server ended:\n{log.read_text('utf-8')}")
             time.sleep(0.02)
-        raise SystemExit(f"the server ended:\n{self._log.read_text('utf-8')}")
+
+    def _is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60):
+                return True
+        except OSError:
+            return False
 
     def ask(self, path: str, body: Any = None, content_type: str = "application/json") -> Any:
         """Asks the API."""

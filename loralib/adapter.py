@@ -269,7 +269,7 @@ def _expected(
     if by_hand:
         expected = _shapes_of(by_hand, adapter)
     else:
-        targets = match_modules(model, adapter.config, trained=True)
+        targets = match_modules(model, adapter.config, trained=True, changes=False)
         adapted = [(target.name, target.module) for target in targets]
         expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     in_full = fully_trained_tensors(model, adapter.config, adapted)

@@ -72,7 +72,9 @@ class TargetModule:
         return layer
 
 
-def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False) -> list[TargetModule]:
+def match_modules(
+    model: nn.Module, config: LoraConfig, *, trained: bool = False, changes: bool = True
+) -> list[TargetModule]:
     """Finds the modules that a config adapts, without touching the model.
 
     Args:
@@ -80,6 +82,7 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
         config: see `loralib.inject`.
         trained: whether it is the config of a finished adapter, whose tensors decide: then entries may match nothing.
             PEFT accepts such entries, and writes some itself.
+        changes: whether the model is to be changed, which one that generates cannot be.
 
     Returns:
         One entry for each module, in the model's order.
@@ -96,7 +99,7 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
     targets = list[TargetModule]()
     for name, pattern in matched.items():
         try:
-            targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config))
+            targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config, changes))
         except TargetError as error:
             faults.append(f"{name}: {error}")
             continue
@@ -104,7 +107,7 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
             # in_proj and out_proj belong together, as in PEFT.
             output = f"{name}.out_proj"
             try:
-                targets.append(_target(output, pattern, LoRAReadLinear, modules, config))
+                targets.append(_target(output, pattern, LoRAReadLinear, modules, config, changes))
             except TargetError as error:
                 faults.append(f"{output}: {error}")
     if faults:
@@ -334,10 +337,15 @@ def _refuse_expert_weights(model: nn.Module, modules: Mapping[str, nn.Module], c
 
 
 def _target(
-    name: str, pattern: str, mixin: type[LoRALayer], modules: Mapping[str, nn.Module], config: LoraConfig
+    name: str,
+    pattern: str,
+    mixin: type[LoRALayer],
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    changes: bool,
 ) -> TargetModule:
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
-    _refuse_bypassed(module, mixin._weight_name)
+    _refuse_bypassed(module, mixin._weight_name, changes)
     blocks = None if isinstance(parent, nn.MultiheadAttention) else config.blocks_of(name)
     target = TargetModule(
         name=name,
@@ -440,13 +448,14 @@ def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
     return isinstance(y, Tensor) and y.shape == ours.shape and bool(torch.allclose(y, ours, atol=1e-5))
 
 
-def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
+def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
     if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
         raise TargetError(f"it has parameters of these names already ({', '.join(names)}): another LoRA's?")
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    if bound is not None and not is_own_forward(module, bound):
-        if type(bound).__module__ == "loralib.engine.placement":  # which stands below this module and is not imported
+    generates = type(bound).__module__ == "loralib.engine.placement"  # which stands below this module: not imported
+    if bound is not None and not is_own_forward(module, bound) and (changes or not generates):
+        if generates:
             raise TargetError("the model is generating or being trained at the moment; adapt it when that has ended")
         raise TargetError(
             "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import random
@@ -34,6 +35,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from loralib.serve import jobs as jobs_module  # noqa: E402
 from loralib.serve import tuning, uploads  # noqa: E402
 from loralib.serve.app import create_app  # noqa: E402
+from loralib.serve.errors import install  # noqa: E402
 from loralib.serve.jobs import Job, Jobs  # noqa: E402
 from loralib.serve.process import LogTail, MetricsTail, last_words  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
@@ -51,8 +53,8 @@ def client_of(app: FastAPI) -> Any:
     """OpenAI's client, connected to an application."""
     return openai.OpenAI(
         api_key="none",
-        base_url="http://testserver/v1",
-        http_client=TestClient(app, raise_server_exceptions=False),
+        base_url="http://127.0.0.1/v1",
+        http_client=TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False),
         max_retries=0,
     )
 
@@ -60,6 +62,7 @@ def client_of(app: FastAPI) -> Any:
 def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
     """An application with the routes of files and jobs alone."""
     app = FastAPI()
+    install(app)
     app.include_router(tuning.router)
     app.state.server = SimpleNamespace(jobs=jobs, config=ServeConfig(**settings))
     return app
@@ -86,6 +89,8 @@ class FakeProcess:
 
     def stop(self, kill_after: float | None = None) -> None:
         self.is_asked.set()
+
+    leave = stop
 
     def train(self, *steps: int) -> None:
         """Writes the events of updates, as a run that has begun does."""
@@ -251,7 +256,7 @@ def test_a_server_that_is_killed_leaves_a_job_that_ends_with_the_same_bytes(tmp_
             metrics = run / "metrics.jsonl"
             eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > updates)  # noqa: B023
             children = psutil.Process(server.pid).children() if with_child else []
-            for process in [*children, server]:
+            for process in [server, *children]:
                 process.kill()
     with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
         assert jobs.wait(job, PATIENCE).status == "succeeded"
@@ -421,6 +426,9 @@ def test_an_upload_says_at_once_how_it_is_read(jobs: Jobs) -> None:
     assert [file.id for file in client.files.list(order="asc")] == [good.id, bad.id]
     assert client.files.retrieve(good.id) == good
     assert client.files.delete(bad.id).deleted
+    packed = sent("many.jsonl.gz", gzip.compress(b" " * (65 << 20)))
+    assert packed.loralib["notes"] == ["many.jsonl.gz: more than 67 MB, which only a job reads"]
+    client.files.delete(packed.id)
     with pytest.raises(openai.NotFoundError, match="there is no file"):
         client.files.retrieve(bad.id)
     stored = [path.name for path in (jobs.files.get(good.id).path.parent).iterdir()]
@@ -440,6 +448,7 @@ def test_an_id_is_no_path(jobs: Jobs, name: str) -> None:
         jobs.get(name)
 
 
+JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
@@ -539,12 +548,13 @@ def test_a_full_disk_refuses_and_the_server_goes_on(
         ({"loralib": {"rnak": 8}}, 400, "Did you mean 'rank'?"),
         ({"loralib": {"rank": -1, "lora_dropout": 2}}, 400, "lora_dropout is 2"),
         ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are the same setting"),
+        ({"loralib": {"columns": {"prompt": "\ud800"}}}, 400, "cannot be written"),
     ],
 )  # fmt: skip
 def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], status: int, words: str) -> None:
     file = jobs.files.add("a.jsonl", [EXAMPLES]).id
     body = {"model": MODEL, "training_file": file, **changes}
-    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", json=body)
+    answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
     assert not jobs.list()

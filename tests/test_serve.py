@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 import loralib as lora
 from loralib.bases import load_tokenizer
 from loralib.serve.app import create_app
+from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.server import Server, start
 from loralib.serve.settings import ServeConfig
 
@@ -518,6 +521,7 @@ def test_adapters_come_change_and_go(running: Running, places: Path, post: Any, 
 
 def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, places: Path, post: Any) -> None:
     tiny_adapter(places / "base", places / "shelf" / "brief", 11)
+    tiny_adapter(places / "base", places / "shelf" / "second", 12)
     assert post("/v1/adapters", {"name": "brief"}).status_code == 201
     expected = offline(running, "Hi", "brief", max_new_tokens=100, min_new_tokens=100, temperature=1.0, seed=2).text
     body = {**COMPLETION, "model": "brief", "max_tokens": 100, "ignore_eos": True, "seed": 2, "stream": True}
@@ -525,6 +529,7 @@ def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, place
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as stream:
         for line in stream.iter_lines():
             if not unloaded:
+                assert post("/v1/adapters", {"name": "second"}).status_code == 201
                 assert httpx.delete(f"{running.url}/v1/adapters/brief").status_code == 200
                 unloaded = True
             if line.startswith("data: {"):
@@ -713,3 +718,44 @@ def test_schemathesis_finds_nothing(running: Running) -> None:
         except Exception as error:
             found.append(f"{operation.label}: {error}")
     assert not found, "\n".join(found)
+
+
+# --- what the guide says ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", ["docs/serving.md", "docs/vi/serving.md"])
+def test_the_guide_s_examples_work(
+    guide: str, running: Running, places: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    [python] = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(python.replace("localhost:8000", f"localhost:{running.port}"), {})
+    assert "'calm'" in capfd.readouterr().out
+    if not (places / "shelf" / "new").exists():
+        tiny_adapter(places / "base", places / "shelf" / "new", 9)
+    block = next(
+        block for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "curl" in block
+    )
+    for line in block.splitlines():
+        words = shlex.split(line.replace("localhost:8000", f"localhost:{running.port}"))
+        method = words[words.index("-X") + 1] if "-X" in words else "POST" if "-d" in words else "GET"
+        data = words[words.index("-d") + 1] if "-d" in words else None
+        url = next(word for word in words if word.startswith("localhost"))
+        reply = httpx.request(method, f"http://{url}", content=data, headers={"content-type": "application/json"})
+        assert reply.is_success, line
+
+
+@pytest.mark.parametrize("guide", ["docs/serving.md", "docs/vi/serving.md"])
+def test_the_guide_names_flags_and_fields_that_exist(guide: str) -> None:
+    text = (ROOT / guide).read_text(encoding="utf-8").split("## Beyond")[0].split("## Vượt")[0]
+    flags = {name.removeprefix("--") for name in re.findall(r"`(--[a-z_]+)", text)}
+    assert flags <= {field.name for field in dataclasses.fields(ServeConfig)}
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)[.`]", row)}
+    fields = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    assert named <= fields
+    without_effect = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+                      "prompt_cache_retention", "parallel_tool_calls"}  # fmt: skip
+    missing = fields - named - without_effect - {"model", "messages", "return_tokens_as_token_ids"}
+    assert not missing
+    assert all(f"`{name}`" in text for name in without_effect)

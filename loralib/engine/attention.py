@@ -399,7 +399,7 @@ class KVCache:
     """Keys and values of all layers: (slots, H / G, D) each, made when a layer first writes.
 
     A slot holds a token.  Who owns it, and which sequences see it, is said elsewhere: several may share the slots of
-    what they have in common, and nothing is ever moved.
+    what they have in common, and nothing is ever moved.  Slot 0 holds zeros, others anything until they are written.
     """
 
     slots: int = 0
@@ -411,21 +411,23 @@ class KVCache:
         self.slots = slots
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
-                store[layer] = resized(tensor, (slots, *tensor.shape[1:]))
+                new = tensor.new_empty(slots, *tensor.shape[1:])  # what is not written takes no memory yet
+                common = min(slots, len(tensor))
+                new[:common] = tensor[:common]
+                store[layer] = new
 
     def store(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's keys and values (T, H / G, D) in slots (T,); returns all that the layer has."""
         for store, new in ((self.keys, key), (self.values, value)):
             if layer not in store:
-                store[layer] = new.new_zeros(self.slots, *new.shape[1:])
+                store[layer] = new.new_empty(self.slots, *new.shape[1:])
+                store[layer][0] = 0
             store[layer].index_copy_(0, slots, new)
         return self.keys[layer], self.values[layer]
 
 
 def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a copy of another size, filled up with zeros.
-
-    Zeros, since a weight of 0 does not silence what else an unwritten key might hold, as NaN.
 
     >>> resized(torch.ones(2, 2, dtype=torch.long), (1, 3)).tolist()
     [[1, 1, 0]]

@@ -241,6 +241,7 @@ class CachedDecoder(Decoder):
         self._pages = Pages(None if max_tokens is None else max_tokens // PAGE)
         self._roots: _Roots | None = _Roots(model) if reuse else None
         self._steps = 0
+        self._last: tuple[Any, Overrides] | None = None  # the rows of the last step, and their overrides
         # Which columns each branch of each group sees (rows, N, C), the place in its group of each token (rows, C), and
         # in which page of the cache each 16 columns are.
         self._visible = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
@@ -305,7 +306,7 @@ class CachedDecoder(Decoder):
 
     def _forget(self, group: SequenceGroup) -> None:
         if len(self._groups) == 1:  # weights may change before the next one
-            self._prepacked, self._steps = {}, 0
+            self._prepacked, self._steps, self._last = {}, 0, None
         last = self._groups.pop()
         mapped = self._mapped.pop()
         if last is not group:
@@ -342,13 +343,7 @@ class CachedDecoder(Decoder):
         if nothing:  # parts of prompts alone: the logits of one token are less trouble than none
             last.append(len(ids) - 1)
             heads[-1] = (heads[-1][0], 1)
-        long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
-        if self._fast and long and not self._prepacked:
-            self._prepacked = prepacked_overrides(self._modules)
-        self._steps += 1
-        overrides: Overrides = {**self._operators, **self._prepacked}
-        if self._bank is not None:
-            overrides = self._bank.overrides(rows, [head for head in heads if head[1]], overrides)
+        overrides = self._overrides(rows, [head for head in heads if head[1]])
         with evaluating(self._modules), with_layout(), overriding(overrides):
             output: Any = self._model(
                 input_ids=self._tensor(ids)[None],
@@ -362,6 +357,19 @@ class CachedDecoder(Decoder):
             raise UnsupportedModelError(f"{type(self._model).__name__} does not pass its layout on to its attention")
         self._note_down(growing, parts)
         return logits[:0] if nothing else logits
+
+    def _overrides(self, rows: list[tuple[Slot | None, int]], heads: list[tuple[Slot | None, int]]) -> Overrides:
+        """Returns what to call instead of modules' forwards: as in the last step, where its rows were the same."""
+        long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
+        if self._fast and long and not self._prepacked:
+            self._prepacked = prepacked_overrides(self._modules)
+            self._last = None
+        self._steps += 1
+        about = (rows, heads, [None if slot is None else slot.scale for slot, _ in rows])
+        if self._last is None or (self._bank is not None and self._last[0] != about):
+            below: Overrides = {**self._operators, **self._prepacked}
+            self._last = about, below if self._bank is None else self._bank.overrides(rows, heads, below)
+        return self._last[1]
 
     def _parts(self) -> Iterator[tuple[SequenceGroup, int]]:
         """Yields prompts to compute, and how much of each: whole ones while there is room, or a part of a long one."""

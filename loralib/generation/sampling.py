@@ -327,10 +327,10 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     >>> _inverse(torch.tensor([[0.0, 1.0, 0.0, 3.0]]).repeat(2, 1), torch.tensor([0.0, 0.3]).double()).tolist()
     [1, 3]
     """
-    # In fp64: in fp32 the last of 50,000 sums would be off by more than a token.  Blocks first, which are few.
+    # In fp64, for blocks: in fp32 the last of 50,000 sums would be off by more than a token.
     weights = F.pad(weights, (0, -weights.shape[1] % _BLOCK))
     blocks = weights.view(len(weights), -1, _BLOCK)
-    before, block = _first_above(blocks.sum(-1, dtype=torch.float64), uniforms)
+    before, block = _first_above(blocks.sum(-1).double(), uniforms)
     own = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0].double()
     return block * _BLOCK + _first_above(own, uniforms, before)[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +24,7 @@ from ..errors import (
     LoraError,
     MissingDependencyError,
     OutputError,
+    TargetError,
     UnsupportedModelError,
 )
 from .state import RequestError
@@ -38,6 +40,7 @@ _STATUSES: Final[Sequence[tuple[type[LoraError], int, str | None]]] = (
     (BaseMismatchError, 422, "base_mismatch"),
     (AdapterError, 422, "adapter_refused"),
     (BaseModelError, 422, "adapter_refused"),
+    (TargetError, 422, "adapter_refused"),
     (DataError, 400, None),
     (ConfigError, 400, None),
     (UnsupportedModelError, 400, "unsupported"),
@@ -159,6 +162,8 @@ def install(app: FastAPI) -> None:
     """Makes an application answer every error in this shape."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, LoraError) and fault_of(error).status == 500:  # uvicorn logs all others that are
+            logging.getLogger("uvicorn.error").error("%s", error, exc_info=error)
         return answer(error)
 
     for kind in (LoraError, RequestValidationError, HTTPException, Exception):

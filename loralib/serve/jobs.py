@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from ..training.run_directory import checkpoint_files
 from .preview import Preview, make_preview
 from .process import LogTail, MetricsTail, TrainingProcess, last_words
 from .state import RequestError, State, new_id, now
-from .uploads import READ_AT_ONCE, Files
+from .uploads import Files
 
 __all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progress"]
 
@@ -154,6 +155,7 @@ class _Running:
     wanted: str = ""
     steps: int | None = None
     last_step: int = 0
+    is_handed_over: bool = False
 
 
 class Jobs:
@@ -428,6 +430,10 @@ class Jobs:
         Raises:
             RequestError: they are invalid, or not the client's to choose; all faults are listed.
         """
+        try:
+            json.dumps(settings, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (ValueError, TypeError) as error:  # halves of characters, which JSON can hold and no file
+            raise RequestError(f"the job has settings that cannot be written: {error}", param="loralib") from error
         own = {name: value for name, value in settings.items() if name in NOT_SETTABLE}
         faults = [f"{name} is set by the server" for name in own]
         faults += setting_faults(TrainConfig, {name: value for name, value in settings.items() if name not in own})
@@ -485,8 +491,14 @@ class Jobs:
 
     def _look(self) -> None:
         """Does what there is to do: begins to validate, starts, collects events, ends."""
+        faults = []
         for job_id in list(self._running):
-            self._collect(job_id)
+            try:
+                self._collect(job_id)
+            except LoraError as error:  # the others go on
+                faults.append(error)
+        if faults:
+            raise faults[0]
         for row in self._state.rows("SELECT id FROM jobs WHERE status = 'validating_files' ORDER BY number"):
             if row["id"] not in self._validating:
                 self._validating.add(row["id"])
@@ -515,8 +527,9 @@ class Jobs:
                 else:
                     ready = "Files validated, moving job to queued state"
                     self._set(database, job_id, "queued", ready, settings=json.dumps(settings))
-        except LoraError as error:
-            say(f"Training jobs: {error}")  # a full disk; it is tried again
+        except LoraError as error:  # a full disk; it is tried again
+            say(f"Training jobs: {error}")
+            time.sleep(1.0)
         finally:
             self._validating.discard(job_id)
             self._wake.set()
@@ -531,14 +544,14 @@ class Jobs:
         config = self._config(job.id, job.settings, job.training_file, job.validation_file)
         multiplier = None if "lr" in job.settings else job.asked["learning_rate_multiplier"]
         ids = filter(None, (job.training_file, job.validation_file))
-        if multiplier is None and sum(self.files.get(file_id).bytes for file_id in ids) > READ_AT_ONCE:
+        if multiplier is None and not all(self.files.get(file_id).is_read for file_id in ids):
             return job.settings  # the job will find out
         if self._base is None:
             for data in filter(None, (config.train_data, config.valid_data)):
                 read_sources(data, **how_to_read(config))
             return job.settings
         model, tokenizer = self._base
-        match_modules(model, config.lora_config())
+        match_modules(model, config.lora_config(), changes=False)
         plan = make_plan(model, config.train_data, config.valid_data, tokenizer, config, lambda line: None)
         return job.settings if multiplier is None else {**job.settings, "lr": plan.config.peak_lr * multiplier}
 
@@ -558,13 +571,14 @@ class Jobs:
                 return
             started = job.started or now()
             self._set(database, job.id, "running", "Fine-tuning job started", started=started)
+        began = self.progress(job.id, curves=False).step
         try:
             process = TrainingProcess(job.directory)
         except OutputError as error:
             with self._state.transaction() as database:
                 self._fail(database, job.id, "not_started", self._public(str(error)))
             return
-        self._running[job.id] = _Running(process, *_tails(job), began=self.progress(job.id, curves=False).step)
+        self._running[job.id] = _Running(process, *_tails(job), began)
 
     def _collect(self, job_id: str) -> None:
         """Notes what a run has told since the last look, and whether it has ended."""
@@ -574,8 +588,9 @@ class Jobs:
             running.wanted = wanted
             running.process.stop(_CANCEL_WITHIN if wanted == "cancel" else None)
         code = running.process.poll()  # first: what it wrote before it ended is then read below
-        if code == 0:
+        if code == 0 and not running.is_handed_over:
             self._hand_over(job)  # before the job says that it succeeded: its adapter is there then
+            running.is_handed_over = True
         try:
             with self._state.transaction() as database:
                 self._note(database, job, running)
@@ -647,7 +662,8 @@ class Jobs:
             while self._running and not deadline.is_set():
                 for job_id, running in list(self._running.items()):
                     code = running.process.poll()
-                    with self._state.transaction() as database:
+                    # Where the disk is full, the next server notes it.
+                    with suppress(LoraError), self._state.transaction() as database:
                         self._note(database, self.get(job_id), running)
                         if code == 0 or code == 2:
                             self._ended(database, self.get(job_id), running, code)
@@ -656,6 +672,8 @@ class Jobs:
                 deadline.wait(0.05)
         finally:
             timer.cancel()
+            for running in self._running.values():
+                running.process.leave()
             self._notify()
 
     def _hand_over(self, job: Job) -> None:

@@ -136,7 +136,7 @@ def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
     Raises:
         TargetError: the adapter does not fit the model.
     """
-    targets = match_modules(model, config.lora_config())
+    targets = match_modules(model, config.lora_config(), changes=False)
     return sum(math.prod(shape) for target in targets for shape in target.shapes().values())
 
 
@@ -149,10 +149,12 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> tupl
 
 
 def _length(plan: Plan) -> tuple[int, float]:
-    """Returns how many updates a run has, and how many tokens they see, those of prompts that are shared once each."""
-    per_epoch = updates_per_epoch(plan.config, len(plan.train))
-    steps = plan.config.max_steps or plan.config.num_epochs * per_epoch
-    return steps, steps / per_epoch * sum(map(len, plan.train))
+    """Returns how many updates a run has, and for how many tokens it computes; validation takes half as long each."""
+    config = plan.config
+    per_epoch = updates_per_epoch(config, len(plan.train))
+    steps = config.max_steps or config.num_epochs * per_epoch
+    validations = 1 + math.ceil(steps / (config.eval_steps or per_epoch))
+    return steps, steps / per_epoch * sum(map(len, plan.train)) + validations * sum(map(len, plan.valid)) / 2
 
 
 def _memory(model: nn.Module, plan: Plan, trained: int) -> tuple[float, float | None]:

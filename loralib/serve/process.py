@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -76,6 +77,11 @@ class TrainingProcess:
                 self._process.stdin.close()
         if kill_after is not None and self._kill_at is None:
             self._kill_at = time.monotonic() + kill_after
+
+    def leave(self) -> None:
+        """Asks it to save itself and end, without waiting for that."""
+        self.stop()
+        threading.Thread(target=self._process.wait, name="loralib-leave", daemon=True).start()
 
     def poll(self) -> int | None:
         """Returns how it ended; None while it runs."""

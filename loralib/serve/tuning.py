@@ -4,57 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing, suppress
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
+from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
-from ..errors import OutputError, did_you_mean
+from ..errors import did_you_mean
 from .jobs import OVER, Checkpoint, Event, Job, Jobs
 from .state import RequestError
 from .uploads import Files, Upload, UploadedFile
 
 __all__ = ["router"]
 
-
-class _Route(APIRoute):
-    """Answers errors in OpenAI's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns the handler, with errors turned into answers."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except RequestError as error:
-                return _error(error.status, str(error), error.code, error.param)
-            except RequestValidationError as error:
-                faults = error.errors()
-                where = [".".join(map(str, fault["loc"][1:])) for fault in faults]
-                words = [f"{place}: {fault['msg']}" for place, fault in zip(where, faults, strict=True)]
-                return _error(400, "; ".join(words), None, where[0])
-            except OutputError as error:
-                full = "disk is full" in str(error)
-                return _error(507 if full else 500, "the server cannot write its files", "disk_full" if full else None)
-
-        return handle
-
-
-def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code, "param": param}}, status)
-
-
-router = APIRouter(route_class=_Route)
+router = APIRouter()
 
 Item = TypeVar("Item")
 Auto = Literal["auto"]
@@ -76,8 +45,9 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
-                        "file": {"type": "string", "format": "binary"},
+                        "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": ["fine-tune"]},
                     },
                 }
@@ -188,8 +158,9 @@ async def create_file(request: Request) -> dict[str, Any]:
     files = _jobs(request).files
     most = int(request.app.state.server.config.max_upload_mb * 1e6)
     with closing(_Form(request.headers.get("content-type", ""), lambda: files.begin(most))) as form:
-        async for piece in request.stream():
-            await run_in_threadpool(form.write, piece)
+        with suppress(ClientDisconnect):  # nobody is there to be told; what came is not whole
+            async for piece in request.stream():
+                await run_in_threadpool(form.write, piece)
         return _file(await run_in_threadpool(form.finish, files))
 
 
@@ -212,7 +183,11 @@ def get_file(request: Request, file_id: str) -> dict[str, Any]:
     return _file(_jobs(request).files.get(file_id))
 
 
-@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/v1/files/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+)
 def get_file_content(request: Request, file_id: str) -> FileResponse:
     """Returns the bytes of a file."""
     file = _jobs(request).files.get(file_id)
@@ -346,9 +321,17 @@ def resume_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
     return _job(jobs, jobs.resume(fine_tuning_job_id))
 
 
-@router.get("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", response_model=None)
+@router.get(
+    "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events",
+    response_model=None,
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
+)
 def list_events(
-    request: Request, fine_tuning_job_id: str, after: str | None = None, limit: Limit = 20, stream: bool = False
+    request: Request,
+    fine_tuning_job_id: str,
+    after: Annotated[str, Query(pattern="^ftevent-[0-9]{1,17}$")] | None = None,
+    limit: Limit = 20,
+    stream: bool = False,
 ) -> dict[str, Any] | StreamingResponse:
     """Lists what happened to a job, the newest first; streamed: from the first on, until it is over."""
     jobs = _jobs(request)
@@ -399,7 +382,7 @@ def _page(
     """Returns the items after one, at most `limit`."""
     names = [name(item) for item in items]
     if after is not None and after not in names:
-        raise RequestError(f"after is {after[:80]!r}, which is none of the list", param="after")
+        raise RequestError(f"after is {after[:80]!r}, which is none of the list", 404, "not_found", "after")
     start = 0 if after is None else names.index(after) + 1
     return _cut(items[start:], limit, name, shape)
 
@@ -466,10 +449,7 @@ def _event_id(event: Event) -> str:
 
 
 def _event_number(word: str | None) -> int:
-    number = 0 if word is None else word.removeprefix("ftevent-")
-    if isinstance(number, str) and not (number.isascii() and number.isdigit() and len(number) < 18):
-        raise RequestError(f"after is {str(word)[:80]!r}, expected the id of an event", param="after")
-    return int(number)
+    return 0 if word is None else int(word.removeprefix("ftevent-"))
 
 
 def _event(event: Event) -> dict[str, Any]:

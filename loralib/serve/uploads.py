@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..data import read_sources
 from ..data.readers import guess_format
-from ..errors import LoraError, OutputError, did_you_mean
+from ..errors import LoraError, OutputError, did_you_mean, first_line
 from ..files import remove_file, write_errors
 from .state import RequestError, State, new_id, now
 
-__all__ = ["READ_AT_ONCE", "Files", "Upload", "UploadedFile"]
+__all__ = ["Files", "Upload", "UploadedFile"]
 
 PURPOSES: Final = ("fine-tune",)
 _ID: Final = re.compile(r"file-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow", ".xml")
-READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
+_READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class UploadedFile:
     purpose: str
     created: int
     facts: dict[str, Any]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the server has read it; what is very large is left to the job."""
+        return self.facts["examples"] is not None or self.facts["error"] is not None
 
 
 class Upload:
@@ -86,13 +93,13 @@ class Upload:
 
     def close(self) -> None:
         """Ends it; what was not kept is gone."""
-        with contextlib.suppress(OSError):  # buffered bytes that the disk has no room for
+        with suppress(OSError):  # buffered bytes that the disk has no room for
             self._file.close()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_paths() -> Iterator[None]:
     """Says why a file cannot be written, without where the server keeps it."""
     try:
@@ -161,7 +168,7 @@ class Files:
             most: bytes that it may have.
         """
         pieces = _pieces(stream) if hasattr(stream, "read") else stream
-        with contextlib.closing(self.begin(most)) as upload:
+        with closing(self.begin(most)) as upload:
             for piece in pieces:
                 upload.write(piece)
             return self.finish(upload, name, purpose)
@@ -253,12 +260,26 @@ def _suffix(name: str) -> str:
 def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
     """Reads a file as training would with its default settings."""
     facts: dict[str, Any] = {"format": None, "examples": None, "notes": [], "error": None}
-    if size > READ_AT_ONCE:
-        return {**facts, "notes": [f"{name}: {size / 1e6:,.0f} MB, which only a job reads"]}
     try:
+        if max(size, _unpacked(path)) > _READ_AT_ONCE:
+            return {**facts, "notes": [f"{name}: more than {_READ_AT_ONCE / 1e6:,.0f} MB, which only a job reads"]}
         facts["format"] = guess_format(path)
         (source,) = read_sources(path)
         notes = [note.replace(str(path), name) for note in source.notes]
         return {**facts, "examples": len(source.examples), "notes": notes}
     except LoraError as error:
         return {**facts, "error": str(error).replace(str(path), name)}
+    except Exception as error:  # a file may be anything, and a library may raise anything
+        return {**facts, "error": f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"}
+
+
+def _unpacked(path: Path) -> int:
+    """Returns how many bytes a gzip-compressed file has, as far as that matters; 0: it is none."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return 0
+    size = 0
+    with suppress(OSError, EOFError, zlib.error), gzip.open(path) as unpacked:  # damaged: its reader will say so
+        while size <= _READ_AT_ONCE and (piece := unpacked.read(1 << 20)):
+            size += len(piece)
+    return size

@@ -1,0 +1,232 @@
+"""How fast a server answers: SmolLM2 with 8 adapters of r = 16 on all linears, 1 to 64 clients, beside llama.cpp's server.
+
+python benchmarks/serve.py               ten minutes on two cores; writes benchmarks/serve.json and docs/img/serve.png
+python benchmarks/serve.py --rounds 1
+
+Each client asks again as soon as it has its answer: 64 random tokens as the prompt, 32 greedy ones streamed, adapters
+in turn.  Both servers run in a process of their own and compute in bf16; llama.cpp gets the same base and adapters as
+GGUF, all of them at its start, and each request names its own.  It has 16 places; requests with different adapters do
+not share a batch there.  Both are measured in turn; the figures are medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import httpx
+import matplotlib
+import torch
+from machine import machine
+
+import loralib as lora
+from loralib.bases.loading import _bundled_file
+from loralib.cli import main as command
+from loralib.console import say, table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+ADAPTERS, R, PROMPT, NEW, PLACES = 8, 16, 64, 32, 16
+CLIENTS = (1, 4, 16, 64)
+
+
+def make(root: Path) -> None:
+    """Writes adapters of random values, for both servers, and the base as GGUF in bf16."""
+    model, _ = lora.load_base("smollm2-135m", dtype="bf16")
+    for number in range(ADAPTERS):
+        torch.manual_seed(number)
+        lora.inject(model, lora.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear"))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.02)
+        lora.save_adapter(model, root / "shelf" / f"a{number}")
+        lora.remove(model)
+        arguments = [str(root / "shelf" / f"a{number}"), str(root / f"a{number}.gguf"), "--target", "llamacpp"]
+        if command(["convert", *arguments, "--model", "smollm2-135m"]):
+            raise SystemExit("the adapters could not be converted")
+    write_base(root / "base.gguf")
+
+
+def write_base(path: Path) -> None:
+    """Writes the default base as our `load_base` has it: its 4-bit weights, as bf16."""
+    reader = gguf.GGUFReader(str(_bundled_file().locate()))
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kind = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def serve_llama_cpp(root: Path) -> None:
+    """Runs llama.cpp's server until the input ends."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(root / "base.gguf")
+    settings.n_parallel, settings.n_ctx = PLACES, PLACES * 256
+    settings.fit_params, settings.verbosity, settings.port = False, -1, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    paths = [root / f"a{number}.gguf" for number in range(ADAPTERS)]
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in paths]
+    server = xllamacpp.Server(settings)
+    print(f"address {server.listening_address}", flush=True)
+    sys.stdin.read()
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], pattern: str) -> Iterator[str]:
+    """Runs a server, and tells its address once it prints it."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(pattern, line):
+                yield found[1]
+                return
+        raise SystemExit(f"{arguments} did not start")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def body_for(engine: str, number: int) -> tuple[str, dict[str, Any]]:
+    dice = random.Random(number)
+    prompt = [dice.randrange(1000, 40000) for _ in range(PROMPT)]
+    adapter = number % ADAPTERS
+    if engine == "loralib":
+        asked = {"model": f"a{adapter}", "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        return "/v1/completions", {**asked, "prompt": prompt, "stream": True}
+    loras = [{"id": n, "scale": 1.0 if n == adapter else 0.0} for n in range(ADAPTERS)]
+    asked = {"n_predict": NEW, "temperature": 0, "ignore_eos": True, "lora": loras}
+    return "/completion", {**asked, "prompt": prompt, "stream": True}
+
+
+async def measure(engine: str, url: str, clients: int, first: int) -> dict[str, float]:
+    """Lets so many clients ask, three times each at least, and returns tokens a second and times to the first token."""
+    count = max(6, 3 * clients if clients < 64 else 2 * clients)
+    numbers = iter(range(first, first + count))
+    firsts: list[float] = []
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
+
+        async def client() -> None:
+            for number in numbers:
+                path, body = body_for(engine, number)
+                began = time.perf_counter()
+                async with http.stream("POST", path, json=body) as reply:
+                    reply.raise_for_status()
+                    seen = False
+                    async for line in reply.aiter_lines():
+                        if line.startswith("data: {") and not seen:
+                            firsts.append(time.perf_counter() - began)
+                            seen = True
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - began
+    return {"tokens_per_second": count * NEW / seconds, "first_token_s": statistics.median(firsts)}
+
+
+def plot(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Draws both figures over the number of clients."""
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, name, words in zip(
+        axes, ("tokens_per_second", "first_token_s"), ("tokens a second", "seconds to the first token"), strict=True
+    ):
+        for engine, by_clients in figures.items():
+            axis.plot(list(by_clients), [row[name] for row in by_clients.values()], marker="o", label=engine)
+        axis.set(xlabel="clients, over 8 adapters", ylabel=words, ylim=(0, None))
+        axis.legend()
+    plt.savefig(HERE.parent / "docs" / "img" / "serve.png", dpi=110)
+
+
+def main() -> None:
+    """Measures both servers in turn and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama_cpp", metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.llama_cpp:
+        serve_llama_cpp(Path(args.llama_cpp))
+        return
+    rounds: dict[str, dict[int, list[dict[str, float]]]] = {"loralib": {}, "llama.cpp": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        make(root)
+        ours = [
+            "-m",
+            "loralib",
+            "serve",
+            "--model",
+            "smollm2-135m",
+            "--adapters",
+            str(root / "shelf"),
+            "--dtype",
+            "bf16",
+        ]
+        ours += ["--port", "0", "--no_page", "--state_dir", str(root / "state"), "--max_jobs", "0"]
+        theirs = [str(Path(__file__)), "--llama_cpp", str(root)]
+        with started(ours, r"API\s+(http\S+)/v1") as own, started(theirs, r"address (\S+)") as other:
+            for engine, url in (("loralib", own), ("llama.cpp", other)):
+                asyncio.run(measure(engine, url, 2, 10**6))  # warm
+            for number in range(args.rounds):
+                for clients in CLIENTS:
+                    for engine, url in (("loralib", own), ("llama.cpp", other)):
+                        result = asyncio.run(measure(engine, url, clients, 1000 * number + 200 * clients))
+                        rounds[engine].setdefault(clients, []).append(result)
+                        say(engine, clients, result)
+    figures = {
+        engine: {
+            str(clients): {name: round(statistics.median(r[name] for r in results), 3) for name in results[0]}
+            for clients, results in by_clients.items()
+        }
+        for engine, by_clients in rounds.items()
+    }
+    rows = [
+        (clients, *(f"{figures[engine][str(clients)][name]:.2f}" for engine in figures for name in
+                    ("tokens_per_second", "first_token_s")))
+        for clients in CLIENTS
+    ]  # fmt: skip
+    say(table(rows, ("clients", "loralib tokens/s", "first token s", "llama.cpp tokens/s", "first token s")))
+    gain = figures["loralib"]["16"]["tokens_per_second"] / figures["loralib"]["1"]["tokens_per_second"]
+    say(f"16 clients over 8 adapters: {gain:.2f} times the throughput of one at a time")
+    result = {
+        "machine": machine("xllamacpp", "uvicorn", "fastapi"),
+        "adapters": ADAPTERS, "r": R, "prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": args.rounds,
+        "figures": figures, "gain_16_clients": round(gain, 2),
+    }  # fmt: skip
+    (HERE / "serve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(figures)
+
+
+if __name__ == "__main__":
+    main()
