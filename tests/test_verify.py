@@ -418,7 +418,11 @@ def own_server(
     base = made.tiny_base(folder / "base")
     mine = made.tiny_adapter(base, folder / "mine", seed=1)
     made.tiny_adapter(base, folder / "other", seed=2)
-    served = start(ServeConfig(model=str(base), adapter=[f"mine={mine}"], dtype="fp32", api_key=["secret"]))
+    served = start(
+        ServeConfig(
+            model=str(base), adapter=[f"mine={mine}"], dtype="fp32", api_key=["secret"], state_dir=str(folder / "state")
+        )
+    )
     server = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
