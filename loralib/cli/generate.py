@@ -218,13 +218,18 @@ def _tasks(args: argparse.Namespace) -> list[tuple[Example, str | None]]:
     return [(next(turns[name]), None if name == "base" else name) for _, name in pairs]
 
 
+def _common_base(args: argparse.Namespace) -> str:
+    """Returns the base that is given, or that the first adapter names which names one."""
+    first = next((read_adapter(path) for path in args.adapters.values() if not is_read_with_base(path)), None)
+    return base_of(first, args.model)
+
+
 def _named_texts(
     args: argparse.Namespace, tasks: Sequence[tuple[Example, str | None]], start: int, sampling: Sampling
 ) -> Iterator[tuple[str, str]]:
     """Yields text and finish_reason of each task from `start` on, in order."""
     sources: dict[str, str] = args.adapters
-    first = next((read_adapter(path) for path in sources.values() if not is_read_with_base(path)), None)
-    model, tokenizer = load_base(base_of(first, args.model), dtype=args.dtype, device=args.device)
+    model, tokenizer = load_base(_common_base(args), dtype=args.dtype, device=args.device)
     bank, faults = Bank(model), []
     for name, path in sources.items():
         try:
@@ -234,13 +239,11 @@ def _named_texts(
     if faults:
         raise AdapterError(list_faults("these adapters cannot be used together", faults, "Leave them out."))
     tokenizers = {name: tokenizer_for(path, model, tokenizer) for name, path in sources.items()}
-    rows = []
-    for example, name in tasks:
-        own = tokenizer if name is None else tokenizers[name]
-        rows.append(prompt_ids(example, own))
-    for name in dict.fromkeys(name for example, name in tasks if example.messages):
-        end_with_turns(model, tokenizer if name is None else tokenizers[name])
-    rows = encode_prompts(model, tokenizer, rows)
+    # An adapter that was trained with a template of its own keeps it.
+    own = {task: tokenizer if task is None else tokenizers[task] for task in _names(tasks)}
+    rows = encode_prompts(model, tokenizer, [prompt_ids(example, own[task]) for example, task in tasks])
+    for task in dict.fromkeys(task for example, task in tasks if example.messages):
+        end_with_turns(model, own[task])
     for at in range(start, len(rows), args.batch_size):
         part = slice(at, at + args.batch_size)
         own_seed = dataclasses.replace(sampling, seed=sampling.seed + at)
@@ -315,8 +318,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     if args.adapter:
         result["adapter"] = _digest(args.adapter)
     if getattr(args, "adapters", None):
-        first = next((read_adapter(path) for path in args.adapters.values() if not is_read_with_base(path)), None)
-        result["model"] = base_of(first, args.model)
+        result["model"] = _common_base(args)
         result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
