@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -261,3 +263,62 @@ def test_names_that_have_an_at_sign_themselves_come_first(bank):
             lora.generate(bank, Letters(), [PROMPTS[1]], adapters=[unknown])
     with pytest.raises(AdapterError, match="no such adapters"):
         bank.unload("plain@0.5")
+
+
+def test_loads_and_unloads_in_other_threads_change_no_text(bank):
+    bank, values = bank
+    settings = Sampling(max_new_tokens=12, min_new_tokens=12, temperature=0)
+
+    def texts():
+        return [text.ids for text in lora.generate(bank, Letters(), PROMPTS, settings, adapters=NAMES)]
+
+    quiet = texts()
+    ended, faults = threading.Event(), []
+
+    def churn(number):
+        try:
+            while not ended.is_set():
+                bank.load(f"extra{number}", values["wide"])
+                bank.set_scale(f"extra{number}", 0.5)
+                bank.load(f"extra{number}", values["few"], replace=True)
+                bank.unload(f"extra{number}")
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=churn, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(6):
+            assert texts() == quiet
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not faults
+
+
+def test_one_pass_has_one_scale(bank):
+    # A pass whose scale is set while it runs ends with the one that it began with.
+    bank, _ = bank
+    slot = bank.acquire("plain")
+    ids = torch.tensor([[5, 9, 33]])
+    seen = []
+    with torch.no_grad(), Hold(bank.model, bank.modules, "inference"):
+        for change in (False, True):
+            overrides = dict(bank.overrides([(slot, 3)], [(slot, 3)], {}))
+            if change:
+                bank.set_scale("plain", 7.0)
+            with overriding(overrides):
+                seen.append(bank.model(ids).logits)
+    assert torch.equal(*seen)
+
+
+def test_a_bank_tells_what_it_holds(bank):
+    bank, values = bank
+    told = bank.describe("few")
+    assert (told.name, told.scale, told.pinned, told.users, told.in_memory) == ("few", 1.0, False, 0, True)
+    assert (told.ranks, told.target_modules) == ((2, 4), ("down_proj", "q_proj"))
+    assert told.nbytes == values["few"].nbytes
+    with pytest.raises(lora.errors.AdapterError, match=r"fev.*Did you mean"):
+        bank.describe("fev")

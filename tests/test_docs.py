@@ -227,7 +227,7 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"an unknown program: {program}")
 
 
-@pytest.mark.parametrize("name", ["README.md", FIRST_HOUR, "docs/reproduce.md", *GUIDES.values()])
+@pytest.mark.parametrize("name", ["README.md", FIRST_HOUR, "docs/reproduce.md", "docs/verify.md", *GUIDES.values()])
 def test_commands_are_such(name: str) -> None:
     found = list(commands(name))
     assert found

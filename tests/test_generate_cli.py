@@ -320,3 +320,81 @@ def test_files_that_hold_other_things(
 def test_a_prompt_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "caf\udce9", *TINY]) == 2  # what Python makes of a byte that is no UTF-8
     assert "prompt 1 is not text in the encoding" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two(tmp_path: Path, tiny: Path) -> dict[str, Path]:
+    """Two adapters of the tiny base, as directories."""
+    directories = {}
+    for seed, name in enumerate(("calm", "bold")):
+        model, _ = lora.load_base(str(tiny), dtype="fp32")
+        lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear"))
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.5)
+        lora.save_adapter(model, tmp_path / name)
+        directories[name] = tmp_path / name
+    return directories
+
+
+def named(two: dict[str, Path], tiny: Path, *rest: str) -> list[str]:
+    adapters = [word for name, path in two.items() for word in ("--adapter", f"{name}={path}")]
+    return [*adapters, "--model", str(tiny), "--dtype", "fp32", "--max_new_tokens", "4", "--temperature", "0", *rest]
+
+
+def alone(tiny: Path, prompt: str, adapter: Path | None, capsys: pytest.CaptureFixture[str]) -> str:
+    own = [] if adapter is None else ["--adapter", str(adapter)]
+    capsys.readouterr()
+    assert main(["generate", prompt, *own, *named({}, tiny)]) == 0
+    return capsys.readouterr().out
+
+
+def test_adapters_by_name_stand_side_by_side(
+    tiny: Path, two: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = [f"[{name}] {alone(tiny, 'Once upon', path, capsys)}" for name, path in two.items()]
+    assert main(["generate", "Once upon", *named(two, tiny)]) == 0
+    assert capsys.readouterr().out == "\n".join(expected)
+
+
+def test_a_column_names_each_prompt_s_adapter_and_a_killed_run_goes_on(
+    tmp_path: Path, tiny: Path, two: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [("Once", "bold"), ("Once", "calm"), ("The", ""), ("A", "base"), ("Once", "bold")]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": p, "style": s}) + "\n" for p, s in records), encoding="utf-8")
+    rest = ["--input", str(source), "--adapter_column", "style", "--output", str(output), "--batch", "2"]
+    assert main(["generate", *named(two, tiny), *rest]) == 0
+    lines = lines_of(output)
+    assert [(line["prompt"], line["adapter"]) for line in lines] == [
+        ("Once", "bold"), ("Once", "calm"), ("The", None), ("A", None)]  # fmt: skip
+    for line in lines:
+        assert f"{line['text']}\n" == alone(tiny, line["prompt"], two.get(line["adapter"] or ""), capsys)
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    assert main(["generate", *named(two, tiny), *rest]) == 0
+    assert output.read_bytes() == whole
+    swapped = {"calm": two["bold"], "bold": two["calm"]}
+    assert main(["generate", *named(swapped, tiny), *rest]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_what_it_refuses_of_adapters_by_name(
+    tmp_path: Path, tiny: Path, two: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "Once", "style": "blod"}\n', encoding="utf-8")
+    column = ["--input", str(source), "--adapter_column"]
+    cases = [
+        (["x", *named(two, tiny), "--adapter", "plain"], "plain: expected NAME=ADAPTER"),
+        (["x", *named(two, tiny), "--adapter", f"calm={two['bold']}"], "calm: used twice"),
+        (["x", *named(two, tiny), "--adapter", f"base={two['bold']}"], "base: not a name"),
+        (["x", *named(two, tiny), "--merge"], "--merge takes one adapter"),
+        (["x", *named(two, tiny), "--adapter_column", "style"], "--adapter_column needs --input"),
+        ([*named(two, tiny), *column, "style"], "blod. Did you mean 'bold'?"),
+        ([*named(two, tiny), *column, "stile"], "no record of"),
+    ]
+    for words, said in cases:
+        assert main(["generate", *words]) == 2
+        assert said in capsys.readouterr().err, words

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 import xllamacpp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralib as lora
+from loralib.cli import main
 from loralib.errors import ConfigError, UnreachableServerError
 from loralib.formats import export, make_portable
 from loralib.verify import Reference, Verdict, Vocabulary, connect, judge
@@ -416,7 +418,11 @@ def own_server(
     base = made.tiny_base(folder / "base")
     mine = made.tiny_adapter(base, folder / "mine", seed=1)
     made.tiny_adapter(base, folder / "other", seed=2)
-    served = start(ServeConfig(model=str(base), adapter=[f"mine={mine}"], dtype="fp32", api_key=["secret"]))
+    served = start(
+        ServeConfig(
+            model=str(base), adapter=[f"mine={mine}"], dtype="fp32", api_key=["secret"], state_dir=str(folder / "state")
+        )
+    )
     server = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -447,4 +453,4 @@ def test_our_own_server_is_judged_by_the_command(
     assert main([*command[:3], str(folder / "other"), *command[4:], "--model", "mine"]) == 1
     assert "another adapter" in capsys.readouterr().out
     assert main([*command, "--model", "base", "--base_model", "base"]) == 1
-    assert "has no effect" in capsys.readouterr().out
+    assert "Has no effect" in capsys.readouterr().out

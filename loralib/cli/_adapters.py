@@ -78,9 +78,14 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, makes_rank: bool) 
     add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were trained in full")
 
 
-def add_model_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds the arguments of `loralib.bases.load_adapted`."""
-    parser.add_argument("--adapter", metavar="ADAPTER", help="adapter: a PEFT or MLX directory, or a GGUF LoRA file")
+def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = False) -> None:
+    """Adds the arguments of `loralib.bases.load_adapted`; `several`: there may be adapters by name."""
+    text = "adapter: a PEFT or MLX directory, or a GGUF LoRA file"
+    if several:
+        text += "; or NAME=ADAPTER, which may be repeated"
+        parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=text)
+    else:
+        parser.add_argument("--adapter", metavar="ADAPTER", help=text)
     add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")

@@ -2,11 +2,16 @@
 
   loralib generate "name : The Tall Fiddler | Type : pub | area : riverside" --adapter lora_model
   loralib generate --input test.txt --adapter lora_model --output texts.jsonl --num_beams 10
+  loralib generate "The harbour" --adapter calm=out/calm --adapter bold=out/bold
+  loralib generate --input test.jsonl --adapter calm=out/calm --adapter bold=out/bold --adapter_column style
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
 Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E's with or
 without a text after ``||``, and whatever training takes.  An adapter that was trained on chats gets each prompt as a
 user's turn, in its chat template.
+Adapters by name (NAME=ADAPTER) share one base in memory.  Each prompt is continued with each of them, side by side; or
+with --adapter_column, which names a field of the records in --input, with the one that its record names there, and with
+the base alone where that is empty or "base".
 With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
 complete line, provided that prompts and settings are the same.
 
@@ -23,13 +28,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..bases import base_of, load_adapted, trained_on_chats
+from ..bases import base_of, load_adapted, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.examples import chat_of
 from ..data.lines import is_text, split_lines
-from ..data.readers import as_prompt, read_prompts
-from ..errors import ConfigError, DataError, OutputError, list_faults
+from ..data.readers import as_prompt, read_prompts, read_prompts_with
+from ..engine.bank import Bank
+from ..errors import AdapterError, ConfigError, DataError, LoraError, OutputError, did_you_mean, list_faults
 from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, locate_adapter, read_adapter
 from ..generation import Sampling, generate, stream
@@ -48,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
     add_reading(parser, "format of the file")
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=True)
+    parser.add_argument(
+        "--adapter_column", metavar="FIELD", help="the field of --input that names each prompt's adapter"
+    )
     chat = parser.add_mutually_exclusive_group()
     chat.add_argument("--as_chat", action="store_true", help="put prompts through the chat template, as a user's turn")
     chat.add_argument(
@@ -63,9 +72,17 @@ def run(args: argparse.Namespace) -> None:
     """Prints the texts, or writes them to a file."""
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size is {args.batch_size}, expected at least 1")
-    if args.merge and args.adapter is None:
-        raise ConfigError("--merge needs an --adapter to merge")
     sampling = from_args(Sampling, args)
+    _sort_adapters(args)
+    if args.merge and args.adapter is None:
+        raise ConfigError(
+            "--merge takes one adapter, and these share a base"
+            if args.adapters
+            else "--merge needs an --adapter to merge"
+        )
+    if args.adapters:
+        _run_named(args, sampling)
+        return
     prompts = _as_turns(args, _prompts(args))
     if args.output is None:
         _print(*_load(args, prompts), sampling, args.batch_size)
@@ -113,9 +130,10 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
     return prompts
 
 
-def _as_turns(args: argparse.Namespace, prompts: list[Example]) -> list[Example]:
+def _as_turns(args: argparse.Namespace, prompts: list[Example], adapter: str | None = None) -> list[Example]:
     """Makes each prompt a user's turn of a chat, if that is what the adapter was trained on."""
-    trained_on = trained_on_chats(args.adapter) if args.adapter else None
+    adapter = adapter or args.adapter
+    trained_on = trained_on_chats(adapter) if adapter else None
     if args.raw or not (args.as_chat or trained_on):
         if trained_on:
             say(
@@ -125,6 +143,112 @@ def _as_turns(args: argparse.Namespace, prompts: list[Example]) -> list[Example]
     if not args.as_chat:
         say("The adapter was trained on chats: each prompt is a user's turn (--raw switches that off)", file=sys.stderr)
     return [prompt if prompt.messages else chat_of(prompt) for prompt in prompts]
+
+
+# Adapters by name.
+
+
+def _sort_adapters(args: argparse.Namespace) -> None:
+    """Sets `adapters` to those that have names, and `adapter` to the one that has none.
+
+    Raises:
+        ConfigError: names and none are mixed, or two are the same.
+    """
+    given = args.adapter or []
+    named = [pair for pair in given if "=" in pair and not Path(pair).exists()]
+    pairs = [(name.strip(), path) for name, _, path in (pair.partition("=") for pair in named)]
+    names = [name for name, _ in pairs]
+    faults = [f"{pair}: expected NAME=ADAPTER, as there are several" for pair in given if pair not in named]
+    faults = faults if len(given) > 1 else []
+    faults += [f"{name}: used twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    faults += [f"{name or path}: not a name" for name, path in pairs if name in ("", "base") or not path]
+    if faults:
+        raise ConfigError(list_faults("these adapters cannot be told apart", faults, "Give each a name of its own."))
+    args.adapters, args.adapter = dict(pairs), given[0] if given and not named else None
+    if args.adapter_column and not (args.adapters and args.input):
+        raise ConfigError("--adapter_column needs --input FILE, and adapters by name: --adapter NAME=ADAPTER")
+
+
+def _run_named(args: argparse.Namespace, sampling: Sampling) -> None:
+    tasks = _tasks(args)
+    if args.output is None:
+        for number, (text, name) in enumerate(zip(_named_texts(args, tasks, 0, sampling), _names(tasks), strict=True)):
+            say(("\n" if number else "") + f"[{name or 'base'}] {text[0]}")
+        return
+    with hold_file(args.output, "--output"):
+        settings = made_with(args, sampling)
+        prompts = [example.prompt for example, _ in tasks]
+        done = resume(Path(args.output), prompts, settings, _names(tasks))
+        if done < len(tasks):
+            texts = enumerate(_named_texts(args, tasks, done, sampling), done)
+            lines = (
+                {
+                    "prompt": prompts[n],
+                    "adapter": tasks[n][1],
+                    "text": text,
+                    "finish_reason": why,
+                    "made_with": settings,
+                }
+                for n, (text, why) in texts
+            )
+            with progress(total=len(tasks), description="generating", unit="text") as bar:
+                bar.update(done)
+                append_lines(Path(args.output), lines, bar.update)
+    say(f"{counted(len(tasks), 'text')} in {args.output}")
+
+
+def _names(tasks: Sequence[tuple[Example, str | None]]) -> list[str | None]:
+    return [name for _, name in tasks]
+
+
+def _tasks(args: argparse.Namespace) -> list[tuple[Example, str | None]]:
+    """Returns each prompt with the name of its adapter, None for the base."""
+    if not args.adapter_column:
+        pairs = [(prompt, name) for prompt in _prompts(args) for name in args.adapters]
+    else:
+        found = read_prompts_with(args.input, args.adapter_column, args.data_format, columns=args.columns)
+        pairs = [(prompt, name or "base") for prompt, name in found]
+        unknown = dict.fromkeys(name for _, name in pairs if name not in ("base", *args.adapters))
+        if unknown:
+            faults = [f"{name}.{did_you_mean(name, args.adapters)}" for name in unknown]
+            fix = f"Given: {', '.join(args.adapters)}; base is the base alone."
+            raise DataError(list_faults(f"{args.input} names adapters that are not given", faults, fix))
+    turns = {name: iter(_as_turns(args, [p for p, n in pairs if n == name], args.adapters.get(name)))
+             for name in dict.fromkeys(name for _, name in pairs)}  # fmt: skip
+    return [(next(turns[name]), None if name == "base" else name) for _, name in pairs]
+
+
+def _common_base(args: argparse.Namespace) -> str:
+    """Returns the base that is given, or that the first adapter names which names one."""
+    first = next((read_adapter(path) for path in args.adapters.values() if not is_read_with_base(path)), None)
+    return base_of(first, args.model)
+
+
+def _named_texts(
+    args: argparse.Namespace, tasks: Sequence[tuple[Example, str | None]], start: int, sampling: Sampling
+) -> Iterator[tuple[str, str]]:
+    """Yields text and finish_reason of each task from `start` on, in order."""
+    sources: dict[str, str] = args.adapters
+    model, tokenizer = load_base(_common_base(args), dtype=args.dtype, device=args.device)
+    bank, faults = Bank(model), []
+    for name, path in sources.items():
+        try:
+            bank.load(name, path)
+        except LoraError as error:
+            faults.append(f"{name} ({path}): {error}".replace("\n", "\n    "))
+    if faults:
+        raise AdapterError(list_faults("these adapters cannot be used together", faults, "Leave them out."))
+    tokenizers = {name: tokenizer_for(path, model, tokenizer) for name, path in sources.items()}
+    # An adapter that was trained with a template of its own keeps it.
+    own = {task: tokenizer if task is None else tokenizers[task] for task in _names(tasks)}
+    rows = encode_prompts(model, tokenizer, [prompt_ids(example, own[task]) for example, task in tasks])
+    for task in dict.fromkeys(task for example, task in tasks if example.messages):
+        end_with_turns(model, own[task])
+    for at in range(start, len(rows), args.batch_size):
+        part = slice(at, at + args.batch_size)
+        own_seed = dataclasses.replace(sampling, seed=sampling.seed + at)
+        for text in generate(bank, tokenizer, rows[part], own_seed, adapters=_names(tasks)[part]):
+            yield text.text, text.finish_reason
 
 
 def _standard_input() -> list[str]:
@@ -192,16 +316,25 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     named = args.adapter and not is_read_with_base(args.adapter)
     result: dict[str, Any] = {"model": base_of(read_adapter(args.adapter) if named else None, args.model)}
     if args.adapter:
-        path = locate_adapter(args.adapter)
-        files = [path] if path.is_file() else sorted(file for kind in _DECISIVE for file in path.glob(kind))
-        result["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+        result["adapter"] = _digest(args.adapter)
+    if getattr(args, "adapters", None):
+        result["model"] = _common_base(args)
+        result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     return result | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
+def _digest(adapter: str) -> str:
+    path = locate_adapter(adapter)
+    files = [path] if path.is_file() else sorted(file for kind in _DECISIVE for file in path.glob(kind))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def resume(
+    path: Path, prompts: Sequence[str], settings: dict[str, Any], adapters: Sequence[str | None] | None = None
+) -> int:
     """Counts the texts that an earlier run wrote into a file, if it exists; an incomplete last line is removed.
 
     Raises:
@@ -212,6 +345,8 @@ def resume(path: Path, prompts: Sequence[str], settings: dict[str, Any]) -> int:
         earlier = [(line["prompt"], line["made_with"]) for line in lines]
         if [prompt for prompt, _ in earlier] != list(prompts[: len(earlier)]):
             raise OutputError(f"{path} holds texts for other prompts; remove it or choose another --output")
+        if adapters is not None and [line.get("adapter") for line in lines] != list(adapters[: len(lines)]):
+            raise OutputError(f"{path} holds texts of other adapters; remove it or choose another --output")
         other = next((made for _, made in earlier if made != settings), None)
         if other is not None:
             names = [name for name in {**other, **settings} if other.get(name) != settings.get(name)]

@@ -46,6 +46,7 @@ __all__ = [
     "parse_source",
     "read_examples",
     "read_prompts",
+    "read_prompts_with",
     "read_sources",
     "register_reader",
 ]
@@ -185,6 +186,60 @@ def read_prompts(
     if faults:
         raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
     return examples
+
+
+def read_prompts_with(
+    path: str | Path, field: str, format: str = "auto", *, columns: Columns = None
+) -> list[tuple[Example, str]]:
+    """Reads the prompts of a file of records, each with what one more field says ("" where it is absent).
+
+    A prompt that occurs with several values of the field is there once for each.
+
+    Args:
+        path: a file of records, such as JSON lines or a table.
+        field: the name of the field.
+        format: see `read_examples`.
+        columns: see `read_examples`.
+
+    Raises:
+        DataError: as `read_prompts`; the file holds no records, or no record has the field, or one that is no text.
+    """
+    path = Path(path).expanduser()
+    raw = read_bytes(path, "records")
+    format = _guess(path, raw) if format == "auto" else format
+    if format not in _ROWS:
+        raise DataError(
+            f"{path} is read as {format}, which has no fields such as {field!r}. Give JSON lines or a table."
+        )
+    rows = list(_ROWS[format](raw, path))
+    found = [record.get(field) if isinstance(record, Mapping) else None for _, record in rows]
+    faults = [
+        f"{where}: {field} is {value!r}, expected text"
+        for (where, _), value in zip(rows, found, strict=True)
+        if value is not None and not isinstance(value, str)
+    ]
+    if faults:
+        raise DataError(list_faults(f"{path} has values of {field!r} that are no text", faults, "Fix these records."))
+    if all(value is None for value in found):
+        known = dict.fromkeys(str(name) for _, record in rows if isinstance(record, Mapping) for name in record)
+        raise DataError(f"no record of {path} has the field {field!r}.{did_you_mean(field, known)}")
+    rest = [
+        (where, {k: v for k, v in record.items() if k != field} if isinstance(record, Mapping) else record)
+        for where, record in rows
+    ]
+    examples, _ = read_rows(rest, str(path), How(parse_columns(columns), prompts=True), _EXPECTED[format])
+    groups: dict[str, list[int]] = {}
+    for number, value in enumerate(found):
+        groups.setdefault(str(value or "").strip(), []).append(number)
+    numbered = []
+    for value, numbers in groups.items():
+        places = {examples[number].source: number for number in numbers}
+        kept = group_by_prompt(examples[number] for number in numbers)
+        numbered += [(places[example.source], example, value) for example in kept]
+    empty = [f"{example.source} has no prompt" for _, example, _ in numbered if not example.prompt.strip()]
+    if empty:
+        raise DataError(list_faults("there is nothing to continue", empty, "Remove these lines or add prompts."))
+    return [(example, value) for _, example, value in sorted(numbered, key=lambda each: each[0])]
 
 
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:

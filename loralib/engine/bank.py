@@ -38,7 +38,7 @@ from ..wrapping import unwrapped
 from .forward import plain_logits
 from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
 
-__all__ = ["Bank", "Slot", "bank_and_base"]
+__all__ = ["Bank", "Described", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
@@ -59,6 +59,7 @@ class Slot:
         pinned: whether it always stays in memory.
         nbytes: size of its factors in memory.
         factors: by module; None while they are on disk.
+        ranks: r of each module that it changes.
         users: sequences that use it at the moment.
     """
 
@@ -67,10 +68,36 @@ class Slot:
     pinned: bool
     nbytes: int
     factors: Mapping[str, FactorPair] | None
+    ranks: Mapping[str, int]
     users: int = 0
     file: Path | None = None
     of: Slot | None = None  # whose factors these are, where only the scale differs
     scaled: dict[float, Slot] = field(default_factory=dict)  # the same adapter at other scales
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of an adapter in a bank.
+
+    Attributes:
+        name: what it is called.
+        scale: the factor of its updates.
+        pinned: whether it always stays in memory.
+        nbytes: size of its factors.
+        in_memory: whether they are there, and not on disk.
+        users: sequences that use it at the moment.
+        ranks: the different r of its modules.
+        target_modules: the last words of their names.
+    """
+
+    name: str
+    scale: float
+    pinned: bool
+    nbytes: int
+    in_memory: bool
+    users: int
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,7 @@ class _Run:
     start: int
     stop: int
     slots: tuple[Slot | None, ...]  # of each row
+    scales: tuple[float, ...]  # of each row, as they were when the pass began
 
 
 @dataclass
@@ -170,14 +198,15 @@ class Bank:
                 updates of linears and embeddings, or changes no logit.
             BaseMismatchError: it was trained on another base.
         """
-        if name in self._slots and not replace:
-            raise AdapterError(f"there is an adapter called {name!r} already; unload it first, or pass replace=True")
+        self._check_free(name, replace)
         value = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, model=self.model)
         check_fit(self.model, value, allow_base_mismatch=allow_base_mismatch)
         factors = self._factors_of(value)
-        slot = Slot(name, scale, pin, sum(t.nbytes for pair in factors.values() for t in pair), factors)
+        ranks = {module: len(A) for module, (A, _) in factors.items()}
+        slot = Slot(name, scale, pin, sum(t.nbytes for pair in factors.values() for t in pair), factors, ranks)
         self._check_effect(slot)
         with self._lock:
+            self._check_free(name, replace)  # another thread may have taken it meanwhile
             self._forget(name)
             self._slots[name] = slot
             self._evict()
@@ -199,6 +228,19 @@ class Bank:
             AdapterError: there is none of that name.
         """
         self._find(name).scale = scale
+
+    def describe(self, name: str) -> Described:
+        """Tells what is known of an adapter, in the same time whether it is in memory or on disk.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        with self._lock:
+            slot = self._find(name)
+            leaves = sorted({module.rpartition(".")[2] for module in slot.ranks})
+            ranks = tuple(sorted(set(slot.ranks.values())))
+            there = slot.factors is not None
+            return Described(name, slot.scale, slot.pinned, slot.nbytes, there, slot.users, ranks, tuple(leaves))
 
     def slot(self, name: str) -> Slot:
         """Returns the state of an adapter, to look at.
@@ -232,7 +274,7 @@ class Bank:
             if scale not in slot.scaled:
                 while len(slot.scaled) >= _SCALES:
                     slot.scaled.pop(next(iter(slot.scaled)))
-                slot.scaled[scale] = Slot(f"{own}@{scale:g}", scale, slot.pinned, 0, slot.factors, of=slot)
+                slot.scaled[scale] = Slot(f"{own}@{scale:g}", scale, slot.pinned, 0, slot.factors, slot.ranks, of=slot)
             return slot.scaled[scale]
 
     def release(self, slot: Slot | None) -> None:
@@ -255,7 +297,16 @@ class Bank:
         used = {slot for slot, _ in (*rows, *heads) if slot is not None}
         if not used:
             return below
-        stack = self._stacked(used)
+        return self._overrides(rows, heads, below, used, self._stacked(used))
+
+    def _overrides(
+        self,
+        rows: Sequence[tuple[Slot | None, int]],
+        heads: Sequence[tuple[Slot | None, int]],
+        below: Overrides,
+        used: set[Slot],
+        stack: _Stack,
+    ) -> Overrides:
         plans = {False: _runs(rows), True: _runs(heads)}
         masks: dict[Any, Tensor] = {}
         changed = {name for slot in used for name in cast("Mapping[str, FactorPair]", slot.factors)}
@@ -302,6 +353,10 @@ class Bank:
             return name, None
         return (own, scale) if abs(scale) <= _MOST_SCALE else (name, None)
 
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._slots and not replace:
+            raise AdapterError(f"there is an adapter called {name!r} already; unload it first, or pass replace=True")
+
     def _forget(self, name: str) -> None:
         slot = self._slots.pop(name, None)
         if slot is not None and slot.file is not None:
@@ -338,7 +393,8 @@ class Bank:
         device = next(self.model.parameters()).device
         ids = torch.arange(8, device=device)[None] % (len(table.weight) if table is not None else 8)
         rows = [(cast("Slot | None", slot), ids.numel())]
-        overrides = self.overrides(rows, rows, {})
+        # A stack of its own: another thread may be generating with the bank's.
+        overrides = self._overrides(rows, rows, {}, {slot}, _Stack((slot,)))
         with Hold(self.model, self.modules, "inference"), evaluating(self.model.modules()), torch.no_grad():
             without = plain_logits(self.model, ids)
             with overriding(overrides):
@@ -371,10 +427,11 @@ class Bank:
 
     def _stacked(self, used: set[Slot]) -> _Stack:
         """Returns stacked factors that hold these adapters: the last ones, where they do."""
-        slots = self._stack.slots
-        if not used.issubset(slots) or len(slots) > max(_SPARE * len(used), 8):
-            self._stack = _Stack(tuple(sorted(used, key=lambda slot: slot.name)))
-        return self._stack
+        with self._lock:
+            stack = self._stack
+            if not used.issubset(stack.slots) or len(stack.slots) > max(_SPARE * len(used), 8):
+                stack = self._stack = _Stack(tuple(sorted(used, key=lambda slot: slot.name)))
+            return stack
 
 
 def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
@@ -389,13 +446,15 @@ def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
     """Joins rows of one adapter that follow one another, and short ones of several adapters."""
     runs: list[_Run] = []
     start = 0
+    scales = {slot: 1.0 if slot is None else slot.scale for slot, _ in rows}  # read once: others may set them meanwhile
     for slot, group in itertools.groupby(rows, key=lambda row: row[0]):
         count = sum(number for _, number in group)
         last = runs[-1] if runs else None
+        own, factors = (slot,) * count, (scales[slot],) * count
         if count < _LONG and last is not None and last.stop - last.start < _LONG * max(1, len(set(last.slots))):
-            runs[-1] = _Run(last.start, start + count, (*last.slots, *[slot] * count))
+            runs[-1] = _Run(last.start, start + count, (*last.slots, *own), (*last.scales, *factors))
         else:
-            runs.append(_Run(start, start + count, (slot,) * count))
+            runs.append(_Run(start, start + count, own, factors))
         start += count
     return runs
 
@@ -426,7 +485,7 @@ def _mixed(
             slot = run.slots[0]
             pair = None if slot is None else cast("Mapping[str, FactorPair]", slot.factors).get(name)
             if slot is not None and pair is not None:
-                out.addmm_(_thin(part, pair[0], looks_up), pair[1], alpha=slot.scale)
+                out.addmm_(_thin(part, pair[0], looks_up), pair[1], alpha=run.scales[0])
             continue
         A, B = _factors(stack, name)
         out.addmm_(_thin(part, A, looks_up).mul_(_mask(stack, name, run, masks, A)), B)
@@ -455,7 +514,7 @@ def _mask(stack: _Stack, name: str, run: _Run, masks: dict[Any, Tensor], like: T
     if key not in masks:
         numbers = {slot: number for number, slot in enumerate(stack.slots)}
         own = torch.tensor([numbers.get(cast(Slot, slot), -1) for slot in run.slots])
-        scales = torch.tensor([0.0 if slot is None else slot.scale for slot in run.slots])
+        scales = torch.tensor(run.scales)
         masks[key] = ((own[:, None] == torch.tensor(columns)) * scales[:, None]).to(like)
     return masks[key]
 
