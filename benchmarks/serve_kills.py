@@ -3,7 +3,7 @@
 They also have every event once.  Every other time the processes that the server started are killed with it; else they
 find out by themselves.
 
-python benchmarks/serve_kills.py       about six minutes; writes benchmarks/serve_kills.json
+python benchmarks/serve_kills.py       about ten minutes; writes benchmarks/serve_kills.json
 """
 
 from __future__ import annotations
