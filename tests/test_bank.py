@@ -98,21 +98,27 @@ def test_rows_equal_their_adapters_alone_to_rounding(bank):
 
 
 def test_bf16_is_no_further_from_fp32_than_the_adapter_alone():
+    # Of one draw the ratio of the two errors lies anywhere between 0.5 and 1.5, so that many are added up.
     wide, half = llama(), llama().bfloat16()
-    values = {name: adapter(wide, seed, target_modules="all-linear") for seed, name in enumerate("abcdefgh")}
     ids = torch.arange(3, 11)[None].repeat(8, 1)
-    bank = lora.Bank(half)
-    exact, apart = [], []
-    for name, value in values.items():
-        bank.load(name, value, allow_base_mismatch=True)
-        for model, results in ((wide, exact), (half, apart)):
-            lora.apply_adapter(model, value, allow_base_mismatch=True)
-            results.append(model(ids[:1]).logits.float().detach())
-            lora.remove(model)
-    rows = [(bank.acquire(name), 8) for name in values]
-    together = logits_of(half, bank.overrides(rows, rows, {}), ids).float()
-    error = (together - torch.cat(exact)).square().mean()
-    assert error <= 1.05 * (torch.cat(apart) - torch.cat(exact)).square().mean()
+    mixed_error = alone_error = 0.0
+    for draw in range(12):
+        values = {
+            name: adapter(wide, 8 * draw + seed, target_modules="all-linear") for seed, name in enumerate("abcdefgh")
+        }
+        bank = lora.Bank(half)
+        exact, apart = [], []
+        for name, value in values.items():
+            bank.load(name, value, allow_base_mismatch=True)
+            for model, results in ((wide, exact), (half, apart)):
+                lora.apply_adapter(model, value, allow_base_mismatch=True)
+                results.append(model(ids[:1]).logits.float().detach())
+                lora.remove(model)
+        rows = [(bank.acquire(name), 8) for name in values]
+        together = logits_of(half, bank.overrides(rows, rows, {}), ids).float()
+        mixed_error += float((together - torch.cat(exact)).square().mean())
+        alone_error += float((torch.cat(apart) - torch.cat(exact)).square().mean())
+    assert mixed_error <= 1.05 * alone_error
 
 
 def test_a_scale_is_a_factor_of_the_update(bank):

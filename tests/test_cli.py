@@ -74,7 +74,7 @@ def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: py
     for line in (["--logit_bias", "13:5"], ["--logprobs", "3"]):
         with pytest.raises(SystemExit):
             parsed(Sampling, *line)
-    assert "13:5 was given, expected pairs such as 13=-5" in capsys.readouterr().err
+    assert "'13:5' was given, expected pairs such as 13=-5" in capsys.readouterr().err
 
 
 # Second spellings.

@@ -168,6 +168,9 @@ def test_readme_s_command_lines_run(tiny: Path, checkout: Path, capsys: pytest.C
     assert lines
     quick = {"train": ["--max_train_samples", "4", "--num_epochs", "1"], "generate": ["--max_new_tokens", "3"]}
     for _, command, *rest in lines:
+        if command == "serve":  # which does not end; test_serve.py and test_demo_page.py start it
+            parsed(importlib.import_module("loralib.cli.serve"), "loralib", rest)
+            continue
         assert main([command, *rest, "--model", str(tiny), *quick.get(command, [])]) == 0
     assert "Done: 1 update" in capsys.readouterr().out
 

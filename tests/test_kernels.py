@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, compiled, loaded
+from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, RowUpdate, compiled, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -310,6 +310,31 @@ def test_products_with_weights(
     of_some = more[rows // 2 :] if added == "rows" and more is not None else more
     assert torch.equal(kernels.product(x[rows // 2 :], weight, of_some), found[rows // 2 :])
     close(kernels.product(found, weight.T), found.double() @ weight.double(), 2**-8)
+
+
+@DTYPES
+@settings(max_examples=40, deadline=None)
+@given(
+    owners=st.lists(st.integers(-1, 3), min_size=1, max_size=20),
+    ranks=st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    size=st.sampled_from([16, 48, 64]),
+    width=st.sampled_from([16, 80]),
+)
+def test_each_row_gets_the_low_rank_update_that_it_chose(
+    kernels: Kernels, dtype: torch.dtype, error: float, owners: list[int], ranks: list[int], size: int, width: int
+) -> None:
+    # Row i has the update owners[i]; -1: none.
+    x, y = draw(len(owners), size, dtype=dtype), draw(len(owners), width, dtype=dtype, seed=1)
+    expected, updates = y.double(), []
+    for number in sorted(set(owners) - {-1}):
+        A, B = draw(ranks[number], size, dtype=dtype, seed=2), draw(ranks[number], width, dtype=dtype, seed=number)
+        rows = [row for row, owner in enumerate(owners) if owner == number]
+        updates.append(RowUpdate(rows, A, B, 0.5 + number))
+        expected[rows] += (0.5 + number) * (x[rows].double() @ A.double().T) @ B.double()
+    assert kernels.accept_row_updates(updates)
+    if updates:
+        kernels.row_updates(updates)(x, y)
+    close(y, expected, error)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -441,7 +441,7 @@ def test_our_own_server_is_judged_by_the_command(
     own_server: tuple[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, folder = own_server
-    command = ["verify", address, "--adapter", str(folder / "mine"), "--base", str(folder / "base")]
+    command = ["verify", address, "--adapter", str(folder / "mine"), "--reference", str(folder / "base")]
     assert main(command) == 2
     assert "LORALIB_API_KEY" in capsys.readouterr().err
     monkeypatch.setenv("LORALIB_API_KEY", "secret")

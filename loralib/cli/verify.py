@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument("--model", metavar="NAME", help="what the server calls the adapter (default: the only one)")
     parser.add_argument("--base_model", metavar="NAME", help="what the server calls the base (default: as it says)")
-    add_flag(parser, "--base", metavar="MODEL", help="base model to compute with here (default: the adapter's)")
+    add_flag(parser, "--reference", metavar="MODEL", help="base model to compute with here (default: the adapter's)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="what to compute in here (default fp32)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cpu)", default="cpu")
     parser.add_argument(
@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     value = None if is_read_with_base(args.adapter) else read_adapter(args.adapter)
-    if value is None and args.base is None:
-        raise BaseModelError(f"{args.adapter} does not name its base model; give --base MODEL")
-    model, tokenizer = load_base(base_of(value, args.base), dtype=args.dtype, device=args.device)
+    if value is None and args.reference is None:
+        raise BaseModelError(f"{args.adapter} does not name its base model; give --reference MODEL")
+    model, tokenizer = load_base(base_of(value, args.reference), dtype=args.dtype, device=args.device)
     value = read_adapter(args.adapter, model=model) if value is None else with_present_names(value, model)
     resize_tables_for(value, model)
     return model, tokenizer_for(args.adapter, model, tokenizer), value

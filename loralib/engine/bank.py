@@ -6,9 +6,10 @@ M (T, R) which holds a row's scale where the column belongs to its adapter and 0
 
     y = x W^T + ((x A^T) * M) B^T
 
-are two thin products for any number of adapters (Chen et al. 2023, arXiv:2310.18547, and Sheng et al. 2023,
-arXiv:2311.03285, gather instead, which pays on GPUs).  Where many rows in a row have the same adapter, as those of a
-prompt, the products are made of that adapter alone.
+are two thin products for any number of adapters.  Where many rows in a row have the same adapter, as those of a prompt,
+the products are made of that adapter alone.  With few rows the products are so small that calling PyTorch twice takes
+longer than they do; where there are compiled kernels, one call gathers the factors of each row, as Chen et al. 2023
+(arXiv:2310.18547) and Sheng et al. 2023 (arXiv:2311.03285) do on GPUs.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from ..injection import adapted_layers
 from ..layers import is_conv1d
 from ..wrapping import unwrapped
 from .forward import plain_logits
+from .kernels import RowUpdate, loaded
 from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
 
 __all__ = ["Bank", "Described", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
+_MANY: Final = 64  # rows of one adapter from which on PyTorch's products are faster than the kernel
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
 
 _SCALES: Final = 64  # of one adapter that are remembered
@@ -308,13 +311,16 @@ class Bank:
         stack: _Stack,
     ) -> Overrides:
         plans = {False: _runs(rows), True: _runs(heads)}
+        places = {False: _Places.of_rows(rows), True: _Places.of_rows(heads)}
         masks: dict[Any, Tensor] = {}
         changed = {name for slot in used for name in cast("Mapping[str, FactorPair]", slot.factors)}
         own: dict[nn.Module, Override] = {}
         for name in changed:
             module = self._modules[name]
+            is_head = module is self._head
             base = below.get(module) or functools.partial(own_forward, module)
-            own[module] = functools.partial(_mixed, name, module, base, plans[module is self._head], stack, masks)
+            mixed = functools.partial(_mixed, name, module, base, plans[is_head], stack, masks)
+            own[module] = _by_kernel(name, module, base, places[is_head], mixed) or mixed
         return {**below, **own}
 
     def check(self, names: Sequence[str | None]) -> None:
@@ -457,6 +463,54 @@ def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
             runs.append(_Run(start, start + count, own, factors))
         start += count
     return runs
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which rows of a pass each adapter has, at which scale; `count` rows in all."""
+
+    count: int
+    of: dict[Slot, tuple[float, list[int]]]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[Slot | None, int]]) -> _Places | None:
+        """Returns them; None where an adapter has so many rows that plain products are faster."""
+        of: dict[Slot, tuple[float, list[int]]] = {}
+        start = 0
+        for slot, count in rows:
+            if slot is not None:
+                of.setdefault(slot, (slot.scale, []))[1].extend(range(start, start + count))
+            start += count
+        return None if any(len(own) > _MANY for _, own in of.values()) else cls(start, of)
+
+
+def _by_kernel(
+    name: str, module: nn.Module, base: Override, places: _Places | None, otherwise: Override
+) -> Override | None:
+    """Returns what computes a linear with each row's adapter in one call; None where there is no kernel for it."""
+    kernels = loaded()
+    if kernels is None or places is None or isinstance(module, nn.Embedding):
+        return None
+    updates = [
+        RowUpdate(rows, *pair, scale)
+        for slot, (scale, rows) in places.of.items()
+        if (pair := cast("Mapping[str, FactorPair]", slot.factors).get(name)) is not None
+    ]
+    if not updates or not kernels.accept_row_updates(updates):
+        return None
+    add, A = kernels.row_updates(updates), updates[0].A
+    dtype, numbers = A.dtype, places.count * A.shape[1]
+
+    def call(x: Tensor) -> Tensor:
+        if x.dtype != dtype or x.numel() != numbers or not x.is_contiguous():
+            return cast(Tensor, otherwise(x))
+        y: Tensor = base(x).contiguous()
+        if y.dtype != dtype:
+            return cast(Tensor, otherwise(x))
+        add(x, y)
+        return y
+
+    return call
 
 
 def _mixed(

@@ -491,6 +491,8 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
 }
 #endif
 
+#define BLOCK 4 /* rows with the same low-rank update that are computed at once */
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(f) PASTE(f, KIND)
@@ -499,15 +501,81 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
 
 #define T float
 #define KIND f32
+#define IS_F32 1
 #include "kernels.c"
 #undef T
 #undef KIND
+#undef IS_F32
+
+#ifdef __AVX512BF16__
+/* The products of x (k) and four others, pairs of them added up already. */
+static inline void four_dots_bf16(const uint16_t *x, const uint16_t *const *of, int64_t k, vec *sums) {
+    for (int64_t j = 0; j < k; j += COLUMNS) {
+        __mmask32 there = k - j < COLUMNS ? 0xffff : 0xffffffff;
+        __m512i v = _mm512_maskz_loadu_epi16(there, x + j);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) sums[c] = (vec)madd((__m512)sums[c], v, _mm512_maskz_loadu_epi16(there, of[c] + j));
+    }
+}
+#endif
 
 #define T uint16_t
 #define KIND bf16
+#define IS_F32 0
 #include "kernels.c"
 
 #else
+
+#if !defined __AVX512BF16__ || IS_F32
+/* The products of x (k) and four others, to be summed up. */
+static inline void NAME(four_dots)(const T *x, const T *const *of, int64_t k, vec *sums) {
+    for (int64_t j = 0; j < k; j += LANES) {
+        vec v = LOAD(x + j);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) sums[c] += v * LOAD(of[c] + j);
+    }
+}
+#endif
+
+/* y_i += scale (x_i A^T) B for the rows i in `places`, `count` of them and at most `few`, with A (r, k) and B (r, d). */
+static inline __attribute__((always_inline)) void NAME(few_rows)(const T *x, T *y, const T *a, const T *b, const int32_t *places,
+                                                                 int64_t count, int64_t r, int64_t k, int64_t d, float scale,
+                                                                 const int few) {
+    float h[few * r];
+    for (int64_t q = 0; q < r; q += 4) {
+        const T *of[4];
+        for (int c = 0; c < 4; c++) of[c] = a + (q + c < r ? q + c : q) * k;
+        for (int i = 0; i < few && i < count; i++) {
+            vec sums[4] = {{0}};
+            NAME(four_dots)(x + places[i] * k, of, k, sums);
+            for (int c = 0; c < 4 && q + c < r; c++) h[i * r + q + c] = scale * sum(sums[c]);
+        }
+    }
+    for (int64_t j = 0; j < d; j += LANES) {
+        vec to[few];
+#pragma GCC unroll 4
+        for (int i = 0; i < few; i++) to[i] = LOAD(y + places[i < count ? i : 0] * d + j);
+        for (int64_t q = 0; q < r; q++) {
+            vec u = LOAD(b + q * d + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < few; i++) to[i] += h[i * r + q] * u;
+        }
+        for (int i = 0; i < few && i < count; i++) STORE(y + places[i] * d + j, to[i]);
+    }
+}
+
+/* Rows x (n, k) choose their low-rank updates of y (n, d), in blocks of at most BLOCK rows with the same one: block i has the
+ * counts[i] rows that places[BLOCK * i ..] name, A_i (ranks[i], k), B_i (ranks[i], d) and a scale. */
+void NAME(row_updates)(const T *x, T *y, const int32_t *places, const int32_t *counts, T *const *a, T *const *b,
+                       const int32_t *ranks, const float *scales, int64_t blocks, int64_t k, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < blocks; i++) {
+        if (counts[i] == 1)
+            NAME(few_rows)(x, y, a[i], b[i], places + BLOCK * i, 1, ranks[i], k, d, scales[i], 1);
+        else
+            NAME(few_rows)(x, y, a[i], b[i], places + BLOCK * i, counts[i], ranks[i], k, d, scales[i], BLOCK);
+    }
+}
 
 /* y = w x f with f = 1 / sqrt(mean(x^2) + eps), for rows of x (n, d); f (n) is kept. */
 void NAME(rms_norm)(const T *x, const T *w, T *y, float *f, int64_t n, int64_t d, float eps, int threads) {

@@ -21,8 +21,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -35,7 +35,7 @@ from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
 
-__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "loaded"]
+__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -45,6 +45,7 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+_BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
 _AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as any other operator on one number
 # The size from which on a second thread gains more than it costs.
 _GRAIN: Final = 16384
@@ -65,6 +66,7 @@ _ARGUMENTS: Final = {
     "gelu": "ppni",
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
+    "row_updates": "ppppppppnnni",
     "log_sums": "ppppnnni",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
@@ -169,6 +171,22 @@ class Factors(NamedTuple):
 
     A: Tensor
     B: list[Tensor]
+
+
+class RowUpdate(NamedTuple):
+    """A low-rank update of some rows.
+
+    Attributes:
+        rows: their numbers.
+        A: (r, in).
+        B: (r, out).
+        scale: a factor.
+    """
+
+    rows: Sequence[int]
+    A: Tensor
+    B: Tensor
+    scale: float
 
 
 class GroupOperands:
@@ -307,6 +325,39 @@ class Kernels:
         most, sums, of_groups = torch.empty(rows), torch.empty(rows), x.new_empty(rows, width // group)
         self._run("log_sums", x, most, sums, of_groups, rows, width, group, like=x)
         return most, sums, of_groups
+
+    def accept_row_updates(self, updates: Sequence[RowUpdate]) -> bool:
+        """Returns whether the kernel takes these."""
+        return all(
+            self.accept(each.A, each.B) and each.A.is_contiguous() and each.B.is_contiguous() for each in updates
+        )
+
+    def row_updates(self, updates: Sequence[RowUpdate]) -> Callable[[Tensor, Tensor], None]:
+        """Returns what adds low-rank updates to a linear's result, ``y += scale (x A^T) B`` in the rows of each.
+
+        It takes x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many steps.
+        A row may be named once.
+        """
+        blocks = [(each, each.rows[at : at + _BLOCK]) for each in updates for at in range(0, len(each.rows), _BLOCK)]
+        count = len(blocks)
+        places = (c_int32 * (count * _BLOCK))(
+            *[row for _, rows in blocks for row in (*rows, *[0] * (_BLOCK - len(rows)))]
+        )
+        counts = (c_int32 * count)(*[len(rows) for _, rows in blocks])
+        A, B = _pointers([each.A for each, _ in blocks]), _pointers([each.B for each, _ in blocks])
+        ranks = (c_int32 * count)(*[len(each.A) for each, _ in blocks])
+        scales = (c_float * count)(*[each.scale for each, _ in blocks])
+        first = updates[0]
+        function, size, width = self._functions["row_updates", first.A.dtype], first.A.shape[1], first.B.shape[1]
+        work = sum(len(rows) * len(each.A) for each, rows in blocks) * (size + width)
+        threads = min(torch.get_num_threads(), count) if work >= _AT_ONCE * _GRAIN else 1
+        kept = tuple(updates)  # whose addresses these are
+
+        def add(x: Tensor, y: Tensor) -> None:
+            assert kept
+            function(x.data_ptr(), y.data_ptr(), places, counts, A, B, ranks, scales, count, size, width, threads)
+
+        return add
 
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
