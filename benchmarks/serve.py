@@ -104,7 +104,7 @@ def started(arguments: list[str], pattern: str) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
+        encoding="utf-8",
     )
     assert process.stdout is not None
     try:
