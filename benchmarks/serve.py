@@ -135,7 +135,8 @@ async def measure(engine: str, url: str, clients: int, first: int) -> dict[str, 
     count = max(6, 3 * clients if clients < 64 else 2 * clients)
     numbers = iter(range(first, first + count))
     firsts: list[float] = []
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for each request: llama.cpp's server ends one after a stream, and does not say so before.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
 
         async def client() -> None:
