@@ -209,6 +209,8 @@ def parting(
     common = 0
     while common < len(ids) and begins(ids[: common + 1]):
         common += 1
+    while common and server.decode(ids[:common]).endswith("\ufffd"):
+        common -= 1  # what parts may be a whole character against the half of one
     prompt = [*server.tokenizer(asked["prompt"])["input_ids"], *ids[:common]]
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[:, -1].float()
