@@ -1,7 +1,7 @@
 """How fast a server answers: SmolLM2 with 8 adapters of r = 16 on all linears, 1 to 64 clients, beside llama.cpp's.
 
 python benchmarks/serve.py               ten minutes on two cores; writes benchmarks/serve.json and docs/img/serve.png
-python benchmarks/serve.py --rounds 1
+python benchmarks/serve.py --rounds 1 --alone     without llama.cpp's
 
 Each client asks again as soon as it has its answer: 64 random tokens as the prompt, 32 greedy ones streamed, adapters
 in turn.  Both servers run in a process of their own and compute in bf16; llama.cpp gets the same base and adapters as
@@ -45,8 +45,8 @@ ADAPTERS, R, PROMPT, NEW, PLACES = 8, 16, 64, 32, 16
 CLIENTS = (1, 4, 16, 64)
 
 
-def make(root: Path) -> None:
-    """Writes adapters of random values, for both servers, and the base as GGUF in bf16."""
+def make(root: Path, *, with_gguf: bool) -> None:
+    """Writes adapters of random values, and for llama.cpp these and the base as GGUF, in bf16."""
     model, _ = lora.load_base("smollm2-135m", dtype="bf16")
     for number in range(ADAPTERS):
         torch.manual_seed(number)
@@ -56,10 +56,13 @@ def make(root: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.02)
         lora.save_adapter(model, root / "shelf" / f"a{number}")
         lora.remove(model)
+        if not with_gguf:
+            continue
         arguments = [str(root / "shelf" / f"a{number}"), str(root / f"a{number}.gguf"), "--target", "llamacpp"]
         if command(["convert", *arguments, "--model", "smollm2-135m"]):
             raise SystemExit("the adapters could not be converted")
-    write_base(root / "base.gguf")
+    if with_gguf:
+        write_base(root / "base.gguf")
 
 
 def write_base(path: Path) -> None:
@@ -174,15 +177,18 @@ def main() -> None:
     """Measures both servers in turn and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="do not measure llama.cpp's server")
     parser.add_argument("--llama_cpp", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.llama_cpp:
         serve_llama_cpp(Path(args.llama_cpp))
         return
-    rounds: dict[str, dict[int, list[dict[str, float]]]] = {"loralib": {}, "llama.cpp": {}}
+    rounds: dict[str, dict[int, list[dict[str, float]]]] = {"loralib": {}}
+    if not args.alone:
+        rounds["llama.cpp"] = {}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        make(root)
+        make(root, with_gguf=not args.alone)
         ours = [
             "-m",
             "loralib",
@@ -196,12 +202,15 @@ def main() -> None:
         ]
         ours += ["--port", "0", "--no_page", "--state_dir", str(root / "state"), "--max_jobs", "0"]
         theirs = [str(Path(__file__)), "--llama_cpp", str(root)]
-        with started(ours, r"API\s+(http\S+)/v1") as own, started(theirs, r"address (\S+)") as other:
-            for engine, url in (("loralib", own), ("llama.cpp", other)):
+        with contextlib.ExitStack() as stack:
+            urls = {"loralib": stack.enter_context(started(ours, r"API\s+(http\S+)/v1"))}
+            if not args.alone:
+                urls["llama.cpp"] = stack.enter_context(started(theirs, r"address (\S+)"))
+            for engine, url in urls.items():
                 asyncio.run(measure(engine, url, 2, 10**6))  # warm
             for number in range(args.rounds):
                 for clients in CLIENTS:
-                    for engine, url in (("loralib", own), ("llama.cpp", other)):
+                    for engine, url in urls.items():
                         result = asyncio.run(measure(engine, url, clients, 1000 * number + 200 * clients))
                         rounds[engine].setdefault(clients, []).append(result)
                         say(engine, clients, result)
@@ -217,12 +226,14 @@ def main() -> None:
                     ("tokens_per_second", "first_token_s")))
         for clients in CLIENTS
     ]  # fmt: skip
-    say(table(rows, ("clients", "loralib tokens/s", "first token s", "llama.cpp tokens/s", "first token s")))
+    heads = [f"{engine} {what}" for engine in figures for what in ("tokens/s", "first token s")]
+    say(table(rows, ("clients", *heads)))
     gain = figures["loralib"]["16"]["tokens_per_second"] / figures["loralib"]["1"]["tokens_per_second"]
     say(f"16 clients over 8 adapters: {gain:.2f} times the throughput of one at a time")
     result = {
         "machine": machine("xllamacpp", "uvicorn", "fastapi"),
         "adapters": ADAPTERS, "r": R, "prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": args.rounds,
+        "llama_cpp": "not run" if args.alone else "measured in turn with loralib",
         "figures": figures, "gain_16_clients": round(gain, 2),
     }  # fmt: skip
     (HERE / "serve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

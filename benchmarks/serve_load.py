@@ -4,8 +4,10 @@ python benchmarks/serve_load.py                  some minutes on two cores; a ti
 python benchmarks/serve_load.py --requests 500
 
 Every reply is compared with what the same seed gives offline.  One that differs must part from it where hardly
-anything decides: where the two best tokens are within 1e-4, or the random number is that near to the next token.
-Adapters of other names are loaded, scaled and unloaded all the while, some of them in the middle of texts.
+anything decides: where the two best tokens are within 1e-4, or the random number is that near to the server's token.
+What decides is computed by a plain forward of the model with its adapter, so that nothing which the server keeps has a
+part in it.  Adapters of other names are loaded, scaled and unloaded all the while, some of them in the middle of texts,
+and jobs train one after the other in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import asyncio
 import collections
 import json
-import queue
 import random
 import socket
 import tempfile
@@ -35,14 +36,14 @@ from machine import machine
 import loralib as lora
 from loralib.bases import load_tokenizer
 from loralib.console import say
-from loralib.generation import Sampling
+from loralib.generation import Generator, Sampling
 from loralib.generation.sampling import choose
 from loralib.serve.app import create_app
 from loralib.serve.server import Server, start
 from loralib.serve.settings import ServeConfig
 
 HERE = Path(__file__).resolve().parent
-ADAPTERS, AT_ONCE, TIE = 16, 64, 1e-4
+ADAPTERS, AT_ONCE, TIES = 16, 64, (1e-6, 1e-5, 1e-4)
 WORDS = "The old mill by the river serves fresh bread and soup every morning to people who walk along the bank".split()
 
 
@@ -116,7 +117,7 @@ async def ask_all(url: str, count: int, memory: list[float]) -> tuple[dict[int, 
                     outcomes["answered" if number in replies else "left by its client"] += 1
                 except openai.APIError as error:
                     outcomes[f"{type(error).__name__}: {error}"[:200]] += 1
-                if number % 250 == 0:
+                if not outcomes.total() % 500:
                     memory.append(process.memory_info().rss / 1e6)
 
         await asyncio.gather(*(work() for _ in range(AT_ONCE)))
@@ -142,51 +143,92 @@ def come_and_go(url: str, done: threading.Event, outcomes: collections.Counter[s
             number += 1
 
 
-def compare(server: Server, replies: dict[int, str]) -> dict[str, int]:
-    """Counts replies that are what their seed gives offline, and those that part from it at a tie."""
-    counts = {"equal": 0, "parted at a tie": 0, "different": 0}
-    for number, text in sorted(replies.items()):
+def train(url: str, done: threading.Event, outcomes: collections.Counter[str]) -> None:
+    """Trains adapters, one job after the other; the last one is cancelled."""
+    rows = [json.dumps({"prompt": f"Number {n} is", "completion": f"{n * n} when squared"}) for n in range(40)]
+    settings = {"rank": 4, "batch_size": 4, "num_epochs": 30, "dtype": "fp32", "valid_fraction": 0.2}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300) as client:
+        file = client.files.create(file=("data.jsonl", "\n".join(rows).encode()), purpose="fine-tune").id
+        while not done.is_set():
+            body = {"loralib": settings}
+            job = client.fine_tuning.jobs.create(model="base", training_file=file, extra_body=body)
+            while job.status not in ("succeeded", "failed", "cancelled"):
+                if done.wait(0.5):
+                    client.fine_tuning.jobs.cancel(job.id)
+                    outcomes["cancelled at the end"] += 1
+                    return
+                job = client.fine_tuning.jobs.retrieve(job.id)
+            outcomes[job.status] += 1
+
+
+def compare(server: Server, root: Path, replies: dict[int, str]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Counts replies that are what their seed gives offline, and describes those that are not."""
+    model, _ = lora.load_base(str(root / "base"), dtype="fp32")
+    counts, parted = {"equal": 0, "parted at a tie": 0, "different": 0}, []
+    offline = Generator(server.bank, server.tokenizer)  # keeps nothing of earlier texts
+    numbers, pieces = {}, collections.defaultdict(list)
+    for number in replies:
         asked = request_of(number)
         adapter = None if asked["model"] == "base" else asked["model"]
-        own = sampling_of(asked)
-        [alone] = lora.generate(server.bank, server.tokenizer, [asked["prompt"]], own, adapters=[adapter])
-        if alone.text == text:
+        numbers[number] = offline.add(asked["prompt"], sampling_of(asked), adapter)
+    while len(offline):
+        for piece in offline.step():
+            pieces[piece.request].append(piece)
+    for number, text in sorted(replies.items()):
+        asked, own = request_of(number), pieces[numbers[number]]
+        adapter = None if asked["model"] == "base" else asked["model"]
+        ids, alone = tuple(token for piece in own for token in piece.ids), "".join(piece.text for piece in own)
+        if alone == text:
             counts["equal"] += 1
-        elif parts_at_a_tie(server, asked, adapter, alone.ids, text):
-            counts["parted at a tie"] += 1
-        else:
-            counts["different"] += 1
-            say(f"request {number} {asked}: {text!r}, offline {alone.text!r}")
-    return counts
+            continue
+        if adapter:
+            lora.load_adapter(model, root / "shelf" / adapter)
+        at, within = parting(server, model, asked, ids, text)
+        if adapter:
+            lora.remove(model)
+        counts["different" if within is None else "parted at a tie"] += 1
+        parted.append({"request": number, "after_tokens": at, "border_within": within})
+        say(f"request {number} {asked}: {text!r}, offline {alone!r}: {parted[-1]}")
+    return counts, parted
 
 
-def parts_at_a_tie(server: Server, asked: dict[str, Any], adapter: str | None, ids: tuple[int, ...], text: str) -> bool:
-    """Tells whether a text parts from the offline one where hardly anything decides.
+def parting(
+    server: Server, model: torch.nn.Module, asked: dict[str, Any], ids: tuple[int, ...], text: str
+) -> tuple[int, float | None]:
+    """Tells where a text parts from the offline one, and how near its token was to being chosen there.
 
-    That is where the two best tokens are as likely, or where the random number lies on the border between two tokens.
+    That is the difference of log-probabilities to the likeliest token or, where tokens are drawn, how far the random
+    number, or the border of the cut, would have to lie elsewhere.  None: further than any tie.
     """
+
+    def begins(tokens: tuple[int, ...]) -> bool:
+        if tokens[-1] == server.tokenizer.eos_token_id:
+            return text == server.decode(tokens[:-1])
+        return text.startswith(server.decode(tokens).rstrip("\ufffd"))  # half a character
+
     common = 0
-    while common < len(ids) and text.startswith(server.decode(ids[: common + 1])):
+    while common < len(ids) and begins(ids[: common + 1]):
         common += 1
+    while common and server.decode(ids[:common]).endswith("\ufffd"):
+        common -= 1  # what parts may be a whole character against the half of one
     prompt = [*server.tokenizer(asked["prompt"])["input_ids"], *ids[:common]]
-    everything = Sampling(max_new_tokens=1, logprobs=len(server.tokenizer))
-    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    server.service.submit(prompt, everything, adapter, listener=arrived.put)
-    [score] = arrived.get().logprobs
-    logits = torch.full((1, len(server.tokenizer)), float("-inf"))
-    for token, value in score.top:
-        logits[0, token] = value
-    if asked["temperature"] == 0:
-        return score.top[0][1] - score.top[1][1] < TIE
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[:, -1].float()
     dice = random.Random(asked["seed"])
     uniform = [dice.random() for _ in range(common + 1)][-1]
-    ends = [
-        choose(logits, [replace(sampling_of(asked), top_p=min(1.0, asked["top_p"] + cut))], [uniform + by])[0]
-        for by in (-TIE, TIE)
-        for cut in (-TIE, TIE)
-    ]
-    # Tokens are drawn in the order of their ids, so those between are as near.
-    return any(text.startswith(server.decode([*ids[:common], token])) for token in range(min(ends), max(ends) + 1))
+    for tie in TIES:
+        if asked["temperature"] == 0:
+            near = (logits[0] > logits.max() - tie).nonzero()[:, 0].tolist()
+        else:
+            ends = [
+                choose(logits, [replace(sampling_of(asked), top_p=min(1.0, asked["top_p"] + cut))], [uniform + by])[0]
+                for by in (-tie, tie)
+                for cut in (-tie, tie)
+            ]
+            near = list(range(min(ends), max(ends) + 1))  # drawn in the order of their ids: those between are as near
+        if any(begins((*ids[:common], token)) for token in near if token != (*ids, -1)[common]):
+            return common, tie
+    return common, None
 
 
 def main() -> None:
@@ -198,31 +240,38 @@ def main() -> None:
         root = Path(directory)
         make(root)
         config = ServeConfig(
-            model=str(root / "base"), adapters=str(root / "shelf"), dtype="fp32", page=False, max_jobs=0,
+            model=str(root / "base"), adapters=str(root / "shelf"), dtype="fp32", page=False, max_jobs=1,
             state_dir=str(root / "state"), cache_tokens=16384,
         )  # fmt: skip
         server = start(config)
         listener = socket.create_server(("127.0.0.1", 0))
         web = uvicorn.Server(uvicorn.Config(create_app(server), http="h11", log_level="error", access_log=False))
-        thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        done, guests, memory = threading.Event(), collections.Counter[str](), list[float]()
-        visitor = threading.Thread(target=come_and_go, args=(url, done, guests))
+        done, guests, jobs = threading.Event(), collections.Counter[str](), collections.Counter[str]()
+        memory: list[float] = []
+        others = [threading.Thread(target=come_and_go, args=(url, done, guests))]
+        others.append(threading.Thread(target=train, args=(url, done, jobs)))
         while not web.started:
             time.sleep(0.01)
-        visitor.start()
+        for other in others:
+            other.start()
         began = time.perf_counter()
         replies, outcomes = asyncio.run(ask_all(url, count, memory))
         seconds = time.perf_counter() - began
         done.set()
-        visitor.join()
-        counts = compare(server, replies)
+        for other in others:
+            other.join()
         stats = server.service.stats()
+        counts, parted = compare(server, root, replies)
+        loop = web.servers[0].get_loop()
         web.should_exit = True
-        thread.join()
-        server.close()
-    after = memory[len(memory) // 5 :]
+        thread.join(timeout=60)
+        hanging = [str(task) for task in asyncio.all_tasks(loop)] if thread.is_alive() else []
+        if not hanging:
+            server.close()
+    after = memory[1:]  # the first is that after a thousand requests, where there are as many
     result = {
         "machine": machine("openai", "fastapi", "uvicorn"),
         "requests": count,
@@ -231,15 +280,18 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
         "guests": dict(guests),
+        "training_jobs": dict(jobs),
+        "tasks_that_hung_at_the_end": hanging,
         "replies": counts,
-        "memory_mb": [round(value) for value in memory],
-        "memory_growth_mb": round(after[-1] - after[0]) if after else 0,
+        "parted": parted,
+        "memory_mb_each_500": [round(value) for value in memory],
+        "memory_growth_mb_after_1000": round(after[-1] - after[0]) if after else None,
         "reused_tokens": stats.reused_tokens,
         "prompt_tokens": stats.prompt_tokens,
     }
     say(json.dumps({name: value for name, value in result.items() if name != "machine"}, indent=2))
     (HERE / "serve_load.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    good = set(outcomes) <= {"answered", "left by its client"} and not counts["different"]
+    good = set(outcomes) <= {"answered", "left by its client"} and not counts["different"] and not hanging
     raise SystemExit(0 if good else 1)
 
 
