@@ -185,6 +185,18 @@ def test_triples_of_dart_and_webnlg(tmp_path: Path, tiny: Path) -> None:
         assert line["made_with"] == {"model": str(tiny), "max_new_tokens": 3, "num_beams": 2}
 
 
+def test_a_run_with_a_bias_on_tokens_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "texts.jsonl"
+    command = ["generate", "x", "y", *TINY, "--max_new_tokens", "2", "--output", str(output), "--logit_bias"]
+    assert main([*command, "5=100"]) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[0])  # a run that was killed after its first text
+    assert main([*command, "5=100"]) == 0
+    assert output.read_bytes() == whole
+    assert main([*command, "6=100"]) == 2
+    assert "logit_bias" in capsys.readouterr().err
+
+
 def messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 

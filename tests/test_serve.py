@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import math
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -689,6 +691,39 @@ def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path
         assert len(rest) > 50
         assert rest[-1] == "data: [DONE]"
         assert process.wait(30) == 0
+
+
+def test_a_job_on_chats_is_refused_where_only_the_server_has_a_template(places: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(places / "base", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    server = start(
+        ServeConfig(str(base), chat_template=str(tmp_path / "own.jinja"), dtype="fp32", state_dir=str(tmp_path / "s"))
+    )
+    try:
+        data = io.BytesIO((json.dumps(chat) + "\n").encode() * 4)
+        file = server.jobs.files.add("chats.jsonl", data, "fine-tune")
+        job = server.jobs.create(file.id)
+        while (job := server.jobs.get(job.id)).status == "validating_files":
+            server.jobs.wait(job.id, 1.0)
+        assert job.status == "failed"
+        assert job.error is not None
+        assert "chat_template.jinja" in job.error["message"]
+    finally:
+        server.close()
+
+
+def test_health_tells_that_the_model_s_thread_has_died(places: Path, tmp_path: Path) -> None:
+    running = Running(ServeConfig(str(places / "base"), dtype="fp32", page=False, state_dir=str(tmp_path), max_jobs=0))
+    try:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        running.server.service.close()  # its thread ends, though nobody told the server
+        reply = httpx.get(f"{running.url}/health")
+        assert reply.status_code == 503
+        assert "thread" in reply.json()["status"]
+    finally:
+        running.close()
 
 
 @pytest.mark.filterwarnings("ignore")

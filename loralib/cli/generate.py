@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -323,7 +324,9 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
-    return result | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    # As JSON gives them back: lists for tuples, and text for the ids of --logit_bias.
+    settings: dict[str, Any] = json.loads(json.dumps(result | chosen))
+    return settings
 
 
 def _digest(adapter: str) -> str:

@@ -195,6 +195,11 @@ class Service:
             self._calls.put(run)
         return future.result()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model's thread runs; without it nothing is answered."""
+        return self._thread.is_alive()
+
     def stats(self) -> ServiceStats:
         """Returns what the service has done and is doing."""
         counts, running = self._generator.counts, self._generator.running

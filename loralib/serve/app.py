@@ -42,9 +42,12 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     def health() -> JSONResponse:
-        """Tells whether requests are taken in."""
-        status = "shutting down" if server.is_closing else "ok"
-        return JSONResponse({"status": status}, 503 if server.is_closing else 200)
+        """Tells whether requests are taken in, and the model's thread runs that answers them."""
+        if server.is_closing:
+            return JSONResponse({"status": "shutting down"}, 503)
+        if not server.service.is_alive:
+            return JSONResponse({"status": "the model's thread has ended; start the server again"}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:

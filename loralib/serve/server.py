@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ def start(config: ServeConfig) -> Server:
     given = config.model or _common_base(wanted)
     name = Path(given).name if Path(given).is_dir() else given
     model, tokenizer = load_base(given, dtype=config.dtype, device=config.device)
+    # A job loads the base for itself, without the template that only the server has: it is checked as it will be read.
+    of_jobs = copy.copy(tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
     end_with_turns(model, tokenizer)
@@ -141,7 +144,7 @@ def start(config: ServeConfig) -> Server:
             max_jobs=config.max_jobs,
             model=given,
             name=name,
-            base=(bank.model, tokenizer),
+            base=(bank.model, of_jobs),
             on_finished=lambda job, adapter: adapters.load(job.adapter_name, adapter, replace=True),
         )
     except BaseException:
