@@ -290,7 +290,7 @@ def test_adapters_are_described_exported_and_taken_out(
     card.get_by_role("rowheader", name="1", exact=True).wait_for()  # the second layer of the heat map
     card.get_by_role("button", name="PEFT").click()
     with page.expect_download() as download:
-        card.get_by_role("link", name="Download").click()
+        card.get_by_role("link", name="Download").click(timeout=120_000)
     download.value.save_as(tmp_path / "adapter.zip")
     shutil.unpack_archive(tmp_path / "adapter.zip", tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
