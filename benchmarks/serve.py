@@ -30,35 +30,29 @@ import gguf
 import httpx
 import matplotlib
 import torch
+from bank import ADAPTERS, R, adapters
 from machine import machine
 
-import loralib as lora
 from loralib.bases.loading import _bundled_file
 from loralib.cli import main as command
 from loralib.console import say, table
+from loralib.formats.peft import write_peft
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-ADAPTERS, R, PROMPT, NEW, PLACES = 8, 16, 64, 32, 16
+PROMPT, NEW, PLACES = 64, 32, 16
 CLIENTS = (1, 4, 16, 64)
 
 
 def make(root: Path, *, with_gguf: bool) -> None:
     """Writes adapters of random values, and for llama.cpp these and the base as GGUF, in bf16."""
-    model, _ = lora.load_base("smollm2-135m", dtype="bf16")
-    for number in range(ADAPTERS):
-        torch.manual_seed(number)
-        lora.inject(model, lora.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear"))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.02)
-        lora.save_adapter(model, root / "shelf" / f"a{number}")
-        lora.remove(model)
+    for name, adapter in adapters(ADAPTERS).items():
+        write_peft(adapter, root / "shelf" / name)
         if not with_gguf:
             continue
-        arguments = [str(root / "shelf" / f"a{number}"), str(root / f"a{number}.gguf"), "--target", "llamacpp"]
+        arguments = [str(root / "shelf" / name), str(root / f"{name}.gguf"), "--target", "llamacpp"]
         if command(["convert", *arguments, "--model", "smollm2-135m"]):
             raise SystemExit("the adapters could not be converted")
     if with_gguf:

@@ -256,7 +256,7 @@ def test_a_name_with_a_scale_is_the_adapter_at_that_scale_for_one_row_alone(bank
         assert lora.generate(bank, Letters(), [prompt], adapters=["wide"])[0].ids == result.ids
         bank.set_scale("wide", 1.0)
     assert len({result.ids for result in mixed}) > 2
-    assert bank.slot("wide").users == 0
+    assert bank.describe("wide").users == 0
 
 
 def test_names_that_have_an_at_sign_themselves_come_first(bank):

@@ -182,10 +182,15 @@ def read_prompts(
     """
     how = How(parse_columns(columns), as_chat, prompts=True)
     examples = group_by_prompt(_read(path, format, how).examples)
+    _refuse_empty(examples)
+    return examples
+
+
+def _refuse_empty(examples: Iterable[Example]) -> None:
+    """Refuses examples without a prompt, where prompts are to be continued."""
     faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
     if faults:
         raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
-    return examples
 
 
 def read_prompts_with(
@@ -236,9 +241,7 @@ def read_prompts_with(
         places = {examples[number].source: number for number in numbers}
         kept = group_by_prompt(examples[number] for number in numbers)
         numbered += [(places[example.source], example, value) for example in kept]
-    empty = [f"{example.source} has no prompt" for _, example, _ in numbered if not example.prompt.strip()]
-    if empty:
-        raise DataError(list_faults("there is nothing to continue", empty, "Remove these lines or add prompts."))
+    _refuse_empty(example for _, example, _ in numbered)
     return [(example, value) for _, example, value in sorted(numbered, key=lambda each: each[0])]
 
 

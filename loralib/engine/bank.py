@@ -245,14 +245,6 @@ class Bank:
             there = slot.factors is not None
             return Described(name, slot.scale, slot.pinned, slot.nbytes, there, slot.users, ranks, tuple(leaves))
 
-    def slot(self, name: str) -> Slot:
-        """Returns the state of an adapter, to look at.
-
-        Raises:
-            AdapterError: there is none of that name.
-        """
-        return self._find(name)
-
     def acquire(self, name: str | None) -> Slot | None:
         """Returns an adapter for a sequence, which gives it back with `release`; None for the base alone.
 

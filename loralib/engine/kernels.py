@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +189,16 @@ class RowUpdate(NamedTuple):
     scale: float
 
 
+class _RowUpdates:
+    """A call of the kernel for given rows; it holds the factors whose addresses are among the arguments."""
+
+    def __init__(self, function: Any, updates: Sequence[RowUpdate], arguments: tuple[Any, ...]) -> None:
+        self._function, self._updates, self._arguments = function, tuple(updates), arguments
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self._function(x.data_ptr(), y.data_ptr(), *self._arguments)
+
+
 class GroupOperands:
     """What layers that read the same input multiply with, and where the gradients of their factors go.
 
@@ -332,11 +342,11 @@ class Kernels:
             self.accept(each.A, each.B) and each.A.is_contiguous() and each.B.is_contiguous() for each in updates
         )
 
-    def row_updates(self, updates: Sequence[RowUpdate]) -> Callable[[Tensor, Tensor], None]:
+    def row_updates(self, updates: Sequence[RowUpdate]) -> _RowUpdates:
         """Returns what adds low-rank updates to a linear's result, ``y += scale (x A^T) B`` in the rows of each.
 
-        It takes x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many steps.
-        A row may be named once.
+        It is called with x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many
+        steps.  A row may be named once.
         """
         blocks = [(each, each.rows[at : at + _BLOCK]) for each in updates for at in range(0, len(each.rows), _BLOCK)]
         count = len(blocks)
@@ -351,13 +361,7 @@ class Kernels:
         function, size, width = self._functions["row_updates", first.A.dtype], first.A.shape[1], first.B.shape[1]
         work = sum(len(rows) * len(each.A) for each, rows in blocks) * (size + width)
         threads = min(torch.get_num_threads(), count) if work >= _AT_ONCE * _GRAIN else 1
-        kept = tuple(updates)  # whose addresses these are
-
-        def add(x: Tensor, y: Tensor) -> None:
-            assert kept
-            function(x.data_ptr(), y.data_ptr(), places, counts, A, B, ranks, scales, count, size, width, threads)
-
-        return add
+        return _RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
 
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""

@@ -289,18 +289,18 @@ class Generator:
             logits = logits[rows]
         wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
         plain = logits[wanted] if wanted else logits[:0]
-        changed = [r for r in requests if r.constraint is not None or not r.sampling.plain]
+        changed = [row for row, r in enumerate(requests) if r.constraint is not None or not r.sampling.plain]
         if changed:
             logits = logits.float()  # half precision would make ties of what a penalty sets apart
         errors: dict[int, Exception] = {}
-        for row, request in enumerate(requests):
-            if request in changed:
-                try:
-                    penalize(logits[row], request.generated, self._ends, request.sampling)
-                    if request.constraint is not None:
-                        request.constraint.mask(logits[row])
-                except Exception as error:
-                    errors[row] = error
+        for row in changed:
+            request = requests[row]
+            try:
+                penalize(logits[row], request.generated, self._ends, request.sampling)
+                if request.constraint is not None:
+                    request.constraint.mask(logits[row])
+            except Exception as error:
+                errors[row] = error
         tokens = choose(logits, [request.sampling for request in requests], [r.random.random() for r in requests])
         scores: dict[int, TokenLogprob] = {}
         if wanted:

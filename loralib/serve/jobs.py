@@ -655,11 +655,9 @@ class Jobs:
         """Asks what runs to save itself, and waits a while."""
         for running in self._running.values():
             running.process.stop()
-        deadline = threading.Event()
-        timer = threading.Timer(self._closing or 0, deadline.set)
-        timer.start()
+        deadline = time.monotonic() + (self._closing or 0)
         try:
-            while self._running and not deadline.is_set():
+            while self._running and time.monotonic() < deadline:
                 for job_id, running in list(self._running.items()):
                     code = running.process.poll()
                     # Where the disk is full, the next server notes it.
@@ -669,9 +667,8 @@ class Jobs:
                             self._ended(database, self.get(job_id), running, code)
                     if code is not None:
                         del self._running[job_id]
-                deadline.wait(0.05)
+                time.sleep(0.05)
         finally:
-            timer.cancel()
             for running in self._running.values():
                 running.process.leave()
             self._notify()

@@ -21,11 +21,18 @@ from typing import Any, Final
 
 from ..errors import OutputError
 
-__all__ = ["LogTail", "MetricsTail", "TrainingProcess", "last_words"]
+__all__ = ["LogTail", "MetricsTail", "TrainingProcess", "last_words", "loralib_command"]
 
 _NICER: Final = 10  # added to the server's niceness: requests come before training
 _PIECE: Final = 1 << 20  # bytes read from a file at a time
 _COMMAND: Final = "loralib train: "  # how its errors begin
+
+
+def loralib_command(*words: str) -> tuple[list[str], dict[str, str]]:
+    """Returns a command line of loralib, and the environment in which a child process finds this very package."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-m", "loralib", *words], {**os.environ, "PYTHONPATH": path}
 
 
 class TrainingProcess:
@@ -39,19 +46,18 @@ class TrainingProcess:
     """
 
     def __init__(self, directory: Path) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the server, which asks its jobs to save
         if sys.platform == "win32":
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
             apart = {"creationflags": flags | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
-        command = [sys.executable, "-m", "loralib", "train", "--config", str(directory / "job.toml")]
+        config = str(directory / "job.toml")
+        command, environment = loralib_command("train", "--config", config, "--resume", "--stop_with_stdin")
         try:
             with (directory / "output.log").open("ab") as output, (directory / "errors.log").open("wb") as errors:
                 self._process = subprocess.Popen(
-                    [*command, "--resume", "--stop_with_stdin"],
+                    command,
                     cwd=directory,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env=environment,
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=errors,

@@ -33,14 +33,17 @@ class Text:
     Attributes:
         ids: the prompt's tokens.
         ticket: of its request.
-        tokens: how many were generated.
-        cached: of the prompt's, how many did not have to be computed.
+        generated: the tokens that were.
+        said: how many characters that is.
+        cached: of the prompt's tokens, how many did not have to be computed.
+        first: seconds to the first piece; None: none has come.
+        is_over: whether nothing more comes.
     """
 
     ids: Sequence[int]
     ticket: Ticket | None = None
     generated: list[int] = field(default_factory=list)
-    said: int = 0  # characters
+    said: int = 0
     cached: int = 0
     first: float | None = None
     is_over: bool = False

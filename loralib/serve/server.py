@@ -217,5 +217,5 @@ def _template(file: str, tokenizer: Any) -> str:
 
 
 def _in_memory(bank: Bank) -> tuple[int, int, int]:
-    slots = [bank.slot(name) for name in bank.names]
-    return len(slots), sum(slot.factors is not None for slot in slots), bank.nbytes
+    told = [bank.describe(name) for name in bank.names]
+    return len(told), sum(each.in_memory for each in told), bank.nbytes

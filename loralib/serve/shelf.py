@@ -168,7 +168,7 @@ class Shelf:
             RequestError: there is none of that name.
         """
         info = self.get(name)
-        slot = self._bank.slot(name)
+        told = self._bank.describe(name)
         return {
             "id": name,
             "object": "adapter",
@@ -177,11 +177,11 @@ class Shelf:
             "trained_on": info.base,
             "rank": info.rank,
             "targets": list(info.targets),
-            "scale": slot.scale,
-            "pinned": slot.pinned,
-            "bytes": slot.nbytes,
-            "in_memory": slot.factors is not None,
-            "in_use": slot.users,
+            "scale": told.scale,
+            "pinned": told.pinned,
+            "bytes": told.nbytes,
+            "in_memory": told.in_memory,
+            "in_use": told.users,
             "chats": info.chats,
             "source": self.public(str(info.source)) if self.root and info.source.is_relative_to(self.root) else None,
         }

@@ -189,10 +189,6 @@ class Files:
             raise RequestError(f"there is no file {file_id[:80]!r}", 404, "file_not_found", param)
         return self._made(rows[0])
 
-    def content(self, file_id: str) -> Path:
-        """Returns where a file's bytes are."""
-        return self.get(file_id).path
-
     def delete(self, file_id: str) -> None:
         """Removes a file.
 

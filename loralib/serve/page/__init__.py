@@ -14,9 +14,8 @@ from fastapi.staticfiles import StaticFiles
 
 from .api import Exports, router
 
-__all__ = ["PUBLIC", "mount"]
+__all__ = ["mount"]
 
-PUBLIC = ("/", "/page/")  # paths that need no key: the page itself, which then asks for one
 _FILES = Path(__file__).parent / "files"
 _POLICY = {  # scripts and connections of this server alone, and nobody frames it
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import os
 import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any, Final
 
 from ...errors import OutputError, did_you_mean
 from ...files import write_errors
+from ..process import loralib_command
 from ..server import Server
 from ..state import RequestError, new_id
 from .adapters import source
@@ -130,21 +129,11 @@ class Exports:
         with write_errors(place):
             place.mkdir(parents=True)
         made = place / (file or export.target)
-        words = [
-            *command,
-            "--model",
-            self._server.config.model or self._server.name,
-            str(adapter.absolute()),
-            str(made),
-        ]
-        root = str(Path(__file__).resolve().parents[3])
+        base = self._server.config.model or self._server.name
+        words, environment = loralib_command(*command, "--model", base, str(adapter.absolute()), str(made))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loralib", *words],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-                "PYTHONUTF8": "1",
-            },
+            words,
+            env={**environment, "PYTHONUTF8": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
