@@ -30,8 +30,11 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 import loralib as lora
 from loralib.bases import load_tokenizer
+from loralib.generation import Sampling
+from loralib.generation.service import Ticket
 from loralib.serve.app import create_app
 from loralib.serve.requests import ChatRequest, CompletionRequest
+from loralib.serve.running import Run
 from loralib.serve.server import Server, start
 from loralib.serve.settings import ServeConfig
 
@@ -794,3 +797,30 @@ def test_the_guide_names_flags_and_fields_that_exist(guide: str) -> None:
     missing = fields - named - without_effect - {"model", "messages", "return_tokens_as_token_ids"}
     assert not missing
     assert all(f"`{name}`" in text for name in without_effect)
+
+
+def test_a_request_that_is_cancelled_waits_for_no_more_pieces() -> None:
+    class Silent:
+        """A service that takes requests in and never says anything of them."""
+
+        def submit(self, *_: Any, **__: Any) -> Ticket:
+            return Ticket(0, 1)
+
+        def cancel(self, ticket: Ticket) -> None:
+            pass
+
+    async def ask() -> list[Any]:
+        silent: Any = Silent()
+        about: Any = {"client": "", "ends": frozenset(), "decode": str, "seconds": 600.0, "metrics": None}
+        run = Run(silent, [[1]], [Sampling()], None, **about)
+        run.submit()
+
+        async def collected() -> list[Any]:
+            return [piece async for piece in run.pieces()]
+
+        waiting = asyncio.ensure_future(collected())
+        await asyncio.sleep(0)  # it waits for a piece now
+        run.cancel()
+        return await asyncio.wait_for(waiting, 10)
+
+    assert asyncio.run(ask()) == []

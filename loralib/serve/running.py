@@ -81,7 +81,7 @@ class Run:
         self._began = time.monotonic()
         self.deadline = self._began + seconds
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+        self._arrived: asyncio.Queue[tuple[int, Piece | BaseException] | None] = asyncio.Queue()  # None: cancelled
         self._cancelled = False
 
     def submit(self) -> None:
@@ -105,7 +105,7 @@ class Run:
             self.cancel()
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Yields what comes, with the number of its text, until all are over.
+        """Yields what comes, with the number of its text, until all are over or cancelled.
 
         Raises:
             RequestError: it took too long.
@@ -114,11 +114,14 @@ class Run:
         left = len(self.texts)
         while left:
             try:
-                number, piece = await asyncio.wait_for(self._arrived.get(), max(0.0, self.deadline - time.monotonic()))
+                arrived = await asyncio.wait_for(self._arrived.get(), max(0.0, self.deadline - time.monotonic()))
             except asyncio.TimeoutError:
                 raise RequestError(
                     "the request took longer than this server allows (--max_seconds)", 504, "timeout"
                 ) from None
+            if arrived is None:
+                return
+            number, piece = arrived
             if isinstance(piece, BaseException):
                 raise piece
             text = self.texts[number]
@@ -133,8 +136,14 @@ class Run:
             yield number, piece
 
     def cancel(self) -> None:
-        """Ends whatever still runs."""
+        """Ends whatever still runs, and `pieces`; called from any thread.
+
+        On Python 3.11 `asyncio.wait_for` may lose a task's cancellation when a piece comes at that moment, so that
+        whoever waits for pieces has to be told as well.
+        """
         self._cancelled = True
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, None)
         for text in self.texts:
             if text.ticket is not None and not text.is_over:
                 self._service.cancel(text.ticket)
