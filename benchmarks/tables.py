@@ -150,6 +150,16 @@ def generation() -> Rows:
         yield row["case"], *timed, *both, same
 
 
+def serving() -> Rows:
+    """A server's speed beside llama.cpp's, by the number of clients."""
+    found = results("serve").get("figures", {})
+    yield "clients", *(f"{engine}, {what}" for engine in found for what in ("tokens/s", "first token"))
+    for clients in next(iter(found.values()), {}):
+        rows = [by_clients[clients] for by_clients in found.values()]
+        cells = [(f"{row['tokens_per_second']:.0f}", f"{row['first_token_s']:.2f} s") for row in rows]
+        yield clients, *(cell for pair in cells for cell in pair)
+
+
 TABLES = {
     "speed": speed,
     "speed on another processor": functools.partial(speed, "train_speed_zen5"),
@@ -158,4 +168,5 @@ TABLES = {
     "comparison": comparison,
     "breakdown": breakdown,
     "generation": generation,
+    "serving": serving,
 }

@@ -93,6 +93,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         name: functools.partial(figures, name)
         for name in ("speed", "speed on another processor", "time to loss", "memory", "breakdown", "generation")
     },
+    "docs/serving.md": {"serving": functools.partial(figures, "serving")},
+    "docs/vi/serving.md": {"serving": functools.partial(figures, "serving")},
     "docs/architecture.md": {"import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
         "training flags": lambda: flags("TrainConfig"),
