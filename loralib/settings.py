@@ -13,7 +13,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -29,6 +29,7 @@ __all__ = [
     "setting",
     "setting_faults",
     "settings_class",
+    "settings_schema",
 ]
 
 Config = TypeVar("Config")
@@ -170,6 +171,50 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
         else:
             faults += _value_faults(f"{where}{name}", value, hints[names[name]], specs[names[name]].metadata)
     return faults
+
+
+def settings_schema(config: type, without: Container[str] = ()) -> dict[str, Any]:
+    """Returns the JSON schema of a table of settings, as an API takes them; `without` names those that it has not.
+
+    >>> from loralib.config import LoraConfig
+    >>> settings_schema(LoraConfig)["properties"]["r"]["minimum"]
+    1
+    """
+    hints = _hints(config)
+    properties: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        about = spec.metadata
+        kinds = [_schema_of(kind) for kind in kinds_of(hints[spec.name])]
+        for kind in kinds:
+            if kind.get("type") in ("integer", "number"):
+                kind |= {_IN_SCHEMAS[name]: about[name] for name in _IN_SCHEMAS if about.get(name) is not None}
+        if about.get("choices"):
+            kinds = [{"enum": list(about["choices"])}]
+        if about.get("auto"):
+            kinds.append({"enum": [AUTO]})
+        said = {"description": about["help"]} if "help" in about else {}
+        whole = {**kinds[0], **said} if len(kinds) == 1 else {"anyOf": kinds, **said}
+        properties |= {name: whole for name in (spec.name, *about.get("aliases", ())) if name not in without}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+_IN_SCHEMAS: Final = {
+    "at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"
+}  # fmt: skip
+_JSON_TYPES: Final = {
+    bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null", Sequence: "array",
+    Mapping: "object",
+}  # fmt: skip
+
+
+def _schema_of(kind: Any) -> dict[str, Any]:
+    container, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    schema: dict[str, Any] = {"type": _JSON_TYPES[container]}
+    if container in (Sequence, Mapping):
+        inner = [_schema_of(part) for part in kinds_of(parts[-1])]
+        items = inner[0] if len(inner) == 1 else {"anyOf": inner}
+        schema["items" if container is Sequence else "additionalProperties"] = items
+    return schema
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ pytest.importorskip("python_multipart")
 
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
+from serving import FakeProcess  # noqa: E402
 
 from loralib.serve import jobs as jobs_module  # noqa: E402
 from loralib.serve import tuning, uploads  # noqa: E402
@@ -72,37 +73,6 @@ def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
 def jobs(tmp_path: Path) -> Iterator[Jobs]:
     with contextlib.closing(Jobs(tmp_path / "state", model=MODEL)) as each:
         yield each
-
-
-class FakeProcess:
-    """Stands for a training process; the test says what it writes and how it ends."""
-
-    made: list[FakeProcess]
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.code, self.is_asked = directory, None, threading.Event()
-        (directory / "run").mkdir(exist_ok=True)
-        self.made.append(self)
-
-    def poll(self) -> int | None:
-        return self.code
-
-    def stop(self, kill_after: float | None = None) -> None:
-        self.is_asked.set()
-
-    leave = stop
-
-    def train(self, *steps: int) -> None:
-        """Writes the events of updates, as a run that has begun does."""
-        names = ("epoch", "lr", "examples", "tokens", "trained_tokens")
-        with (self.directory / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            for step in steps:
-                event = {"event": "train", "step": step, "loss": 1 / step, "step_s": 0.5, **dict.fromkeys(names, step)}
-                file.write(json.dumps(event) + "\n")
-
-    def end(self, code: int, words: str = "") -> None:
-        (self.directory / "errors.log").write_text(words, encoding="utf-8")
-        self.code = code
 
 
 @pytest.fixture

@@ -19,79 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hypothesis
 import openai
 import pytest
-import schemathesis
 import torch
 import transformers
-import uvicorn
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import CONTEXT, TEMPLATE, Running, tiny_adapter, tiny_base
 
 import loralib as lora
 from loralib.bases import load_tokenizer
 from loralib.generation import Sampling
 from loralib.generation.service import Ticket
-from loralib.serve.app import create_app
 from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.running import Run
-from loralib.serve.server import Server, start
+from loralib.serve.server import start
 from loralib.serve.settings import ServeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTEXT = 256
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\\n' }}"
-)
-
-
-def tiny_base(directory: Path) -> Path:
-    """A model of one layer with a real vocabulary."""
-    tokenizer = load_tokenizer()
-    torch.manual_seed(0)
-    size = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": CONTEXT}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def tiny_adapter(base: Path, directory: Path, seed: int, std: float = 0.3) -> Path:
-    model, _ = lora.load_base(str(base), dtype="fp32")
-    lora.inject(model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"]))
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=std)
-    lora.save_adapter(model, directory)
-    return directory
-
-
-class Running:
-    """A server on a free port, in a thread."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        self.server: Server = start(config)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        settings = uvicorn.Config(create_app(self.server), http="h11", log_level="critical", access_log=False)
-        self._uvicorn = uvicorn.Server(settings)
-        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._socket]})
-        self._thread.start()
-        while not self._uvicorn.started:
-            self._thread.join(0.01)
-
-    def close(self) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join()
-        self.server.close()
-        self._socket.close()
-
-    def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +290,7 @@ WRONG = {
     "out of range": ("completions", {"top_p": 2}, 400, "top_p", "less than or equal to 1"),
     "not finite": ("completions", {"temperature": 1e999}, 400, "temperature", "finite"),
     "too many tokens": ("completions", {"max_tokens": 201}, 400, "max_tokens", "allows 200"),
-    "no tokens": ("completions", {"max_tokens": 0}, 400, "max_tokens", "at least 1"),
+    "no tokens": ("chat/completions", {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     "too many texts": ("completions", {"n": 33}, 400, "n", "--max_choices"),
     "too long": ("completions", {"prompt": "word " * 400}, 400, None, "context"),
     "empty ids": ("completions", {"prompt": []}, 400, "prompt", "at least 1"),
@@ -739,35 +682,6 @@ def test_health_tells_that_the_model_s_thread_has_died(places: Path, tmp_path: P
         assert "thread" in reply.json()["status"]
     finally:
         running.close()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_schemathesis_finds_nothing(running: Running) -> None:
-    """Requests made from the schema, right and wrong ones, get answers as the schema has them."""
-    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
-    config = hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
-    found = []
-    for result in schema.get_all_operations():
-        operation = result.ok()
-        if operation.path.startswith(("/v1/files", "/v1/fine_tuning")):
-            continue
-
-        @hypothesis.given(case=operation.as_strategy())
-        @config
-        def check(case: Any) -> None:
-            model = case.body.get("model") if isinstance(case.body, dict) else None
-            # Of a model that exists, a valid request may still ask for too much, or for a role that no template knows.
-            told = [positive_data_acceptance] if model in running.server.models else []
-            case.call_and_validate(timeout=20, excluded_checks=told)
-            if isinstance(model, str) and not told:
-                case.body["model"] = "calm"
-                case.call_and_validate(timeout=20, excluded_checks=[positive_data_acceptance])
-
-        try:
-            check()
-        except Exception as error:
-            found.append(f"{operation.label}: {error}")
-    assert not found, "\n".join(found)
 
 
 # --- what the guide says ----------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..errors import LoraError
+from .bodies import Body
 from .errors import RequestError, fault_of
 from .server import Server
 
@@ -20,11 +21,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Scale = Annotated[float, Field(ge=-1000, le=1000, description="a factor for its updates; 1: as trained")]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class AdapterRequest(_Body):
+class AdapterRequest(Body):
     """An adapter to load."""
 
     name: Name
@@ -35,7 +32,7 @@ class AdapterRequest(_Body):
     pin: bool = Field(False, description="always keep it in memory")
 
 
-class ScaleRequest(_Body):
+class ScaleRequest(Body):
     """What to change of an adapter."""
 
     scale: Scale

@@ -212,7 +212,7 @@ def _invalid(error: RequestValidationError) -> Fault:
         if line not in lines:
             lines.append(line)
     words = [f"{name}: {' or: '.join(lines)}" if name else " or: ".join(lines) for name, lines in faults.items()]
-    return Fault(400, "; ".join(words) or "the request is invalid", None, next(iter(faults), None) or None)
+    return Fault(400, "; ".join(words) or "the request is invalid", "invalid_request", next(iter(faults), None) or None)
 
 
 def _message(each: Mapping[str, Any]) -> str:

@@ -11,11 +11,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from ..errors import did_you_mean
 from ..generation import Sampling
+from .bodies import WHOLE, Body
 from .errors import RequestError
 
 __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "sampling_of"]
@@ -52,13 +53,7 @@ _WITHOUT_EFFECT: Final = (
 _COLDEST: Final = 1e-3  # below, logits divided by the temperature overflow: the most likely token it is
 
 
-def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 5.0 is the whole number 5."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_WHOLE: Final = BeforeValidator(_whole)
-TokenId = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[
@@ -74,18 +69,14 @@ LogitBias = Annotated[
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Model):
+class StreamOptions(Body):
     """How to stream."""
 
     include_usage: bool | None = None
     include_obfuscation: SkipJsonSchema[bool | None] = None
 
 
-class JsonSchema(_Model):
+class JsonSchema(Body):
     """A schema that the text must follow."""
 
     name: str = Field(max_length=64)
@@ -94,7 +85,7 @@ class JsonSchema(_Model):
     strict: bool | None = None
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Body):
     """What the text must be: anything, a JSON object, or JSON of a shape."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -111,24 +102,23 @@ class ResponseFormat(_Model):
         return json.dumps(schema or {})
 
 
-class TextRequest(_Model):
+class TextRequest(Body):
     """What both endpoints take."""
 
     model: str = Field(max_length=300, description="the base, or an adapter: what GET /v1/models lists")
-    n: Annotated[int, Field(ge=1, le=1024), _WHOLE] | None = 1
-    max_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
+    seed: Annotated[int, WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31), _WHOLE] | None = Field(None, description="0 or -1: all")
+    top_k: Annotated[int, Field(ge=-1, le=2**31), WHOLE] | None = Field(None, description="0 or -1: all")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
     logit_bias: LogitBias | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_tokens_as_token_ids: bool | None = Field(None, description="name tokens in logprobs as token_id:7")
@@ -174,8 +164,9 @@ class CompletionRequest(TextRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = Field(None, description="0: only read the prompt")
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -187,14 +178,14 @@ class CompletionRequest(TextRequest):
         return list(self.prompt)
 
 
-class TextPart(_Model):
+class TextPart(Body):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Model):
+class ChatMessage(Body):
     """A turn of a chat."""
 
     role: str = Field(max_length=64)
@@ -234,9 +225,10 @@ class ChatRequest(TextRequest):
     """A chat to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0, le=2**31), _WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
     @property
     def turns(self) -> list[dict[str, str]]:
@@ -266,10 +258,8 @@ def sampling_of(body: CompletionRequest | ChatRequest, most_tokens: int) -> Samp
         wanted, field = body.max_completion_tokens, "max_completion_tokens"
     if wanted is not None and wanted > most_tokens:
         raise RequestError(f"{field} is {wanted}, and this server allows {most_tokens} (--max_tokens)", param=field)
-    echoes = isinstance(body, CompletionRequest) and bool(body.echo)
-    if wanted == 0 and not echoes:
-        raise RequestError(f"{field} is 0, expected at least 1 (0 only with echo)", param=field)
     tokens = (most_tokens if chat else min(16, most_tokens)) if wanted is None else wanted
+    echoes = isinstance(body, CompletionRequest) and bool(body.echo)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is given, but stream is not true", param="stream_options")
     least = tokens if body.ignore_eos else body.min_tokens or 0
@@ -290,7 +280,7 @@ def sampling_of(body: CompletionRequest | ChatRequest, most_tokens: int) -> Samp
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         json_schema=None if body.response_format is None else body.response_format.text,
         logprobs=_logprobs(body),
-        prompt_logprobs=echoes and (tokens == 0 or _logprobs(body) is not None),
+        prompt_logprobs=tokens == 0 or (echoes and _logprobs(body) is not None),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
 

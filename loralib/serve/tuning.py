@@ -11,13 +11,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, WithJsonSchema
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from ..errors import did_you_mean
-from .jobs import OVER, Checkpoint, Event, Job, Jobs
+from ..settings import settings_schema
+from ..training import TrainConfig
+from .bodies import WHOLE, Body
+from .jobs import NOT_SETTABLE, OVER, Checkpoint, Event, Job, Jobs
 from .state import RequestError
 from .uploads import Files, Upload, UploadedFile
 
@@ -204,50 +207,44 @@ def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-class Hyperparameters(BaseModel):
+class Hyperparameters(Body):
     """Settings by OpenAI's names; auto leaves them to the trainer."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=10000)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=100000)] = "auto"
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=10000), WHOLE] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=100000), WHOLE] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e6)] = "auto"
 
 
-class Supervised(BaseModel):
+class Supervised(Body):
     """Training on completions."""
-
-    model_config = ConfigDict(extra="forbid")
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(BaseModel):
+class Method(Body):
     """How to train; this server knows one way."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["supervised"] = "supervised"
     supervised: Supervised = Supervised()
 
 
-class JobRequest(BaseModel):
+class JobRequest(Body):
     """A training job."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     training_file: str
     validation_file: str | None = None
     suffix: Annotated[str, Field(max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     hyperparameters: Hyperparameters | None = None
     method: Method | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
         None, max_length=16
     )
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
-    loralib: dict[str, Any] = Field({}, description="settings of `loralib train`, such as rank")
+    loralib: Annotated[dict[str, Any], WithJsonSchema(settings_schema(TrainConfig, NOT_SETTABLE))] = Field(
+        {}, description="settings of `loralib train`, such as rank"
+    )
 
 
 @router.post("/v1/fine_tuning/jobs")

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from ... import __version__
 from ...training import TrainConfig
+from ..bodies import Body
 from ..server import Server
 from ..state import RequestError
 from . import adapters
@@ -46,13 +47,11 @@ def about(request: Request) -> dict[str, Any]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class PreviewRequest(BaseModel):
+class PreviewRequest(Body):
     """A job that is thought about."""
 
-    model_config = ConfigDict(extra="forbid")
-
     training_file: str
-    loralib: dict[str, Any] = {}
+    loralib: dict[str, Any] = Field({})
 
 
 @router.post("/preview")
@@ -69,10 +68,8 @@ def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-class NameRequest(BaseModel):
+class NameRequest(Body):
     """An adapter that is meant."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
 

@@ -1,0 +1,105 @@
+"""Servers for tests: tiny models with a real vocabulary, behind a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+import transformers
+import uvicorn
+
+import loralib as lora
+from loralib.bases import load_tokenizer
+from loralib.serve.app import create_app
+from loralib.serve.server import Server, start
+from loralib.serve.settings import ServeConfig
+
+CONTEXT = 256
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+)
+
+
+def tiny_base(directory: Path) -> Path:
+    """A model of one layer with a real vocabulary."""
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": CONTEXT}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tiny_adapter(base: Path, directory: Path, seed: int, std: float = 0.3) -> Path:
+    model, _ = lora.load_base(str(base), dtype="fp32")
+    lora.inject(model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"]))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=std)
+    lora.save_adapter(model, directory)
+    return directory
+
+
+class Running:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.server: Server = start(config)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        settings = uvicorn.Config(create_app(self.server), http="h11", log_level="critical", access_log=False)
+        self._uvicorn = uvicorn.Server(settings)
+        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._socket]})
+        self._thread.start()
+        while not self._uvicorn.started:
+            self._thread.join(0.01)
+
+    def close(self) -> None:
+        self._uvicorn.should_exit = True
+        self._thread.join()
+        self.server.close()
+        self._socket.close()
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **settings)
+
+
+class FakeProcess:
+    """Stands for a training process; the test says what it writes and how it ends."""
+
+    made: list[FakeProcess]
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.code, self.is_asked = directory, None, threading.Event()
+        (directory / "run").mkdir(exist_ok=True)
+        self.made.append(self)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self, kill_after: float | None = None) -> None:
+        self.is_asked.set()
+
+    leave = stop
+
+    def train(self, *steps: int) -> None:
+        """Writes the events of updates, as a run that has begun does."""
+        names = ("epoch", "lr", "examples", "tokens", "trained_tokens")
+        with (self.directory / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            for step in steps:
+                event = {"event": "train", "step": step, "loss": 1 / step, "step_s": 0.5, **dict.fromkeys(names, step)}
+                file.write(json.dumps(event) + "\n")
+
+    def end(self, code: int, words: str = "") -> None:
+        (self.directory / "errors.log").write_text(words, encoding="utf-8")
+        self.code = code
