@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
 import json
 import math
 import re
@@ -23,16 +22,19 @@ import openai
 import pytest
 import torch
 import transformers
-from serving import CONTEXT, TEMPLATE, Running, tiny_adapter, tiny_base
+from serving import CONTEXT, TEMPLATE, FakeProcess, Running, tiny_adapter, tiny_base
 
 import loralib as lora
-from loralib.bases import load_tokenizer
+from loralib.bases import load_tokenizer, trained_on_chats
+from loralib.cli import main
 from loralib.generation import Sampling
 from loralib.generation.service import Ticket
+from loralib.serve import jobs
 from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.running import Run
 from loralib.serve.server import start
 from loralib.serve.settings import ServeConfig
+from loralib.serve.text import chat_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -639,23 +641,32 @@ def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path
         assert process.wait(30) == 0
 
 
-def test_a_job_on_chats_is_refused_where_only_the_server_has_a_template(places: Path, tmp_path: Path) -> None:
+def test_a_job_on_chats_trains_with_the_server_s_template(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base has no template: neither would its job have, if the server's did not go with it."""
     base = shutil.copytree(places / "base", tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    monkeypatch.setattr(jobs, "TrainingProcess", FakeProcess)
+    FakeProcess.made = []
     server = start(
         ServeConfig(str(base), chat_template=str(tmp_path / "own.jinja"), dtype="fp32", state_dir=str(tmp_path / "s"))
     )
     try:
-        data = io.BytesIO((json.dumps(chat) + "\n").encode() * 4)
-        file = server.jobs.files.add("chats.jsonl", data, "fine-tune")
-        job = server.jobs.create(file.id)
-        while (job := server.jobs.get(job.id)).status == "validating_files":
-            server.jobs.wait(job.id, 1.0)
-        assert job.status == "failed"
-        assert job.error is not None
-        assert "chat_template.jinja" in job.error["message"]
+        file = server.jobs.files.add("chats.jsonl", [(json.dumps(chat) + "\n").encode() * 4])
+        job = server.jobs.create(file.id, {"dtype": "fp32", "max_steps": 2, "lr": 0.1})
+        while not FakeProcess.made and server.jobs.get(job.id).error is None:
+            server.jobs.wait(job.id, 0.1)
+        assert server.jobs.get(job.id).error is None
+        assert main(["train", "--config", str(job.directory / "job.toml")]) == 0
+        FakeProcess.made[0].end(0)
+        assert server.jobs.wait(job.id, 60).status == "succeeded"
+        assert (job.run / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
+        assert trained_on_chats(job.run)
+        assert server.adapters.get(job.adapter_name).chats
+        assert chat_prompt(server, chat["messages"][:1], job.adapter_name)
     finally:
         server.close()
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .adapted import base_of, common_base, load_adapted, save_tokenizer, tokenizer_for, trained_on_chats
+from .adapted import (
+    base_of,
+    common_base,
+    load_adapted,
+    save_tokenizer,
+    tokenizer_for,
+    trained_on_chats,
+    with_chat_template,
+)
 from .device import pick_device, pick_dtype
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
 
@@ -20,4 +28,5 @@ __all__ = [
     "save_tokenizer",
     "tokenizer_for",
     "trained_on_chats",
+    "with_chat_template",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -19,7 +20,15 @@ from ..formats import is_read_with_base, locate_adapter, read_adapter, with_pres
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
-__all__ = ["base_of", "common_base", "load_adapted", "save_tokenizer", "tokenizer_for", "trained_on_chats"]
+__all__ = [
+    "base_of",
+    "common_base",
+    "load_adapted",
+    "save_tokenizer",
+    "tokenizer_for",
+    "trained_on_chats",
+    "with_chat_template",
+]
 
 # In tokenizer_config.json, where chat templates are too: what the adapter beside it was trained on.
 _TRAINED_ON: Final = "loralib_trained_on"
@@ -115,6 +124,25 @@ def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
             f"The tokenizer saved with {adapter} is used; it differs from the base's in: {', '.join(other)}",
             file=sys.stderr,
         )
+    return own
+
+
+def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
+    """Returns a copy of a tokenizer that writes chats with the template in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or writes no chat.
+    """
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise ConfigError(f"chat_template is {str(file)!r}, which needs a tokenizer of transformers")
+    own, chat = copy.copy(tokenizer), [{"role": "user", "content": "Hi"}]
+    try:
+        own.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
+        own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat_template {file} cannot be read: {error}") from error
+    except Exception as error:  # Jinja's own, and the template's
+        raise ConfigError(f"--chat_template {file} cannot write a chat: {error}") from error
     return own
 
 

@@ -208,7 +208,8 @@ def _without_blanks(text: str) -> str:
 _TURN_ENDS: Final = ("im_end", "end", "eot_id", "end_of_turn", "eot", "endoftext", "return", "call")
 _NO_TEMPLATE: Final = (
     "the model's tokenizer has no chat template, so a chat cannot be written as text. Choose an instruct model, give "
-    "prompt and completion, or save a template with the model: a file chat_template.jinja in its directory."
+    "prompt and completion, or bring a template: --chat_template FILE in training, chat_template.jinja in the model's "
+    "directory for all commands."
 )
 _OMITTED: Final = (
     "the model's chat template omits or rewrites turn {0} ({1}). Remove the turn, or give prompt and completion."

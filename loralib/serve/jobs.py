@@ -23,7 +23,7 @@ from typing import Any, Final
 from ..console import say
 from ..data import read_sources
 from ..errors import ConfigError, LoraError, OutputError, first_line, list_faults
-from ..files import write_errors
+from ..files import write_errors, write_text
 from ..settings import setting_faults
 from ..targets import match_modules
 from ..training import TrainConfig
@@ -41,8 +41,9 @@ OVER: Final = ("succeeded", "failed", "cancelled")
 # Settings that name places or belong to the server, and those that have arguments of their own.
 NOT_SETTABLE: Final = frozenset(
     "model train_data valid_data output_dir from_adapter adapter resume overwrite report_to device hidden_dim "
-    "num_layers".split()
+    "num_layers chat_template".split()
 )
+_TEMPLATE: Final = "chat_template.jinja"  # in a job's directory
 _ID: Final = re.compile(r"ftjob-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIX: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _TICK: Final = 0.2  # seconds between two looks at what runs
@@ -169,6 +170,7 @@ class Jobs:
         on_finished: called with each job that succeeded and its adapter's directory, from the jobs' thread; of jobs
             that an earlier server finished, before this returns.
         base: the base model in memory and its tokenizer, for previews; they stay as they are.
+        chat_template: the template that jobs train with, where it is not the base's own.
 
     Attributes:
         files: the uploaded files.
@@ -186,7 +188,9 @@ class Jobs:
         name: str | None = None,
         on_finished: Callable[[Job, Path], object] = lambda job, directory: None,
         base: tuple[Any, Any] | None = None,
+        chat_template: str | None = None,
     ) -> None:
+        self._chat_template = chat_template
         self._state = State(state_dir)
         self._directory = self._state.directory / "jobs"
         self._model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model
@@ -439,9 +443,12 @@ class Jobs:
         faults += setting_faults(TrainConfig, {name: value for name, value in settings.items() if name not in own})
         if faults:
             raise RequestError(list_faults("the job has invalid settings", faults), param="loralib")
-        paths = {"train_data": [str(self.files.get(training_file, "training_file").path)]}
+        paths: dict[str, Any] = {"train_data": [str(self.files.get(training_file, "training_file").path)]}
         if validation_file is not None:
             paths["valid_data"] = [str(self.files.get(validation_file, "validation_file").path)]
+        template = self._directory / job_id / _TEMPLATE
+        if self._chat_template is not None or template.exists():
+            paths["chat_template"] = str(template)
         run = str(self._directory / job_id / "run")
         try:
             return TrainConfig(**{"save_steps": _SAVE_STEPS, **settings, **paths}, model=self._model, output_dir=run)
@@ -564,6 +571,8 @@ class Jobs:
             return
         with write_errors(job.directory):
             job.directory.mkdir(exist_ok=True)
+        if config.chat_template is not None and not Path(config.chat_template).exists():
+            write_text(config.chat_template, self._chat_template or "")  # that of its first start, whatever comes later
         given = {name: value for name, value in config.to_dict().items() if name not in ("resume", "overwrite")}
         write_settings(job.directory / "job.toml", given)
         with self._state.transaction() as database:

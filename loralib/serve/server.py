@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bases import common_base, load_base
+from ..bases import common_base, load_base, with_chat_template
 from ..engine.bank import Bank
 from ..errors import AdapterError, ConfigError, LoraError, did_you_mean, list_faults
 from ..formats import locate_adapter
@@ -111,10 +110,8 @@ def start(config: ServeConfig) -> Server:
     given = common_base(wanted, config.model)
     name = Path(given).name if Path(given).is_dir() else given
     model, tokenizer = load_base(given, dtype=config.dtype, device=config.device)
-    # A job loads the base for itself, without the template that only the server has: it is checked as it will be read.
-    of_jobs = copy.copy(tokenizer)
     if config.chat_template is not None:
-        tokenizer.chat_template = _template(config.chat_template, tokenizer)
+        tokenizer = with_chat_template(tokenizer, config.chat_template)
     end_with_turns(model, tokenizer)
     memory = config.adapter_memory_mb
     bank = Bank(model, max_bytes=None if memory is None else int(memory * 1e6))
@@ -144,7 +141,8 @@ def start(config: ServeConfig) -> Server:
             max_jobs=config.max_jobs,
             model=given,
             name=name,
-            base=(bank.model, of_jobs),
+            base=(bank.model, tokenizer),
+            chat_template=tokenizer.chat_template if config.chat_template is not None else None,
             on_finished=lambda job, adapter: adapters.load(job.adapter_name, adapter, replace=True),
         )
     except BaseException:
@@ -180,23 +178,6 @@ def _wanted(config: ServeConfig, root: Path | None) -> list[tuple[str, Path]]:
             list_faults("names of adapters are taken twice", twice, "Give them others: --adapter NAME=DIR")
         )
     return [*named, *found]
-
-
-def _template(file: str, tokenizer: Any) -> str:
-    """Reads a chat template.
-
-    Raises:
-        ConfigError: it cannot be read, or is no template.
-    """
-    try:
-        template = Path(file).expanduser().read_text(encoding="utf-8")
-        chat = [{"role": "user", "content": "Hi"}]
-        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat_template {file} cannot be read: {error}") from error
-    except Exception as error:  # Jinja's own, and the template's
-        raise ConfigError(f"--chat_template {file} cannot write a chat: {error}") from error
-    return template
 
 
 def _in_memory(bank: Bank) -> tuple[int, int, int]:

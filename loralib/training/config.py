@@ -72,6 +72,11 @@ class TrainConfig:
         _DATA,
     )
     as_chat: bool = setting(False, "put prompts and completions through the model's chat template", _DATA)
+    chat_template: str | None = setting(
+        None,
+        "file with a chat template (Jinja) to use in place of the model's own; it is saved with the adapter",
+        _DATA,
+    )
     output_dir: str = setting(
         "lora_model",
         "directory to write the adapter to",

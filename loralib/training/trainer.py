@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import apply_adapter
+from ..bases import with_chat_template
 from ..console import counted
 from ..data import TokenExample
 from ..data.packing import epoch_order
@@ -131,6 +132,8 @@ def run_in(
     # What the program chose holds for all of a run, whatever is free or known when it goes on.
     then = directory.look()
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
+    if config.chat_template is not None:
+        tokenizer = with_chat_template(tokenizer, config.chat_template)
     plan = make_plan(model, data, valid_data, tokenizer, config.replace(**chosen), reporter.say)
     given, config = config, plan.config
     directory.config, directory.tokenizer = config, tokenizer
