@@ -54,12 +54,12 @@ class Running:
 
     def __init__(self, config: ServeConfig) -> None:
         self.server: Server = start(config)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         settings = uvicorn.Config(create_app(self.server), http="h11", log_level="critical", access_log=False)
         self._uvicorn = uvicorn.Server(settings)
-        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._socket]})
+        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self.socket]})
         self._thread.start()
         while not self._uvicorn.started:
             self._thread.join(0.01)
@@ -68,7 +68,7 @@ class Running:
         self._uvicorn.should_exit = True
         self._thread.join()
         self.server.close()
-        self._socket.close()
+        self.socket.close()
 
     def client(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **settings)

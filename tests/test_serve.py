@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,8 @@ from loralib.bases import load_tokenizer, trained_on_chats
 from loralib.cli import main
 from loralib.generation import Sampling
 from loralib.generation.service import Ticket
-from loralib.serve import jobs
+from loralib.serve import jobs, shelf
+from loralib.serve import running as serve_running
 from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.running import Run
 from loralib.serve.server import start
@@ -425,22 +427,71 @@ def test_a_client_that_goes_away_ends_its_request(running: Running, stream: bool
         patch.setattr(service, "cancel", lambda ticket: (cancel(ticket), cancelled.set()))
         body = json.dumps({**COMPLETION, "max_tokens": 200, "stream": stream, "ignore_eos": True}).encode()
         with hold(running):
-            with socket.create_connection(("127.0.0.1", running.port)) as raw:
-                raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                            b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+            with connected(running, body, "/v1/completions"):
                 while not service.stats().waiting:
                     cancelled.wait(0.01)
             assert cancelled.wait(20)
     assert service.stats().running == 0
 
 
+def test_a_reader_that_stops_reading_fills_no_memory(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not read waits up to a bound; then its texts end, and it is told why if it reads on."""
+    monkeypatch.setattr(serve_running, "_MOST_UNREAD", 64)
+    ended = threading.Event()
+    cancel = running.server.service.cancel
+    monkeypatch.setattr(running.server.service, "cancel", lambda ticket: (cancel(ticket), ended.set()))
+    asked = {**COMPLETION, "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 4, "logprobs": 20}
+    with connected(running, json.dumps(asked).encode(), "/v1/completions", buffer=4096) as raw:
+        assert ended.wait(60)
+        text = b""
+        while piece := raw.recv(1 << 16):
+            text += piece
+            if b"[DONE]" in text:
+                break
+    assert b"read_too_slowly" in text
+    assert text.count(b"data: ") < 4 * 200
+    assert running.server.service.stats().running == 0
+
+
+@contextlib.contextmanager
+def connected(
+    running: Running,
+    body: bytes,
+    path: str,
+    *,
+    buffer: int = 0,
+    more: int = 0,
+    kind: str = "application/json",
+    key: str = "",
+) -> Iterator[socket.socket]:
+    """Sends a request over a socket of its own; `more`: bytes that are announced and do not come."""
+    listener, before = running.socket, running.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    with socket.socket() as raw:
+        if buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        raw.settimeout(60)
+        raw.connect(("127.0.0.1", running.port))
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nAuthorization: Bearer {key}\r\n"
+        raw.sendall(head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body) + more, body))
+        yield raw
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, before // 2)
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(running: Running) -> None:
+    files = running.server.state_dir / "files"
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + b"y" * 100_000
+    with connected(running, form, "/v1/files", more=1000, kind="multipart/form-data; boundary=x"):
+        while not list(files.iterdir()):
+            threading.Event().wait(0.01)
+    while list(files.iterdir()):
+        threading.Event().wait(0.01)
+    assert httpx.get(f"{running.url}/v1/files").json()["data"] == []
+
+
 def test_a_slow_reader_stalls_nobody(running: Running, client: openai.OpenAI) -> None:
     body = json.dumps({**COMPLETION, "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 8}).encode()
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        raw.connect(("127.0.0.1", running.port))
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                    b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+    with connected(running, body, "/v1/completions", buffer=1024):
         assert client.completions.create(model="bold", prompt="Hi", max_tokens=3).usage is not None
 
 
@@ -486,6 +537,34 @@ def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, place
                 text += json.loads(line[6:])["choices"][0]["text"]
     assert text == expected
     assert post("/v1/completions", {**COMPLETION, "model": "brief"}).status_code == 404
+
+
+def test_one_name_is_loaded_by_one_request_at_a_time(
+    running: Running, places: Path, post: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_adapter(places / "base", places / "shelf" / "twin", 13)
+    reads, go = threading.Event(), threading.Event()
+    read = shelf.read_adapter
+
+    def slow(*args: Any, **settings: Any) -> Any:
+        reads.set()
+        assert go.wait(60)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(shelf, "read_adapter", slow)
+    replies: list[httpx.Response] = []
+    first = threading.Thread(target=lambda: replies.append(post("/v1/adapters", {"name": "twin"})))
+    first.start()
+    assert reads.wait(60)
+    try:
+        reply = httpx.post(f"{running.url}/v1/adapters", json={"name": "twin"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "name_taken")
+        assert httpx.delete(f"{running.url}/v1/adapters/twin").status_code == 404
+    finally:
+        go.set()
+        first.join()
+    assert [reply.status_code for reply in replies] == [201]
+    assert httpx.delete(f"{running.url}/v1/adapters/twin").status_code == 200
 
 
 OUTSIDE = [
@@ -571,6 +650,11 @@ def test_keys_origins_and_time(places: Path, tmp_path: Path) -> None:
             reply = httpx.post(url, json={**asked, "stream": True}, headers=key, timeout=30)
             assert '"timeout"' in reply.text
             assert reply.text.endswith("data: [DONE]\n\n")
+        for path, kind in (("completions", "application/json"), ("files", "multipart/form-data; boundary=x")):
+            with connected(running, b"--", f"/v1/{path}", more=10, kind=kind, key="k1") as raw:
+                reply = b"".join(iter(lambda: raw.recv(4096), b""))
+            assert reply.startswith(b"HTTP/1.1 408"), reply
+            assert b"did not arrive in time" in reply
         figures = httpx.get(f"{running.url}/metrics", headers=key).text
         assert 'loralib_requests_total{route="/v1/completions",status="200"} 3.0' in figures
         assert "loralib_time_to_first_token_seconds_bucket" in figures
@@ -683,16 +767,45 @@ def test_a_wrong_method_is_told_all_the_right_ones(running: Running, path: str, 
         assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
 
 
-def test_health_tells_that_the_model_s_thread_has_died(places: Path, tmp_path: Path) -> None:
-    running = Running(ServeConfig(str(places / "base"), dtype="fp32", page=False, state_dir=str(tmp_path), max_jobs=0))
+def test_little_memory_for_adapters_and_little_time_to_end(
+    places: Path, tmp_path: Path, running: Running, client: openai.OpenAI
+) -> None:
+    """Adapters take turns in memory, with the same answers; a text that is not done in time ends with an error."""
+    small = Running(
+        ServeConfig(
+            str(places / "base"),
+            adapters=str(places / "shelf"),
+            dtype="fp32",
+            page=False,
+            state_dir=str(tmp_path),
+            max_jobs=0,
+            adapter_memory_mb=running.server.adapters.describe("calm")["bytes"] * 1.5 / 1e6,
+        )
+    )
     try:
-        assert httpx.get(f"{running.url}/health").status_code == 200
-        running.server.service.close()  # its thread ends, though nobody told the server
-        reply = httpx.get(f"{running.url}/health")
+        asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 5, "seed": 1}
+        for model in ("calm", "bold", "calm", "base", "bold"):
+            reply = small.client().completions.create(model=model, **asked)
+            assert reply.choices[0].text == client.completions.create(model=model, **asked).choices[0].text
+            told = httpx.get(f"{small.url}/v1/adapters").json()["data"]
+            assert [each["id"] for each in told if each["in_memory"]] == [model if model != "base" else "calm"]
+        assert httpx.get(f"{small.url}/health").status_code == 200
+        body = {**COMPLETION, "model": "base", "max_tokens": 240, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{small.url}/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            with hold(small):  # the grace period is over before the next token
+                ending = threading.Thread(target=small.server.service.close, args=(0.0,))
+                ending.start()
+            ending.join()
+            rest = [line for line in lines if line]
+        assert "shutting_down" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        reply = httpx.get(f"{small.url}/health")  # the model's thread has ended, though nobody told the server
         assert reply.status_code == 503
         assert "thread" in reply.json()["status"]
     finally:
-        running.close()
+        small.close()
 
 
 # --- what the guide says ----------------------------------------------------------------------------------------------

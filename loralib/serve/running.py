@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.types import Message, Receive
 
@@ -20,6 +20,7 @@ from .metrics import Metrics
 __all__ = ["ClientGoneError", "Run", "Text", "unless_gone", "until_gone"]
 
 Result = TypeVar("Result")
+_MOST_UNREAD: Final = 4096  # pieces that may wait for a client who does not read; minutes of a text
 
 
 class ClientGoneError(Exception):
@@ -162,9 +163,20 @@ class Run:
 
     def _listener(self, number: int) -> Callable[[Piece | BaseException], None]:
         def listen(piece: Piece | BaseException) -> None:
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (number, piece))
+            self._loop.call_soon_threadsafe(self._arrive, number, piece)
 
         return listen
+
+    def _arrive(self, number: int, piece: Piece | BaseException) -> None:
+        """Takes a piece in; a client that reads too slowly has its texts ended, so that memory is bounded."""
+        if self._cancelled:
+            return
+        if self._arrived.qsize() < _MOST_UNREAD:
+            self._arrived.put_nowait((number, piece))
+            return
+        words = "the answer was read too slowly; read it as it comes, or ask without stream"
+        self._arrived.put_nowait((number, RequestError(words, 408, "read_too_slowly")))
+        self.cancel()
 
     def _noted(self, text: Text, piece: Piece) -> Piece:
         """Counts a piece, and cuts the text where a token ends it that the model's thread does not know as an end."""
