@@ -148,3 +148,18 @@ class OddlyRotating(nn.Module):
 
 def test_another_rotation_is_left_as_it_is():
     assert not operator_overrides(OddlyRotating())
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_the_numbers_are_the_same_bits(dtype):
+    config = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 8}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **config)).to(
+        dtype
+    )
+    with faster(model.requires_grad_(False)):
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 5, 2]])).logits
+        assert torch.equal(logits, model(torch.tensor([[1, 5, 2]])).logits)

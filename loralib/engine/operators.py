@@ -68,10 +68,22 @@ def _same(module: nn.Module) -> bool:
         return False
 
 
+class _Forgetful:
+    """What a forward is given to note down for a backward that never comes."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def _applied(function: Any, *given: Any) -> Any:
+    """Applies an autograd function; where no gradient is kept, its forward alone: the rest is half of such a call."""
+    return function.apply(*given) if torch.is_grad_enabled() else function.forward(_Forgetful(), *given)
+
+
 def _gelu(kernels: Kernels | None, module: nn.Module, x: Tensor) -> Tensor:
     if kernels is None or not kernels.accept(x):
         return F.gelu(x, approximate="tanh")
-    return cast(Tensor, _GELU.apply(x, kernels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _applied(_GELU, x, kernels))
 
 
 class _GELU(torch.autograd.Function):
@@ -94,7 +106,7 @@ def _rms_norm(kernels: Kernels | None, norm: Any, *given: Any, **named: Any) -> 
     usual = x is not None and weight is not None and weight.dtype == x.dtype and x.device.type == "cpu"
     if not usual or torch.is_autocast_enabled("cpu") or (weight.requires_grad and torch.is_grad_enabled()):
         return cast(Tensor, own_forward(norm, *given, **named))
-    return cast(Tensor, _RMSNorm.apply(x, weight, norm.variance_epsilon, kernels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _applied(_RMSNorm, x, weight, norm.variance_epsilon, kernels))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -167,7 +179,7 @@ def _gated(kernels: Kernels | None, block: Any, activation: nn.Module, x: Tensor
         return cast(Tensor, own_forward(block, x))
     gate, up = block.gate_proj(x), block.up_proj(x)
     if kernels is not None and kernels.accept(gate, up) and gate.shape == up.shape:
-        hidden = _SwiGLU.apply(gate, up, kernels)  # type: ignore[no-untyped-call]
+        hidden = _applied(_SwiGLU, gate, up, kernels)
     else:
         hidden = block.act_fn(gate) * up
     return cast(Tensor, block.down_proj(hidden))
@@ -241,7 +253,7 @@ def _rotate(kernels: Kernels | None, theirs: Callable[..., Any], *given: Any, **
     if not usual:
         return theirs(*given, **named)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _Rotate.apply(q, cos, sin, kernels), _Rotate.apply(k, cos, sin, kernels)  # type: ignore[no-untyped-call]
+    return _applied(_Rotate, q, cos, sin, kernels), _applied(_Rotate, k, cos, sin, kernels)
 
 
 class _Rotate(torch.autograd.Function):
