@@ -771,17 +771,12 @@ def test_little_memory_for_adapters_and_little_time_to_end(
     places: Path, tmp_path: Path, running: Running, client: openai.OpenAI
 ) -> None:
     """Adapters take turns in memory, with the same answers; a text that is not done in time ends with an error."""
-    small = Running(
-        ServeConfig(
-            str(places / "base"),
-            adapters=str(places / "shelf"),
-            dtype="fp32",
-            page=False,
-            state_dir=str(tmp_path),
-            max_jobs=0,
-            adapter_memory_mb=running.server.adapters.describe("calm")["bytes"] * 1.5 / 1e6,
-        )
-    )
+    config = ServeConfig(
+        str(places / "base"), adapter=[f"{name}={places / 'shelf' / name}" for name in ("calm", "bold")], dtype="fp32",
+        page=False, state_dir=str(tmp_path), max_jobs=0,
+        adapter_memory_mb=running.server.adapters.describe("calm")["bytes"] * 1.5 / 1e6,
+    )  # fmt: skip
+    small = Running(config)
     try:
         asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 5, "seed": 1}
         for model in ("calm", "bold", "calm", "base", "bold"):
