@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loralib.engine.frozen_linear import FrozenWeight, PrepackedWeight, can_prepack
+from loralib.engine.frozen_linear import FrozenLinear, FrozenWeight, PrepackedWeight, can_prepack
 
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}  # sums in another order, rounded to bf16
 
@@ -74,3 +74,19 @@ def test_what_gains_nothing_is_left_as_it_is():
     assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16, device="meta"))
     with torch.inference_mode():
         assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.bf16_units
+def test_a_weight_that_could_be_trained_is_prepacked_where_no_gradient_is_wanted(monkeypatch):
+    """A base model that nobody froze, as under a bank: its generation must not take the slow way."""
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
+    used = []
+    times = PrepackedWeight.times
+    monkeypatch.setattr(PrepackedWeight, "times", lambda self, *a, **k: (used.append(1), times(self, *a, **k))[1])
+    override, x = FrozenLinear(linear, prepack=True), torch.randn(2, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(override(x), linear(x))
+    assert used == [1]
+    override(x).sum().backward()
+    assert used == [1]
+    assert linear.weight.grad is not None

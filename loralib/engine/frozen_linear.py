@@ -172,7 +172,8 @@ class FrozenLinear:
     def __call__(self, x: Tensor) -> Tensor:
         module = self._module
         weight, bias = module._parameters["weight"], module._parameters["bias"]  # faster than module.weight
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        wants_gradient = weight.requires_grad or (bias is not None and bias.requires_grad)
+        trained = wants_gradient and torch.is_grad_enabled()
         usual = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and type(module) is self._kind
         if trained or not usual or x.is_inference() or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, own_forward(module, x))

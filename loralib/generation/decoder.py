@@ -305,8 +305,10 @@ class CachedDecoder(Decoder):
             lease.root = None  # the scale or a weight changed meanwhile
 
     def _forget(self, group: SequenceGroup) -> None:
-        if len(self._groups) == 1:  # weights may change before the next one
-            self._prepacked, self._steps, self._last = {}, 0, None
+        if len(self._groups) == 1:
+            self._last = None
+            if self._roots is None:  # the copies would stay in memory; where texts are reused, more is to come
+                self._prepacked, self._steps = {}, 0
         last = self._groups.pop()
         mapped = self._mapped.pop()
         if last is not group:
