@@ -40,6 +40,7 @@ from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
+from .quant import quantize_model
 
 if TYPE_CHECKING:
     from .typing import LanguageModel
@@ -58,6 +59,7 @@ def load_base(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
@@ -72,6 +74,8 @@ def load_base(
             of a model on the Hugging Face hub, such as "gpt2".
         dtype: of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
         device: "cpu", "cuda", "cuda:1" or "mps"; default: the fastest available.
+        quantize: hold the weights of the linears, the head's apart, in fewer bits: "int8", or "nf4" as QLoRA does
+            (`loralib.bases.quant`); default: as they are.
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
@@ -83,7 +87,8 @@ def load_base(
 
     Raises:
         BaseModelError: there is no such model, or it cannot be downloaded or read.
-        ConfigError: a size is given for a pretrained model, or dtype or device is not available.
+        ConfigError: a size is given for a pretrained model, or dtype or device is not available, or there is no such
+            way to quantise.
         MissingDependencyError: transformers is not installed.
     """
     name = os.fspath(name)
@@ -102,6 +107,8 @@ def load_base(
         _check_vocabulary(model, tokenizer, name)
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    if quantize is not None:
+        quantize_model(model, quantize)
     return model.to(device).eval(), tokenizer
 
 
