@@ -12,6 +12,7 @@ being multiplied.  Whatever else reads it, reads the dense weight.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final, cast
 
@@ -24,10 +25,18 @@ from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..injection import samples_of
 from ..layers import is_conv1d
 
-__all__ = ["QUANTIZATIONS", "Int8Weight", "NF4Weight", "QuantizedWeight", "quantize", "quantize_model"]
+__all__ = [
+    "QUANTIZATIONS",
+    "Int8Weight",
+    "NF4Weight",
+    "QuantizedWeight",
+    "quantize",
+    "quantize_model",
+    "round_model",
+]
 
 BLOCK: Final = 64  # weights with an absmax of their own
-_BLOCKS: Final = 256  # absmax with a scale of their own
+BLOCKS: Final = 256  # absmax with a scale of their own
 _AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time
 aten = torch.ops.aten
 
@@ -54,7 +63,7 @@ class QuantizedWeight(Tensor):
         """Puts a weight together; `shape` is (out, in)."""
         seen = shape[::-1] if turned else shape
         strides = (1, shape[1]) if turned else (shape[1], 1)
-        weight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight = Tensor._make_wrapper_subclass(
             cls, seen, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
         )
         for name, part in parts.items():
@@ -118,20 +127,22 @@ class QuantizedWeight(Tensor):
         memo[id(self)] = copy = cast(QuantizedWeight, nn.Parameter(copy, False)) if hasattr(self, "_is_param") else copy
         return copy
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if args and isinstance(args[0], QuantizedWeight):
-            if (known := _FUNCTIONS.get(function)) is not None:
+            if (known := _FUNCTIONS.get(func)) is not None:
                 return known(*args, **(kwargs or {}))
-            if function._schema.is_mutable:
+            if func._schema.is_mutable:
                 raise UnsupportedModelError(
-                    f"a weight in {cls.KIND} cannot be written to ({function._schema.name}): make another one with "
+                    f"a weight in {cls.KIND} cannot be written to ({func._schema.name}): make another one with "
                     "loralib.bases.quant.quantize(), or load the base without quantize"
                 )
-        return function(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs or {}))
+        return func(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs or {}))
 
 
 def _as_dense(value: Any) -> Any:
@@ -155,6 +166,7 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten._to_copy.default: _converted,
     aten.t.default: _turned,
     aten.transpose.int: _turned,
+    aten.permute.default: lambda weight, dims: _turned(weight, *dims) if list(dims) != [0, 1] else weight._like(),
 }
 
 
@@ -225,10 +237,15 @@ class NF4Weight(QuantizedWeight):
 
     def absmax(self) -> Tensor:
         """Returns that of each block, (blocks,) fp32."""
-        scales = self.absmax_scales.repeat_interleave(_BLOCKS)[: len(self.absmax_codes)]
+        scales = self.absmax_scales.repeat_interleave(BLOCKS)[: len(self.absmax_codes)]
         return absmax_map().to(self.device)[self.absmax_codes.long()] * scales + self.offset
 
     def rows(self, dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cuda":
+            from . import bnb  # which stands on this file
+
+            if bnb.is_available():
+                return bnb.dequantized(self, dtype)
         table, absmax, shape = levels().to(self.device), self.absmax(), self.stored_shape
         found = torch.empty(shape.numel() + shape.numel() % 2, dtype=dtype, device=self.device)
         for start in range(0, len(self.codes), _AT_ONCE):
@@ -243,7 +260,7 @@ class NF4Weight(QuantizedWeight):
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
     """Quantises the absmax (blocks,) of a weight in turn."""
     offset = absmax.mean()
-    blocks = F.pad(absmax - offset, (0, -len(absmax) % _BLOCKS)).view(-1, _BLOCKS)
+    blocks = F.pad(absmax - offset, (0, -len(absmax) % BLOCKS)).view(-1, BLOCKS)
     scales = blocks.abs().amax(1)
     shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(shares, _middles(absmax_map())).to(torch.uint8).view(-1)[: len(absmax)]
@@ -288,6 +305,13 @@ def absmax_map() -> Tensor:
 QUANTIZATIONS: Final[Mapping[str, type[QuantizedWeight]]] = {kind.KIND: kind for kind in (Int8Weight, NF4Weight)}
 
 
+def check_kind(kind: str) -> None:
+    """Raises ConfigError unless there is such a way to quantise."""
+    if kind not in QUANTIZATIONS:
+        expected = " or ".join(map(repr, QUANTIZATIONS))
+        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, QUANTIZATIONS)}")
+
+
 def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWeight:
     """Quantises a weight.
 
@@ -303,10 +327,7 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     >>> weight.dense().tolist()[0][0], weight.codes.tolist()
     (1.0, [[127, -64], [127, 64]])
     """
-    if kind not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantize is {kind!r}, expected {' or '.join(QUANTIZATIONS)}.{did_you_mean(kind, QUANTIZATIONS)}"
-        )
+    check_kind(kind)
     weight = weight.detach()
     rows, samples = weight.T if turned else weight, samples_of(weight).clone()
     cls = QUANTIZATIONS[kind]
@@ -331,9 +352,41 @@ def quantize_model(model: nn.Module, kind: str) -> int:
     return count
 
 
+def round_model(model: nn.Module, kind: str) -> float:
+    """Gives each linear of a model, the head apart, the values that its weight has in fewer bits, in ordinary tensors.
+
+    Args:
+        model: its weights are replaced; fingerprints still know them as they were.
+        kind: "int8" or "nf4"; weights are rounded to bf16 first, as the base of a training run is.
+
+    Returns:
+        The error, ``||W' - W|| / ||W||`` over all of them.
+    """
+    errors, norms = 0.0, 0.0
+    for module in linears_of(model):
+        weight = module.weight.detach()
+        held = quantize(weight.to(torch.bfloat16), kind, turned=is_conv1d(module))
+        values = nn.Parameter(held.dense().to(weight.dtype).contiguous(), requires_grad=False)
+        errors += float((values.data - weight).double().square().sum())
+        norms += float(weight.double().square().sum())
+        values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
+        module.weight = values
+    return math.sqrt(errors / norms) if norms else 0.0
+
+
 def linears_of(model: nn.Module) -> Iterator[Any]:
     """Yields the linears of a model whose weights are quantised: all but the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = head_of(model)
     for module in list(model.modules()):
-        if module is not head and (type(module) is nn.Linear or is_conv1d(module)):
+        if module is not head and is_quantizable(module):
             yield module
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is a linear whose weight can be quantised."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Returns the linear that makes the logits, where the model has one."""
+    return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

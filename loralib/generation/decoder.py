@@ -233,7 +233,7 @@ class CachedDecoder(Decoder):
         self._modules = list(model.modules())
         self._fast = runs_here(model)
         self._operators: Overrides = (
-            operator_overrides(model) | quantized_overrides(self._modules) if self._fast else {}
+            {**operator_overrides(model), **quantized_overrides(self._modules)} if self._fast else {}
         )
         self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []

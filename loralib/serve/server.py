@@ -110,7 +110,7 @@ def start(config: ServeConfig) -> Server:
     wanted = _wanted(config, root)
     given = config.model or _common_base(wanted)
     name = Path(given).name if Path(given).is_dir() else given
-    model, tokenizer = load_base(given, dtype=config.dtype, device=config.device)
+    model, tokenizer = load_base(given, dtype=config.dtype, device=config.device, quantize=config.quantize)
     # A job loads the base for itself, without the template that only the server has: it is checked as it will be read.
     of_jobs = copy.copy(tokenizer)
     if config.chat_template is not None:
