@@ -37,7 +37,8 @@ __all__ = [
 
 BLOCK: Final = 64  # weights with an absmax of their own
 BLOCKS: Final = 256  # absmax with a scale of their own
-_AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time
+_AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
+_BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
 aten = torch.ops.aten
 
 
@@ -246,15 +247,15 @@ class NF4Weight(QuantizedWeight):
 
             if bnb.is_available():
                 return bnb.dequantized(self, dtype)
-        table, absmax, shape = levels().to(self.device), self.absmax(), self.stored_shape
-        found = torch.empty(shape.numel() + shape.numel() % 2, dtype=dtype, device=self.device)
-        for start in range(0, len(self.codes), _AT_ONCE):
-            codes = self.codes[start : start + _AT_ONCE].int()
-            values = table[torch.stack([codes >> 4, codes & 15], 1).view(-1)]
-            block = start * 2 // BLOCK
-            scales = absmax[block : block + -(-len(values) // BLOCK)].repeat_interleave(BLOCK)[: len(values)]
-            found[start * 2 : start * 2 + len(values)] = values * scales
-        return found[: shape.numel()].view(shape)
+        pairs, absmax, count = _pairs().to(self.device), self.absmax(), self.stored_shape.numel()
+        found = torch.empty(len(absmax), BLOCK, dtype=dtype, device=self.device)
+        for start in range(0, len(absmax), _BLOCKS_AT_ONCE):
+            some = absmax[start : start + _BLOCKS_AT_ONCE]
+            codes = self.codes[start * BLOCK // 2 : (start + len(some)) * BLOCK // 2].int()
+            codes = F.pad(codes, (0, len(some) * BLOCK // 2 - len(codes)))  # the last block may not be whole
+            values = pairs.index_select(0, codes).view(torch.float32).view(-1, BLOCK)
+            found[start : start + len(some)] = values.mul_(some[:, None])
+        return found.view(-1)[:count].view(self.stored_shape)
 
 
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
@@ -286,6 +287,13 @@ def levels() -> Tensor:
     )
     below = [-float(value) for value in f"{negative} 0.09105003625154495".split()]
     return torch.tensor([*below, 0.0, *map(float, positive.split())])
+
+
+@functools.cache
+def _pairs() -> Tensor:
+    """The two levels that each byte stands for, (256,): two fp32 in one number, to be looked up at once."""
+    table, byte = levels(), torch.arange(256)
+    return torch.stack([table[byte >> 4], table[byte & 15]], 1).contiguous().view(torch.int64).view(-1)
 
 
 @functools.cache
