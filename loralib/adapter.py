@@ -31,6 +31,7 @@ from .injection import (
     first_fingerprint,
     inject_targets,
     injection_of,
+    quantization_of,
     refuse_peft,
     remove,
     table_rows,
@@ -45,6 +46,7 @@ from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
 BASE = "loralib.base"  # metadata: fingerprint of the base model
+QUANTIZE = "loralib.quantize"  # metadata: the bits in which it was held during training, unless as usual
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
@@ -101,8 +103,8 @@ class ApplyReport:
 
     Attributes:
         applied: how many tensors were copied.
-        base: 'checked', 'unknown' (the adapter does not say which base it belongs to), 'copy' (one is a quantised copy
-            of the other) or 'other' (as allowed).
+        base: 'checked', 'quantized' (the same, held in other bits than in training), 'unknown' (the adapter does not
+            say which base it belongs to), 'copy' (one is a quantised copy of the other) or 'other' (as allowed).
         inject: what was adapted; None where the layers were there already.
         carried: tables of the base that the adapter brings along with other values, and which were put in their places.
         ignored: other tensors of the base that the adapter holds with other values, as allowed.
@@ -117,6 +119,7 @@ class ApplyReport:
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
+            "quantized": "base model checked, but held in other bits than in training: expect small differences",
             "unknown": "base model not checked: the adapter does not say which one it belongs to",
             "copy": "trained on a copy of this base model, one of the two in 4 bits: expect small differences",
             "other": "trained on a base model with other values, as allowed",
@@ -165,8 +168,13 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     return Adapter(
         config=config,
         tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
-        metadata={BASE: fingerprint(model, in_full.keys())} if known_base else {},
+        metadata=({BASE: fingerprint(model, in_full.keys())} if known_base else {}) | _held_in(model),
     )
+
+
+def _held_in(model: nn.Module) -> dict[str, str]:
+    kind = quantization_of(model)
+    return {} if kind == "none" else {QUANTIZE: kind}
 
 
 def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
@@ -647,6 +655,8 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
 def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
     """Compares fingerprints and returns the value of `ApplyReport.base`."""
     found = compare_base(model, adapter)
+    if found == "checked" and adapter.metadata.get(QUANTIZE, "none") != quantization_of(model):
+        return "quantized"
     if found in ("checked", "unknown", "copy"):
         return found
     if found != "shapes" and allow_mismatch:

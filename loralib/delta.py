@@ -31,6 +31,7 @@ __all__ = [
     "pissa_factors",
     "product_svd",
     "scaling_of",
+    "stored_bytes",
 ]
 
 
@@ -90,10 +91,16 @@ def dense(weight: Tensor) -> Tensor:
     """Returns a base weight as an ordinary floating-point tensor, in the shape that its layer computes with.
 
     Whatever reads a base weight's values or shape goes through here, so that another kind of storage is a line here.
-    One that is spread over processes (FSDP2) is put together, in which every process must take part.
+    One that is spread over processes (FSDP2) is put together, in which every process must take part; one that is held
+    in fewer bits (`loralib.bases.quant`) is made dense.
     """
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else cast(Tensor, gather())
+    whole = getattr(weight, "full_tensor", None) or getattr(weight, "dense", None)
+    return weight if whole is None else cast(Tensor, whole())
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Returns the bytes that a base weight takes."""
+    return int(getattr(weight, "stored_bytes", weight.nbytes))
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:

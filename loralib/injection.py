@@ -48,8 +48,10 @@ __all__ = [
     "inject_targets",
     "injection_of",
     "merge",
+    "quantization_of",
     "refuse_peft",
     "remove",
+    "samples_of",
     "table_rows",
     "tensor_at",
     "token_tables",
@@ -391,14 +393,16 @@ def fingerprint(
         if name in left_out or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        weight = dense(parameter).detach()
         is_table = name.rpartition(".")[0] in tables
-        shapes.update(f"{name} {('rows', *weight.shape[1:]) if is_table else tuple(weight.shape)}\n".encode())
-        if not weight.is_meta:
-            weight = weight[:rows] if is_table else weight
-            _update(values, weight.reshape(-1), in_fp16=in_fp16)
-            if is_table:
-                _update(values, weight[-_LAST_ROWS:].reshape(-1), 64 * _LAST_ROWS, in_fp16=in_fp16)
+        shapes.update(f"{name} {('rows', *parameter.shape[1:]) if is_table else tuple(parameter.shape)}\n".encode())
+        if parameter.is_meta:
+            continue
+        if is_table:
+            weight = dense(parameter).detach()[:rows]
+            _update(values, samples_of(weight), in_fp16=in_fp16)
+            _update(values, samples_of(weight[-_LAST_ROWS:], 64 * _LAST_ROWS), in_fp16=in_fp16)
+        else:
+            _update(values, samples_of(parameter), in_fp16=in_fp16)
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}" + (f":{rows}" if tables else "")
 
 
@@ -411,17 +415,36 @@ def first_fingerprint(model: nn.Module) -> str:
         if ".lora_" in f".{name}" or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        shapes.update(f"{name} {tuple(dense(parameter).shape)}\n".encode())
+        shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if not parameter.is_meta:
-            _update(values, dense(parameter).detach().reshape(-1))
+            _update(values, samples_of(parameter))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}"
+
+
+def quantization_of(model: nn.Module) -> str:
+    """Returns how a base's weights are held in fewer bits (see `loralib.load_base`); "none" if they are not."""
+    kinds = {getattr(weight, "KIND", "none") for _, weight in _base_parameters(model, {})}
+    return "+".join(sorted(kinds - {"none"})) or "none"
 
 
 _LAST_ROWS = 16
 
 
-def _update(digest: Any, flat: Tensor, count: int = 64, *, in_fp16: bool = False) -> None:
-    samples = flat[:: max(1, flat.numel() // count)][:count].cpu()
+def samples_of(weight: Tensor, count: int = 64) -> Tensor:
+    """Returns numbers from all over a weight, by which fingerprints know it; one in fewer bits keeps those it had.
+
+    Args:
+        weight: of any shape.
+        count: how many, at most.
+    """
+    kept = getattr(weight, "samples", None)
+    if kept is not None:
+        return cast(Tensor, kept)
+    flat = dense(weight).detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count].cpu()
+
+
+def _update(digest: Any, samples: Tensor, *, in_fp16: bool = False) -> None:
     samples = (samples.half() if in_fp16 else samples).to(torch.bfloat16)
     digest.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
 

@@ -84,7 +84,7 @@ class LoRALayer(nn.Module):
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
         self.merged, self.merge_weights, self.enabled = False, merge_weights, True
         if r > 0:
-            device, dtype = self.base_weight.device, dense(self.base_weight).dtype
+            device, dtype = self.base_weight.device, self.base_weight.dtype
             shapes = self.tensor_shapes(r)
             self.lora_names = tuple(shapes)
             for name, shape in shapes.items():
@@ -162,7 +162,7 @@ class LoRALayer(nn.Module):
 
     @property
     def _base_shape(self) -> torch.Size:
-        return dense(self.base_weight).shape
+        return self.base_weight.shape
 
     @property
     def _active(self) -> bool:

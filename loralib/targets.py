@@ -163,6 +163,16 @@ def fully_trained_tensors(
     for name, module in named_modules(model).items():
         if config.saves(name):
             tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
+    held = {name: kind for name, tensor in tensors.items() if (kind := getattr(tensor, "KIND", None)) is not None}
+    if held:
+        faults = [f"{name} is held in {kind}" for name, kind in held.items()]
+        raise TargetError(
+            list_faults(
+                "weights in fewer bits cannot be trained themselves",
+                faults,
+                "Leave them out of modules_to_save, and adapt them; or load the base without quantize.",
+            )
+        )
     return tensors
 
 

@@ -49,9 +49,16 @@ UPWARDS = {("injection", "formats")}
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 # "serve" stands for its whole room: a web framework shows in every route.
 OUTSIDE = {
-    "transformers": {"bases.loading", "bases.made_up", "engine.attention", "formats.old_names"},
+    "transformers": {
+        "bases.loading",
+        "bases.made_up",
+        "bases.quantized_reading",
+        "engine.attention",
+        "formats.old_names",
+    },
     "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
+    "bitsandbytes": {"bases.bnb"},
     "gguf": {"bases.loading", "formats.gguf"},
     "safetensors": {"formats.tensors"},
     "numpy": {"formats.gguf"},

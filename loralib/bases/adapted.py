@@ -78,6 +78,7 @@ def load_adapted(
     model: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    quantize: str | None = None,
     merged: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a base model and its tokenizer, and applies an adapter.
@@ -87,6 +88,7 @@ def load_adapted(
         model: the base model; default: the one that the adapter names (GGUF and MLX name none), else the default base.
         dtype: of the base model, see `load_base`.
         device: see `load_base`.
+        quantize: see `load_base`.
         merged: merge the adapter into the weights.
 
     Returns:
@@ -100,7 +102,7 @@ def load_adapted(
     value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
     if adapter is not None and value is None and model is None:
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
-    base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device)
+    base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
         resize_tables_for(value, base)

@@ -40,6 +40,8 @@ from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
+from .quant import check_kind, quantize_model
+from .quantized_reading import finish_reading, quantizing, take_over
 
 if TYPE_CHECKING:
     from .typing import LanguageModel
@@ -58,6 +60,7 @@ def load_base(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
@@ -72,6 +75,8 @@ def load_base(
             of a model on the Hugging Face hub, such as "gpt2".
         dtype: of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
         device: "cpu", "cuda", "cuda:1" or "mps"; default: the fastest available.
+        quantize: hold the weights of the linears, the head's apart, in fewer bits: "int8", or "nf4" as QLoRA does
+            (`loralib.bases.quant`); default, and "none": as they are.
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
@@ -83,11 +88,15 @@ def load_base(
 
     Raises:
         BaseModelError: there is no such model, or it cannot be downloaded or read.
-        ConfigError: a size is given for a pretrained model, or dtype or device is not available.
+        ConfigError: a size is given for a pretrained model, or dtype or device is not available, or there is no such
+            way to quantise.
         MissingDependencyError: transformers is not installed.
     """
     name = os.fspath(name)
     device = pick_device(device)
+    quantize = None if quantize == "none" else quantize
+    if quantize is not None:
+        check_kind(quantize)
     made_up = is_made_up(name)
     if made_up:
         _transformers()  # report it missing before anything is built
@@ -97,11 +106,13 @@ def load_base(
     else:
         _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
         path, name = _model_directory(name)
-        model = _read_model(path, name, pick_dtype(dtype, device))
+        model = _read_model(path, name, pick_dtype(dtype, device), quantize)
         tokenizer = _read_tokenizer(path, name)
         _check_vocabulary(model, tokenizer, name)
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    if quantize is not None and made_up:
+        quantize_model(model, quantize)
     return model.to(device).eval(), tokenizer
 
 
@@ -269,8 +280,9 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
 # From a directory to a model.
 
 
-def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
+def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None = None) -> Any:
     transformers = _transformers()
+    fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
         with _quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -280,6 +292,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
                 trust_remote_code=False,  # None would ask on the console
                 weights_only=True,
                 output_loading_info=True,
+                **fewer_bits,
             )
     except Exception as error:  # whatever a broken or foreign directory leads to
         raise BaseModelError(
@@ -289,6 +302,10 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
         faults = sorted(info["missing_keys"])
         heading = f"the weights of {name!r} lack {len(faults)} of {type(model).__name__}'s tensors"
         raise BaseModelError(list_faults(heading, faults, "Download the model again, or use a complete one."))
+    if quantize is not None:
+        finish_reading(model)
+    elif getattr(model, "is_quantized", False):
+        _note(take_over(model, name))
     return model
 
 

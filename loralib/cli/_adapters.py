@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_base, resize_tables_for
+from ..bases import load_adapted, load_base, resize_tables_for
+from ..bases.quant import QUANTIZATIONS
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
 from ..data import FORMATS
@@ -89,6 +90,18 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
     add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
+    add_quantize(parser, "hold the base's weights in fewer bits")
+
+
+def load_model(args: argparse.Namespace, *, merged: bool = False) -> tuple[Any, Any]:
+    """Loads what `add_model_arguments` says (see `load_adapted`)."""
+    where = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize}
+    return load_adapted(args.adapter, model=args.model, merged=merged, **where)
+
+
+def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
+    """Adds ``--quantize``."""
+    parser.add_argument("--quantize", choices=("none", *QUANTIZATIONS), default="none", help=f"{help} (default none)")
 
 
 def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, default: str | None = "auto") -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..bases import base_of, common_base, load_adapted, load_base, tokenizer_for, trained_on_chats
+from ..bases import common_base, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.examples import chat_of
@@ -42,7 +42,7 @@ from ..formats import is_read_with_base, locate_adapter, read_adapter
 from ..generation import Sampling, generate, stream
 from ..generation.streaming import encode_prompts
 from ..generation.text import end_with_turns
-from ._adapters import add_model_arguments, add_reading
+from ._adapters import add_model_arguments, add_reading, load_model
 from ._flags import add_fields, add_flag, from_args
 
 # What the texts depend on in an adapter's directory.
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
-    model, tokenizer = load_adapted(
-        args.adapter, model=args.model, dtype=args.dtype, device=args.device, merged=args.merge
-    )
+    model, tokenizer = load_model(args, merged=args.merge)
     if any(prompt.messages for prompt in prompts):
         end_with_turns(model, tokenizer)
     return model, tokenizer, encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
@@ -224,7 +222,8 @@ def _named_texts(
 ) -> Iterator[tuple[str, str]]:
     """Yields text and finish_reason of each task from `start` on, in order."""
     sources: dict[str, str] = args.adapters
-    model, tokenizer = load_base(common_base(sources.items(), args.model), dtype=args.dtype, device=args.device)
+    base = common_base(sources.items(), args.model)
+    model, tokenizer = load_base(base, dtype=args.dtype, device=args.device, quantize=args.quantize)
     bank, faults = Bank(model), []
     for name, path in sources.items():
         try:

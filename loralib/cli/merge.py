@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+from ..adapter import QUANTIZE
 from ..bases import load_adapters_tokenizer, load_base, pick_dtype
+from ..bases.quant import round_model
 from ..console import counted, say
 from ..data import prompt_ids
-from ..errors import MergeError, OutputError
+from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, output_held, read, read_with_base
+from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, add_quantize, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_shard_size", default="5GB", metavar="SIZE", help="size at which the weights are split (default 5GB)"
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="compare logits on this; may be repeated")
+    add_quantize(parser, "merge into the base's weights as a run with --quantize had them")
+    parser.add_argument("--requantize", action="store_true", help="refused, with the reason")
     parser.add_argument(
         "--allow_base_mismatch", action="store_true", help="merge even if the base's weights differ from training"
     )
@@ -38,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the model, loads it again and compares."""
+    if args.requantize:
+        raise ConfigError(
+            "--requantize: a merged weight is not brought back to 4 or 8 bits. The steps between two levels are larger "
+            "than most of what an adapter adds, so that rounding would take it back. Serve the merged model as it is "
+            "written; or keep base and adapter apart, as `loralib generate --adapter DIR --quantize nf4` does."
+        )
     with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
         _merge(args)
 
@@ -56,6 +66,11 @@ def _merge(args: argparse.Namespace) -> None:
     if own is not None:
         tokenizer = own
         say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
+    if args.quantize != "none":
+        error = round_model(model, args.quantize)
+        say(f"The base's linears have the values of {args.quantize}, off by {error:.2%} of the weights' norm")
+    elif held := adapter.metadata.get(QUANTIZE):
+        say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into just those weights")
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(

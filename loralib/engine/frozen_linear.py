@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bases.quant import QuantizedWeight
 from ..delta import low_rank
 from ..layers import LoRALayer, LoRALinear, is_conv1d
 from .kernels import Kernels, loaded
@@ -28,6 +29,7 @@ __all__ = [
     "PrepackedWeight",
     "can_prepack",
     "prepacked_overrides",
+    "quantized_overrides",
 ]
 
 # Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
@@ -99,6 +101,7 @@ class FrozenWeight:
 
     def __init__(self, weight: Tensor, prepack: bool) -> None:
         self.weight, self._seen, self._prepack = weight.detach(), (weight.dtype, *_state_of(weight)), prepack
+        self._transposed = self.weight.T
         self._kernels = kernels_for(weight)
         self._copies: dict[str, PrepackedWeight] = {}
 
@@ -133,9 +136,9 @@ class FrozenWeight:
             added: (T, in); the result may take its place.
         """
         if self._prepack:
-            return self._copy("backward", self.weight.T).times(gradient, added=added)
+            return self._copy("backward", self._transposed).times(gradient, added=added)
         if self._kernels is not None:
-            return self._kernels.product(gradient, self.weight.T, added)
+            return self._kernels.product(gradient, self._transposed, added)
         return gradient @ self.weight if added is None else added.addmm_(gradient, self.weight)
 
     def _copy(self, direction: str, weight: Tensor) -> PrepackedWeight:
@@ -167,7 +170,8 @@ class FrozenLinear:
                 return False
             kind = next(base for base in kind.__mro__ if not issubclass(base, LoRALayer))
         plain = kind.forward is nn.Linear.forward or (is_conv1d(kind) and kind.__name__ == "Conv1D")
-        return plain and type(module._parameters.get("weight")) is nn.Parameter
+        weight = module._parameters.get("weight")
+        return plain and (type(weight) is nn.Parameter or isinstance(weight, QuantizedWeight))
 
     def __call__(self, x: Tensor) -> Tensor:
         module = self._module
@@ -177,9 +181,9 @@ class FrozenLinear:
         usual = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and type(module) is self._kind
         if trained or not usual or x.is_inference() or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, own_forward(module, x))
-        if weight._version != self._version or weight.data_ptr() != self._address:
+        if weight._version != self._version or _address(weight) != self._address:
             self._frozen = self._frozen.refreshed(weight_of(module))
-            self._version, self._address = weight._version, weight.data_ptr()
+            self._version, self._address = weight._version, _address(weight)
         if x.requires_grad and torch.is_grad_enabled():
             y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, bias))  # type: ignore[no-untyped-call]
         else:
@@ -191,7 +195,11 @@ class FrozenLinear:
 
 def _state_of(tensor: Tensor) -> tuple[Any, ...]:
     """What differs once a tensor holds other values, unless they were written behind its version counter."""
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
+    return _address(tensor), tensor._version, tensor.shape, tensor.stride()
+
+
+def _address(tensor: Tensor) -> int:
+    return (tensor.codes if isinstance(tensor, QuantizedWeight) else tensor).data_ptr()
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -213,6 +221,14 @@ def weight_of(module: Any) -> Tensor:
     weight: Tensor = module.weight
     stored_transposed = module.fan_in_fan_out if isinstance(module, LoRALinear) else is_conv1d(type(module))
     return weight.T if stored_transposed else weight
+
+
+def quantized_overrides(modules: Iterable[nn.Module]) -> Overrides:
+    """Returns overrides of the linears whose weights are quantised and multiplied by our kernels as they are."""
+    linears = [
+        m for m in modules if isinstance(m._parameters.get("weight"), QuantizedWeight) and FrozenLinear.accepts(m)
+    ]
+    return {m: FrozenLinear(m, prepack=False) for m in linears if kernels_for(weight_of(m)) is not None}
 
 
 def prepacked_overrides(modules: Iterable[nn.Module]) -> Overrides:

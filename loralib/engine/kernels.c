@@ -183,10 +183,21 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #define DEPTH 4096 /* so many of the numbers that are summed up lie there in that order, */
 #define PIECES 64  /* of so many parts */
 
+/* A weight in fewer bits (bases/quant.py), of rows `width` long: codes in bytes, with a scale for each row; or two to a byte,
+ * which stand for levels between minus and plus the absmax of their 64 numbers. */
+struct packed {
+    const uint8_t *codes, *absmax;
+    const float *scales, *map, *levels; /* of absmax: for 256 of them; what their codes stand for */
+    float offset;
+    int32_t bits;
+    int64_t width;
+};
+
 /* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
- * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. */
+ * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. With `packed`, W is there. */
 struct part {
     const uint16_t *x, *w;
+    const struct packed *packed;
     int64_t step, k, down, across;
 };
 
@@ -224,35 +235,71 @@ static void transpose(__m512i r[LANES]) {
     }
 }
 
-/* Rows k .. k + count - 1 of the panel from column j on, of a part's W (k, d): `to` (count / 2, VECTORS). */
-static void in_panel(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
-    int64_t width = least(PANEL, d - j);
-    const uint16_t *w = of->w + k * of->down + j * of->across;
-    if (of->across == 1) {
-        for (int64_t i = 0; i < count; i += 2)
-            for (int64_t c = 0; c < width; c += COLUMNS)
-                interleave(_mm512_loadu_si512(w + i * of->down + c), _mm512_loadu_si512(w + (i + 1) * of->down + c),
-                           to + i / 2 * VECTORS + c / LANES);
-        return;
-    }
-    for (int64_t c = 0; c < width; c += LANES)
-        for (int64_t i = 0; i < count; i += 2 * LANES) {
-            __m512i square[LANES];
-#pragma GCC unroll 16
-            for (int p = 0; p < LANES; p++) square[p] = _mm512_loadu_si512(w + (c + p) * of->across + i);
-            transpose(square);
-#pragma GCC unroll 16
-            for (int p = 0; p < LANES; p++) to[(i / 2 + p) * VECTORS + c / LANES] = square[p];
+/* The 32 numbers from `column` on of a row of codes; the numbers are rounded as PyTorch rounds them. */
+static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t column) {
+    const __m128i *codes = (const __m128i *)(w->codes + row * w->width + column);
+    __m512 scale = _mm512_set1_ps(w->scales[row]), wide[2];
+    for (int i = 0; i < 2; i++)
+        wide[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + i))), scale);
+    return rounded(wide);
+}
+
+static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t column) {
+    int64_t at = row * w->width + column, block = at / 64;
+    float most = w->map[w->absmax[block]] * w->scales[block / 256];
+    __asm__("" : "+x"(most)); /* not one operation with the sum: it would be rounded otherwise */
+    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset));
+    __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values)); /* places have 5 bits, the fifth a foreign one */
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16)), twice);
+}
+
+/* Rows k .. k + count - 1 of the panel from column j on, of a part's W (k, d): `to` (count / 2, VECTORS). The 32 numbers from
+ * (row, column) on, of W or its transpose, whichever has them side by side, are `load(row, column)`. */
+#define IN_PANEL(load)                                                                                   \
+    int64_t width = least(PANEL, d - j);                                                                 \
+    if (of->across == 1) {                                                                               \
+        for (int64_t i = 0; i < count; i += 2)                                                           \
+            for (int64_t c = 0; c < width; c += COLUMNS)                                                 \
+                interleave(load(k + i, j + c), load(k + i + 1, j + c), to + i / 2 * VECTORS + c / LANES); \
+        return;                                                                                          \
+    }                                                                                                    \
+    for (int64_t c = 0; c < width; c += LANES)                                                           \
+        for (int64_t i = 0; i < count; i += 2 * LANES) {                                                 \
+            __m512i square[LANES];                                                                       \
+            _Pragma("GCC unroll 16") for (int p = 0; p < LANES; p++) square[p] = load(j + c + p, k + i);  \
+            transpose(square);                                                                           \
+            _Pragma("GCC unroll 16") for (int p = 0; p < LANES; p++)                                      \
+                to[(i / 2 + p) * VECTORS + c / LANES] = square[p];                                       \
         }
+
+static void in_panel(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+    int64_t step = of->across == 1 ? of->down : of->across;
+#define PLAIN(row, column) _mm512_loadu_si512(of->w + (row) * step + (column))
+    IN_PANEL(PLAIN)
+#undef PLAIN
+}
+
+static void in_panel_from_8_bits(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+#define OF_8_BITS(row, column) from_8_bits(of->packed, row, column)
+    IN_PANEL(OF_8_BITS)
+#undef OF_8_BITS
+}
+
+static void in_panel_from_4_bits(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+#define OF_4_BITS(row, column) from_4_bits(of->packed, row, column)
+    IN_PANEL(OF_4_BITS)
+#undef OF_4_BITS
 }
 
 /* Asks for a share of the panel from column j on: what is asked for at once would be waited for. */
 static void ask_for(const struct part *of, int64_t j, int64_t d, int64_t turn, int64_t turns) {
     int64_t width = least(PANEL, d - j), rows = of->across == 1 ? of->k : width, length = of->across == 1 ? width : of->k;
-    int64_t lines = (length + COLUMNS - 1) / COLUMNS, step = of->across == 1 ? of->down : of->across;
-    const uint16_t *w = of->w + j * of->across;
+    int64_t step = of->across == 1 ? of->down : of->across, bits = of->packed ? of->packed->bits : 16;
+    int64_t lines = (length * bits / 8 + 63) / 64;
+    const uint8_t *w = of->packed ? of->packed->codes : (const uint8_t *)of->w;
     for (int64_t line = rows * lines * turn / turns; line < rows * lines * (turn + 1) / turns; line++)
-        _mm_prefetch((const char *)(w + line / lines * step + line % lines * COLUMNS), _MM_HINT_T1);
+        _mm_prefetch(w + (line / lines * step + j * of->across) * bits / 8 + line % lines * 64, _MM_HINT_T1);
 }
 
 static inline __attribute__((always_inline)) void add_up(const uint16_t *const *row, const __m512i *panel, int64_t pairs,
@@ -277,7 +324,8 @@ static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t 
         while (part < sum->count && depth < DEPTH && pieces < PIECES) {
             const struct part *of = sum->parts + part;
             int64_t count = least(of->k - k, DEPTH - depth);
-            in_panel(of, k, count, j, sum->d, room + depth / 2 * VECTORS);
+            (!of->packed ? in_panel : of->packed->bits == 8 ? in_panel_from_8_bits : in_panel_from_4_bits)(
+                of, k, count, j, sum->d, room + depth / 2 * VECTORS);
             piece[pieces].x = of->x + k, piece[pieces].step = of->step, piece[pieces].pairs = count / 2;
             pieces++, depth += count, k += count;
             if (k == of->k) part++, k = 0;
@@ -409,9 +457,10 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
 }
 
 /* y (n, d) = start + x (n, k) W, for a W as in a part and a start as in a sum. */
-void product_bf16(const uint16_t *x, const uint16_t *w, const uint16_t *start, uint16_t *y, int64_t n, int64_t k, int64_t d,
-                  int64_t start_step, int64_t down, int64_t across, vec *room, int64_t room_each, int threads) {
-    struct part part = {x, w, k, k, down, across};
+void product_bf16(const uint16_t *x, const uint16_t *w, const struct packed *packed, const uint16_t *start, uint16_t *y,
+                  int64_t n, int64_t k, int64_t d, int64_t start_step, int64_t down, int64_t across, vec *room,
+                  int64_t room_each, int threads) {
+    struct part part = {x, w, packed, k, k, down, across};
     struct sum sum = {&part, y, start, 1, d, start_step};
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
@@ -421,16 +470,16 @@ void product_bf16(const uint16_t *x, const uint16_t *w, const uint16_t *start, u
 /* h (n, R) = z (n, d) A^T and y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for A (R, d), the columns h_i of h, and
  * B_i (ranks[i], widths[i]); z is x, or what dropout left of it. Number (i, j) of W_i is w[i][i * across + j * down], as in a
  * part. A bias may be missing. Each thread has room_each vectors of `room`. */
-void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, uint16_t *const *bias, const uint16_t *a,
-               uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks, const int64_t *widths,
+void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct packed *const *packed,
+               uint16_t *const *bias, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks, const int64_t *widths,
                const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d, vec *room,
                int64_t room_each, int threads) {
     struct part parts[2 * count];
     struct sum sums[count];
     int64_t all = 0;
     for (int64_t i = 0; i < count; i++) {
-        parts[2 * i] = (struct part){x, w[i], d, d, down_steps[i], across_steps[i]};
-        parts[2 * i + 1] = (struct part){h + all, b[i], 0, ranks[i], widths[i], 1};
+        parts[2 * i] = (struct part){x, w[i], packed[i], d, d, down_steps[i], across_steps[i]};
+        parts[2 * i + 1] = (struct part){h + all, b[i], 0, 0, ranks[i], widths[i], 1};
         sums[i] = (struct sum){parts + 2 * i, y[i], bias[i], 2, widths[i], 0};
         all += ranks[i];
     }
@@ -450,8 +499,8 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, uint16_
 
 /* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there, of_a = of_h^T z and
  * of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. */
-void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w, const uint16_t *a,
-                    uint16_t *const *b, uint16_t *of_h, uint16_t *of_x, uint16_t *of_z, uint16_t *of_a,
+void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w,
+                    struct packed *const *packed, const uint16_t *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x, uint16_t *of_z, uint16_t *of_a,
                     uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
                     const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d,
                     vec *room, int64_t room_each, int threads) {
@@ -460,9 +509,9 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
     int64_t all = 0, results = 0;
     for (int64_t i = 0; i < count; i++) {
         all += ranks[i];
-        parts[i] = (struct part){g[i], w[i], widths[i], widths[i], across_steps[i], down_steps[i]};
+        parts[i] = (struct part){g[i], w[i], packed[i], widths[i], widths[i], across_steps[i], down_steps[i]};
     }
-    parts[count] = (struct part){of_h, a, all, all, d, 1};
+    parts[count] = (struct part){of_h, a, 0, all, all, d, 1};
     if (of_z) sums[results++] = (struct sum){parts + count, of_z, 0, 1, d, 0};
     if (of_x) sums[results++] = (struct sum){parts, of_x, 0, of_z ? count : count + 1, d, 0};
 #pragma omp parallel num_threads(threads)

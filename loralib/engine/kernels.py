@@ -25,12 +25,13 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bases.quant import BLOCK, Int8Weight, NF4Weight, QuantizedWeight, absmax_map, levels
 from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
@@ -73,9 +74,9 @@ _ARGUMENTS: Final = {
 }
 # Those that need a processor which multiplies pairs of bf16.
 _OF_PAIRS: Final = {
-    "product": "ppppnnnnnnpni",
-    "lora": "ppppppppppppnnnpni",
-    "lora_back": "pppppppppppppppppnnnpni",
+    "product": "pppppnnnnnnpni",
+    "lora": "pppppppppppppnnnpni",
+    "lora_back": "ppppppppppppppppppnnnpni",
 }
 _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
 
@@ -199,6 +200,46 @@ class _RowUpdates:
         self._function(x.data_ptr(), y.data_ptr(), *self._arguments)
 
 
+class _Packed(ctypes.Structure):
+    """`struct packed` of kernels.c: where a quantised weight lies."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "absmax", "scales", "map", "levels")),
+        ("offset", c_float),
+        ("bits", c_int32),
+        ("width", c_int64),
+    )
+
+
+def _packed(weight: Tensor) -> _Packed | None:
+    """Returns where a quantised weight lies, which is found once; None for another one."""
+    if not isinstance(weight, QuantizedWeight):
+        return None
+    known: _Packed | None = weight.__dict__.get("_packed")
+    if known is None:
+        width = weight.stored_shape[1]
+        if isinstance(weight, NF4Weight):
+            places = (weight.absmax_codes, weight.absmax_scales, absmax_map(), levels())
+            known = _Packed(weight.codes.data_ptr(), *(p.data_ptr() for p in places), float(weight.offset), 4, width)
+        else:
+            scales = cast(Int8Weight, weight).scales.data_ptr()
+            known = _Packed(weight.codes.data_ptr(), None, scales, None, None, 0.0, 8, width)
+        weight.__dict__["_packed"] = known
+    return known
+
+
+def _plain(weight: Tensor) -> Tensor | None:
+    return None if isinstance(weight, QuantizedWeight) else weight
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in _PLAIN and (weight.is_contiguous() or weight.T.is_contiguous())
+
+
+def _has_known_codes(weight: QuantizedWeight) -> bool:
+    return isinstance(weight, Int8Weight) or (isinstance(weight, NF4Weight) and not weight.stored_shape[1] % BLOCK)
+
+
 class GroupOperands:
     """What layers that read the same input multiply with, and where the gradients of their factors go.
 
@@ -214,9 +255,11 @@ class GroupOperands:
     def __init__(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], factors: Factors, gradients: Factors
     ) -> None:
-        self.kept = (*weights, *biases, *factors, *gradients)  # they live as long as their places are used
+        packed = [_packed(weight) for weight in weights]
+        self.kept = (*weights, *biases, *factors, *gradients, *packed)  # they live as long as their places are used
         self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
-        self.weights, self.biases = _pointers(weights), _pointers(biases)
+        self.weights = (_pointers([_plain(w) for w in weights]), _addresses(packed))
+        self.biases = _pointers(biases)
         self.A, self.B, self.grad_A, self.grad_B = (
             factors.A.data_ptr(),
             _pointers(factors.B),
@@ -429,10 +472,9 @@ class Kernels:
             weight is not None
             and ("product", weight.dtype) in self._functions
             and weight.device.type == "cpu"
-            and type(weight) in _PLAIN
             and weight.dim() == 2
             and all(size > 0 and size % (2 * LANES) == 0 for size in weight.shape)
-            and (weight.is_contiguous() or weight.T.is_contiguous())
+            and (_has_known_codes(weight) if isinstance(weight, QuantizedWeight) else _is_plain(weight))
         )
 
     def product(self, x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
@@ -448,7 +490,8 @@ class Kernels:
         room, each, threads = self._room_for_products(count, width, len(weight))
         step = 0 if added is None or added.dim() == 1 else len(weight)
         sizes = (count, width, len(weight), step, weight.stride(1), weight.stride(0))
-        self._call("product", x, weight, added, y, *sizes, room, each, threads, dtype=x.dtype)
+        packed = _addressed(_packed(weight))
+        self._call("product", x, _plain(weight), packed, added, y, *sizes, room, each, threads, dtype=x.dtype)
         return y
 
     def accept_factors(self, factors: Factors) -> bool:
@@ -472,7 +515,7 @@ class Kernels:
         count, widths = len(x), of.widths
         h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
         room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
-        tensors = (x, seen, of.weights, of.biases, of.A, of.B, h, _pointers(found))
+        tensors = (x, seen, *of.weights, of.biases, of.A, of.B, h, _pointers(found))
         self._call("lora", *tensors, *of.sizes, of.count, count, of.width, room, each, threads, dtype=x.dtype)
         return h, found
 
@@ -506,7 +549,7 @@ class Kernels:
             _pointers(gradients),
             seen,
             h,
-            of.weights,
+            *of.weights,
             of.A,
             of.B,
             of_h,
@@ -563,6 +606,14 @@ def _typed(function: Any, arguments: str) -> Any:
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
     return (c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _addresses(packed: Sequence[_Packed | None]) -> Any:
+    return (c_void_p * len(packed))(*map(_addressed, packed))
+
+
+def _addressed(packed: _Packed | None) -> int | None:
+    return None if packed is None else ctypes.addressof(packed)
 
 
 def _int64s(values: Sequence[int]) -> Any:

@@ -23,7 +23,7 @@ from ..engine.attention import KVCache, Part, TreeLayout, interface_name, resize
 from ..engine.bank import Bank, Slot, bank_and_base
 from ..engine.causal import require_causal
 from ..engine.forward import device_of, logits_of, plain_logits, runs_here
-from ..engine.frozen_linear import FrozenLinear, prepacked_overrides
+from ..engine.frozen_linear import FrozenLinear, prepacked_overrides, quantized_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
@@ -232,7 +232,9 @@ class CachedDecoder(Decoder):
     ) -> None:
         self._modules = list(model.modules())
         self._fast = runs_here(model)
-        self._operators: Overrides = operator_overrides(model) if self._fast else {}
+        self._operators: Overrides = (
+            {**operator_overrides(model), **quantized_overrides(self._modules)} if self._fast else {}
+        )
         self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []
         super().__init__(model, bank, [*self._operators, *linears], attention=True)

@@ -109,7 +109,7 @@ def start(config: ServeConfig) -> Server:
     wanted = _wanted(config, root)
     given = common_base(wanted, config.model)
     name = Path(given).name if Path(given).is_dir() else given
-    model, tokenizer = load_base(given, dtype=config.dtype, device=config.device)
+    model, tokenizer = load_base(given, dtype=config.dtype, device=config.device, quantize=config.quantize)
     if config.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, config.chat_template)
     end_with_turns(model, tokenizer)

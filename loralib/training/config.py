@@ -104,6 +104,9 @@ class TrainConfig:
         _DATA,
         ("auto", "fp32", "bf16", "fp16"),
     )
+    quantize: str = setting(
+        "none", "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA)", _DATA, ("none", "int8", "nf4")
+    )
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(
         0, "random seed", _DATA, at_least=0, below=2**63, expected="a whole number from 0 to below 2**63"

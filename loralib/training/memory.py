@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..delta import stored_bytes
 from ..errors import ConfigError, TrainingError
 from ..files import free_memory
 from ..injection import adapted_layers
@@ -122,7 +123,7 @@ def memory_estimate(
     the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around them), twice
     where they are not.
     """
-    weights = 0 if planned else sum(p.numel() * p.element_size() for p in model.parameters()) + prepacked_bytes
+    weights = 0 if planned else sum(map(stored_bytes, model.parameters())) + prepacked_bytes
     # Gradient, two moments and the initial values, all in fp32.
     trained = 0 if planned else sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)

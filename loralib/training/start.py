@@ -39,6 +39,7 @@ def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
         base_for(config),
         dtype=None if config.dtype == "auto" else config.dtype,
         device=config.device,
+        quantize=config.quantize,
         seed=config.seed,
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,

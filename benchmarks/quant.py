@@ -1,0 +1,262 @@
+"""Frozen weights in 8 and 4 bits: time, memory, and whether it learns, beside bf16 and PEFT with bitsandbytes.
+
+python benchmarks/quant.py steps     a training step at several lengths: SmolLM2, and Llama shapes with random weights
+python benchmarks/quant.py fits      a 7B Llama shape in NF4, whole, in one process: the peak of its memory
+python benchmarks/quant.py learns    the loss on E2E after some updates, several seeds, and PEFT's with bitsandbytes
+
+Each writes its part of benchmarks/quant.json.  Ways take their steps in turn; minima, and medians of ratios.  Of the
+larger shapes two layers of each are timed, between the table and the head that they would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import train as bench
+import transformers
+from machine import machine
+from operators import in_turn
+from torch import nn
+
+import loralib as lora
+from loralib.bases.quant import Int8Weight, NF4Weight, linears_of
+from loralib.console import say, table
+from loralib.data import TokenExample
+from loralib.delta import stored_bytes
+from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.step import evaluate_loss, make_step
+
+HERE = Path(__file__).resolve().parent
+KINDS = (None, "int8", "nf4")
+LENGTHS = (256, 512)
+SHAPES: dict[str, dict[str, int]] = {
+    "1.5b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_hidden_layers": 27},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
+}
+
+
+def shape(name: str, layers: int | None = None) -> transformers.LlamaConfig:
+    """A Llama of that size, or some layers of it."""
+    sizes = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    return transformers.LlamaConfig(vocab_size=32000, **sizes)
+
+
+def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
+    """Random weights, each made in the bits in which it stays, so that memory never holds the model in 16."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).bfloat16()
+    for linear in linears_of(model):
+        linear.weight = nn.Parameter(random_weight(linear.weight.shape, kind), requires_grad=False)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                value = torch.ones if parameter.dim() == 1 else lambda s, dtype: torch.randn(s, dtype=dtype) * 0.02
+                module._parameters[name] = nn.Parameter(value(parameter.shape, dtype=torch.bfloat16), False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def random_weight(size: torch.Size, kind: str | None) -> torch.Tensor:
+    if kind is None:
+        return torch.randn(size, dtype=torch.bfloat16) * 0.02
+    count = size.numel()
+    if kind == "int8":
+        parts = {"codes": torch.randint(-127, 128, size, dtype=torch.int8), "scales": torch.full(size[:1], 4e-4)}
+        return Int8Weight(parts, size, torch.bfloat16, False, torch.zeros(64))
+    parts = {
+        "codes": torch.randint(0, 256, (count // 2,), dtype=torch.uint8),
+        "absmax_codes": torch.randint(0, 256, (count // 64,), dtype=torch.uint8),
+        "absmax_scales": torch.full((-(-count // 64 // 256),), 0.01),
+        "offset": torch.tensor(0.05),
+    }
+    return NF4Weight(parts, size, torch.bfloat16, False, torch.zeros(64))
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(0)
+    lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    return model
+
+
+def step_of(model: Any, tokens: int) -> Callable[[], Any]:
+    """A step on so many tokens, in examples of 64 of which the second half is trained."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 30000, (tokens // 64, 64), generator=generator).tolist()
+    batch = [TokenExample(tuple(row), (False,) * 32 + (True,) * 32) for row in rows]
+    step = make_step(model)
+    return lambda: step.forward_backward(batch, loss_scale=1 / (tokens // 2))
+
+
+def base_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of the base, and of the linears in it that are quantised where any are."""
+    linears = sum(stored_bytes(linear.weight) for linear in linears_of(model))
+    return sum(map(stored_bytes, {id(p): p for p in model.parameters()}.values())), linears
+
+
+def steps(rounds: int) -> dict[str, Any]:
+    """Times of a step, and sizes."""
+    found: dict[str, Any] = {}
+    for name in ("smollm2", *SHAPES):
+        sizes: dict[str, Any] = {}
+        ways: dict[str, dict[int, Callable[[], Any]]] = {}
+        for kind in KINDS:
+            if name == "smollm2":
+                model = lora.load_base(dtype="bf16", quantize=kind)[0]
+            else:
+                model = random_model(shape(name, 2), kind)
+            sizes[kind or "bf16"] = dict(zip(("base_bytes", "linears_bytes"), base_bytes(model), strict=True))
+            adapted(model)
+            ways[kind or "bf16"] = {tokens: step_of(model, tokens) for tokens in LENGTHS}
+        times = {}
+        for tokens in LENGTHS:
+            times[str(tokens)] = in_turn({kind: of[tokens] for kind, of in ways.items()}, rounds)
+            rows = [
+                [kind, f"{t['seconds']:.3f} s", f"{t['ratio']:.3f}", f"{t['median_ratio']:.3f}"]
+                for kind, t in times[str(tokens)].items()
+            ]
+            say(table(rows, header=[f"{name}, {tokens} tokens", "", "", "median"]))
+        found[name] = {"sizes": sizes, "times": times}
+        del ways
+        gc.collect()
+    return found
+
+
+def fits() -> dict[str, Any]:
+    """Two steps of the whole 7B shape in NF4, with AdamW, in this process."""
+    model = adapted(random_model(shape("7b"), "nf4"))
+    run = step_of(model, 256)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"peak_bytes": peak, "base_bytes": base_bytes(model)[0], "step_s": seconds}
+    say(f"7B in NF4, 256 tokens a step: peak {peak / 1e9:.2f} GB, {seconds[-1]:.1f} s a step")
+    return found
+
+
+def learns(updates: int, seeds: Sequence[int], with_peft: bool) -> dict[str, Any]:
+    """The validation loss on E2E after so many updates of 8 examples."""
+    train, valid = bench.e2e("train"), bench.e2e("valid")[:200]
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        for seed in seeds:
+            model = lora.load_base(dtype="bf16", quantize=kind)[0]
+            torch.manual_seed(seed)
+            lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
+            step = make_step(model)
+            for batch in bench.batches(train, 8, 1, seed)[:updates]:
+                step.forward_backward(batch, loss_scale=1 / sum(sum(example.trained) for example in batch))
+                optimizer.step()
+                optimizer.zero_grad()
+            loss = evaluate_loss(step, model, valid)
+            found.setdefault(kind or "bf16", []).append(loss)
+            say(f"{kind or 'bf16'}, seed {seed}: {loss:.4f}")
+    if with_peft:
+        found["peft_bitsandbytes"] = peft_learns(updates, seeds[0], train, valid)
+    return {"updates": updates, "losses": found}
+
+
+def peft_learns(updates: int, seed: int, train: Any, valid: Any) -> dict[str, Any]:
+    """PEFT over bitsandbytes' NF4 on this CPU: seconds a step, and losses with an evaluation half way and without."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as directory:
+        lora.load_base(dtype="bf16")[0].save_pretrained(directory)
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        found: dict[str, Any] = {}
+        for name, evaluates in (("never evaluated", False), ("evaluated half way", True)):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.bfloat16, quantization_config=config
+            )
+            torch.manual_seed(seed)
+            settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = peft.get_peft_model(model, settings).train()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
+            seconds = []
+            for number, batch in enumerate(bench.batches(train, 8, 1, seed)[:updates]):
+                if evaluates and number == updates // 2:
+                    peft_loss(model.eval(), valid[:8])
+                    model.train()
+                start = time.perf_counter()
+                padded(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds.append(time.perf_counter() - start)
+            with torch.no_grad():
+                loss = peft_loss(model.eval(), valid)
+            found[name] = {"loss": loss, "step_s": min(seconds)}
+            say(f"PEFT with bitsandbytes, {name}: loss {loss:.4f}, {min(seconds):.2f} s a step")
+    return found
+
+
+def padded(model: Any, batch: Sequence[TokenExample]) -> torch.Tensor:
+    """The loss of a padded batch, as transformers computes it."""
+    width = max(map(len, batch))
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, example in enumerate(batch):
+        ids[row, : len(example)] = torch.tensor(example.ids)
+        mask[row, : len(example)] = 1
+        for place, trained in enumerate(example.trained):
+            if trained:
+                labels[row, place] = example.ids[place]
+    return model(input_ids=ids, attention_mask=mask, labels=labels).loss  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def peft_loss(model: Any, examples: Sequence[TokenExample]) -> float:
+    total = count = 0.0
+    for start in range(0, len(examples), 8):
+        batch = examples[start : start + 8]
+        trained = sum(sum(example.trained) for example in batch)
+        total, count = total + float(padded(model, batch)) * trained, count + trained
+    return total / count
+
+
+def main() -> None:
+    """Measures what is asked for and writes it into the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("steps", "fits", "learns"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--updates", type=int, default=460)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--peft", action="store_true", help="PEFT with bitsandbytes too, which must be installed")
+    args = parser.parse_args()
+    with keep_freed_memory(), freeze_objects():
+        if args.what == "steps":
+            found = steps(args.rounds)
+        elif args.what == "fits":
+            found = fits()
+        else:
+            found = learns(args.updates, range(args.seeds), args.peft)
+    path = HERE / "quant.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    libraries = ["transformers", *(["peft", "bitsandbytes"] if args.peft else [])]
+    known[args.what] = {"machine": machine(*libraries), **found}
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Base weights in 8 or 4 bits, which frozen layers compute with as they are (QLoRA, arXiv:2305.14314).
+
+int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, None]``
+nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
+       themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
+
+A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
+Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
+being multiplied.  Whatever else reads it, reads the dense weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from ..errors import ConfigError, UnsupportedModelError, did_you_mean
+from ..injection import samples_of
+from ..layers import is_conv1d
+
+__all__ = [
+    "QUANTIZATIONS",
+    "Int8Weight",
+    "NF4Weight",
+    "QuantizedWeight",
+    "quantize",
+    "quantize_model",
+    "round_model",
+]
+
+BLOCK: Final = 64  # weights with an absmax of their own
+BLOCKS: Final = 256  # absmax with a scale of their own
+_AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
+_BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
+aten = torch.ops.aten
+
+
+class QuantizedWeight(Tensor):
+    """A weight (out, in), or its transpose, that is held in fewer bits; each way to do so is a subclass.
+
+    Attributes:
+        codes: integers, in the order of (out, in).
+        turned: whether this is (in, out): a transposed view, or GPT-2's way to store weights.
+        samples: what fingerprints are made of, of the weight before it was quantised (see `samples_of`).
+    """
+
+    KIND: ClassVar[str]
+    PARTS: ClassVar[tuple[str, ...]]  # names of the tensors that it consists of
+    codes: Tensor
+    turned: bool
+    samples: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, turned: bool, samples: Any
+    ) -> Any:
+        """Puts a weight together; `shape` is (out, in)."""
+        seen = shape[::-1] if turned else shape
+        strides = (1, shape[1]) if turned else (shape[1], 1)
+        weight = Tensor._make_wrapper_subclass(
+            cls, seen, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
+        )
+        for name, part in parts.items():
+            setattr(weight, name, part)
+        weight.turned, weight.samples = turned, samples
+        return weight
+
+    def __init__(self, *args: Any) -> None:
+        """All is done in __new__, where a tensor's shape has to be known."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Mapping[str, Tensor]:
+        """Returns the parts that a weight (out, in) is quantised to."""
+        raise NotImplementedError
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """Returns the dense weight as (out, in)."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """Returns the weight as an ordinary tensor of its shape and dtype."""
+        rows = self.rows(self.dtype)
+        return rows.T if self.turned else rows
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(part.nbytes for part in self._parts().values())
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """(out, in), whichever way this tensor is turned."""
+        return torch.Size(reversed(self.shape)) if self.turned else self.shape
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.PARTS}
+
+    def _like(
+        self, parts: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None, turn: bool = False
+    ) -> QuantizedWeight:
+        parts = self._parts() if parts is None else parts
+        return type(self)(parts, self.stored_shape, dtype or self.dtype, self.turned != turn, self.samples)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedWeight:
+        return self._like({name: function(part) for name, part in self._parts().items()}, dtype)
+
+    # What PyTorch asks of a tensor that consists of others.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.PARTS), (self.stored_shape, self.dtype, self.turned, self.samples)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: Mapping[str, Tensor], context: Any, size: Any, stride: Any) -> QuantizedWeight:
+        return cls(parts, *context)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self), self._parts(), *self.__tensor_flatten__()[1], hasattr(self, "_is_param"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        copy = self._mapped(Tensor.clone)
+        memo[id(self)] = copy = cast(QuantizedWeight, nn.Parameter(copy, False)) if hasattr(self, "_is_param") else copy
+        return copy
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], QuantizedWeight):
+            if (known := _FUNCTIONS.get(func)) is not None:
+                return known(*args, **(kwargs or {}))
+            if func._schema.is_mutable:
+                raise UnsupportedModelError(
+                    f"a weight in {cls.KIND} cannot be written to ({func._schema.name}): make another one with "
+                    "loralib.bases.quant.quantize(), or load the base without quantize"
+                )
+        return func(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs or {}))
+
+
+def _as_dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, QuantizedWeight) else value
+
+
+def _turned(weight: QuantizedWeight, *dims: int) -> QuantizedWeight:
+    return weight._like(turn=not dims or dims[0] % 2 != dims[1] % 2)
+
+
+def _converted(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
+    return weight._mapped(lambda part: part if device is None else part.to(device), dtype)
+
+
+# Operators whose result is a quantised weight too. All others, products among them, see a dense one for a moment;
+# autograd keeps the quantised one for the backward pass.
+_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
+    aten.detach.default: lambda weight: weight._like(),
+    aten.alias.default: lambda weight: weight._like(),
+    aten.clone.default: lambda weight, **_: weight._mapped(Tensor.clone),
+    aten._to_copy.default: _converted,
+    aten.t.default: _turned,
+    aten.transpose.int: _turned,
+    aten.permute.default: lambda weight, dims: _turned(weight, *dims) if list(dims) != [0, 1] else weight._like(),
+}
+
+
+def _rebuild(
+    kind: type[QuantizedWeight],
+    parts: Mapping[str, Tensor],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    turned: bool,
+    samples: Any,
+    is_parameter: bool,
+) -> QuantizedWeight:
+    weight = kind(parts, shape, dtype, turned, samples)
+    return cast(QuantizedWeight, nn.Parameter(weight, False)) if is_parameter else weight
+
+
+class Int8Weight(QuantizedWeight):
+    """A byte a weight: ``codes`` (out, in) from -127 to 127, and ``scales`` (out,), a row's absmax / 127."""
+
+    KIND = "int8"
+    PARTS = ("codes", "scales")
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Mapping[str, Tensor]:
+        codes, scales = [], []
+        for rows in weight.split(max(1, _AT_ONCE // weight.shape[1])):
+            wide = rows.float()
+            scale = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            codes.append((wide / scale[:, None]).round().to(torch.int8))
+            scales.append(scale)
+        return {"codes": torch.cat(codes), "scales": torch.cat(scales)}
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scales[:, None]).to(dtype)
+
+
+class NF4Weight(QuantizedWeight):
+    """4 bits a weight, as bitsandbytes lays them out: two in a byte, the first in its upper half.
+
+    With ``b`` a block of 64 weights, ``absmax[b] = MAP[absmax_codes[b]] * absmax_scales[b // 256] + offset``.
+
+    Attributes:
+        codes: (out * in / 2,) bytes.
+        absmax_codes: (blocks,) bytes.
+        absmax_scales: (blocks / 256,) fp32.
+        offset: () fp32, the mean of all absmax.
+    """
+
+    KIND = "nf4"
+    PARTS = ("codes", "absmax_codes", "absmax_scales", "offset")
+    absmax_codes: Tensor
+    absmax_scales: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Mapping[str, Tensor]:
+        flat = weight.reshape(-1)
+        codes, absmax = [], []
+        for some in flat.split(_AT_ONCE):  # a multiple of the block: none is cut
+            blocks = F.pad(some.float(), (0, -len(some) % BLOCK)).view(-1, BLOCK)
+            most = blocks.abs().amax(1)
+            shares = blocks / most.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+            absmax.append(most)
+            places = torch.bucketize(shares, _middles(levels())).to(torch.uint8).view(-1)[: len(some) + len(some) % 2]
+            codes.append(places[0::2] << 4 | places[1::2])
+        return {"codes": torch.cat(codes), **_absmax_parts(torch.cat(absmax))}
+
+    def absmax(self) -> Tensor:
+        """Returns that of each block, (blocks,) fp32."""
+        scales = self.absmax_scales.repeat_interleave(BLOCKS)[: len(self.absmax_codes)]
+        return absmax_map().to(self.device)[self.absmax_codes.long()] * scales + self.offset
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cuda":
+            from . import bnb  # which stands on this file
+
+            if bnb.is_available():
+                return bnb.dequantized(self, dtype)
+        pairs, absmax, count = _pairs().to(self.device), self.absmax(), self.stored_shape.numel()
+        found = torch.empty(len(absmax), BLOCK, dtype=dtype, device=self.device)
+        for start in range(0, len(absmax), _BLOCKS_AT_ONCE):
+            some = absmax[start : start + _BLOCKS_AT_ONCE]
+            codes = self.codes[start * BLOCK // 2 : (start + len(some)) * BLOCK // 2].int()
+            codes = F.pad(codes, (0, len(some) * BLOCK // 2 - len(codes)))  # the last block may not be whole
+            values = pairs.index_select(0, codes).view(torch.float32).view(-1, BLOCK)
+            found[start : start + len(some)] = values.mul_(some[:, None])
+        return found.view(-1)[:count].view(self.stored_shape)
+
+
+def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
+    """Quantises the absmax (blocks,) of a weight in turn."""
+    offset = absmax.mean()
+    blocks = F.pad(absmax - offset, (0, -len(absmax) % BLOCKS)).view(-1, BLOCKS)
+    scales = blocks.abs().amax(1)
+    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(shares, _middles(absmax_map())).to(torch.uint8).view(-1)[: len(absmax)]
+    return {"absmax_codes": codes, "absmax_scales": scales, "offset": offset}
+
+
+def _middles(values: Tensor) -> Tensor:
+    """Where one value stops being the nearest, for values in rising order."""
+    return (values[1:] + values[:-1]) / 2
+
+
+@functools.cache
+def levels() -> Tensor:
+    """The 16 levels of NormalFloat with 4 bits (appendix E of the paper): quantiles of a normal distribution.
+
+    >>> levels()[[0, 7, 15]].tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    negative = "1.0 0.6961928009986877 0.5250730514526367 0.39491748809814453 0.28444138169288635 0.18477343022823334"
+    positive = (
+        "0.0795802995562553 0.16093020141124725 0.24611230194568634 0.33791524171829224 0.44070982933044434 "
+        "0.5626170039176941 0.7229568362236023 1.0"
+    )
+    below = [-float(value) for value in f"{negative} 0.09105003625154495".split()]
+    return torch.tensor([*below, 0.0, *map(float, positive.split())])
+
+
+@functools.cache
+def _pairs() -> Tensor:
+    """The two levels that each byte stands for, (256,): two fp32 in one number, to be looked up at once."""
+    table, byte = levels(), torch.arange(256)
+    return torch.stack([table[byte >> 4], table[byte & 15]], 1).contiguous().view(torch.int64).view(-1)
+
+
+@functools.cache
+def absmax_map() -> Tensor:
+    """The 256 numbers of the dynamic 8-bit type (Dettmers et al. 2022, arXiv:2110.02861, section 2.1).
+
+    A sign, an exponent of ten of varying length, and in the bits that are left the middles of equal parts of 0.1 to 1.
+
+    >>> len(absmax_map()), absmax_map().min().item() < -0.99, absmax_map().max().item()
+    (256, True, 1.0)
+    """
+    middles = [_middles(torch.linspace(0.1, 1, 2**bits + 1)) * 10.0 ** (bits - 6) for bits in range(7)]
+    positive = torch.cat(middles)
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+QUANTIZATIONS: Final[Mapping[str, type[QuantizedWeight]]] = {kind.KIND: kind for kind in (Int8Weight, NF4Weight)}
+
+
+def check_kind(kind: str) -> None:
+    """Raises ConfigError unless there is such a way to quantise."""
+    if kind not in QUANTIZATIONS:
+        expected = " or ".join(map(repr, QUANTIZATIONS))
+        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, QUANTIZATIONS)}")
+
+
+def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWeight:
+    """Quantises a weight.
+
+    Args:
+        weight: (out, in), or (in, out) if it is turned; bf16, fp16 or fp32, the dtype that it seems to have afterwards.
+        kind: "int8" or "nf4".
+        turned: whether it is stored as (in, out); it is quantised as (out, in) all the same.
+
+    Raises:
+        ConfigError: there is no such kind.
+
+    >>> weight = quantize(torch.tensor([[1.0, -0.5], [0.25, 0.125]]), "int8")
+    >>> weight.dense().tolist()[0][0], weight.codes.tolist()
+    (1.0, [[127, -64], [127, 64]])
+    """
+    check_kind(kind)
+    weight = weight.detach()
+    rows, samples = weight.T if turned else weight, samples_of(weight).clone()
+    cls = QUANTIZATIONS[kind]
+    return cls(cls.of(rows), rows.shape, weight.dtype, turned, samples)
+
+
+def quantize_model(model: nn.Module, kind: str) -> int:
+    """Quantises the weights of a model's linears in place, one after the other, all but the head's; returns how many.
+
+    Embeddings, norms and the head stay as they are, as in QLoRA.
+
+    Raises:
+        ConfigError: there is no such kind, or the model has no linear.
+    """
+    count = 0
+    for module in linears_of(model):
+        weight = quantize(module.weight, kind, turned=is_conv1d(module))
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        count += 1
+    if not count:
+        raise ConfigError(f"quantize={kind!r} finds no linear layer in {type(model).__name__}")
+    return count
+
+
+def round_model(model: nn.Module, kind: str) -> float:
+    """Gives each linear of a model, the head apart, the values that its weight has in fewer bits, in ordinary tensors.
+
+    Args:
+        model: its weights are replaced; fingerprints still know them as they were.
+        kind: "int8" or "nf4"; weights are rounded to bf16 first, as the base of a training run is.
+
+    Returns:
+        The error, ``||W' - W|| / ||W||`` over all of them.
+    """
+    errors, norms = 0.0, 0.0
+    for module in linears_of(model):
+        weight = module.weight.detach()
+        held = quantize(weight.to(torch.bfloat16), kind, turned=is_conv1d(module))
+        values = nn.Parameter(held.dense().to(weight.dtype).contiguous(), requires_grad=False)
+        errors += float((values.data - weight).double().square().sum())
+        norms += float(weight.double().square().sum())
+        values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
+        module.weight = values
+    return math.sqrt(errors / norms) if norms else 0.0
+
+
+def linears_of(model: nn.Module) -> Iterator[Any]:
+    """Yields the linears of a model whose weights are quantised: all but the head."""
+    head = head_of(model)
+    for module in list(model.modules()):
+        if module is not head and is_quantizable(module):
+            yield module
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is a linear whose weight can be quantised."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Returns the linear that makes the logits, where the model has one."""
+    return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,0 +1,115 @@
+"""Reading a base into fewer bits, and bases that others quantised.
+
+Each weight is quantised as transformers reads it, so that memory never holds the whole model in 16 bits.  This goes
+through transformers' own door: a quantizer, registered under a name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..console import counted
+from ..errors import BaseModelError, first_line
+from ..layers import is_conv1d
+from . import bnb
+from .quant import head_of, is_quantizable, quantize
+
+__all__ = ["finish_reading", "quantizing"]
+
+_NAME = "loralib"
+
+
+def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns arguments for ``from_pretrained`` with which it quantises the linears' weights while it reads them.
+
+    Args:
+        kind: "int8" or "nf4".
+        dtype: that the weights have before.
+    """
+    return {"quantization_config": _config_class()(kind=kind, dtype=dtype)}
+
+
+def finish_reading(model: Any) -> None:
+    """Makes a model that was read so an ordinary one again, for all that transformers knows."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        vars(getattr(module, "config", model.config)).pop("_is_quantized", None)
+
+
+def take_over(model: Any, name: str) -> str:
+    """Makes a base that others quantised one of plain linears, in the same bits where they are known here.
+
+    Args:
+        model: as transformers read it.
+        name: of the base, for messages.
+
+    Returns:
+        What was done, for the user.
+
+    Raises:
+        BaseModelError: neither this library nor transformers can make its weights dense.
+    """
+    method = str(getattr(model.hf_quantizer.quantization_config.quant_method, "value", "unknown"))
+    if method == "bitsandbytes":
+        kept, dense = bnb.take_over(model)
+        finish_reading(model)
+        made = f"; {counted(dense, 'weight')} of another kind made dense" if dense else ""
+        return f"{name} was quantised by bitsandbytes: {counted(kept, 'weight')} kept in their bits{made}"
+    try:
+        model.dequantize()
+    except Exception as error:
+        raise BaseModelError(
+            f"{name} was quantised by {method}, and transformers cannot make it dense again: {first_line(error)}. Use "
+            "the model that it was made from, with --quantize nf4 or int8."
+        ) from error
+    finish_reading(model)
+    return f"{name} was quantised by {method}; its weights are dense now, and take the memory of a model that never was"
+
+
+@functools.cache
+def _config_class() -> Any:
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Quantize(ConversionOps):
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+        def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+            found = {}
+            for name, value in input_dict.items():
+                weight = (value[0] if isinstance(value, list) else value).to(self.config.dtype)
+                turned = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+                found[name] = nn.Parameter(quantize(weight, self.config.kind, turned=turned), requires_grad=False)
+            return found
+
+    class Quantizer(HfQuantizer):
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            path, _, leaf = param_name.rpartition(".")
+            module = model.get_submodule(path)
+            return leaf == "weight" and is_quantizable(module) and module is not head_of(model)
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self.quantization_config)
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, kind: str, dtype: torch.dtype) -> None:
+            self.quant_method, self.kind, self.dtype = cast(Any, _NAME), kind, dtype
+
+    register_quantization_config(_NAME)(Config)
+    register_quantizer(_NAME)(Quantizer)
+    return Config
