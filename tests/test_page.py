@@ -435,7 +435,6 @@ def test_only_the_page_itself_needs_no_key(model: Path, tmp_path: Path) -> None:
         ("GET", "/page-api/exports/..%2F..%2Fjobs/content", None, 404),
         ("GET", "/page-api/adapters/learned?name=/etc", None, 404),
         ("POST", "/page-api/adapters/load", {"name": "nobody"}, 404),
-        ("POST", "/page-api/adapters/unload", {"name": "nobody"}, 404),
         ("POST", "/page-api/preview", {"training_file": "file-nothing"}, 404),
         ("GET", "/page/..%2Fapi.py", None, 404),
         ("GET", "/page/../api.py", None, 404),

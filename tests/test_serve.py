@@ -108,7 +108,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(places: Path) -> Iterator[Running]:
     config = ServeConfig(
-        model=str(places / "base"), adapters=str(places / "shelf"), dtype="fp32", page=False, max_tokens=200,
+        model=str(places / "base"), adapters=str(places / "shelf"), dtype="fp32", max_tokens=200,
         state_dir=str(places / "state"), max_jobs=0, max_body_mb=0.2, max_requests=8, max_waiting=4,
     )  # fmt: skip
     running = Running(config)
@@ -715,6 +715,18 @@ def test_a_job_on_chats_is_refused_where_only_the_server_has_a_template(places: 
         assert "chat_template.jinja" in job.error["message"]
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/v1/files", "GET, POST"), ("/v1/files/file-1", "DELETE, GET"), ("/v1/adapters/a/b", "DELETE, GET, PATCH"),
+     ("/v1/models", "GET"), ("/openapi.json", "GET, HEAD"), ("/", "GET"), ("/page/main.js", "GET, HEAD"),
+     ("/page-api/adapters/load", "POST")],
+)  # fmt: skip
+def test_a_wrong_method_is_told_all_the_right_ones(running: Running, path: str, allowed: str) -> None:
+    for method in ("OPTIONS", "PUT"):
+        reply = httpx.request(method, running.url + path)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
 
 
 def test_health_tells_that_the_model_s_thread_has_died(places: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .adapted import base_of, load_adapted, save_tokenizer, tokenizer_for, trained_on_chats
+from .adapted import base_of, common_base, load_adapted, save_tokenizer, tokenizer_for, trained_on_chats
 from .device import pick_device, pick_dtype
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
 
 __all__ = [
     "DEFAULT_BASE",
     "base_of",
+    "common_base",
     "load_adapted",
     "load_adapters_tokenizer",
     "load_base",

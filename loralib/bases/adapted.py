@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +14,12 @@ from torch import nn
 
 from ..adapter import Adapter, apply_adapter
 from ..console import say
-from ..errors import BaseModelError
+from ..errors import BaseModelError, ConfigError, LoraError, list_faults
 from ..formats import is_read_with_base, locate_adapter, read_adapter, with_present_names
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
-__all__ = ["base_of", "load_adapted", "save_tokenizer", "tokenizer_for", "trained_on_chats"]
+__all__ = ["base_of", "common_base", "load_adapted", "save_tokenizer", "tokenizer_for", "trained_on_chats"]
 
 # In tokenizer_config.json, where chat templates are too: what the adapter beside it was trained on.
 _TRAINED_ON: Final = "loralib_trained_on"
@@ -27,6 +28,39 @@ _TRAINED_ON: Final = "loralib_trained_on"
 def base_of(adapter: Adapter | None, name: str | None = None) -> str:
     """Returns the name of the base model to load: the given one, else the adapter's, else the default."""
     return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
+
+
+def common_base(adapters: Iterable[tuple[str, str | Path]], name: str | None = None) -> str:
+    """Returns the base model for several adapters: the given one, else the one that they name, else the default.
+
+    An adapter that cannot be read names none; whoever loads it will say why.
+
+    Args:
+        adapters: what each is called, and where it is.
+        name: the base that is given.
+
+    Raises:
+        ConfigError: they name several.
+    """
+    if name is not None:
+        return name
+    bases: dict[str, list[str]] = {}
+    for called, source in adapters:
+        base = _base_named_by(source)
+        if base is not None:
+            bases.setdefault(base, []).append(called)
+    if len(bases) > 1:
+        faults = [f"{base}: {', '.join(names)}" for base, names in sorted(bases.items())]
+        raise ConfigError(list_faults("the adapters were trained on several bases", faults, "Choose one with --model."))
+    return next(iter(bases), DEFAULT_BASE)
+
+
+def _base_named_by(source: str | Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError, LoraError):
+        if not is_read_with_base(source):
+            text = (Path(locate_adapter(source)) / "adapter_config.json").read_text(encoding="utf-8")
+            return json.loads(text).get("base_model_name_or_path") or None
+    return None
 
 
 def load_adapted(

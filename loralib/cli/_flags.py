@@ -90,12 +90,6 @@ def _number_or_auto(word: str) -> float | str:
 
 
 _OR_AUTO: Final[dict[Any, Callable[[str], Any]]] = {int: _whole_or_auto, float: _number_or_auto}
-_EXPECTED: Final[dict[Any, str]] = {
-    int: "a whole number",
-    float: "a number",
-    _whole_or_auto: f"a whole number, or {AUTO}",
-    _number_or_auto: f"a number, or {AUTO}",
-}
 
 
 def _comma_list(word: str) -> list[str]:
@@ -108,19 +102,22 @@ def _files(word: str) -> list[str]:
     return [word] if exists else _comma_list(word)
 
 
-def _pair(word: str) -> tuple[int, float]:
-    key, _, value = word.partition("=")
-    return int(key), float(value)
-
-
-def _pairs(word: str) -> list[tuple[int, float]]:
-    return [_pair(part) for part in _comma_list(word)]
+def _pairs(word: str) -> dict[int, float]:
+    pairs = [part.partition("=") for part in _comma_list(word)]
+    return {int(key): float(value) for key, _, value in pairs}
 
 
 _SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {
     "names": parse_target_modules,
     "files": _files,
     "pairs": _pairs,
+}
+_EXPECTED: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    _whole_or_auto: f"a whole number, or {AUTO}",
+    _number_or_auto: f"a number, or {AUTO}",
+    _pairs: "pairs such as 13=-5",
 }
 
 
@@ -140,17 +137,22 @@ def add_list(
     class Words(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             try:
-                lists: list[Any] = [items(word) for word in values]
+                lists = [items(word) for word in values]
             except ValueError:
-                expected = "pairs such as 13=-5" if items is _pairs else "numbers"
+                expected = _EXPECTED.get(items, "numbers")
                 raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected {expected}") from None
-            joined: list[Any] = [item for each in lists for item in ([each] if isinstance(each, str) else each)]
-            if items is _pairs:
-                setattr(namespace, self.dest, dict(joined))
-            else:
-                setattr(namespace, self.dest, lists[0] if len(lists) == 1 else joined)
+            setattr(namespace, self.dest, _joined(lists))
 
     add_flag(group, *names, nargs="+", action=Words, **options)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Joins what the words of a list stand for: lists, mappings, or texts, each of which is one item."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], dict):
+        return {key: value for part in parts for key, value in part.items()}
+    return [item for part in parts for item in ([part] if isinstance(part, str) else part)]
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..bases import base_of, load_adapted, load_base, tokenizer_for, trained_on_chats
+from ..bases import base_of, common_base, load_adapted, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.examples import chat_of
@@ -219,18 +219,12 @@ def _tasks(args: argparse.Namespace) -> list[tuple[Example, str | None]]:
     return [(next(turns[name]), None if name == "base" else name) for _, name in pairs]
 
 
-def _common_base(args: argparse.Namespace) -> str:
-    """Returns the base that is given, or that the first adapter names which names one."""
-    first = next((read_adapter(path) for path in args.adapters.values() if not is_read_with_base(path)), None)
-    return base_of(first, args.model)
-
-
 def _named_texts(
     args: argparse.Namespace, tasks: Sequence[tuple[Example, str | None]], start: int, sampling: Sampling
 ) -> Iterator[tuple[str, str]]:
     """Yields text and finish_reason of each task from `start` on, in order."""
     sources: dict[str, str] = args.adapters
-    model, tokenizer = load_base(_common_base(args), dtype=args.dtype, device=args.device)
+    model, tokenizer = load_base(common_base(sources.items(), args.model), dtype=args.dtype, device=args.device)
     bank, faults = Bank(model), []
     for name, path in sources.items():
         try:
@@ -319,7 +313,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     if args.adapter:
         result["adapter"] = _digest(args.adapter)
     if getattr(args, "adapters", None):
-        result["model"] = _common_base(args)
+        result["model"] = common_base(args.adapters.items(), args.model)
         result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
     plain = dataclasses.asdict(Sampling())

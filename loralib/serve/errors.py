@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 
 from ..errors import (
     AdapterError,
@@ -47,6 +48,7 @@ _STATUSES: Final[Sequence[tuple[type[LoraError], int, str | None]]] = (
     (MissingDependencyError, 501, "missing_dependency"),
 )
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_METHODS: Final = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _WORDS: Final = {
     404: "there is nothing at this address",
     405: "this method is not allowed here",
@@ -161,13 +163,24 @@ def answer(error: BaseException) -> JSONResponse:
 def install(app: FastAPI) -> None:
     """Makes an application answer every error in this shape."""
 
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, LoraError) and fault_of(error).status == 500:  # uvicorn logs all others that are
             logging.getLogger("uvicorn.error").error("%s", error, exc_info=error)
-        return answer(error)
+        reply = answer(error)
+        if reply.status_code == 405:
+            reply.headers["allow"] = ", ".join(_allowed(request))
+        return reply
 
     for kind in (LoraError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Returns the methods that an address has; the router itself tells those of its first route there."""
+    scope = {name: value for name, value in request.scope.items() if name != "method"}
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    found = [name for name in _METHODS if any(r.matches({**scope, "method": name})[0] is Match.FULL for r in routes)]
+    return found or ["GET", "HEAD"]  # files of the page
 
 
 def _retry(status: int) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bases import DEFAULT_BASE, load_base
+from ..bases import common_base, load_base
 from ..engine.bank import Bank
 from ..errors import AdapterError, ConfigError, LoraError, did_you_mean, list_faults
 from ..formats import locate_adapter
@@ -18,7 +18,7 @@ from .errors import RequestError
 from .jobs import Jobs
 from .metrics import Metrics
 from .settings import ServeConfig
-from .shelf import Shelf, adapter_directories, base_named_by, directory_below
+from .shelf import Shelf, adapter_directories, directory_below
 
 __all__ = ["Server", "start"]
 
@@ -108,7 +108,7 @@ def start(config: ServeConfig) -> Server:
     """
     root = _root(config)
     wanted = _wanted(config, root)
-    given = config.model or _common_base(wanted)
+    given = common_base(wanted, config.model)
     name = Path(given).name if Path(given).is_dir() else given
     model, tokenizer = load_base(given, dtype=config.dtype, device=config.device)
     # A job loads the base for itself, without the template that only the server has: it is checked as it will be read.
@@ -180,23 +180,6 @@ def _wanted(config: ServeConfig, root: Path | None) -> list[tuple[str, Path]]:
             list_faults("names of adapters are taken twice", twice, "Give them others: --adapter NAME=DIR")
         )
     return [*named, *found]
-
-
-def _common_base(adapters: Sequence[tuple[str, Path]]) -> str:
-    """Returns the base that all adapters name, or the default.
-
-    Raises:
-        ConfigError: they name several.
-    """
-    bases: dict[str, list[str]] = {}
-    for name, source in adapters:
-        base = base_named_by(source)
-        if base is not None:
-            bases.setdefault(base, []).append(name)
-    if len(bases) > 1:
-        faults = [f"{base}: {', '.join(names)}" for base, names in sorted(bases.items())]
-        raise ConfigError(list_faults("the adapters were trained on several bases", faults, "Choose one with --model."))
-    return next(iter(bases), DEFAULT_BASE)
 
 
 def _template(file: str, tokenizer: Any) -> str:

@@ -7,7 +7,6 @@ the configured one.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 import time
@@ -20,11 +19,11 @@ from typing import Any, Final, TypeVar
 from ..bases import tokenizer_for, trained_on_chats
 from ..data.turn_ends import turn_ends
 from ..engine.bank import Bank
-from ..errors import LoraError, did_you_mean
-from ..formats import is_read_with_base, read_adapter
+from ..errors import did_you_mean
+from ..formats import read_adapter
 from .state import RequestError
 
-__all__ = ["AdapterInfo", "Shelf", "adapter_directories", "base_named_by", "directory_below"]
+__all__ = ["AdapterInfo", "Shelf", "adapter_directories", "directory_below"]
 
 Result = TypeVar("Result")
 
@@ -297,12 +296,3 @@ def directory_below(root: Path | None, name: str) -> Path:
         near = did_you_mean(name, known)
         raise RequestError(f"there is no adapter in {name[:200]!r} below --adapters.{near}", 404, "no_adapter", "path")
     return path
-
-
-def base_named_by(source: Path) -> str | None:
-    """Returns the base that an adapter names, or None where it names none."""
-    with suppress(OSError, ValueError, AttributeError, LoraError):
-        if not is_read_with_base(source):
-            settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-            return settings.get("base_model_name_or_path") or None
-    return None

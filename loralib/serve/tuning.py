@@ -300,25 +300,21 @@ def get_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
     return _job(jobs, jobs.get(fine_tuning_job_id))
 
 
-@router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel")
-def cancel_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
-    """Ends a job for good."""
-    jobs = _jobs(request)
-    return _job(jobs, jobs.cancel(fine_tuning_job_id))
+def _changes(change: Callable[[Jobs, str], Job]) -> Callable[[Request, str], dict[str, Any]]:
+    def answer(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
+        jobs = _jobs(request)
+        return _job(jobs, change(jobs, fine_tuning_job_id))
+
+    return answer
 
 
-@router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause")
-def pause_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
-    """Ends a job's process, which saves itself first."""
-    jobs = _jobs(request)
-    return _job(jobs, jobs.pause(fine_tuning_job_id))
-
-
-@router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume")
-def resume_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
-    """Goes on from where a paused or failed job has saved itself."""
-    jobs = _jobs(request)
-    return _job(jobs, jobs.resume(fine_tuning_job_id))
+for _name, _change, _about in (
+    ("cancel", Jobs.cancel, "Ends a job for good."),
+    ("pause", Jobs.pause, "Ends a job's process, which saves itself first."),
+    ("resume", Jobs.resume, "Goes on from where a paused or failed job has saved itself."),
+):
+    _address = f"/v1/fine_tuning/jobs/{{fine_tuning_job_id}}/{_name}"
+    router.add_api_route(_address, _changes(_change), methods=["POST"], name=f"{_name}_job", description=_about)
 
 
 @router.get(

@@ -112,13 +112,6 @@ def load(request: Request, body: NameRequest) -> dict[str, Any]:
     return {"name": body.name, "loaded": True}
 
 
-@router.post("/adapters/unload")
-def unload(request: Request, body: NameRequest) -> dict[str, Any]:
-    """Forgets a loaded adapter; texts that are being written with it go on."""
-    _server(request).adapters.unload(body.name)
-    return {"name": body.name, "loaded": False}
-
-
 def _exports(request: Request) -> Exports:
     exports: Exports = request.app.state.exports
     return exports

@@ -1,5 +1,5 @@
 // Adapters: what each is, what it has learned, and its exports.
-import { blob, get, hasKey, post } from "./api.js";
+import { blob, get, hasKey, post, remove } from "./api.js";
 import { heatMap } from "./charts.js";
 import { announce, h, setWords, showError } from "./dom.js";
 import { bytes, called, number, significant, translate } from "./words.js";
@@ -139,7 +139,8 @@ class AdapterCard {
     this.loadButton.disabled = true;
     showError(this.problem, null);
     try {
-      await post(`/page-api/adapters/${loaded ? "unload" : "load"}`, { name: this.facts.name });
+      if (loaded) await remove(`/v1/adapters/${encodeURIComponent(this.facts.name)}`);
+      else await post("/page-api/adapters/load", { name: this.facts.name });
       this.fill({ ...this.facts, loaded: !loaded });
       announce(loaded ? "not_loaded" : "loaded");
     } catch (error) {

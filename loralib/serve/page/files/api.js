@@ -45,6 +45,7 @@ export const get = async (path) => (await send(path)).json();
 export const post = async (path, body = {}, signal) => (await send(path, {
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
 })).json();
+export const remove = async (path) => (await send(path, { method: "DELETE" })).json();
 export const blob = async (path) => (await send(path)).blob();
 
 export async function upload(file) {
