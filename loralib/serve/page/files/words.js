@@ -18,6 +18,7 @@ export const WORDS = {
   loading: ["Loading …", "Đang tải …"],
   none: ["none", "không có"],
   auto: ["auto", "tự động"],
+  unreachable: ["The server cannot be reached ({why}). Is it still running?", "Không kết nối được với máy chủ ({why}). Máy chủ còn chạy không?"],
   try_again: ["Try again", "Thử lại"],
 
   key_title: ["This server asks for a key", "Máy chủ này cần khóa"],
@@ -195,7 +196,7 @@ export const WORDS = {
   layer: ["Layer", "Lớp"],
   outside_layers: ["other", "khác"],
   export: ["Export", "Xuất"],
-  export_hint: ["Written and checked on the server, then downloaded.", "Ghi và kiểm tra trên máy chủ, rồi tải về."],
+  export_hint: ["Written and checked on the server, which keeps the last few for download until it ends.", "Ghi và kiểm tra trên máy chủ; máy chủ giữ vài bản gần nhất để tải về cho đến khi tắt."],
   export_peft: ["PEFT", "PEFT"],
   export_gguf: ["GGUF (llama.cpp)", "GGUF (llama.cpp)"],
   export_mlx: ["MLX", "MLX"],
