@@ -662,7 +662,8 @@ def test_every_word_on_the_page_is_in_its_list_of_words(visit: Callable[..., Any
     page.reload()
     page.locator("h1:visible").wait_for()
     data = re.compile(
-        r"squares|long|wild|tiny|loralib|English|Tiếng Việt|^r = |r, alpha|GPT|c_attn|c_proj|c_fc|^[\w.]+$|num_epochs|^[\d.,]+ [kM]B$"
+        r"squares|long|wild|tiny|loralib|English|Tiếng Việt|^r = |r, alpha|GPT|c_attn|c_proj|c_fc|num_epochs"
+        r"|^[\w.]+$|^[\d.,]+ [kM]B$|^[\d/, :]+\s[AP]M$"
     )
     for view in each_view(page, trained):
         said = page.evaluate(
