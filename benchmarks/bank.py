@@ -4,8 +4,8 @@ python benchmarks/bank.py              twenty minutes on two cores; writes bench
 python benchmarks/bank.py --rounds 1 --steps 5      a try of two minutes
 
 A step is one token of every row, greedy, with 64 tokens before it; adapters are on all linears.  All take their turns
-in each round; minima, and medians of the ratios of neighbours.  PEFT mixes by `adapter_names`, with the key-value cache of
-transformers.  llama.cpp's server gets 16 requests at once, each with its own adapter in `lora`; it loads adapters at
+in each round; minima, and medians of the ratios of neighbours.  PEFT mixes by `adapter_names`, with the key-value cache
+of transformers.  llama.cpp's server gets 16 requests at once, each with its own adapter in `lora`; it loads adapters at
 its start only, and requests with different ones wait for one another.  Its step is the time for 33 tokens of every row
 less that for one token, over 32.
 """

@@ -273,14 +273,14 @@ def test_the_slider_changes_the_text_and_nobody_elses(
 ) -> None:
     page = visit()
     base, adapted = ask(page, "Number 7 is")
-    slider = page.get_by_role("slider").nth(1)
+    slider = page.get_by_role("slider")  # the base has none
     slider.focus()
     with page.expect_response("**/v1/completions"):
         slider.press("Home")
     assert answers(page) == [base, base]
     with page.expect_response("**/v1/completions"):
         slider.press("End")
-    assert page.locator(".panel output").nth(1).inner_text() == "2.00"
+    assert page.locator(".panel output:visible").inner_text() == "2.00"
     assert answers(page)[1] not in (base,)
     assert (
         "".join(piece.text for piece in site.server.service.stream("Number 7 is", _greedy(6), trained.name)) in adapted
