@@ -31,7 +31,6 @@ from machine import machine
 
 import loralib as lora
 from loralib.console import say, table
-from loralib.formats.peft import write_peft
 from loralib.generation.decoder import make_decoder
 
 HERE = Path(__file__).resolve().parent
@@ -115,14 +114,6 @@ def peft_model(values: dict[str, lora.Adapter]) -> Any:
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.02)
     return model.eval()
-
-
-def llama_cpp_files(root: Path, values: dict[str, lora.Adapter]) -> None:
-    """Writes the base and the adapters for llama.cpp."""
-    for name, value in list(values.items())[:ADAPTERS]:
-        write_peft(value, root / name)
-        llama_cpp.convert(root / name, root / f"{name}.gguf")
-    llama_cpp.write_base(root / "base.gguf")
 
 
 def llama_cpp_steps(address: str, adapters: Sequence[int | None]) -> Callable[[], float]:
@@ -210,7 +201,7 @@ def main() -> None:
     bank = lora.Bank(base())
     figures = loads_and_switches(bank, values)
     with tempfile.TemporaryDirectory() as directory:
-        llama_cpp_files(Path(directory), values)
+        llama_cpp.write(Path(directory), {f"a{number}": values[f"a{number}"] for number in range(ADAPTERS)})
         with llama_cpp.serving(Path(directory), ROWS) as address:
             seconds = measure(all_steps(bank, values, address), args.rounds, args.steps)
     ratios = {name: ratio(seconds[a], seconds[b]) for name, (a, b) in PAIRS.items()}

@@ -6,20 +6,23 @@ import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
 import torch
 
+from loralib import Adapter, load_base
 from loralib.bases.loading import _bundled_file
-from loralib.cli import main as command
+from loralib.formats import export, make_portable
 
 
-def convert(directory: Path, target: Path) -> None:
-    """Writes an adapter of the default base as GGUF."""
-    if command(["convert", str(directory), str(target), "--target", "llamacpp", "--model", "smollm2-135m"]):
-        raise SystemExit(f"{directory} could not be converted")
+def write(root: Path, adapters: Mapping[str, Adapter]) -> None:
+    """Writes the default base and adapters of it as GGUF, in bf16."""
+    model, _ = load_base("smollm2-135m", dtype="bf16")
+    for name, adapter in adapters.items():
+        export(make_portable(adapter, "llamacpp", model), "llamacpp", root / f"{name}.gguf", model)
+    write_base(root / "base.gguf")
 
 
 def write_base(path: Path) -> None:

@@ -41,12 +41,11 @@ CLIENTS = (1, 4, 16, 64)
 
 def make(root: Path, *, with_gguf: bool) -> None:
     """Writes adapters of random values, and for llama.cpp these and the base as GGUF, in bf16."""
-    for name, adapter in adapters(ADAPTERS).items():
+    values = adapters(ADAPTERS)
+    for name, adapter in values.items():
         write_peft(adapter, root / "shelf" / name)
-        if with_gguf:
-            llama_cpp.convert(root / "shelf" / name, root / f"{name}.gguf")
     if with_gguf:
-        llama_cpp.write_base(root / "base.gguf")
+        llama_cpp.write(root, values)
 
 
 def body_for(engine: str, number: int) -> tuple[str, dict[str, Any]]:
