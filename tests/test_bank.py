@@ -178,6 +178,9 @@ def test_the_least_recently_used_waits_on_disk_and_comes_back():
         expected = alone(model, values[name], PROMPTS[0], max_new_tokens=5)
         assert lora.generate(bank, Letters(), PROMPTS[:1], adapters=[name], max_new_tokens=5) == [expected]
         assert bank.nbytes <= 2 * size
+        assert bank.describe("a").in_memory  # pinned
+        assert bank.describe(name).in_memory
+        assert sum(bank.describe(each).in_memory for each in "abcd") == 2
     # All that one batch needs is in memory, whatever the budget.
     together = lora.generate(bank, Letters(), [PROMPTS[0]] * 4, adapters=list("abcd"), max_new_tokens=5)
     assert together == [alone(model, values[name], PROMPTS[0], max_new_tokens=5) for name in "abcd"]
