@@ -1,9 +1,13 @@
-"""What it costs to mix adapters in one batch: SmolLM2 with up to 64 adapters of r = 16 on all linears, beside PEFT.
+"""What it costs to mix adapters in one batch: SmolLM2 with up to 64 adapters of r = 16, beside PEFT and llama.cpp.
 
-python benchmarks/bank.py     ten minutes on two cores; writes benchmarks/bank.json
+python benchmarks/bank.py              twenty minutes on two cores; writes benchmarks/bank.json
+python benchmarks/bank.py --rounds 1 --steps 5      a try of two minutes
 
-A step is one token of every row, greedy, with 64 tokens before it.  Ours and PEFT take their steps in turn; minima, and
-medians of the ratios of neighbours.  PEFT mixes by `adapter_names`, with the key-value cache of transformers.
+A step is one token of every row, greedy, with 64 tokens before it; adapters are on all linears.  All take their turns
+in each round; minima, and medians of the ratios of neighbours.  PEFT mixes by `adapter_names`, with the key-value cache
+of transformers.  llama.cpp's server gets 16 requests at once, each with its own adapter in `lora`; it loads adapters at
+its start only, and requests with different ones wait for one another.  Its step is the time for 33 tokens of every row
+less that for one token, over 32.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import peft
 import torch
 import transformers
@@ -27,6 +35,17 @@ from loralib.generation.decoder import make_decoder
 
 HERE = Path(__file__).resolve().parent
 ROWS, ADAPTERS, R, BEFORE = 16, 8, 16, 64
+PAIRS = {
+    "one adapter / base": ("one adapter", "base"),
+    "one adapter / base, 1 row": ("one adapter, 1 row", "base, 1 row"),
+    "8 adapters / one adapter": ("8 adapters", "one adapter"),
+    "PEFT: 8 adapters / one adapter": ("PEFT, 8 adapters", "PEFT, one adapter"),
+    "PEFT / ours, 8 adapters": ("PEFT, 8 adapters", "8 adapters"),
+    "llama.cpp: one adapter / base": ("llama.cpp, one adapter", "llama.cpp, base"),
+    "llama.cpp: 8 adapters / one adapter": ("llama.cpp, 8 adapters", "llama.cpp, one adapter"),
+    "llama.cpp / ours, base": ("llama.cpp, base", "base"),
+    "llama.cpp / ours, 8 adapters": ("llama.cpp, 8 adapters", "8 adapters"),
+}
 
 
 def base() -> Any:
@@ -97,6 +116,26 @@ def peft_model(values: dict[str, lora.Adapter]) -> Any:
     return model.eval()
 
 
+def llama_cpp_steps(address: str, adapters: Sequence[int | None]) -> Callable[[], float]:
+    """The same of llama.cpp's server: a row is a request."""
+
+    def ask(row: int, count: int) -> None:
+        scales = [{"id": number, "scale": float(number == adapters[row])} for number in range(ADAPTERS)]
+        prompt = list(range(100 + row, 100 + row + BEFORE))
+        asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "lora": scales}
+        request = urllib.request.Request(f"{address}/completion", json.dumps(asked).encode(), {"Connection": "close"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["tokens_predicted"] == count
+
+    def seconds(count: int) -> float:
+        with ThreadPoolExecutor(len(adapters)) as pool:
+            start = time.perf_counter()
+            list(pool.map(lambda row: ask(row, count), range(len(adapters))))
+            return time.perf_counter() - start
+
+    return lambda: (seconds(33) - seconds(1)) / 32
+
+
 def loads_and_switches(bank: lora.Bank, values: dict[str, lora.Adapter]) -> dict[str, Any]:
     """Seconds of each load, and of choosing another adapter for the next sequence."""
     seconds = []
@@ -110,17 +149,11 @@ def loads_and_switches(bank: lora.Bank, values: dict[str, lora.Adapter]) -> dict
     return {"load_s": seconds, "switch_s": (time.perf_counter() - start) / 1000}
 
 
-def main() -> None:
-    """Measures and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
-    values = adapters(64)
-    bank = lora.Bank(base())
-    figures = loads_and_switches(bank, values)
+def all_steps(bank: lora.Bank, values: dict[str, lora.Adapter], address: str) -> dict[str, Callable[[], float]]:
+    """Returns what takes a step in each way."""
     mixed = [f"a{row % ADAPTERS}" for row in range(ROWS)]
     them = peft_model(values)
-    steps = {
+    return {
         "base": our_steps(bank, [None] * ROWS),
         "one adapter": our_steps(bank, ["a0"] * ROWS),
         "8 adapters": our_steps(bank, list(mixed)),
@@ -128,39 +161,58 @@ def main() -> None:
         "one adapter, 1 row": our_steps(bank, ["a0"]),
         "PEFT, one adapter": peft_steps(them, ["a0"] * ROWS),
         "PEFT, 8 adapters": peft_steps(them, mixed),
+        "llama.cpp, base": llama_cpp_steps(address, [None] * ROWS),
+        "llama.cpp, one adapter": llama_cpp_steps(address, [0] * ROWS),
+        "llama.cpp, 8 adapters": llama_cpp_steps(address, [row % ADAPTERS for row in range(ROWS)]),
     }
+
+
+def measure(steps: dict[str, Callable[[], float]], rounds: int, count: int) -> dict[str, list[float]]:
+    """Takes steps in turn: in each round `count` of every way, of llama.cpp one, which is a mean of 32 already."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 5):
-        for name, step in steps.items():
-            taken = step()
-            if number >= 5:  # weights are prepacked by then
-                seconds[name].append(taken)
-    pairs = {
-        "one adapter / base": ("one adapter", "base"),
-        "one adapter / base, 1 row": ("one adapter, 1 row", "base, 1 row"),
-        "8 adapters / one adapter": ("8 adapters", "one adapter"),
-        "PEFT: 8 adapters / one adapter": ("PEFT, 8 adapters", "PEFT, one adapter"),
-        "PEFT / ours, 8 adapters": ("PEFT, 8 adapters", "8 adapters"),
-    }
-    ratios = {
-        name: {
-            "minima": min(seconds[a]) / min(seconds[b]),
-            "median": statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True)),
-        }
-        for name, (a, b) in pairs.items()
-    }
-    say(
-        table([(name, f"{min(each) * 1e3:.1f} ms") for name, each in seconds.items()], ("a step of 16 rows", "fastest"))
-    )
-    say(
-        table(
-            [(name, f"{r['minima']:.2f}", f"{r['median']:.2f}") for name, r in ratios.items()], ("", "minima", "median")
-        )
-    )
+    ours = [name for name in steps if not name.startswith("llama.cpp")]
+    for name in ours * 5:  # weights are prepacked after that
+        steps[name]()
+    for _ in range(rounds):
+        for _ in range(count):
+            for name in ours:
+                seconds[name].append(steps[name]())
+        for name in steps.keys() - set(ours):
+            seconds[name].append(steps[name]())
+    return seconds
+
+
+def ratio(first: list[float], second: list[float]) -> dict[str, float]:
+    """Returns how much longer one way takes, of its best and in the median of neighbours."""
+    count = min(len(first), len(second))
+    near = [statistics.median(part) for part in (first, second)] if len(first) != len(second) else None
+    median = near[0] / near[1] if near else statistics.median(first[at] / second[at] for at in range(count))
+    return {"minima": min(first) / min(second), "median": median}
+
+
+def main() -> None:
+    """Measures and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each way in a round (default 8)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    values = adapters(64)
+    bank = lora.Bank(base())
+    figures = loads_and_switches(bank, values)
+    with tempfile.TemporaryDirectory() as directory:
+        llama_cpp.write(Path(directory), {f"a{number}": values[f"a{number}"] for number in range(ADAPTERS)})
+        with llama_cpp.serving(Path(directory), ROWS) as address:
+            seconds = measure(all_steps(bank, values, address), args.rounds, args.steps)
+    ratios = {name: ratio(seconds[a], seconds[b]) for name, (a, b) in PAIRS.items()}
+    fastest = [(name, f"{min(each) * 1e3:.1f} ms") for name, each in seconds.items()]
+    say(table(fastest, ("a step of 16 rows", "fastest")))
+    shown = [(name, f"{each['minima']:.2f}", f"{each['median']:.2f}") for name, each in ratios.items()]
+    say(table(shown, ("", "minima", "median")))
     first, last = (min(part) * 1e3 for part in (figures["load_s"][:8], figures["load_s"][-8:]))
     say(f"load: {first:.0f} ms at first, {last:.0f} ms with 64; a switch: {figures['switch_s'] * 1e6:.1f} us")
-    report = {"machine": machine("transformers", "peft"), "seconds": seconds, "ratios": ratios, **figures}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = {"machine": machine("transformers", "peft", "xllamacpp"), "seconds": seconds, "ratios": ratios, **figures}
+    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

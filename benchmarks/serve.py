@@ -16,25 +16,18 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
+import llama_cpp
 import matplotlib
-import torch
 from bank import ADAPTERS, R, adapters
 from machine import machine
 
-from loralib.bases.loading import _bundled_file
-from loralib.cli import main as command
 from loralib.console import say, table
 from loralib.formats.peft import write_peft
 
@@ -48,71 +41,11 @@ CLIENTS = (1, 4, 16, 64)
 
 def make(root: Path, *, with_gguf: bool) -> None:
     """Writes adapters of random values, and for llama.cpp these and the base as GGUF, in bf16."""
-    for name, adapter in adapters(ADAPTERS).items():
+    values = adapters(ADAPTERS)
+    for name, adapter in values.items():
         write_peft(adapter, root / "shelf" / name)
-        if not with_gguf:
-            continue
-        arguments = [str(root / "shelf" / name), str(root / f"{name}.gguf"), "--target", "llamacpp"]
-        if command(["convert", *arguments, "--model", "smollm2-135m"]):
-            raise SystemExit("the adapters could not be converted")
     if with_gguf:
-        write_base(root / "base.gguf")
-
-
-def write_base(path: Path) -> None:
-    """Writes the default base as our `load_base` has it: its 4-bit weights, as bf16."""
-    reader = gguf.GGUFReader(str(_bundled_file().locate()))
-    writer = gguf.GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        kind = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def serve_llama_cpp(root: Path) -> None:
-    """Runs llama.cpp's server until the input ends."""
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(root / "base.gguf")
-    settings.n_parallel, settings.n_ctx = PLACES, PLACES * 256
-    settings.fit_params, settings.verbosity, settings.port = False, -1, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
-    paths = [root / f"a{number}.gguf" for number in range(ADAPTERS)]
-    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in paths]
-    server = xllamacpp.Server(settings)
-    print(f"address {server.listening_address}", flush=True)
-    sys.stdin.read()
-
-
-@contextlib.contextmanager
-def started(arguments: list[str], pattern: str) -> Iterator[str]:
-    """Runs a server, and tells its address once it prints it."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if found := re.search(pattern, line):
-                yield found[1]
-                return
-        raise SystemExit(f"{arguments} did not start")
-    finally:
-        process.kill()
-        process.wait()
+        llama_cpp.write(root, values)
 
 
 def body_for(engine: str, number: int) -> tuple[str, dict[str, Any]]:
@@ -172,11 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", action="store_true", help="do not measure llama.cpp's server")
-    parser.add_argument("--llama_cpp", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.llama_cpp:
-        serve_llama_cpp(Path(args.llama_cpp))
-        return
     rounds: dict[str, dict[int, list[dict[str, float]]]] = {"loralib": {}}
     if not args.alone:
         rounds["llama.cpp"] = {}
@@ -195,11 +124,10 @@ def main() -> None:
             "bf16",
         ]
         ours += ["--port", "0", "--no_page", "--state_dir", str(root / "state"), "--max_jobs", "0"]
-        theirs = [str(Path(__file__)), "--llama_cpp", str(root)]
         with contextlib.ExitStack() as stack:
-            urls = {"loralib": stack.enter_context(started(ours, r"API\s+(http\S+)/v1"))}
+            urls = {"loralib": stack.enter_context(llama_cpp.started(ours, r"API\s+(http\S+)/v1"))}
             if not args.alone:
-                urls["llama.cpp"] = stack.enter_context(started(theirs, r"address (\S+)"))
+                urls["llama.cpp"] = stack.enter_context(llama_cpp.serving(root, PLACES))
             for engine, url in urls.items():
                 asyncio.run(measure(engine, url, 2, 10**6))  # warm
             for number in range(args.rounds):

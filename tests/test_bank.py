@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -97,6 +98,23 @@ def test_rows_equal_their_adapters_alone_to_rounding(bank):
         lora.remove(bank.model)
 
 
+@pytest.mark.parametrize("mode", ["full", "torch"])
+def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(bank, mode, monkeypatch):
+    monkeypatch.setenv("LORALIB_ENGINE", mode)  # with the kernel and without
+    bank, values = bank
+    names = ["plain", None, "wide", "few", "table", "head", "plain"]
+    torch.manual_seed(5)
+    ids = torch.randint(3, 60, (len(names), 9))
+    rows = [(bank.acquire(name), 9) for name in names]
+    together = logits_of(bank.model, bank.overrides(rows, rows, {}), ids)
+    for row, name in enumerate(names):
+        if name is not None:
+            lora.apply_adapter(bank.model, values[name])
+        assert torch.allclose(together[row], bank.model(ids[row : row + 1]).logits[0], atol=1e-5, rtol=1e-5), name
+        if name is not None:
+            lora.remove(bank.model)
+
+
 def test_bf16_is_no_further_from_fp32_than_the_adapter_alone():
     # Of one draw the ratio of the two errors lies anywhere between 0.5 and 1.5, so that many are added up.
     wide, half = llama(), llama().bfloat16()
@@ -160,6 +178,9 @@ def test_the_least_recently_used_waits_on_disk_and_comes_back():
         expected = alone(model, values[name], PROMPTS[0], max_new_tokens=5)
         assert lora.generate(bank, Letters(), PROMPTS[:1], adapters=[name], max_new_tokens=5) == [expected]
         assert bank.nbytes <= 2 * size
+        assert bank.describe("a").in_memory  # pinned
+        assert bank.describe(name).in_memory
+        assert sum(bank.describe(each).in_memory for each in "abcd") == 2
     # All that one batch needs is in memory, whatever the budget.
     together = lora.generate(bank, Letters(), [PROMPTS[0]] * 4, adapters=list("abcd"), max_new_tokens=5)
     assert together == [alone(model, values[name], PROMPTS[0], max_new_tokens=5) for name in "abcd"]
@@ -174,6 +195,43 @@ def test_the_least_recently_used_waits_on_disk_and_comes_back():
     assert bank.nbytes <= 2 * size
 
 
+def work(action):
+    """How many functions of Python and operators of PyTorch an action calls."""
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(event))
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@pytest.mark.parametrize("all_in_memory", [True, False])
+def test_loads_replacements_and_unloads_are_the_same_work_however_many_there_are(all_in_memory):
+    model = llama()
+    one, two = adapter(model, 1), adapter(model, 2)
+    bank = lora.Bank(model, max_bytes=None if all_in_memory else 2 * one.nbytes)
+
+    def taken():
+        return {
+            "load": work(lambda: bank.load("new", one)),
+            "switch": work(lambda: bank.release(bank.acquire("new"))),
+            "replace": work(lambda: bank.load("new", two, replace=True)),
+            "describe": work(lambda: bank.describe("new")),
+            "unload": work(lambda: bank.unload("new")),
+        }
+
+    for number in range(3):
+        bank.load(f"a{number}", one)
+    taken()  # what waits for the room has been written then
+    few = taken()
+    for number in range(3, 24):
+        bank.load(f"a{number}", one)
+    assert len(bank) == 24
+    taken()
+    assert taken() == pytest.approx(few, rel=0.02)  # a dictionary that grows moves a name or two
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -186,6 +244,19 @@ def test_more_than_low_rank_updates_are_refused_by_name(settings, words):
     value = adapter(model, 0, target_modules=["q_proj"], **settings)
     with pytest.raises(lora.LoraError, match=words):
         lora.Bank(model).load("a", value)
+
+
+def test_variants_that_are_no_plain_deltas_are_refused_by_name():
+    model = llama()
+    plain = adapter(model, 0, target_modules=["q_proj"])
+    magnitudes = {
+        key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)
+        for key in plain.tensors
+        if "lora_A" in key
+    }
+    dora = Adapter(plain.config.replace(use_dora=True), {**plain.tensors, **magnitudes})
+    with pytest.raises(lora.LoraError, match=r"(?s)DoRA.*loralib convert"):
+        lora.Bank(model).load("dora", dora)
 
 
 def test_an_adapter_without_effect_is_refused():

@@ -27,7 +27,9 @@ V = 64
 
 
 class Letters:
-    """A tokenizer of 64 tokens, each a word."""
+    """A tokenizer of 64 tokens, each a word; 1 is the beginning of a text."""
+
+    bos_token_id = 1
 
     def __len__(self) -> int:
         return V
@@ -35,7 +37,7 @@ class Letters:
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return "".join(f"<t{number}>" for number in ids)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **_: Any) -> list[int]:
         return [int(part[2:]) for part in text.split(">") if part]
 
 
@@ -69,11 +71,13 @@ def logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def greedy(model: Any, ids: Sequence[int], count: int) -> list[tuple[int, torch.Tensor]]:
-    ids, steps = list(ids), []
+    steps, past, ids = [], None, list(ids)
     for _ in range(count):
-        scores = logprobs(model, ids)[-1]
-        steps.append((int(scores.argmax()), scores))
-        ids.append(steps[-1][0])
+        with torch.no_grad():
+            made = model(torch.tensor([ids]), past_key_values=past, use_cache=True)
+        past, scores = made.past_key_values, made.logits[0, -1].float().log_softmax(-1)
+        ids = [int(scores.argmax())]
+        steps.append((ids[0], scores))
     return steps
 
 
@@ -82,128 +86,97 @@ def top(scores: torch.Tensor, count: int) -> list[tuple[int, float]]:
     return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-# Servers by their documentation.  Each answers from one model with the adapter and one without.
+# A server by the documentation of each kind.  It answers from one model with the adapter and one without.
 
 Answer = Callable[[str, Any], Any]  # path and body -> answer; None: there is no such path
-
-
-def models_of(adapted: Any) -> Callable[[Any], Any]:
-    base = tiny_llama()
-    return lambda name: adapted if name == "mine" else base
-
-
-def echo_server(adapted: Any, **_: Any) -> Answer:
-    """OpenAI's completions with `echo`, as in vLLM; it must generate a token."""
-    pick = models_of(adapted)
-
-    def answer(path: str, body: Any) -> Any:
-        if path == "/v1/models":
-            return {"data": [{"id": "base", "parent": None}, {"id": "mine", "parent": "base"}]}
-        if path != "/v1/completions":
-            return None
-        if body["max_tokens"] == 0:
-            return 400, {"error": {"message": "max_tokens must be at least 1", "type": "BadRequestError"}}
-        ids = body["prompt"]
-        scores = logprobs(pick(body["model"]), ids)
-        own = [None, *(float(scores[at - 1, ids[at]]) for at in range(1, len(ids))), float(scores[-1].max())]
-        tokens = [f"token_id:{token}" for token in [*ids, int(scores[-1].argmax())]]
-        return {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": None}}]}
-
-    return answer
-
-
-def prompt_logprobs_server(adapted: Any, **_: Any) -> Answer:
-    """vLLM's own field, from a server that ignores `echo`."""
-    pick = models_of(adapted)
-
-    def answer(path: str, body: Any) -> Any:
-        if path == "/v1/models":
-            return {"data": [{"id": "base", "parent": None}, {"id": "mine", "parent": "base"}]}
-        if path != "/v1/completions":
-            return None
-        ids = body["prompt"]
-        scores = logprobs(pick(body["model"]), ids)
-        choice: dict[str, Any] = {"text": "", "logprobs": {"tokens": ["x"], "token_logprobs": [-1.0]}}
-        if "prompt_logprobs" in body:
-            entries = [
-                {str(ids[at]): {"logprob": float(scores[at - 1, ids[at]]), "rank": 1, "decoded_token": "x"}}
-                for at in range(1, len(ids))
-            ]
-            choice["prompt_logprobs"] = [None, *entries]
-        return {"choices": [choice]}
-
-    return answer
-
-
-def generated_server(adapted: Any, **_: Any) -> Answer:
-    """A server that tells nothing of prompts: log-probabilities of what it generates alone."""
-    pick = models_of(adapted)
-
-    def answer(path: str, body: Any) -> Any:
-        if path == "/v1/models":
-            return {"data": [{"id": "base"}, {"id": "mine", "parent": "base"}]}
-        if path != "/v1/completions":
-            return None
-        if body.get("echo") or "prompt_logprobs" in body:
-            return 400, {"error": {"message": "not supported"}}
-        steps = greedy(pick(body["model"]), body["prompt"], body["max_tokens"])
-        tops = [{f"<t{token}>": value for token, value in top(scores, 5)} for _, scores in steps]
-        tokens = [f"<t{token}>" for token, _ in steps]
-        own = [float(scores[token]) for token, scores in steps]
-        return {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops}}]}
-
-    return answer
-
-
-def sglang_server(adapted: Any, **_: Any) -> Answer:
-    """SGLang's /generate."""
-    pick = models_of(adapted)
-
-    def answer(path: str, body: Any) -> Any:
-        if path == "/get_model_info":
-            return {"model_path": "base", "is_generation": True}
-        if path != "/generate":
-            return None
-        ids = body["input_ids"]
-        scores = logprobs(pick(body.get("lora_path")), ids)
-        own = [[None, ids[0], None], *([float(scores[at - 1, ids[at]]), ids[at], None] for at in range(1, len(ids)))]
-        return {"text": "", "meta_info": {"input_token_logprobs": own, "output_token_logprobs": []}}
-
-    return answer
-
-
-def ollama_server(adapted: Any, **_: Any) -> Answer:
-    """Ollama's /api/generate; it has no numbers of tokens."""
-    pick = models_of(adapted)
-
-    def answer(path: str, body: Any) -> Any:
-        if path == "/api/version":
-            return {"version": "0.12.11"}
-        if path == "/api/tags":
-            return {"models": [{"name": "mine:latest"}, {"name": "base:latest"}]}
-        if path != "/api/generate":
-            return None
-        steps = greedy(pick(body["model"]), Letters().encode(body["prompt"]), body["options"]["num_predict"])
-        entries = [
-            {
-                "token": f"<t{token}>",
-                "logprob": float(scores[token]),
-                "top_logprobs": [{"token": f"<t{t}>", "logprob": value} for t, value in top(scores, 5)],
-            }
-            for token, scores in steps
-        ]
-        return {"response": "", "done": True, "logprobs": entries}
-
-    return answer
-
-
-SERVERS = {
-    "echo": echo_server,
-    "prompt_logprobs": prompt_logprobs_server,
-    "generated": generated_server,
-    "SGLang": sglang_server,
-    "Ollama": ollama_server,
+MODELS = {"data": [{"id": "base", "parent": None}, {"id": "mine", "parent": "base"}]}
+FOUND = {  # what tells the kinds apart
+    "SGLang": {"/get_model_info": {"model_path": "base", "is_generation": True}},
+    "Ollama": {
+        "/api/version": {"version": "0.12.11"},
+        "/api/tags": {"models": [{"name": "mine:latest"}, {"name": "base:latest"}]},
+    },
 }
+KINDS = ("echo", "prompt_logprobs", "generated", "SGLang", "Ollama")
+
+
+def fake(kind: str, adapted: Any, read: Callable[[list[int]], list[int]] = list) -> Answer:
+    """A server of a kind; `read` is what becomes of a prompt's tokens before the model sees them."""
+    base = tiny_llama()
+
+    def answer(path: str, body: Any) -> Any:
+        if body is None:
+            return FOUND.get(kind, {"/v1/models": MODELS}).get(path)
+        name = body.get("lora_path") if kind == "SGLang" else body["model"]
+        model = adapted if name == "mine" else base
+        sent = body["input_ids"] if kind == "SGLang" else body["prompt"]
+        return SHAPES[kind](model, read(Letters().encode(sent) if isinstance(sent, str) else sent), body)
+
+    return answer
+
+
+def own(model: Any, ids: Sequence[int]) -> list[float | None]:
+    """The log-probabilities of a prompt's own tokens; the first has none."""
+    scores = logprobs(model, ids)
+    return [None, *(float(scores[at - 1, ids[at]]) for at in range(1, len(ids)))]
+
+
+def choice(ids: Sequence[int], **facts: Any) -> dict[str, Any]:
+    return {"choices": [{"text": "", **facts}], "usage": {"prompt_tokens": len(ids)}}
+
+
+def echoed(model: Any, ids: list[int], body: Any) -> Any:
+    """OpenAI's completions with `echo`, as in vLLM; it must generate a token."""
+    if body["max_tokens"] == 0:
+        return 400, {"error": {"message": "max_tokens must be at least 1", "type": "BadRequestError"}}
+    [(token, scores)] = greedy(model, ids, 1)
+    tokens = [f"token_id:{each}" for each in [*ids, token]]
+    own_scores = [*own(model, ids), float(scores[token])]
+    return choice(ids, logprobs={"tokens": tokens, "token_logprobs": own_scores, "top_logprobs": None})
+
+
+def of_prompt(model: Any, ids: list[int], body: Any) -> Any:
+    """vLLM's own field, from a server that ignores `echo`."""
+    generated = {"tokens": ["x"], "token_logprobs": [-1.0]}
+    if "prompt_logprobs" not in body:
+        return choice(ids, logprobs=generated)
+    entries = [
+        score and {str(token): {"logprob": score, "rank": 1, "decoded_token": "x"}}
+        for token, score in zip(ids, own(model, ids), strict=True)
+    ]
+    return choice(ids, logprobs=generated, prompt_logprobs=entries, prompt_token_ids=ids)
+
+
+def generated(model: Any, ids: list[int], body: Any) -> Any:
+    """A server that tells nothing of prompts: log-probabilities of what it generates alone."""
+    if body.get("echo") or "prompt_logprobs" in body:
+        return 400, {"error": {"message": "not supported"}}
+    steps = greedy(model, ids, body["max_tokens"])
+    tops = [{f"<t{token}>": value for token, value in top(scores, 5)} for _, scores in steps]
+    tokens, scores = [f"<t{token}>" for token, _ in steps], [float(scores[token]) for token, scores in steps]
+    return choice(ids, logprobs={"tokens": tokens, "token_logprobs": scores, "top_logprobs": tops})
+
+
+def sglang(model: Any, ids: list[int], body: Any) -> Any:
+    """SGLang's /generate."""
+    entries = [[score, token, None] for token, score in zip(ids, own(model, ids), strict=True)]
+    return {"text": "", "meta_info": {"input_token_logprobs": entries, "output_token_logprobs": []}}
+
+
+def ollama(model: Any, ids: list[int], body: Any) -> Any:
+    """Ollama's /api/generate; it has no numbers of tokens, but their count."""
+    entries = [
+        {
+            "token": f"<t{token}>",
+            "logprob": float(scores[token]),
+            "top_logprobs": [{"token": f"<t{each}>", "logprob": value} for each, value in top(scores, 5)],
+        }
+        for token, scores in greedy(model, ids, body["options"]["num_predict"])
+    ]
+    return {"response": "", "done": True, "prompt_eval_count": len(ids), "logprobs": entries}
+
+
+SHAPES = dict(zip(KINDS, (echoed, of_prompt, generated, sglang, ollama), strict=True))
 
 
 @contextmanager
@@ -249,6 +222,17 @@ def judged(
         return judge(reference, adapted, base)
 
 
+def permuted(order: str) -> Any:
+    """A model whose adapter has the rows of q and k in the order that llama.cpp has, or in none that anybody has."""
+    model = with_adapter(ADAPTER)
+    for layer in model.model.layers:
+        for linear, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
+            B = linear.lora_B.data
+            split = (heads, 2, -1) if order == "gguf" else (heads, B.shape[0] // heads // 2, 2)
+            linear.lora_B.data = B.unflatten(0, split).transpose(1, 2).reshape(B.shape)
+    return model
+
+
 def with_adapter(adapter: Any, scale: float = 1.0, keep: Callable[[str], bool] = lambda name: True) -> Any:
     model = tiny_llama()
     lora.apply_adapter(model, adapter, allow_base_mismatch=True)
@@ -258,14 +242,14 @@ def with_adapter(adapter: Any, scale: float = 1.0, keep: Callable[[str], bool] =
     return model
 
 
-@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_server_is_asked_in_its_way(kind: str) -> None:
-    with serving(SERVERS[kind](with_adapter(ADAPTER))) as address:
+    with serving(fake(kind, with_adapter(ADAPTER))) as address:
         right = judged(address)
     assert (right.kind, right.exit_code) == ("right", 0)
     assert right.positions >= 150
     assert max(right.from_adapter, right.base_error or 0) < 1e-4 < 0.1 < right.from_base
-    with serving(SERVERS[kind](with_adapter(ADAPTER, 0.25))) as address:
+    with serving(fake(kind, with_adapter(ADAPTER, 0.25))) as address:
         wrong = judged(address)
     assert (wrong.kind, wrong.exit_code) == ("scaled", 1)
     assert wrong.scale == pytest.approx(0.25, rel=0.03)
@@ -277,15 +261,23 @@ def test_every_kind_of_server_is_asked_in_its_way(kind: str) -> None:
     [
         (lambda: tiny_llama(), "none", "has no effect"),
         (lambda: with_adapter(ADAPTER, 4), "scaled", "scaling is 4 of"),
-        (lambda: with_adapter(ADAPTER, -1), "scaled", "scaling is -1 of"),
-        (lambda: with_adapter(drawn(2)), "other", "another adapter"),
+        (lambda: with_adapter(ADAPTER, -1), "scaled", "scaling is -1 of what it should be, as if it were subtracted"),
+        (lambda: with_adapter(ADAPTER, 2), "scaled", "as if it were applied twice or as if its scaling were applied"),
+        (lambda: with_adapter(ADAPTER, 0.5), "scaled", "as if lora_alpha / r were left out"),
+        (lambda: with_adapter(drawn(2)), "other", "another adapter has this name"),
+        (lambda: permuted("gguf"), "partly", "its q and k rows are in the wrong order (lora_B was twice permuted"),
+        (
+            lambda: permuted("transformers"),
+            "partly",
+            "its q and k rows are in the wrong order (lora_B was not permuted",
+        ),
         (lambda: with_adapter(ADAPTER, keep=lambda n: "attn" in n), "partly", "only its part in the attention"),
         (lambda: with_adapter(ADAPTER, keep=lambda n: "q_proj" not in n), "partly", "all but its part in q_proj"),
     ],
-    ids=["none", "4 times", "subtracted", "another", "attention", "without q"],
+    ids=["none", "4 times", "-1", "twice", "alpha", "another", "permuted", "unpermuted", "attention", "without q"],
 )
 def test_what_explains_the_answers_is_found(served: Callable[[], Any], kind: str, said: str) -> None:
-    with serving(echo_server(served())) as address:
+    with serving(fake("echo", served())) as address:
         verdict = judged(address)
     assert (verdict.kind, verdict.exit_code) == (kind, 1)
     assert said in verdict.text
@@ -297,16 +289,89 @@ def test_an_ignored_alpha_pattern_is_named() -> None:
     for module in wrong.modules():
         if hasattr(module, "lora_A"):
             module.scaling = 2.0
-    with serving(echo_server(wrong)) as address:
+    with serving(fake("echo", wrong)) as address:
         verdict = judged(address, adapter=adapter)
     assert verdict.kind == "partly"
     assert "alpha_pattern" in verdict.text
 
 
-def test_a_base_with_the_adapter_in_it_is_found() -> None:
-    answer = echo_server(with_adapter(ADAPTER))
-    with serving(lambda path, body: answer(path, body and {**body, "model": "mine"})) as address:
-        assert judged(address).kind == "merged"
+def test_ignored_rslora_is_named() -> None:
+    adapter = drawn(1, use_rslora=True, r=16, lora_alpha=4)
+    with serving(fake("echo", with_adapter(adapter, 1 / 4))) as address:
+        assert "use_rslora were ignored" in judged(address, adapter=adapter).text
+    with serving(fake("echo", with_adapter(drawn(1), 2))) as address:
+        assert "as if it were rsLoRA" in judged(address).text
+    ranks = drawn(1, use_rslora=True, r=16, lora_alpha=4, rank_pattern={"mlp.*": 4})
+    wrong = with_adapter(ranks)
+    for module in wrong.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling *= module.r**-0.5
+    with serving(fake("echo", wrong)) as address:
+        verdict = judged(address, adapter=ranks)
+    assert (verdict.kind, verdict.text) == ("partly", "acts differently: its use_rslora is ignored")
+
+
+@pytest.mark.parametrize(
+    ("times", "said"), [(1, "or the name is wrong"), (2, "comes on top of that again")], ids=["once", "twice"]
+)
+def test_a_base_with_the_adapter_in_it_is_found(times: int, said: str) -> None:
+    once, more = fake("echo", with_adapter(ADAPTER)), fake("echo", with_adapter(ADAPTER, times))
+    with serving(
+        lambda path, body: (more if body and body["model"] == "mine" else once)(
+            path, body and {**body, "model": "mine"}
+        )
+    ) as address:
+        verdict = judged(address)
+    assert verdict.kind == "merged"
+    assert said in verdict.text
+
+
+def quantised(model: Any, levels: int = 48) -> Any:
+    """A model whose base weights have few values, as on a server that quantises."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" not in name and weight.ndim == 2:
+                step = weight.abs().amax(1, keepdim=True) * 2 / levels
+                weight.copy_((weight / step).round() * step)
+    return model
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1.0, "right"), (0.6, "scaled"), (0.0, "none")])
+def test_a_quantised_base_hides_no_wrong_scale(scale: float, kind: str) -> None:
+    mine, base = fake("echo", quantised(with_adapter(ADAPTER, scale))), fake("echo", quantised(tiny_llama()))
+    as_mine = {"model": "mine"}
+    with serving(
+        lambda path, body: (mine if body and body["model"] == "mine" else base)(path, body and {**body, **as_mine})
+    ) as address:
+        verdict = judged(address)
+    assert verdict.base_error is not None
+    assert 0.1 * verdict.effect < 3 * verdict.base_error < verdict.effect
+    assert verdict.kind == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("read", [lambda ids: [1, *ids], lambda ids: [7, 8, *ids, 9]], ids=["BOS", "a template"])
+def test_a_server_that_reads_other_tokens_is_not_judged(kind: str, read: Callable[[list[int]], list[int]]) -> None:
+    said = r"read .*tokenises differently, adds a token such as BOS"
+    with serving(fake(kind, tiny_llama(), read)) as address, pytest.raises(UnreachableServerError, match=said):
+        judged(address)
+
+
+def test_a_prompt_for_a_server_that_adds_bos_itself_is_sent_without() -> None:
+    sent = []
+
+    def answer(path: str, body: Any) -> Any:
+        sent.extend([body["prompt"]] if body else [])
+        return adding(path, body)
+
+    adding = fake("Ollama", with_adapter(ADAPTER), lambda ids: [1, *ids])
+    with serving(answer) as address:
+        server = connect(address, Vocabulary(Letters()), model="mine", timeout=20)
+        [observed] = server.ask([[1, *ROWS[0]]], adapted=True)
+    assert [text.startswith("<t1>") for text in sent] == [True, False]
+    assert observed.ids[:5] == (1, *ROWS[0][:4])
+    with Reference.of(tiny_llama(), ADAPTER) as reference:
+        assert judge(reference, [observed], None).kind == "right"
 
 
 def test_another_base_is_found() -> None:
@@ -314,14 +379,14 @@ def test_another_base_is_found() -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.3)
-    answer = echo_server(other)
+    answer = fake("echo", other)
     with serving(lambda path, body: answer(path, body and {**body, "model": "mine"})) as address:
         assert judged(address).kind == "base"
 
 
 def test_an_adapter_that_changes_too_little_cannot_be_told() -> None:
     adapter = drawn(1, std=1e-4)
-    with serving(echo_server(with_adapter(adapter))) as address:
+    with serving(fake("echo", with_adapter(adapter))) as address:
         verdict = judged(address, adapter=adapter)
     assert (verdict.kind, verdict.exit_code) == ("unclear", 2)
 
@@ -365,7 +430,7 @@ def test_what_is_no_address_is_said(url: str) -> None:
 
 
 def test_names_that_a_server_does_not_have_are_said_with_those_it_has() -> None:
-    with serving(echo_server(tiny_llama())) as address:
+    with serving(fake("echo", tiny_llama())) as address:
         with pytest.raises(ConfigError, match=r"no such model.*mine.*It has: base, mine"):
             judged(address, model="mime")
         server = connect(f"{address}/v1/", Vocabulary(Letters()))
@@ -392,16 +457,27 @@ def llama_cpp(base: Path, *adapters: tuple[Path, float]) -> Iterator[str]:
     del server
 
 
-def test_llama_cpp_s_server_is_judged(tmp_path: Path, load_file: Callable[[Path], Any]) -> None:
+def test_llama_cpp_s_server_is_judged(
+    tmp_path: Path, load_file: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clients = load_file(ROOT / "tests" / "test_clients.py")
     base = tiny_llama()
     clients.write_base("llama", base, tmp_path / "base.gguf")
     export(make_portable(ADAPTER, "llamacpp", base), "llamacpp", tmp_path / "mine.gguf", base)
-    file = tmp_path / "mine.gguf"
-    for adapters, kind in (((file, 1.0),), "right"), (((file, 0.25),), "scaled"), ((), "none"):
+    file, wrong = tmp_path / "mine.gguf", tmp_path / "wrong.gguf"
+    with monkeypatch.context() as patch:  # rows of q and k as transformers has them
+        patch.setattr("loralib.formats.gguf.reorder_rows", lambda B, heads, to_gguf: B)
+        export(make_portable(ADAPTER, "llamacpp", base), "llamacpp", wrong, base)
+    for adapters, kind, said in (
+        (((file, 1.0),), "right", "as it should"),
+        (((file, 0.25),), "scaled", "0.25"),
+        (((wrong, 1.0),), "partly", "its q and k rows are in the wrong order (lora_B was not permuted for llama.cpp)"),
+        ((), "none", "no effect"),
+    ):
         with llama_cpp(tmp_path / "base.gguf", *adapters) as address:
-            verdict = judged(address, model="mine" if adapters else None)
+            verdict = judged(address, model=adapters[0][0].stem if adapters else None)
         assert verdict.kind == kind, verdict
+        assert said in verdict.text
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..bases import common_base, load_base, tokenizer_for, trained_on_chats
+from ..bases import base_of, common_base, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, progress, say
 from ..data import Example, prompt_ids
 from ..data.examples import chat_of

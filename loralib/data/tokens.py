@@ -357,8 +357,14 @@ def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
     return _started(_token_ids({text}, tokenizer)[text], _start_ids(tokenizer)) or [_end_id(tokenizer)]
 
 
-def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the text of each token, for people; tokens that are parts of one character are joined."""
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer, keep: str = "") -> Iterator[str]:
+    """Yields the text of each token, for people; tokens that are parts of one character are joined.
+
+    Args:
+        ids: the tokens.
+        tokenizer: what they belong to.
+        keep: characters that are left as they are, though they cannot be printed.
+    """
     at = 0
     while at < len(ids):
         for end in range(at + 1, min(at + 4, len(ids)) + 1):  # a character has at most four bytes in UTF-8
@@ -369,7 +375,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
             end, text = at + 1, tokenizer.decode([ids[at]])
         at = end
         # A line end or an escape code in the data must not reach the terminal.
-        yield "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        yield "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
 
 
 def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Segments]]:

@@ -150,7 +150,9 @@ class Bank:
         self.model, self._max_bytes = model, max_bytes
         self._modules = {name: module for name, module in model.named_modules() if _takes_rows(module)}
         self._head = getattr(model, "get_output_embeddings", lambda: None)()
-        self._slots: dict[str, Slot] = {}  # the least recently used first
+        self._slots: dict[str, Slot] = {}
+        self._resident: dict[Slot, None] = {}  # those in memory, the least recently used first
+        self._nbytes = 0  # of these
         self._stack = _Stack(())
         self._lock = threading.RLock()
         self._directory: Path | None = None
@@ -174,7 +176,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of factors in memory."""
-        return sum(slot.nbytes for slot in self._slots.values() if slot.factors is not None)
+        return self._nbytes
 
     def load(
         self,
@@ -212,7 +214,7 @@ class Bank:
             self._check_free(name, replace)  # another thread may have taken it meanwhile
             self._forget(name)
             self._slots[name] = slot
-            self._evict()
+            self._keep(slot)
 
     def unload(self, name: str) -> None:
         """Forgets an adapter.
@@ -260,10 +262,9 @@ class Bank:
             own, scale = self._meant(name)
             slot = self._slots[own]
             slot.users += 1
-            self._slots[own] = self._slots.pop(own)  # the most recently used
             if slot.factors is None:
                 slot.factors = torch.load(cast(Path, slot.file), weights_only=True)
-                self._evict()
+            self._keep(slot)
             if scale is None:
                 return slot
             if scale not in slot.scaled:
@@ -357,8 +358,10 @@ class Bank:
 
     def _forget(self, name: str) -> None:
         slot = self._slots.pop(name, None)
-        if slot is not None and slot.file is not None:
-            slot.file.unlink(missing_ok=True)
+        if slot is not None:
+            self._let_go(slot)
+            if slot.file is not None:
+                slot.file.unlink(missing_ok=True)
         self._unstack(slot)
 
     def _unstack(self, slot: Slot | None) -> None:
@@ -403,14 +406,25 @@ class Bank:
                 "or its updates are too small to be seen. Train it, or leave it out."
             )
 
+    def _keep(self, slot: Slot) -> None:
+        """Counts an adapter as in memory and the most recently used."""
+        if slot not in self._resident:
+            self._nbytes += slot.nbytes
+        self._resident.pop(slot, None)
+        self._resident[slot] = None
+        self._evict()
+
+    def _let_go(self, slot: Slot) -> None:
+        if slot in self._resident:
+            del self._resident[slot]
+            self._nbytes -= slot.nbytes
+
     def _evict(self) -> None:
-        if self._max_bytes is None:
-            return
-        for slot in list(self._slots.values()):
-            if self.nbytes <= self._max_bytes:
+        while self._max_bytes is not None and self._nbytes > self._max_bytes:
+            slot = next((each for each in self._resident if not each.users and not each.pinned), None)
+            if slot is None:  # all are needed
                 return
-            if slot.factors is not None and not slot.users and not slot.pinned:
-                self._to_disk(slot)
+            self._to_disk(slot)
 
     def _to_disk(self, slot: Slot) -> None:
         if slot.file is None:
@@ -420,6 +434,7 @@ class Bank:
             slot.file = self._directory / f"{id(slot):x}.pt"
             torch.save(dict(cast("Mapping[str, FactorPair]", slot.factors)), slot.file)
         slot.factors = None
+        self._let_go(slot)
         slot.scaled.clear()
         self._unstack(slot)
 

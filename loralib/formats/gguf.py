@@ -117,7 +117,7 @@ def write_gguf(
         if f"{name}.lora_A" not in adapter.tensors:
             A = A.T  # llama.cpp looks up rows of A, as in the embedding itself
         else:
-            B = _reorder(B, _heads(model, name), to_gguf=True)
+            B = reorder_rows(B, permuted_heads(model, name), to_gguf=True)
         stored[f"{names[name]}.weight.lora_a"], stored[f"{names[name]}.weight.lora_b"] = A, B
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     kind = gguf.GGMLQuantizationType[kinds[dtype]]
@@ -179,8 +179,8 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
         key = "lora_"
         if isinstance(model.get_submodule(name), nn.Embedding):
             key, A = "lora_embedding_", A.T.contiguous()
-        elif _heads(model, name) and B.shape[0] % (2 * _heads(model, name)) == 0:
-            B = _reorder(B, _heads(model, name), to_gguf=False)
+        elif permuted_heads(model, name) and B.shape[0] % (2 * permuted_heads(model, name)) == 0:
+            B = reorder_rows(B, permuted_heads(model, name), to_gguf=False)
         tensors[f"{name}.{key}A"], tensors[f"{name}.{key}B"] = A, B
         # To llama.cpp, no alpha means a scaling of 1.
         ranks[name], alphas[name] = A.shape[0], alpha or float(A.shape[0])
@@ -193,16 +193,16 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
     return Adapter(config, tensors, {BASE: base} if isinstance(base, str) else {})
 
 
-def _heads(model: nn.Module, name: str) -> int:
+def permuted_heads(model: nn.Module, name: str) -> int:
     """Returns the number of heads in whose rows the two orders differ; 0 where they agree."""
     config: Any = model.config
     leaf = name.rpartition(".")[2]
-    if _ARCHITECTURES[config.model_type] != "llama" or leaf not in ("q_proj", "k_proj"):
+    if _ARCHITECTURES.get(getattr(config, "model_type", "")) != "llama" or leaf not in ("q_proj", "k_proj"):
         return 0
     return int(config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads)
 
 
-def _reorder(B: Tensor, heads: int, *, to_gguf: bool) -> Tensor:
+def reorder_rows(B: Tensor, heads: int, *, to_gguf: bool) -> Tensor:
     """Reorders rows: in a head of 2n rows, llama.cpp rotates row 2i with 2i + 1, transformers i with i + n."""
     if not heads:
         return B

@@ -144,7 +144,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> tupl
     return tuple(
         (text, flag)
         for flag, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
-        for text in token_texts([token for token, _ in run], tokenizer)
+        for text in token_texts([token for token, _ in run], tokenizer, keep="\n")
     )
 
 

@@ -37,6 +37,18 @@ class Vocabulary:
         """Returns the text of tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def sendable(self, ids: Ids) -> list[list[int]]:
+        """Returns the tokens that a server shall read from a text; then those without the BOS that it may add itself.
+
+        They end where their text becomes themselves again: a word that is cut may be made of others.
+        """
+        for end in range(len(ids), 1, -1):
+            start = list(ids[:end])
+            if list(self._tokenizer.encode(self.text(start), add_special_tokens=False)) == start:
+                has_bos = start[0] == getattr(self._tokenizer, "bos_token_id", None)
+                return [start, start[1:]] if has_bos and end > 1 else [start]
+        return [list(ids)]
+
     @functools.cached_property
     def _ids(self) -> Mapping[str, int | None]:
         """Each token by its text; None where several have the same."""
@@ -208,6 +220,22 @@ def _message(text: str) -> str:
     return (value if isinstance(value, str) else json.dumps(value))[:300]
 
 
+def _check_read(client: _Client, sent: Ids, read: object) -> None:
+    """Compares the tokens, or their number, that a server says to have read; one that says nothing is believed.
+
+    Raises:
+        UnreachableServerError: they are others, so that no answer can be compared.
+    """
+    if read is None or read == (len(sent) if isinstance(read, int) else list(sent)):
+        return
+    what = f"{read} tokens" if isinstance(read, int) else f"the tokens {read}"
+    raise UnreachableServerError(
+        f"{client.url} read {what}, and the prompt has {len(sent)}, {list(sent)}: it tokenises differently, adds a "
+        "token such as BOS, or puts prompts into a template. So nothing can be said about the adapter; serve it with "
+        "the tokenizer that it was trained with"
+    )
+
+
 def _unusable(client: _Client, reasons: Sequence[str]) -> UnreachableServerError:
     return UnreachableServerError(
         list_faults(f"{client.url} gives no log-probabilities that can be used", list(reasons), "")
@@ -283,13 +311,15 @@ class _OpenAI:
                 raise
             choice = self._choice(row, name, {**body, "max_tokens": 1})  # some servers must generate
         tokens, scores = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+        if all(str(token).startswith("token_id:") for token in tokens):
+            _check_read(self._client, row, [self._vocabulary.id(token) for token in tokens[: len(row)]])
         named = [self._vocabulary.id(token) for token in tokens[: len(row)]]
         if len(named) < len(row) or any(a not in (None, b) for a, b in zip(named, row, strict=True)):
             raise ValueError("the answer is about other tokens than the prompt's")
         return Observed(tuple(row), _values(row, scores))
 
     def _of_prompt(self, row: Ids, name: str) -> Observed:
-        choice = self._choice(row, name, {"max_tokens": 1, "prompt_logprobs": 1})
+        choice = self._choice(row, name, {"max_tokens": 1, "prompt_logprobs": 1, "return_token_ids": True})
         entries = choice["prompt_logprobs"]
         scores = [
             None if entry is None else entry[str(token)]["logprob"] for token, entry in zip(row, entries, strict=True)
@@ -308,7 +338,11 @@ class _OpenAI:
 
     def _choice(self, row: Ids, name: str, body: Mapping[str, Any]) -> Any:
         request = {"model": name, "prompt": list(row), "temperature": 0, **body}
-        return self._client.request("/v1/completions", request)["choices"][0]
+        answer = self._client.request("/v1/completions", request)
+        choice = answer["choices"][0]
+        _check_read(self._client, row, (answer.get("usage") or {}).get("prompt_tokens"))
+        _check_read(self._client, row, choice.get("prompt_token_ids"))
+        return choice
 
 
 def _values(row: Ids, scores: Sequence[float | None]) -> tuple[tuple[int, int, float], ...]:
@@ -358,8 +392,7 @@ class _SGLang:
                 body["lora_path"] = self.adapter
             try:
                 entries = self._client.request("/generate", body)["meta_info"]["input_token_logprobs"]
-                if [entry[1] for entry in entries] != list(row):
-                    raise ValueError("the answer is about other tokens than the prompt's")
+                _check_read(self._client, row, [entry[1] for entry in entries])
                 result.append(Observed(tuple(row), _values(row, [entry[0] for entry in entries])))
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise _unusable(self._client, [f"/generate: {error!r}"]) from None
@@ -393,7 +426,7 @@ class _LlamaCpp:
         lora = [{"id": number, "scale": scale} for number, scale in scales.items()]
         result = []
         for row in rows:
-            body = {
+            body: dict[str, Any] = {
                 "prompt": list(row[:_PROMPT]),
                 "n_predict": _NEW,
                 "n_probs": _TOP,
@@ -403,9 +436,11 @@ class _LlamaCpp:
                 "lora": lora,
             }
             try:
-                steps = self._client.request("/completion", body)["completion_probabilities"]
+                answer = self._client.request("/completion", body)
+                _check_read(self._client, body["prompt"], answer.get("tokens_evaluated"))
                 tokens = (
-                    (step["id"], {top["id"]: top["logprob"] for top in (*step["top_logprobs"], step)}) for step in steps
+                    (step["id"], {top["id"]: top["logprob"] for top in (*step["top_logprobs"], step)})
+                    for step in answer["completion_probabilities"]
                 )
                 result.append(_continuation(row[:_PROMPT], tokens, lambda token: token))
             except (KeyError, TypeError, AttributeError) as error:
@@ -441,25 +476,34 @@ class _Ollama:
         return [self._continued(row[:_PROMPT], self.adapter if adapted else self.base) for row in rows]
 
     def _continued(self, start: Ids, name: str | None) -> Observed:
+        sendable = self._vocabulary.sendable(start)
+        for sent in sendable:
+            answer = self._answer(sent, name)
+            if (read := answer.get("prompt_eval_count")) in (None, len(sendable[0])):
+                break
+        _check_read(self._client, sendable[0], read)
+        try:
+            tops = (
+                (self._vocabulary.id(step["token"]), {top["token"]: top["logprob"] for top in (*_tops(step), step)})
+                for step in answer["logprobs"]
+            )
+            return _continuation(sendable[0], tops, self._vocabulary.id)
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"/api/generate: {error!r} (log-probabilities need Ollama 0.12.11 or later)"
+            raise _unusable(self._client, [reason]) from None
+
+    def _answer(self, sent: Ids, name: str | None) -> Mapping[str, Any]:
         body = {
             "model": name,
-            "prompt": self._vocabulary.text(start),
+            "prompt": self._vocabulary.text(sent),
             "raw": True,  # no template
             "stream": False,
             "logprobs": True,
             "top_logprobs": _TOP,
             "options": {"temperature": 0, "num_predict": _NEW, "repeat_penalty": 1.0},
         }
-        try:
-            steps = self._client.request("/api/generate", body)["logprobs"]
-            tops = (
-                (self._vocabulary.id(step["token"]), {top["token"]: top["logprob"] for top in (*_tops(step), step)})
-                for step in steps
-            )
-            return _continuation(start, tops, self._vocabulary.id)
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"/api/generate: {error!r} (log-probabilities need Ollama 0.12.11 or later)"
-            raise _unusable(self._client, [reason]) from None
+        answer = self._client.request("/api/generate", body)
+        return answer if isinstance(answer, dict) else {}
 
 
 def _tops(step: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, apply_adapter
 from ..combine import depends_on_base
+from ..config import LoraConfig
 from ..delta import scaling_of
 from ..engine.forward import device_of, plain_logits
 from ..formats import make_portable
+from ..formats.gguf import permuted_heads, reorder_rows
 from ..injection import adapted_layers, disabled, remove
 
 __all__ = ["Observed", "Reference", "Verdict", "judge"]
@@ -29,6 +31,23 @@ _UNKNOWN_NOISE: Final = 0.02  # what bf16 rounds to, for servers whose base cann
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2
 
 Factor = Callable[[str], float]
+Rows = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way in which a server may compute an adapter otherwise.
+
+    Attributes:
+        factor: scale of each module's update beside what it should be.
+        rows: what becomes of the rows of a module's lora_B; None: nothing.
+    """
+
+    factor: Factor = lambda _: 1.0
+    rows: Rows | None = None
+
+
+_AS_IT_SHOULD = Change()
 
 
 @dataclass(frozen=True)
@@ -47,9 +66,9 @@ class Observed:
 class Reference:
     """The same log-probabilities computed here, with any part of the adapter at any scale."""
 
-    def __init__(self, model: nn.Module, plain_scaling: float) -> None:
-        self._model, self.plain_scaling = model, plain_scaling  # the latter: without patterns
-        self._scalings = [(name, layer, layer.scaling) for name, layer in adapted_layers(model)]
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        self._model, self.config = model, config
+        self._layers = [(name, layer, layer.scaling, layer.lora_B) for name, layer in adapted_layers(model)]
 
     @classmethod
     @contextmanager
@@ -62,33 +81,46 @@ class Reference:
         plain = make_portable(adapter, "vllm", model).adapter if depends_on_base(adapter) else adapter
         apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
         try:
-            config = plain.config
-            yield cls(model.eval(), scaling_of(config.r, config.lora_alpha, config.use_rslora))
+            yield cls(model.eval(), plain.config)
         finally:
             remove(model)
 
     @property
     def modules(self) -> dict[str, float]:
         """The adapted modules, and the scaling of each."""
-        return {name: scaling for name, _, scaling in self._scalings}
+        return {name: scaling for name, _, scaling, _ in self._layers}
 
-    def __call__(self, texts: Sequence[Observed], factor: Factor | None) -> Tensor:
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted module."""
+        return {name: int(layer.r) for name, layer, _, _ in self._layers}
+
+    def in_other_order(self, *, to_gguf: bool) -> Rows | None:
+        """Returns what puts rows of q and k into llama.cpp's order, or back; None: the two orders are the same."""
+        heads = {name: permuted_heads(self._model, name) for name in self.modules}
+        if not any(heads.values()):
+            return None
+        return lambda name, B: reorder_rows(B, heads[name], to_gguf=to_gguf)
+
+    def __call__(self, texts: Sequence[Observed], change: Change | None) -> Tensor:
         """Returns the log-probability of each observed token.
 
         Args:
             texts: what was observed.
-            factor: scale of each module's update beside what it should be; None: the base alone.
+            change: how the adapter is computed; None: the base alone.
         """
-        if factor is None:
+        if change is None:
             with disabled(self._model):
                 return self._computed(texts)
         try:
-            for name, layer, scaling in self._scalings:
-                layer.scaling = scaling * factor(name)
+            for name, layer, scaling, B in self._layers:
+                layer.scaling = scaling * change.factor(name)
+                if change.rows is not None:
+                    layer.lora_B = nn.Parameter(change.rows(name, B.detach()), requires_grad=False)
             return self._computed(texts)
         finally:
-            for _, layer, scaling in self._scalings:
-                layer.scaling = scaling
+            for _, layer, scaling, B in self._layers:
+                layer.scaling, layer.lora_B = scaling, B
 
     @torch.no_grad()
     def _computed(self, texts: Sequence[Observed]) -> Tensor:
@@ -149,6 +181,11 @@ class _Figures:
         noise = _UNKNOWN_NOISE if self.base_error is None else max(_EXACT, 3 * self.base_error)
         return max(noise, 0.1 * self.effect)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing but rounding is left, so that no other scale needs to be looked for."""
+        return self.from_adapter <= max(_EXACT, 0.1 * self.effect)
+
 
 def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Observed] | None) -> Verdict:
     """Says what explains the answers.
@@ -159,15 +196,20 @@ def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Obse
         base: what it answered without; None: it cannot be asked.
     """
     found = _found(adapted)
-    without, with_all = reference(adapted, None), reference(adapted, lambda _: 1.0)
+    without, with_all = reference(adapted, None), reference(adapted, _AS_IT_SHOULD)
     own = None if base is None else (_gap(_found(base), reference(base, None)))
-    other = None if base is None else (_gap(_found(base), reference(base, lambda _: 1.0)))
+    other = None if base is None else (_gap(_found(base), reference(base, _AS_IT_SHOULD)))
     figures = _Figures(_gap(found, with_all), _gap(found, without), _gap(with_all, without), own, other)
     kind, text = _plainly(figures)
     scale = error = None
-    if kind is None:
+    if kind is None or (kind == "right" and not figures.is_exact):
         scale, error = _best_scale(reference, adapted, found)
-        kind, text = _by_search(reference, adapted, found, figures, scale, error)
+    if scale is not None and error is not None:
+        if kind is None or (error < 0.9 * figures.from_adapter and not 0.8 < scale < 1.25):
+            kind, text = _by_search(reference, adapted, found, figures, scale, error)
+    elif kind == "merged" and _gap(found, reference(adapted, Change(lambda _: 2.0))) <= figures.tolerance:
+        text += "; and the adapter comes on top of that again"
+    assert kind is not None
     positions = sum(len({position for position, _, _ in each.values}) for each in adapted)
     return Verdict(
         kind, text, len(found), positions, figures.from_adapter, figures.from_base, figures.effect, own, scale, error
@@ -195,35 +237,68 @@ def _plainly(figures: _Figures) -> tuple[str | None, str]:
 def _by_search(
     reference: Reference, adapted: Sequence[Observed], found: Tensor, figures: _Figures, scale: float, error: float
 ) -> tuple[str, str]:
-    partly = {label: _gap(found, reference(adapted, factor)) for label, factor in _hypotheses(reference).items()}
-    label = min(partly, key=lambda each: partly[each], default=None)
+    gaps = {text: _gap(found, reference(adapted, change)) for text, change in _hypotheses(reference).items()}
+    text = min(gaps, key=lambda each: gaps[each], default=None)
     bound = min(figures.tolerance, 0.3 * max(figures.from_base, figures.effect))
-    if label is not None and partly[label] <= bound and partly[label] < 0.7 * error:
-        return "partly", f"acts differently: {label} explains the answers"
+    if text is not None and gaps[text] <= bound and gaps[text] < 0.7 * error:
+        return "partly", f"acts differently: {text}"
     if error > bound:
+        what = "another adapter has this name" if figures.base_error is not None else "another adapter, or another base"
         rest = f"{error:.3g} nats a token remain at the best one, {scale:.3g}"
-        return "other", f"acts differently: another adapter, or another base; no scale explains the answers ({rest})"
-    return "scaled", f"acts differently: its scaling is {scale:.3g} of what it should be"
+        return "other", f"acts differently: {what}; no scale explains the answers ({rest})"
+    why = " or ".join(_reasons(reference, scale))
+    return "scaled", f"acts differently: its scaling is {scale:.3g} of what it should be" + (why and f", {why}")
 
 
-def _hypotheses(reference: Reference) -> dict[str, Factor]:
-    """Ways in which a server may apply an adapter in part, by what to call them."""
-    modules, usual = reference.modules, reference.plain_scaling
+def _reasons(reference: Reference, scale: float) -> list[str]:
+    """Returns the known mistakes that end in a scale."""
+    config, usual = reference.config, _plain_scaling(reference.config)
+    root = math.sqrt(config.r)
+    known = {
+        "as if it were applied twice": 2.0,
+        "as if it were subtracted": -1.0,
+        "as if lora_alpha / r were left out": 1 / usual if usual else math.nan,
+        "as if its scaling were applied twice": usual,
+        "as if its use_rslora were ignored" if config.use_rslora else "as if it were rsLoRA": (
+            1 / root if config.use_rslora else root
+        ),
+    }
+    return [text for text, value in known.items() if math.isclose(scale, value, rel_tol=0.03) and value != 1]
+
+
+def _plain_scaling(config: LoraConfig) -> float:
+    """Returns an adapter's scaling without its patterns."""
+    return scaling_of(config.r, config.lora_alpha, config.use_rslora)
+
+
+def _hypotheses(reference: Reference) -> dict[str, Change]:
+    """Ways in which a server may apply an adapter otherwise than at another scale, by what to say of them."""
+    modules, usual = reference.modules, _plain_scaling(reference.config)
     kinds = {name: _kind(name) for name in modules}
     leaves = {name: name.rpartition(".")[2] for name in modules}
-    result: dict[str, Factor] = {}
+    result: dict[str, Change] = {}
     for names in (kinds, leaves):
         different = sorted(set(names.values()))
         if len(different) < 2:
             continue
         for part in different:
-            result[f"only its part in {part}"] = _among(names, part)
+            result[f"only its part in {part} explains the answers"] = Change(_among(names, part))
             if len(different) > 2:  # of two, all but one is the other
-                result[f"all but its part in {part}"] = _among(names, *(other for other in different if other != part))
+                rest = _among(names, *(other for other in different if other != part))
+                result[f"all but its part in {part} explains the answers"] = Change(rest)
     if any(scaling != usual for scaling in modules.values()):
-        result["one scaling for all modules (alpha_pattern or rank_pattern ignored)"] = lambda name: (
-            usual / modules[name] if modules[name] else 1.0
+        result["one scaling for all modules explains the answers (alpha_pattern or rank_pattern ignored)"] = Change(
+            lambda name: usual / modules[name] if modules[name] else 1.0
         )
+    ranks = reference.ranks
+    if reference.config.use_rslora and len(set(ranks.values())) > 1:  # else it is one scale
+        result["its use_rslora is ignored"] = Change(lambda name: ranks[name] ** -0.5)
+    for to_gguf in (False, True):
+        if (rows := reference.in_other_order(to_gguf=to_gguf)) is not None:
+            way = "twice" if to_gguf else "not"
+            result[f"its q and k rows are in the wrong order (lora_B was {way} permuted for llama.cpp)"] = Change(
+                rows=rows
+            )
     return result
 
 
@@ -241,7 +316,7 @@ def _best_scale(reference: Reference, adapted: Sequence[Observed], found: Tensor
     """Returns the scale whose log-probabilities are nearest, and how far they are: a grid, then golden sections."""
 
     def error(scale: float) -> float:
-        return _gap(found, reference(adapted, lambda _: scale))
+        return _gap(found, reference(adapted, Change(lambda _: scale)))
 
     grid = sorted((*_SCALES, 64.0))
     errors = [error(scale) for scale in grid]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -28,6 +29,7 @@ TARGETS: Final[dict[str, tuple[list[str], str]]] = {
     "merged": (["merge"], ""),
 }
 _MOST_LINES: Final = 200
+_KEPT: Final = 4  # finished exports: a merged model has the size of its base
 
 
 @dataclass
@@ -68,12 +70,17 @@ class Export:
 
 
 class Exports:
-    """The exports of a server, one after another; what they make is kept below its state directory."""
+    """The exports of a server, one after another.
+
+    What they make is kept below its state directory for a while: the last few, until the server ends.  What a killed
+    server left there is removed by the next.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server, self._directory = server, server.state_dir.absolute() / "exports"
+        self._remove(self._directory)
         self._all: dict[str, Export] = {}
-        self._turn = threading.Lock()
+        self._turn, self._closing = threading.Lock(), threading.Event()
         self._process: subprocess.Popen[str] | None = None
         atexit.register(self.close)
 
@@ -104,23 +111,48 @@ class Exports:
             RequestError: there is none of that id.
         """
         if export_id not in self._all:
-            raise RequestError(f"there is no export {export_id[:80]!r}", 404, "export_not_found", "id")
+            raise RequestError(
+                f"there is no export {export_id[:80]!r}; the last {_KEPT} are kept, until the server ends",
+                404,
+                "export_not_found",
+                "id",
+            )
         return self._all[export_id]
 
     def close(self) -> None:
-        """Ends what runs."""
+        """Ends what runs, and removes what was made."""
+        self._closing.set()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
+        with self._turn:
+            self._remove(self._directory)
         atexit.unregister(self.close)
+
+    @staticmethod
+    def _remove(place: Path) -> None:
+        # A file that is being downloaded cannot be removed on Windows; the next server does it.
+        shutil.rmtree(place, ignore_errors=True)
+
+    def _make_room(self) -> None:
+        """Removes the oldest finished exports, so that the disk does not fill."""
+        finished = [each for each in self._all.values() if each.status in ("succeeded", "failed")]
+        for old in finished[: max(0, len(finished) - _KEPT + 1)]:
+            del self._all[old.id]
+            self._remove(self._directory / old.id)
 
     def _run(self, export: Export, adapter: Path) -> None:
         with self._turn:
+            if self._closing.is_set():
+                return
             export.status = "running"
+            self._make_room()
             try:
                 code = self._convert(export, adapter)
             except (OSError, OutputError) as error:
                 export.lines.append(str(error))
                 code = 1
+            if code:
+                self._remove(self._directory / export.id)
             export.status = "failed" if code else "succeeded"
 
     def _convert(self, export: Export, adapter: Path) -> int:
@@ -131,7 +163,7 @@ class Exports:
         made = place / (file or export.target)
         base = self._server.config.model or self._server.name
         words, environment = loralib_command(*command, "--model", base, str(adapter.absolute()), str(made))
-        self._process = subprocess.Popen(
+        with subprocess.Popen(
             words,
             env={**environment, "PYTHONUTF8": "1"},
             stdin=subprocess.DEVNULL,
@@ -139,14 +171,12 @@ class Exports:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-        )
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            public = (
-                line.rstrip().rpartition("\r")[2].replace(str(place), "").replace(str(adapter.absolute()), export.name)
-            )
-            export.lines = [*export.lines[-_MOST_LINES:], public]
-        code = self._process.wait()
+        ) as self._process:
+            for line in self._process.stdout or ():
+                said = line.rstrip().rpartition("\r")[2]
+                public = said.replace(str(place), "").replace(str(adapter.absolute()), export.name)
+                export.lines = [*export.lines[-_MOST_LINES:], public]
+        code = self._process.returncode
         if code == 0:
             export.path = made if made.is_file() else _zipped(made)
         return code
@@ -158,6 +188,7 @@ def _zipped(directory: Path) -> Path:
     with write_errors(target), zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for path in _files(directory):
             archive.write(path, path.relative_to(directory))
+    shutil.rmtree(directory)
     return target
 
 

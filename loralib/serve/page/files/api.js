@@ -1,4 +1,5 @@
 // All that the page does, it does over HTTP, as any other client could.
+import { translate } from "./words.js";
 
 let key = null;
 try { key = sessionStorage.getItem("loralib.key"); } catch { /* asked for again after a reload */ }
@@ -22,7 +23,7 @@ async function send(path, options = {}, again = true) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(`The server cannot be reached (${error.message}). Is it still running?`, 0, "unreachable");
+    throw new ApiError(translate("unreachable", { why: error.message }), 0, "unreachable");
   }
   if (response.status === 401 && again) {
     const given = await askForKey(key !== null);

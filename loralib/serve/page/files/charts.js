@@ -89,7 +89,6 @@ export function heatMap({ rows, columns, values, corner, label }) {
     if (value === null) return h("td", { class: "void" }, h("span", { class: "hidden", t: "none" }));
     const cell = h("td", { title: `${row} · ${column}: ${significant(value)}` }, h("span", {}, significant(value, 2)));
     cell.style.setProperty("--heat", `${(value / most * 100).toFixed(1)}%`);
-    if (value / most > 0.75) cell.classList.add("hot");
     return cell;
   })));
   return h("div", { class: "scroll heat", tabindex: 0, role: "region", "aria-labelledby": id }, h("table", {},

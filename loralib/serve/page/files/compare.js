@@ -14,7 +14,6 @@ class Panel {
     this.shown = h("output", {}, "1");
     this.scaleField = field("scale", this.scale, "scale_hint");
     this.scaleField.classList.add("scale");
-    this.scaleField.querySelector("label").append();
     this.scaleField.insertBefore(this.shown, this.scale);
     this.output = h("div", { class: "output", role: "region", "aria-live": "polite", "aria-busy": "false", tabindex: 0 });
     this.status = h("p", { class: "status" });
@@ -43,7 +42,7 @@ class Panel {
   showScale() {
     this.scaleField.classList.toggle("off", !this.adapter);
     this.scale.disabled = !this.adapter;
-    this.shown.textContent = this.adapter ? number(Number(this.scale.value), 2) : "–";
+    this.shown.textContent = number(Number(this.scale.value), 2);
   }
 
   changed() {
@@ -180,7 +179,7 @@ export class CompareView {
       if (free && this.panels.length >= 2) { free.fill(name); free.empty(); } else this.addPanel(name);
     }
     await this.findSamples(chosen.find((each) => this.adapters.includes(each)) ?? this.panels.map((panel) => panel.adapter).find(Boolean));
-    if (chosen.length && !this.prompt.value && this.samples.length) this.take(this.samples[0]);
+    if (chosen.length && !this.prompt.value && this.samples.length) { this.sample.value = 0; this.take(this.samples[0]); }
   }
 
   // What the adapters were asked in training: an adapter knows the form that its prompts had, to the last line break.

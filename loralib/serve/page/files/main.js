@@ -30,8 +30,8 @@ async function show(moveFocus) {
     main.append(views[chosen].element);
   }
   document.title = `${translate(chosen)} · loralib`;
+  if (moveFocus) main.focus(); // first: a run is shown until it ends, and then moves the focus itself
   await views[chosen].show(...rest);
-  if (moveFocus) main.focus();
 }
 
 function select(label, options, value, onchange) {

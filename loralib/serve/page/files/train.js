@@ -34,9 +34,8 @@ class JobForm {
     const { defaults } = about;
     this.input = h("input", { type: "file", id: newId("file"), class: "hidden", accept: ".jsonl,.ndjson,.json,.csv,.tsv,.txt,.md,.parquet,.arrow,.xml", onchange: () => this.input.files[0] && this.take(this.input.files[0]) });
     this.drop = h("div", { class: "drop" }, this.input, h("label", { for: this.input.id }, h("strong", { t: "drop" }), h("small", { t: "drop_hint" })));
-    for (const kind of ["dragenter", "dragover"]) this.drop.addEventListener(kind, (event) => { event.preventDefault(); this.drop.classList.add("over"); });
-    for (const kind of ["dragleave", "drop"]) this.drop.addEventListener(kind, () => this.drop.classList.remove("over"));
-    this.drop.addEventListener("drop", (event) => { event.preventDefault(); if (event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]); });
+    // A file that misses the box lands in it all the same: else the browser would leave the page and show the file.
+    for (const kind of ["dragover", "dragleave", "drop"]) document.addEventListener(kind, (event) => this.dragged(event));
     this.earlier = h("select", { onchange: () => this.earlier.value && this.choose(this.files.find((file) => file.id === this.earlier.value)) });
     this.earlierField = field("earlier_file", this.earlier);
     this.fileFacts = h("p", { class: "status", role: "status" });
@@ -81,6 +80,14 @@ class JobForm {
     this.earlierField.hidden = !this.files.length;
     this.earlier.replaceChildren(h("option", { value: "", t: "choose_file" }), ...this.files.map((file) => h("option", { value: file.id }, file.filename)));
     this.earlier.value = this.file?.id ?? "";
+  }
+
+  dragged(event) {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    const here = this.element.checkVisibility();
+    this.drop.classList.toggle("over", here && event.type === "dragover");
+    if (here && event.type === "drop" && event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]);
   }
 
   async take(file) {
