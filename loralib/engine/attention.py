@@ -29,6 +29,7 @@ from ..errors import UnsupportedModelError
 from .kernels import LANES, Blocks, Kernels, loaded
 
 __all__ = [
+    "AttentionSettings",
     "KVCache",
     "Layout",
     "PackedLayout",
@@ -36,6 +37,7 @@ __all__ = [
     "TreeLayout",
     "attention",
     "interface_name",
+    "masked_weights",
     "resized",
     "with_layout",
 ]
@@ -372,13 +374,13 @@ def _tile_attention(
         rows = x.index_select(0, index).view(count, -1, heads, width).transpose(1, 2)
         return rows.reshape(count * heads, -1, width)
 
-    weights = _weights(q, gather(k), hidden, settings)
+    weights = masked_weights(q, gather(k), hidden, settings)
     if settings.dropout:
         weights = F.dropout(weights, settings.dropout)
     return torch.bmm(weights, gather(v))
 
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
+def masked_weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
     """Attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); softmax computes in fp32, whatever the dtype.
 
     AttentionSettings are rounded to the dtype of q, but scaled before that.
@@ -565,7 +567,7 @@ class TreeLayout:
         of_heads = torch.arange(kv_heads, device=q.device)[:, None]
         keys = keys[slots, of_heads].view(sequences * kv_heads, columns, width)
         values = values[slots, of_heads].view(sequences * kv_heads, columns, -1)
-        y = _weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
+        y = masked_weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
         y = y.view(sequences, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
         y = y.reshape(sequences * branches, heads, -1)
         return y if self.grid_index is None else y[self.grid_index]
@@ -588,5 +590,5 @@ def _attend_causally(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSetting
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=settings.scaling)
         else:
             hidden = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
-            y = (_weights(q[0], k[0], hidden, settings) @ v[0])[None]
+            y = (masked_weights(q[0], k[0], hidden, settings) @ v[0])[None]
     return y[0].transpose(0, 1)
