@@ -69,6 +69,8 @@ class Pack:
         """
         assert self.ends is not None
         more = tokens - len(self.ends)
+        if not more:
+            return self
         ends = torch.cat([self.ends, torch.arange(len(self.ends), tokens) + 1])
         return replace(self, ids=F.pad(self.ids, (0, more)), positions=F.pad(self.positions, (0, more)), ends=ends)
 

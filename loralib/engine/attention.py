@@ -100,9 +100,9 @@ def interface_name(implementation: str | None) -> str | None:
     models make no mask for a name that they do not know.  Everywhere else it is the original.  A layer that runs again
     in the backward pass, for gradient checkpointing, may do so in a thread of autograd's own.
     """
-    in_backward = torch._C._current_graph_task_id() != -1
-    if not (getattr(_THREAD, "has_layout", False) or in_backward):
-        return implementation
+    if not getattr(_THREAD, "has_layout", False):
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return implementation
     original = implementation or "eager"
     name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
     if name not in _NAMES:
@@ -161,11 +161,15 @@ def attention(
         names = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
         given = {name: value for name, value in names.items() if value is not None}
         return _original(module)(module, query, key, value, attention_mask, **given, **others)
-    _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # the same layer was asked before, in the trial at the start
+        _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = AttentionSettings(scaling, softcap, sliding_window, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return layout.attend(cast(int, module.layer_idx), q, k, v, settings).unsqueeze(0), None
+    # A number that differs between layers would have each of them compiled anew.
+    layer = 0 if compiling else cast(int, module.layer_idx)
+    return layout.attend(layer, q, k, v, settings).unsqueeze(0), None
 
 
 def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .attention import AttentionSettings, masked_weights
 from .transfer import to_device
 
-__all__ = ["BLOCK", "FlexLayout", "block_mask", "bucket", "has_compiler"]
+__all__ = ["BLOCK", "FlexLayout", "block_mask", "bucket", "has_compiler", "has_flex"]
 
 BLOCK: Final = 128  # flex_attention's own block size
 _NARROWEST: Final = 16  # width of a head that its kernels take at least
@@ -51,6 +51,11 @@ def bucket(tokens: int) -> int:
 def has_compiler() -> bool:
     """Returns whether torch.compile can make kernels for a GPU: it needs triton, which PyTorch brings on Linux."""
     return importlib.util.find_spec("triton") is not None
+
+
+def has_flex(device: torch.device) -> bool:
+    """Returns whether flex_attention can be used in training: on CPUs it has no backward pass."""
+    return device.type == "cuda" and has_compiler()
 
 
 class FlexLayout:

@@ -11,18 +11,22 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .adapted_linears import TrainingLinears
-from .attention import Layout, interface_name, with_layout
+from .attention import Layout, PackedLayout, interface_name, with_layout
+from .compiled import CompiledBlocks
+from .device_linears import DeviceLinears
+from .flex import FlexLayout, bucket, has_compiler, has_flex
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
+from .transfer import to_device
 
-__all__ = ["Forward", "device_of", "logits_of", "plain_logits", "runs_here"]
+__all__ = ["Forward", "Path", "device_of", "logits_of", "may_compile", "path_of", "plain_logits", "runs_here"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -30,9 +34,27 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+Path = Literal["cpu", "gpu", "plain"]
+
+
+def path_of(model: nn.Module) -> Path:
+    """Returns how a model is computed: in what was made for CPUs, or for GPUs, or as transformers wrote it.
+
+    The last is for all other devices, and for LORALIB_ENGINE "off".
+    """
+    if engine_mode() == "off":
+        return "plain"
+    return cast(Path, {"cpu": "cpu", "cuda": "gpu"}.get(device_of(model).type, "plain"))
+
+
 def runs_here(model: nn.Module) -> bool:
-    """Returns whether modules of this model are overridden: on a CPU, unless LORALIB_ENGINE is "off"."""
-    return device_of(model).type == "cpu" and engine_mode() != "off"
+    """Returns whether a model is computed in what was made for CPUs."""
+    return path_of(model) == "cpu"
+
+
+def may_compile() -> bool:
+    """Returns whether a GPU's blocks may be compiled: there is a compiler, and LORALIB_ENGINE does not forbid it."""
+    return engine_mode() == "full" and has_compiler()
 
 
 def logits_of(output: Any) -> Tensor:
@@ -65,29 +87,41 @@ class Forward:
 
     Args:
         model: a causal language model, adapted or not.
+        compiles: whether its blocks are compiled, on a GPU.
 
     Attributes:
         model: the model.
+        path: see `path_of`.
         device: where its inputs go.
         splits: whether it is a head on a body; else only `logits` can be computed.
         has_layouts: whether passes may have a layout; else attention is left alone.
         lock: for one pass at a time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.device = model, device_of(model)
-        fast = runs_here(model)
-        self._body = self._find_body() if engine_mode() != "off" else None
-        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
-        in_body = self._body.modules() if self._body is not None and fast else ()
-        self._linears = TrainingLinears(list(in_body), list(model.modules()) if fast else [])
-        self._overrides: Overrides = operator_overrides(model) if fast else {}
+    def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
+        self.model, self.device, self.path = model, device_of(model), path_of(model)
+        self._body = self._find_body() if self.path != "plain" else None
+        compiles = compiles and self.path == "gpu" and may_compile()
+        blocks = CompiledBlocks(self._body) if self._body is not None and compiles else None
+        self._has_flex = engine_mode() == "full" and has_flex(self.device)
+        self._linears = self._find_linears(compiled=blocks is not None)
+        self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
+        if blocks is not None:
+            self._overrides = blocks.overrides
+        self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
         self.has_layouts = self._body is not None
         self.lock = threading.RLock()
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
             self.splits = self._probe()
+
+    def _find_linears(self, *, compiled: bool) -> TrainingLinears | DeviceLinears:
+        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
+        in_body = list(self._body.modules()) if self._body is not None else []
+        if self.path == "cpu":
+            return TrainingLinears(in_body, list(self.model.modules()))
+        return DeviceLinears([] if compiled else in_body)
 
     @property
     def prepacked_bytes(self) -> int:
@@ -119,7 +153,11 @@ class Forward:
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
-        with self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}):
+        in_backward = self.path == "gpu" and torch.is_grad_enabled()
+        with (
+            self._linears.ready() as linears,
+            overriding({**self._overrides, **linears, **body}, in_backward=in_backward),
+        ):
             yield
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -132,20 +170,33 @@ class Forward:
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
 
-    def packed_hidden(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """Returns the last hidden states (1, T, D) of a row in which a layout says who sees whom.
+    def row_length(self, tokens: int) -> int:
+        """Returns how long a packed row of so many tokens has to be: on a GPU, one of few lengths."""
+        return bucket(tokens) if self.path == "gpu" else tokens
+
+    def packed_hidden(self, ids: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+        """Returns the last hidden states (1, T, D) of a packed row.
 
         Args:
-            ids: (1, T) token ids.
+            ids: (1, T) token ids; on the CPU, as all of these; T is a `row_length`.
             positions: (1, T) place of each token in its example.
-            layout: that of the row.
+            ends: (T,) see `loralib.data.packing.Pack`.
 
         Raises:
             UnsupportedModelError: the model's attention needs something that is not computed here.
         """
+        layout = self._layout(ends, positions[0])
+        ids, positions = to_device(ids, self.device), to_device(positions, self.device)
         with with_layout():
             output = self._run_body(input_ids=ids, position_ids=positions, layout=layout)
+        if isinstance(layout, FlexLayout):
+            self._windows |= layout.windows
         return cast(Tensor, output.last_hidden_state)
+
+    def _layout(self, ends: Tensor, positions: Tensor) -> Layout:
+        if self.path == "gpu":
+            return FlexLayout(ends, positions, self.device, flex=self._has_flex, windows=self._windows)
+        return PackedLayout(ends, positions, self.device)
 
     def head(self, states: Tensor) -> Tensor:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""

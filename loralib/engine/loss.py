@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .transfer import to_device
+
 __all__ = ["HeadLoss", "Predictions", "head_loss"]
 
 _BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
@@ -43,7 +45,7 @@ class Predictions(NamedTuple):
             device: that of the states.
         """
         state_weights = torch.zeros(states).index_add_(0, rows, weights)
-        return cls(rows.to(device), targets.to(device), weights.to(device), state_weights.to(device), rows)
+        return cls(*(to_device(each, device) for each in (rows, targets, weights, state_weights)), rows)
 
 
 class HeadLoss(NamedTuple):

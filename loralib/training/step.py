@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
-from ..engine.attention import PackedLayout
 from ..engine.causal import require_causal
 from ..engine.forward import Forward
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
+from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
@@ -132,7 +132,7 @@ class Step:
     def _compute_part(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
-        laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
+        laid = self._packed(batch) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
         if len(laid.states):
             forward = self._forward
@@ -143,6 +143,10 @@ class Step:
                     loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
 
+    def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
+        row = pack(batch, share=self.share_prompts if share is None else share)
+        return row.extended(self._forward.row_length(row.processed_tokens)) if len(row.states) else row
+
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
@@ -150,13 +154,13 @@ class Step:
         device = self._forward.device
         if self._remembers:
             forget_length(self._model)
-        places = laid.states.to(device)
+        places = to_device(laid.states, device)
         predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
         if self._forward.splits:
             hidden = self._hidden(laid)
             head: Callable[[Tensor], Tensor] = self._forward.head
         else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-            hidden, head = self._forward.logits(laid.ids.to(device)), lambda states: states
+            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
         states = hidden.flatten(0, 1)[places]
         loss = head_loss(
             head, states, predictions, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
@@ -170,9 +174,8 @@ class Step:
         device = self._forward.device
         if laid.ends is None:
             assert laid.mask is not None
-            return self._forward.hidden(laid.ids.to(device), laid.mask.to(device))
-        layout = PackedLayout(laid.ends, laid.positions[0], device)
-        return self._forward.packed_hidden(laid.ids.to(device), laid.positions.to(device), layout)
+            return self._forward.hidden(to_device(laid.ids, device), to_device(laid.mask, device))
+        return self._forward.packed_hidden(laid.ids, laid.positions, laid.ends)
 
     # The check at the start.
 
@@ -220,7 +223,7 @@ class Step:
     def _packed_logits(self, examples: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """The logits (T, V) of each example, from one packed row with shared beginnings."""
         # One more token, never computed: packing leaves out the last one.
-        laid = pack([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples])
+        laid = self._packed([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples], share=True)
         with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
         return [logits[_places(laid, ids)] for ids in examples]
