@@ -4,7 +4,6 @@ flex_attention refuses to be trained through on a CPU, although PyTorch has the 
 a test lifts that, the path is the GPU's but for the compiler: blocks are traced and run as they are.
 """
 
-import copy
 import threading
 
 import pytest
@@ -12,18 +11,25 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.attention import flex_attention
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
+import loralib as lora
 from loralib.config import LoraConfig
 from loralib.data.tokens import TokenExample
-from loralib.engine import compiled, flex, forward
+from loralib.engine import compiled, forward
 from loralib.engine.device_linears import DeviceLinears
 from loralib.engine.placement import Hold, overriding
 from loralib.injection import inject
 from loralib.training.memory import gradient_checkpointing
 from loralib.training.step import make_step
 
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
+]
 
 VOCABULARY, WINDOW = 61, 6
 _LLAMA = {
@@ -109,10 +115,10 @@ def on_gpu(monkeypatch):
 
     def choose(way):
         monkeypatch.setattr(forward, "path_of", lambda model: "gpu")
-        if way != "dense":
+        if "flex" in way:
             monkeypatch.setattr(forward, "has_flex", lambda device: True)
             monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-        if way == "compiled":
+        if "compiled" in way:
             monkeypatch.setattr(forward, "may_compile", lambda: True)
             monkeypatch.setattr(compiled, "_BACKEND", "eager")
 
@@ -131,3 +137,248 @@ def test_losses_and_gradients_are_those_of_the_cpus_way(make, way, on_gpu):
         assert_same(computed(step, model, batch), expected)
         assert step.loss(batch).loss_sum == pytest.approx(expected[0].item(), rel=1e-5)
     assert not [module for module in model.modules() if {"forward"} & module.__dict__.keys()]
+
+
+class Reads(TorchDispatchMode):
+    """Notes where the program waits for values of "device" tensors: parameters, and what is computed from them."""
+
+    _ASK = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim")
+
+    def __init__(self, model):
+        super().__init__()
+        self.found, self._there = [], WeakIdKeyDictionary({p: None for p in model.parameters()})
+
+    def is_there(self, tensor):
+        return tensor in self._there
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        if any(map(self.is_there, given)):
+            if function.overloadpacket.__name__ in self._ASK:
+                self.found.append(function.overloadpacket.__name__)
+            for made in tree_leaves(result):
+                if isinstance(made, torch.Tensor):
+                    self._there[made] = None
+        return result
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Begins to note reads of a model's values; ways that no operator shows are watched by name."""
+
+    def begin(model):
+        mode = Reads(model)
+        for name in ("tolist", "cpu", "numpy"):
+            plain = getattr(torch.Tensor, name)
+
+            def noted(tensor, *args, _plain=plain, _name=name, **kwargs):
+                if mode.is_there(tensor):
+                    mode.found.append(_name)
+                return _plain(tensor, *args, **kwargs)
+
+            monkeypatch.setattr(torch.Tensor, name, noted)
+        return mode
+
+    return begin
+
+
+def test_what_counts_as_a_read(reads):
+    layer = nn.Linear(2, 2)
+    with reads(layer) as mode:
+        y = layer(torch.ones(2))
+        assert not mode.found
+        y.sum().item(), bool(y[0] > 0), y.tolist(), y.detach().cpu(), y.nonzero(), torch.ones(1).item()
+    assert mode.found == ["_local_scalar_dense", "_local_scalar_dense", "tolist", "cpu", "nonzero"]
+
+
+@pytest.mark.parametrize("way", ["dense", "flex"])
+def test_an_update_asks_the_device_once(way, on_gpu, reads, tmp_path):
+    on_gpu(way)
+    model = adapted(llama)
+    config = lora.TrainConfig(output_dir=str(tmp_path), max_steps=4, batch_size=2, grad_accum=2, shuffle=False)
+    mode = reads(model)
+    updates = []
+    hook = register_optimizer_step_post_hook(lambda *_: updates.append(len(mode.found)))
+    try:
+        with mode:
+            lora.train(model, batch_of(prompts=5, completions=4), config, verbose=False)  # of one epoch
+    finally:
+        hook.remove()
+    assert len(updates) == 4
+    between = [mode.found[start:end] for start, end in zip(updates[1:], updates[2:], strict=False)]
+    assert between == [["tolist"], ["tolist"]]  # the first update checks gradients as well
+
+
+def test_the_lengths_of_ten_steps_are_compiled_once_and_once_as_a_variable(on_gpu, monkeypatch):
+    on_gpu("compiled")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(updates))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "_BACKEND", backend)
+    model, updates = adapted(llama), []
+    step = make_step(model)
+    with step:
+        for seed in range(10):
+            batch = batch_of(seed, prompts=1 + seed % 5, longest=60 + 15 * seed)
+            updates.append(step.forward_backward(batch, loss_scale=0.01).processed_tokens)
+    assert len(set(updates)) >= 5
+    changes = [number for number, length in enumerate(updates) if length != updates[0]]
+    assert graphs == [0, changes[0]]  # all layers share what is compiled
+
+
+@pytest.mark.parametrize("way", ["dense", "compiled"])
+def test_checkpointed_blocks_run_again_in_autograds_own_thread(way, on_gpu, monkeypatch):
+    """A GPU's backward pass does not run in the thread that asked for it."""
+    model, batch = adapted(llama), batch_of()
+    expected = computed(make_step(model), model, batch)
+    on_gpu(way)
+    plain = torch.Tensor.backward
+
+    def elsewhere(tensor, *args, **kwargs):
+        failures = []
+
+        def run():
+            try:
+                plain(tensor, *args, **kwargs)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    step = make_step(model)
+    monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
+    with gradient_checkpointing(model), step:
+        assert_same(computed(step, model, batch), expected)
+
+
+def test_where_the_compiler_fails_training_goes_on(on_gpu, monkeypatch):
+    model, batch = adapted(llama), batch_of()
+    expected = computed(make_step(model), model, batch)
+    on_gpu("compiled")
+
+    def broken(graph, inputs):
+        raise OSError("no ptxas")
+
+    monkeypatch.setattr(compiled, "_BACKEND", broken)
+    step = make_step(model)
+    with step:
+        with pytest.warns(UserWarning, match="torch.compile fails on LlamaDecoderLayer.*no ptxas"):
+            computed(step, model, batch)
+        assert_same(computed(step, model, batch), expected)
+
+
+# LoRA's linears.
+
+
+class Net(nn.Module):
+    """q, k and v read the same input, and the last layer reads what comes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(8, 6), nn.Linear(8, 4, bias=False), nn.Linear(8, 6), nn.Linear(6, 9)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.tanh(q) * v) + k.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"lora_dropout": 0.4},
+    {"rank_pattern": {"k": 2}, "alpha_pattern": {"v": 5}},
+    {"enable_lora": {"q": [True, False]}},
+])
+def test_joint_products_have_the_gradients_of_each_layer_alone(settings):
+    torch.manual_seed(0)
+    net = Net().double()
+    inject(net, LoraConfig(r=3, lora_alpha=6, target_modules=["q", "k", "v", "o"], **settings))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 5, 8, dtype=torch.double, requires_grad=True)
+
+    def run():
+        torch.manual_seed(1)
+        x.grad = None
+        net.zero_grad()
+        y = net(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
+
+    expected = run()
+    linears = DeviceLinears(list(net.modules()))
+    with Hold(net, linears.modules, "training"):
+        with linears.finding_groups() as recorders, overriding(recorders):
+            net(x)
+        with linears.ready() as overrides, overriding(overrides):
+            made = run()
+    assert [len(group.layers) for group in linears._groups] == [3, 1]
+    for ours, theirs in zip(made, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_output_that_nothing_depends_on_has_no_gradient():
+    torch.manual_seed(0)
+    net = Net()
+    inject(net, LoraConfig(r=3, target_modules=["q", "k", "v", "o"]))
+    x = torch.randn(5, 8)
+    linears = DeviceLinears(list(net.modules()))
+    with Hold(net, linears.modules, "training"):
+        with linears.finding_groups() as recorders, overriding(recorders):
+            net(x)
+        with linears.ready() as overrides, overriding(overrides):
+            q, k, _ = net.q(x), net.k(x), net.v(x)
+            (q.sum() + k.sum()).backward()
+    assert net.v.lora_A.grad is None
+    assert net.v.lora_B.grad is None
+    torch.testing.assert_close(net.q.lora_B.grad, (2 * x @ net.q.lora_A.T).sum(0).expand(6, 3) * net.q.scaling / 2)
+
+
+# What is placed where.
+
+
+def placed(model):
+    return {name: sorted({"forward", "config"} & module.__dict__.keys()) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+def test_on_other_devices_nothing_is_placed(device, monkeypatch):
+    model = adapted(llama)
+    before = placed(model)
+    if device == "meta":
+        model.to("meta")
+    else:
+        monkeypatch.setattr(forward, "device_of", lambda model: torch.device(device))
+    found = forward.Forward(model)
+    with found.held("training"), found.overriding():
+        assert placed(model) == before
+        assert type(model.config) is transformers.LlamaConfig
+    assert not found.has_layouts
+    assert not found.splits
+
+
+def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(monkeypatch):
+    monkeypatch.setattr(forward, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(forward.Forward, "_probe", lambda self: True)  # nothing can be computed there
+    for name in ("operator_overrides", "TrainingLinears", "PackedLayout"):
+        monkeypatch.setattr(forward, name, lambda *args: pytest.fail("made for CPUs"))
+    model = llama()
+    inject(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    found = forward.Forward(model)
+    assert found.path == "gpu"
+    with found.held("training"):
+        forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
+    layers = [f"model.layers.{number}.self_attn.{name}" for number in range(3) for name in ("q_proj", "v_proj")]
+    assert forwards == ["model", *layers]
+    monkeypatch.setattr(forward, "may_compile", lambda: True)
+    with forward.Forward(model).held("training"):
+        forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
+    assert forwards == ["model", *(f"model.layers.{number}" for number in range(3))]

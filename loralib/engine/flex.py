@@ -95,14 +95,17 @@ class FlexLayout:
     def mask(self, window: int | None, dense: bool = False) -> BlockMask | Tensor:
         """Returns who sees whom: a block mask, or a dense one (T, T) if asked for, or where flex is off."""
         masks: dict[int | None, Any] = self._dense_masks if dense or not self._flex else self._block_masks
-        if window not in masks:
-            rule = _mask_mod(self._ends_there, self._positions_there, window)
-            if masks is self._dense_masks:
-                places = torch.arange(self.tokens, device=self._ends_there.device)
-                masks[window] = rule(0, 0, places[:, None], places[None])
-            else:
-                masks[window] = block_mask(self._ends, self._positions, window, rule, self._ends_there.device)
-        return cast("BlockMask | Tensor", masks[window])
+        if window in masks:
+            return cast("BlockMask | Tensor", masks[window])
+        rule, device = _mask_mod(self._ends_there, self._positions_there, window), self._ends_there.device
+        if masks is self._dense_masks:
+            places = torch.arange(self.tokens, device=device)
+            mask: BlockMask | Tensor = rule(0, 0, places[:, None], places[None])
+        else:
+            mask = block_mask(self._ends, self._positions, window, rule, device)
+        if not torch.compiler.is_compiling():  # where it is made, it is a part of the code
+            masks[window] = mask
+        return mask
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Returns the attention of q (T, H, D) over k and v (T, H / G, D)."""

@@ -102,12 +102,12 @@ class Forward:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._body = self._find_body() if self.path != "plain" else None
         compiles = compiles and self.path == "gpu" and may_compile()
-        blocks = CompiledBlocks(self._body) if self._body is not None and compiles else None
+        self._blocks = CompiledBlocks(self._body) if self._body is not None and compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
-        self._linears = self._find_linears(compiled=blocks is not None)
+        self._linears = self._find_linears(compiled=self._blocks is not None)
         self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
-        if blocks is not None:
-            self._overrides = blocks.overrides
+        if self._blocks is not None:
+            self._overrides = self._blocks.overrides
         self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
@@ -169,6 +169,11 @@ class Forward:
         """
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
+
+    def compile_blocks(self) -> None:
+        """Has blocks compiled from now on, where they can be: after a trial on short rows."""
+        if self._blocks is not None:
+            self._blocks.enabled = True
 
     def row_length(self, tokens: int) -> int:
         """Returns how long a packed row of so many tokens has to be: on a GPU, one of few lengths."""

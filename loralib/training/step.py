@@ -78,7 +78,10 @@ class Step:
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
+        if not self.packing:  # compiled blocks are for packed rows
+            self._forward = Forward(model, compiles=False)
         self._forward.has_layouts = self.packing
+        self._forward.compile_blocks()
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> Step:
