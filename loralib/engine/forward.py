@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from .adapted_linears import TrainingLinears
@@ -22,6 +23,7 @@ from .attention import Layout, PackedLayout, interface_name, with_layout
 from .compiled import CompiledBlocks
 from .device_linears import DeviceLinears
 from .flex import FlexLayout, bucket, has_compiler, has_flex
+from .liger import LigerLoss, has_liger
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
 from .transfer import to_device
@@ -93,22 +95,25 @@ class Forward:
         model: the model.
         path: see `path_of`.
         device: where its inputs go.
+        compiles: whether decoder blocks are compiled.
         splits: whether it is a head on a body; else only `logits` can be computed.
         has_layouts: whether passes may have a layout; else attention is left alone.
+        liger: computes head and loss together, where that is possible on a GPU; else None.
         lock: for one pass at a time.
     """
 
     def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._body = self._find_body() if self.path != "plain" else None
-        compiles = compiles and self.path == "gpu" and may_compile()
-        self._blocks = CompiledBlocks(self._body) if self._body is not None and compiles else None
+        self.compiles = compiles and self._body is not None and self.path == "gpu" and may_compile()
+        self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
-        self._linears = self._find_linears(compiled=self._blocks is not None)
+        self._linears = self._find_linears()
         self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
         if self._blocks is not None:
             self._overrides = self._blocks.overrides
         self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen
+        self.liger: LigerLoss | None = None
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
         self.has_layouts = self._body is not None
@@ -116,12 +121,12 @@ class Forward:
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
             self.splits = self._probe()
 
-    def _find_linears(self, *, compiled: bool) -> TrainingLinears | DeviceLinears:
+    def _find_linears(self) -> TrainingLinears | DeviceLinears:
         # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
         in_body = list(self._body.modules()) if self._body is not None else []
         if self.path == "cpu":
             return TrainingLinears(in_body, list(self.model.modules()))
-        return DeviceLinears([] if compiled else in_body)
+        return DeviceLinears([] if self.compiles else in_body)
 
     @property
     def prepacked_bytes(self) -> int:
@@ -237,10 +242,15 @@ class Forward:
             whole = self.logits(ids)
         with overriding({self._body: self._body_or_states}):
             try:
-                apart = self.head(self.hidden(ids)[0])
+                hidden = self.hidden(ids)[0]
+                apart = self.head(hidden)
             except Exception:  # its forward reaches into the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if self.path == "gpu" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
+            plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
+            self.liger = LigerLoss(head) if torch.allclose(plain, apart, rtol=1e-3, atol=1e-3 * spread) else None
         return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.causal import require_causal
-from ..engine.forward import Forward
+from ..engine.forward import Forward, device_of
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
@@ -65,20 +65,27 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, *, packing: bool, share_prompts: bool, label_smoothing: float, chunk_tokens: int
+        self,
+        model: nn.Module,
+        *,
+        packing: bool,
+        share_prompts: bool,
+        label_smoothing: float,
+        chunk_tokens: int,
+        compiles: bool,
     ) -> None:
         require_causal(model)
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
-        self._forward = Forward(model)
+        self._forward = Forward(model, compiles=compiles and packing)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
-        if not self.packing:  # compiled blocks are for packed rows
+        if self.note and self._forward.compiles:  # which is for packed rows
             self._forward = Forward(model, compiles=False)
         self._forward.has_layouts = self.packing
         self._forward.compile_blocks()
@@ -165,9 +172,12 @@ class Step:
         else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
             hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
         states = hidden.flatten(0, 1)[places]
-        loss = head_loss(
-            head, states, predictions, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
-        )
+        options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
+        liger = self._forward.liger
+        if liger is not None and self._forward.splits and liger.is_usable():
+            loss = liger(states, predictions, laid.trained_tokens, **options)
+        else:
+            loss = head_loss(head, states, predictions, chunk=self._chunk, **options)
         if scale is not None:
             loss.objective.backward()
         return loss.total
@@ -238,7 +248,8 @@ def make_step(
     packing: bool = True,
     share_prompts: bool = True,
     label_smoothing: float = 0.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
+    compiles: bool = True,
 ) -> Step:
     """Looks at a model and returns the step that is fastest for it and exact.
 
@@ -250,7 +261,9 @@ def make_step(
         share_prompts: compute beginnings that examples have in common once.  Exact without dropout; with dropout, the
             examples that share a beginning share its mask.
         label_smoothing: see `loralib.engine.loss.head_loss`.
-        chunk_tokens: how many trained positions go through the head at once: memory against speed.
+        chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
+            CPU, 1,024 elsewhere.
+        compiles: whether decoder blocks are compiled, on a GPU.
 
     Returns:
         The step; its `note` says why batches are padded, if they are although packing was asked for.
@@ -261,6 +274,8 @@ def make_step(
     """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to below 1 (0.1 is usual)")
+    if chunk_tokens is None:
+        chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
     return Step(
@@ -269,6 +284,7 @@ def make_step(
         share_prompts=share_prompts,
         label_smoothing=label_smoothing,
         chunk_tokens=chunk_tokens,
+        compiles=compiles,
     )
 
 
