@@ -194,6 +194,7 @@ def _base_weight(layer: LoRALinear) -> Tensor:
 
 
 def record_call(calls: list[tuple[LoRALinear, Tensor]], layer: LoRALinear, x: Tensor) -> Tensor:
+    """Notes that a layer was called with a tensor, and computes its own forward."""
     calls.append((layer, x))
     return cast(Tensor, own_forward(layer, x))
 
@@ -298,7 +299,7 @@ class LayerGroup:
         raise NotImplementedError
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
-        """Returns the outputs (T, out_i) of some layers for x (..., in); low-rank paths see `dropped` if it is given."""
+        """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths see `dropped` if it is given."""
         raise NotImplementedError
 
 

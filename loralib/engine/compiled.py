@@ -97,7 +97,11 @@ def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(function, "__wrapped__") or not isinstance(function, types.FunctionType):
         return function  # behind a decorator, the code that matters is out of reach
     copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

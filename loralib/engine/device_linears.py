@@ -92,7 +92,7 @@ class _DeviceGroup(LayerGroup):
 
 
 class _JointProduct(torch.autograd.Function):
-    """Outputs (T, out_i) for x (..., in): the formulas at the top of this file, for W_i, bias_i, A_i and B_i in turn."""
+    """Outputs (T, out_i) for x (..., in), given all W_i, bias_i, A_i and B_i: the formulas at the top of this file."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor | None, *given: Tensor | None) -> tuple[Tensor, ...]:
@@ -135,6 +135,6 @@ class _JointProduct(torch.autograd.Function):
         return of_x, of_dropped, *[None] * (2 * count), *of_A, *of_B
 
 
-def _quarters(given: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def _quarters(given: Sequence[Any]) -> Iterator[list[Any]]:
     size = len(given) // 4
-    return (given[start : start + size] for start in range(0, len(given), size))
+    return (list(given[start : start + size]) for start in range(0, len(given), size))

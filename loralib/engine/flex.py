@@ -1,7 +1,7 @@
 """Attention over packed rows on GPUs: flex_attention with block masks, and a dense mask where that cannot be had.
 
 A packed row's tree (`data/packing.py`) is one number per token, the end of its subtree: query q sees key k exactly if
-``k <= q < ends[k]``, and in a sliding layer if q lies less than `window` positions after k.  `_mask_mod` is that
+``k <= q < ends[k]``, and in a sliding layer if q lies less than `window` positions after k.  `mask_mod` is that
 formula.  flex_attention compiles it into its kernel and skips the blocks of 128 queries and 128 keys in which no pair
 is seen; which these are follows from the least and greatest numbers of each block, on the CPU, without asking the
 device and without a T x T mask.  The dense mask is the same function, evaluated at all pairs.
@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .attention import AttentionSettings, masked_weights
 from .transfer import to_device
 
-__all__ = ["BLOCK", "FlexLayout", "block_mask", "bucket", "has_compiler", "has_flex"]
+__all__ = ["BLOCK", "FlexLayout", "bucket", "has_compiler", "has_flex", "mask_mod"]
 
 BLOCK: Final = 128  # flex_attention's own block size
 _NARROWEST: Final = 16  # width of a head that its kernels take at least
@@ -85,51 +85,66 @@ class FlexLayout:
         self._block_masks: dict[int | None, BlockMask] = {}
         self._dense_masks: dict[int | None, Tensor] = {}
         for window in windows:
-            self.mask(window)
+            self.block_mask(window) if flex else self.dense_mask(window)
 
     @property
     def windows(self) -> frozenset[int | None]:
         """The windows that layers have asked for."""
         return frozenset(self._block_masks) | frozenset(self._dense_masks)
 
-    def mask(self, window: int | None, dense: bool = False) -> BlockMask | Tensor:
-        """Returns who sees whom: a block mask, or a dense one (T, T) if asked for, or where flex is off."""
-        masks: dict[int | None, Any] = self._dense_masks if dense or not self._flex else self._block_masks
-        if window in masks:
-            return cast("BlockMask | Tensor", masks[window])
-        rule, device = _mask_mod(self._ends_there, self._positions_there, window), self._ends_there.device
-        if masks is self._dense_masks:
-            places = torch.arange(self.tokens, device=device)
-            mask: BlockMask | Tensor = rule(0, 0, places[:, None], places[None])
-        else:
-            mask = block_mask(self._ends, self._positions, window, rule, device)
-        if not torch.compiler.is_compiling():  # where it is made, it is a part of the code
-            masks[window] = mask
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Returns who sees whom in layers with this window, for flex_attention."""
+        if window in self._block_masks:
+            return self._block_masks[window]
+        mask = _block_mask(self._ends, self._positions, window, self._rule(window), self._ends_there.device)
+        self._block_masks[window] = mask
         return mask
+
+    def dense_mask(self, window: int | None) -> Tensor:
+        """Returns who sees whom in layers with this window: (T, T) bool."""
+        if window in self._dense_masks:
+            return self._dense_masks[window]
+        places = torch.arange(self.tokens, device=self._ends_there.device)
+        mask = self._rule(window)(0, 0, places[:, None], places[None])
+        if not torch.compiler.is_compiling():  # there, it is a part of the code
+            self._dense_masks[window] = mask
+        return mask
+
+    def _rule(self, window: int | None) -> MaskMod:
+        return mask_mod(self._ends_there, self._positions_there, window)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Returns the attention of q (T, H, D) over k and v (T, H / G, D)."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
         if self._flex and not settings.dropout and q.shape[-1] >= _NARROWEST:
-            y = _flex(q, k, v, cast(BlockMask, self.mask(settings.window)), settings)
+            y = _flex(q, k, v, self.block_mask(settings.window), settings)
         else:
-            y = _with_dense_mask(q, k, v, cast(Tensor, self.mask(settings.window, dense=True)), settings)
+            y = _with_dense_mask(q, k, v, self.dense_mask(settings.window), settings)
         return y[0].transpose(0, 1)
 
 
-def _mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
-    """Returns the function that says whether the query at index q sees the key at index k."""
+def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
+    """Returns the function that says whether the query at index q sees the key at index k.
+
+    Args:
+        ends: see `FlexLayout`; on the device, as the positions.
+        positions: see `FlexLayout`.
+        window: see `AttentionSettings`.
+    """
 
     def in_tree(b: Any, h: Any, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < ends[k])
 
+    if window is None:
+        return in_tree
+
     def in_window(b: Any, h: Any, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < ends[k]) & (positions[q] - positions[k] < window)
 
-    return in_tree if window is None else in_window
+    return in_window
 
 
-def block_mask(
+def _block_mask(
     ends: Tensor, positions: Tensor, window: int | None, rule: MaskMod, device: torch.device | str
 ) -> BlockMask:
     """Returns which blocks of keys each block of queries sees: not at all, by the rule, or all of it.
@@ -155,8 +170,12 @@ def block_mask(
         some &= nearest[:, None] - farthest < window
         all_of_it &= farthest[:, None] - nearest < window
     partly = (some & ~all_of_it) | torch.eye(count, dtype=torch.bool)
-    lists = [to_device(x, device) for seen in (partly, all_of_it) for x in _listed(seen)]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=cast(Any, rule))
+    some_count, some_blocks, all_count, all_blocks = (
+        to_device(x, device) for seen in (partly, all_of_it) for x in _listed(seen)
+    )
+    return BlockMask.from_kv_blocks(
+        some_count, some_blocks, all_count, all_blocks, BLOCK_SIZE=BLOCK, mask_mod=cast(Any, rule)
+    )
 
 
 def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +186,7 @@ def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, settings: AttentionSettings) -> Tensor:
     compiled = q.is_cuda and not torch.compiler.is_compiling()  # inside a compiled block it is compiled with that
-    attend = _compiled_flex() if compiled else flex_attention
+    attend = _compiled_flex() if compiled else cast("Callable[..., Any]", flex_attention)
     score_mod = None if settings.softcap is None else _softcap(settings.softcap)
     y = attend(
         q, k, v, score_mod=score_mod, block_mask=mask, scale=settings.scaling, enable_gqa=q.shape[1] != k.shape[1]

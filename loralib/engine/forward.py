@@ -247,7 +247,7 @@ class Forward:
             except Exception:  # its forward reaches into the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
         if self.path == "gpu" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
             plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
             self.liger = LigerLoss(head) if torch.allclose(plain, apart, rtol=1e-3, atol=1e-3 * spread) else None

@@ -1,4 +1,4 @@
-"""Head and loss in Liger's fused kernel, where liger-kernel is installed: logits of a chunk are read once, not ten times.
+"""Head and loss in Liger's fused kernel, where liger-kernel is installed: it reads a chunk's logits once.
 
 Liger has one target per hidden state and no weights.  A packed row may predict several tokens from one state, and one
 token for several examples that share it: such states are repeated, which is exact.  Liger waits for the device twice

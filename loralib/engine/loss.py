@@ -45,7 +45,8 @@ class Predictions(NamedTuple):
             device: that of the states.
         """
         state_weights = torch.zeros(states).index_add_(0, rows, weights)
-        return cls(*(to_device(each, device) for each in (rows, targets, weights, state_weights)), rows)
+        there = [to_device(each, device) for each in (rows, targets, weights, state_weights)]
+        return cls(there[0], there[1], there[2], there[3], rows)
 
 
 class HeadLoss(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.causal import require_causal
-from ..engine.forward import Forward, device_of
+from ..engine.forward import Forward, device_of, may_compile, path_of
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
@@ -60,6 +60,7 @@ class Step:
     Attributes:
         packing: whether batches are packed.
         share_prompts: whether common beginnings are computed once.
+        compiles: whether decoder blocks are compiled by torch.compile, on a GPU.
         note: why batches are padded although packing was asked for, for the user; else "".
         prepacked_bytes: what prepacked copies of frozen weights will take.
     """
@@ -87,6 +88,7 @@ class Step:
         self.packing = packing and not self.note
         if self.note and self._forward.compiles:  # which is for packed rows
             self._forward = Forward(model, compiles=False)
+        self.compiles = self._forward.compiles
         self._forward.has_layouts = self.packing
         self._forward.compile_blocks()
         self.share_prompts = share_prompts and self.packing
@@ -249,7 +251,7 @@ def make_step(
     share_prompts: bool = True,
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
-    compiles: bool = True,
+    compiles: bool | None = None,
 ) -> Step:
     """Looks at a model and returns the step that is fastest for it and exact.
 
@@ -263,13 +265,14 @@ def make_step(
         label_smoothing: see `loralib.engine.loss.head_loss`.
         chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
             CPU, 1,024 elsewhere.
-        compiles: whether decoder blocks are compiled, on a GPU.
+        compiles: whether decoder blocks are compiled by torch.compile; None: where they can be, on a GPU.
 
     Returns:
         The step; its `note` says why batches are padded, if they are although packing was asked for.
 
     Raises:
-        ConfigError: label_smoothing or chunk_tokens is out of range.
+        ConfigError: label_smoothing or chunk_tokens is out of range, or compiling is asked for where it is not
+            possible.
         UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
@@ -278,14 +281,27 @@ def make_step(
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
-    return Step(
+    step = Step(
         model,
         packing=packing,
         share_prompts=share_prompts,
         label_smoothing=label_smoothing,
         chunk_tokens=chunk_tokens,
-        compiles=compiles,
+        compiles=compiles is not False,
     )
+    if compiles and not step.compiles:
+        raise ConfigError(
+            f"compile is on, but {_why_not_compiled(model, step)}; leave it at auto, which compiles where that works"
+        )
+    return step
+
+
+def _why_not_compiled(model: nn.Module, step: Step) -> str:
+    if path_of(model) != "gpu":
+        return f"the model is on {device_of(model).type}, expected cuda, and LORALIB_ENGINE not off"
+    if not may_compile():
+        return "triton is not installed (or LORALIB_ENGINE is not full)"
+    return f"batches are padded: {step.note or 'packing is off'}"
 
 
 @overload

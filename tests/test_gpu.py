@@ -5,12 +5,14 @@ a test lifts that, the path is the GPU's but for the compiler: blocks are traced
 """
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 from torch import nn
 from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,17 +20,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import loralib as lora
 from loralib.config import LoraConfig
+from loralib.data.packing import pack
 from loralib.data.tokens import TokenExample
 from loralib.engine import compiled, forward, loss
+from loralib.engine.attention import AttentionSettings, PackedLayout
 from loralib.engine.device_linears import DeviceLinears
+from loralib.engine.flex import BLOCK, FlexLayout, bucket
 from loralib.engine.placement import Hold, overriding
 from loralib.injection import inject
 from loralib.training.memory import gradient_checkpointing
 from loralib.training.step import make_step
 
+# In eager mode flex_attention says that it is slow, and PyTorch looks at what it warns of.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
 ]
 
 VOCABULARY, WINDOW = 61, 6
@@ -36,7 +43,7 @@ _LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -50,7 +57,7 @@ _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
 
 def gpt2():
     special = {"bos_token_id": 0, "eos_token_id": 1}
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=512, **special)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=512, **special)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -60,9 +67,6 @@ def llama():
 
 def gemma2():  # soft-capped scores, and every second layer with a sliding window
     return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_LLAMA, **_GEMMA, **_SOFTCAPS))
-
-
-MODELS = {make.__name__: make for make in (gpt2, llama, gemma2)}
 
 
 def adapted(make, **settings):
@@ -95,6 +99,12 @@ def batch_of(seed=0, prompts=2, completions=3, longest=40):
     return examples
 
 
+def packed_row(seed):
+    """Such a batch as a row, padded to a bucket, and the number of its tokens."""
+    row = pack(batch_of(seed, prompts=3, longest=90))
+    return row.extended(bucket(row.processed_tokens)), row.processed_tokens
+
+
 def computed(step, model, batch):
     """The loss of a batch, and the gradients of the factors."""
     model.zero_grad()
@@ -107,6 +117,12 @@ def assert_same(made, expected):
     assert made[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(made[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What one test had compiled is not there in the next."""
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -126,8 +142,57 @@ def on_gpu(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("way", ["dense", "flex", "compiled"])
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+# Attention.
+
+
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_block_masks_are_those_that_pytorch_makes_of_all_pairs(seed, window):
+    row, _ = packed_row(seed)
+    layout = FlexLayout(row.ends, row.positions[0], "cpu", flex=True)
+    ours, dense = layout.block_mask(window), layout.dense_mask(window)
+    tokens = len(row.ends)
+    theirs = create_block_mask(ours.mask_mod, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    blocks = dense.view(tokens // BLOCK, BLOCK, tokens // BLOCK, BLOCK).transpose(1, 2)
+    ours_seen, theirs_seen = ours.to_dense()[0, 0].bool(), theirs.to_dense()[0, 0].bool()
+    assert torch.equal(theirs_seen, blocks.any(-1).any(-1))  # what "seen" means
+    if window is None:
+        assert torch.equal(ours_seen, theirs_seen)
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert not (theirs_seen & ~ours_seen).any()  # no block is left out that holds a pair
+    for query, count in enumerate(ours.full_kv_num_blocks[0, 0].tolist()):
+        assert all(blocks[query, key].all() for key in ours.full_kv_indices[0, 0, query, :count].tolist())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AttentionSettings(0.25),
+        AttentionSettings(0.25, window=40),
+        AttentionSettings(0.25, softcap=2.0),
+        AttentionSettings(0.25, softcap=2.0, window=40),
+    ],
+)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_computes_what_our_attention_does(settings, kv_heads):
+    row, real = packed_row(0)
+    tokens = len(row.ends)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(tokens, heads, 16) for heads in (4, kv_heads, kv_heads))
+    ours = PackedLayout(row.ends[:real], row.positions[0][:real]).attend(0, q[:real], k[:real], v[:real], settings)
+    with torch.no_grad():
+        for flex in (True, False):
+            y = FlexLayout(row.ends, row.positions[0], "cpu", flex=flex).attend(0, q, k, v, settings)
+            torch.testing.assert_close(y[:real], ours, rtol=1e-5, atol=1e-5)
+
+
+# The whole step.
+
+
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [(gpt2, "dense"), (gpt2, "compiled"), (llama, "flex"), (gemma2, "dense"), (gemma2, "flex"), (gemma2, "compiled")],
+)
 def test_losses_and_gradients_are_those_of_the_cpus_way(make, way, on_gpu):
     model, batch = adapted(make), batch_of()
     expected = computed(make_step(model), model, batch)
@@ -147,7 +212,7 @@ class Reads(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.found, self._there = [], WeakIdKeyDictionary({p: None for p in model.parameters()})
+        self.found, self._there = [], WeakIdKeyDictionary(dict.fromkeys(model.parameters()))
 
     def is_there(self, tensor):
         return tensor in self._there
@@ -207,7 +272,7 @@ def test_an_update_asks_the_device_once(way, on_gpu, reads, tmp_path):
     finally:
         hook.remove()
     assert len(updates) == 4
-    between = [mode.found[start:end] for start, end in zip(updates[1:], updates[2:], strict=False)]
+    between = [mode.found[start:end] for start, end in pairwise(updates[1:])]
     assert between == [["tolist"], ["tolist"]]  # the first update checks gradients as well
 
 
@@ -291,12 +356,15 @@ class Net(nn.Module):
         return self.o(torch.tanh(q) * v) + k.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    {"lora_dropout": 0.4},
-    {"rank_pattern": {"k": 2}, "alpha_pattern": {"v": 5}},
-    {"enable_lora": {"q": [True, False]}},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_dropout": 0.4},
+        {"rank_pattern": {"k": 2}, "alpha_pattern": {"v": 5}},
+        {"enable_lora": {"q": [True, False]}},
+    ],
+)
 def test_joint_products_have_the_gradients_of_each_layer_alone(settings):
     torch.manual_seed(0)
     net = Net().double()
@@ -377,9 +445,9 @@ def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(monkeypatch):
     assert found.path == "gpu"
     with found.held("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
-    layers = [f"model.layers.{number}.self_attn.{name}" for number in range(3) for name in ("q_proj", "v_proj")]
+    layers = [f"model.layers.{number}.self_attn.{name}" for number in range(2) for name in ("q_proj", "v_proj")]
     assert forwards == ["model", *layers]
     monkeypatch.setattr(forward, "may_compile", lambda: True)
     with forward.Forward(model).held("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
-    assert forwards == ["model", *(f"model.layers.{number}" for number in range(3))]
+    assert forwards == ["model", *(f"model.layers.{number}" for number in range(2))]
