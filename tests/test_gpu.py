@@ -4,6 +4,9 @@ flex_attention refuses to be trained through on a CPU, although PyTorch has the 
 a test lifts that, the path is the GPU's but for the compiler: blocks are traced and run as they are.
 """
 
+import os
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 
@@ -19,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import loralib as lora
+from loralib.bases.device import _is_fast_in_bf16, pick_dtype
 from loralib.config import LoraConfig
 from loralib.data.packing import pack
 from loralib.data.tokens import TokenExample
@@ -26,7 +30,9 @@ from loralib.engine import compiled, forward, loss
 from loralib.engine.attention import AttentionSettings, PackedLayout
 from loralib.engine.device_linears import DeviceLinears
 from loralib.engine.flex import BLOCK, FlexLayout, bucket
+from loralib.engine.liger import has_liger
 from loralib.engine.placement import Hold, overriding
+from loralib.errors import ConfigError
 from loralib.injection import inject
 from loralib.training.memory import gradient_checkpointing
 from loralib.training.step import make_step
@@ -136,7 +142,7 @@ def on_gpu(monkeypatch):
             monkeypatch.setattr(forward, "has_flex", lambda device: True)
             monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
         if "compiled" in way:
-            monkeypatch.setattr(forward, "may_compile", lambda: True)
+            monkeypatch.setattr(forward, "may_compile", lambda device: True)
             monkeypatch.setattr(compiled, "_BACKEND", "eager")
 
     return choose
@@ -411,6 +417,63 @@ def test_an_output_that_nothing_depends_on_has_no_gradient():
     torch.testing.assert_close(net.q.lora_B.grad, (2 * x @ net.q.lora_A.T).sum(0).expand(6, 3) * net.q.scaling / 2)
 
 
+# Liger.
+
+LIGER = """
+import torch
+from torch import nn
+from loralib.engine.liger import LigerLoss
+from loralib.engine.loss import Predictions, head_loss
+torch.manual_seed(0)
+head = nn.Linear(16, 19, bias=False).requires_grad_(False)
+rows, targets = torch.tensor([0, 0, 1, 2]), torch.tensor([3, 5, 5, 0])
+predictions = Predictions.of(rows, targets, torch.tensor([1.0, 2.0, 1.0, 3.0]), 3, torch.device("cpu"))
+found = []
+for way in ("ours", "liger"):
+    states = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    options = {"gradient_scale": 0.5, "label_smoothing": 0.1}
+    if way == "liger":
+        loss = LigerLoss(head)(states, predictions, 7, **options)
+    else:
+        loss = head_loss(head, states, predictions, **options)
+    loss.objective.backward()
+    found.append((loss.total, states.grad))
+torch.testing.assert_close(found[0], found[1])
+"""
+
+
+@pytest.mark.skipif(not has_liger(), reason="liger-kernel is not installed")
+def test_ligers_loss_is_ours():
+    """By Triton's interpreter, on the CPU."""
+    subprocess.run([sys.executable, "-c", LIGER], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+# The settings.
+
+
+def test_compiling_is_refused_where_it_is_not_possible(on_gpu):
+    model = adapted(llama)
+    with pytest.raises(ConfigError, match="compile is on, but the model is on cpu, expected cuda"):
+        make_step(model, compiles=True)
+    on_gpu("compiled")
+    with pytest.raises(ConfigError, match="batches are padded: packing is off"):
+        make_step(model, compiles=True, packing=False)
+    assert make_step(model, compiles=True).compiles
+    assert not make_step(model, compiles=False).compiles
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_gpus_base_is_in_bf16_and_the_factors_in_fp32(fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    _is_fast_in_bf16.cache_clear()
+    dtype = pick_dtype("auto", torch.device("cuda"))
+    assert dtype == (torch.bfloat16 if fast else torch.float32)
+    model = llama().to(dtype)
+    _is_fast_in_bf16.cache_clear()
+    inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 # What is placed where.
 
 
@@ -418,7 +481,7 @@ def placed(model):
     return {name: sorted({"forward", "config"} & module.__dict__.keys()) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+@pytest.mark.parametrize("device", ["meta", "xla", "hpu"])
 def test_on_other_devices_nothing_is_placed(device, monkeypatch):
     model = adapted(llama)
     before = placed(model)
@@ -434,8 +497,9 @@ def test_on_other_devices_nothing_is_placed(device, monkeypatch):
     assert not found.splits
 
 
-def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(monkeypatch):
-    monkeypatch.setattr(forward, "device_of", lambda model: torch.device("cuda"))
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(device, monkeypatch):
+    monkeypatch.setattr(forward, "device_of", lambda model: torch.device(device))
     monkeypatch.setattr(forward.Forward, "_probe", lambda self: True)  # nothing can be computed there
     for name in ("operator_overrides", "TrainingLinears", "PackedLayout"):
         monkeypatch.setattr(forward, name, lambda *args: pytest.fail("made for CPUs"))
@@ -447,7 +511,63 @@ def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(monkeypatch):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     layers = [f"model.layers.{number}.self_attn.{name}" for number in range(2) for name in ("q_proj", "v_proj")]
     assert forwards == ["model", *layers]
-    monkeypatch.setattr(forward, "may_compile", lambda: True)
+    monkeypatch.setattr(forward, "may_compile", lambda device: True)
     with forward.Forward(model).held("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     assert forwards == ["model", *(f"model.layers.{number}" for number in range(2))]
+
+
+# On a GPU.  Nobody has run these yet.
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_gpu_computes_what_the_cpu_does(make, compiles):
+    model, batch = adapted(make), batch_of()
+    total, expected = computed(make_step(model), model, batch)
+    model.cuda()
+    step = make_step(model, compiles=compiles and forward.may_compile(torch.device("cuda")))
+    assert step.packing, step.note
+    with step:
+        made = computed(step, model, batch)
+    torch.testing.assert_close(made[0].cpu(), total, rtol=1e-3, atol=1e-3)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(made[1][name].cpu(), gradient, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.skipif(has_liger(), reason="liger-kernel waits for the device by itself")
+def test_a_step_on_a_gpu_does_not_wait_and_compiles_nothing_after_two_lengths():
+    model = adapted(llama).cuda()
+    step = make_step(model)
+    with step:
+        for seed in (0, 1):
+            step.forward_backward(batch_of(seed, prompts=1 + 4 * seed), loss_scale=0.01)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for seed in range(2, 8):
+                    step.forward_backward(batch_of(seed, prompts=seed), loss_scale=0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_logits_are_never_whole_on_a_gpu():
+    config = transformers.LlamaConfig(**{**_LLAMA, "vocab_size": 60_000, "max_position_embeddings": 8192})
+    model = transformers.LlamaForCausalLM(config).cuda()
+    inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    batch = [TokenExample(tuple(range(3, 8000)), (False, *[True] * 7996))]
+    step = make_step(model)
+    with step:
+        step.forward_backward(batch, loss_scale=0.01)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step.forward_backward(batch, loss_scale=0.01)
+    assert torch.cuda.max_memory_allocated() - before < 7997 * 60_000 * 4

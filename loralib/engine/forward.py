@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 Path = Literal["cpu", "gpu", "plain"]
+_PATHS: Final[dict[str, Path]] = {"cpu": "cpu", "cuda": "gpu", "mps": "gpu", "xpu": "gpu"}
 
 
 def path_of(model: nn.Module) -> Path:
@@ -46,7 +47,7 @@ def path_of(model: nn.Module) -> Path:
     """
     if engine_mode() == "off":
         return "plain"
-    return cast(Path, {"cpu": "cpu", "cuda": "gpu"}.get(device_of(model).type, "plain"))
+    return _PATHS.get(device_of(model).type, "plain")
 
 
 def runs_here(model: nn.Module) -> bool:
@@ -54,9 +55,9 @@ def runs_here(model: nn.Module) -> bool:
     return path_of(model) == "cpu"
 
 
-def may_compile() -> bool:
-    """Returns whether a GPU's blocks may be compiled: there is a compiler, and LORALIB_ENGINE does not forbid it."""
-    return engine_mode() == "full" and has_compiler()
+def may_compile(device: torch.device) -> bool:
+    """Returns whether blocks may be compiled: on CUDA or ROCm, with a compiler, unless LORALIB_ENGINE forbids it."""
+    return device.type == "cuda" and engine_mode() == "full" and has_compiler()
 
 
 def logits_of(output: Any) -> Tensor:
@@ -105,7 +106,7 @@ class Forward:
     def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._body = self._find_body() if self.path != "plain" else None
-        self.compiles = compiles and self._body is not None and self.path == "gpu" and may_compile()
+        self.compiles = compiles and self._body is not None and self.path == "gpu" and may_compile(self.device)
         self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
         self._linears = self._find_linears()
@@ -174,6 +175,14 @@ class Forward:
         """
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
+
+    def why_not_compiled(self) -> str:
+        """Returns why a model's blocks cannot be compiled, or ""."""
+        if may_compile(self.device):
+            return ""
+        if self.device.type != "cuda":
+            return f"the model is on {self.device.type}, expected cuda"
+        return "triton is not installed, or LORALIB_ENGINE is not full"
 
     def compile_blocks(self) -> None:
         """Has blocks compiled from now on, where they can be: after a trial on short rows."""
@@ -248,7 +257,7 @@ class Forward:
                 return False
         spread = float(whole.float().std())
         head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if self.path == "gpu" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
+        if self.device.type == "cuda" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
             plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
             self.liger = LigerLoss(head) if torch.allclose(plain, apart, rtol=1e-3, atol=1e-3 * spread) else None
         return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.causal import require_causal
-from ..engine.forward import Forward, device_of, may_compile, path_of
+from ..engine.forward import Forward, device_of
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
@@ -290,18 +290,9 @@ def make_step(
         compiles=compiles is not False,
     )
     if compiles and not step.compiles:
-        raise ConfigError(
-            f"compile is on, but {_why_not_compiled(model, step)}; leave it at auto, which compiles where that works"
-        )
+        why = step._forward.why_not_compiled() or f"batches are padded: {step.note or 'packing is off'}"
+        raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles where that works")
     return step
-
-
-def _why_not_compiled(model: nn.Module, step: Step) -> str:
-    if path_of(model) != "gpu":
-        return f"the model is on {device_of(model).type}, expected cuda, and LORALIB_ENGINE not off"
-    if not may_compile():
-        return "triton is not installed (or LORALIB_ENGINE is not full)"
-    return f"batches are padded: {step.note or 'packing is off'}"
 
 
 @overload
