@@ -4,7 +4,8 @@ transformers' models look their attention function up in an interface, by a name
 registers `attention` there; a `Hold` (placement.py) makes one model's modules ask for it.  A pass through the model
 hands a layout over as the argument `layout`:
 
-- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once;
+- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once; its
+  counterpart for GPUs is `FlexLayout` (flex.py);
 - `TreeLayout`: a step of generation, the new tokens of many sequences and their branches, over a cache of keys.
 
 Both answer the same question in two forms: `blocks` for the compiled kernel, and dense masks or tiles for PyTorch's
@@ -248,9 +249,8 @@ class PackedLayout:
     """One row of consecutive examples; beginnings that they share appear once.
 
     Args:
-        ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, as the positions.
+        ends: (T,) token k is seen by the tokens k .. ends[k] - 1.
         positions: (T,) the place of each token in its example.
-        device: of the model; who sees whom is worked out on the CPU, and asks that device for nothing.
         tile: how many queries are computed together without kernels.
     """
 
@@ -259,8 +259,8 @@ class PackedLayout:
     # Tiles with at most this many keys are computed together, however few some of them see: fewer operators gain more.
     _FEW_KEYS = 256
 
-    def __init__(self, ends: Tensor, positions: Tensor, device: torch.device | str = "cpu", tile: int = 48) -> None:
-        self._ends, self._positions, self._device, self._tile_size = ends, positions, device, tile
+    def __init__(self, ends: Tensor, positions: Tensor, tile: int = 48) -> None:
+        self._ends, self._positions, self._tile_size = ends, positions, tile
         self.tokens = len(ends)
         self._tiles: dict[int | None, list[_Tiles]] = {}
         self._blocks: dict[int | None, Blocks] = {}
@@ -346,8 +346,7 @@ class PackedLayout:
                 hidden[row, visible.shape[0] :, 0] = (
                     0.0  # queries past the row's end see something: no softmax is 0 / 0
                 )
-            on = self._device
-            yield _Tiles(torch.tensor(chosen, device=on), keys.flatten().to(on), hidden.to(on))
+            yield _Tiles(torch.tensor(chosen), keys.flatten(), hidden)
 
 
 class _KernelAttention(torch.autograd.Function):

@@ -22,7 +22,7 @@ from ..errors import first_line
 from .attention import with_layout
 from .placement import Overrides, own_forward
 
-__all__ = ["CompiledBlocks", "decoder_blocks"]
+__all__ = ["CompiledBlocks", "copied", "decoder_blocks"]
 
 
 _BACKEND: Final = "inductor"  # of torch.compile
@@ -79,7 +79,7 @@ class CompiledBlocks:
             forward = type(block).forward
             while _checkpoints(forward):
                 forward = forward.__wrapped__  # type: ignore[attr-defined]
-            self._codes[key] = torch.compile(_copied(forward), backend=_BACKEND)
+            self._codes[key] = torch.compile(copied(forward), backend=_BACKEND)
         if torch.is_grad_enabled() and args and not args[0].requires_grad:
             # Above frozen embeddings.  A gradient that nobody uses costs less than code of its own for the first block.
             args = args[0].detach().requires_grad_(), *args[1:]
@@ -92,10 +92,14 @@ def _checkpoints(forward: Callable[..., Any]) -> bool:
     return getattr(getattr(forward, "__code__", None), "co_name", "") == "forward_with_checkpointing"
 
 
-def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the same function with code of its own."""
+def copied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the same function with code of its own, which PyTorch keeps what it compiled with.
+
+    Args:
+        function: any; what is no plain function, or stands behind a decorator, is returned as it is.
+    """
     if hasattr(function, "__wrapped__") or not isinstance(function, types.FunctionType):
-        return function  # behind a decorator, the code that matters is out of reach
+        return function
     copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,

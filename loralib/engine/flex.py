@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .attention import AttentionSettings, masked_weights
+from .compiled import copied
 from .transfer import to_device
 
 __all__ = ["BLOCK", "FlexLayout", "bucket", "has_compiler", "has_flex", "mask_mod"]
@@ -185,18 +186,22 @@ def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, settings: AttentionSettings) -> Tensor:
-    compiled = q.is_cuda and not torch.compiler.is_compiling()  # inside a compiled block it is compiled with that
-    attend = _compiled_flex() if compiled else cast("Callable[..., Any]", flex_attention)
-    score_mod = None if settings.softcap is None else _softcap(settings.softcap)
-    y = attend(
-        q, k, v, score_mod=score_mod, block_mask=mask, scale=settings.scaling, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return cast(Tensor, y)
+    # Inside a compiled block it is compiled with that; in eager mode it is for tests on CPUs.
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    attend = _compiled_flex(settings.softcap, torch.is_grad_enabled()) if alone else _attend
+    return attend(q, k, v, mask, settings.scaling, settings.softcap)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:
+    score_mod = None if softcap is None else _softcap(softcap)
+    gqa = q.shape[1] != k.shape[1]
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scaling, enable_gqa=gqa)
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+def _compiled_flex(softcap: float | None, with_gradients: bool) -> Callable[..., Tensor]:
+    """The same, compiled; PyTorch compiles a function a few times only, so each kind of layer has one of its own."""
+    return cast("Callable[..., Tensor]", torch.compile(copied(_attend)))
 
 
 @functools.cache

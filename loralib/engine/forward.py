@@ -215,7 +215,7 @@ class Forward:
     def _layout(self, ends: Tensor, positions: Tensor) -> Layout:
         if self.path == "gpu":
             return FlexLayout(ends, positions, self.device, flex=self._has_flex, windows=self._windows)
-        return PackedLayout(ends, positions, self.device)
+        return PackedLayout(ends, positions)
 
     def head(self, states: Tensor) -> Tensor:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
