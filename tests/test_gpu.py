@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import loralib as lora
 from loralib.bases.device import _is_fast_in_bf16, pick_dtype
 from loralib.config import LoraConfig
-from loralib.data.packing import pack
+from loralib.data.packing import extended, pack
 from loralib.data.tokens import TokenExample
 from loralib.engine import compiled, forward, loss
 from loralib.engine.attention import AttentionSettings, PackedLayout
@@ -108,7 +108,7 @@ def batch_of(seed=0, prompts=2, completions=3, longest=40):
 def packed_row(seed):
     """Such a batch as a row, padded to a bucket, and the number of its tokens."""
     row = pack(batch_of(seed, prompts=3, longest=90))
-    return row.extended(bucket(row.processed_tokens)), row.processed_tokens
+    return extended(row, bucket(row.processed_tokens)), row.processed_tokens
 
 
 def computed(step, model, batch):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .tokens import TokenExample
 
-__all__ = ["Pack", "epoch_order", "pack", "pad"]
+__all__ = ["Pack", "epoch_order", "extended", "pack", "pad"]
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,6 @@ class Pack:
     def processed_tokens(self) -> int:
         """How many tokens the model computes, B * T."""
         return self.ids.numel()
-
-    def extended(self, tokens: int) -> Pack:
-        """Returns a packed row with padding tokens at its end, `tokens` in all: each is seen by itself alone.
-
-        >>> row = pack([TokenExample((5, 6, 7), (False, True, True))]).extended(4)
-        >>> row.ids.tolist(), row.ends.tolist(), row.states.tolist()
-        ([[5, 6, 0, 0]], [2, 2, 3, 4], [0, 1])
-        """
-        assert self.ends is not None
-        more = tokens - len(self.ends)
-        if not more:
-            return self
-        ends = torch.cat([self.ends, torch.arange(len(self.ends), tokens) + 1])
-        return replace(self, ids=F.pad(self.ids, (0, more)), positions=F.pad(self.positions, (0, more)), ends=ends)
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
@@ -126,6 +112,21 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
         ends=torch.tensor(ends, dtype=torch.long),
         mask=None,
     )
+
+
+def extended(row: Pack, tokens: int) -> Pack:
+    """Returns a packed row with padding tokens at its end, `tokens` in all: each is seen by itself alone.
+
+    >>> row = extended(pack([TokenExample((5, 6, 7), (False, True, True))]), 4)
+    >>> row.ids.tolist(), row.ends.tolist(), row.states.tolist()
+    ([[5, 6, 0, 0]], [2, 2, 3, 4], [0, 1])
+    """
+    assert row.ends is not None
+    more = tokens - len(row.ends)
+    if not more:
+        return row
+    ends = torch.cat([row.ends, torch.arange(len(row.ends), tokens) + 1])
+    return replace(row, ids=F.pad(row.ids, (0, more)), positions=F.pad(row.positions, (0, more)), ends=ends)
 
 
 def pad(examples: Sequence[TokenExample]) -> Pack:

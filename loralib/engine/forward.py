@@ -28,7 +28,7 @@ from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
 from .transfer import to_device
 
-__all__ = ["Forward", "Path", "device_of", "logits_of", "may_compile", "path_of", "plain_logits", "runs_here"]
+__all__ = ["Forward", "Path", "device_of", "logits_of", "path_of", "plain_logits", "runs_here", "why_not_compiled"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -58,6 +58,30 @@ def runs_here(model: nn.Module) -> bool:
 def may_compile(device: torch.device) -> bool:
     """Returns whether blocks may be compiled: on CUDA or ROCm, with a compiler, unless LORALIB_ENGINE forbids it."""
     return device.type == "cuda" and engine_mode() == "full" and has_compiler()
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Returns why blocks cannot be compiled for a device, or ""."""
+    if may_compile(device):
+        return ""
+    if device.type != "cuda":
+        return f"the model is on {device.type}, expected cuda"
+    return "triton is not installed, or LORALIB_ENGINE is not full"
+
+
+def liger_for(model: nn.Module, hidden: Tensor, logits: Tensor) -> LigerLoss | None:
+    """Returns Liger's loss for a model, if it is there and the model's head is a plain product.
+
+    Args:
+        model: a causal language model.
+        hidden: (T, D) some hidden states.
+        logits: (T, V) what the model makes of them.
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if hidden.device.type != "cuda" or engine_mode() != "full" or not has_liger() or not LigerLoss.accepts(head):
+        return None
+    plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
+    return LigerLoss(head) if torch.allclose(plain, logits, rtol=1e-3, atol=1e-3 * float(logits.std())) else None
 
 
 def logits_of(output: Any) -> Tensor:
@@ -159,11 +183,8 @@ class Forward:
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
-        in_backward = self.path == "gpu" and torch.is_grad_enabled()
-        with (
-            self._linears.ready() as linears,
-            overriding({**self._overrides, **linears, **body}, in_backward=in_backward),
-        ):
+        back = self.path == "gpu" and torch.is_grad_enabled()
+        with self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}, in_backward=back):
             yield
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,14 +196,6 @@ class Forward:
         """
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
-
-    def why_not_compiled(self) -> str:
-        """Returns why a model's blocks cannot be compiled, or ""."""
-        if may_compile(self.device):
-            return ""
-        if self.device.type != "cuda":
-            return f"the model is on {self.device.type}, expected cuda"
-        return "triton is not installed, or LORALIB_ENGINE is not full"
 
     def compile_blocks(self) -> None:
         """Has blocks compiled from now on, where they can be: after a trial on short rows."""
@@ -204,18 +217,15 @@ class Forward:
         Raises:
             UnsupportedModelError: the model's attention needs something that is not computed here.
         """
-        layout = self._layout(ends, positions[0])
+        layout: Layout = PackedLayout(ends, positions[0])
+        if self.path == "gpu":
+            layout = FlexLayout(ends, positions[0], self.device, flex=self._has_flex, windows=self._windows)
         ids, positions = to_device(ids, self.device), to_device(positions, self.device)
         with with_layout():
             output = self._run_body(input_ids=ids, position_ids=positions, layout=layout)
         if isinstance(layout, FlexLayout):
             self._windows |= layout.windows
         return cast(Tensor, output.last_hidden_state)
-
-    def _layout(self, ends: Tensor, positions: Tensor) -> Layout:
-        if self.path == "gpu":
-            return FlexLayout(ends, positions, self.device, flex=self._has_flex, windows=self._windows)
-        return PackedLayout(ends, positions)
 
     def head(self, states: Tensor) -> Tensor:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
@@ -256,10 +266,7 @@ class Forward:
             except Exception:  # its forward reaches into the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
-        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if self.device.type == "cuda" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
-            plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
-            self.liger = LigerLoss(head) if torch.allclose(plain, apart, rtol=1e-3, atol=1e-3 * spread) else None
+        self.liger = liger_for(self.model, hidden, apart)
         return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)
 
 

@@ -21,10 +21,10 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from ..data.packing import Pack, pack, pad
+from ..data.packing import Pack, extended, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.causal import require_causal
-from ..engine.forward import Forward, device_of
+from ..engine.forward import Forward, device_of, why_not_compiled
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
@@ -157,7 +157,7 @@ class Step:
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
         row = pack(batch, share=self.share_prompts if share is None else share)
-        return row.extended(self._forward.row_length(row.processed_tokens)) if len(row.states) else row
+        return extended(row, self._forward.row_length(row.processed_tokens)) if len(row.states) else row
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -290,7 +290,7 @@ def make_step(
         compiles=compiles is not False,
     )
     if compiles and not step.compiles:
-        why = step._forward.why_not_compiled() or f"batches are padded: {step.note or 'packing is off'}"
+        why = why_not_compiled(step._forward.device) or f"batches are padded: {step.note or 'packing is off'}"
         raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles where that works")
     return step
 
