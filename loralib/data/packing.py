@@ -14,16 +14,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .tokens import TokenExample
 
-__all__ = ["Pack", "epoch_order", "pack", "pad"]
+__all__ = ["Pack", "epoch_order", "extended", "pack", "pad"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,21 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
         ends=torch.tensor(ends, dtype=torch.long),
         mask=None,
     )
+
+
+def extended(row: Pack, tokens: int) -> Pack:
+    """Returns a packed row with padding tokens at its end, `tokens` in all: each is seen by itself alone.
+
+    >>> row = extended(pack([TokenExample((5, 6, 7), (False, True, True))]), 4)
+    >>> row.ids.tolist(), row.ends.tolist(), row.states.tolist()
+    ([[5, 6, 0, 0]], [2, 2, 3, 4], [0, 1])
+    """
+    assert row.ends is not None
+    more = tokens - len(row.ends)
+    if not more:
+        return row
+    ends = torch.cat([row.ends, torch.arange(len(row.ends), tokens) + 1])
+    return replace(row, ids=F.pad(row.ids, (0, more)), positions=F.pad(row.positions, (0, more)), ends=ends)
 
 
 def pad(examples: Sequence[TokenExample]) -> Pack:
