@@ -28,6 +28,7 @@ ROWS = [
     ["formats"],
     ["bases"],
     ["engine"],
+    ["budget"],
     ["data"],
     ["training"],
     ["generation"],
@@ -49,7 +50,8 @@ UPWARDS = {("injection", "formats")}
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 # "serve" stands for its whole room: a web framework shows in every route.
 OUTSIDE = {
-    "transformers": {"bases.loading", "bases.made_up", "engine.attention", "formats.old_names"},
+    "accelerate": {"bases.sharded"},
+    "transformers": {"bases.loading", "bases.made_up", "bases.sharded", "engine.attention", "formats.old_names"},
     "huggingface_hub": {"hub"},
     "tokenizers": {"bases.loading", "nlg.convert"},
     "gguf": {"bases.loading", "formats.gguf"},

@@ -49,8 +49,8 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Spreads a model's parameters over the processes of a mesh (FSDP2): block by block, then all that is outside.
 
-    A process holds its rows of each tensor.  The whole of a block exists while it computes; the whole of what is outside
-    the blocks (embedding, last norm, head) from the forward pass to the end of the backward pass.
+    A process holds its rows of each tensor.  The whole of a block exists while it computes; the whole of what is
+    outside the blocks (embedding, last norm, head) from the forward pass to the end of the backward pass.
 
     Args:
         model: without an adapter; its parameters may be on the meta device.
@@ -73,8 +73,9 @@ def empty_model(path: Path, dtype: torch.dtype) -> Any:
 
     where = {"local_files_only": True, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(str(path), **where)
+    causal: Any = transformers.AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = causal.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
@@ -107,7 +108,8 @@ def read_share(model: nn.Module, path: Path, mesh: DeviceMesh, device: torch.dev
         value = _read(getattr(module, leaf), place, device, buffer)
         for name in names:
             module, leaf = submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value
+            held: Any = module._parameters if leaf in module._parameters else module._buffers
+            held[leaf] = value
     for module in model.modules():
         for leaf, computed in module._buffers.items():
             module._buffers[leaf] = None if computed is None else computed.to(device)
@@ -155,7 +157,9 @@ def _stored_tensors(path: Path) -> dict[str, _Place]:
     if not files[0].is_file():
         if not index.is_file():
             return {}
-        files = [path / name for name in sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})]
+        files = [
+            path / name for name in sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        ]
     places = {}
     for file in files:
         entries, start = read_header(file)

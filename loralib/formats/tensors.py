@@ -105,8 +105,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     """Reads what tensors a safetensors file of any size holds, without reading them.
 
     Returns:
-        For each name ``{"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}``, and the place in the file that
-        offsets count from.
+        For each name ``{"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}``, and the place in the file
+        that offsets count from.
 
     Raises:
         FormatError: the file is truncated or corrupt, or a name occurs twice.

@@ -145,7 +145,7 @@ def run_in(
         require_causal(model)
         _adapt(model, config, reporter)
         with (
-            keep_freed_memory(),
+            keep_freed_memory(lean=config.gradient_checkpointing),
             freeze_objects(),
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
             explain_out_of_memory(directory.less_memory),
@@ -239,9 +239,7 @@ class Trainer:
         if not reaches_peak(config, self.total):
             say(f"WARNING: --warmup_steps {config.warmup_steps} outlasts the run: --lr is never reached.")
         tokens = max(map(len, self.examples)) * config.batch_size
-        self.reporter.memory(
-            *memory_estimate(self.model, tokens, config.gradient_checkpointing, self.step.prepacked_bytes)
-        )
+        self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
     def _run_epochs(self) -> None:
         progress, config = self.progress, self.config
