@@ -11,11 +11,15 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..bases import DEFAULT_BASE, base_of, load_base
+from ..bases.device import pick_device, pick_dtype
+from ..bases.loading import load_tokenizer
+from ..bases.made_up import is_made_up
 from ..console import counted
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers
 from .config import TrainConfig
+from .ranks import ALONE, Ranks
 
 __all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for"]
 
@@ -33,15 +37,23 @@ def base_for(config: TrainConfig) -> str:
     return base_of(read_adapter(config.from_adapter))
 
 
-def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
+def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module, Any]:
     """Loads the base model that a run trains on, and its tokenizer (see `load_base`)."""
-    return load_base(
-        base_for(config),
-        dtype=None if config.dtype == "auto" else config.dtype,
-        device=config.device,
-        seed=config.seed,
-        hidden_dim=config.hidden_dim,
-        num_layers=config.num_layers,
+    name, device = base_for(config), ranks.device(config.device)
+    dtype: Any = None if config.dtype == "auto" else config.dtype
+    if ranks.size > 1:
+        ranks.in_turn(lambda: load_tokenizer(name) and None)  # what a machine downloads or converts, it does once
+        if dtype is None and not is_made_up(name):  # processors are measured for it, and one may seem slow
+            dtype = ranks.first(lambda: pick_dtype(None, pick_device(device)))
+    return ranks.together(
+        lambda: load_base(
+            name,
+            dtype=dtype,
+            device=device,
+            seed=config.seed,
+            hidden_dim=config.hidden_dim,
+            num_layers=config.num_layers,
+        )
     )
 
 
