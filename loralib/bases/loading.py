@@ -40,8 +40,11 @@ from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
+from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .typing import LanguageModel
 
 __all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
@@ -61,6 +64,7 @@ def load_base(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
@@ -75,6 +79,8 @@ def load_base(
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
+        mesh: of one dimension: spread the weights over its processes (see `loralib.bases.sharded`), which all call this
+            function.  Each reads its own share where the model's files allow it.
 
     Returns:
         The model in eval mode, and its tokenizer, which has an end and a padding token.  Both carry the given name as
@@ -92,17 +98,23 @@ def load_base(
     if made_up:
         _transformers()  # report it missing before anything is built
         model = build_base(name, dtype, device, seed, hidden_dim, num_layers)
+        if mesh is not None:
+            shard(model.to(device), mesh)
         tokenizer = load_tokenizer(DEFAULT_BASE)
         name = model.config.name_or_path
     else:
         _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
-        path, name = _model_directory(name)
-        model = _read_model(path, name, pick_dtype(dtype, device))
+        if mesh is None:
+            path, name = _model_directory(name)
+            model = _read_model(path, name, pick_dtype(dtype, device))
+        else:
+            path, name = in_turn(mesh, functools.partial(_model_directory, name))
+            model = _read_spread(path, name, of_first(mesh, pick_dtype(dtype, device)), device, mesh)
         tokenizer = _read_tokenizer(path, name)
         _check_vocabulary(model, tokenizer, name)
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
-    return model.to(device).eval(), tokenizer
+    return (model.to(device) if mesh is None else model).eval(), tokenizer
 
 
 def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
@@ -289,6 +301,24 @@ def _read_model(path: Path, name: str, dtype: torch.dtype) -> Any:
         faults = sorted(info["missing_keys"])
         heading = f"the weights of {name!r} lack {len(faults)} of {type(model).__name__}'s tensors"
         raise BaseModelError(list_faults(heading, faults, "Download the model again, or use a complete one."))
+    return model
+
+
+def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
+    """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
+    _transformers()
+
+    def read_alone() -> tuple[Any, str]:
+        with _quiet():
+            model = empty_model(path, dtype)
+            return model, read_share(model, path, mesh, device)
+
+    model, why = agreed(mesh, read_alone)
+    if why:
+        if mesh.get_local_rank() == 0:
+            _note(f"each process reads all of {name} before it keeps its share, since {why}")
+        model = agreed(mesh, lambda: _read_model(path, name, dtype))
+        shard(model, mesh)
     return model
 
 
