@@ -79,6 +79,7 @@ class Step:
         self._forward = Forward(model)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
+        self._is_spread = is_spread(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
@@ -150,7 +151,7 @@ class Step:
     ) -> StepStats:
         laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
-        if not len(laid.states) and is_spread(self._model):
+        if not len(laid.states) and self._is_spread:
             self.idle(backward=scale is not None)
         elif len(laid.states):
             forward = self._forward

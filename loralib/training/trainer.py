@@ -32,7 +32,7 @@ from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, Targ
 from ..formats import check_portable, load_adapter
 from ..injection import adapted_layers, adapted_model, inject, unmerge
 from ..layers import LoRALayer
-from ..wrapping import is_spread, refuse_process_groups
+from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
@@ -42,7 +42,7 @@ from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
-from .start import adapter_to_train_on, full_precision
+from .start import adapter_to_train_on, full_precision, spread
 from .step import evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -148,7 +148,10 @@ def run_in(
     with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
         require_causal(model)
-        _adapt(model, config, reporter)
+        with adapting_spread() if config.shard else nullcontext():
+            _adapt(model, config, reporter)
+        if config.shard:
+            spread(model, ranks)
         with (
             keep_freed_memory(),
             freeze_objects(),
