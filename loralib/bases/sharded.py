@@ -6,6 +6,7 @@ process reads its rows from the safetensors files into the memory where they sta
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Spreads a model's parameters over the processes of a mesh (FSDP2): block by block, then all that is outside.
+    """Freezes a model and spreads its parameters over the processes of a mesh (FSDP2): block by block, then the rest.
 
     A process holds its rows of each tensor.  The whole of a block exists while it computes; the whole of what is
     outside the blocks (embedding, last norm, head) from the forward pass to the end of the backward pass.
@@ -58,9 +59,13 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    for block in decoder_blocks(model):
+    model.requires_grad_(False)  # not later: while weights are whole, FSDP2 notes it on copies that it throws away
+    blocks: list[Any] = decoder_blocks(model)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for block, following in itertools.pairwise(blocks):  # the next one comes while this one computes
+        block.set_modules_to_forward_prefetch([following])
 
 
 def empty_model(path: Path, dtype: torch.dtype) -> Any:

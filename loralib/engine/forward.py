@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..wrapping import is_spread
 from .adapted_linears import TrainingLinears
 from .attention import Layout, interface_name, with_layout
 from .operators import operator_overrides
@@ -82,11 +83,13 @@ class Forward:
         in_body = self._body.modules() if self._body is not None and fast else ()
         self._linears = TrainingLinears(list(in_body), list(model.modules()) if fast else [])
         self._overrides: Overrides = operator_overrides(model) if fast else {}
+        self._is_spread = is_spread(model)
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
         self.has_layouts = self._body is not None
         self.lock = threading.RLock()
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
+            self.splits = False
             self.splits = self._probe()
 
     @property
@@ -119,8 +122,25 @@ class Forward:
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
-        with self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}):
+        with self._whole(), self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}):
             yield
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Keeps whole, for one pass both ways, what lies outside the blocks of a model that is spread over processes.
+
+        FSDP2 gathers a module's weights when it is called.  Blocks are called as always; but embedding, last norm and
+        head belong to the model itself, which no pass calls that runs body and head apart.
+        """
+        model: Any = self.model
+        if not (self._is_spread and self.splits and hasattr(model, "unshard")):
+            yield
+            return
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the last hidden states (B, T, D), after the final norm.
@@ -151,7 +171,9 @@ class Forward:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
         self._states = states[None]
         try:
-            return logits_of(self.model(use_cache=False)).flatten(0, 1)
+            # FSDP2's own hooks would take the end of each chunk's gradients for that of the backward pass.
+            output = own_forward(self.model, use_cache=False) if self._is_spread else self.model(use_cache=False)
+            return logits_of(output).flatten(0, 1)
         finally:
             self._states = None
 
