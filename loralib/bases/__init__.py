@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adapted import base_of, load_adapted, save_tokenizer, tokenizer_for, trained_on_chats
 from .device import pick_device, pick_dtype
-from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
+from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_empty, load_tokenizer, resize_tables_for
 
 __all__ = [
     "DEFAULT_BASE",
@@ -12,6 +12,7 @@ __all__ = [
     "load_adapted",
     "load_adapters_tokenizer",
     "load_base",
+    "load_empty",
     "load_tokenizer",
     "pick_device",
     "pick_dtype",

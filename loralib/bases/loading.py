@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from .typing import LanguageModel
 
-__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_empty", "load_tokenizer", "resize_tables_for"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -115,6 +115,32 @@ def load_base(
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     return (model.to(device) if mesh is None else model).eval(), tokenizer
+
+
+def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torch.dtype | None = None) -> LanguageModel:
+    """Builds a base model without weights, on the meta device, of which only the config is needed.
+
+    Args:
+        name: see `load_base`.
+        dtype: of the weights it would have; default: see `pick_dtype`.
+
+    Raises:
+        BaseModelError: there is no such model, or its config cannot be read.
+    """
+    name = os.fspath(name)
+    device = pick_device("cpu" if dtype is None else None)
+    _transformers()
+    if is_made_up(name):
+        with torch.device("meta"):
+            return cast("LanguageModel", build_base(name, dtype, device, 0, None, None))
+    path, name = _config_directory(name)
+    try:
+        with _quiet():
+            return cast("LanguageModel", empty_model(path, pick_dtype(dtype, device)))
+    except Exception as error:
+        raise BaseModelError(
+            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
+        ) from error
 
 
 def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
@@ -227,6 +253,15 @@ def _base_named_in(config: Path) -> str | None:
         name = json.loads(config.read_text(encoding="utf-8-sig"))["base_model_name_or_path"]
         return str(name) if name and str(name).isprintable() else None
     return None
+
+
+def _config_directory(name: str) -> tuple[Path, str]:
+    """Returns a directory that holds a model's config.json at least, and the model's name (see `_model_directory`)."""
+    if Path(name).expanduser().exists() or not is_hub_id(name) or name in (DEFAULT_BASE, HUB_NAMES[DEFAULT_BASE]):
+        return _model_directory(name)
+    advice = "Check the network, or give a directory that holds the model's config.json."
+    wanted = ["config.json"]
+    return fetch(name, lambda _: wanted, wanted, error=BaseModelError, what="config", advice=advice), name
 
 
 def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
