@@ -489,7 +489,7 @@ def test_an_unfinished_run_needs_resume_whatever_the_number_of_processes(tmp_pat
     together(2, lambda rank: run(rank, True))
     for error in together(3, lambda rank: run(rank, False)):
         assert isinstance(error, errors.TrainingError)
-        assert "Add --resume" in str(error)
+        assert "holds a run of 2 processes that stopped after 1 update. Add --resume" in str(error)
 
 
 def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -505,6 +505,11 @@ def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) 
     for error in together(2, run):
         assert "these trained tensors are spread over processes" in str(error)
         assert "q_proj.bias" in str(error)
+
+
+def test_shard_in_fp16_is_refused(tmp_path: Path) -> None:
+    for error in together(2, lambda rank: train(settings(tmp_path, shard=True), tiny_model().half())):
+        assert "shard does not go with fp16" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -672,7 +677,7 @@ def test_torchrun_trains_what_one_process_does(folder: Path, tmp_path: Path) -> 
         if output == "one":
             assert main(words) == 0
             continue
-        process = torchrun(words)
+        process = torchrun([*words, "--shard"])
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         assert out.count("Done: 3 updates") == 1, "only the first rank speaks"
