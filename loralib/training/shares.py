@@ -69,7 +69,7 @@ def _soonest(prompts: Sequence[tuple[int, ...]], rests: Sequence[int], parts: in
             heapq.heappop(queue)
         candidates = {part: loads[part] + rest for part in having[prompt][-_SEEN:]}
         candidates.setdefault(queue[0][1], queue[0][0] + len(prompt) + rest)
-        part = min(candidates, key=lambda part: (candidates[part], part))  # noqa: B023 - used at once
+        part = min(candidates, key=lambda part: (candidates[part], part))
         if prompt and part not in having[prompt][-_SEEN:]:
             having[prompt].append(part)
         loads[part] = candidates[part]
