@@ -1,11 +1,12 @@
 """Several processes train as one: the same losses, the same adapter, and one end for all.
 
 Ranks are forked from the test, with gloo between them and one thread each; what a launcher tells its processes by
-environment variables is set here.  `torchrun` itself starts the commands in test_ranks_cli.py.
+environment variables is set here.  A few whole commands, at the end, are started by torchrun itself.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,13 +14,16 @@ import pickle
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -27,6 +31,7 @@ from torch import nn
 import loralib as lora
 from loralib import errors
 from loralib.bases import sharded
+from loralib.cli import main
 from loralib.data import TokenExample
 from loralib.formats import read_adapter
 from loralib.training import ranks as ranks_module
@@ -38,6 +43,7 @@ from loralib.training.shares import deal, shares
 from loralib.training.step import evaluate_loss, make_step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked, with threads that are not started")
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 29
 
 
@@ -58,8 +64,8 @@ def tiny_model(**changes: Any) -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.3, **(sizes | changes))
-    return LlamaForCausalLM(config)
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**({"initializer_range": 0.3} | sizes | changes)))
 
 
 def some_examples(count: int = 40, seed: int = 0) -> list[TokenExample]:
@@ -75,7 +81,7 @@ def some_examples(count: int = 40, seed: int = 0) -> list[TokenExample]:
 
 def settings(output: Path, **changes: Any) -> lora.TrainConfig:
     values: dict[str, Any] = {
-        "output_dir": str(output), "rank": 4, "lr": 5e-3, "batch_size": 8, "max_steps": 20, "warmup_steps": 0,
+        "output_dir": str(output), "rank": 4, "lr": 1e-3, "batch_size": 8, "max_steps": 20, "warmup_steps": 0,
         "keep_checkpoints": 2, "eval_steps": 7,
     }  # fmt: skip
     return lora.TrainConfig(**(values | changes))
@@ -154,12 +160,13 @@ def losses(directory: Path) -> list[float]:
 
 # The same run.
 
+FEW: dict[str, Any] = {"max_steps": 5, "eval_steps": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "packed and shared": {},
     "padded": {"packing": False},
-    "accumulated": {"batch_size": 3, "grad_accum": 3, "max_siblings": 2},
-    "the paper's arithmetic": {"arithmetic": "paper", "batch_size": 3, "grad_accum": 3, "share_prompts": False},
-    "recomputed": {"gradient_checkpointing": True},
+    "accumulated": {"batch_size": 3, "grad_accum": 3, "max_siblings": 2, **FEW},
+    "the paper's arithmetic": {"arithmetic": "paper", "batch_size": 3, "grad_accum": 3, "share_prompts": False, **FEW},
+    "recomputed": {"gradient_checkpointing": True, **FEW},
 }
 
 
@@ -436,7 +443,7 @@ def test_an_error_of_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
     ("fault", "words"),
     [
         ("data", ["training data: '", "on rank 0, '", "on rank 1"]),
-        ("settings", ["lr: 0.005 on rank 0, 0.004 on rank 1", "lora_alpha: None on rank 0, 3 on rank 1"]),
+        ("settings", ["lr: 0.001 on rank 0, 0.004 on rank 1", "lora_alpha: None on rank 0, 3 on rank 1"]),
         ("versions", ["version of torch: ", "'1.0' on rank 1"]),
         ("base", ["base model: '"]),
         ("directory", ["is not on rank 1 what it is on rank 0", "all machines share"]),
@@ -482,7 +489,7 @@ def test_an_unfinished_run_needs_resume_whatever_the_number_of_processes(tmp_pat
     together(2, lambda rank: run(rank, True))
     for error in together(3, lambda rank: run(rank, False)):
         assert isinstance(error, errors.TrainingError)
-        assert "Add --resume" in str(error)
+        assert "holds a run of 2 processes that stopped after 1 update. Add --resume" in str(error)
 
 
 def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -498,6 +505,11 @@ def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) 
     for error in together(2, run):
         assert "these trained tensors are spread over processes" in str(error)
         assert "q_proj.bias" in str(error)
+
+
+def test_shard_in_fp16_is_refused(tmp_path: Path) -> None:
+    for error in together(2, lambda rank: train(settings(tmp_path, shard=True), tiny_model().half())):
+        assert "shard does not go with fp16" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -534,3 +546,151 @@ def test_one_process_is_the_case_of_one_rank() -> None:
     assert torch.equal(ALONE.sum(torch.ones(2)), torch.ones(2))
     assert json.dumps(ALONE.device("cpu")) == '"cpu"'
     assert not ranks_module.launched()
+
+
+# Whole commands.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer, and data of two fields."""
+    from loralib.bases.loading import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer = load_tokenizer("smollm2-135m")
+    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"Say {n % 5} times {n}", "completion": f" {n}" * (n % 5 + 1)} for n in range(40)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def on(folder: Path, *words: str) -> list[str]:
+    return [*words, "--model", str(folder / "model"), "--dtype", "fp32", "--device", "cpu"]
+
+
+def training(folder: Path, output: Path, *words: str) -> list[str]:
+    data = ["--train_data", str(folder / "data.jsonl"), "--valid_fraction", "0", "--output_dir", str(output)]
+    return on(folder, "train", *data, "--rank", "4", *words)
+
+
+def spoken(words: list[str], size: int) -> list[tuple[int, str, str]]:
+    """Runs a command in several processes; returns the exit code of each, and what it said on stdout and stderr."""
+
+    def run(rank: int) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = main(words)
+            except SystemExit as end:
+                code = int(str(end.code))
+        return code, out.getvalue(), err.getvalue()
+
+    return together(size, run)
+
+
+def test_texts_of_two_processes_are_those_of_one(folder: Path, tmp_path: Path) -> None:
+    words = on(folder, "generate", "--input", str(folder / "data.jsonl"), "--batch", "3", "--max_new_tokens", "4")
+    words += ["--temperature", "1", "--output"]
+    assert main([*words, str(tmp_path / "one.jsonl")]) == 0
+    whole = (tmp_path / "one.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "two.jsonl").write_text(whole[: len(whole) // 3], encoding="utf-8")
+    first, second = spoken([*words, str(tmp_path / "two.jsonl")], 2)
+    assert (first[0], second) == (0, (0, "", ""))
+    assert first[1].count("40 texts in") == 1
+    assert (tmp_path / "two.jsonl").read_text(encoding="utf-8") == whole
+
+
+def test_perplexity_of_two_processes_is_that_of_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = on(folder, "evaluate", str(folder / "data.jsonl"), "--perplexity", "--json")
+    capsys.readouterr()
+    assert main(words) == 0
+    want = json.loads(capsys.readouterr().out)
+    first, second = spoken(words, 2)
+    assert second == (0, "", "")
+    got = json.loads(first[1])
+    rounded = {"loss", "PPL", "PPL_word"}
+    assert all(got[name] == pytest.approx(want[name], rel=1e-6) for name in rounded)
+    assert {n: v for n, v in got.items() if n not in rounded} == {n: v for n, v in want.items() if n not in rounded}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--sharded"], "unknown arguments"),
+        (["train", "--device", "cuda", "--train_data", "DATA"], "start as many processes as there are GPUs"),
+        (["train", "--device", "cuda:1", "--train_data", "DATA"], "on which 2 processes cannot train at once"),
+        (["train", "--train_data", "nowhere.txt"], "nowhere.txt"),
+        (["inspect", "."], "loralib inspect: this command runs in one process, and 2 were started"),
+    ],
+)
+def test_a_users_mistake_is_told_once_and_ends_all_with_2(
+    words: list[str], said: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = spoken([str(folder / "data.jsonl") if word == "DATA" else word for word in words], 2)
+    assert (first[0], second[0]) == (2, 2)
+    assert said in first[2]
+    assert second[1:] == ("", "")
+
+
+def torchrun(words: list[str]) -> subprocess.Popen[str]:
+    """Starts `torchrun --nproc_per_node 2 -m loralib ...`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "loralib"]
+    return subprocess.Popen(
+        [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def updates(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return sum(event["event"] == "train" for event in read_metrics(log)) if log.exists() else 0
+
+
+def test_torchrun_ends_when_a_rank_is_killed_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
+    process = torchrun(training(folder, tmp_path, "--save_steps", "1", "--shard", "--max_steps", "500"))
+    try:
+        while updates(tmp_path) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children()
+        (second,) = [child for child in children if child.environ().get("RANK") == "1"]
+        second.kill()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    ours = [line for line in err.splitlines() if line.startswith("loralib train:")]
+    assert len(ours) == 1, err
+    assert "another process of this run has died" in ours[0]
+    assert "--resume" in ours[0]
+    done = updates(tmp_path)
+    assert 2 <= done < 500
+    last = last_checkpoint(tmp_path / "checkpoints")
+    assert last is not None
+    assert done - last[0].progress.step <= 1, "no more is lost than since the last checkpoint"
+
+
+def test_torchrun_trains_what_one_process_does(folder: Path, tmp_path: Path) -> None:
+    for output in ("one", "two"):
+        words = training(folder, tmp_path / output, "--max_steps", "3")
+        if output == "one":
+            assert main(words) == 0
+            continue
+        process = torchrun([*words, "--shard"])
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert out.count("Done: 3 updates") == 1, "only the first rank speaks"
+    assert is_close(tmp_path / "two", tmp_path / "one")
+    files = [{path.name for path in (tmp_path / place).iterdir()} for place in ("one", "two")]
+    assert files[0] == files[1] - {"loss.png"}, "which is not drawn in this process"
+
+
+def test_torchrun_shows_a_users_mistake_once(folder: Path, tmp_path: Path) -> None:
+    process = torchrun([*training(folder, tmp_path / "run"), "--model", "./nowhere"])
+    _, err = process.communicate(timeout=240)
+    ours = [line for line in err.splitlines() if line.startswith("loralib train:")]
+    assert len(ours) == 1, err
+    assert "there is no directory './nowhere'" in ours[0]
+    assert err.count("exitcode  : 2") == 2, "both ranks end with 2"
+    assert not (tmp_path / "run").exists()

@@ -137,7 +137,9 @@ def _beside_others(module: Any, name: str) -> Iterator[None]:
 
     with joined() as ranks:
         if ranks.size > 1 and not getattr(module, "JOINS_RANKS", False):
-            raise ConfigError(f"{name} runs in one process, and {ranks.size} were started: call it without torchrun")
+            raise ConfigError(
+                f"this command runs in one process, and {ranks.size} were started: call it without torchrun"
+            )
         yield
 
 

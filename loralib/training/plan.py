@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "Plan",
     "automatic_settings",
+    "examples_at_once",
     "how_to_read",
     "length_limit",
     "make_plan",
@@ -172,7 +173,7 @@ def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int 
     if device_of(model).type == "cpu":
         free /= ranks.local_size
     free = min(ranks.gather(free))
-    examples = min(config.batch_size, math.ceil(config.batch_size * config.grad_accum / ranks.size))
+    examples = examples_at_once(config, ranks)
     many = 1 << 16  # of which each costs as much as another
     per_token = (memory_estimate(model, many, config.gradient_checkpointing, planned=True)[0] - fixed) / many
     tokens = (_ROOM * free - fixed) / per_token if per_token else 0
@@ -209,6 +210,11 @@ def _tell(
         if why == "the model's context":
             fix = " The model cannot: shorten them, or choose another."
         say(f"WARNING: {encoded.length_warning} That takes about {size(needed)} a step{there}.{fix}")
+
+
+def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
+    """Returns how many examples go through the model at once, on each rank."""
+    return min(config.batch_size, math.ceil(config.batch_size * config.grad_accum / ranks.size))
 
 
 # The data.

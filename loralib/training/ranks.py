@@ -123,7 +123,7 @@ class _Group(Ranks):
         dist = torch.distributed
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.store = store
+        self.store, self._has_lost = store, False
         # A group that somebody made for GPUs alone cannot carry what lies on the CPU.
         self._cpu = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.get_backend() == "nccl" else None
 
@@ -245,28 +245,37 @@ class _Group(Ranks):
             f"another process of this run has died, or cannot be reached any more ({first_line(error)}). The last "
             "checkpoint is intact: run the same command with --resume to continue."
         )
+        self._has_lost = True
         with contextlib.suppress(Exception):  # the first of those who find out tells of it
             lost.is_told_elsewhere = self.store.add("lost", 1) > 1
         return lost
 
     def leave(self, error: BaseException | None) -> None:
         """Ends the group.  Where there was an error, rank 0 has the time to tell of it before its launcher ends it."""
-        atexit.register(self._tell_that_first_ends)
+        atexit.register(self._end)
         if error is not None and not getattr(error, "is_told_elsewhere", False):
             with contextlib.suppress(Exception):
                 self.store.set("failed", json.dumps(_packed(error, self.rank)))
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
-        if error is not None and not self.is_first:
-            with contextlib.suppress(Exception):
-                self.store.wait(["first ended"], _PATIENCE)
-                _set_told(error)
+        if isinstance(error, LoraError) and not self.is_first and not self._has_lost:
+            error.is_told_elsewhere = self._first_ends()
 
-    def _tell_that_first_ends(self) -> None:
-        """At the very end of the process: once others end, a launcher sends SIGTERM to those that are left."""
-        if self.is_first:
-            with contextlib.suppress(Exception):
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def _first_ends(self) -> bool:
+        """Waits until rank 0 ends; returns whether it did in time."""
+        try:
+            self.store.wait(["first ended"], _PATIENCE)
+        except torch.distributed.DistNetworkError:
+            return True  # without torchrun rank 0 keeps the store, which ends with it
+        except Exception:
+            return False
+        return True
+
+    def _end(self) -> None:
+        """At the very end of the process, since a launcher sends SIGTERM to the others once one has ended."""
+        with contextlib.suppress(Exception):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if self.is_first:
                 self.store.set("first ended", "1")
 
 
@@ -292,11 +301,6 @@ def _unpacked(packed: Sequence[Any]) -> LoraError:
         return errors.InterruptedRunError(text, code - 128)
     result: LoraError = kind(text) if isinstance(kind, type) and issubclass(kind, LoraError) else TrainingError(text)
     return result
-
-
-def _set_told(error: BaseException) -> None:
-    if isinstance(error, LoraError):
-        error.is_told_elsewhere = True
 
 
 # Joining.

@@ -82,6 +82,7 @@ class Progress:
         bad: validations since then.
         metrics_bytes: length of metrics.jsonl; on resuming, whatever a crash left after it is cut off.
         finished: whether the run reached its end.
+        ranks: how many processes wrote this.
     """
 
     step: int = 0
@@ -98,6 +99,7 @@ class Progress:
     bad: int = 0
     metrics_bytes: int = 0
     finished: bool = False
+    ranks: int = 1
 
     def end_epoch(self, complete: bool) -> float:
         """Closes an epoch, which may have stopped early, and returns its average training loss."""
@@ -108,9 +110,14 @@ class Progress:
             self.epoch, self.update = self.epoch + 1, 0
         return average
 
+    @property
+    def of_ranks(self) -> str:
+        """By how many processes, if several, for a sentence."""
+        return f" of {self.ranks} processes" if self.ranks > 1 else ""
+
     def result(self) -> dict[str, Any]:
         """Returns how the run ended, without what only its checkpoints need."""
-        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad")
+        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad", "ranks")
         return {name: value for name, value in asdict(self).items() if name not in passing}
 
     def add_validation(self, loss: float) -> bool:
@@ -425,8 +432,9 @@ class RunDirectory:
             last = None if discards else last_checkpoint(self.checkpoints)
             if last is not None and not last[0].progress.finished and not self.config.resume:
                 raise TrainingError(
-                    f"{self.path} holds a run that stopped after {counted(last[0].progress.step, 'update')}. Add "
-                    "--resume to continue it, --overwrite to discard it, or choose another --output_dir."
+                    f"{self.path} holds a run{last[0].progress.of_ranks} that stopped after "
+                    f"{counted(last[0].progress.step, 'update')}. Add --resume to continue it, in any number of "
+                    "processes, --overwrite to discard it, or choose another --output_dir."
                 )
             self._then = last[0].settings if last is not None and self.config.resume else {}
         return self._then

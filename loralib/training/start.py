@@ -20,6 +20,7 @@ from ..bases.sharded import shard
 from ..budget import require_room
 from ..console import counted
 from ..engine.forward import device_of
+from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..files import free_memory
 from ..formats import is_read_with_base, read_adapter
@@ -82,6 +83,8 @@ def spread(model: nn.Module, ranks: Ranks) -> None:
     Raises:
         ConfigError: there is one process, or a weight is trained that is spread already.
     """
+    if computes_in_half(model):  # it repeats passes that overflow, as each rank finds necessary
+        raise ConfigError("shard does not go with fp16: give dtype bf16, or fp32")
     if not is_spread(model):
         with _hidden([(module, name, p) for module in model.modules() for name, p in module._parameters.items()
                       if p is not None and p.requires_grad]):  # fmt: skip

@@ -36,7 +36,7 @@ from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
-from .plan import Data, Plan, length_limit, make_plan, updates_per_epoch
+from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
 from .ranks import Ranks, joined
 from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
@@ -219,7 +219,9 @@ class Trainer:
         else:
             self.progress, self.initial = checkpoint.progress, checkpoint.restore(self.parameters, self.optimizer)
             done = self.progress.step
-            reporter.say(f"Resuming from step-{done:08}: {done:,} of {self.total:,} updates done")
+            reporter.say(
+                f"Resuming from step-{done:08}{self.progress.of_ranks}: {done:,} of {self.total:,} updates done"
+            )
         self.gradients_checked = self.progress.step > 0
         reporter.from_base = starts_as_base(model, self.initial)
         self.metrics = self._open_metrics() if ranks.is_first else NoMetrics()
@@ -244,13 +246,16 @@ class Trainer:
 
     def _announce(self) -> None:
         config, say = self.config, self.reporter.say
+        if self.ranks.size > 1:
+            held = "each holds its share of the base" if is_spread(self.model) else "each holds the base"
+            say(f"{self.ranks.size} processes train together: {held}, and computes its part of every update.")
         if self.step.note:
             say(f"Batches are padded: {self.step.note}.")
         if self.metrics.note:
             say(f"WARNING: {self.metrics.note}.")
         if not reaches_peak(config, self.total):
             say(f"WARNING: --warmup_steps {config.warmup_steps} outlasts the run: --lr is never reached.")
-        tokens = max(map(len, self.examples)) * config.batch_size
+        tokens = max(map(len, self.examples)) * examples_at_once(config, self.ranks)
         self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
     def _run_epochs(self) -> None:
@@ -421,7 +426,7 @@ class Trainer:
 
     def _save(self, finished: bool = False) -> None:
         self.progress.metrics_bytes = self.metrics.sync()
-        self.progress.finished = finished
+        self.progress.finished, self.progress.ranks = finished, self.ranks.size
         state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
         self.ranks.require_same({f"the adapter after update {self.progress.step}": hash_tensors(state.parameters)})
         self.ranks.first(lambda: self.directory.save(state))
