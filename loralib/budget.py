@@ -15,13 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from .bases.sharded import decoder_blocks
+from .console import size
 from .engine.frozen_linear import MAX_PREPACKED_BYTES, can_prepack, kernels_for
 from .engine.limits import text_config
-from .errors import UnsupportedModelError
+from .errors import BaseModelError, UnsupportedModelError
 from .injection import adapted_layers
 from .layers import LoRALayer, is_conv1d
 
-__all__ = ["BYTES_PER_TRAINED", "QUANTIZED_BITS", "Budget", "cache_per_token", "serving_budget", "training_budget"]
+__all__ = [
+    "BYTES_PER_TRAINED",
+    "QUANTIZED_BITS",
+    "Budget",
+    "cache_per_token",
+    "require_room",
+    "serving_budget",
+    "traffic",
+    "training_budget",
+]
 
 _FP32: Final = 4
 BYTES_PER_TRAINED: Final = 5 * _FP32  # the number, its value at the start, its gradient, AdamW's two moments
@@ -29,7 +39,7 @@ _CHUNK: Final = 256  # positions whose logits exist at once (see `head_loss`)
 # Allocators leave holes between blocks, which come and go in other orders: measured 1.12 (SmolLM2) to 1.37 (GPT-2) with
 # glibc 2.36.  With gradient checkpointing large blocks are given back (see `keep_freed_memory`), and leave none.
 _HOLES: Final = 1.2
-_PROGRAM: Final = 370 << 20  # bytes of Python, PyTorch, transformers and all else that is imported
+_PROGRAM: Final = 420 << 20  # bytes of Python, PyTorch, transformers and all else that is imported
 
 # Bits of a quantised weight: NF4 in blocks of 64 with a scale of 8 bits each, and an fp32 scale of every 256 of these
 # (arXiv:2305.14314, section 3); int8 has an fp32 scale for each row, which is counted apart.
@@ -118,6 +128,53 @@ def training_budget(
         activations=activations,
         head=head,
     )
+
+
+def traffic(model: nn.Module, processes: int, *, sharded: bool = False, batches: int = 1) -> dict[str, float]:
+    """Returns the bytes that each process sends for an update.
+
+    Of a ring of N processes, each sends (N - 1) / N of what is gathered, and twice that of what is reduced.
+
+    Args:
+        model: with its adapter, on any device.
+        processes: N.
+        sharded: whether the base's weights are spread over them.
+        batches: whose gradients add up to an update.
+
+    Returns:
+        ``reduced``, for the adapter's gradients, once an update in fp32; and ``gathered``, for the base's weights: for
+        each batch the blocks forward and backward, and once what is outside of them.
+    """
+    sent = (processes - 1) / processes
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = sum(_stored(block, "none") for block in decoder_blocks(model))
+    whole = float(sum(p.numel() * p.element_size() for p in _frozen(model)))
+    return {
+        "reduced": 2 * sent * _FP32 * trained,
+        "gathered": batches * sent * (blocks + whole) if sharded else 0.0,
+    }
+
+
+def require_room(model: nn.Module, name: str, processes: int, free: float | None) -> None:
+    """Checks that a process has room for its share of a base and what is gathered of it, before anything is loaded.
+
+    Args:
+        model: the base, without weights.
+        name: of the base.
+        processes: over which it is to be spread.
+        free: bytes that this process may take; None: not known.
+
+    Raises:
+        BaseModelError: it has not.
+    """
+    budget = training_budget(model, 0, processes=processes, sharded=True, adapted=False)
+    needed = budget.weights + budget.gathered + budget.head
+    if free is not None and needed > free:
+        raise BaseModelError(
+            f"each of {processes:,} processes needs {size(needed)} for its share of {name} and for what is "
+            f"gathered of it, and has {size(free)}. Start more of them, or choose a smaller model; "
+            f"`loralib plan --model {name} --gpus N --gpu_memory GB` says what fits."
+        )
 
 
 def serving_budget(model: nn.Module, requests: int, context: int, *, quantize: str = "none") -> Budget:

@@ -22,7 +22,7 @@ import torch
 
 from ..bases import load_empty
 from ..bases.sharded import decoder_blocks
-from ..budget import Budget, serving_budget, training_budget
+from ..budget import Budget, serving_budget, traffic, training_budget
 from ..config import LoraConfig
 from ..console import count, counted, say, size, table
 from ..engine.limits import context_length
@@ -108,12 +108,14 @@ class Choice:
         flags: of the command, beside those that were given.
         budget: of a process.
         room: bytes of memory for it.
+        sent: bytes that a process sends to others for an update.
     """
 
     name: str
     flags: tuple[str, ...]
     budget: Budget
     room: float | None
+    sent: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -201,7 +203,8 @@ def _way(
     if steps > 1:
         flags += ["--grad_accum", str(steps)]
     name = "sharded" if sharded else "data parallel" if config.processes > 1 else "one process"
-    return Choice(name + (", checkpointing" if checkpointing else ""), tuple(flags), budget, room)
+    sent = sum(traffic(model, config.processes, sharded=sharded, batches=steps).values())
+    return Choice(name + (", checkpointing" if checkpointing else ""), tuple(flags), budget, room, sent)
 
 
 def _length(model: torch.nn.Module, config: PlanConfig) -> int:
@@ -313,6 +316,8 @@ def _text(
     if (room := choices[0].room) is not None:
         rows.append(["memory", *(size(room) for _ in choices)])
         rows.append(["fits", *("yes" if each.fits else "no" for each in choices)])
+    if any(each.sent for each in choices):
+        rows.append(["sent for an update", *(size(each.sent) for each in choices)])
     lines = [
         f"{config.model}: {parameters / 1e9:.2f} billion parameters in {counted(len(decoder_blocks(model)), 'block')}",
         _what(model, config),

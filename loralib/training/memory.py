@@ -16,6 +16,7 @@ from torch import nn
 from ..budget import training_budget
 from ..errors import ConfigError, TrainingError
 from ..files import free_memory
+from ..wrapping import is_spread
 
 __all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "keep_freed_memory", "memory_estimate"]
 
@@ -123,7 +124,16 @@ def memory_estimate(
     Also returns how many bytes the machine has free, None where it does not say.  `planned`: what will be needed beside
     the model that is there, before it has an adapter; then each linear counts as adapted.
     """
-    budget = training_budget(model, tokens, checkpointing=checkpointing, adapted=True if planned else None)
+    sharded = is_spread(model)
+    processes = torch.distributed.get_world_size() if sharded else 1
+    budget = training_budget(
+        model,
+        tokens,
+        checkpointing=checkpointing,
+        processes=processes,
+        sharded=sharded,
+        adapted=True if planned else None,
+    )
     needed = budget.total - budget.program - (budget.weights if planned else 0)
     device = next(model.parameters()).device
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()

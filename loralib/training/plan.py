@@ -174,7 +174,8 @@ def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int 
         free /= ranks.local_size
     free = min(ranks.gather(free))
     examples = examples_at_once(config, ranks)
-    per_token = memory_estimate(model, 1, config.gradient_checkpointing, planned=True)[0] - fixed
+    many = 1 << 16  # of which each costs as much as another
+    per_token = (memory_estimate(model, many, config.gradient_checkpointing, planned=True)[0] - fixed) / many
     tokens = (_ROOM * free - fixed) / per_token if per_token else 0
     return max(64, int(tokens / examples) // 64 * 64)  # a shorter limit would only hide that nothing fits
 

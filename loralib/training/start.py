@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import DEFAULT_BASE, base_of, load_base
+from ..bases import DEFAULT_BASE, base_of, load_base, load_empty
 from ..bases.device import pick_device, pick_dtype
 from ..bases.loading import load_tokenizer
 from ..bases.made_up import is_made_up
 from ..bases.sharded import shard
+from ..budget import require_room
 from ..console import counted
 from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
+from ..files import free_memory
 from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers
 from ..wrapping import is_sharded, is_spread
@@ -52,6 +54,8 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module,
         ranks.in_turn(lambda: load_tokenizer(name) and None)  # what a machine downloads or converts, it does once
         if dtype is None and not is_made_up(name):  # processors are measured for it, and one may seem slow
             dtype = ranks.first(lambda: pick_dtype(None, pick_device(device)))
+    if config.shard and not is_made_up(name):
+        ranks.together(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
     load = functools.partial(
         load_base,
         name,
@@ -63,6 +67,14 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module,
         mesh=mesh,
     )
     return load() if config.shard else ranks.together(load)  # what is spread is loaded in steps that all agree on
+
+
+def _room(device: str | None, ranks: Ranks) -> float | None:
+    """Returns how many bytes a process may take: the GPU's, or its part of what the machine has free."""
+    if torch.device(device or "cpu").type == "cuda":
+        return float(torch.cuda.mem_get_info(torch.device(str(device)))[0])
+    free = free_memory()
+    return None if free is None else free / ranks.local_size
 
 
 def spread(model: nn.Module, ranks: Ranks) -> None:
