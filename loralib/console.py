@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from .errors import MissingDependencyError
 
@@ -14,6 +14,7 @@ __all__ = [
     "counted",
     "duration",
     "ensure_safe",
+    "muted",
     "parameter_table",
     "percent",
     "printable",
@@ -92,10 +93,23 @@ def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
         end: printed after the last part.
     """
     stream = sys.stdout if file is None else file
-    if stream is not None:  # a program started without a console has none
+    if stream is not None and not _MUTED:  # a program started without a console has no stream
         text = " ".join(str(part) for part in parts) + end
         with _bars_cleared():
             print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keeps this process from printing and drawing bars: one of several that do the same, of which another one does."""
+    _MUTED.append(None)
+    try:
+        yield
+    finally:
+        _MUTED.pop()
+
+
+_MUTED: Final[list[None]] = []  # once for each reason
 
 
 @contextlib.contextmanager
@@ -150,7 +164,7 @@ def progress(
         desc=printable(description, getattr(stream, "encoding", None)) or None,
         unit=unit,
         file=stream,
-        disable=not is_terminal,
+        disable=not is_terminal or bool(_MUTED),
         ascii=not blocks,
         dynamic_ncols=True,
     )

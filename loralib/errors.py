@@ -56,7 +56,13 @@ __all__ = [
 
 
 class LoraError(Exception):
-    """Base class of every error that loralib raises on purpose."""
+    """Base class of every error that loralib raises on purpose.
+
+    Attributes:
+        is_told_elsewhere: whether it is another process, of several that work together, that tells the user.
+    """
+
+    is_told_elsewhere = False
 
 
 class ConfigError(LoraError, ValueError):

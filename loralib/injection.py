@@ -216,7 +216,8 @@ def inject_targets(
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
-        remove(model)
+        if not is_spread(model):  # which is of no use any more: see `remove`
+            remove(model)
         raise
 
 

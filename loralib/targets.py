@@ -30,7 +30,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
-from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
+from .wrapping import may_adapt, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -477,7 +477,7 @@ def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None
         raise TargetError(
             "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
         )
-    if is_sharded(weight):
+    if not may_adapt(weight):
         raise TargetError("its weight is spread over processes already (FSDP, ZeRO); inject first, then shard")
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")

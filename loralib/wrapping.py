@@ -7,6 +7,7 @@ of its own into every name below (``_orig_mod.``, ``module.``).  An adapter's na
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from .errors import TargetError
 
 __all__ = [
+    "adapting_spread",
     "gathered",
     "is_sharded",
     "is_spread",
+    "may_adapt",
     "named_modules",
     "named_parameters",
     "named_tensors",
@@ -146,6 +149,27 @@ def is_spread(model: nn.Module) -> bool:
     """Whether a model's parameters are spread over processes, which keep the weights that they compute with."""
     kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(map(is_sharded, model.parameters()))
+
+
+@contextlib.contextmanager
+def adapting_spread() -> Iterator[None]:
+    """Lets models under FSDP2 be adapted in a ``with`` block: by whom adds up the adapter's gradients over processes.
+
+    FSDP2 does that only for what was there when it spread the weights, so elsewhere such models are refused.
+    """
+    token = _ADAPTS_SPREAD.set(True)
+    try:
+        yield
+    finally:
+        _ADAPTS_SPREAD.reset(token)
+
+
+_ADAPTS_SPREAD = contextvars.ContextVar("adapting_spread", default=False)
+
+
+def may_adapt(weight: Tensor) -> bool:
+    """Whether a weight is whole; or spread by FSDP2, inside `adapting_spread`."""
+    return not is_sharded(weight) or (_ADAPTS_SPREAD.get() and hasattr(weight, "full_tensor"))
 
 
 def writes_files(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ ROWS = [
     ["formats"],
     ["bases"],
     ["engine"],
+    ["budget"],
     ["data"],
     ["training"],
     ["generation"],
@@ -49,10 +50,12 @@ UPWARDS = {("injection", "formats")}
 # Which modules may import a library besides torch and the standard library; one with a single owner is easy to replace.
 # "serve" stands for its whole room: a web framework shows in every route.
 OUTSIDE = {
+    "accelerate": {"bases.sharded"},
     "transformers": {
         "bases.loading",
         "bases.made_up",
         "bases.quantized_reading",
+        "bases.sharded",
         "engine.attention",
         "formats.old_names",
     },

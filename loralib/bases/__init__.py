@@ -12,7 +12,7 @@ from .adapted import (
     with_chat_template,
 )
 from .device import pick_device, pick_dtype
-from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_tokenizer, resize_tables_for
+from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, load_empty, load_tokenizer, resize_tables_for
 
 __all__ = [
     "DEFAULT_BASE",
@@ -21,6 +21,7 @@ __all__ = [
     "load_adapted",
     "load_adapters_tokenizer",
     "load_base",
+    "load_empty",
     "load_tokenizer",
     "pick_device",
     "pick_dtype",

@@ -42,11 +42,14 @@ from .device import pick_device, pick_dtype
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 from .quant import check_kind, quantize_model
 from .quantized_reading import finish_reading, quantizing, take_over
+from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .typing import LanguageModel
 
-__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_tokenizer", "resize_tables_for"]
+__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_empty", "load_tokenizer", "resize_tables_for"]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -64,6 +67,7 @@ def load_base(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
@@ -80,6 +84,8 @@ def load_base(
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
+        mesh: of one dimension: spread the weights over its processes (see `loralib.bases.sharded`), which all call this
+            function.  Each reads its own share where the model's files allow it.
 
     Returns:
         The model in eval mode, and its tokenizer, which has an end and a padding token.  Both carry the given name as
@@ -101,19 +107,51 @@ def load_base(
     if made_up:
         _transformers()  # report it missing before anything is built
         model = build_base(name, dtype, device, seed, hidden_dim, num_layers)
+        if mesh is not None:
+            shard(model.to(device), mesh)
         tokenizer = load_tokenizer(DEFAULT_BASE)
         name = model.config.name_or_path
     else:
         _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
-        path, name = _model_directory(name)
-        model = _read_model(path, name, pick_dtype(dtype, device), quantize)
+        if mesh is None:
+            path, name = _model_directory(name)
+            model = _read_model(path, name, pick_dtype(dtype, device), quantize)
+        else:
+            path, name = in_turn(mesh, functools.partial(_model_directory, name))
+            model = _read_spread(path, name, of_first(mesh, pick_dtype(dtype, device)), device, mesh)
         tokenizer = _read_tokenizer(path, name)
         _check_vocabulary(model, tokenizer, name)
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     if quantize is not None and made_up:
         quantize_model(model, quantize)
-    return model.to(device).eval(), tokenizer
+    return (model.to(device) if mesh is None else model).eval(), tokenizer
+
+
+def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torch.dtype | None = None) -> LanguageModel:
+    """Builds a base model without weights, on the meta device, of which only the config is needed.
+
+    Args:
+        name: see `load_base`.
+        dtype: of the weights it would have; default: see `pick_dtype`.
+
+    Raises:
+        BaseModelError: there is no such model, or its config cannot be read.
+    """
+    name = os.fspath(name)
+    device = pick_device("cpu" if dtype is None else None)
+    _transformers()
+    if is_made_up(name):
+        with torch.device("meta"):
+            return cast("LanguageModel", build_base(name, dtype, device, 0, None, None))
+    path, name = _config_directory(name)
+    try:
+        with _quiet():
+            return cast("LanguageModel", empty_model(path, pick_dtype(dtype, device)))
+    except Exception as error:
+        raise BaseModelError(
+            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
+        ) from error
 
 
 def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
@@ -228,6 +266,15 @@ def _base_named_in(config: Path) -> str | None:
     return None
 
 
+def _config_directory(name: str) -> tuple[Path, str]:
+    """Returns a directory that holds a model's config.json at least, and the model's name (see `_model_directory`)."""
+    if Path(name).expanduser().exists() or not is_hub_id(name) or name in (DEFAULT_BASE, HUB_NAMES[DEFAULT_BASE]):
+        return _model_directory(name)
+    advice = "Check the network, or give a directory that holds the model's config.json."
+    wanted = ["config.json"]
+    return fetch(name, lambda _: wanted, wanted, error=BaseModelError, what="config", advice=advice), name
+
+
 def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
     named = f"--model {base}" if base else "--model MODEL"
     return (
@@ -306,6 +353,24 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         finish_reading(model)
     elif getattr(model, "is_quantized", False):
         _note(take_over(model, name))
+    return model
+
+
+def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
+    """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
+    _transformers()
+
+    def read_alone() -> tuple[Any, str]:
+        with _quiet():
+            model = empty_model(path, dtype)
+            return model, read_share(model, path, mesh, device)
+
+    model, why = agreed(mesh, read_alone)
+    if why:
+        if mesh.get_local_rank() == 0:
+            _note(f"each process reads all of {name} before it keeps its share, since {why}")
+        model = agreed(mesh, lambda: _read_model(path, name, dtype))
+        shard(model, mesh)
     return model
 
 

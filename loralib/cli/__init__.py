@@ -10,18 +10,19 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import nlg  # noqa: F401  it registers the readers of published data
 from ..console import ensure_safe, say, table
-from ..errors import LoraError, did_you_mean
+from ..errors import ConfigError, LoraError, did_you_mean
 from ._flags import Parser, add_fields, from_args
 
 __all__ = ["COMMANDS", "add_fields", "from_args", "main", "parser_of", "run_command"]
 
 COMMANDS = {
     "train": "train an adapter",
+    "plan": "say what fits into memory, and with which command",
     "generate": "generate text with a model and an adapter",
     "chat": "chat with a model in the terminal",
     "evaluate": "score texts against references",
@@ -91,20 +92,22 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     """Parses a command's arguments, runs it, turns its errors into messages, and returns the exit code.
 
     Args:
-        module: has `add_arguments(parser)`, `run(args)`, and a docstring that `--help` shows.
+        module: has `add_arguments(parser)`, `run(args)`, and a docstring that `--help` shows; and a true `JOINS_RANKS`
+            where several processes can run the command together.
         name: the name of the command.
         argv: its arguments; flags may be written with hyphens or underscores.
     """
     ensure_safe()
-    parser = _parser(module, name)
     debug = "--debug" in argv  # anywhere, before or after an action
     try:
-        args = parser.parse([word for word in argv if word != "--debug"])
-        return int(module.run(args) or 0)
+        with _beside_others(module, name):
+            args = _parser(module, name).parse([word for word in argv if word != "--debug"])
+            return int(module.run(args) or 0)
     except LoraError as error:
         if debug:
             raise
-        _complain(f"{name}: {error}")
+        if not error.is_told_elsewhere:
+            _complain(f"{name}: {error}")
         return int(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         _complain(f"\n{name}: interrupted")
@@ -118,6 +121,26 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
         return 2
     finally:
         _detach_broken_streams()
+
+
+@contextlib.contextmanager
+def _beside_others(module: Any, name: str) -> Iterator[None]:
+    """Joins the other processes that torchrun has started with this one, if there are any.
+
+    Raises:
+        ConfigError: the command is one for a single process: it has no `JOINS_RANKS`.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    from ..training.ranks import joined
+
+    with joined() as ranks:
+        if ranks.size > 1 and not getattr(module, "JOINS_RANKS", False):
+            raise ConfigError(
+                f"this command runs in one process, and {ranks.size} were started: call it without torchrun"
+            )
+        yield
 
 
 def _complain(text: str) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..bases import load_adapted, load_base, resize_tables_for
+from ..bases.device import pick_device, pick_dtype
+from ..bases.made_up import is_made_up
 from ..bases.quant import QUANTIZATIONS
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
@@ -20,6 +22,7 @@ from ..errors import BaseModelError, ConfigError, OutputError
 from ..files import hold_output
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..formats.tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
+from ..training.ranks import Ranks
 from ._flags import add_flag, add_list
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
@@ -47,6 +50,18 @@ class Output(argparse.Action):
         for action in parser._actions:
             if action.dest == "output":
                 action.required = False
+
+
+def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> tuple[nn.Module, Any]:
+    """Loads the base and the adapter that the flags name on each rank (see `load_adapted`), in the same dtype."""
+    device, dtype = ranks.device(args.device), args.dtype
+    if ranks.size > 1 and dtype is None and not is_made_up(args.model or ""):
+        dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
+    return ranks.in_turn(
+        lambda: load_adapted(
+            args.adapter, model=args.model, dtype=dtype, device=device, quantize=args.quantize, merged=merged
+        )
+    )
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
@@ -91,12 +106,6 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     add_quantize(parser, "hold the base's weights in fewer bits")
-
-
-def load_model(args: argparse.Namespace, *, merged: bool = False) -> tuple[Any, Any]:
-    """Loads what `add_model_arguments` says (see `load_adapted`)."""
-    where = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize}
-    return load_adapted(args.adapter, model=args.model, merged=merged, **where)
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:

@@ -23,7 +23,8 @@ from ..engine.limits import context_length
 from ..errors import ConfigError, DataError, did_you_mean
 from ..generation import Sampling, stream
 from ..generation.text import end_with_turns
-from ._adapters import add_model_arguments, load_model
+from ..training.ranks import ALONE
+from ._adapters import add_model_arguments, load_on
 from ._flags import add_fields, from_args
 
 _DEFAULTS: Final = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9}
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             "beam search knows its text only at the end, but chat prints as it goes; leave out --num_beams, or use "
             "loralib generate"
         )
-    model, tokenizer = load_model(args, merged=True)
+    model, tokenizer = load_on(ALONE, args, merged=True)
     if not args.plain and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, so this is not a chat model. "

@@ -19,8 +19,11 @@ from ..data import read_examples
 from ..errors import ConfigError, list_faults
 from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
 from ..nlg.perplexity import Perplexity, perplexity
-from ._adapters import add_as_chat, add_model_arguments, add_reading, load_model
+from ..training.ranks import joined
+from ._adapters import add_as_chat, add_model_arguments, add_reading, load_on
 from ._flags import add_list
+
+JOINS_RANKS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +122,9 @@ def _check(args: argparse.Namespace) -> None:
 def _perplexity(args: argparse.Namespace) -> Perplexity:
     # First: faults in data show before loading.
     examples = read_examples(args.reference, args.data_format or "auto", columns=args.columns, as_chat=args.as_chat)
-    model, tokenizer = load_model(args)
-    return perplexity(model, tokenizer, examples)
+    with joined() as ranks:
+        model, tokenizer = load_on(ranks, args)
+        return perplexity(model, tokenizer, examples, ranks)
 
 
 def _perplexity_table(done: Perplexity) -> str:

@@ -21,11 +21,13 @@ A seed gives the same samples with any --batch_size in --dtype fp32; bf16 rounds
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,12 +41,14 @@ from ..engine.bank import Bank
 from ..errors import AdapterError, ConfigError, DataError, LoraError, OutputError, did_you_mean, list_faults
 from ..files import append_lines, hold_file, resume_lines
 from ..formats import is_read_with_base, locate_adapter, read_adapter
-from ..generation import Sampling, generate, stream
+from ..generation import Generation, Sampling, generate, stream
 from ..generation.streaming import encode_prompts
 from ..generation.text import end_with_turns
-from ._adapters import add_model_arguments, add_reading, load_model
+from ..training.ranks import Ranks, joined
+from ._adapters import add_model_arguments, add_reading, load_on
 from ._flags import add_fields, add_flag, from_args
 
+JOINS_RANKS = True
 # What the texts depend on in an adapter's directory.
 _DECISIVE: Final = ("adapter*.*", "chat_template*", "tokenizer*")
 
@@ -81,21 +85,30 @@ def run(args: argparse.Namespace) -> None:
             if args.adapters
             else "--merge needs an --adapter to merge"
         )
-    if args.adapters:
-        _run_named(args, sampling)
-        return
-    prompts = _as_turns(args, _prompts(args))
-    if args.output is None:
-        _print(*_load(args, prompts), sampling, args.batch_size)
-        return
-    with hold_file(args.output, "--output"):
-        _write(args, prompts, sampling)
-    say(f"{counted(len(prompts), 'text')} in {args.output}")
+    with joined() as ranks:
+        if args.adapters:
+            _run_named(args, sampling, ranks)
+            return
+        prompts = ranks.first(lambda: _as_turns(args, _prompts(args)))
+        if args.output is None:
+            _print(*_load(args, prompts, ranks), sampling, args.batch_size, ranks)
+            return
+        with _held(args.output, ranks):
+            _write(args, prompts, sampling, ranks)
+        say(f"{counted(len(prompts), 'text')} in {args.output}")
 
 
-def _load(args: argparse.Namespace, prompts: Sequence[Example]) -> tuple[Any, Any, list[list[int]]]:
+@contextlib.contextmanager
+def _held(output: str, ranks: Ranks) -> Iterator[None]:
+    """Locks the output file, on the rank that writes it."""
+    with contextlib.ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(hold_file(output, "--output")))
+        yield
+
+
+def _load(args: argparse.Namespace, prompts: Sequence[Example], ranks: Ranks) -> tuple[Any, Any, list[list[int]]]:
     """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
-    model, tokenizer = load_model(args, merged=args.merge)
+    model, tokenizer = load_on(ranks, args, merged=args.merge)
     if any(prompt.messages for prompt in prompts):
         end_with_turns(model, tokenizer)
     return model, tokenizer, encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
@@ -168,18 +181,19 @@ def _sort_adapters(args: argparse.Namespace) -> None:
         raise ConfigError("--adapter_column needs --input FILE, and adapters by name: --adapter NAME=ADAPTER")
 
 
-def _run_named(args: argparse.Namespace, sampling: Sampling) -> None:
-    tasks = _tasks(args)
+def _run_named(args: argparse.Namespace, sampling: Sampling, ranks: Ranks) -> None:
+    tasks = ranks.first(lambda: _tasks(args))
     if args.output is None:
-        for number, (text, name) in enumerate(zip(_named_texts(args, tasks, 0, sampling), _names(tasks), strict=True)):
-            say(("\n" if number else "") + f"[{name or 'base'}] {text[0]}")
+        texts = _named_texts(args, tasks, 0, sampling, ranks)
+        for number, ((text, _), name) in enumerate(zip(texts, _names(tasks), strict=True)):
+            say(("\n" if number else "") + f"[{name or 'base'}] {text}")
         return
-    with hold_file(args.output, "--output"):
+    with _held(args.output, ranks):
         settings = made_with(args, sampling)
         prompts = [example.prompt for example, _ in tasks]
-        done = resume(Path(args.output), prompts, settings, _names(tasks))
+        done = ranks.first(lambda: resume(Path(args.output), prompts, settings, _names(tasks)))
         if done < len(tasks):
-            texts = enumerate(_named_texts(args, tasks, done, sampling), done)
+            numbered = enumerate(_named_texts(args, tasks, done, sampling, ranks), done)
             lines = (
                 {
                     "prompt": prompts[n],
@@ -188,11 +202,9 @@ def _run_named(args: argparse.Namespace, sampling: Sampling) -> None:
                     "finish_reason": why,
                     "made_with": settings,
                 }
-                for n, (text, why) in texts
+                for n, (text, why) in numbered
             )
-            with progress(total=len(tasks), description="generating", unit="text") as bar:
-                bar.update(done)
-                append_lines(Path(args.output), lines, bar.update)
+            _append(args.output, lines, done, len(tasks), ranks)
     say(f"{counted(len(tasks), 'text')} in {args.output}")
 
 
@@ -218,12 +230,16 @@ def _tasks(args: argparse.Namespace) -> list[tuple[Example, str | None]]:
 
 
 def _named_texts(
-    args: argparse.Namespace, tasks: Sequence[tuple[Example, str | None]], start: int, sampling: Sampling
+    args: argparse.Namespace,
+    tasks: Sequence[tuple[Example, str | None]],
+    start: int,
+    sampling: Sampling,
+    ranks: Ranks,
 ) -> Iterator[tuple[str, str]]:
     """Yields text and finish_reason of each task from `start` on, in order."""
     sources: dict[str, str] = args.adapters
-    base = common_base(sources.items(), args.model)
-    model, tokenizer = load_base(base, dtype=args.dtype, device=args.device, quantize=args.quantize)
+    base, device = common_base(sources.items(), args.model), ranks.device(args.device)
+    model, tokenizer = ranks.in_turn(lambda: load_base(base, dtype=args.dtype, device=device, quantize=args.quantize))
     bank, faults = Bank(model), []
     for name, path in sources.items():
         try:
@@ -238,11 +254,13 @@ def _named_texts(
     rows = encode_prompts(model, tokenizer, [prompt_ids(example, own[task]) for example, task in tasks])
     for task in dict.fromkeys(task for example, task in tasks if example.messages):
         end_with_turns(model, own[task])
-    for at in range(start, len(rows), args.batch_size):
+
+    def write(at: int) -> list[Generation]:
         part = slice(at, at + args.batch_size)
         own_seed = dataclasses.replace(sampling, seed=sampling.seed + at)
-        for text in generate(bank, tokenizer, rows[part], own_seed, adapters=_names(tasks)[part]):
-            yield text.text, text.finish_reason
+        return generate(bank, tokenizer, rows[part], own_seed, adapters=_names(tasks)[part])
+
+    yield from _in_order(write, range(start, len(rows), args.batch_size), ranks)
 
 
 def _standard_input() -> list[str]:
@@ -260,20 +278,34 @@ def _standard_input() -> list[str]:
 
 
 def _texts(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int, ranks: Ranks
 ) -> Iterator[tuple[int, str, str]]:
     """Yields number, text and finish_reason of each prompt from `start` on, in order, a batch at a time."""
-    for at in range(start, len(rows), batch):
+
+    def write(at: int) -> list[Generation]:
         # Prompt i has the same seed wherever the run was resumed.
         own = dataclasses.replace(sampling, seed=sampling.seed + at)
-        for number, text in enumerate(generate(model, tokenizer, rows[at : at + batch], own), at):
-            yield number, text.text, text.finish_reason
+        return generate(model, tokenizer, rows[at : at + batch], own)
+
+    for number, (text, reason) in enumerate(_in_order(write, range(start, len(rows), batch), ranks), start):
+        yield number, text, reason
 
 
-def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int) -> None:
+def _in_order(
+    write: Callable[[int], list[Generation]], starts: Sequence[int], ranks: Ranks
+) -> Iterator[tuple[str, str]]:
+    """Yields the texts of all batches, in their order, with their finish_reason; each rank writes every so many."""
+    for first in range(0, len(starts), ranks.size):
+        mine = first + ranks.rank
+        texts = [(each.text, each.finish_reason) for each in write(starts[mine])] if mine < len(starts) else []
+        for part in ranks.gather(texts):
+            yield from part
+
+
+def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int, ranks: Ranks) -> None:
     """Prints continuations with a blank line between them; on a terminal, each as it is generated."""
-    if sys.stdout is None or not sys.stdout.isatty():
-        for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch):
+    if ranks.size > 1 or sys.stdout is None or not sys.stdout.isatty():
+        for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch, ranks):
             say(text if number == 0 else f"\n{text}")
         return
     for number, ids in enumerate(rows):
@@ -287,22 +319,30 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 # The output file.
 
 
-def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any) -> None:
+def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any, ranks: Ranks) -> None:
     """Appends the texts that the file does not have yet."""
     settings = made_with(args, sampling)
-    done = resume(Path(args.output), [example.prompt for example in prompts], settings)
+    done = ranks.first(lambda: resume(Path(args.output), [example.prompt for example in prompts], settings))
     if done:
         say(f"{args.output} has {done} of {counted(len(prompts), 'text')} already; continuing after them")
     if done == len(prompts):
         return
-    model, tokenizer, rows = _load(args, prompts)
+    model, tokenizer, rows = _load(args, prompts, ranks)
     lines = (
         {"prompt": prompts[number].prompt, "text": text, "finish_reason": reason, "made_with": settings}
-        for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch_size)
+        for number, text, reason in _texts(model, tokenizer, rows, done, sampling, args.batch_size, ranks)
     )
-    with progress(total=len(prompts), description="generating", unit="text") as bar:
+    _append(args.output, lines, done, len(prompts), ranks)
+
+
+def _append(output: str, lines: Iterator[dict[str, Any]], done: int, total: int, ranks: Ranks) -> None:
+    """Appends lines to the output, on rank 0; the others make theirs of what they hand over."""
+    if not ranks.is_first:
+        collections.deque(lines, maxlen=0)
+        return
+    with progress(total=total, description="generating", unit="text") as bar:
         bar.update(done)
-        append_lines(Path(args.output), lines, bar.update)
+        append_lines(Path(output), lines, bar.update)
 
 
 def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:

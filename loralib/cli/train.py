@@ -20,6 +20,8 @@ from ..training import TrainConfig
 from ..training.job import run_job
 from . import add_fields, from_args
 
+JOINS_RANKS = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of training."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from ..wrapping import is_spread
 from .adapted_linears import TrainingLinears
 from .attention import Layout, PackedLayout, interface_name, with_layout
 from .compiled import CompiledBlocks
@@ -129,8 +130,11 @@ class Forward:
 
     def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
+        self._is_spread = is_spread(model)
         self._body = self._find_body() if self.path != "plain" else None
-        self.compiles = compiles and self._body is not None and self.path == "gpu" and may_compile(self.device)
+        # Blocks that are gathered as they are called are left to PyTorch.
+        compiles = compiles and self._body is not None and not self._is_spread
+        self.compiles = compiles and self.path == "gpu" and may_compile(self.device)
         self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
         self._linears = self._find_linears()
@@ -144,6 +148,7 @@ class Forward:
         self.has_layouts = self._body is not None
         self.lock = threading.RLock()
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
+            self.splits = False
             self.splits = self._probe()
 
     def _find_linears(self) -> TrainingLinears | DeviceLinears:
@@ -183,9 +188,30 @@ class Forward:
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
-        back = self.path == "gpu" and torch.is_grad_enabled()
-        with self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}, in_backward=back):
+        in_backward = self.path == "gpu" and torch.is_grad_enabled()
+        with (
+            self._whole(),
+            self._linears.ready() as linears,
+            overriding({**self._overrides, **linears, **body}, in_backward=in_backward),
+        ):
             yield
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Keeps whole, for one pass both ways, what lies outside the blocks of a model that is spread over processes.
+
+        FSDP2 gathers a module's weights when it is called.  Blocks are called as always; but embedding, last norm and
+        head belong to the model itself, which no pass calls that runs body and head apart.
+        """
+        model: Any = self.model
+        if not (self._is_spread and self.splits and hasattr(model, "unshard")):
+            yield
+            return
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the last hidden states (B, T, D), after the final norm.
@@ -231,7 +257,9 @@ class Forward:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
         self._states = states[None]
         try:
-            return logits_of(self.model(use_cache=False)).flatten(0, 1)
+            # FSDP2's own hooks would take the end of each chunk's gradients for that of the backward pass.
+            output = own_forward(self.model, use_cache=False) if self._is_spread else self.model(use_cache=False)
+            return logits_of(output).flatten(0, 1)
         finally:
             self._states = None
 

@@ -34,6 +34,7 @@ __all__ = [
     "parse_safetensors",
     "parsed",
     "read_bytes",
+    "read_header",
     "read_pickle",
     "read_safetensors",
     "write_directory",
@@ -98,6 +99,27 @@ def _parse_header(data: bytes, size: int) -> dict[str, Any]:
             f"its header announces {max(ends, default=0):,} bytes of data, and there are {size - 8 - length:,}"
         )
     return header
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """Reads what tensors a safetensors file of any size holds, without reading them.
+
+    Returns:
+        For each name ``{"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}``, and the place in the file
+        that offsets count from.
+
+    Raises:
+        FormatError: the file is truncated or corrupt, or a name occurs twice.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), _MAX_HEADER))
+    entries = dict(parsed(start, lambda data: _parse_header(data, size), path))
+    entries.pop("__metadata__", None)
+    return entries, len(start)
 
 
 def check_names(names: Iterable[str]) -> None:

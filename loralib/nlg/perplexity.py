@@ -12,6 +12,7 @@ from torch import nn
 from ..data import Example, encode
 from ..engine.limits import context_length, require_ids_in_table
 from ..errors import ConfigError
+from ..training.ranks import ALONE, Ranks
 from ..training.step import evaluate_loss, make_step
 from .metrics import Score
 
@@ -61,13 +62,14 @@ class Perplexity:
         }
 
 
-def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Perplexity:
+def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example], ranks: Ranks = ALONE) -> Perplexity:
     """Measures the loss on completions, each given its prompt, including the end token.
 
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
         examples: the texts; every one counts, even if several have the same prompt.
+        ranks: those that measure together, each a part of the texts.
 
     Raises:
         ConfigError: the loss is not finite in the model's dtype.
@@ -76,7 +78,7 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) ->
     """
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
     require_ids_in_table(model, [example.ids for example in encoded.examples], "text")
-    loss = evaluate_loss(make_step(model), model, encoded.examples)
+    loss = evaluate_loss(make_step(model), model, encoded.examples, ranks=ranks)
     if not math.isfinite(loss):
         raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)

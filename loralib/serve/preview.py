@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..budget import BYTES_PER_TRAINED, training_budget
 from ..data import token_texts
-from ..engine.adapted_linears import TrainingLinears
+from ..files import free_memory
 from ..targets import match_modules
 from ..training import TrainConfig
-from ..training.memory import memory_estimate
 from ..training.plan import Plan, make_plan, updates_per_epoch
 
 __all__ = ["ExamplePreview", "Preview", "machine_speed", "make_preview"]
@@ -160,10 +160,8 @@ def _length(plan: Plan) -> tuple[int, float]:
 def _memory(model: nn.Module, plan: Plan, trained: int) -> tuple[float, float | None]:
     """Returns what a process of its own needs: a copy of the base, the adapter with its optimiser, a step."""
     tokens = max(map(len, plan.train)) * plan.config.batch_size
-    beside, free = memory_estimate(model, tokens, plan.config.gradient_checkpointing, planned=True)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = TrainingLinears([], list(model.modules())).prepacked_bytes
-    return weights + copies + 16 * trained + beside, free
+    budget = training_budget(model, tokens, checkpointing=plan.config.gradient_checkpointing, adapted=True)
+    return budget.total + BYTES_PER_TRAINED * trained, free_memory()
 
 
 def _matrix_parameters(model: nn.Module) -> int:

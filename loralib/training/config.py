@@ -161,7 +161,9 @@ class TrainConfig:
     # The optimiser.
     num_epochs: int = setting(3, "passes over the data", "optimiser", at_least=0, common=True)
     max_steps: int = setting(0, "stop after this many updates; 0: after num_epochs", "optimiser", at_least=0)
-    batch_size: int = setting(8, "examples per step", "optimiser", at_least=1, common=True)
+    batch_size: int = setting(
+        8, "examples per step, of all processes together where there are several", "optimiser", at_least=1, common=True
+    )
     grad_accum: int = setting(1, "steps whose gradients add up to one update", "optimiser", at_least=1)
     lr: float | None = setting(
         None,
@@ -210,6 +212,12 @@ class TrainConfig:
     share_prompts: bool = setting(True, "compute a prompt once for the examples of a step that share it", "engine")
     max_siblings: int = setting(1, "maximum examples of one prompt drawn into a step together", "engine", at_least=1)
     shuffle: bool = setting(True, "draw the examples in a new order each epoch", "engine")
+    shard: bool = setting(
+        False,
+        "under torchrun, spread the base model over the processes (FSDP2), so that each holds its share: for models "
+        "that do not fit into one GPU",
+        "engine",
+    )
     compile: str = setting(
         "auto",
         "compile decoder blocks by torch.compile; auto: on a GPU (CUDA or ROCm) where triton is installed",
@@ -241,6 +249,10 @@ class TrainConfig:
 
     def _faults(self) -> list[str]:
         faults = []
+        if self.shard and self.quantize != "none":
+            faults.append(
+                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits"
+            )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data import Encoded, load_examples, read_sources
+from ..data import Encoded, Source, load_examples, read_sources
 from ..errors import ConfigError
-from ..files import hold_directory
 from .config import TrainConfig
 from .plan import how_to_read
+from .ranks import joined
+from .record import settings_and_versions
 from .report import Reporter
-from .run_directory import RunDirectory
+from .run_directory import hold_run
 from .start import base_for, load_base_for
 
 if TYPE_CHECKING:
@@ -38,15 +39,21 @@ def run_job(config: TrainConfig) -> TrainResult:
 
     if config.train_data is None:
         raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
-    # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
-    sources = read_sources(config.train_data, **how_to_read(config))
-    valid_sources = None if config.valid_data is None else read_sources(config.valid_data, **how_to_read(config))
-    reporter = Reporter()
-    with hold_directory(config.output_dir) as path:
-        directory = RunDirectory(path, config)
-        if (ended := directory.finished_run()) is not None:
-            return finished(directory, ended, reporter)
-        directory.look()
-        reporter.say(f"Loading {base_for(config)} ...")
-        model, tokenizer = load_base_for(config)
-        return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter)
+    with joined() as ranks:
+        ranks.require_same(settings_and_versions(config))
+        # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
+        sources, valid_sources = ranks.together(lambda: _read(config))
+        reporter = Reporter(ranks.is_first)
+        with hold_run(config, ranks) as directory:
+            if (ended := ranks.first(directory.finished_run)) is not None:
+                return finished(directory, ended, reporter)
+            ranks.first(directory.look)
+            reporter.say(f"Loading {base_for(config)} ...")
+            model, tokenizer = load_base_for(config, ranks)
+            return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter, ranks)
+
+
+def _read(config: TrainConfig) -> tuple[list[Source], list[Source] | None]:
+    kinds = how_to_read(config)
+    valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
+    return read_sources(config.train_data, **kinds), valid

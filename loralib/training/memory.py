@@ -11,36 +11,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..delta import stored_bytes
+from ..budget import training_budget
 from ..errors import ConfigError, TrainingError
 from ..files import free_memory
-from ..injection import adapted_layers
-from ..layers import is_conv1d
+from ..wrapping import is_spread
 
 __all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "keep_freed_memory", "memory_estimate"]
 
 # Parameters of glibc's mallopt(3).  Setting either ends glibc's own adjustment of both, so a run leaves them where that
 # would have ended up: blocks of up to 32 MiB come from the heap, of which 64 MiB may lie idle at its end.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MMAP_USUAL, _TRIM_USUAL = 32 << 20, 64 << 20
+_MMAP_USUAL, _TRIM_USUAL, _MMAP_LEAN = 32 << 20, 64 << 20, 1 << 20
 
 
 @contextmanager
-def keep_freed_memory() -> Iterator[None]:
+def keep_freed_memory(lean: bool = False) -> Iterator[None]:
     """Keeps memory that the process frees for its next step, instead of returning it to the system.
 
     A step frees large tensors that the next one allocates again.  glibc returns such blocks to the system, which hands
     them out again page by page, each cleared first.  An allocator that the environment configures is left alone.
+
+    Args:
+        lean: return large blocks after all, where memory matters more than time.  Before glibc 2.38 a freed block has
+            no room for an aligned one of its own size, so that kept memory is full of holes.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
+    if lean:
+        libc.mallopt(_MMAP_THRESHOLD, _MMAP_LEAN)
+    elif not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
-    libc.mallopt(_TRIM_THRESHOLD, -1)
+    if not lean:
+        libc.mallopt(_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
@@ -111,34 +117,24 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def memory_estimate(
-    model: nn.Module, tokens: int, checkpointing: bool, prepacked_bytes: int = 0, *, planned: bool = False
+    model: nn.Module, tokens: int, checkpointing: bool, *, planned: bool = False
 ) -> tuple[float, float | None]:
-    """Estimates the bytes that training an adapted model needs, with so many tokens in a step.
+    """Estimates the bytes that training an adapted model needs, with so many tokens in a step (see `training_budget`).
 
-    `prepacked_bytes` are those of the prepacked copies of frozen weights (see `Step`).  Also returns how many bytes the
-    machine has free, None where it does not say.  `planned`: what will be needed beside the model that is there, before
-    it has an adapter; then each linear counts as adapted.
-
-    Weights are exact.  The rest was measured on SmolLM2 and GPT-2: for the backward pass a token keeps the inputs of
-    the linears, 3.5 times where they are adapted (with what norms, activations and attention keep around them), twice
-    where they are not.
+    Also returns how many bytes the machine has free, None where it does not say.  `planned`: what will be needed beside
+    the model that is there, before it has an adapter; then each linear counts as adapted.
     """
-    weights = 0 if planned else sum(map(stored_bytes, model.parameters())) + prepacked_bytes
-    # Gradient, two moments and the initial values, all in fp32.
-    trained = 0 if planned else sum(p.numel() for p in model.parameters() if p.requires_grad) * 16
-    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
-    adapted = {layer for _, layer in adapted_layers(model)}
-    activations = 0.0  # of one token
-    for module in model.modules():
-        is_adapted = module in adapted
-        weight = getattr(module, "base_weight" if is_adapted else "weight", None)
-        if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.dim() != 2:
-            continue
-        if not is_adapted and weight.shape[0] == vocabulary:  # the head computes in chunks
-            continue
-        width = weight.shape[0 if is_conv1d(module) or getattr(module, "fan_in_fan_out", False) else 1]
-        activations += (3.5 if is_adapted or planned else 2) * width * weight.element_size()
-    head_chunk = 256 * vocabulary * 8
+    sharded = is_spread(model)
+    processes = torch.distributed.get_world_size() if sharded else 1
+    budget = training_budget(
+        model,
+        tokens,
+        checkpointing=checkpointing,
+        processes=processes,
+        sharded=sharded,
+        adapted=True if planned else None,
+    )
+    needed = budget.total - budget.program - (budget.weights if planned else 0)
     device = next(model.parameters()).device
     free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
-    return weights + trained + tokens * activations * (0.25 if checkpointing else 1.0) + head_chunk, free
+    return needed, free

@@ -15,14 +15,26 @@ from torch import nn
 from ..console import count, counted, size
 from ..data import Encoded, Source, TokenExample, draw, length_at, load_examples, read_sources
 from ..data.examples import Example
+from ..engine.forward import device_of
 from ..engine.limits import context_length, last_position, require_ids_in_table, text_config
 from ..errors import ConfigError, DataError
 from .config import TrainConfig
 from .learning_rate import automatic_learning_rate
 from .memory import memory_estimate
+from .ranks import ALONE, Ranks
 from .record import data_record
 
-__all__ = ["Data", "Plan", "automatic_settings", "how_to_read", "make_plan", "split_off", "updates_per_epoch"]
+__all__ = [
+    "Data",
+    "Plan",
+    "automatic_settings",
+    "examples_at_once",
+    "how_to_read",
+    "length_limit",
+    "make_plan",
+    "split_off",
+    "updates_per_epoch",
+]
 
 Data = Any  # whatever `read_sources` takes, or TokenExample values
 
@@ -58,6 +70,7 @@ def make_plan(
     tokenizer: Any,
     config: TrainConfig,
     say: Callable[[str], None],
+    limit: tuple[int | None, str] | None = None,
 ) -> Plan:
     """Turns data into token examples, and chooses the settings that were left to the program.
 
@@ -68,19 +81,20 @@ def make_plan(
         tokenizer: for files and text.
         config: the settings as given.
         say: called with a line about each decision.
+        limit: the result of `length_limit`, where several processes have agreed on one.
 
     Raises:
         ConfigError: text without a tokenizer.
         DataError: no data, or data of another kind, or that the model cannot be given.
     """
-    limit, why = _length_limit(model, config)
-    encoded = _encoded(data, tokenizer, config, limit, config.max_train_samples, "training")
-    _tell(encoded, "training", model, config, limit, why, say)
+    longest, why = limit or length_limit(model, config)
+    encoded = _encoded(data, tokenizer, config, longest, config.max_train_samples, "training")
+    _tell(encoded, "training", model, config, longest, why, say)
     train, valid = encoded.examples, list[TokenExample]()
     facts = data_record("training", _paths(data, config.train_data), train, encoded.given)
     if valid_data is not None:
-        apart = _encoded(valid_data, tokenizer, config, limit, config.max_valid_samples, "validation")
-        _tell(apart, "validation", model, config, limit, why, say)
+        apart = _encoded(valid_data, tokenizer, config, longest, config.max_valid_samples, "validation")
+        _tell(apart, "validation", model, config, longest, why, say)
         valid = apart.examples
         facts += data_record("validation", _paths(valid_data, config.valid_data), valid, apart.given)
     else:
@@ -132,8 +146,8 @@ def _paths(data: Any, given: Any) -> list[str | Path]:
 # How long examples may be.
 
 
-def _length_limit(model: nn.Module, config: TrainConfig) -> tuple[int | None, str]:
-    """Returns how many tokens an example may have, and what sets that limit."""
+def length_limit(model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> tuple[int | None, str]:
+    """Returns how many tokens an example may have, and what sets that limit: of several ranks, the least memory."""
     last = last_position(model)
     if config.seq_len is not None:
         if last is not None and config.seq_len > last:
@@ -145,20 +159,25 @@ def _length_limit(model: nn.Module, config: TrainConfig) -> tuple[int | None, st
     context = context_length(model)
     if context is not None and last is not None:
         context = min(context, last)
-    fits = _fits_in_memory(model, config)
+    fits = _fits_in_memory(model, config, ranks)
     if fits is not None and (context is None or fits < context):
         return fits, f"memory, with {counted(config.batch_size, 'example')} a step"
     return context, "the model's context"
 
 
-def _fits_in_memory(model: nn.Module, config: TrainConfig) -> int | None:
+def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int | None:
     """Returns the longest examples of which a step fits into free memory; None where nothing is known of it."""
     fixed, free = memory_estimate(model, 0, config.gradient_checkpointing, planned=True)
-    if free is None:
+    if not all(ranks.gather(free is not None)) or free is None:
         return None
-    per_token = memory_estimate(model, 1, config.gradient_checkpointing, planned=True)[0] - fixed
+    if device_of(model).type == "cpu":
+        free /= ranks.local_size
+    free = min(ranks.gather(free))
+    examples = examples_at_once(config, ranks)
+    many = 1 << 16  # of which each costs as much as another
+    per_token = (memory_estimate(model, many, config.gradient_checkpointing, planned=True)[0] - fixed) / many
     tokens = (_ROOM * free - fixed) / per_token if per_token else 0
-    return max(64, int(tokens / config.batch_size) // 64 * 64)  # a shorter limit would only hide that nothing fits
+    return max(64, int(tokens / examples) // 64 * 64)  # a shorter limit would only hide that nothing fits
 
 
 def _tell(
@@ -191,6 +210,11 @@ def _tell(
         if why == "the model's context":
             fix = " The model cannot: shorten them, or choose another."
         say(f"WARNING: {encoded.length_warning} That takes about {size(needed)} a step{there}.{fix}")
+
+
+def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
+    """Returns how many examples go through the model at once, on each rank."""
+    return min(config.batch_size, math.ceil(config.batch_size * config.grad_accum / ranks.size))
 
 
 # The data.

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -31,6 +32,7 @@ __all__ = [
     "hash_examples",
     "read_record",
     "run_record",
+    "settings_and_versions",
     "versions",
     "write_record",
     "write_settings",
@@ -82,6 +84,12 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def settings_and_versions(config: TrainConfig) -> dict[str, Any]:
+    """Returns what must be the same on all ranks of a run, as far as it is known before any data are read."""
+    engine = {"LORALIB_ENGINE": os.environ.get("LORALIB_ENGINE") or "full"}
+    return {**config.to_dict(), **{f"version of {name}": value for name, value in versions().items()}, **engine}
 
 
 def run_record(model: nn.Module, given: TrainConfig, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

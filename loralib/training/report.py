@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..adapter import adapter_of
+from ..adapter import Adapter, adapter_of
 from ..config import HUB_NAMES
 from ..console import counted, duration, parameter_table, progress, say, size
 from ..delta import dense
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .run_directory import Progress
     from .trainer import TrainResult
 
-__all__ = ["Metrics", "Reporter", "is_our_card", "plot_losses", "read_metrics", "write_card"]
+__all__ = ["Learned", "Metrics", "NoMetrics", "Reporter", "is_our_card", "plot_losses", "read_metrics", "write_card"]
 
 _SILENCE = 30.0  # seconds without a line where no progress bar is drawn
 
@@ -237,6 +238,22 @@ class Metrics:
             raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
 
 
+class NoMetrics:
+    """What a process has in the place of `Metrics` that writes none."""
+
+    note = ""
+
+    def add(self, event: str, progress: Progress, loss: float, lr: float, seconds: float) -> None:
+        """Does nothing."""
+
+    def sync(self) -> int:
+        """Returns 0."""
+        return 0
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yields the events of a metrics.jsonl; a last line that a crash cut short is left out."""
     with Path(path).open(encoding="utf-8") as file:
@@ -303,9 +320,31 @@ def is_our_card(card: Path) -> bool:
     return _TAGS in card.read_bytes()
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a run has made of a model, apart from the model.
+
+    Attributes:
+        base: the model's name.
+        adapter: the adapter.
+        norms: of each adapted layer its name, and the norms of its update and of its base weight.
+    """
+
+    base: str
+    adapter: Adapter
+    norms: list[tuple[str, float, float]]
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> Learned:
+        """Looks at a model, of that name unless it says otherwise; where it is spread over ranks, all take part."""
+        layers = adapted_layers(model)
+        norms = [(at, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for at, layer in layers]
+        return cls(getattr(model, "name_or_path", "") or name, adapter_of(model), norms)
+
+
 def write_card(
     directory: Path,
-    model: nn.Module,
+    learned: Learned,
     config: TrainConfig,
     progress: Progress,
     data: Sequence[Mapping[str, Any]],
@@ -318,13 +357,11 @@ def write_card(
     card = directory / "README.md"
     if card.exists() and not is_our_card(card):
         return
-    name = getattr(model, "name_or_path", "") or config.model
-    adapter = adapter_of(model).config  # what the model was injected with, which need not be what `config` says
+    name, norms = learned.base, learned.norms
+    adapter = learned.adapter.config  # what the model was injected with, which need not be what `config` says
     targets = (
         adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
     )
-    layers = adapted_layers(model)
-    norms = [(name, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for name, layer in layers]
     sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
     shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, data).items())
@@ -366,7 +403,7 @@ run.
 
 ## What was learned
 
-Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(layers)} layers.
+Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(norms)} layers.
 
 | layer | update | share |
 |---|---:|---:|

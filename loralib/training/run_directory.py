@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import adapter_of
 from ..bases import save_tokenizer
 from ..console import counted
 from ..data import TokenExample
 from ..delta import dense
-from ..errors import AdapterError, FormatError, OutputError, TrainingError, first_line, list_faults
-from ..files import remove_file, write_errors
+from ..errors import AdapterError, ConfigError, FormatError, OutputError, TrainingError, first_line, list_faults
+from ..files import hold_directory, remove_file, write_errors, write_text
 from ..formats import TOKENIZER_FILES, save_adapter, write_microsoft
 from ..formats.tensors import read_safetensors, write_safetensors
+from ..wrapping import is_spread
 from .config import AUTOMATIC, TrainConfig
+from .ranks import Ranks
 from .record import RUN_FILE, hash_examples, read_record
-from .report import is_our_card, plot_losses, write_card
+from .report import Learned, is_our_card, plot_losses, write_card
 
 __all__ = [
     "Checkpoint",
     "Progress",
     "RunDirectory",
     "checkpoint_files",
+    "hash_tensors",
+    "hold_run",
     "last_checkpoint",
     "run_settings",
     "save_checkpoint",
@@ -41,14 +45,14 @@ __all__ = [
 
 # Settings that may differ when a run resumes: they change what is kept and shown, not what is computed.
 _MAY_DIFFER = frozenset(
-    "target output_dir resume overwrite keep_checkpoints report_to save_steps device train_data valid_data "
+    "target output_dir resume overwrite keep_checkpoints report_to save_steps device shard train_data valid_data "
     "data_format columns as_chat chat_template compile".split()
 )
 # How the names of our temporary files begin, which a run leaves behind when it is killed while writing.
 _TEMPORARY = tuple(
     f".{name}"
     for name in (
-        *("step-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md."),
+        *("step-", "ranks-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md."),
         "run.toml.",
     )
 )
@@ -78,6 +82,7 @@ class Progress:
         bad: validations since then.
         metrics_bytes: length of metrics.jsonl; on resuming, whatever a crash left after it is cut off.
         finished: whether the run reached its end.
+        ranks: how many processes wrote this.
     """
 
     step: int = 0
@@ -94,6 +99,7 @@ class Progress:
     bad: int = 0
     metrics_bytes: int = 0
     finished: bool = False
+    ranks: int = 1
 
     def end_epoch(self, complete: bool) -> float:
         """Closes an epoch, which may have stopped early, and returns its average training loss."""
@@ -104,9 +110,14 @@ class Progress:
             self.epoch, self.update = self.epoch + 1, 0
         return average
 
+    @property
+    def of_ranks(self) -> str:
+        """By how many processes, if several, for a sentence."""
+        return f" of {self.ranks} processes" if self.ranks > 1 else ""
+
     def result(self) -> dict[str, Any]:
         """Returns how the run ended, without what only its checkpoints need."""
-        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad")
+        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad", "ranks")
         return {name: value for name, value in asdict(self).items() if name not in passing}
 
     def add_validation(self, loss: float) -> bool:
@@ -318,6 +329,11 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # Apple's only GPU has no number
 
 
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a short hash of the values of some tensors."""
+    return _digest("", {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})[:16]
+
+
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
@@ -352,23 +368,54 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(progress, settings, parts["parameter"], parts["initial"], optimizer, parts["rng"])
 
 
+@contextmanager
+def hold_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunDirectory]:
+    """Locks the output directory of a run, on rank 0, and checks that all ranks see it.
+
+    Raises:
+        OutputError: see `hold_directory`.
+        ConfigError: on some rank it is another directory.
+    """
+    with ExitStack() as stack:
+        path = ranks.first(lambda: stack.enter_context(hold_directory(config.output_dir)))
+        if ranks.size > 1:
+            mark = ranks.first(lambda: _mark(path))
+            blind = [rank for rank, sees in enumerate(ranks.gather(mark.exists())) if not sees]
+            ranks.first(lambda: remove_file(mark))
+            if blind:
+                raise ConfigError(
+                    f"output_dir {path} is not on rank {', '.join(map(str, blind))} what it is on rank 0: choose a "
+                    "directory on a disk that all machines share"
+                )
+        yield RunDirectory(path, config, tidy=ranks.is_first)
+
+
+def _mark(directory: Path) -> Path:
+    mark = directory / f".ranks-{secrets.token_hex(8)}.tmp"
+    write_text(mark, "")
+    return mark
+
+
 class RunDirectory:
-    """The output directory of one run, whose lock the caller holds (see `hold_directory`).
+    """The output directory of one run, whose lock the caller holds (see `hold_run`).
 
     Attributes:
         path, checkpoints: the directory, and where its checkpoints are.
         best: where the adapter with the lowest validation loss so far is saved.
         config: the run's settings.
         tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
+
+    Args:
+        tidy: remove what a killed run left while it was writing.
     """
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    def __init__(self, path: Path, config: TrainConfig, *, tidy: bool = True) -> None:
         self.path, self.checkpoints, self.best = path, path / "checkpoints", path / "best"
         self.config = config
         self.tokenizer: Any = None
         self.chats = False
         self._then: Mapping[str, Any] | None = None
-        for folder in (self.path, self.checkpoints, self.best):
+        for folder in (self.path, self.checkpoints, self.best) if tidy else ():
             for file in folder.glob(".*.tmp"):
                 if file.name.startswith(_TEMPORARY):
                     remove_file(file)
@@ -385,8 +432,9 @@ class RunDirectory:
             last = None if discards else last_checkpoint(self.checkpoints)
             if last is not None and not last[0].progress.finished and not self.config.resume:
                 raise TrainingError(
-                    f"{self.path} holds a run that stopped after {counted(last[0].progress.step, 'update')}. Add "
-                    "--resume to continue it, --overwrite to discard it, or choose another --output_dir."
+                    f"{self.path} holds a run{last[0].progress.of_ranks} that stopped after "
+                    f"{counted(last[0].progress.step, 'update')}. Add --resume to continue it, in any number of "
+                    "processes, --overwrite to discard it, or choose another --output_dir."
                 )
             self._then = last[0].settings if last is not None and self.config.resume else {}
         return self._then
@@ -475,31 +523,41 @@ class RunDirectory:
             remove_file(path)
         _remove_if_empty(self.checkpoints)
 
+    def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:
+        """Saves the adapter, on rank 0; where the base is spread over ranks, all help to compute its fingerprint."""
+        (ranks.together if is_spread(model) else ranks.first)(lambda: save_adapter(model, directory) and None)
+
     def write_results(
         self,
         model: nn.Module,
         progress: Progress,
         data: Sequence[Mapping[str, Any]],
         say: Callable[[str], None],
+        ranks: Ranks,
     ) -> int:
         """Writes what the run leaves, the adapter before all that describes it; returns the size of its tensors."""
-        adapter = adapter_of(model)
-        write_microsoft(adapter, self.path / "pytorch_model.bin")
-        save_adapter(model, self.path)
+        learned = Learned.of(model, self.config.model)
+        ranks.first(lambda: write_microsoft(learned.adapter, self.path / "pytorch_model.bin"))
+        self.save_adapter(model, self.path, ranks)
+        ranks.first(lambda: self._describe(learned, progress, data, say))
+        return learned.adapter.nbytes
+
+    def _describe(
+        self, learned: Learned, progress: Progress, data: Sequence[Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
         if self.tokenizer is not None:
             for place in [self.path, self.best] if progress.valid_losses and self.best.is_dir() else [self.path]:
                 save_tokenizer(self.tokenizer, place, chats=self.chats)
-        base = getattr(model, "name_or_path", "") or self.config.model
+        title = f"LoRA on {learned.base}, r={learned.adapter.config.r}"
         try:
-            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", f"LoRA on {base}, r={adapter.config.r}")
+            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title)
         except Exception as error:  # a picture is not worth a run: whatever another library raises
             say(f"WARNING: {self.path / 'loss.png'} could not be drawn: {first_line(error)}")
         if not progress.valid_losses:  # `best` is then from an earlier run here
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 remove_file(self.best / name)
             _remove_if_empty(self.best)
-        write_card(self.path, model, self.config, progress, data)
-        return adapter.nbytes
+        write_card(self.path, learned, self.config, progress, data)
 
     def divergence(self, fault: str, progress: Progress) -> TrainingError:
         """Returns the error for a loss or gradient that went wrong: what is saved, and what to try."""

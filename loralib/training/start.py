@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import DEFAULT_BASE, base_of, load_base
+from ..bases import DEFAULT_BASE, base_of, load_base, load_empty
+from ..bases.device import pick_device, pick_dtype
+from ..bases.loading import load_tokenizer
+from ..bases.made_up import is_made_up
+from ..bases.sharded import shard
+from ..budget import require_room
 from ..console import counted
+from ..engine.forward import device_of
+from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
+from ..files import free_memory
 from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers
+from ..wrapping import is_sharded, is_spread
 from .config import TrainConfig
+from .ranks import ALONE, Ranks
 
-__all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for"]
+__all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for", "spread"]
 
 
 def base_for(config: TrainConfig) -> str:
@@ -33,17 +45,67 @@ def base_for(config: TrainConfig) -> str:
     return base_of(read_adapter(config.from_adapter))
 
 
-def load_base_for(config: TrainConfig) -> tuple[nn.Module, Any]:
+def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module, Any]:
     """Loads the base model that a run trains on, and its tokenizer (see `load_base`)."""
-    return load_base(
-        base_for(config),
-        dtype=None if config.dtype == "auto" else config.dtype,
-        device=config.device,
+    name, device = base_for(config), ranks.device(config.device)
+    mesh = ranks.mesh(str(pick_device(device))) if config.shard else None
+    dtype: Any = None if config.dtype == "auto" else config.dtype
+    if ranks.size > 1:
+        ranks.in_turn(lambda: load_tokenizer(name) and None)  # what a machine downloads or converts, it does once
+        if dtype is None and not is_made_up(name):  # processors are measured for it, and one may seem slow
+            dtype = ranks.first(lambda: pick_dtype(None, pick_device(device)))
+    if config.shard and not is_made_up(name):
+        ranks.together(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
+    load = functools.partial(
+        load_base,
+        name,
+        dtype=dtype,
+        device=device,
         quantize=config.quantize,
         seed=config.seed,
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,
+        mesh=mesh,
     )
+    return load() if config.shard else ranks.together(load)  # what is spread is loaded in steps that all agree on
+
+
+def _room(device: str | None, ranks: Ranks) -> float | None:
+    """Returns how many bytes a process may take: the GPU's, or its part of what the machine has free."""
+    if torch.device(device or "cpu").type == "cuda":
+        return float(torch.cuda.mem_get_info(torch.device(str(device)))[0])
+    free = free_memory()
+    return None if free is None else free / ranks.local_size
+
+
+def spread(model: nn.Module, ranks: Ranks) -> None:
+    """Spreads the frozen weights of a model over ranks (FSDP2), unless they are; what is trained stays whole on each.
+
+    Raises:
+        ConfigError: there is one process, or a weight is trained that is spread already.
+    """
+    if computes_in_half(model):  # it repeats passes that overflow, as each rank finds necessary
+        raise ConfigError("shard does not go with fp16: give dtype bf16, or fp32")
+    if not is_spread(model):
+        with _hidden([(module, name, p) for module in model.modules() for name, p in module._parameters.items()
+                      if p is not None and p.requires_grad]):  # fmt: skip
+            shard(model, ranks.mesh(str(device_of(model))))
+    apart = [name for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
+    if apart:
+        fix = "Train the factors alone (bias none, no modules_to_save), and let train() spread the weights."
+        raise ConfigError(list_faults("these trained tensors are spread over processes", apart, fix, most=8))
+
+
+@contextlib.contextmanager
+def _hidden(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Takes parameters out of their modules meanwhile: not all releases of FSDP2 take a list of those to ignore."""
+    for module, name, _ in parameters:
+        del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, name, parameter in parameters:
+            module._parameters[name] = parameter
 
 
 def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:

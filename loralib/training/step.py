@@ -31,8 +31,13 @@ from ..engine.placement import engine_mode, evaluating
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
+from ..wrapping import is_spread
+from .ranks import ALONE, Ranks
+from .shares import deal
 
 __all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
+
+_NOTHING = TokenExample((0, 0), (False, True))
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Step:
         self._forward = Forward(model, compiles=compiles and packing)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
+        self._is_spread = is_spread(model)
         self._run = ExitStack()
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
@@ -123,6 +129,17 @@ class Step:
         """
         return self._compute(batch, None, "inference")
 
+    def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
+        """Splits a batch into those parts that go through the model one after the other; usually it is one."""
+        return list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
+
+    def idle(self, *, backward: bool) -> None:
+        """Runs a pass whose loss counts for nothing: where weights are spread over ranks, all must run as many."""
+        if backward:
+            self.forward_backward([_NOTHING], loss_scale=0.0)
+        else:
+            self.loss([_NOTHING])
+
     def unsmoothed(self) -> Step:
         """Returns the same step without label smoothing: of losses to compare, and whose exp is a perplexity."""
         twin = copy.copy(self)
@@ -132,7 +149,7 @@ class Step:
     def _compute(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
-        parts = list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
+        parts = self.passes(batch)
         if len(parts) == 1:
             return self._compute_part(parts[0], scale, use)
         done = [self._compute_part(part, scale, use) for part in parts]
@@ -146,7 +163,9 @@ class Step:
     ) -> StepStats:
         laid = self._packed(batch) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
-        if len(laid.states):
+        if not len(laid.states) and self._is_spread:
+            self.idle(backward=scale is not None)
+        elif len(laid.states):
             forward = self._forward
             with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
                 if scale is not None and self._half:
@@ -297,13 +316,19 @@ def make_step(
 
 @overload
 def evaluate_loss(
-    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ...
+    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ..., ranks: Ranks = ...
 ) -> float: ...
 
 
 @overload
 def evaluate_loss(
-    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ..., stop: Callable[[], bool]
+    step: Step,
+    model: nn.Module,
+    examples: Sequence[TokenExample],
+    *,
+    max_tokens: int = ...,
+    stop: Callable[[], bool],
+    ranks: Ranks = ...,
 ) -> float | None: ...
 
 
@@ -314,6 +339,7 @@ def evaluate_loss(
     *,
     max_tokens: int = 8192,
     stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Returns the average loss of the trained tokens, in nats; ``exp`` of it is the perplexity.
 
@@ -322,16 +348,24 @@ def evaluate_loss(
         model: switched to eval mode meanwhile.
         examples: what to measure on.
         max_tokens: tokens of the examples that are computed at once, at least one example's.
-        stop: asked between batches; once it returns True, the result is None.
+        stop: asked between batches; once it returns True, on any rank, the result is None.
+        ranks: those that measure together, each a part of the examples.
     """
-    stats = []
+    batches = [part for batch in _batches(examples, max_tokens) for part in step.passes(batch)]
+    dealt = deal([sum(map(len, batch)) for batch in batches], ranks.size)
+    mine, stats = dealt[ranks.rank], list[StepStats]()
     with evaluating(model.modules()):
-        for batch in _batches(examples, max_tokens):
-            if stop is not None and stop():
+        for number in range(max(map(len, dealt))):
+            if stop is not None and ranks.most(stop()):
                 return None
-            stats.append(step.loss(batch))
-    losses: list[float] = torch.stack([s.loss_sum for s in stats]).tolist()
-    return sum(losses) / max(1, sum(s.trained_tokens for s in stats))
+            if number < len(mine):
+                stats.append(step.loss(batches[mine[number]]))
+            elif is_spread(model):
+                step.idle(backward=False)
+    losses: list[float] = torch.stack([s.loss_sum for s in stats]).tolist() if stats else []
+    own = torch.tensor([sum(losses), sum(s.trained_tokens for s in stats)], dtype=torch.float64)
+    loss, trained = map(float, ranks.sum(own))
+    return loss / max(1.0, trained)
 
 
 def _batches(examples: Sequence[TokenExample], max_tokens: int, limit: int = 16) -> Iterator[list[TokenExample]]:

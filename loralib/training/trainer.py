@@ -30,20 +30,21 @@ from ..delta import dense
 from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, TargetError, list_faults
-from ..files import hold_directory
-from ..formats import check_portable, load_adapter, save_adapter
+from ..formats import check_portable, load_adapter
 from ..injection import adapted_layers, adapted_model, inject, unmerge
 from ..layers import LoRALayer
-from ..wrapping import refuse_process_groups
+from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
-from .plan import Data, Plan, make_plan, updates_per_epoch
-from .record import run_record, write_record
-from .report import Metrics, Reporter
-from .run_directory import Checkpoint, Progress, RunDirectory, run_settings
-from .start import adapter_to_train_on, full_precision
-from .step import StepStats, evaluate_loss, make_step
+from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
+from .ranks import Ranks, joined
+from .record import run_record, settings_and_versions, write_record
+from .report import Metrics, NoMetrics, Reporter
+from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
+from .shares import shares
+from .start import adapter_to_train_on, full_precision, spread
+from .step import evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
 
@@ -88,12 +89,13 @@ def run(
     model: nn.Module, data: Data, config: TrainConfig, tokenizer: Any, valid_data: Data | None, verbose: bool
 ) -> TrainResult:
     """Trains an adapter; see `loralib.train`."""
-    reporter = Reporter(verbose)
-    with hold_directory(config.output_dir) as path:
-        directory = RunDirectory(path, config)
-        if (ended := directory.finished_run()) is not None:
-            return finished(directory, ended, reporter, str(load_adapter(model, path)))
-        return run_in(directory, model, data, config, tokenizer, valid_data, reporter)
+    with joined() as ranks:
+        ranks.require_same(settings_and_versions(config))
+        reporter = Reporter(verbose and ranks.is_first)
+        with hold_run(config, ranks) as directory:
+            if (ended := ranks.first(directory.finished_run)) is not None:
+                return finished(directory, ended, reporter, str(load_adapter(model, directory.path)))
+            return run_in(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
 
 
 def finished(directory: RunDirectory, ended: Progress, reporter: Reporter, note: str = "") -> TrainResult:
@@ -121,8 +123,9 @@ def run_in(
     tokenizer: Any,
     valid_data: Data | None,
     reporter: Reporter,
+    ranks: Ranks,
 ) -> TrainResult:
-    """Trains an adapter in a directory that is held for it (see `hold_directory`)."""
+    """Trains an adapter in a directory that is held for it (see `hold_run`)."""
     refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
     model = adapted_model(model)
     if not all(layer.enabled for _, layer in adapted_layers(model)):
@@ -130,11 +133,13 @@ def run_in(
             "the adapter is disabled, so nothing of it would learn; train after the `with disabled()` block"
         )
     # What the program chose holds for all of a run, whatever is free or known when it goes on.
-    then = directory.look()
+    then = ranks.first(directory.look)
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
     if config.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, config.chat_template)
-    plan = make_plan(model, data, valid_data, tokenizer, config.replace(**chosen), reporter.say)
+    settings = config.replace(**chosen)
+    limit = length_limit(model, settings, ranks)
+    plan = ranks.together(lambda: make_plan(model, data, valid_data, tokenizer, settings, reporter.say, limit))
     given, config = config, plan.config
     directory.config, directory.tokenizer = config, tokenizer
     directory.chats = tokenizer is not None and are_chats(plan.train, tokenizer)
@@ -146,14 +151,17 @@ def run_in(
     with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
         require_causal(model)
-        _adapt(model, config, reporter)
+        with adapting_spread() if config.shard else nullcontext():
+            _adapt(model, config, reporter)
+        if config.shard:
+            spread(model, ranks)
         with (
-            keep_freed_memory(),
+            keep_freed_memory(lean=config.gradient_checkpointing),
             freeze_objects(),
             gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
             explain_out_of_memory(directory.less_memory),
         ):
-            trainer = Trainer(model, plan, run_record(model, given, plan.data), directory, reporter, stop)
+            trainer = Trainer(model, plan, run_record(model, given, plan.data), directory, reporter, stop, ranks)
             with closing(trainer.metrics):
                 result = trainer.train()
     reporter.result(result)
@@ -190,8 +198,9 @@ class Trainer:
         directory: RunDirectory,
         reporter: Reporter,
         stop: StopRequest,
+        ranks: Ranks,
     ) -> None:
-        config = plan.config
+        config, self.ranks = plan.config, ranks
         self.model, self.examples, self.valid, self.config = model, plan.train, plan.valid, config
         self.record, self.directory, self.reporter, self.stop = record, directory, reporter, stop
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -210,22 +219,27 @@ class Trainer:
             label_smoothing=config.label_smoothing,
             compiles={"auto": None, "on": True, "off": False}[config.compile],
         )
-        checkpoint = directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say)
+        ranks.require_same({**self.settings, "the adapter's first values": hash_tensors(self.initial)})
+        checkpoint = ranks.first(lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say))
         if checkpoint is None:
             torch.manual_seed(config.seed)
         else:
             self.progress, self.initial = checkpoint.progress, checkpoint.restore(self.parameters, self.optimizer)
             done = self.progress.step
-            reporter.say(f"Resuming from step-{done:08}: {done:,} of {self.total:,} updates done")
+            reporter.say(
+                f"Resuming from step-{done:08}{self.progress.of_ranks}: {done:,} of {self.total:,} updates done"
+            )
         self.gradients_checked = self.progress.step > 0
         reporter.from_base = starts_as_base(model, self.initial)
-        self.metrics = Metrics(
-            directory.path, self.progress, self.updates_per_epoch, tensorboard=config.report_to == "tensorboard"
-        )
+        self.metrics = self._open_metrics() if ranks.is_first else NoMetrics()
+
+    def _open_metrics(self) -> Metrics:
+        tensorboard = self.config.report_to == "tensorboard"
+        return Metrics(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
 
     def train(self) -> TrainResult:
         """Trains to the end, or until a signal or early stopping, and saves."""
-        write_record(self.directory.path, self.config, self.record)
+        self.ranks.first(lambda: write_record(self.directory.path, self.config, self.record))
         self._announce()
         was_training = self.model.training
         self.model.train()
@@ -239,16 +253,17 @@ class Trainer:
 
     def _announce(self) -> None:
         config, say = self.config, self.reporter.say
+        if self.ranks.size > 1:
+            held = "each holds its share of the base" if is_spread(self.model) else "each holds the base"
+            say(f"{self.ranks.size} processes train together: {held}, and computes its part of every update.")
         if self.step.note:
             say(f"Batches are padded: {self.step.note}.")
         if self.metrics.note:
             say(f"WARNING: {self.metrics.note}.")
         if not reaches_peak(config, self.total):
             say(f"WARNING: --warmup_steps {config.warmup_steps} outlasts the run: --lr is never reached.")
-        tokens = max(map(len, self.examples)) * config.batch_size
-        self.reporter.memory(
-            *memory_estimate(self.model, tokens, config.gradient_checkpointing, self.step.prepacked_bytes)
-        )
+        tokens = max(map(len, self.examples)) * examples_at_once(config, self.ranks)
+        self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
     def _run_epochs(self) -> None:
         progress, config = self.progress, self.config
@@ -292,7 +307,7 @@ class Trainer:
         """Computes the gradient of one update's batches, checks it, and applies it."""
         progress, config = self.progress, self.config
         started = time.perf_counter()
-        loss, norm, stats = self._backward(batches)
+        loss, norm = self._backward(batches)
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
             raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
@@ -305,13 +320,14 @@ class Trainer:
         self.optimizer.step()
         elapsed = time.perf_counter() - started
 
-        tokens, trained = sum(s.tokens for s in stats), sum(s.trained_tokens for s in stats)
+        examples = [example for batch in batches for example in batch]
+        tokens, trained = sum(map(len, examples)), sum(sum(example.trained) for example in examples)
         weight = len(batches) if config.arithmetic == "paper" else trained  # of the loss in the epoch's average
         progress.epoch_loss += loss * weight
         progress.epoch_weight += weight
         progress.step += 1
         progress.update += 1
-        progress.examples += sum(map(len, batches))
+        progress.examples += len(examples)
         progress.tokens += tokens
         progress.trained_tokens += trained
         self.losses.append(loss)
@@ -320,8 +336,8 @@ class Trainer:
         seconds_left = (self.total - progress.step) * self.seconds / len(self.losses)
         self.reporter.update(progress.step, self.total, loss, tokens / elapsed, seconds_left)
 
-    def _backward(self, batches: list[list[TokenExample]]) -> tuple[float, float, list[StepStats]]:
-        """Computes and clips an update's gradient; returns its loss, the gradient's norm before clipping, and counts.
+    def _backward(self, batches: list[list[TokenExample]]) -> tuple[float, float]:
+        """Computes and clips an update's gradient; returns its loss, and the gradient's norm before clipping.
 
         Weighted by tokens, the loss does not depend on how an update is split into batches.  The paper's code averages
         over batches, and divides each by its tokens + 0.0001.
@@ -333,14 +349,41 @@ class Trainer:
         else:
             scales = [1 / max(1, sum(trained))] * len(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        stats = [
-            self.step.forward_backward(batch, loss_scale=scale) for batch, scale in zip(batches, scales, strict=True)
+        self.ranks.seed(config.seed, self.progress.step)
+        weighted = [
+            self.step.forward_backward(batch, loss_scale=scale).loss_sum * scale
+            for batch, scale in self._passes(list(zip(batches, scales, strict=True)))
         ]
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf)
+        parameters = list(self.parameters.values())
+        own = torch.stack(weighted).sum() if weighted else torch.zeros(())
+        loss = self.ranks.sum_gradients(parameters, own.reshape(1))
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         # The one place where an update waits for the device.
-        *loss_sums, norm_value = torch.stack([*(each.loss_sum.to(norm.device) for each in stats), norm]).tolist()
-        loss = sum(loss_sum * scale for loss_sum, scale in zip(loss_sums, scales, strict=True))
-        return loss * config.grad_accum / len(batches) if paper else loss, norm_value, stats
+        loss_value, norm_value = torch.cat([loss.to(norm.device), norm.reshape(1)]).tolist()
+        return loss_value * config.grad_accum / len(batches) if paper else loss_value, norm_value
+
+    def _passes(self, batches: list[tuple[list[TokenExample], float]]) -> list[tuple[list[TokenExample], float]]:
+        """Returns what this rank computes of an update's batches, each with its loss's weight: a batch at most at once.
+
+        Where weights are spread over ranks, all go through the model equally often, if need be for nothing.
+        """
+        if self.ranks.size == 1:
+            return batches
+        rows = [(example, scale) for batch, scale in batches for example in batch]
+        parts = shares([example for example, _ in rows], self.ranks.size, share_prompts=self.step.share_prompts)
+        passes = [self._passes_of([rows[number] for number in part]) for part in parts]
+        mine = passes[self.ranks.rank]
+        if is_spread(self.model):
+            mine += [(list[TokenExample](), 0.0)] * (max(map(len, passes)) - len(mine))
+        return mine
+
+    def _passes_of(self, rows: list[tuple[TokenExample, float]]) -> list[tuple[list[TokenExample], float]]:
+        alike: dict[float, list[TokenExample]] = {}
+        for example, scale in rows:
+            alike.setdefault(scale, []).append(example)
+        size = self.config.batch_size
+        chunks = [(each[at : at + size], scale) for scale, each in alike.items() for at in range(0, len(each), size)]
+        return [(part, scale) for chunk, scale in chunks for part in self.step.passes(chunk)]
 
     def _end_epoch(self, complete: bool) -> None:
         loss = self.progress.end_epoch(complete)
@@ -355,7 +398,12 @@ class Trainer:
         started = time.perf_counter()
         max_tokens = max(2048, config.batch_size * max(map(len, self.examples)))  # no more memory than training takes
         loss = evaluate_loss(
-            self.step.unsmoothed(), self.model, self.valid, max_tokens=max_tokens, stop=lambda: bool(self.stop)
+            self.step.unsmoothed(),
+            self.model,
+            self.valid,
+            max_tokens=max_tokens,
+            stop=lambda: bool(self.stop),
+            ranks=self.ranks,
         )
         if loss is None:
             return
@@ -368,13 +416,15 @@ class Trainer:
         self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1])
         if is_best:
-            save_adapter(self.model, self.directory.best)
+            self.directory.save_adapter(self.model, self.directory.best, self.ranks)
 
     def _is_over(self) -> bool:
         return self.progress.step >= self.total or 0 < self.config.early_stopping <= self.progress.bad
 
     def _stop_if_asked(self) -> None:
-        if self.stop:
+        """Ends the run, on all ranks, if one of them was sent a signal."""
+        if number := self.ranks.most(self.stop.signal_number):
+            self.stop.signal_number = number
             self._save()
             raise self.stop.error(
                 f"stopped after update {self.progress.step} of {self.total} and saved. "
@@ -383,21 +433,22 @@ class Trainer:
 
     def _save(self, finished: bool = False) -> None:
         self.progress.metrics_bytes = self.metrics.sync()
-        self.progress.finished = finished
-        self.directory.save(
-            Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
-        )
+        self.progress.finished, self.progress.ranks = finished, self.ranks.size
+        state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
+        self.ranks.require_same({f"the adapter after update {self.progress.step}": hash_tensors(state.parameters)})
+        self.ranks.first(lambda: self.directory.save(state))
 
     def _finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
         progress = self.progress
         check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
         self._save()  # whatever fails below, --resume has nothing to compute again
-        adapter_bytes = self.directory.write_results(self.model, progress, self.record["data"], self.reporter.say)
+        adapter_bytes = self.directory.write_results(
+            self.model, progress, self.record["data"], self.reporter.say, self.ranks
+        )
         if self.config.keep_checkpoints:
             self._save(finished=True)
-        write_record(self.directory.path, self.config, {**self.record, "result": progress.result()})
-        self.directory.keep_checkpoints()
+        self.ranks.first(self._close_record)
         return TrainResult(
             output_dir=self.directory.path,
             steps=progress.step,
@@ -410,6 +461,11 @@ class Trainer:
             best=progress.best_validation(),
             note=self.step.note,
         )
+
+    def _close_record(self) -> None:
+        record = {**self.record, "result": self.progress.result()}
+        write_record(self.directory.path, self.config, record)
+        self.directory.keep_checkpoints()
 
 
 # --- What ends a run: a signal, or a fault, since nothing fails silently ----------------------------------------------

@@ -1,0 +1,332 @@
+"""Say what fits into memory before anything is loaded, and with which command.
+
+  loralib plan --model gpt2 --batch_size 8 --seq_len 512
+  loralib plan --model meta-llama/Llama-3.1-8B --gpus 8 --gpu_memory 80
+  loralib plan --model ./my-model --gpus 1 --gpu_memory 24 --serve --requests 64 --context 4096
+
+The model is known from its config.json alone.  Without --gpus it is this machine's memory that counts.  The exit code
+is 0 if something fits, and 1 if nothing does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from ..bases import load_empty
+from ..bases.sharded import decoder_blocks
+from ..budget import Budget, serving_budget, traffic, training_budget
+from ..config import LoraConfig
+from ..console import count, counted, say, size, table
+from ..engine.limits import context_length
+from ..files import free_memory
+from ..injection import adapted_layers, inject
+from ..settings import check, setting, settings_class
+from ..training import TrainConfig
+from . import add_fields, from_args
+
+_ROOM: Final = 0.9  # share of the memory that may be planned with: estimates are off by some percent
+_LENGTH: Final = 1024  # tokens of an example where none are given
+_GB: Final = 2**30
+
+
+def _as_in_training(name: str) -> Any:
+    """Returns a setting of `loralib train` for here: the same flag, check and default."""
+    (spec,) = [spec for spec in dataclasses.fields(TrainConfig) if spec.name == name]
+    return dataclasses.field(default=spec.default, metadata=spec.metadata)
+
+
+_MACHINES, _TRAINING, _SERVING = "machines", "training", "serving"
+
+
+@settings_class
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned.
+
+    Raises:
+        ConfigError: one or more settings are invalid; the message lists all of them.
+    """
+
+    model: str = _as_in_training("model")
+    dtype: str = _as_in_training("dtype")
+    quantize: str = setting(
+        "none", "how the frozen linears of the blocks are stored", _MACHINES, ("none", "int8", "nf4"), common=True
+    )
+    gpus: int | None = setting(None, "GPUs of a machine; none: its CPU", _MACHINES, at_least=1, at_most=64, common=True)
+    gpu_memory: float | None = setting(
+        None, "GB of each GPU; default: that of this machine's", _MACHINES, above=0, at_most=2048, common=True
+    )
+    nodes: int = setting(1, "machines", _MACHINES, at_least=1, at_most=100_000)
+    batch_size: int = _as_in_training("batch_size")
+    seq_len: int | None = _as_in_training("seq_len")
+    rank: int = _as_in_training("rank")
+    target_modules: str | Sequence[str] = _as_in_training("target_modules")
+    gradient_checkpointing: bool = _as_in_training("gradient_checkpointing")
+    serve: bool = setting(False, "plan for `loralib serve` instead of training", _SERVING)
+    requests: int = setting(8, "requests that are answered at the same time", _SERVING, at_least=1, at_most=1_000_000)
+    context: int = setting(
+        4096, "tokens of each, prompt and answer together", _SERVING, at_least=1, at_most=100_000_000
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "the plan", self._faults)
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if self.gpus is None:
+            faults += [
+                f"{name} is {value:g}, but there are no GPUs to plan for: give --gpus N"
+                for name, value in {"gpu_memory": self.gpu_memory, "nodes": self.nodes}.items()
+                if value not in (None, 1)
+            ]
+        elif self.gpu_memory is None and not torch.cuda.is_available():
+            faults.append("gpus is given, but not gpu_memory, and there is no GPU here to ask: give --gpu_memory GB")
+        if self.serve and self.nodes > 1:
+            faults.append(f"nodes is {self.nodes}, but `loralib serve` runs in one process: leave --nodes out")
+        return faults
+
+    @property
+    def processes(self) -> int:
+        """How many take part in training."""
+        return (self.gpus or 1) * self.nodes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to do it.
+
+    Attributes:
+        name: of the way.
+        flags: of the command, beside those that were given.
+        budget: of a process.
+        room: bytes of memory for it.
+        sent: bytes that a process sends to others for an update.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    budget: Budget
+    room: float | None
+    sent: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits with some room to spare, as far as is known."""
+        return self.room is None or self.budget.total <= _ROOM * self.room
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting of a plan."""
+    add_fields(parser, PlanConfig)
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; returns 1 if nothing fits."""
+    config = from_args(PlanConfig, args)
+    model: Any = load_empty(config.model, dtype=None if config.dtype == "auto" and not config.gpus else _dtype(config))
+    parameters = sum(p.numel() for p in model.parameters())
+    if not config.serve:
+        inject(model, LoraConfig(r=config.rank, target_modules=config.target_modules))
+    choices = _serving(model, config) if config.serve else _training(model, config)
+    best = next((choice for choice in choices if choice.fits), None)
+    command = None if best is None else _command(config, best)
+    if args.json:
+        say(json.dumps(_facts(config, parameters, choices, best, command), indent=2))
+    else:
+        say(_text(model, config, parameters, choices, best, command))
+    return 0 if best is not None else 1
+
+
+def _dtype(config: PlanConfig) -> str:
+    """Returns the dtype of the frozen weights: on GPUs bf16, unless another is given."""
+    return "bf16" if config.dtype == "auto" else config.dtype
+
+
+def _room(config: PlanConfig) -> float | None:
+    if config.gpus is None:
+        return free_memory()
+    if config.gpu_memory is None:
+        return float(torch.cuda.mem_get_info()[1])
+    return config.gpu_memory * _GB
+
+
+# The ways there are.
+
+
+def _training(model: torch.nn.Module, config: PlanConfig) -> list[Choice]:
+    """Returns the ways to train, each with as many examples at once as fit.
+
+    The first costs nothing; checkpointing costs a third more time, and what sharding costs depends on the network.
+    """
+    room, processes = _room(config), config.processes
+    examples = math.ceil(config.batch_size / processes)
+    choices = []
+    for sharded in (False, True) if processes > 1 else (False,):
+        for checkpointing in (True,) if config.gradient_checkpointing else (False, True):
+            at_once = examples
+            while True:
+                choice = _way(model, config, at_once, sharded, checkpointing, room)
+                if choice.fits or at_once == 1:
+                    break
+                at_once = math.ceil(at_once / 2)
+            choices.append(choice)
+    return choices
+
+
+def _way(
+    model: torch.nn.Module, config: PlanConfig, at_once: int, sharded: bool, checkpointing: bool, room: float | None
+) -> Choice:
+    """Returns a way to train with so many examples at once on each process."""
+    budget = training_budget(
+        model,
+        at_once * _length(model, config),
+        checkpointing=checkpointing,
+        processes=config.processes,
+        sharded=sharded,
+        quantize=config.quantize,
+        device="cpu" if config.gpus is None else "cuda",
+    )
+    batch = min(config.batch_size, at_once * config.processes)
+    steps = math.ceil(config.batch_size / batch)
+    flags = [*(["--shard"] if sharded else []), *(["--gradient_checkpointing"] if checkpointing else [])]
+    if batch != TrainConfig.batch_size:
+        flags += ["--batch_size", str(batch)]
+    if steps > 1:
+        flags += ["--grad_accum", str(steps)]
+    name = "sharded" if sharded else "data parallel" if config.processes > 1 else "one process"
+    sent = sum(traffic(model, config.processes, sharded=sharded, batches=steps).values())
+    return Choice(name + (", checkpointing" if checkpointing else ""), tuple(flags), budget, room, sent)
+
+
+def _length(model: torch.nn.Module, config: PlanConfig) -> int:
+    return config.seq_len or min(_LENGTH, context_length(model) or _LENGTH)
+
+
+def _serving(model: torch.nn.Module, config: PlanConfig) -> list[Choice]:
+    """Returns the way to serve; the server is one process."""
+    budget = serving_budget(model, config.requests, config.context, quantize=config.quantize)
+    return [Choice("one process", (), budget, _room(config))]
+
+
+# What is said.
+
+
+def _command(config: PlanConfig, choice: Choice) -> str:
+    """Returns the command line of a choice."""
+    words = ["--model", config.model]
+    for name in ("dtype", "quantize"):
+        if getattr(config, name) not in ("auto", "none"):
+            words += [f"--{name}", getattr(config, name)]
+    if config.serve:
+        return " ".join(["loralib serve", *words, "--cache_tokens", str(config.requests * config.context)])
+    words += ["--train_data", "train.jsonl", *choice.flags]
+    for name in ("seq_len", "rank", "target_modules"):
+        value = getattr(config, name)
+        if value != getattr(TrainConfig, name):
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    if config.processes == 1:
+        return " ".join(["loralib train", *words])
+    where = f"--nnodes {config.nodes} --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500 " if config.nodes > 1 else ""
+    return " ".join([f"torchrun {where}--nproc_per_node {config.gpus} -m loralib train", *words])
+
+
+def _facts(
+    config: PlanConfig, parameters: int, choices: Sequence[Choice], best: Choice | None, command: str | None
+) -> dict[str, Any]:
+    """Returns the figures, all sizes in bytes of one process."""
+    return {
+        "model": config.model,
+        "parameters": parameters,
+        "processes": 1 if config.serve else config.processes,
+        "choices": [
+            {
+                "name": each.name,
+                **each.budget.rows(),
+                "total": each.budget.total,
+                "memory": each.room,
+                "fits": each.fits,
+            }
+            for each in choices
+        ],
+        "choice": None if best is None else best.name,
+        "command": command,
+    }
+
+
+_TITLES: Final = {
+    "weights": "frozen weights",
+    "gathered": "gathered meanwhile",
+    "copies": "prepacked copies",
+    "adapter": "adapter",
+    "gradients": "its gradients",
+    "optimizer": "its optimiser",
+    "activations": "activations",
+    "head": "logits",
+    "cache": "keys and values",
+    "program": "the program",
+}
+
+
+def _what(model: Any, config: PlanConfig) -> str:
+    """Returns what is planned for, in a sentence."""
+    if config.serve:
+        return f"Serving {counted(config.requests, 'request')} at once of {count(config.context)} tokens each."
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = "GPU" if config.gpus else "machine"
+    text = (
+        f"Training {count(trained)} numbers in {counted(len(adapted_layers(model)), 'module')}, "
+        f"{counted(config.batch_size, 'example')} of {count(_length(model, config))} tokens a step"
+    )
+    if config.processes > 1:
+        text += f", on {counted(config.processes, where)}"
+        if config.batch_size < config.processes:
+            text += f" (of which {count(config.processes - config.batch_size)} get none: raise --batch_size)"
+    return f"{text}."
+
+
+def _advice(config: PlanConfig) -> str:
+    """Returns what would need less memory."""
+    if config.serve:
+        return "Lower --requests or --context, or use a GPU with more memory."
+    fixes = ["lower --seq_len"] if config.seq_len is None or config.seq_len > 256 else []
+    fixes += ["add --quantize nf4"] if config.quantize == "none" else []
+    fixes += ["more --gpus or --nodes, between which the weights are shared"]
+    return f"What helps: {', '.join(fixes)}."
+
+
+def _text(
+    model: Any, config: PlanConfig, parameters: int, choices: Sequence[Choice], best: Choice | None, command: str | None
+) -> str:
+    """Returns the plan as lines."""
+    rows = [
+        [title, *(size(each.budget.rows()[name]) for each in choices)]
+        for name, title in _TITLES.items()
+        if any(each.budget.rows()[name] for each in choices)
+    ]
+    rows.append(["all", *(size(each.budget.total) for each in choices)])
+    if (room := choices[0].room) is not None:
+        rows.append(["memory", *(size(room) for _ in choices)])
+        rows.append(["fits", *("yes" if each.fits else "no" for each in choices)])
+    if any(each.sent for each in choices):
+        rows.append(["sent for an update", *(size(each.sent) for each in choices)])
+    lines = [
+        f"{config.model}: {parameters / 1e9:.2f} billion parameters in {counted(len(decoder_blocks(model)), 'block')}",
+        _what(model, config),
+        "",
+        table(rows, ["bytes of a process", *(each.name for each in choices)]),
+        "",
+    ]
+    if best is None:
+        lines.append(f"Nothing fits. {_advice(config)}")
+    else:
+        lines += [f"Run{' on each machine' if config.nodes > 1 and not config.serve else ''}:", f"  {command}"]
+    return "\n".join(lines)

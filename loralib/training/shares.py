@@ -1,0 +1,88 @@
+"""Which examples each rank computes: about as many tokens on each, and prompts computed once where that is faster.
+
+All of it follows from the examples, so that each rank knows the shares of all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..data import TokenExample
+
+__all__ = ["deal", "shares"]
+
+_SEEN = 8  # parts that have a prompt and are looked at: of a prompt that hundreds have, these are enough
+
+
+def shares(examples: Sequence[TokenExample], parts: int, *, share_prompts: bool) -> list[list[int]]:
+    """Splits examples into parts of about as many tokens, and returns their indices; a part may be empty.
+
+    With `share_prompts` a prompt counts once in each part that has examples of it.  Two ways are tried: all examples of
+    a prompt go to one part; or each goes where it is done soonest.  The one whose largest part is smaller counts.
+
+    Args:
+        examples: those of one update.
+        parts: how many.
+        share_prompts: whether a prompt is computed once for the examples of a part that begin with it.
+
+    >>> rows = [TokenExample((7, 7, 7, n), (False, False, False, True)) for n in (1, 2)]
+    >>> rows += [TokenExample((8, 8, 8, n), (False, False, False, True)) for n in (1, 2)]
+    >>> shares(rows, 2, share_prompts=True)
+    [[0, 1], [2, 3]]
+    """
+    if parts == 1:
+        return [list(range(len(examples)))]
+    prompts = [_prompt(example) if share_prompts else () for example in examples]
+    rests = [len(example) - len(prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    apart = _soonest(prompts, rests, parts)
+    if not share_prompts:
+        return apart
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        groups[prompt].append(number)
+    costs = [len(prompt) + sum(rests[number] for number in group) for prompt, group in groups.items()]
+    members = list(groups.values())
+    together = [sorted(n for group in part for n in members[group]) for part in deal(costs, parts)]
+    return min(together, apart, key=lambda dealt: _costs(dealt, prompts, rests))
+
+
+def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Splits things of known cost into parts of about the same cost, and returns their indices: the dearest first.
+
+    >>> deal([3, 1, 1, 1], 2)
+    [[0], [1, 2, 3]]
+    """
+    return _soonest([()] * len(costs), costs, parts)
+
+
+def _soonest(prompts: Sequence[tuple[int, ...]], rests: Sequence[int], parts: int) -> list[list[int]]:
+    """Deals examples, the longest first, each to the part that ends up with the fewest tokens."""
+    loads = [0] * parts
+    queue = [(0, part) for part in range(parts)]  # an entry counts while its load is the part's
+    having: dict[tuple[int, ...], list[int]] = defaultdict(list)  # the parts that have a prompt, the latest last
+    result: list[list[int]] = [[] for _ in range(parts)]
+    for number in sorted(range(len(rests)), key=lambda n: (-len(prompts[n]) - rests[n], n)):
+        prompt, rest = prompts[number], rests[number]
+        while queue[0][0] != loads[queue[0][1]]:
+            heapq.heappop(queue)
+        candidates = {part: loads[part] + rest for part in having[prompt][-_SEEN:]}
+        candidates.setdefault(queue[0][1], queue[0][0] + len(prompt) + rest)
+        part = min(candidates, key=lambda part: (candidates[part], part))
+        if prompt and part not in having[prompt][-_SEEN:]:
+            having[prompt].append(part)
+        loads[part] = candidates[part]
+        heapq.heappush(queue, (loads[part], part))
+        result[part].append(number)
+    return [sorted(part) for part in result]
+
+
+def _costs(dealt: Sequence[Sequence[int]], prompts: Sequence[tuple[int, ...]], rests: Sequence[int]) -> tuple[int, int]:
+    """The tokens of the largest part, and of all parts."""
+    costs = [sum(map(len, {prompts[n] for n in part})) + sum(rests[n] for n in part) for part in dealt]
+    return max(costs), sum(costs)
+
+
+def _prompt(example: TokenExample) -> tuple[int, ...]:
+    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids
