@@ -111,7 +111,7 @@ class LoraConfig:
     )
     init_lora_weights: bool | str = setting(True, "True: A random and B zero, so that training starts from the base")
     fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
-    use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
+    use_dora: bool = setting(False, "train lengths and directions of the weight's rows apart (DoRA, arXiv:2402.09353)")
     lora_bias: bool = setting(False, "B has a bias; read, not trained here")
     task_type: str | None = setting(
         None, "what the model is for, as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too"

@@ -24,12 +24,15 @@ __all__ = [
     "delta_weight",
     "dense",
     "diagonal_blocks",
+    "dora_norms",
     "dora_weight",
     "effective_rank",
     "low_rank",
     "olora_factors",
     "pissa_factors",
     "product_svd",
+    "row_squares",
+    "scale_outputs",
     "scaling_of",
 ]
 
@@ -198,6 +201,8 @@ def effective_rank(S: Tensor) -> float:
 def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """Computes ``m (W + delta) / ||W + delta||``, row by row: DoRA's weight (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
+    The norm counts as a constant in the backward pass (section 4.3 of the paper).
+
     Args:
         weight: W (out, in).
         delta: (out, in), as `delta_weight` makes it.
@@ -208,8 +213,59 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
     updated = weight.to(wide) + delta.to(wide)
-    norms: Tensor = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
-    return updated * (magnitude.to(wide)[:, None] / norms)
+    norms = _not_zero(torch.linalg.vector_norm(updated, dim=1, keepdim=True))
+    return updated * (magnitude.to(wide)[:, None] / norms.detach())
+
+
+def dora_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Computes ``||W + scaling B A||``, row by row, without a matrix of W's size.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) b^T + s^2 b (A A^T) b^T    for rows w of W and b of B
+
+    Args:
+        weight: W (out, in), in any floating dtype.
+        squares: ``||w||^2`` of each row (out,), in at least fp32 (`row_squares`).
+        A: (r, in).
+        B: (out, r).
+        scaling: see `scaling_of`.
+
+    Returns:
+        (out,), in the dtype of `squares`.
+    """
+    crossed = F.linear(weight, A.to(weight.dtype)).to(squares.dtype)
+    A, B = A.to(squares.dtype), B.to(squares.dtype) * scaling
+    return _not_zero((squares + ((2 * crossed + B @ (A @ A.T)) * B).sum(1)).clamp(min=0).sqrt())
+
+
+def _not_zero(norms: Tensor) -> Tensor:
+    """Norms to divide by: a row of zeros stays one."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Returns the squared norm of each row of W (out, in), in at least fp32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    # A few rows at a time: a wide copy of a large table would double its memory.
+    return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
+
+
+def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0) -> Tensor:
+    """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
+
+    Args:
+        y: (..., out), or with `channels` (..., out, *size).
+        scale: (out,); None: 1.
+        bias: (out,), if y holds one.
+        channels: how many dimensions follow that of the outputs.
+
+    >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
+    [[5.0, 5.0]]
+    """
+    if scale is None:
+        return y
+    shape = (-1, *(1,) * channels)
+    added = (scale - 1).to(y.dtype).view(shape)
+    return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype).view(shape), added)
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ over a module's class (`adapted_class`) and assigns it to ``module.__class__``: 
 under the same name, and ``isinstance`` keeps working.
 
 A mixin says which tensors it trains (`tensor_shapes`) and what they add to the base weight (`delta_weight`), with the
-formulas of `loralib.delta`.  A variant that trains another tensor is another mixin: nothing else has to know of it.
+formulas of `loralib.delta`.  A variant that trains another tensor is another mixin, a file in `loralib.variants`:
+nothing else has to know of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
-from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scaling_of
+from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scale_outputs, scaling_of
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedModelError
 from .wrapping import is_sharded
 
@@ -122,7 +123,8 @@ class LoRALayer(nn.Module):
                 f"{' and '.join(computed)} is computed since inject() (pruned or parametrized); undo that first: "
                 "torch.nn.utils.prune.remove, or remove_parametrizations"
             )
-        if any(is_sharded(p) and p.dim() < 2 for p in self.trained_tensors().values()):
+        shapes = self.tensor_shapes(self.r)
+        if any(is_sharded(p) and p.dim() < len(shapes[name]) for name, p in self.trained_tensors().items()):
             raise AdapterError(
                 "its tensors are spread over processes; gather them around the call, on every process: "
                 "FSDP.summon_full_params(model), or deepspeed.zero.GatheredParameters(list(model.parameters()))"
@@ -137,9 +139,25 @@ class LoRALayer(nn.Module):
         """Returns the values of the trained tensors by parameter name; the inverse of `to_adapter`."""
         return {name: tensors[key] for name, key in self.tensor_keys().items()}
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A (r, in) and B (out, r) as matrices, whose product times `scaling` is the low-rank update."""
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Returns a tensor of the base weight's shape as the matrix (out, in) that the update is added to."""
+        return weight.flatten(1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix (out, in) in the shape of the base weight; the inverse of `as_matrix`."""
+        return matrix.view(self._base_shape)
+
     def delta_weight(self) -> Tensor:
         """Returns what the adapter adds to the base weight, in its shape and in at least fp32."""
-        raise NotImplementedError
+        return self.as_stored(delta_weight(*self.factors(), self.scaling))
+
+    def output_scale(self) -> Tensor | None:
+        """Returns what each output (out,) is multiplied with before the bias is added, in fp32; None: with 1."""
+        return None
 
     def _used_weight(self, weight: Tensor) -> Tensor:
         """Returns the base weight as forward uses it (an embedding's max_norm changes it)."""
@@ -266,12 +284,14 @@ class LoRALinear(LoRALayer):
         k = sum(self.blocks)
         return {"lora_A": (r * k, inputs), "lora_B": (outputs // len(self.blocks) * k, r)}
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B if self.blocks is None else block_diagonal_B(self.lora_B, self.blocks)
 
-    def delta_weight(self) -> Tensor:
-        delta = delta_weight(*self._factors(), self.scaling)
-        return delta.T if self.fan_in_fan_out else delta
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return self.as_matrix(matrix)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -280,7 +300,8 @@ class LoRALinear(LoRALayer):
         y = self._base_forward(x)
         if not self._active:
             return y
-        return y + low_rank(self._drop(x), *self._factors(), self.scaling)
+        y = y + low_rank(self._drop(x), *self.factors(), self.scaling)
+        return scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
 
 
 def _summed_weight(name: str) -> property:
@@ -346,8 +367,11 @@ class LoRAEmbedding(LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
     def _used_weight(self, weight: Tensor) -> Tensor:
         table = cast(nn.Embedding, self)
@@ -367,7 +391,8 @@ class LoRAEmbedding(LoRALayer):
         update = F.linear(self._rows(self.lora_A.T, x), self.lora_B) * self.scaling
         # Gemma's embedding multiplies the rows by embed_scale, and would multiply a merged weight's too.
         scale = getattr(self, "embed_scale", None)
-        return y + (update if scale is None else update * scale).to(y.dtype)
+        y = y + (update if scale is None else update * scale).to(y.dtype)
+        return scale_outputs(y, self.output_scale())
 
 
 class LoRAConv(LoRALayer):
@@ -377,9 +402,6 @@ class LoRAConv(LoRALayer):
         outputs, inputs, *kernel = self._base_shape
         return {"lora_A": (r, inputs, *kernel), "lora_B": (outputs, r, *(1 for _ in kernel))}
 
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling).view(self._base_shape)
-
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, super().forward(x))
         if not self._active:
@@ -387,7 +409,8 @@ class LoRAConv(LoRALayer):
         conv = cast(nn.Conv2d, self)
         narrow = conv._conv_forward(self._drop(x), self.lora_A.to(x.dtype), None) * self.scaling
         one_by_one = (F.conv1d, F.conv2d, F.conv3d)[self.lora_B.dim() - 3]
-        return y + one_by_one(narrow, self.lora_B.to(x.dtype))
+        y = y + one_by_one(narrow, self.lora_B.to(x.dtype))
+        return scale_outputs(y, self.output_scale(), conv.bias, channels=self.lora_B.dim() - 2)
 
 
 class LoRAFoldedConv(LoRALayer):
@@ -402,9 +425,6 @@ class LoRAFoldedConv(LoRALayer):
         *others, last = conv.kernel_size
         rows = conv.out_channels // conv.groups * math.prod(others)
         return {"lora_A": (r * last, conv.in_channels * last), "lora_B": (rows, r * last)}
-
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self._base_shape)
 
     def to_adapter(self) -> dict[str, Tensor]:
         """Returns the factors in PEFT's form: a plain convolution of rank r * prod(kernel)."""

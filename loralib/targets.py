@@ -30,6 +30,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
+from .variants import mixin_for
 from .wrapping import is_sharded, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
@@ -182,9 +183,6 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
 def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
     """Refuses kinds of adapters that layers cannot compute, with what to do in place of training or loading one."""
     convert = "make a plain one of it with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
-    if config.use_dora:
-        way = convert if trained else "leave it out here; or train in PEFT, and " + convert
-        raise TargetError(f"use_dora = True: DoRA is not computed by loralib's layers; {way}")
     if config.lora_bias:
         merge = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has them"
         way = merge if trained else "leave it out (bias='lora_only' trains the base's own)"
@@ -362,7 +360,11 @@ def _target(
 
 
 def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
-    """Returns the LoRA class for a module."""
+    """Returns the LoRA class for a module, in the variant that the config asks for."""
+    return mixin_for(_plain_mixin_for(name, modules, config), config)
+
+
+def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
     base = base_class(module)
     if isinstance(module, nn.MultiheadAttention):

@@ -93,6 +93,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], dict[str, Any]]]
     "conv net": (ConvNet, picture, {"target_modules": ["c1", "c2", "c3", "head"]}),
     "attention": (Attention, sequence, {"target_modules": ["attn"]}),
     "attention and head": (Attention, sequence, {"target_modules": ["attn", "head"], "bias": "all"}),
+    "dora": (llama, lambda: IDS, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "dora on gpt2": (gpt2, lambda: IDS, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "dora on an embedding": (llama, lambda: IDS, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+    "dora of convolutions": (ConvNet, picture, {"target_modules": ["c1", "c2", "c3", "head"], "use_dora": True}),
     "saved modules": (llama, lambda: IDS, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "saved tied head": (gpt2, lambda: IDS, {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}),
     "all biases": (llama, lambda: IDS, {"target_modules": ["q_proj", "down_proj"], "bias": "all"}),
@@ -235,9 +239,6 @@ def test_starts_that_change_the_base_are_refused(start: str, tmp_path: Path) -> 
     in_peft(llama(), target_modules=["q_proj"], init_lora_weights=start).save_pretrained(str(tmp_path))
     model = llama()
     with pytest.raises(lora.LoraError, match=f"init_lora_weights = '{start}'"):
-        lora.load_adapter(model, tmp_path)
-    in_peft(llama(), target_modules=["q_proj"], use_dora=True).save_pretrained(str(tmp_path))
-    with pytest.raises(lora.LoraError, match="use_dora"):
         lora.load_adapter(model, tmp_path)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..delta import scale_outputs
 from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, loaded
@@ -230,7 +231,7 @@ class _Buffers:
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
         weight = layers[0].base_weight
-        shapes = [[tuple(factor.shape) for factor in layer._factors()] for layer in layers]
+        shapes = [[tuple(factor.shape) for factor in layer.factors()] for layer in layers]
         self.ranks = [shape_A[0] for shape_A, _ in shapes]
         self.A = weight.new_zeros(sum(self.ranks), shapes[0][0][1])
         self.B = [weight.new_zeros(shape_B[1], shape_B[0]) for _, shape_B in shapes]
@@ -323,7 +324,7 @@ class _Group:
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = _PendingOutputs()
-            return output
+            return _scaled(layer, output)
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
         dropped = layer._drop(x) if drops else None
@@ -332,7 +333,7 @@ class _Group:
         first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
         if others:
             self.pending = _PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return first
+        return _scaled(layer, first)
 
     def multiply(self, rows: Tensor, seen: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), of which the low-rank path sees `seen`."""
@@ -415,14 +416,27 @@ class _GroupProduct(torch.autograd.Function):
 
 def _is_frozen(layer: LoRALinear) -> bool:
     """Whether the base weight and its bias are not trained, and the kernels can read the bias."""
-    weight, bias = layer.base_weight, _bias(layer)
+    weight, bias = layer.base_weight, cast("Tensor | None", layer.bias)
     if weight.requires_grad:
         return False
     return bias is None or (not bias.requires_grad and bias.dtype == weight.dtype and bias.is_contiguous())
 
 
+def _scales(layer: LoRALinear) -> bool:
+    return type(layer).output_scale is not LoRALayer.output_scale
+
+
 def _bias(layer: LoRALinear) -> Tensor | None:
-    return cast("Tensor | None", layer.bias)
+    """Returns what a product adds; where outputs are scaled (DoRA), the bias comes after that."""
+    return None if _scales(layer) else cast("Tensor | None", layer.bias)
+
+
+def _scaled(layer: LoRALinear, y: Tensor) -> Tensor:
+    """Returns a layer's output, of which y is all but a scale, and the bias that comes after it."""
+    if not _scales(layer):
+        return y
+    y = scale_outputs(y, layer.output_scale())
+    return y if layer.bias is None else y + cast(Tensor, layer.bias)
 
 
 # The same in PyTorch's operators: without kernels, and for an output that nothing depends on.

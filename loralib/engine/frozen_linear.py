@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..delta import low_rank
+from ..delta import low_rank, scale_outputs
 from ..layers import LoRALayer, LoRALinear, is_conv1d
 from .kernels import Kernels, loaded
 from .placement import Overrides, own_forward
@@ -184,7 +184,8 @@ class FrozenLinear:
         else:
             y = self._frozen.times(x, bias=bias)
         if isinstance(module, LoRALinear) and module._active:
-            y = y + low_rank(module._drop(x), *module._factors(), module.scaling)
+            y = y + low_rank(module._drop(x), *module.factors(), module.scaling)
+            y = scale_outputs(y, module.output_scale(), bias)
         return y
 
 

@@ -1,0 +1,175 @@
+"""Variants of LoRA train as in PEFT, merge exactly, and go without a trace; files are in test_peft_interop."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import loralib as lora
+from loralib.delta import delta_weight, dora_norms, dora_weight, row_squares, scale_outputs
+from loralib.injection import adapted_layers
+
+IDS = torch.tensor([[5, 9, 3, 17, 8, 30], [1, 1, 2, 39, 0, 7]])
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 40}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = hf.LlamaConfig(**sizes, vocab_size=40, max_position_embeddings=32, attention_bias=True)
+    model = hf.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def convolutions() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(40, 4), nn.Conv1d(6, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3))
+
+
+DORA = {"use_dora": True}
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain": (llama, {"target_modules": ["q_proj", "down_proj"]}),
+    "rslora": (gpt2, {"target_modules": ["c_attn"], "use_rslora": True}),
+    "dora": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], **DORA}),
+    "dora on Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], **DORA}),
+    "dora, rslora, all linear": (llama, {"target_modules": "all-linear", "use_rslora": True, **DORA}),
+    "dora on an embedding and a convolution": (convolutions, {"target_modules": ["0", "1", "4"], **DORA}),
+}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return outputs(model)
+
+
+def outputs(model: nn.Module) -> Tensor:
+    y = model(IDS)
+    return y.logits if hasattr(y, "logits") else y  # type: ignore[no-any-return]
+
+
+def in_peft(base: nn.Module, **settings: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tied|.*fan_in_fan_out|.*target modules.*", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=8, **settings)).eval()
+
+
+def stir(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def train(model: nn.Module, kind: type[torch.optim.Optimizer], lr: float) -> None:
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)  # type: ignore[call-arg]
+    for _ in range(3):
+        optimizer.zero_grad()
+        outputs(model).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.3), (torch.optim.AdamW, 0.02)], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_are_those_of_peft(name: str, optimizer: Any, lr: float, tmp_path: Any) -> None:
+    make, settings = CASES[name]
+    theirs = in_peft(make(), **settings)
+    stir(theirs)  # in the same order of parameters as ours
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`|Could not", UserWarning)
+        theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    ours = make()
+    base = logits(ours)
+    lora.load_adapter(ours, tmp_path)
+    before = logits(ours)
+    assert (before - logits(theirs)).abs().max() <= 1e-5
+    train(ours, optimizer, lr)
+    train(theirs, optimizer, lr)
+    assert (logits(ours) - before).abs().max() > 1e-3
+    assert (before - base).abs().max() > 1e-3
+    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_starts_as_the_base_merges_exactly_and_goes_without_a_trace(name: str) -> None:
+    make, settings = CASES[name]
+    model = make()
+    base, state, own = logits(model), copy.deepcopy(model.state_dict()), [sorted(vars(m)) for m in model.modules()]
+    lora.inject(model, lora.LoraConfig(r=2, lora_alpha=8, **settings))
+    torch.testing.assert_close(logits(model), base)
+    stir(model)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-3
+    assert torch.equal(logits(copy.deepcopy(model)), adapted)
+    lora.merge(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    lora.unmerge(model)
+    assert torch.equal(logits(model), adapted)
+    with lora.disabled(model):
+        assert torch.equal(logits(model), base)
+    lora.remove(model)
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    assert [sorted(vars(m)) for m in model.modules()] == own
+
+
+# DoRA.
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+def test_the_norm_of_the_sum_needs_no_matrix_of_its_size(dtype: torch.dtype, error: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(*size, generator=generator) for size in ((40, 30), (4, 30), (40, 4)))
+    W = W.to(dtype)
+    plain = (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(dora_norms(W, row_squares(W), A, B, 0.5).double(), plain, rtol=error, atol=0)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    nn.init.zeros_(model[0].weight)
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    model(torch.ones(1, 6)).sum().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in model.parameters() if tensor.grad is not None)
+    assert torch.isfinite(
+        dora_weight(torch.zeros(2, 3), delta_weight(torch.ones(1, 3), torch.zeros(2, 1), 1), torch.ones(2))
+    ).all()
+
+
+def test_a_scale_near_1_is_not_rounded_to_bf16() -> None:
+    y, scale = torch.full((1, 2), 256.0, dtype=torch.bfloat16), torch.tensor([1.003, 1.0045])
+    assert scale_outputs(y, scale).tolist() == [[256.0, 258.0]]  # bf16's neighbours of 1 are 0.996 and 1.008
+
+
+def test_norms_follow_what_is_loaded_and_cast() -> None:
+    model = llama()
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    stir(model)
+    with torch.inference_mode():
+        model(IDS)
+    other = copy.deepcopy(model)
+    stir(other)
+    expected = logits(other)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), expected)
+    outputs(model).sum().backward()  # also after a pass in inference_mode
+    layer = adapted_layers(model)[0][1]
+    with torch.no_grad():
+        layer.lora_B.mul_(2)
+    assert not torch.equal(logits(model), expected)
