@@ -268,7 +268,7 @@ def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *
     return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype).view(shape), added)
 
 
-def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns the factors that PiSSA starts from, the r largest singular values of W (Meng 2024, arXiv:2404.02948).
 
     While PiSSA trains, the base is W - scaling B0 A0; so against W itself the update is scaling (B A - B0 A0), which is
@@ -278,11 +278,16 @@ def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tenso
         weight: W (out, in).
         r: the rank.
         scaling: see `scaling_of`.
+        niter: approximate, with random numbers and this many subspace iterations (Halko et al. 2009): much faster.
 
     Returns:
         A0 (r, in) and B0 (out, r), in fp32, with ``scaling * B0 A0`` the best approximation of W of rank r.
     """
-    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(weight.float(), q=r, niter=niter)
+        Vh = V.T
     return balanced_factors(U, S / scaling, Vh, r)
 
 

@@ -51,6 +51,7 @@ class LoRALayer(nn.Module):
         merged: whether the weight is base + update at the moment; see `merge` and `unmerge`.
         merge_weights: whether ``eval()`` merges and ``train()`` unmerges: Microsoft's default, off in injected layers.
         enabled: False inside `loralib.disabled`.
+        init_lora_weights: how the factors start, as in `loralib.LoraConfig`.
         lora_A, lora_B: the trained factors (absent when r is 0).
     """
 
@@ -62,9 +63,12 @@ class LoRALayer(nn.Module):
     merged: bool = False
     merge_weights: bool
     enabled: bool
+    init_lora_weights: bool | str
     lora_A: Parameter
     lora_B: Parameter
     lora_names: tuple[str, ...] = ()  # of the trained tensors that _init_lora made; the base may have names like theirs
+    fixed_names: tuple[str, ...] = ()  # of buffers that a variant keeps beside them
+    may_rest: bool = False  # whether a batch may leave all of a layer's gradients zero
 
     _weight_name = "weight"
 
@@ -75,6 +79,7 @@ class LoRALayer(nn.Module):
         lora_dropout: float = 0.0,
         merge_weights: bool = False,
         use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
     ) -> None:
         """Sets the layer's attributes and, if r > 0, creates its trained tensors; the base weight must be there."""
         if r < 0:
@@ -84,6 +89,7 @@ class LoRALayer(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
         self.merged, self.merge_weights, self.enabled = False, merge_weights, True
+        self.init_lora_weights = init_lora_weights
         if r > 0:
             device, dtype = self.base_weight.device, dense(self.base_weight).dtype
             shapes = self.tensor_shapes(r)
@@ -159,9 +165,23 @@ class LoRALayer(nn.Module):
         """Returns what each output (out,) is multiplied with before the bias is added, in fp32; None: with 1."""
         return None
 
+    def output_shift(self) -> Tensor | None:
+        """Returns what is added to each output (out,) besides the base's bias, in fp32; None: nothing."""
+        return None
+
     def _used_weight(self, weight: Tensor) -> Tensor:
         """Returns the base weight as forward uses it (an embedding's max_norm changes it)."""
         return weight
+
+    def begin_from(self, values: Mapping[str, Tensor]) -> None:
+        """Takes the values, by parameter name, that the trained tensors had before a resumed run's first update."""
+
+    def is_as_base(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the layer computes as its base while its trained tensors have these values, by parameter name."""
+        return any(not values[name].any() for name in ("lora_A", "lora_B"))
+
+    def check_rank(self, r: int) -> None:
+        """Raises TargetError if the layer cannot have this rank; it is asked before there are trained tensors."""
 
     def reset_lora_parameters(self) -> None:
         """Initialises A as nn.Linear does its weight, and B to zero, so that the layer starts as its base."""
@@ -173,7 +193,7 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
-        weight = self.__dict__["_unmerged"] if self.merged else self._parameters.get(self._weight_name)
+        weight = (self.__dict__["_unmerged"] if self.merged else self._parameters).get(self._weight_name)
         if weight is None:
             raise AdapterError("its weight is computed (pruned or parametrized since inject()); undo that first")
         return cast(Parameter, weight)
@@ -204,25 +224,30 @@ class LoRALayer(nn.Module):
         if is_sharded(self.base_weight):
             raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
-            delta = self.delta_weight()
-            if not torch.isfinite(delta).all():
-                raise MergeError(
-                    "the adapter holds NaN or infinite values and was not merged; train again or load another"
-                )
-            base = self.base_weight
-            merged = Parameter(add_delta(self._used_weight(dense(base)), delta), requires_grad=base.requires_grad)
-        self.__dict__["_unmerged"] = base
-        self._parameters[self._weight_name] = merged
+            merged = self._merged_tensors()
+        self.__dict__["_unmerged"] = {name: self._parameters[name] for name in merged}
+        for name, tensor in merged.items():
+            base = self._parameters[name]
+            self._parameters[name] = Parameter(tensor, requires_grad=base is not None and base.requires_grad)
         self.merged = True
+
+    def _merged_tensors(self) -> dict[str, Tensor]:
+        """Returns what merging puts into the places of the base's parameters, by name."""
+        delta = self.delta_weight()
+        if not torch.isfinite(delta).all():
+            raise MergeError("the adapter holds NaN or infinite values and was not merged; train again or load another")
+        return {self._weight_name: add_delta(self._used_weight(dense(self.base_weight)), delta)}
 
     def unmerge(self) -> None:
         """Puts the base weight back, bit for bit."""
         if not self.merged:
             return
-        base: Parameter = self.__dict__.pop("_unmerged")
-        # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
-        base.requires_grad_(cast(Parameter, self._parameters[self._weight_name]).requires_grad)
-        self._parameters[self._weight_name] = base
+        originals: dict[str, Parameter | None] = self.__dict__.pop("_unmerged")
+        for name, base in originals.items():
+            if base is not None:
+                # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
+                base.requires_grad_(cast(Parameter, self._parameters[name]).requires_grad)
+            self._parameters[name] = base
         self.merged = False
 
     def train(self, mode: bool = True) -> LoRALayer:
@@ -238,9 +263,11 @@ class LoRALayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            base = self.base_weight
-            destination[prefix + self._weight_name] = base if keep_vars else base.detach()
+        for name, base in self.__dict__["_unmerged"].items() if self.merged else ():
+            if base is None:
+                del destination[prefix + name]
+            else:
+                destination[prefix + name] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
@@ -250,7 +277,9 @@ class LoRALayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged:
             # torch knows which moves keep the Parameter and which need another one.
-            self.__dict__["_unmerged"] = nn.ParameterList([self.base_weight])._apply(fn)[0]
+            for name, base in self.__dict__["_unmerged"].items():
+                if base is not None:
+                    self.__dict__["_unmerged"][name] = nn.ParameterList([base])._apply(fn)[0]
         return self
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -301,7 +330,9 @@ class LoRALinear(LoRALayer):
         if not self._active:
             return y
         y = y + low_rank(self._drop(x), *self.factors(), self.scaling)
-        return scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
+        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
+        shift = self.output_shift()
+        return y if shift is None else y + shift.to(y.dtype)
 
 
 def _summed_weight(name: str) -> property:

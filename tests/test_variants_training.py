@@ -49,6 +49,17 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], **DORA}),
     "dora on Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], **DORA}),
     "dora, rslora, all linear": (llama, {"target_modules": "all-linear", "use_rslora": True, **DORA}),
+    "pissa": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "pissa"}),
+    "pissa on Conv1D, rslora": (gpt2, {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_rslora": True}),
+    "olora": (llama, {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora"}),
+    "bias of B": (llama, {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}),
+    "bias of B on Conv1D": (gpt2, {"target_modules": ["c_attn"], "lora_bias": True}),
+    "token rows": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [30, 5, 9]}),
+    "token rows, tied head": (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [2, 39, 1]}),
+    "token rows of two tables": (
+        llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]}},
+    ),
     "dora on an embedding and a convolution": (convolutions, {"target_modules": ["0", "1", "4"], **DORA}),
 }
 
@@ -65,7 +76,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 def in_peft(base: nn.Module, **settings: Any) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*tied|.*fan_in_fan_out|.*target modules.*", UserWarning)
+        warnings.filterwarnings("ignore", ".*tied|.*fan_in_fan_out|.*target modules.*|.*lora_bias", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=8, **settings)).eval()
 
@@ -82,18 +93,18 @@ def train(model: nn.Module, kind: type[torch.optim.Optimizer], lr: float) -> Non
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)  # type: ignore[call-arg]
     for _ in range(3):
         optimizer.zero_grad()
-        outputs(model).square().sum().backward()
+        outputs(model).log_softmax(-1)[..., 1].sum().neg().backward()
         optimizer.step()
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.3), (torch.optim.AdamW, 0.02)], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.05), (torch.optim.AdamW, 0.02)], ids=["SGD", "AdamW"])
 @pytest.mark.parametrize("name", CASES)
 def test_three_steps_are_those_of_peft(name: str, optimizer: Any, lr: float, tmp_path: Any) -> None:
     make, settings = CASES[name]
     theirs = in_peft(make(), **settings)
     stir(theirs)  # in the same order of parameters as ours
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`|Could not", UserWarning)
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`|Could not|Adapter 'default'", UserWarning)
         theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
     ours = make()
     base = logits(ours)
@@ -102,7 +113,7 @@ def test_three_steps_are_those_of_peft(name: str, optimizer: Any, lr: float, tmp
     assert (before - logits(theirs)).abs().max() <= 1e-5
     train(ours, optimizer, lr)
     train(theirs, optimizer, lr)
-    assert (logits(ours) - before).abs().max() > 1e-3
+    assert (logits(ours) - before).abs().max() > 2e-4
     assert (before - base).abs().max() > 1e-3
     assert (logits(ours) - logits(theirs)).abs().max() <= 1e-5
 

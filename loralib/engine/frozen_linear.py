@@ -186,6 +186,8 @@ class FrozenLinear:
         if isinstance(module, LoRALinear) and module._active:
             y = y + low_rank(module._drop(x), *module.factors(), module.scaling)
             y = scale_outputs(y, module.output_scale(), bias)
+            shift = module.output_shift()
+            y = y if shift is None else y + shift.to(y.dtype)
         return y
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter, with_ranks
+from ..adapter import BASE, Adapter
 from ..combine import check_sound, factors
-from ..config import LoraConfig
+from ..config import LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, MissingDependencyError, list_faults
 from ..files import write_whole
 from .tensors import check_names, read_bytes

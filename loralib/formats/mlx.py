@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter, with_ranks
+from ..adapter import BASE, Adapter
 from ..combine import check_sound, factors
-from ..config import HUB_NAMES, LoraConfig
+from ..config import HUB_NAMES, LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, list_faults
 from .tensors import CONFIG_FILE, MAX_SETTINGS, MLX_FILE, parse_json, read_bytes, read_safetensors, write_directory
 

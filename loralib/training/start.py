@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..bases import DEFAULT_BASE, base_of, load_base
 from ..console import counted
+from ..data import TokenExample
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers
 from .config import TrainConfig
 
-__all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for"]
+__all__ = ["adapter_to_train_on", "base_for", "eva_batches", "full_precision", "load_base_for"]
 
 
 def base_for(config: TrainConfig) -> str:
@@ -81,6 +82,9 @@ _NAMES = {
     "target_modules": "target_modules",
     "enable_lora": "enable_lora",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
     "bias": "bias",
 }
 
@@ -90,6 +94,27 @@ def _shape(config: Any) -> Mapping[str, Any]:
         return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
     return {key: plain(getattr(config, key)) for key in _NAMES.values()}
+
+
+def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
+    """Yields the inputs for ``init_lora_weights="eva"``: some of the examples, spread evenly over all of them."""
+    device = next(model.parameters()).device
+    chosen = examples[:: max(1, len(examples) // _EVA_EXAMPLES)][:_EVA_EXAMPLES]
+    for start in range(0, len(chosen), _EVA_BATCH):
+        batch = chosen[start : start + _EVA_BATCH]
+        longest = max(map(len, batch))
+        rows = [example.ids + (0,) * (longest - len(example)) for example in batch]
+        # A position counts where the prediction made there is trained.
+        labels = [
+            [0 if trained else -100 for trained in (*example.trained[1:], False)] + [-100] * (longest - len(example))
+            for example in batch
+        ]
+        mask = [[1] * len(example) + [0] * (longest - len(example)) for example in batch]
+        tensors = {"input_ids": rows, "attention_mask": mask, "labels": labels}
+        yield {name: torch.tensor(value, device=device) for name, value in tensors.items()}
+
+
+_EVA_EXAMPLES, _EVA_BATCH = 256, 16
 
 
 def full_precision(model: nn.Module) -> list[str]:
