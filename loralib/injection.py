@@ -503,13 +503,8 @@ def _adapt(target: TargetModule, config: LoraConfig) -> None:
     _switch_class(layer, adapted_class(target.mixin, type(target.module)))
     for name, value in target.attributes.items():
         setattr(layer, name, value)
-    layer._init_lora(
-        target.r,
-        target.lora_alpha,
-        config.lora_dropout,
-        use_rslora=config.use_rslora,
-        init_lora_weights=config.init_lora_weights,
-    )
+    start = config.init_lora_weights
+    layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora, start)
 
 
 def _restore(layer: LoRALayer) -> None:

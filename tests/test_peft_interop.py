@@ -142,7 +142,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def ignore_pefts_own() -> None:
     """Warnings of PEFT 0.21 that say nothing about the adapters here."""
-    warnings.filterwarnings("ignore", ".*tied|.*fan_in_fan_out|.*target modules.*|.*lora_bias", UserWarning)
+    warnings.filterwarnings("ignore", ".*tied|.*fan_in_fan_out|.*target modules.*|.*lora_bias|Using Rank", UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 

@@ -91,8 +91,8 @@ def contradictions(config: LoraConfig, trained: bool) -> list[str]:
         faults.append(f"init_lora_weights = {start!r} cannot be computed again from the base; {_CONVERT}")
     elif not trained and not known:
         faults.append(
-            f"init_lora_weights = {start!r} is another start than loralib's, which are {_KNOWN_STARTS}; leave it out for "
-            "the default start"
+            f"init_lora_weights = {start!r} is another start than loralib's ({_KNOWN_STARTS}); leave it out for the "
+            "default start"
         )
     special = known and start not in (True, "kaiming") and (config.changes_base or not trained)
     pairs = {
