@@ -114,7 +114,13 @@ def measured(variants: list[str], kind: str, rounds: int, count: int) -> dict[st
         peak[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     first = variants[0]
     rows = [
-        (name, f"{seconds[name]:.3f}", f"{seconds[name] / seconds[first]:.2f}", size(peak[name]), f"{peak[name] / peak[first]:.2f}")
+        (
+            name,
+            f"{seconds[name]:.3f}",
+            f"{seconds[name] / seconds[first]:.2f}",
+            size(peak[name]),
+            f"{peak[name] / peak[first]:.2f}",
+        )
         for name in variants
     ]
     tokens = sum(pack(batch).processed_tokens for batch in work_of(kind, count)) / count

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
+from ..variants import ROWS
 from .tensors import read_pickle, read_safetensors, write_pickle
 
 __all__ = ["read_microsoft", "write_microsoft"]
@@ -67,7 +68,7 @@ def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         AdapterError: the adapter has tensors that the form does not have.
     """
-    extra = [name for name in adapter.tensors if "lora_" in name and not name.endswith(_FACTORS)]
+    extra = [n for n in adapter.tensors if ("lora_" in n and not n.endswith(_FACTORS)) or n.endswith(f".{ROWS}")]
     if extra:
         raise AdapterError(list_faults("Microsoft's form cannot hold", extra, "Write a PEFT directory instead."))
     write_pickle(path, {name.replace(".lora_embedding_", ".lora_"): t for name, t in adapter.tensors.items()})

@@ -79,6 +79,8 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
+    if config.trainable_token_indices:
+        faults.append("trainable_token_indices: a portable adapter has no rows of tables")
     if target != "peft":
         if target == "vllm":
             faults += vllm.head_faults(config, model)
@@ -87,7 +89,9 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
         if config.bias != "none":
             faults.append(f"bias {config.bias!r}: trained biases are not loaded")
         if model is not None:
-            plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+            plain = config.replace(
+                use_dora=False, lora_bias=False, init_lora_weights=True, trainable_token_indices=None
+            )
             faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target]
