@@ -1,8 +1,8 @@
 """What variants of LoRA cost beside plain LoRA: `python benchmarks/variants.py`; about ten minutes.
 
-SmolLM2-135M in bf16, all linear layers, r = 8, batches of 8 E2E examples and of 8 sequences of 512 tokens.  Each variant
-is a process of its own; they take steps in turn, and a variant's time is that of its best round beside plain LoRA's best.
-Peak memory is measured apart.  Writes benchmarks/variants.json.
+SmolLM2-135M in bf16, all linear layers, r = 8, batches of 8 E2E examples and of 8 sequences of 512 tokens.  Each
+variant is a process of its own; they take steps in turn, and of each batch a variant's best time counts.  Peak memory
+is measured apart.  Writes benchmarks/variants.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from machine import machine
 
 import loralib as lora
 from loralib.console import say, size, table
+from loralib.data import TokenExample
 from loralib.data.packing import pack
 from loralib.training.memory import freeze_objects, keep_freed_memory
 
@@ -51,12 +53,10 @@ def step_of(variant: str) -> Any:
 def work_of(kind: str, count: int) -> list[list[Any]]:
     if kind == "E2E":
         return bench.batches(bench.e2e("train"), 8, bench.SIBLINGS)[:count]
-    return [bench.mixed_lengths(8) if kind == "mixed" else long_examples() for _ in range(count)]
+    return [long_examples() for _ in range(count)]
 
 
-def long_examples() -> list[Any]:
-    from loralib.data import TokenExample
-
+def long_examples() -> list[TokenExample]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(5, 40_000, (8, 512), generator=generator).tolist()
     return [TokenExample(tuple(row), (False,) + (True,) * 511) for row in rows]
@@ -64,7 +64,7 @@ def long_examples() -> list[Any]:
 
 def serve(pipe: Connection, variant: str, kind: str, count: int) -> None:
     """Waits for a number of a batch, takes the step, and tells how long it took."""
-    torch.set_num_threads(bench.os.cpu_count() or 1)
+    torch.set_num_threads(os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
         stack.enter_context(keep_freed_memory())

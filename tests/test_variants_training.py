@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,8 +15,11 @@ import transformers as hf
 from torch import Tensor, nn
 
 import loralib as lora
+from loralib.data import TokenExample
 from loralib.delta import delta_weight, dora_norms, dora_weight, row_squares, scale_outputs
 from loralib.injection import adapted_layers
+from loralib.training import run_directory
+from loralib.training.run_directory import checkpoint_files
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30], [1, 1, 2, 39, 0, 7]])
 
@@ -97,7 +101,9 @@ def train(model: nn.Module, kind: type[torch.optim.Optimizer], lr: float) -> Non
         optimizer.step()
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.05), (torch.optim.AdamW, 0.02)], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [(torch.optim.SGD, 0.05), (torch.optim.AdamW, 0.02)], ids=["SGD", "AdamW"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_three_steps_are_those_of_peft(name: str, optimizer: Any, lr: float, tmp_path: Any) -> None:
     make, settings = CASES[name]
@@ -138,6 +144,112 @@ def test_it_starts_as_the_base_merges_exactly_and_goes_without_a_trace(name: str
     lora.remove(model)
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
     assert [sorted(vars(m)) for m in model.modules()] == own
+
+
+# Runs.
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa_niter_2"},
+    "olora": {"init_lora_weights": "olora", "use_rslora": True},
+    "eva": {"init_lora_weights": "eva"},
+    "bias of B": {"lora_bias": True},
+    "token rows": {"trainable_token_indices": "5,9", "target_modules": "q_proj"},
+}
+
+
+def examples() -> list[TokenExample]:
+    """Prompts whose completion repeats them."""
+    prompts = torch.randint(3, 40, (24, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    return [TokenExample((*prompt, 2, *prompt, 1), (False,) * 4 + (True,) * 4) for prompt in prompts]
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "plot_losses", lambda *_: False)
+    config = lora.TrainConfig(
+        output_dir=str(tmp_path),
+        rank=2,
+        lr=0.01,
+        num_epochs=1,
+        batch_size=6,
+        save_steps=2,
+        keep_checkpoints=9,
+        **TINY[variant],
+    )
+    model = llama()
+    base = logits(model)
+    lora.train(model, examples(), config, verbose=False)
+    whole = lora.read_adapter(tmp_path)
+    later = [path for path in checkpoint_files(tmp_path / "checkpoints") if "00000002" not in path.name]
+    assert later
+    for path in later:
+        path.unlink()
+    lora.train(llama(), examples(), config.replace(resume=True), verbose=False)
+    resumed = lora.read_adapter(tmp_path)
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+    assert resumed.config == whole.config
+    loaded = llama()
+    assert lora.load_adapter(loaded, tmp_path).base == "checked"
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert (logits(loaded) - base).abs().max() > 1e-3
+
+
+def test_a_start_and_an_adapter_to_train_on_from_contradict_each_other() -> None:
+    with pytest.raises(lora.LoraError, match="init_lora_weights 'pissa' starts a new adapter"):
+        lora.TrainConfig(init_lora_weights="pissa", from_adapter="there")
+    with pytest.raises(lora.LoraError, match="expected default, pissa"):
+        lora.TrainConfig(init_lora_weights="piza")
+
+
+# EVA.
+
+
+def test_eva_starts_as_in_peft() -> None:
+    """The same directions up to their sign, ranks and scalings; the top of exact decompositions."""
+    batches = [torch.randint(0, 40, (16, 20), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "down_proj"], "init_lora_weights": "eva"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eva = peft.EvaConfig(rho=2.0, tau=0.99)
+        theirs: Any = peft.get_peft_model(llama(), peft.LoraConfig(r=2, lora_alpha=8, **settings, eva_config=eva))
+        peft.initialize_lora_eva_weights(theirs, [{"input_ids": ids} for ids in batches], show_progress_bar=False)
+    ours = llama()
+    config = lora.LoraConfig(r=2, lora_alpha=8, **settings, eva_config={"rho": 2.0, "tau": 0.99})
+    lora.inject(ours, config, [{"input_ids": ids} for ids in batches])
+    layers = dict(adapted_layers(ours))
+    modules = {
+        name.removeprefix("base_model.model."): module
+        for name, module in theirs.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+    assert layers.keys() == modules.keys()
+    for name, module in modules.items():
+        A, layer = module.lora_A["default"].weight, layers[name]
+        assert layer.r == len(A)
+        assert layer.scaling == pytest.approx(module.scaling["default"])
+        assert not layer.lora_B.any()
+        # The same space: each of their directions lies in ours.
+        assert (A @ layer.lora_A.T).norm(dim=1).min() > 0.98
+
+
+def test_eva_takes_no_padding_and_tells_when_data_is_too_little() -> None:
+    ids = torch.randint(0, 40, (4, 8), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(ids, (0, 3), value=1)
+    mask = (torch.arange(11) < 8).long().expand(4, 11)
+    config = lora.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config={"rho": 1})
+    plain, masked = llama(), llama()
+    lora.inject(plain, config, [ids])
+    lora.inject(masked, config, [{"input_ids": padded, "attention_mask": mask}])
+    for (_, one), (_, other) in zip(adapted_layers(plain), adapted_layers(masked), strict=True):
+        torch.testing.assert_close((one.lora_A @ other.lora_A.T).abs(), torch.eye(2), atol=1e-4, rtol=0)
+    with pytest.raises(lora.LoraError, match="fewer inputs than r"):
+        lora.inject(llama(), config, [ids[:1, :1]])
+    with pytest.raises(lora.LoraError, match="batches are for init_lora_weights 'eva'"):
+        lora.inject(llama(), lora.LoraConfig(target_modules=["q_proj"]), [ids])
 
 
 # DoRA.

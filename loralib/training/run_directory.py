@@ -23,7 +23,7 @@ from ..data import TokenExample
 from ..delta import dense
 from ..errors import AdapterError, FormatError, OutputError, TrainingError, first_line, list_faults
 from ..files import remove_file, write_errors
-from ..formats import TOKENIZER_FILES, save_adapter, write_microsoft
+from ..formats import TOKENIZER_FILES, beyond_microsoft, save_adapter, write_microsoft
 from ..formats.tensors import read_safetensors, write_safetensors
 from .config import AUTOMATIC, TrainConfig
 from .record import RUN_FILE, hash_examples, read_record
@@ -484,7 +484,10 @@ class RunDirectory:
     ) -> int:
         """Writes what the run leaves, the adapter before all that describes it; returns the size of its tensors."""
         adapter = adapter_of(model)
-        write_microsoft(adapter, self.path / "pytorch_model.bin")
+        if beyond_microsoft(adapter):  # a variant that Microsoft's loralib does not have
+            remove_file(self.path / "pytorch_model.bin")
+        else:
+            write_microsoft(adapter, self.path / "pytorch_model.bin")
         save_adapter(model, self.path)
         if self.tokenizer is not None:
             for place in [self.path, self.best] if progress.valid_losses and self.best.is_dir() else [self.path]:

@@ -9,6 +9,7 @@ that training begins at the base.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,16 @@ from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAReadLin
 __all__ = ["DoRAConv", "DoRAEmbedding", "DoRALayer", "DoRALinear", "DoRAReadLinear"]
 
 
+@dataclass
+class _Kept:
+    """What a layer computed before: the squared norms of W's rows, and the norms of those of W + s B A."""
+
+    of_base: tuple[Any, ...]  # what W was
+    squares: Tensor
+    factors: tuple[Tensor, ...] | None = None  # A and B; None where the norms may be of others
+    norms: Tensor | None = None
+
+
 class DoRALayer(LoRALayer):
     """What DoRA adds to a LoRA layer of any kind, whose mixin comes after this one.
 
@@ -29,7 +40,7 @@ class DoRALayer(LoRALayer):
     """
 
     lora_magnitude_vector: Parameter
-    _kept: tuple[Any, Tensor, Tensor]  # what W, A and B were, the squared norms of W's rows, and those of W + s B A
+    _kept: _Kept
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         outputs = self.as_matrix(dense(self.base_weight)).shape[0]
@@ -56,14 +67,18 @@ class DoRALayer(LoRALayer):
         with torch.inference_mode(False), torch.no_grad():
             if torch.compiler.is_compiling():
                 return self._computed_norms(row_squares(self.as_matrix(dense(self.base_weight))))
-            of_base, of_factors = _state(self.base_weight), (_state(self.lora_A), _state(self.lora_B))
-            known, squares, norms = self.__dict__.get("_kept", ((), None, None))
-            if squares is None or known[0] != of_base:
-                squares, norms = row_squares(self.as_matrix(dense(self.base_weight))), None
-            if self.training or norms is None or known[1] != of_factors:
-                norms = self._computed_norms(squares)
-            self._kept = (of_base, of_factors), squares, norms
-            return cast(Tensor, norms)
+            of_base = _state(self.base_weight)
+            kept = self.__dict__.get("_kept")
+            if kept is None or kept.of_base != of_base:
+                kept = self._kept = _Kept(of_base, row_squares(self.as_matrix(dense(self.base_weight))))
+            # By value: not every optimiser counts its changes of a tensor.
+            if self.training or kept.factors is None or not all(map(torch.equal, kept.factors, self._pair())):
+                kept.norms = self._computed_norms(kept.squares)
+                kept.factors = None if self.training else tuple(factor.detach().clone() for factor in self._pair())
+            return cast(Tensor, kept.norms)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.lora_B
 
     def _computed_norms(self, squares: Tensor) -> Tensor:
         return dora_norms(self.as_matrix(dense(self.base_weight)), squares, *self.factors(), self.scaling)
