@@ -111,7 +111,9 @@ def measured(variants: list[str], kind: str, rounds: int, count: int) -> dict[st
     peak = {}
     for variant in variants:
         command = [sys.executable, __file__, "--of", variant, "--kind", kind]
-        peak[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        peak[variant] = int(
+            subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[-1]
+        )
     first = variants[0]
     rows = [
         (

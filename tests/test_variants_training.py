@@ -201,6 +201,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 def test_a_start_and_an_adapter_to_train_on_from_contradict_each_other() -> None:
     with pytest.raises(lora.LoraError, match="init_lora_weights 'pissa' starts a new adapter"):
         lora.TrainConfig(init_lora_weights="pissa", from_adapter="there")
+    with pytest.raises(lora.LoraError, match=r"(?s)use_dora and lora_bias.*lora_bias and bias 'all'"):
+        lora.TrainConfig(use_dora=True, lora_bias=True, bias="all")
     with pytest.raises(lora.LoraError, match="expected default, pissa"):
         lora.TrainConfig(init_lora_weights="piza")
 

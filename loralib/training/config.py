@@ -15,6 +15,7 @@ from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_mod
 from ..data import FORMATS
 from ..errors import ConfigError
 from ..settings import canonical, check, setting, settings_class
+from ..variants import contradictions
 
 __all__ = ["AUTOMATIC", "TrainConfig"]
 
@@ -259,7 +260,7 @@ class TrainConfig:
                 f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, and from_adapter names one to "
                 "train on from; leave one of them out"
             )
-        return faults
+        return faults or contradictions(self.lora_config(), trained=False)
 
     @property
     def peak_lr(self) -> float:
