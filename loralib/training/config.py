@@ -223,6 +223,12 @@ class TrainConfig:
     share_prompts: bool = setting(True, "compute a prompt once for the examples of a step that share it", "engine")
     max_siblings: int = setting(1, "maximum examples of one prompt drawn into a step together", "engine", at_least=1)
     shuffle: bool = setting(True, "draw the examples in a new order each epoch", "engine")
+    compile: str = setting(
+        "auto",
+        "compile decoder blocks by torch.compile; auto: on a GPU (CUDA or ROCm) where triton is installed",
+        "engine",
+        ("auto", "on", "off"),
+    )
     gradient_checkpointing: bool = setting(False, "use less memory at the cost of a third more time", "engine")
 
     # Validation, checkpoints and logs.
