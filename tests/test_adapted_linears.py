@@ -130,6 +130,12 @@ def test_outputs_that_are_scaled():
     assert net.q.lora_magnitude_vector.grad is not None
 
 
+@pytest.mark.parametrize("variant", [{"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_variants_with_more_factors_and_biases(variant):
+    net = adapted(**variant)
+    assert names_of_groups(net, compare(net))[0] == ["q", "k", "v"]
+
+
 def test_dropout_is_drawn_for_each_layer():
     torch.manual_seed(0)
     compare(adapted(lora_dropout=0.4))

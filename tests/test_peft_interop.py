@@ -268,7 +268,7 @@ def test_starts_that_change_the_base_go_on_as_plain_ones_of_twice_the_rank(
 
 def test_random_starts_that_change_the_base_are_refused(tmp_path: Path) -> None:
     in_peft(llama(), target_modules=["q_proj"], init_lora_weights="pissa_niter_4").save_pretrained(str(tmp_path))
-    with pytest.raises(lora.LoraError, match="init_lora_weights = 'pissa_niter_4'.*loralib convert"):
+    with pytest.raises(lora.LoraError, match=r"init_lora_weights = 'pissa_niter_4'.*loralib convert"):
         lora.load_adapter(llama(), tmp_path)
 
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..bases import DEFAULT_BASE, base_of, load_base
+from ..config import LoraConfig
 from ..console import counted
 from ..data import TokenExample
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..formats import is_read_with_base, read_adapter
-from ..injection import adapted_layers
+from ..injection import adapted_layers, injection_of
 from .config import TrainConfig
 
-__all__ = ["adapter_to_train_on", "base_for", "eva_batches", "full_precision", "load_base_for"]
+__all__ = ["adapter_to_train_on", "base_for", "eva_batches", "full_precision", "load_base_for", "refuse_other_variant"]
 
 
 def base_for(config: TrainConfig) -> str:
@@ -94,6 +95,29 @@ def _shape(config: Any) -> Mapping[str, Any]:
         return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
     return {key: plain(getattr(config, key)) for key in _NAMES.values()}
+
+
+def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
+    """Refuses a variant that is asked for where the model has an adapter already, which would not have it.
+
+    Raises:
+        ConfigError: names every setting.
+    """
+    record, asked = injection_of(model), config.lora_config()
+    own = record.config if record is not None else LoraConfig()
+    faults = [
+        f"{name} is {getattr(config, name)!r}"
+        for name in ("use_dora", "lora_bias", "trainable_token_indices", "init_lora_weights")
+        if getattr(asked, name) != getattr(LoraConfig(), name) and getattr(asked, name) != getattr(own, name)
+    ]
+    if faults:
+        raise ConfigError(
+            list_faults(
+                f"the {type(model).__name__} has an adapter already, of another kind",
+                faults,
+                "Leave these settings out, or pass a model without an adapter.",
+            )
+        )
 
 
 def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:

@@ -41,7 +41,7 @@ from .plan import Data, Plan, make_plan, updates_per_epoch
 from .record import run_record, write_record
 from .report import Metrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, run_settings
-from .start import adapter_to_train_on, eva_batches, full_precision
+from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant
 from .step import StepStats, evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -171,6 +171,8 @@ def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
         torch.manual_seed(config.seed)
         needs_data = config.init_lora_weights == "eva"
         injected = inject(model, config.lora_config(), eva_batches(model, plan.train) if needs_data else None)
+    else:
+        refuse_other_variant(config, model)
     unmerge(model)
     for note in full_precision(model):
         reporter.say(note)
