@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 __all__ = [
@@ -263,9 +264,37 @@ def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *
     """
     if scale is None:
         return y
-    shape = (-1, *(1,) * channels)
-    added = (scale - 1).to(y.dtype).view(shape)
-    return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype).view(shape), added)
+    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels))  # type: ignore[no-untyped-call]
+
+
+class _ScaledOutputs(torch.autograd.Function):
+    """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+        shape = (-1, *(1,) * channels)
+        result = torch.addcmul(y, y, (scale - 1).to(y.dtype).view(shape))
+        if bias is not None:
+            result -= (bias * (scale - 1)).to(y.dtype).view(shape)
+        ctx.save_for_backward(result, scale, bias)
+        ctx.channels = channels
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        result, scale, bias = ctx.saved_tensors
+        shape, outputs = (-1, *(1,) * ctx.channels), gradient.dim() - 1 - ctx.channels
+        others = [dimension for dimension in range(gradient.dim()) if dimension != outputs]
+        of_scale, of_bias = None, None
+        if ctx.needs_input_grad[1]:
+            scaled = result if bias is None else result - bias.to(result.dtype).view(shape)
+            total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
+        if ctx.needs_input_grad[2]:
+            of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
+        of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
+        return of_y, of_scale, of_bias, None
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:

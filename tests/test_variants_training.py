@@ -52,6 +52,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "rslora": (gpt2, {"target_modules": ["c_attn"], "use_rslora": True}),
     "dora": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], **DORA}),
     "dora on Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], **DORA}),
+    "dora and trained biases": (gpt2, {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", **DORA}),
     "dora, rslora, all linear": (llama, {"target_modules": "all-linear", "use_rslora": True, **DORA}),
     "pissa": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "pissa"}),
     "pissa on Conv1D, rslora": (gpt2, {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_rslora": True}),

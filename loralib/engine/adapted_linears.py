@@ -343,7 +343,7 @@ class _Group(LayerGroup):
         self.written.clear()
         self.sources = [_sources(layer) for layer in self.layers]
         weights = [known.refreshed(_base_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
-        biases = [0 if bias is None else bias.data_ptr() for bias in map(product_bias, self.layers)]
+        biases = [0 if bias is None else bias.data_ptr() for bias in map(_bias, self.layers)]
         if biases != self._biases or not all(map(operator.is_, weights, self.weights)):
             self.weights, self._biases, self._operands = weights, biases, {}
             self._kernels = self._usable_kernels()
@@ -360,7 +360,7 @@ class _Group(LayerGroup):
         if gradients is self.gradients and numbers in self._operands:
             return self._operands[numbers]
         weights = [self.weights[number].weight for number in numbers]
-        biases = [product_bias(self.layers[number]) for number in numbers]
+        biases = [_bias(self.layers[number]) for number in numbers]
         operands = GroupOperands(weights, biases, self.factors.of(numbers), gradients.of(numbers))
         if gradients is self.gradients:
             self._operands[numbers] = operands
@@ -380,7 +380,7 @@ class _Group(LayerGroup):
             return self._kernels.lora(rows, seen, self._operands_of(numbers, self.gradients))
         h, updates = _lora(seen, self.factors.of(numbers))
         return h, [
-            self.weights[number].times(rows, bias=product_bias(self.layers[number]), added=update)
+            self.weights[number].times(rows, bias=_bias(self.layers[number]), added=update)
             for number, update in zip(numbers, updates, strict=True)
         ]
 
@@ -455,7 +455,7 @@ class _GroupProduct(torch.autograd.Function):
 
 def is_frozen(layer: LoRALinear) -> bool:
     """Whether the base weight and its bias are not trained, and the kernels can read the bias."""
-    weight, bias = layer.base_weight, cast("Tensor | None", layer.bias)
+    weight, bias = layer.base_weight, _bias(layer)
     if weight.requires_grad:
         return False
     return bias is None or (not bias.requires_grad and bias.dtype == weight.dtype and bias.is_contiguous())
@@ -467,20 +467,13 @@ def _sources(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     return (layer.lora_A, layer.lora_B) if plain else layer.factors()
 
 
-def _scales(layer: LoRALinear) -> bool:
-    return type(layer).output_scale is not LoRALayer.output_scale
-
-
-def product_bias(layer: LoRALinear) -> Tensor | None:
-    """Returns what a product adds; where outputs are scaled (DoRA), the bias comes after that."""
-    return None if _scales(layer) else cast("Tensor | None", layer.bias)
+def _bias(layer: LoRALinear) -> Tensor | None:
+    return cast("Tensor | None", layer.bias)
 
 
 def _finished(layer: LoRALinear, y: Tensor) -> Tensor:
     """Returns a layer's output, of which y is all but what a variant does after the product."""
-    if _scales(layer):
-        y = scale_outputs(y, layer.output_scale())
-        y = y if layer.bias is None else y + cast(Tensor, layer.bias)
+    y = scale_outputs(y, layer.output_scale(), _bias(layer))
     shift = layer.output_shift()
     return y if shift is None else y + shift.to(y.dtype)
 

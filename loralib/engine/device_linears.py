@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import LoRALinear
-from .adapted_linears import LayerGroup, PendingOutputs, groups_of, has_factors, is_frozen, product_bias, record_call
+from .adapted_linears import LayerGroup, PendingOutputs, groups_of, has_factors, is_frozen, record_call
 from .frozen_linear import weight_of
 from .placement import Overrides
 
@@ -86,7 +86,7 @@ class _DeviceGroup(LayerGroup):
         factors = [layer.factors() for layer in layers]
         A = [a.to(x.dtype) for a, _ in factors]
         B = [(b * layer.scaling).to(x.dtype) for (_, b), layer in zip(factors, layers, strict=True)]
-        biases = [product_bias(layer) for layer in layers]
+        biases = [cast("Tensor | None", layer.bias) for layer in layers]
         given = (*map(weight_of, layers), *biases, *A, *B)
         return cast("tuple[Tensor, ...]", _JointProduct.apply(x, dropped, *given))  # type: ignore[no-untyped-call]
 

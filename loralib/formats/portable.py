@@ -223,13 +223,18 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     """
     update = update_of(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
-    if adapter.config.changes_base:
+    if _starts_with_base(adapter, module):
         start = _initial_update(adapter, module, weight, initial)
         delta = delta - delta_weight(start.A, start.B, start.scaling)
     magnitude = adapter.tensors.get(f"{module}.lora_magnitude_vector")
     if magnitude is not None:
         delta = dora_weight(weight, delta, magnitude.flatten()) - weight.float()
     return delta
+
+
+def _starts_with_base(adapter: Adapter, module: str) -> bool:
+    """Whether a module's factors started with a part of its weight; in PEFT, embeddings' never do."""
+    return adapter.config.changes_base and f"{module}.lora_A" in adapter.tensors
 
 
 def base_matrix(model: nn.Module, module: str) -> Tensor:
@@ -266,6 +271,9 @@ def _as_plain(
     if config.changes_base:
         differences = {}
         for name in adapter.modules:
+            if not _starts_with_base(adapter, name):
+                differences[name] = update_of(adapter, name).plain()
+                continue
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
             differences[name] = (update_of(adapter, name) + start * -1).plain()
         adapter = with_updates(adapter, differences)
