@@ -5,6 +5,7 @@ A field's name becomes the flag and the TOML key; its help text is shown by the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -266,7 +267,9 @@ class TrainConfig:
                 f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, and from_adapter names one to "
                 "train on from; leave one of them out"
             )
-        return faults or contradictions(self.lora_config(), trained=False)
+        with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
+            faults += contradictions(self.lora_config(), trained=False)
+        return faults
 
     @property
     def peak_lr(self) -> float:
