@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, is_plain_name, matching_steps
+from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, as_pattern, is_plain_name, matching_steps, with_ranks
 from .console import size
 from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
@@ -159,6 +158,7 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
             layer.check_stored()
             tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
     config = record.config if record is not None else _config_of(model, layers)
+    config = config.with_start() if config.changes_base else config
     in_full = fully_trained_tensors(model, config, layers)
     if record is not None:
         in_full |= {name: tensor_at(model, name) for name in record.carried}
@@ -335,7 +335,7 @@ def _pairs(
     for name, layer in layers:
         with _named_errors(name):
             values = layer.from_adapter({key: adapter.tensors[f"{name}.{key}"] for key in layer.tensor_keys().values()})
-        pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items()]
+        pairs += [(parameter, values[leaf]) for leaf, parameter in layer.trained_tensors().items() if leaf in values]
     return pairs
 
 
@@ -393,7 +393,7 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
     fused = adapter.config.replace(enable_lora=enable_lora)
     if not all(map(is_plain_name, enable_lora)):
         blocks_by_name = {name: fused.blocks_of(name) for name in adapter.modules}
-        fused = fused.replace(enable_lora=_as_pattern(blocks_by_name, None))
+        fused = fused.replace(enable_lora=as_pattern(blocks_by_name, None))
     tensors = dict(adapter.tensors)
     ranks, alphas, faults = dict[str, int](), dict[str, float](), []
     for module in adapter.modules:
@@ -464,43 +464,6 @@ def _check_matching(setting: str, patterns: Collection[str], modules: Sequence[s
         )
 
 
-def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
-    if not ranks:
-        return config.replace(rank_pattern={}, alpha_pattern={})
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return config.replace(
-        r=r, lora_alpha=alpha, rank_pattern=_as_pattern(ranks, r), alpha_pattern=_as_pattern(alphas, alpha)
-    )
-
-
-def _as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns a pattern for the values that are not the default; its keys are name endings where they suffice."""
-    by_ending: dict[str, set[Any]] = {}
-    endings = set[str]()
-    for name, value in values.items():
-        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
-        parts = name.split(".")
-        endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
-    pattern: dict[str, Any] = {}
-    for name, value in values.items():
-        # An attention's value is that of its out_proj too.
-        if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
-            continue
-        ending = name.rpartition(".")[2]
-        if len(by_ending[ending]) == 1:
-            key = _literal(ending)
-        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
-            key = f"^{_literal(name)}" if name in endings else _literal(name)
-        pattern[key] = value
-    return pattern
-
-
-def _literal(name: str) -> str:
-    return name if is_plain_name(name) else re.escape(name)
-
-
 def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraConfig:
     """Returns the settings of a model that was built from loralib's layers.
 
@@ -521,7 +484,7 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
         lora_dropout=max(layer.lora_dropout for _, layer in layers),
         bias=bias,
         modules_to_save=modules_to_save or None,
-        enable_lora=_as_pattern({name: blocks.get(name) for name, _ in layers}, None),
+        enable_lora=as_pattern({name: blocks.get(name) for name, _ in layers}, None),
     )
     return with_ranks(config, ranks, alphas)
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks, with_ranks
-from .config import LoraConfig
+from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks
+from .config import LoraConfig, with_ranks
 from .delta import balanced_factors, delta_weight, product_svd, scaling_of
 from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
+from .variants import ROWS
 
 __all__ = [
     "METHODS",
@@ -33,9 +34,11 @@ __all__ = [
     "factors",
     "faults_of",
     "located_faults",
+    "more_than_low_rank",
     "resize",
     "update_of",
     "updates_of",
+    "way_out",
     "with_updates",
 ]
 
@@ -185,13 +188,13 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
         AdapterError: factors are missing, misshapen or not finite, or the update is more than B A.
     """
     check_sound(adapter)
-    more = _more_than_low_rank(adapter)
+    more = more_than_low_rank(adapter)
     if more:
         raise AdapterError(
             list_faults(
                 "the adapter is not a plain sum of base weight and low-rank update",
                 more,
-                "`loralib convert --target peft --model MODEL` makes it one where that is possible.",
+                f"{way_out(adapter)}.",
             )
         )
     plain = expand_blocks(adapter)
@@ -333,7 +336,14 @@ def depends_on_base(adapter: Adapter) -> bool:
     return adapter.config.changes_base or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
 
 
-def _more_than_low_rank(adapter: Adapter) -> list[str]:
+def way_out(adapter: Adapter) -> str:
+    """Says what makes something that every part of the program takes of an adapter that is more than low-rank."""
+    if adapter.config.lora_bias or adapter.config.trainable_token_indices:
+        return "`loralib merge ADAPTER DIR` makes a model of it, and one adapter by itself is computed as it is"
+    return "`loralib convert ADAPTER DIR --target peft --model MODEL` makes a plain one of it"
+
+
+def more_than_low_rank(adapter: Adapter) -> list[str]:
     """Lists what an adapter holds besides low-rank updates of the base weights."""
     config = adapter.config
     faults = []
@@ -343,6 +353,8 @@ def _more_than_low_rank(adapter: Adapter) -> list[str]:
         faults.append(f"init_lora_weights {config.init_lora_weights!r}: it belongs to a changed base weight")
     if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
         faults.append("lora_bias: B has a bias")
+    if config.trainable_token_indices or any(name.endswith(f".{ROWS}") for name in adapter.tensors):
+        faults.append("trainable_token_indices: it replaces rows of tables of tokens")
     return faults
 
 

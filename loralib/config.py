@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,12 +19,15 @@ __all__ = [
     "ALL_LINEAR",
     "HUB_NAMES",
     "LoraConfig",
+    "as_pattern",
     "first_match",
     "is_plain_name",
     "matches",
     "matching_steps",
     "parse_enable_lora",
     "parse_target_modules",
+    "parse_token_indices",
+    "with_ranks",
 ]
 
 ALL_LINEAR = "all-linear"
@@ -109,10 +113,24 @@ class LoraConfig:
         rule=any,
         expected="a table of lists of booleans, at least one of them true",
     )
-    init_lora_weights: bool | str = setting(True, "True: A random and B zero, so that training starts from the base")
+    init_lora_weights: bool | str = setting(
+        True,
+        "how A and B start. True: A random and B zero; 'pissa', 'pissa_niter_16' (fast) or 'olora': a part of the base "
+        "weight; 'eva': A from the data",
+    )
     fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
-    use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353); read and converted, not trained here")
-    lora_bias: bool = setting(False, "B has a bias; read, not trained here")
+    use_dora: bool = setting(False, "train lengths and directions of the weight's rows apart (DoRA, arXiv:2402.09353)")
+    lora_bias: bool = setting(False, "train a bias of B as well")
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = setting(
+        None,
+        "rows of the input embedding to train by themselves, such as those of new tokens, also where the head is tied "
+        "to it; or a table of module names and rows",
+        at_least=0,
+        expected="a list of row numbers from 0 on, or a table of such lists",
+    )
+    eva_config: Mapping[str, float | bool] | None = setting(
+        None, "for init_lora_weights 'eva': rho (2.0), tau (0.99) and use_label_mask (true), as in PEFT"
+    )
     task_type: str | None = setting(
         None, "what the model is for, as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too"
     )
@@ -131,11 +149,15 @@ class LoraConfig:
             if isinstance(value, (list, tuple)):
                 # PEFT writes empty lists for what is not used; without a target there is nothing to adapt, though.
                 object.__setattr__(self, name, tuple(value) if value or name == "target_modules" else None)
+        rows = self.trainable_token_indices
+        if isinstance(rows, (list, tuple, Mapping)):
+            rows = {key: _tuple(item) for key, item in rows.items()} if isinstance(rows, Mapping) else tuple(rows)
+            object.__setattr__(self, "trainable_token_indices", rows or None)
         for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
             value = getattr(self, name)
             if isinstance(value, Mapping) or value is None:
                 entries = (value or {}).items()
-                value = {key: tuple(item) if isinstance(item, list) else item for key, item in entries}
+                value = {key: _tuple(item) for key, item in entries}
                 object.__setattr__(self, name, value)
         check(self, "the adapter", self._faults)
 
@@ -165,6 +187,13 @@ class LoraConfig:
         expressions = [(name, values[name]) for name in named if isinstance(values[name], str)]
         expressions += [(f"a key of {name}", key) for name in keyed for key in values[name]]
         expressions += [("layers_pattern", pattern) for pattern in layers]
+        rows = self.trainable_token_indices or ()
+        for name, indices in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
+            if twice := [index for index, count in Counter(indices).items() if count > 1 or index < 0]:
+                place = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
+                faults.append(f"{place} holds {twice[:5]}, expected each row once, from 0 on")
+        if (self.eva_config or {}).get("rho", 1) < 1:
+            faults.append(f"eva_config has rho {(self.eva_config or {})['rho']}, expected at least 1 (1: equal ranks)")
         if layers and self.layers_to_transform is None:
             faults.append(f"layers_pattern is {self.layers_pattern!r}, which needs layers_to_transform")
         return faults + [fault for name, text in expressions if (fault := _expression_fault(name, text))]
@@ -213,6 +242,17 @@ class LoraConfig:
         start = self.init_lora_weights
         return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
+    def with_start(self) -> LoraConfig:
+        """Returns the settings of the plain adapter of twice the rank that holds what a changed base started from."""
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return self.replace(
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
+
     def replace(self, **changes: Any) -> LoraConfig:
         """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
@@ -233,9 +273,10 @@ class LoraConfig:
         defaults = LoraConfig()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name == "enable_lora" or (spec.name in _NEWER and value == getattr(defaults, spec.name)):
+            newer = spec.name in _NEWER and value == getattr(defaults, spec.name)
+            if newer or spec.name in ("enable_lora", "eva_config"):
                 continue
-            values[spec.name] = list(value) if isinstance(value, tuple) else value
+            values[spec.name] = _list(value)
         values["lora_alpha"] = _whole(self.lora_alpha)
         values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in self.alpha_pattern.items()}
         values["inference_mode"] = True
@@ -263,7 +304,7 @@ class LoraConfig:
                     _MERGE_IN_PEFT,
                 )
             )
-        return cls._chosen(values)
+        return cls._chosen({key: value for key, value in values.items() if key != "eva_config"})
 
     @classmethod
     def of(cls, config: LoraConfig | Any) -> LoraConfig:
@@ -289,6 +330,10 @@ class LoraConfig:
     def _chosen(cls, values: Mapping[str, Any]) -> LoraConfig:
         known = {spec.name for spec in dataclasses.fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known and value is not None}
+        if "eva_config" in chosen:
+            eva = chosen["eva_config"]
+            eva = eva if isinstance(eva, Mapping) else vars(eva)
+            chosen["eva_config"] = {key: eva[key] for key in ("rho", "tau", "use_label_mask") if key in eva}
         if "task_type" in chosen:  # PEFT's is an enumeration of texts
             chosen["task_type"] = str(getattr(chosen["task_type"], "value", chosen["task_type"]))
         return cls(**chosen)
@@ -316,8 +361,6 @@ _READING: Final = {
 _TRAINING: Final = {
     "target_parameters": "weights of experts that are no modules are not adapted here; name the linear layers beside "
     "them in target_modules, or train with PEFT",
-    "trainable_token_indices": "single rows are not trained here; train the whole table, "
-    "modules_to_save=['embed_tokens'] (and 'lm_head' where it is a weight of its own)",
     "alora_invocation_tokens": "an activated LoRA is not trained here; leave it out for plain LoRA, or train with PEFT",
     "layer_replication": "layers are not repeated here; repeat them in the model before, and leave it out",
     "ensure_weight_tying": "leave it out: a head and a table in modules_to_save are trained apart",
@@ -341,6 +384,43 @@ def _short(value: Any) -> str:
 _MOST_SHOWN: Final = 12
 
 
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    if not ranks:
+        return config.replace(rank_pattern={}, alpha_pattern={})
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return config.replace(
+        r=r, lora_alpha=alpha, rank_pattern=as_pattern(ranks, r), alpha_pattern=as_pattern(alphas, alpha)
+    )
+
+
+def as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns a pattern for the values that are not the default; its keys are name endings where they suffice."""
+    by_ending: dict[str, set[Any]] = {}
+    endings = set[str]()
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+        parts = name.split(".")
+        endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
+    pattern: dict[str, Any] = {}
+    for name, value in values.items():
+        # An attention's value is that of its out_proj too.
+        if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
+            continue
+        ending = name.rpartition(".")[2]
+        if len(by_ending[ending]) == 1:
+            key = _literal(ending)
+        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
+            key = f"^{_literal(name)}" if name in endings else _literal(name)
+        pattern[key] = value
+    return pattern
+
+
+def _literal(name: str) -> str:
+    return name if is_plain_name(name) else re.escape(name)
+
+
 def parse_target_modules(text: str) -> str | list[str]:
     """Reads target_modules as the command line and TOML files write it.
 
@@ -358,6 +438,34 @@ def parse_target_modules(text: str) -> str | list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     are_names = all(part.isidentifier() or part.isdigit() for name in names for part in name.split("."))
     return names if are_names else text
+
+
+def parse_token_indices(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Reads trainable_token_indices as the command line and TOML files write it.
+
+    Args:
+        text: numbers of rows, as ``5,6``; or with the names of tables, as ``embed_tokens=5,6;lm_head=6``.
+
+    Returns:
+        What `LoraConfig` takes.
+
+    Raises:
+        ConfigError: the text is of another form.
+
+    >>> parse_token_indices("5,6"), parse_token_indices("wte=5;lm_head=5,6")
+    ((5, 6), {'wte': (5,), 'lm_head': (5, 6)})
+    """
+    named: dict[str, tuple[int, ...]] = {}
+    for entry in filter(None, map(str.strip, text.split(";"))):
+        name, _, rows = entry.rpartition("=")
+        numbers = [number.strip() for number in rows.split(",") if number.strip()]
+        if not numbers or not all(map(str.isdecimal, numbers)) or name.strip() in named or bool(name) != ("=" in text):
+            raise ConfigError(
+                f"trainable_token_indices is {text!r}, expected numbers of rows, as 5,6; or tables with theirs, as "
+                "embed_tokens=5,6;lm_head=6"
+            )
+        named[name.strip()] = tuple(map(int, numbers))
+    return named.get("", named)
 
 
 def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[str, tuple[bool, ...]]:
@@ -395,7 +503,7 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
 _FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
 
 # Fields that PEFT learned after 0.5: written only when they say something.
-_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules"})
+_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "trainable_token_indices"})
 
 
 def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
@@ -489,6 +597,17 @@ def _expression_fault(name: str, expression: str) -> str | None:
     except (re.error, RecursionError, OverflowError) as error:
         return f"{name} is {expression[:80]!r}, which is not a regular expression: {error}"
     return None
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _list(value: Any) -> Any:
+    """Returns a value as JSON holds it."""
+    if isinstance(value, Mapping):
+        return {key: _list(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_off(value: object) -> bool:

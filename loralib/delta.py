@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 __all__ = [
@@ -24,12 +25,15 @@ __all__ = [
     "delta_weight",
     "dense",
     "diagonal_blocks",
+    "dora_norms",
     "dora_weight",
     "effective_rank",
     "low_rank",
     "olora_factors",
     "pissa_factors",
     "product_svd",
+    "row_squares",
+    "scale_outputs",
     "scaling_of",
     "stored_bytes",
 ]
@@ -205,6 +209,8 @@ def effective_rank(S: Tensor) -> float:
 def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """Computes ``m (W + delta) / ||W + delta||``, row by row: DoRA's weight (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
+    The norm counts as a constant in the backward pass (section 4.3 of the paper).
+
     Args:
         weight: W (out, in).
         delta: (out, in), as `delta_weight` makes it.
@@ -215,11 +221,90 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
     updated = weight.to(wide) + delta.to(wide)
-    norms: Tensor = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
-    return updated * (magnitude.to(wide)[:, None] / norms)
+    norms = _not_zero(torch.linalg.vector_norm(updated, dim=1, keepdim=True))
+    return updated * (magnitude.to(wide)[:, None] / norms.detach())
 
 
-def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def dora_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Computes ``||W + scaling B A||``, row by row, without a matrix of W's size.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) b^T + s^2 b (A A^T) b^T    for rows w of W and b of B
+
+    Args:
+        weight: W (out, in), in any floating dtype.
+        squares: ``||w||^2`` of each row (out,), in at least fp32 (`row_squares`).
+        A: (r, in).
+        B: (out, r).
+        scaling: see `scaling_of`.
+
+    Returns:
+        (out,), in the dtype of `squares`.
+    """
+    crossed = F.linear(weight, A.to(weight.dtype)).to(squares.dtype)
+    A, B = A.to(squares.dtype), B.to(squares.dtype) * scaling
+    return _not_zero((squares + ((2 * crossed + B @ (A @ A.T)) * B).sum(1)).clamp(min=0).sqrt())
+
+
+def _not_zero(norms: Tensor) -> Tensor:
+    """Norms to divide by: a row of zeros stays one."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Returns the squared norm of each row of W (out, in), in at least fp32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    # A few rows at a time: a wide copy of a large table would double its memory.
+    return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
+
+
+def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0) -> Tensor:
+    """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
+
+    Args:
+        y: (..., out), or with `channels` (..., out, *size).
+        scale: (out,); None: 1.
+        bias: (out,), if y holds one.
+        channels: how many dimensions follow that of the outputs.
+
+    >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
+    [[5.0, 5.0]]
+    """
+    if scale is None:
+        return y
+    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels))  # type: ignore[no-untyped-call]
+
+
+class _ScaledOutputs(torch.autograd.Function):
+    """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+        shape = (-1, *(1,) * channels)
+        result = torch.addcmul(y, y, (scale - 1).to(y.dtype).view(shape))
+        if bias is not None:
+            result -= (bias * (scale - 1)).to(y.dtype).view(shape)
+        ctx.save_for_backward(result, scale, bias)
+        ctx.channels = channels
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        result, scale, bias = ctx.saved_tensors
+        shape, outputs = (-1, *(1,) * ctx.channels), gradient.dim() - 1 - ctx.channels
+        others = [dimension for dimension in range(gradient.dim()) if dimension != outputs]
+        of_scale, of_bias = None, None
+        if ctx.needs_input_grad[1]:
+            scaled = result if bias is None else result - bias.to(result.dtype).view(shape)
+            total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
+        if ctx.needs_input_grad[2]:
+            of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
+        of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
+        return of_y, of_scale, of_bias, None
+
+
+def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns the factors that PiSSA starts from, the r largest singular values of W (Meng 2024, arXiv:2404.02948).
 
     While PiSSA trains, the base is W - scaling B0 A0; so against W itself the update is scaling (B A - B0 A0), which is
@@ -229,11 +314,16 @@ def pissa_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tenso
         weight: W (out, in).
         r: the rank.
         scaling: see `scaling_of`.
+        niter: approximate, with random numbers and this many subspace iterations (Halko et al. 2009): much faster.
 
     Returns:
         A0 (r, in) and B0 (out, r), in fp32, with ``scaling * B0 A0`` the best approximation of W of rank r.
     """
-    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(weight.float(), q=r, niter=niter)
+        Vh = V.T
     return balanced_factors(U, S / scaling, Vh, r)
 
 

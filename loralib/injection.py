@@ -10,8 +10,9 @@ import contextlib
 import functools
 import hashlib
 import operator
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import mixed_blocks
-from .config import LoraConfig
+from .config import LoraConfig, with_ranks
 from .console import size
 from .delta import dense
-from .errors import MergeError, TargetError, list_faults
-from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class, is_conv1d
+from .errors import ConfigError, MergeError, TargetError, list_faults
+from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
 from .targets import (
     HEADS,
     TargetModule,
@@ -34,6 +35,7 @@ from .targets import (
     unsaved_head,
     with_head,
 )
+from .variants import eva_start, share_rows
 from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
 
 __all__ = [
@@ -130,7 +132,7 @@ class Injection:
     carried: tuple[str, ...] = ()
 
 
-def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
+def inject(model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None = None) -> InjectReport:
     """Adapts a model in place and freezes all but the adapter.
 
     Args:
@@ -138,13 +140,15 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
             transformers' Conv1D can be adapted.
         config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
             task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
+        batches: for ``init_lora_weights="eva"``: some of the data, each what the model is called with: a tensor, or a
+            dictionary of keyword arguments, of which "attention_mask" and "labels" say what counts, as in PEFT.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
-        ConfigError: PEFT's config asks for what is not trained here.
+        ConfigError: PEFT's config asks for what is not trained here; or batches are missing, or of no use.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -170,7 +174,41 @@ def inject(model: nn.Module, config: LoraConfig) -> InjectReport:
     targets = match_modules(model, config)
     if faults := mixed_blocks(model, targets):
         raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
-    return inject_targets(model, config, targets)
+    if config.init_lora_weights != "eva":
+        if batches is not None:
+            raise ConfigError(
+                f"batches are for init_lora_weights 'eva', and it is {config.init_lora_weights!r}; leave them out"
+            )
+        return inject_targets(model, config, targets)
+    return _inject_eva(model, config, targets, batches)
+
+
+def _inject_eva(
+    model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], batches: Iterable[Any] | None
+) -> InjectReport:
+    """Adapts a model with EVA's ranks and starts; see `loralib.variants.eva`."""
+    if batches is None:
+        raise ConfigError(
+            "init_lora_weights is 'eva', which starts from data: pass inject(model, config, batches), or let train() "
+            "do it; without data there is 'pissa'"
+        )
+    linears = [target for target in targets if issubclass(target.mixin, LoRALinear)]
+    start = eva_start(model, linears, batches, config)
+    left = [target.name for target in targets if target not in linears or target.name in start.A]
+    ranks = {target.name: target.r for target in targets} | {name: len(A) for name, A in start.A.items()}
+    alphas = {target.name: target.lora_alpha for target in targets} | dict(start.lora_alphas)
+    tables = {target.name for target in targets if target.token_indices}
+    left = [name for name in left if name not in tables]
+    plain = config.replace(init_lora_weights=True, eva_config=None)
+    plain = with_ranks(plain, {name: ranks[name] for name in left}, {name: alphas[name] for name in left})
+    if len(left) + len(tables) < len(targets):
+        plain = plain.targeting("|".join(map(re.escape, left)))
+    report = inject_targets(model, plain, match_modules(model, plain))
+    with torch.no_grad():
+        for name, layer in adapted_layers(model):
+            if name in start.A:
+                layer.lora_A.copy_(start.A[name])
+    return report
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -209,6 +247,7 @@ def inject_targets(
             parameter.requires_grad_(False)
         for target in targets:
             _adapt(target, config)
+        share_rows([target.module for target in targets])
         in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
         record.originals = _swap_tensors(model, _trainable_copies(in_full, config))
         record.originals |= _swap_tensors(model, _carried(model, carried or {}))
@@ -486,9 +525,10 @@ def table_rows(model: nn.Module) -> int:
 def _adapt(target: TargetModule, config: LoraConfig) -> None:
     layer = cast(LoRALayer, target.module)
     _switch_class(layer, adapted_class(target.mixin, type(target.module)))
-    if isinstance(layer, LoRALinear):
-        layer.fan_in_fan_out, layer.blocks = is_conv1d(layer), target.blocks
-    layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora)
+    for name, value in target.attributes.items():
+        setattr(layer, name, value)
+    start = config.init_lora_weights
+    layer._init_lora(target.r, target.lora_alpha, config.lora_dropout, False, config.use_rslora, start)
 
 
 def _restore(layer: LoRALayer) -> None:
@@ -498,6 +538,8 @@ def _restore(layer: LoRALayer) -> None:
     layer.unmerge()
     for name in layer.trained_tensors():
         del layer._parameters[name]
+    for name in layer.fixed_names:
+        delattr(layer, name)
     for mixin in halves[0].__mro__:
         if issubclass(mixin, LoRALayer):
             for name in mixin.__annotations__:

@@ -111,7 +111,9 @@ class Inspection:
         config, tensors = self.adapter.config, self.adapter.tensors
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
         targets = config.target_modules
-        kinds = [name for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name)]
+        kinds = [
+            name for name in ("use_rslora", "use_dora", "lora_bias", "trainable_token_indices") if getattr(config, name)
+        ]
         kinds += [f"init_lora_weights={config.init_lora_weights!r}"] if config.init_lora_weights is not True else []
         kinds += ["fused blocks"] if config.enable_lora else []
         facts = [
@@ -125,7 +127,8 @@ class Inspection:
             ("parameters", count(sum(tensor.numel() for tensor in tensors.values()))),
             ("size", f"{size(self.adapter.nbytes)} ({', '.join(f'{n} {kind}' for kind, n in dtypes.items())})"),
         ]
-        trained = [name for name in tensors if not name.rpartition(".")[2].startswith("lora_")]
+        known = re.compile(r".*\.(lora_[^.]+|lora_B\.bias|token_adapter\.[^.]+)")
+        trained = [name for name in tensors if not known.fullmatch(name)]
         facts += [("trained in full", ", ".join(trained[:4]) + (" ..." if len(trained) > 4 else ""))] if trained else []
         parts = [table(facts)]
         if self.modules:
@@ -329,8 +332,9 @@ def _uses(adapter: Adapter) -> dict[str, str]:
         convert = f"after loralib convert --target {target} --model MODEL"
         if full_training:
             uses[target] = f"no: {' and '.join(full_training)} are not loaded there; merge it (loralib merge)"
-        elif config.lora_bias:
-            uses[target] = "no: lora_bias is not loaded there"
+        elif config.lora_bias or config.trainable_token_indices:
+            what = "lora_bias" if config.lora_bias else "trainable_token_indices"
+            uses[target] = f"no: {what} is not loaded there; merge it (loralib merge)"
         elif special:
             uses[target] = f"{convert} ({special} becomes plain LoRA)"
         elif target == "vllm" and not config.alpha_pattern and not config.enable_lora:

@@ -6,7 +6,8 @@ over a module's class (`adapted_class`) and assigns it to ``module.__class__``: 
 under the same name, and ``isinstance`` keeps working.
 
 A mixin says which tensors it trains (`tensor_shapes`) and what they add to the base weight (`delta_weight`), with the
-formulas of `loralib.delta`.  A variant that trains another tensor is another mixin: nothing else has to know of it.
+formulas of `loralib.delta`.  A variant that trains another tensor is another mixin, a file in `loralib.variants`:
+nothing else has to know of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
-from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scaling_of
+from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scale_outputs, scaling_of
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedModelError
 from .wrapping import is_sharded
 
@@ -50,6 +51,7 @@ class LoRALayer(nn.Module):
         merged: whether the weight is base + update at the moment; see `merge` and `unmerge`.
         merge_weights: whether ``eval()`` merges and ``train()`` unmerges: Microsoft's default, off in injected layers.
         enabled: False inside `loralib.disabled`.
+        init_lora_weights: how the factors start, as in `loralib.LoraConfig`.
         lora_A, lora_B: the trained factors (absent when r is 0).
     """
 
@@ -61,9 +63,12 @@ class LoRALayer(nn.Module):
     merged: bool = False
     merge_weights: bool
     enabled: bool
+    init_lora_weights: bool | str
     lora_A: Parameter
     lora_B: Parameter
     lora_names: tuple[str, ...] = ()  # of the trained tensors that _init_lora made; the base may have names like theirs
+    fixed_names: tuple[str, ...] = ()  # of buffers that a variant keeps beside them
+    may_rest: bool = False  # whether a batch may leave all of a layer's gradients zero
 
     _weight_name = "weight"
 
@@ -74,6 +79,7 @@ class LoRALayer(nn.Module):
         lora_dropout: float = 0.0,
         merge_weights: bool = False,
         use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
     ) -> None:
         """Sets the layer's attributes and, if r > 0, creates its trained tensors; the base weight must be there."""
         if r < 0:
@@ -83,6 +89,7 @@ class LoRALayer(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
         self.merged, self.merge_weights, self.enabled = False, merge_weights, True
+        self.init_lora_weights = init_lora_weights
         if r > 0:
             device, dtype = self.base_weight.device, self.base_weight.dtype
             shapes = self.tensor_shapes(r)
@@ -122,7 +129,8 @@ class LoRALayer(nn.Module):
                 f"{' and '.join(computed)} is computed since inject() (pruned or parametrized); undo that first: "
                 "torch.nn.utils.prune.remove, or remove_parametrizations"
             )
-        if any(is_sharded(p) and p.dim() < 2 for p in self.trained_tensors().values()):
+        shapes = self.tensor_shapes(self.r)
+        if any(is_sharded(p) and p.dim() < len(shapes[name]) for name, p in self.trained_tensors().items()):
             raise AdapterError(
                 "its tensors are spread over processes; gather them around the call, on every process: "
                 "FSDP.summon_full_params(model), or deepspeed.zero.GatheredParameters(list(model.parameters()))"
@@ -137,13 +145,43 @@ class LoRALayer(nn.Module):
         """Returns the values of the trained tensors by parameter name; the inverse of `to_adapter`."""
         return {name: tensors[key] for name, key in self.tensor_keys().items()}
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A (r, in) and B (out, r) as matrices, whose product times `scaling` is the low-rank update."""
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Returns a tensor of the base weight's shape as the matrix (out, in) that the update is added to."""
+        return weight.flatten(1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix (out, in) in the shape of the base weight; the inverse of `as_matrix`."""
+        return matrix.view(self._base_shape)
+
     def delta_weight(self) -> Tensor:
         """Returns what the adapter adds to the base weight, in its shape and in at least fp32."""
-        raise NotImplementedError
+        return self.as_stored(delta_weight(*self.factors(), self.scaling))
+
+    def output_scale(self) -> Tensor | None:
+        """Returns what each output (out,) is multiplied with before the bias is added, in fp32; None: with 1."""
+        return None
+
+    def output_shift(self) -> Tensor | None:
+        """Returns what is added to each output (out,) besides the base's bias, in fp32; None: nothing."""
+        return None
 
     def _used_weight(self, weight: Tensor) -> Tensor:
         """Returns the base weight as forward uses it (an embedding's max_norm changes it)."""
         return weight
+
+    def begin_from(self, values: Mapping[str, Tensor]) -> None:
+        """Takes the values, by parameter name, that the trained tensors had before a resumed run's first update."""
+
+    def is_as_base(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the layer computes as its base while its trained tensors have these values, by parameter name."""
+        return any(not values[name].any() for name in ("lora_A", "lora_B"))
+
+    def check_rank(self, r: int) -> None:
+        """Raises TargetError if the layer cannot have this rank; it is asked before there are trained tensors."""
 
     def reset_lora_parameters(self) -> None:
         """Initialises A as nn.Linear does its weight, and B to zero, so that the layer starts as its base."""
@@ -155,7 +193,7 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
-        weight = self.__dict__["_unmerged"] if self.merged else self._parameters.get(self._weight_name)
+        weight = (self.__dict__["_unmerged"] if self.merged else self._parameters).get(self._weight_name)
         if weight is None:
             raise AdapterError("its weight is computed (pruned or parametrized since inject()); undo that first")
         return cast(Parameter, weight)
@@ -186,25 +224,30 @@ class LoRALayer(nn.Module):
         if is_sharded(self.base_weight):
             raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
-            delta = self.delta_weight()
-            if not torch.isfinite(delta).all():
-                raise MergeError(
-                    "the adapter holds NaN or infinite values and was not merged; train again or load another"
-                )
-            base = self.base_weight
-            merged = Parameter(add_delta(self._used_weight(dense(base)), delta), requires_grad=base.requires_grad)
-        self.__dict__["_unmerged"] = base
-        self._parameters[self._weight_name] = merged
+            merged = self._merged_tensors()
+        self.__dict__["_unmerged"] = {name: self._parameters[name] for name in merged}
+        for name, tensor in merged.items():
+            base = self._parameters[name]
+            self._parameters[name] = Parameter(tensor, requires_grad=base is not None and base.requires_grad)
         self.merged = True
+
+    def _merged_tensors(self) -> dict[str, Tensor]:
+        """Returns what merging puts into the places of the base's parameters, by name."""
+        delta = self.delta_weight()
+        if not torch.isfinite(delta).all():
+            raise MergeError("the adapter holds NaN or infinite values and was not merged; train again or load another")
+        return {self._weight_name: add_delta(self._used_weight(dense(self.base_weight)), delta)}
 
     def unmerge(self) -> None:
         """Puts the base weight back, bit for bit."""
         if not self.merged:
             return
-        base: Parameter = self.__dict__.pop("_unmerged")
-        # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
-        base.requires_grad_(cast(Parameter, self._parameters[self._weight_name]).requires_grad)
-        self._parameters[self._weight_name] = base
+        originals: dict[str, Parameter | None] = self.__dict__.pop("_unmerged")
+        for name, base in originals.items():
+            if base is not None:
+                # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
+                base.requires_grad_(cast(Parameter, self._parameters[name]).requires_grad)
+            self._parameters[name] = base
         self.merged = False
 
     def train(self, mode: bool = True) -> LoRALayer:
@@ -220,9 +263,11 @@ class LoRALayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            base = self.base_weight
-            destination[prefix + self._weight_name] = base if keep_vars else base.detach()
+        for name, base in self.__dict__["_unmerged"].items() if self.merged else ():
+            if base is None:
+                del destination[prefix + name]
+            else:
+                destination[prefix + name] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
@@ -232,7 +277,9 @@ class LoRALayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged:
             # torch knows which moves keep the Parameter and which need another one.
-            self.__dict__["_unmerged"] = nn.ParameterList([self.base_weight])._apply(fn)[0]
+            for name, base in self.__dict__["_unmerged"].items():
+                if base is not None:
+                    self.__dict__["_unmerged"][name] = nn.ParameterList([base])._apply(fn)[0]
         return self
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -266,12 +313,14 @@ class LoRALinear(LoRALayer):
         k = sum(self.blocks)
         return {"lora_A": (r * k, inputs), "lora_B": (outputs // len(self.blocks) * k, r)}
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B if self.blocks is None else block_diagonal_B(self.lora_B, self.blocks)
 
-    def delta_weight(self) -> Tensor:
-        delta = delta_weight(*self._factors(), self.scaling)
-        return delta.T if self.fan_in_fan_out else delta
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return self.as_matrix(matrix)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -280,7 +329,10 @@ class LoRALinear(LoRALayer):
         y = self._base_forward(x)
         if not self._active:
             return y
-        return y + low_rank(self._drop(x), *self._factors(), self.scaling)
+        y = y + low_rank(self._drop(x), *self.factors(), self.scaling)
+        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
+        shift = self.output_shift()
+        return y if shift is None else y + shift.to(y.dtype)
 
 
 def _summed_weight(name: str) -> property:
@@ -346,8 +398,11 @@ class LoRAEmbedding(LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
     def _used_weight(self, weight: Tensor) -> Tensor:
         table = cast(nn.Embedding, self)
@@ -367,7 +422,8 @@ class LoRAEmbedding(LoRALayer):
         update = F.linear(self._rows(self.lora_A.T, x), self.lora_B) * self.scaling
         # Gemma's embedding multiplies the rows by embed_scale, and would multiply a merged weight's too.
         scale = getattr(self, "embed_scale", None)
-        return y + (update if scale is None else update * scale).to(y.dtype)
+        y = y + (update if scale is None else update * scale).to(y.dtype)
+        return scale_outputs(y, self.output_scale())
 
 
 class LoRAConv(LoRALayer):
@@ -377,9 +433,6 @@ class LoRAConv(LoRALayer):
         outputs, inputs, *kernel = self._base_shape
         return {"lora_A": (r, inputs, *kernel), "lora_B": (outputs, r, *(1 for _ in kernel))}
 
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling).view(self._base_shape)
-
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, super().forward(x))
         if not self._active:
@@ -387,7 +440,8 @@ class LoRAConv(LoRALayer):
         conv = cast(nn.Conv2d, self)
         narrow = conv._conv_forward(self._drop(x), self.lora_A.to(x.dtype), None) * self.scaling
         one_by_one = (F.conv1d, F.conv2d, F.conv3d)[self.lora_B.dim() - 3]
-        return y + one_by_one(narrow, self.lora_B.to(x.dtype))
+        y = y + one_by_one(narrow, self.lora_B.to(x.dtype))
+        return scale_outputs(y, self.output_scale(), conv.bias, channels=self.lora_B.dim() - 2)
 
 
 class LoRAFoldedConv(LoRALayer):
@@ -402,9 +456,6 @@ class LoRAFoldedConv(LoRALayer):
         *others, last = conv.kernel_size
         rows = conv.out_channels // conv.groups * math.prod(others)
         return {"lora_A": (r * last, conv.in_channels * last), "lora_B": (rows, r * last)}
-
-    def delta_weight(self) -> Tensor:
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self._base_shape)
 
     def to_adapter(self) -> dict[str, Tensor]:
         """Returns the factors in PEFT's form: a plain convolution of rank r * prod(kernel)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from .layers import (
     base_class,
     is_conv1d,
 )
+from .variants import TokenRowsEmbedding, TokenRowsHead, contradictions, mixin_for
 from .wrapping import may_adapt, named_modules, named_parameters, named_tensors
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
@@ -46,6 +47,8 @@ class TargetModule:
         r, lora_alpha: its rank and alpha.
         pattern: the entry of target_modules that matched it.
         blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
+        token_indices: which rows of a table are trained, where it is no low-rank update.
+        tied: whether these rows are another table's.
     """
 
     name: str
@@ -55,20 +58,27 @@ class TargetModule:
     lora_alpha: float
     pattern: str
     blocks: tuple[bool, ...] | None = None
+    token_indices: tuple[int, ...] = ()
+    tied: bool = False
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the layer is told before it makes its tensors."""
+        if issubclass(self.mixin, LoRALinear):
+            return {"fan_in_fan_out": is_conv1d(self.module), "blocks": self.blocks}
+        return {"token_indices": self.token_indices, "tied": self.tied} if self.token_indices else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the adapter's tensors for this module, by their names in the adapter."""
         layer = self.preview()
-        keys = layer.tensor_keys()
-        return {f"{self.name}.{keys[name]}": shape for name, shape in layer.tensor_shapes(self.r).items()}
+        shapes = layer.tensor_shapes(self.r)
+        return {f"{self.name}.{key}": shapes[name] for name, key in layer.tensor_keys().items()}
 
     def preview(self) -> LoRALayer:
         """Returns the layer that the module will be, without trained tensors, to ask it for shapes."""
         cls = adapted_class(self.mixin, base_class(self.module))
         layer = cls.__new__(cls)
-        layer.__dict__.update(self.module.__dict__)
-        if isinstance(layer, LoRALinear):
-            layer.__dict__.update(fan_in_fan_out=is_conv1d(self.module), blocks=self.blocks)
+        layer.__dict__.update(self.module.__dict__, **self.attributes)
         return layer
 
 
@@ -110,6 +120,7 @@ def match_modules(
                 targets.append(_target(output, pattern, LoRAReadLinear, modules, config, changes))
             except TargetError as error:
                 faults.append(f"{output}: {error}")
+    targets += _token_rows(model, modules, config, {target.name for target in targets}, faults)
     if faults:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
         raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
@@ -184,6 +195,8 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
     for target in targets:
+        if target.token_indices:  # tied tables train the same rows
+            continue
         weight = target.module._parameters[target.mixin._weight_name]
         tied[target.name] = ", ".join(name for name in owners[id(weight)] if name != target.name)
     return {name: twins for name, twins in tied.items() if twins}
@@ -191,17 +204,78 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
 
 def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
     """Refuses kinds of adapters that layers cannot compute, with what to do in place of training or loading one."""
-    convert = "make a plain one of it with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
-    if config.use_dora:
-        way = convert if trained else "leave it out here; or train in PEFT, and " + convert
-        raise TargetError(f"use_dora = True: DoRA is not computed by loralib's layers; {way}")
-    if config.lora_bias:
-        merge = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has them"
-        way = merge if trained else "leave it out (bias='lora_only' trains the base's own)"
-        raise TargetError(f"lora_bias = True: the biases of B are not computed by loralib's layers; {way}")
-    if config.init_lora_weights not in (True, "kaiming"):
-        way = f"; {convert}" if trained else "; leave it out for the default start, with which LoRA and rsLoRA train"
-        raise TargetError(f"init_lora_weights = {config.init_lora_weights!r} is another start than loralib's{way}")
+    if faults := contradictions(config, trained):
+        raise TargetError(faults[0] if len(faults) == 1 else list_faults("these settings are not possible", faults))
+
+
+def _token_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, adapted: Collection[str], faults: list[str]
+) -> list[TargetModule]:
+    """Returns the tables of which single rows are trained, those that are tied to them included; adds to `faults`."""
+    chosen = config.trainable_token_indices
+    if not chosen:
+        return []
+    if not isinstance(chosen, Mapping):
+        table = next((name for name, module in modules.items() if module is _input_table(model)), None)
+        chosen = {table or "embed_tokens": chosen}
+    named = {name: key for name in modules if (key := matches(tuple(chosen), name))}
+    faults += [
+        f"trainable_token_indices[{key!r}] matches nothing.{_similar_names(model, key, modules)}"
+        for key in chosen
+        if key not in named.values()
+    ]
+    tables = {name: (tuple(chosen[key]), False) for name, key in named.items()}
+    for name, key in named.items():
+        weight = modules[name]._parameters.get("weight")
+        twins = [n for n, m in modules.items() if m._parameters.get("weight") is weight and n not in tables]
+        tables |= {twin: (tuple(chosen[key]), True) for twin in twins if weight is not None}
+    found = []
+    for name, (indices, tied) in tables.items():
+        if fault := _token_rows_fault(name, modules[name], indices, config, adapted):
+            faults.append(f"trainable_token_indices of {name}: {fault}")
+            continue
+        mixin = TokenRowsEmbedding if isinstance(modules[name], nn.Embedding) else TokenRowsHead
+        found.append(
+            TargetModule(
+                name=name,
+                module=modules[name],
+                mixin=mixin,
+                r=1,
+                lora_alpha=1,
+                pattern="trainable_token_indices",
+                token_indices=indices,
+                tied=tied,
+            )
+        )
+    return found
+
+
+def _token_rows_fault(
+    name: str, module: nn.Module, indices: tuple[int, ...], config: LoraConfig, adapted: Collection[str]
+) -> str:
+    """Returns why single rows of a table cannot be trained, or ""."""
+    if not isinstance(module, (nn.Embedding, nn.Linear)):
+        return f"{base_class(module).__name__} is no table of tokens; name an embedding or a head"
+    if name in adapted:
+        return "target_modules adapts all of it; leave it out of one of the two"
+    if config.saved_part(f"{name}.weight"):
+        return "modules_to_save trains all of it; leave it out of one of the two"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm rescales the rows of this table; they cannot be trained one by one"
+    try:
+        _refuse_bypassed(module, "weight", changes=False)
+    except TargetError as error:
+        return str(error)
+    rows = dense(cast(Tensor, module._parameters["weight"])).shape[0]
+    outside = [index for index in indices if not 0 <= index < rows]
+    return f"there are no rows {outside[:5]}, the table has {rows} (from 0 on)" if outside else ""
+
+
+def _input_table(model: nn.Module) -> nn.Module | None:
+    try:
+        return cast("nn.Module | None", model.get_input_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # not of transformers
+        return None
 
 
 # Matching names.
@@ -366,13 +440,18 @@ def _target(
         pattern=pattern,
         blocks=blocks,
     )
+    target.preview().check_rank(target.r)
     if blocks is not None:
         _refuse_blocks(target, len(blocks))
     return target
 
 
 def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
-    """Returns the LoRA class for a module."""
+    """Returns the LoRA class for a module, in the variant that the config asks for."""
+    return mixin_for(_plain_mixin_for(name, modules, config), config)
+
+
+def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
     base = base_class(module)
     if isinstance(module, nn.MultiheadAttention):

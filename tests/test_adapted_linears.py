@@ -121,6 +121,21 @@ def test_blocks_of_a_fused_projection():
     assert names_of_groups(net, compare(net)) == [["q", "v"], ["fused"]]
 
 
+def test_outputs_that_are_scaled():
+    """As DoRA does, where a trained number for each output comes in between the product and the bias."""
+    net = adapted(use_dora=True)
+    with torch.no_grad():
+        net.q.lora_magnitude_vector.mul_(1.5)
+    assert names_of_groups(net, compare(net))[0] == ["q", "k", "v"]
+    assert net.q.lora_magnitude_vector.grad is not None
+
+
+@pytest.mark.parametrize("variant", [{"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_variants_with_more_factors_and_biases(variant):
+    net = adapted(**variant)
+    assert names_of_groups(net, compare(net))[0] == ["q", "k", "v"]
+
+
 def test_dropout_is_drawn_for_each_layer():
     torch.manual_seed(0)
     compare(adapted(lora_dropout=0.4))

@@ -20,6 +20,7 @@ ROWS = [
     ["hub"],
     ["delta", "config", "wrapping"],
     ["layers"],
+    ["variants"],
     ["utils", "targets"],
     ["blocks"],
     ["injection"],

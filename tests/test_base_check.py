@@ -294,12 +294,9 @@ def test_beside_an_adapter_of_peft() -> None:
     ("more", "way"),
     [
         ({"target_parameters": ["a.b"]}, "name the linear layers beside"),
-        ({"trainable_token_indices": [1]}, r"modules_to_save=\['embed_tokens'\]"),
         ({"alora_invocation_tokens": [3]}, "leave it out for plain LoRA"),
         ({"ensure_weight_tying": True}, "leave it out"),
         ({"layer_replication": [(0, 1)]}, "repeat them in the model before"),
-        ({"use_dora": True}, r"leave it out here; or train in PEFT, and make a plain one"),
-        ({"lora_bias": True}, "leave it out"),
         ({"init_lora_weights": "gaussian"}, "leave it out for the default start"),
     ],
 )
@@ -413,12 +410,6 @@ def test_a_table_that_came_along_is_not_resized(tmp_path: Path) -> None:
     lora.load_adapter(model, tmp_path)
     with pytest.raises(TargetError, match="resizing them would break the adapter"):
         model.resize_token_embeddings(80)
-
-
-def test_an_adapter_with_biases_of_B_says_what_computes_them(tmp_path: Path) -> None:
-    in_peft(llama(), lora_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match=r"lora_bias = True.*`loralib merge DIRECTORY MERGED --base BASE`"):
-        lora.load_adapter(llama(), tmp_path)
 
 
 def test_a_base_that_trained_in_fp16_is_itself_in_other_dtypes(tmp_path: Path) -> None:

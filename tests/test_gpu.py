@@ -369,6 +369,9 @@ class Net(nn.Module):
         {"lora_dropout": 0.4},
         {"rank_pattern": {"k": 2}, "alpha_pattern": {"v": 5}},
         {"enable_lora": {"q": [True, False]}},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
     ],
 )
 def test_joint_products_have_the_gradients_of_each_layer_alone(settings):

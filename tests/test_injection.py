@@ -299,13 +299,6 @@ def test_fused_blocks_are_for_linear_layers() -> None:
     assert "enable_lora is for linear layers, not Embedding" in fault(Net(), ["table"], enable_lora={"table": [True]})
 
 
-@pytest.mark.parametrize(
-    "more", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "gausian"}]
-)
-def test_kinds_that_are_not_trained_here(more: dict[str, Any]) -> None:
-    assert next(iter(more)) in fault(Net(), ["up"], **more)
-
-
 def test_a_second_injection_is_refused() -> None:
     model = Net()
     lora.inject(model, config(["up"]))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..delta import scale_outputs
 from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, loaded
@@ -71,14 +72,13 @@ class TrainingLinears:
     def ready(self) -> Iterator[Overrides]:
         """Casts all factors for one pass, forward and backward; gives the overrides of that pass."""
         groups = [group for group in self._groups if group.is_usable()]
-        layers = [layer for group in groups for layer in group.layers]
         overrides: dict[nn.Module, Override] = dict(self._others)
         for group in groups:
             group.begin()
             overrides.update({layer: functools.partial(group.run, number) for number, layer in enumerate(group.layers)})
         try:
-            if layers and torch.is_grad_enabled():
-                factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+            if groups and torch.is_grad_enabled():
+                factors = [factor for group in groups for pair in group.sources for factor in pair]
                 casts = iter(_CastFactors.apply(groups, *factors))  # type: ignore[no-untyped-call]
                 for group in groups:
                     group.casts = [next(casts) for _ in range(2 * len(group.layers))]
@@ -87,7 +87,7 @@ class TrainingLinears:
             yield overrides
         finally:
             for group in groups:
-                group.pending, group.casts = PendingOutputs(), []
+                group.pending, group.casts, group.sources = PendingOutputs(), [], []
 
 
 # For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
@@ -101,8 +101,9 @@ def _cast(groups: Sequence[_Group]) -> None:
     copies: list[Tensor] = []
     scalings: list[float] = []
     for group in groups:
-        for layer, A, B in zip(group.layers, group.factors.A_of, group.factors.B_blocks, strict=True):
-            factors += [layer.lora_A, *_row_blocks(layer.lora_B, len(B))]
+        each = zip(group.layers, group.sources, group.factors.A_of, group.factors.B_blocks, strict=True)
+        for layer, (source_A, source_B), A, B in each:
+            factors += [source_A, *_row_blocks(source_B, len(B))]
             copies += [A, *B]
             scalings += [1.0, *[layer.scaling] * len(B)]
     _copy_scaled(factors, copies, scalings)
@@ -114,7 +115,7 @@ class _CastFactors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: list[_Group], *factors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.groups = groups
+        ctx.groups, ctx.dtype, ctx.shapes = groups, factors[0].dtype, [factor.shape for factor in factors]
         _cast(groups)
         casts = (pair for group in groups for pair in zip(group.factors.A_of, group.factors.B, strict=True))
         return tuple(factor.detach() for pair in casts for factor in pair)
@@ -124,11 +125,10 @@ class _CastFactors(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         groups: list[_Group] = ctx.groups
         layers = [(group, number) for group in groups for number in range(len(group.layers))]
-        factors = [p for group, number in layers for p in (group.layers[number].lora_A, group.layers[number].lora_B)]
         # One tensor for all, in the parameters' own dtype, so that nothing is rounded after this.
-        flat = torch.empty(sum(p.numel() for p in factors), dtype=factors[0].dtype)
-        parts = flat.split([p.numel() for p in factors])
-        results: list[Tensor | None] = [part.view(p.shape) for part, p in zip(parts, factors, strict=True)]
+        sizes = [shape.numel() for shape in ctx.shapes]
+        parts = torch.empty(sum(sizes), dtype=ctx.dtype).split(sizes)
+        results: list[Tensor | None] = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         wide: list[Tensor] = []
         copies: list[Tensor] = []
         scalings: list[float] = []
@@ -236,14 +236,17 @@ class _Buffers:
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
         weight = layers[0].base_weight
-        shapes = [[tuple(factor.shape) for factor in layer._factors()] for layer in layers]
+        shapes = [[tuple(factor.shape) for factor in layer.factors()] for layer in layers]
         self.ranks = [shape_A[0] for shape_A, _ in shapes]
         self.A = weight.new_zeros(sum(self.ranks), shapes[0][0][1])
         self.B = [weight.new_zeros(shape_B[1], shape_B[0]) for _, shape_B in shapes]
         self.A_of = list(self.A.split(self.ranks))
         self.B_blocks: list[list[Tensor]] = []
         for layer, B in zip(layers, self.B, strict=True):
-            blocks = layer.blocks or (True,)
+            if layer.blocks is None:
+                self.B_blocks.append([B.T])
+                continue
+            blocks = layer.blocks
             rows = [block for block, on in zip(B.T.split(B.shape[1] // len(blocks)), blocks, strict=True) if on]
             self.B_blocks.append([row[:, at * layer.r : (at + 1) * layer.r] for at, row in enumerate(rows)])
 
@@ -285,14 +288,14 @@ class LayerGroup:
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = PendingOutputs()
-            return output
+            return _finished(layer, output)
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
         outputs = self._outputs(x, layer._drop(x) if drops else None, numbers)
         first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
         if others:
             self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return first
+        return _finished(layer, first)
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""
@@ -308,9 +311,11 @@ class _Group(LayerGroup):
 
     def __init__(self, layers: list[LoRALinear], prepack: bool) -> None:
         super().__init__(layers)
+        self._ranks = [layer.r for layer in layers]
         weights = [_base_weight(layer) for layer in layers]
         self.weights = [FrozenWeight(weight, prepack and _needs_copy(weight)) for weight in weights]
         self.factors, self.gradients = _Buffers(layers), _Buffers(layers)  # the factors' B are scaled
+        self.sources: list[tuple[Tensor, Tensor]] = []  # the factors of each layer in this pass
         self.casts: list[Tensor] = []  # A_i and B_i of each layer as parts of the pass's graph, where there is one
         self.written: set[int] = set()  # the layers whose gradients of this pass are there
         self._kernels = self._usable_kernels()
@@ -324,15 +329,19 @@ class _Group(LayerGroup):
             isinstance(layer, LoRALinear)  # it may have been removed since
             and layer._active
             and _dtype(layer) == kind
-            and layer.lora_A.shape == A.shape
+            and layer.r == r
+            and layer.lora_A.shape[1] == A.shape[1]
             and len(layer.lora_B) == sum(map(len, blocks))
             and is_frozen(layer)
-            for layer, A, blocks in zip(self.layers, self.factors.A_of, self.factors.B_blocks, strict=True)
+            for layer, r, A, blocks in zip(
+                self.layers, self._ranks, self.factors.A_of, self.factors.B_blocks, strict=True
+            )
         )
 
     def begin(self) -> None:
         """Takes the current weights, and forgets the gradients of the previous pass."""
         self.written.clear()
+        self.sources = [_sources(layer) for layer in self.layers]
         weights = [known.refreshed(_base_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
         biases = [0 if bias is None else bias.data_ptr() for bias in map(_bias, self.layers)]
         if biases != self._biases or not all(map(operator.is_, weights, self.weights)):
@@ -452,8 +461,21 @@ def is_frozen(layer: LoRALinear) -> bool:
     return bias is None or (not bias.requires_grad and bias.dtype == weight.dtype and bias.is_contiguous())
 
 
+def _sources(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    """Returns a layer's factors, with lora_B as it is: blocks are spread out where they are cast."""
+    plain = type(layer).factors is LoRALinear.factors
+    return (layer.lora_A, layer.lora_B) if plain else layer.factors()
+
+
 def _bias(layer: LoRALinear) -> Tensor | None:
     return cast("Tensor | None", layer.bias)
+
+
+def _finished(layer: LoRALinear, y: Tensor) -> Tensor:
+    """Returns a layer's output, of which y is all but what a variant does after the product."""
+    y = scale_outputs(y, layer.output_scale(), _bias(layer))
+    shift = layer.output_shift()
+    return y if shift is None else y + shift.to(y.dtype)
 
 
 # The same in PyTorch's operators: without kernels, and for an output that nothing depends on.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Adapter, check_fit, expand_blocks
-from ..combine import updates_of
+from ..combine import more_than_low_rank, updates_of, way_out
 from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_faults
 from ..formats import read_adapter
 from ..injection import adapted_layers
@@ -371,6 +371,10 @@ class Bank:
 
     def _factors_of(self, adapter: Adapter) -> dict[str, FactorPair]:
         plain = expand_blocks(adapter)
+        if more := more_than_low_rank(adapter):
+            raise AdapterError(
+                list_faults("a bank holds low-rank updates, and this adapter has more", more, f"{way_out(adapter)}.")
+            )
         faults = [f"{key}: trained in full" for key in plain.tensors if "lora_" not in key.rpartition(".")[2]]
         faults += [f"{name}: {_kind(self.model, name)}" for name in plain.modules if name not in self._modules]
         if faults:

@@ -83,7 +83,7 @@ class _DeviceGroup(LayerGroup):
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
         layers = [self.layers[number] for number in numbers]
-        factors = [layer._factors() for layer in layers]
+        factors = [layer.factors() for layer in layers]
         A = [a.to(x.dtype) for a, _ in factors]
         B = [(b * layer.scaling).to(x.dtype) for (_, b), layer in zip(factors, layers, strict=True)]
         biases = [cast("Tensor | None", layer.bias) for layer in layers]

@@ -16,7 +16,7 @@ from ..wrapping import unwrapped
 from .foreign import describe, names_in
 from .gguf import is_gguf, read_gguf, write_gguf
 from .merged import MergeReport, merge_and_compare, merge_into, save_merged
-from .microsoft import read_microsoft, write_microsoft
+from .microsoft import beyond_microsoft, read_microsoft, write_microsoft
 from .mlx import is_mlx, read_mlx, write_mlx
 from .old_names import with_present_names
 from .peft import read_peft, save_adapter, write_peft
@@ -29,6 +29,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "MergeReport",
     "Portable",
+    "beyond_microsoft",
     "check_portable",
     "export",
     "how_to_run",

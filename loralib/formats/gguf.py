@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter, with_ranks
-from ..combine import check_sound, factors
-from ..config import LoraConfig
+from ..adapter import BASE, Adapter
+from ..combine import check_sound, factors, more_than_low_rank
+from ..config import LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, MissingDependencyError, list_faults
 from ..files import write_whole
 from .tensors import check_names, read_bytes
@@ -109,6 +109,7 @@ def write_gguf(
     faults = [f"{name}: llama.cpp applies no adapters there" for name in adapter.modules if name not in names]
     if config.use_rslora or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
         faults.append("the scaling is not one alpha divided by the rank of each module")
+    faults += more_than_low_rank(adapter)
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written as GGUF", faults, "Make it portable first."))
     stored: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter, expand_blocks
 from ..combine import depends_on_base
+from ..config import LoraConfig, matches
 from ..delta import add_delta, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_errors, write_whole
 from ..injection import adapted_layers, injection_of, remove
+from ..variants import ROWS, contradictions
 from .lora_bias import BIAS, add_biases, biases_of_B, fields_for
 from .portable import base_matrix, full_delta, to_stored_layout
 
@@ -98,13 +100,17 @@ def merge_into(
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
     _check_against_file(model, adapter, merged, initial, brought, report.ignored)
+    same = dict[int, tuple[Tensor, Tensor, nn.Parameter]]()  # by the old one
     for name, value in merged.items():
         # A new tensor: what was tied to the old one keeps the base's values.
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(leaf)
         if old is not None:
-            module._parameters[leaf] = nn.Parameter(value.to(old.dtype))
+            replaced = same.get(id(old))
+            if replaced is None or not torch.equal(replaced[1], value):  # tables that were one and remain equal stay so
+                replaced = same[id(old)] = old, value, nn.Parameter(value.to(old.dtype))
+            module._parameters[leaf] = replaced[2]
         else:
             module._buffers[leaf] = value
     add_biases(model, biases, fields)
@@ -136,8 +142,8 @@ def merge_and_compare(
         MergeError: a weight would be NaN or infinite in that dtype.
     """
     reference = None
-    if not depends_on_base(adapter) and not biases_of_B(adapter):  # the other kinds can only be computed merged
-        with _applied(model, adapter, allow_base_mismatch):
+    if not contradictions(adapter.config, trained=True):  # the other kinds can only be computed merged
+        with suppress(TargetError), _applied(model, adapter, allow_base_mismatch, whole=True):
             reference = prompt_logits(model, inputs)
     base_change = _rounding_of_base(model, inputs, dtype)
     modules = merge_into(model, adapter, initial=initial, allow_base_mismatch=allow_base_mismatch)
@@ -220,12 +226,15 @@ def save_merged(
 
 
 @contextmanager
-def _applied(model: nn.Module, adapter: Adapter, allow_base_mismatch: bool) -> Iterator[ApplyReport]:
-    """Applies the low-rank part of an adapter to a model for a while, which checks that everything fits."""
-    config = adapter.config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
-    tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", BIAS))}
-    plain = replace(adapter, config=config, tensors=tensors)
-    report = apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
+def _applied(
+    model: nn.Module, adapter: Adapter, allow_base_mismatch: bool, *, whole: bool = False
+) -> Iterator[ApplyReport]:
+    """Applies an adapter, or of its updates the low-rank part, for a while, which checks that everything fits."""
+    if not whole:
+        config = adapter.config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+        tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", BIAS))}
+        adapter = replace(adapter, config=config, tensors=tensors)
+    report = apply_adapter(model, adapter, allow_base_mismatch=allow_base_mismatch)
     try:
         yield report
     finally:
@@ -239,7 +248,7 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     for name, layer in adapted_layers(model):
         weight = dense(layer.base_weight).detach()
         with torch.no_grad():
-            if not depends_on_base(adapter):
+            if name not in plain.modules or not depends_on_base(adapter):
                 delta = layer.delta_weight()
             else:
                 matrix = full_delta(plain, name, base_matrix(model, name), initial)
@@ -291,6 +300,9 @@ def _check_against_file(
     for name, tensor in plain.tensors.items():
         if _LOW_RANK.search(name) or name in used or name in ignored:
             continue
+        if name.endswith(f".{ROWS}"):
+            faults += _rows_faults(adapter.config, name, tensor, merged)
+            continue
         held = merged.get(name, state.get(name))
         # A file may also hold the base's own weights, in bf16.
         step = None if name in merged else 2**-7
@@ -299,6 +311,16 @@ def _check_against_file(
     if faults:
         advice = "Nothing was merged. Please report this, with the adapter's settings and the model's name."
         raise MergeError(list_faults("merged weights are not what the adapter's file says", faults, advice))
+
+
+def _rows_faults(config: LoraConfig, name: str, rows: Tensor, merged: Mapping[str, Tensor]) -> list[str]:
+    """Compares rows of a merged table with those of the file."""
+    table, chosen = name.removesuffix(f".{ROWS}"), config.trainable_token_indices or ()
+    if isinstance(chosen, Mapping):
+        chosen = chosen[matches(tuple(chosen), table) or ""]
+    held = merged.get(f"{table}.weight")
+    same = held is not None and _is_rounding(held[list(chosen)], rows.to(held.device))
+    return [] if same else [f"{name}: is not in the table"]
 
 
 _LOW_RANK = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector|B\.bias)$")

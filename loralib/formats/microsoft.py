@@ -16,9 +16,10 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
+from ..variants import ROWS
 from .tensors import read_pickle, read_safetensors, write_pickle
 
-__all__ = ["read_microsoft", "write_microsoft"]
+__all__ = ["beyond_microsoft", "read_microsoft", "write_microsoft"]
 
 
 def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
@@ -67,10 +68,14 @@ def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         AdapterError: the adapter has tensors that the form does not have.
     """
-    extra = [name for name in adapter.tensors if "lora_" in name and not name.endswith(_FACTORS)]
-    if extra:
+    if extra := beyond_microsoft(adapter):
         raise AdapterError(list_faults("Microsoft's form cannot hold", extra, "Write a PEFT directory instead."))
     write_pickle(path, {name.replace(".lora_embedding_", ".lora_"): t for name, t in adapter.tensors.items()})
+
+
+def beyond_microsoft(adapter: Adapter) -> list[str]:
+    """Returns the names of the tensors that Microsoft's form does not have: those of DoRA and other variants."""
+    return [n for n in adapter.tensors if ("lora_" in n and not n.endswith(_FACTORS)) or n.endswith(f".{ROWS}")]
 
 
 _FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter, with_ranks
-from ..combine import check_sound, factors
-from ..config import HUB_NAMES, LoraConfig
+from ..adapter import BASE, Adapter
+from ..combine import check_sound, factors, more_than_low_rank
+from ..config import HUB_NAMES, LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, list_faults
 from .tensors import CONFIG_FILE, MAX_SETTINGS, MLX_FILE, parse_json, read_bytes, read_safetensors, write_directory
 
@@ -72,6 +72,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     faults = [f"{name}: mlx-lm applies no adapters there" for name in adapter.modules if name not in names]
     if config.rank_pattern or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
         faults.append("it does not have one rank and one scale for all modules")
+    faults += more_than_low_rank(adapter)
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written for MLX", faults, "Make it portable first."))
     tensors, keys, layers = {}, list[str](), set[int]()

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter import Adapter, with_ranks
+from ..adapter import Adapter
+from ..config import with_ranks
 from ..errors import AdapterError, list_faults
 from ..wrapping import unwrapped
 

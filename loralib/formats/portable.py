@@ -79,6 +79,8 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
+    if config.trainable_token_indices:
+        faults.append("trainable_token_indices: a portable adapter has no rows of tables")
     if target != "peft":
         if target == "vllm":
             faults += vllm.head_faults(config, model)
@@ -87,7 +89,9 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
         if config.bias != "none":
             faults.append(f"bias {config.bias!r}: trained biases are not loaded")
         if model is not None:
-            plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
+            plain = config.replace(
+                use_dora=False, lora_bias=False, init_lora_weights=True, trainable_token_indices=None
+            )
             faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target]
@@ -219,13 +223,18 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
     """
     update = update_of(adapter, module)
     delta = delta_weight(update.A, update.B, update.scaling)
-    if adapter.config.changes_base:
+    if _starts_with_base(adapter, module):
         start = _initial_update(adapter, module, weight, initial)
         delta = delta - delta_weight(start.A, start.B, start.scaling)
     magnitude = adapter.tensors.get(f"{module}.lora_magnitude_vector")
     if magnitude is not None:
         delta = dora_weight(weight, delta, magnitude.flatten()) - weight.float()
     return delta
+
+
+def _starts_with_base(adapter: Adapter, module: str) -> bool:
+    """Whether a module's factors started with a part of its weight; in PEFT, embeddings' never do."""
+    return adapter.config.changes_base and f"{module}.lora_A" in adapter.tensors
 
 
 def base_matrix(model: nn.Module, module: str) -> Tensor:
@@ -262,6 +271,9 @@ def _as_plain(
     if config.changes_base:
         differences = {}
         for name in adapter.modules:
+            if not _starts_with_base(adapter, name):
+                differences[name] = update_of(adapter, name).plain()
+                continue
             start = _initial_update(adapter, name, None if model is None else base_matrix(model, name), initial)
             differences[name] = (update_of(adapter, name) + start * -1).plain()
         adapter = with_updates(adapter, differences)

@@ -5,15 +5,18 @@ A field's name becomes the flag and the TOML key; its help text is shown by the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules
+from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
 from ..data import FORMATS
 from ..errors import ConfigError
 from ..settings import canonical, check, setting, settings_class
+from ..variants import contradictions
 
 __all__ = ["AUTOMATIC", "TrainConfig"]
 
@@ -150,6 +153,25 @@ class TrainConfig:
         "adapter",
     )
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(rank) instead (rsLoRA)", "adapter")
+    use_dora: bool = setting(False, "train lengths and directions of the weights' rows apart (DoRA)", "adapter")
+    init_lora_weights: str = setting(
+        "default",
+        "how A and B start: default (A random, B zero), pissa, pissa_niter_16 (fast) or olora (a part of the base "
+        "weight), eva (A from the data)",
+        "adapter",
+        rule=re.compile(r"default|pissa(_niter_[1-9]\d{0,2})?|olora|eva").fullmatch,
+        expected="default, pissa, pissa_niter_16 or another number, olora or eva",
+    )
+    eva_rho: float = setting(
+        2.0, "with eva: no module gets more than this times rank; 1: each has that rank", "adapter", at_least=1
+    )
+    lora_bias: bool = setting(False, "train a bias of B as well", "adapter")
+    trainable_token_indices: str | Sequence[int] | Mapping[str, Sequence[int]] | None = setting(
+        None,
+        "rows of the input embedding to train by themselves, such as those of new tokens: 5,6; or of several tables: "
+        "embed_tokens=5,6;lm_head=6",
+        "adapter",
+    )
     bias: str = setting("none", "biases to train as well", "adapter", ("none", "all", "lora_only"))
     target: str = setting(
         "none",
@@ -255,10 +277,18 @@ class TrainConfig:
             )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
-        try:
-            self._blocks()
-        except ConfigError as error:
-            faults.append(str(error))
+        for parse in (self._blocks, self._token_indices):
+            try:
+                parse()
+            except ConfigError as error:
+                faults.append(str(error))
+        if self.init_lora_weights != "default" and self.from_adapter is not None:
+            faults.append(
+                f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, and from_adapter names one to "
+                "train on from; leave one of them out"
+            )
+        with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
+            faults += contradictions(self.lora_config(), trained=False)
         return faults
 
     @property
@@ -290,6 +320,11 @@ class TrainConfig:
             target_modules=self._targets(),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+            eva_config={"rho": self.eva_rho} if self.init_lora_weights == "eva" else None,
+            lora_bias=self.lora_bias,
+            trainable_token_indices=self._token_indices(),
             bias=self.bias,
             task_type="CAUSAL_LM",
         )
@@ -303,6 +338,10 @@ class TrainConfig:
         if isinstance(self.enable_lora, str):
             return parse_enable_lora(self.enable_lora, self._targets())
         return {name: tuple(map(bool, blocks)) for name, blocks in (self.enable_lora or {}).items()}
+
+    def _token_indices(self) -> Sequence[int] | Mapping[str, Sequence[int]] | None:
+        rows = self.trainable_token_indices
+        return parse_token_indices(rows) if isinstance(rows, str) else rows
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Returns a copy with other values."""

@@ -126,7 +126,8 @@ class Reporter:
         if result.best is not None and result.best[0] != result.valid_losses[-1][0]:
             step, loss = result.best
             self.say(f"The best adapter is that of update {step} (validation loss {loss:.4f}): {directory / 'best'}")
-        self._say_file("Checkpoint for Microsoft's loralib", directory / "pytorch_model.bin")
+        if (directory / "pytorch_model.bin").exists():  # not of every variant
+            self._say_file("Checkpoint for Microsoft's loralib", directory / "pytorch_model.bin")
         if (directory / "loss.png").exists():
             self.say(f"Loss curve: {directory / 'loss.png'}")
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..bases import save_tokenizer
 from ..console import counted
 from ..data import TokenExample
 from ..delta import dense
 from ..errors import AdapterError, ConfigError, FormatError, OutputError, TrainingError, first_line, list_faults
 from ..files import hold_directory, remove_file, write_errors, write_text
-from ..formats import TOKENIZER_FILES, save_adapter, write_microsoft
+from ..formats import TOKENIZER_FILES, beyond_microsoft, save_adapter, write_microsoft
 from ..formats.tensors import read_safetensors, write_safetensors
 from ..wrapping import is_spread
 from .config import AUTOMATIC, TrainConfig
@@ -537,10 +538,16 @@ class RunDirectory:
     ) -> int:
         """Writes what the run leaves, the adapter before all that describes it; returns the size of its tensors."""
         learned = Learned.of(model, self.config.model)
-        ranks.first(lambda: write_microsoft(learned.adapter, self.path / "pytorch_model.bin"))
+        ranks.first(lambda: self._write_microsoft(learned.adapter))
         self.save_adapter(model, self.path, ranks)
         ranks.first(lambda: self._describe(learned, progress, data, say))
         return learned.adapter.nbytes
+
+    def _write_microsoft(self, adapter: Adapter) -> None:
+        if beyond_microsoft(adapter):  # a variant that Microsoft's loralib does not have
+            remove_file(self.path / "pytorch_model.bin")
+        else:
+            write_microsoft(adapter, self.path / "pytorch_model.bin")
 
     def _describe(
         self, learned: Learned, progress: Progress, data: Sequence[Mapping[str, Any]], say: Callable[[str], None]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..bases import DEFAULT_BASE, base_of, load_base, load_empty
@@ -18,18 +18,28 @@ from ..bases.loading import load_tokenizer
 from ..bases.made_up import is_made_up
 from ..bases.sharded import shard
 from ..budget import require_room
+from ..config import LoraConfig
 from ..console import counted
+from ..data import TokenExample
 from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..files import free_memory
 from ..formats import is_read_with_base, read_adapter
-from ..injection import adapted_layers
+from ..injection import adapted_layers, injection_of
 from ..wrapping import is_sharded, is_spread
 from .config import TrainConfig
 from .ranks import ALONE, Ranks
 
-__all__ = ["adapter_to_train_on", "base_for", "full_precision", "load_base_for", "spread"]
+__all__ = [
+    "adapter_to_train_on",
+    "base_for",
+    "eva_batches",
+    "full_precision",
+    "load_base_for",
+    "refuse_other_variant",
+    "spread",
+]
 
 
 def base_for(config: TrainConfig) -> str:
@@ -144,6 +154,9 @@ _NAMES = {
     "target_modules": "target_modules",
     "enable_lora": "enable_lora",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
     "bias": "bias",
 }
 
@@ -153,6 +166,50 @@ def _shape(config: Any) -> Mapping[str, Any]:
         return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
     return {key: plain(getattr(config, key)) for key in _NAMES.values()}
+
+
+def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
+    """Refuses a variant that is asked for where the model has an adapter already, which would not have it.
+
+    Raises:
+        ConfigError: names every setting.
+    """
+    record, asked = injection_of(model), config.lora_config()
+    own = record.config if record is not None else LoraConfig()
+    faults = [
+        f"{name} is {getattr(config, name)!r}"
+        for name in ("use_dora", "lora_bias", "trainable_token_indices", "init_lora_weights")
+        if getattr(asked, name) != getattr(LoraConfig(), name) and getattr(asked, name) != getattr(own, name)
+    ]
+    if faults:
+        raise ConfigError(
+            list_faults(
+                f"the {type(model).__name__} has an adapter already, of another kind",
+                faults,
+                "Leave these settings out, or pass a model without an adapter.",
+            )
+        )
+
+
+def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
+    """Yields the inputs for ``init_lora_weights="eva"``: some of the examples, spread evenly over all of them."""
+    device = next(model.parameters()).device
+    chosen = examples[:: max(1, len(examples) // _EVA_EXAMPLES)][:_EVA_EXAMPLES]
+    for start in range(0, len(chosen), _EVA_BATCH):
+        batch = chosen[start : start + _EVA_BATCH]
+        longest = max(map(len, batch))
+        rows = [example.ids + (0,) * (longest - len(example)) for example in batch]
+        # A position counts where the prediction made there is trained.
+        labels = [
+            [0 if trained else -100 for trained in (*example.trained[1:], False)] + [-100] * (longest - len(example))
+            for example in batch
+        ]
+        mask = [[1] * len(example) + [0] * (longest - len(example)) for example in batch]
+        tensors = {"input_ids": rows, "attention_mask": mask, "labels": labels}
+        yield {name: torch.tensor(value, device=device) for name, value in tensors.items()}
+
+
+_EVA_EXAMPLES, _EVA_BATCH = 256, 16
 
 
 def full_precision(model: nn.Module) -> list[str]:

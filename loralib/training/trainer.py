@@ -43,7 +43,7 @@ from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
-from .start import adapter_to_train_on, full_precision, spread
+from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
 from .step import evaluate_loss, make_step
 
 __all__ = ["TrainResult", "run"]
@@ -152,7 +152,7 @@ def run_in(
         require_free(model, "training")
         require_causal(model)
         with adapting_spread() if config.shard else nullcontext():
-            _adapt(model, config, reporter)
+            _adapt(model, plan, reporter)
         if config.shard:
             spread(model, ranks)
         with (
@@ -168,9 +168,9 @@ def run_in(
     return result
 
 
-def _adapt(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
+def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
     """Gives the model an adapter unless it has one, and makes its weights the base's."""
-    injected = None
+    config, injected = plan.config, None
     if config.from_adapter is not None:
         if adapted_layers(model):
             raise ConfigError("the model has an adapter already: leave out from_adapter, or pass a model without one")
@@ -180,7 +180,10 @@ def _adapt(model: nn.Module, config: TrainConfig, reporter: Reporter) -> None:
         if config.target != "none":
             check_portable(config.lora_config(), model, config.target)
         torch.manual_seed(config.seed)
-        injected = inject(model, config.lora_config())
+        needs_data = config.init_lora_weights == "eva"
+        injected = inject(model, config.lora_config(), eva_batches(model, plan.train) if needs_data else None)
+    else:
+        refuse_other_variant(config, model)
     unmerge(model)
     for note in full_precision(model):
         reporter.say(note)
@@ -225,6 +228,8 @@ class Trainer:
             torch.manual_seed(config.seed)
         else:
             self.progress, self.initial = checkpoint.progress, checkpoint.restore(self.parameters, self.optimizer)
+            for name, layer in adapted_layers(model):
+                layer.begin_from(_initial_of(name, layer, self.initial))
             done = self.progress.step
             reporter.say(
                 f"Resuming from step-{done:08}{self.progress.of_ranks}: {done:,} of {self.total:,} updates done"
@@ -538,6 +543,8 @@ def check_gradients(model: nn.Module) -> str:
     idle, running = [], {}
     for name, layer in layers:
         gradients = [tensor.grad for tensor in layer.trained_tensors().values() if tensor.grad is not None]
+        if layer.may_rest:
+            continue
         if gradients:
             running[name] = torch.stack([gradient.any() for gradient in gradients]).any()
         else:
@@ -562,11 +569,8 @@ def check_gradients(model: nn.Module) -> str:
 
 
 def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
-    """Whether the model computed what its base does before the first update: one tensor of each layer was zero."""
-    return all(
-        any(not tensor.any() for tensor in _initial_of(name, layer, initial).values())
-        for name, layer in adapted_layers(model)
-    )
+    """Whether the model computed what its base does before the first update."""
+    return all(layer.is_as_base(_initial_of(name, layer, initial)) for name, layer in adapted_layers(model))
 
 
 def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, lr: float) -> None:

@@ -1,0 +1,107 @@
+"""Variants of LoRA, one file each, and which layers have them; docs/variants.md says what each is for.
+
+A variant is a mixin over a plain one of `loralib.layers`: it names the tensors that it trains and says what they add
+to the base weight.  `mixin_for` is the one place where a config's settings choose it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from ..config import LoraConfig
+from ..errors import TargetError
+from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultiheadAttention, LoRAReadLinear
+from .bias_of_B import BiasedLinear
+from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
+from .eva import EvaStart, eva_start
+from .starts import StartedLinear, start_factors
+from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
+
+__all__ = [
+    "ROWS",
+    "EvaStart",
+    "TokenRowsEmbedding",
+    "TokenRowsHead",
+    "contradictions",
+    "eva_start",
+    "mixin_for",
+    "share_rows",
+    "start_factors",
+]
+
+Mixins = Mapping[type[LoRALayer], type[LoRALayer]]
+
+_DORA: Final[Mixins] = {
+    LoRALinear: DoRALinear,
+    LoRAReadLinear: DoRAReadLinear,
+    LoRAEmbedding: DoRAEmbedding,
+    LoRAConv: DoRAConv,
+}
+_BIASED: Final[Mixins] = {LoRALinear: BiasedLinear}
+_STARTED: Final[Mixins] = {LoRALinear: StartedLinear}
+_KINDS: Final[Mapping[type[LoRALayer], str]] = {
+    LoRALinear: "a linear layer",
+    LoRAReadLinear: "a linear layer whose weight is read without calling it",
+    LoRAMultiheadAttention: "nn.MultiheadAttention",
+    LoRAEmbedding: "an embedding",
+    LoRAConv: "a convolution",
+}
+
+
+def mixin_for(plain: type[LoRALayer], config: LoraConfig) -> type[LoRALayer]:
+    """Returns the class that a config asks for in place of the plain one of a kind of layer.
+
+    Raises:
+        TargetError: layers of this kind do not have the variant.
+    """
+    variants: dict[str, Mixins] = {}
+    if config.use_dora:
+        variants["use_dora"] = _DORA
+    if config.lora_bias:
+        variants["lora_bias"] = _BIASED
+    if config.changes_base:
+        variants[f"init_lora_weights {config.init_lora_weights!r}"] = _STARTED
+    for setting, mixins in variants.items():
+        if plain not in mixins:
+            raise TargetError(f"{setting} is not for {_KINDS[plain]}; leave this module out, or the setting")
+        plain = mixins[plain]
+    return plain
+
+
+_CONVERT: Final = (
+    "make a plain one of it with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
+)
+_MERGE: Final = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has it"
+_KNOWN_STARTS: Final = "True, 'pissa', 'pissa_niter_N', 'olora' or 'eva'"
+
+
+def contradictions(config: LoraConfig, trained: bool) -> list[str]:
+    """Lists the settings of a config that layers cannot have, alone or together, each with the way out.
+
+    Args:
+        config: of an adapter to train, or of a trained one to put on a model.
+        trained: whether it is trained: how its factors started is then of no interest, unless the base changed.
+    """
+    start, faults = config.init_lora_weights, []
+    name = str(start).lower()
+    known = start in (True, "kaiming") or re.fullmatch(r"pissa(_niter_[1-9]\d{0,2})?|olora|eva", name)
+    if trained and config.changes_base and name not in ("pissa", "olora"):
+        faults.append(f"init_lora_weights = {start!r} cannot be computed again from the base; {_CONVERT}")
+    elif not trained and not known:
+        faults.append(
+            f"init_lora_weights = {start!r} is another start than loralib's ({_KNOWN_STARTS}); leave it out for the "
+            "default start"
+        )
+    special = known and start not in (True, "kaiming") and (config.changes_base or not trained)
+    pairs = {
+        "use_dora and lora_bias": config.use_dora and config.lora_bias,
+        f"use_dora and init_lora_weights {start!r}": config.use_dora and special,
+        f"lora_bias and init_lora_weights {start!r}": config.lora_bias and special,
+        f"enable_lora and init_lora_weights {start!r}": bool(config.enable_lora) and special,
+        f"lora_bias and bias {config.bias!r}, which trains the bias that it is added to,": config.lora_bias
+        and config.bias != "none",
+    }
+    way = (_MERGE if config.lora_bias else _CONVERT) if trained else "leave one of them out"
+    return faults + [f"{pair} do not go together; {way}" for pair, both in pairs.items() if both]

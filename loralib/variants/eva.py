@@ -1,0 +1,207 @@
+"""EVA: A starts with the directions in which a layer's inputs vary most (Paischer et al. 2024, arXiv:2410.07170).
+
+For inputs X of a layer, A is the top of V^T in the singular value decomposition X - mean = U S V^T, and B is zero.  The
+layers share one budget of ranks: those whose directions explain more of their inputs' variance get more, at most
+``rho * r``.  The decomposition is updated batch by batch (Ross et al. 2008), until its directions hardly turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import LoraConfig
+from ..errors import ConfigError, list_faults
+
+__all__ = ["EvaStart", "EvaTarget", "eva_start"]
+
+
+class EvaTarget(Protocol):
+    """A linear layer that EVA starts; r and lora_alpha are as before ranks are shared out anew."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_alpha(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class EvaStart:
+    """What EVA makes of some data; a layer that is not here got no rank and is not adapted.
+
+    Attributes:
+        A: lora_A of each layer by name, (r, in).
+        lora_alphas: lora_alpha of each layer, such that the scaling is what it was.
+    """
+
+    A: Mapping[str, Tensor]
+    lora_alphas: Mapping[str, float]
+
+
+@torch.no_grad()
+def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[Any], config: LoraConfig) -> EvaStart:
+    """Runs batches through a model and returns how its layers start.
+
+    Args:
+        model: the model, which is put into eval mode meanwhile.
+        targets: the layers.
+        batches: what to run; see `loralib.inject`.  It ends early where all directions have settled.
+        config: `eva_config` may hold rho (2.0: no layer gets more than rho times its rank; 1: each keeps its own), tau
+            (0.99: directions count as settled once the cosine between those of two batches is at least this) and
+            use_label_mask (True: inputs at labels of -100 do not count).
+
+    Raises:
+        ConfigError: there are too few inputs.
+    """
+    settings = {"rho": 2.0, "tau": 0.99, "use_label_mask": True} | dict(config.eva_config or {})
+    most = {target.name: round(target.r * settings["rho"]) for target in targets}
+    inputs, was_training = _Inputs(targets, most), model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs.see(model, batch, _counted_rows(batch, bool(settings["use_label_mask"])))
+            if all(spread.cosine >= settings["tau"] for spread in inputs.spreads.values()):
+                break
+    finally:
+        model.train(was_training)
+    few = [target.name for target in targets if len(inputs.of(target.name).directions) < target.r]
+    if few:
+        raise ConfigError(
+            list_faults("init_lora_weights 'eva': fewer inputs than r were seen by", few, "Pass more data, or lower r.")
+        )
+    ranks = _shared_out(targets, inputs, most)
+    chosen = [target for target in targets if ranks[target.name]]
+    power = 0.5 if config.use_rslora else 1.0
+    return EvaStart(
+        A={t.name: inputs.of(t.name).directions[: ranks[t.name]].clone() for t in chosen},
+        lora_alphas={t.name: t.lora_alpha * (ranks[t.name] / t.r) ** power for t in chosen},
+    )
+
+
+def _counted_rows(batch: Any, use_label_mask: bool) -> Tensor | None:
+    """Returns which positions of a batch count (B, T); None: all."""
+    if not isinstance(batch, Mapping):
+        return None
+    masks = []
+    if batch.get("attention_mask") is not None:
+        masks.append(batch["attention_mask"].bool())
+    if use_label_mask and batch.get("labels") is not None:
+        masks.append(batch["labels"] != -100)
+    return functools.reduce(torch.logical_and, masks) if masks else None
+
+
+def _shared_out(targets: Sequence[EvaTarget], inputs: _Inputs, most: Mapping[str, int]) -> dict[str, int]:
+    """Gives the ranks of all layers to the directions that explain most of their inputs' variance."""
+    shares = [
+        (float(share), -number, target.name)
+        for number, target in enumerate(targets)
+        for share in inputs.of(target.name).explained()[: most[target.name]]
+    ]
+    budget = sum(target.r for target in targets)
+    ranks = dict.fromkeys((target.name for target in targets), 0)
+    for _, _, name in sorted(shares, reverse=True)[:budget]:
+        ranks[name] += 1
+    return ranks
+
+
+@dataclass
+class _Spread:
+    """Mean and main directions of the rows seen so far, at most `count` directions."""
+
+    count: int
+    rows: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of squared distances from the mean
+    directions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (k, in)
+    values: Tensor = field(default_factory=lambda: torch.zeros(0))  # singular values (k,)
+    cosine: float = -1.0  # the least one between the directions of the last two updates
+
+    def see(self, x: Tensor) -> None:
+        """Takes rows x (n, in) into account."""
+        if not len(x):
+            return
+        n, total = len(x), self.rows + len(x)
+        mean = x.mean(0)
+        parts = [x - mean]
+        squares = parts[0].square().sum()
+        if self.rows:
+            shift = (self.rows * n / total) ** 0.5 * (self.mean - mean)
+            parts += [self.values[:, None] * self.directions, shift[None]]
+            squares = squares + self.squares + shift.square().sum()
+            mean = self.mean + (mean - self.mean) * (n / total)
+        values, directions = _right_vectors(torch.cat(parts), self.count)
+        known = min(len(directions), len(self.directions))
+        # A direction and its opposite are the same.
+        cosines = F.cosine_similarity(directions[:known], self.directions[:known]).abs() if known else torch.zeros(1)
+        self.cosine = float(cosines.min()) if known == len(directions) else -1.0
+        self.rows, self.mean, self.squares, self.values, self.directions = total, mean, squares, values, directions
+
+    def explained(self) -> Tensor:
+        """Returns the share of the variance that each direction explains."""
+        return self.values.square() / self.squares.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _right_vectors(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest singular values of a matrix (n, in) and its right singular vectors (k, in)."""
+    if min(rows.shape) > 4 * count:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, values, V = torch.svd_lowrank(rows, q=2 * count, niter=4)
+        return values[:count], V.T[:count]
+    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
+    return values[:count], directions[:count]
+
+
+class _Inputs:
+    """The inputs of some layers; layers that read the same tensor are seen once."""
+
+    def __init__(self, targets: Sequence[EvaTarget], most: Mapping[str, int]) -> None:
+        self._targets, self._most = targets, most
+        self._first: dict[str, str] = {}  # the first of the layers with the same input, by name
+        self.spreads: dict[str, _Spread] = {}
+
+    def of(self, name: str) -> _Spread:
+        """Returns the spread of a layer's inputs."""
+        return self.spreads.get(self._first.get(name, ""), _Spread(0))
+
+    def see(self, model: nn.Module, batch: Any, counted: Tensor | None) -> None:
+        """Runs one batch and takes in what the layers read."""
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            target.module.register_forward_pre_hook(functools.partial(_note, seen, target.name))
+            for target in self._targets
+        ]
+        try:
+            if isinstance(batch, Mapping):
+                model(**{name: value for name, value in batch.items() if name != "labels"})
+            else:
+                model(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not self._first:
+            by_tensor: dict[int, str] = {}
+            for name, x in seen.items():
+                self._first[name] = by_tensor.setdefault(id(x), name)
+            for name, first in self._first.items():
+                spread = self.spreads.setdefault(first, _Spread(0))
+                spread.count = max(spread.count, self._most[name])
+        for name, spread in self.spreads.items():
+            if name in seen:
+                x = seen[name]
+                rows = x[counted] if counted is not None else x.reshape(-1, x.shape[-1])
+                spread.see(rows.float())
+
+
+def _note(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    seen[name] = inputs[0]

@@ -1,0 +1,109 @@
+"""Chosen rows of the tables of tokens, trained and stored alone (PEFT's `trainable_token_indices`).
+
+An embedding looks up the trained row where there is one; a head computes its logit with it.  A head that is tied to the
+embedding shares the rows, as it shares the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import Parameter
+
+from ..delta import dense
+from ..layers import LoRALayer
+
+__all__ = ["ROWS", "TokenRowsEmbedding", "TokenRowsHead", "share_rows"]
+
+ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name, although these are the rows' values
+
+
+class _TokenRows(LoRALayer):
+    """What tables with trained rows have in common.
+
+    Attributes:
+        lora_token_rows: the rows' values (k, d).
+        lora_token_indices: which rows they are (k,).
+        tied: whether another layer has the rows, and saves them.
+    """
+
+    lora_token_rows: Parameter
+    lora_token_indices: Tensor
+    token_indices: tuple[int, ...] = ()
+    tied: bool = False
+    fixed_names = ("lora_token_indices",)
+    may_rest = True  # tokens that a batch does not hold have no gradient
+
+    def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_token_rows": (len(self.token_indices), self._base_shape[1])}
+
+    def tensor_keys(self) -> dict[str, str]:
+        return {} if self.tied else {"lora_token_rows": ROWS}
+
+    def to_adapter(self) -> dict[str, Tensor]:
+        return {} if self.tied else super().to_adapter()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        weight = dense(self.base_weight)
+        indices = torch.tensor(self.token_indices, device=weight.device)
+        self.register_buffer("lora_token_indices", indices)
+        self.lora_token_rows.copy_(weight[indices])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("rows of a table are no low-rank update")
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def delta_weight(self) -> Tensor:
+        weight, rows = dense(self.base_weight), self.lora_token_rows
+        delta = torch.zeros(weight.shape, dtype=rows.dtype, device=weight.device)
+        return delta.index_copy(0, self.lora_token_indices, rows - weight[self.lora_token_indices].to(rows.dtype))
+
+    def is_as_base(self, values: Mapping[str, Tensor]) -> bool:
+        rows = values["lora_token_rows"]
+        return torch.equal(rows, dense(self.base_weight)[self.lora_token_indices].to(rows.dtype))
+
+
+class TokenRowsEmbedding(_TokenRows):
+    """A table whose trained rows take the places of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, super().forward(x))
+        if not self._active:
+            return y
+        indices = self.lora_token_indices
+        order = indices.argsort()
+        places = order[torch.searchsorted(indices, x, sorter=order).clamp(max=len(indices) - 1)]
+        rows = F.embedding(places, self.lora_token_rows).to(y.dtype)
+        scale = getattr(self, "embed_scale", None)  # Gemma's
+        rows = rows if scale is None else rows * scale.to(y.dtype)
+        return torch.where((indices[places] == x)[..., None], rows, y)
+
+
+class TokenRowsHead(_TokenRows):
+    """A head whose logits of some tokens are made with trained rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, super().forward(x))
+        if not self._active:
+            return y
+        bias: Any = self._parameters.get("bias")
+        indices = self.lora_token_indices
+        logits = F.linear(x, self.lora_token_rows.to(x.dtype), None if bias is None else bias[indices])
+        return y.index_copy(-1, indices, logits.to(y.dtype))
+
+
+def share_rows(layers: Sequence[nn.Module]) -> None:
+    """Lets tied tables train the same rows; the first of those that hold one weight saves them."""
+    first: dict[int, _TokenRows] = {}
+    for layer in layers:
+        if isinstance(layer, _TokenRows):
+            owner = first.setdefault(id(layer.base_weight), layer)
+            if owner is not layer and owner.token_indices == layer.token_indices:
+                layer.lora_token_rows, layer.tied = owner.lora_token_rows, True
