@@ -21,6 +21,7 @@ from loralib.data import TokenExample
 from loralib.engine.placement import engine_mode
 from loralib.errors import BaseModelError
 from loralib.injection import adapted_layers
+from loralib.training.ranks import joined
 from loralib.training.step import make_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +162,7 @@ def small(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     if kind == "GPT2":
         sizes = {"n_embd": 128, "n_layer": 3, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     config = getattr(transformers, f"{kind}Config")(**(sizes | {"vocab_size": 64, "pad_token_id": 0} | FAMILIES[kind]))
+    torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -229,32 +231,36 @@ def test_processes_send_what_the_formula_says(
     def count(rank: int) -> tuple[int, int]:
         counts = {"reduced": 0, "gathered": 0}
         dist: Any = torch.distributed
-        reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+        gathering = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        reduce, gather = dist.all_reduce, getattr(dist, gathering)
 
         def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             counts["reduced"] += tensor.nbytes
             return reduce(tensor, *args, **kwargs)
 
-        def all_gather(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            counts["gathered"] += output_tensor.nbytes
-            return gather(output_tensor, *args, **kwargs)
+        def all_gather(*args: Any, **kwargs: Any) -> Any:
+            counts["gathered"] += max(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            return gather(*args, **kwargs)
 
-        model, results = small("Llama", torch.float32), []
+        results = []
         examples = [TokenExample(tuple(range(1, 20 + n)), (True,) * (19 + n)) for n in range(8)]
         for steps in (1, 3):  # what comes at the start and the end is the same
             counts.update(reduced=0, gathered=0)
-            dist.all_reduce, dist.all_gather_into_tensor = all_reduce, all_gather
+            dist.all_reduce = all_reduce
+            setattr(dist, gathering, all_gather)
             config = lora.TrainConfig(
                 output_dir=str(tmp_path / f"{size}-{sharded}-{steps}"), rank=4, lr=1e-3, batch_size=8, max_steps=steps,
                 num_epochs=9, valid_fraction=0, shard=sharded, warmup_steps=0,
             )  # fmt: skip
-            lora.train(small("Llama", torch.float32), examples, config, verbose=False)
-            dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
+            with joined():
+                lora.train(small("Llama", torch.float32), examples, config, verbose=False)
+            dist.all_reduce = reduce
+            setattr(dist, gathering, gather)
             results.append((counts["reduced"], counts["gathered"]))
-        del model
         return (results[1][0] - results[0][0]) // 2, (results[1][1] - results[0][1]) // 2
 
     counted = start(size, count)
+    assert not [each for each in counted if isinstance(each, BaseException)], counted
     model = small("Llama", torch.float32)
     lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
     told, sent = traffic(model, size, sharded=sharded), (size - 1) / size
