@@ -195,7 +195,9 @@ def _way(
         quantize=config.quantize,
         device="cpu" if config.gpus is None else "cuda",
     )
-    batch = min(config.batch_size, at_once * config.processes)
+    # An update's examples are dealt to the processes, and each computes its share batch_size examples at a time.
+    share = math.ceil(config.batch_size / config.processes)
+    batch = config.batch_size if at_once >= share else at_once
     steps = math.ceil(config.batch_size / batch)
     flags = [*(["--shard"] if sharded else []), *(["--gradient_checkpointing"] if checkpointing else [])]
     if batch != TrainConfig.batch_size:
@@ -203,7 +205,7 @@ def _way(
     if steps > 1:
         flags += ["--grad_accum", str(steps)]
     name = "sharded" if sharded else "data parallel" if config.processes > 1 else "one process"
-    sent = sum(traffic(model, config.processes, sharded=sharded, batches=steps).values())
+    sent = sum(traffic(model, config.processes, sharded=sharded, batches=math.ceil(share / at_once)).values())
     return Choice(name + (", checkpointing" if checkpointing else ""), tuple(flags), budget, room, sent)
 
 
