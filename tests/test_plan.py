@@ -249,8 +249,8 @@ def test_processes_send_what_the_formula_says(
                 dist.all_reduce = all_reduce
                 setattr(dist, gathering, all_gather)
                 config = lora.TrainConfig(
-                    output_dir=str(tmp_path / f"{size}-{sharded}-{steps}"), rank=4, lr=1e-3, batch_size=8, max_steps=steps,
-                    num_epochs=9, valid_fraction=0, shard=sharded, warmup_steps=0,
+                    output_dir=str(tmp_path / f"{size}-{sharded}-{steps}"), rank=4, lr=1e-3, batch_size=8,
+                    max_steps=steps, num_epochs=9, valid_fraction=0, shard=sharded, warmup_steps=0,
                 )  # fmt: skip
                 lora.train(small("Llama", torch.float32), examples, config, verbose=False)
                 dist.all_reduce = reduce
