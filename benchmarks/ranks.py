@@ -158,7 +158,7 @@ def kills(count: int, updates: int, seconds: float) -> dict[str, Any]:
         process = started(2, 1, [str(FILE), "train", str(truth), str(updates)])
         if process.wait():
             raise SystemExit("the undisturbed run failed")
-        while len(done) < count or (runs and not runs[-1]):
+        while len(done) < count:
             output = Path(name) / f"run-{len(runs)}"
             over = False
             while not over:

@@ -64,6 +64,7 @@ OUTSIDE = {
     "pyarrow": {"data.tables"},
     "filelock": {"files"},
     "psutil": {"files"},
+    "liger_kernel": {"engine.liger"},
     "shtab": {"cli.completion"},
     "llguidance": {"generation.grammar"},
     "uvicorn": {"cli.serve"},

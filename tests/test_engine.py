@@ -566,7 +566,7 @@ def test_training_a_busy_model_is_refused_before_anything_is_done_to_it(tmp_path
     assert all(layer.merged for _, layer in adapted_layers(model))
 
 
-# Off, and off the CPU.
+# Off.
 
 
 def test_engine_off_computes_the_same_and_places_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,20 +583,3 @@ def test_engine_off_computes_the_same_and_places_nothing(monkeypatch: pytest.Mon
     monkeypatch.setenv("LORALIB_ENGINE", "of")
     with pytest.raises(ConfigError, match="LORALIB_ENGINE is 'of', expected full, torch, off"):
         engine_mode()
-
-
-def test_off_the_cpu_no_forward_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on another device: only transformers' attention interface and, for the head, the body have ways of ours."""
-    from loralib.engine import forward
-
-    monkeypatch.setattr(forward, "runs_here", lambda model: False)
-    model, batch = adapted(), examples(0)
-    expected = reference(model, batch)
-    step = make_step(model)
-    assert step.packing
-    with step:
-        replaced = [name for name, module in model.named_modules() if "forward" in module.__dict__]
-        step.forward_backward(batch, loss_scale=1.0)
-    assert replaced == ["model"]
-    for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5, msg=name)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .tokens import TokenExample
 
@@ -58,6 +59,20 @@ class Pack:
     def processed_tokens(self) -> int:
         """How many tokens the model computes, B * T."""
         return self.ids.numel()
+
+    def extended(self, tokens: int) -> Pack:
+        """Returns a packed row with padding tokens at its end, `tokens` in all: each is seen by itself alone.
+
+        >>> row = pack([TokenExample((5, 6, 7), (False, True, True))]).extended(4)
+        >>> row.ids.tolist(), row.ends.tolist(), row.states.tolist()
+        ([[5, 6, 0, 0]], [2, 2, 3, 4], [0, 1])
+        """
+        assert self.ends is not None
+        more = tokens - len(self.ends)
+        if not more:
+            return self
+        ends = torch.cat([self.ends, torch.arange(len(self.ends), tokens) + 1])
+        return replace(self, ids=F.pad(self.ids, (0, more)), positions=F.pad(self.positions, (0, more)), ends=ends)
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:

@@ -20,7 +20,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_
 from .kernels import Factors, GroupOperands, Kernels, loaded
 from .placement import Override, Overrides, own_forward
 
-__all__ = ["TrainingLinears"]
+__all__ = ["LayerGroup", "PendingOutputs", "TrainingLinears", "groups_of", "has_factors", "is_frozen", "record_call"]
 
 
 class TrainingLinears:
@@ -48,7 +48,7 @@ class TrainingLinears:
     """
 
     def __init__(self, body: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
-        self._layers = [m for m in body if isinstance(m, LoRALinear) and m.r > 0 and FrozenLinear.accepts(m)]
+        self._layers = [m for m in body if has_factors(m)]
         others = [m for m in modules if _gains(m)]
         weights = [weight_of(module) for module in (*self._layers, *others)]
         copies = 2 * sum(weight.nbytes for weight in weights if _needs_copy(weight))  # one for each direction
@@ -64,8 +64,8 @@ class TrainingLinears:
     def finding_groups(self) -> Iterator[Overrides]:
         """Yields overrides that note which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
-        yield {layer: functools.partial(_record, calls, layer) for layer in self._layers}
-        self._groups = [_Group(layers, self._prepacks) for layers in _groups(calls)]
+        yield {layer: functools.partial(record_call, calls, layer) for layer in self._layers}
+        self._groups = [_Group(layers, self._prepacks) for layers in groups_of(calls)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
@@ -87,7 +87,7 @@ class TrainingLinears:
             yield overrides
         finally:
             for group in groups:
-                group.pending, group.casts = _PendingOutputs(), []
+                group.pending, group.casts = PendingOutputs(), []
 
 
 # For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
@@ -171,6 +171,11 @@ def _row_blocks(B: Tensor, count: int) -> Sequence[Tensor]:
 # Which layers go together.
 
 
+def has_factors(module: nn.Module) -> TypeGuard[LoRALinear]:
+    """Returns whether a module is a linear with LoRA whose output is computed as usual."""
+    return isinstance(module, LoRALinear) and module.r > 0 and FrozenLinear.accepts(module)
+
+
 def _gains(module: nn.Module) -> bool:
     """Whether a linear without LoRA has a faster override."""
     if isinstance(module, LoRALayer) or not FrozenLinear.accepts(module):
@@ -188,12 +193,13 @@ def _base_weight(layer: LoRALinear) -> Tensor:
     return layer.base_weight.T if layer.fan_in_fan_out else layer.base_weight
 
 
-def _record(calls: list[tuple[LoRALinear, Tensor]], layer: LoRALinear, x: Tensor) -> Tensor:
+def record_call(calls: list[tuple[LoRALinear, Tensor]], layer: LoRALinear, x: Tensor) -> Tensor:
+    """Notes that a layer was called with a tensor, and computes its own forward."""
     calls.append((layer, x))
     return cast(Tensor, own_forward(layer, x))
 
 
-def _groups(calls: Sequence[tuple[LoRALinear, Tensor]]) -> list[list[LoRALinear]]:
+def groups_of(calls: Sequence[tuple[LoRALinear, Tensor]]) -> list[list[LoRALinear]]:
     """Puts layers that were called one after another with the same tensor into one group."""
     groups: list[list[LoRALinear]] = []
     known: set[LoRALinear] = set()
@@ -248,7 +254,7 @@ class _Buffers:
 
 
 @dataclass
-class _PendingOutputs:
+class PendingOutputs:
     """Outputs that were computed with that of the first layer of a group, and were not asked for yet."""
 
     x: Tensor | None = None
@@ -256,14 +262,54 @@ class _PendingOutputs:
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Group:
-    """Layers that read the same input, what they multiply with in the base's dtype, and the gradients of that."""
+class LayerGroup:
+    """Layers that read the same input: called one by one, and computed together.
+
+    Attributes:
+        layers: those of the group, in the order in which they are called.
+        pending: what was computed for layers that have not been called yet.
+    """
+
+    def __init__(self, layers: list[LoRALinear]) -> None:
+        self.layers = layers
+        self.pending = PendingOutputs()
+
+    def run(self, number: int, x: Tensor) -> Tensor:
+        """Returns one layer's output; that of the first layer is computed together with those of the others."""
+        layer, pending = self.layers[number], self.pending
+        usual = x.dtype == layer.base_weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if not (usual and self._is_ready()) or x.is_inference() or x.dim() < 2 or not x.numel():
+            return cast(Tensor, own_forward(layer, x))
+        made_for = (x._version, torch.is_grad_enabled())
+        if pending.x is x and pending.made_for == made_for and number in pending.outputs:
+            output = pending.outputs.pop(number)
+            if not pending.outputs:
+                self.pending = PendingOutputs()
+            return output
+        drops = any(each.lora_dropout and each.training for each in self.layers)
+        numbers = (number,) if number or drops else tuple(range(len(self.layers)))
+        outputs = self._outputs(x, layer._drop(x) if drops else None, numbers)
+        first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+        if others:
+            self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
+        return first
+
+    def _is_ready(self) -> bool:
+        """Returns whether a pass has begun for which the layers are computed together."""
+        raise NotImplementedError
+
+    def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
+        """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths see `dropped` if it is given."""
+        raise NotImplementedError
+
+
+class _Group(LayerGroup):
+    """What the layers of a group multiply with in the base's dtype, and the gradients of that."""
 
     def __init__(self, layers: list[LoRALinear], prepack: bool) -> None:
-        self.layers = layers
+        super().__init__(layers)
         weights = [_base_weight(layer) for layer in layers]
         self.weights = [FrozenWeight(weight, prepack and _needs_copy(weight)) for weight in weights]
-        self.pending = _PendingOutputs()
         self.factors, self.gradients = _Buffers(layers), _Buffers(layers)  # the factors' B are scaled
         self.casts: list[Tensor] = []  # A_i and B_i of each layer as parts of the pass's graph, where there is one
         self.written: set[int] = set()  # the layers whose gradients of this pass are there
@@ -280,7 +326,7 @@ class _Group:
             and _dtype(layer) == kind
             and layer.lora_A.shape == A.shape
             and len(layer.lora_B) == sum(map(len, blocks))
-            and _is_frozen(layer)
+            and is_frozen(layer)
             for layer, A, blocks in zip(self.layers, self.factors.A_of, self.factors.B_blocks, strict=True)
         )
 
@@ -311,28 +357,13 @@ class _Group:
             self._operands[numbers] = operands
         return operands
 
-    def run(self, number: int, x: Tensor) -> Tensor:
-        """Returns one layer's output; that of the first layer is computed together with those of the others."""
-        layer, pending = self.layers[number], self.pending
-        usual = x.dtype == layer.base_weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        has_graph = bool(self.casts) or not torch.is_grad_enabled()
-        if not (usual and has_graph) or x.is_inference() or x.dim() < 2 or not x.numel():
-            return cast(Tensor, own_forward(layer, x))
-        made_for = (x._version, torch.is_grad_enabled())
-        if pending.x is x and pending.made_for == made_for and number in pending.outputs:
-            output = pending.outputs.pop(number)
-            if not pending.outputs:
-                self.pending = _PendingOutputs()
-            return output
-        drops = any(each.lora_dropout and each.training for each in self.layers)
-        numbers = (number,) if number or drops else tuple(range(len(self.layers)))
-        dropped = layer._drop(x) if drops else None
+    def _is_ready(self) -> bool:
+        return bool(self.casts) or not torch.is_grad_enabled()
+
+    def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
         casts = [factor for each in numbers for factor in self.casts[2 * each : 2 * each + 2]]
         outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, dropped, self, numbers, *casts)  # type: ignore[no-untyped-call]
-        first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
-        if others:
-            self.pending = _PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return first
+        return outputs
 
     def multiply(self, rows: Tensor, seen: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), of which the low-rank path sees `seen`."""
@@ -413,7 +444,7 @@ class _GroupProduct(torch.autograd.Function):
         return of_x, of_dropped, None, None, *of_casts
 
 
-def _is_frozen(layer: LoRALinear) -> bool:
+def is_frozen(layer: LoRALinear) -> bool:
     """Whether the base weight and its bias are not trained, and the kernels can read the bias."""
     weight, bias = layer.base_weight, _bias(layer)
     if weight.requires_grad:

@@ -4,7 +4,8 @@ transformers' models look their attention function up in an interface, by a name
 registers `attention` there; a `Hold` (placement.py) makes one model's modules ask for it.  A pass through the model
 hands a layout over as the argument `layout`:
 
-- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once;
+- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once; its
+  counterpart for GPUs is `FlexLayout` (flex.py);
 - `TreeLayout`: a step of generation, the new tokens of many sequences and their branches, over a cache of keys.
 
 Both answer the same question in two forms: `blocks` for the compiled kernel, and dense masks or tiles for PyTorch's
@@ -29,6 +30,7 @@ from ..errors import UnsupportedModelError
 from .kernels import LANES, Blocks, Kernels, loaded
 
 __all__ = [
+    "AttentionSettings",
     "KVCache",
     "Layout",
     "PackedLayout",
@@ -36,6 +38,7 @@ __all__ = [
     "TreeLayout",
     "attention",
     "interface_name",
+    "masked_weights",
     "resized",
     "with_layout",
 ]
@@ -98,9 +101,9 @@ def interface_name(implementation: str | None) -> str | None:
     models make no mask for a name that they do not know.  Everywhere else it is the original.  A layer that runs again
     in the backward pass, for gradient checkpointing, may do so in a thread of autograd's own.
     """
-    in_backward = torch._C._current_graph_task_id() != -1
-    if not (getattr(_THREAD, "has_layout", False) or in_backward):
-        return implementation
+    if not getattr(_THREAD, "has_layout", False):
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return implementation
     original = implementation or "eager"
     name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
     if name not in _NAMES:
@@ -159,11 +162,15 @@ def attention(
         names = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
         given = {name: value for name, value in names.items() if value is not None}
         return _original(module)(module, query, key, value, attention_mask, **given, **others)
-    _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # the same layer was asked before, in the trial at the start
+        _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = AttentionSettings(scaling, softcap, sliding_window, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return layout.attend(cast(int, module.layer_idx), q, k, v, settings).unsqueeze(0), None
+    # A number that differs between layers would have each of them compiled anew.
+    layer = 0 if compiling else cast(int, module.layer_idx)
+    return layout.attend(layer, q, k, v, settings).unsqueeze(0), None
 
 
 def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -242,9 +249,8 @@ class PackedLayout:
     """One row of consecutive examples; beginnings that they share appear once.
 
     Args:
-        ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, as the positions.
+        ends: (T,) token k is seen by the tokens k .. ends[k] - 1.
         positions: (T,) the place of each token in its example.
-        device: of the model; who sees whom is worked out on the CPU, and asks that device for nothing.
         tile: how many queries are computed together without kernels.
     """
 
@@ -253,8 +259,8 @@ class PackedLayout:
     # Tiles with at most this many keys are computed together, however few some of them see: fewer operators gain more.
     _FEW_KEYS = 256
 
-    def __init__(self, ends: Tensor, positions: Tensor, device: torch.device | str = "cpu", tile: int = 48) -> None:
-        self._ends, self._positions, self._device, self._tile_size = ends, positions, device, tile
+    def __init__(self, ends: Tensor, positions: Tensor, tile: int = 48) -> None:
+        self._ends, self._positions, self._tile_size = ends, positions, tile
         self.tokens = len(ends)
         self._tiles: dict[int | None, list[_Tiles]] = {}
         self._blocks: dict[int | None, Blocks] = {}
@@ -340,8 +346,7 @@ class PackedLayout:
                 hidden[row, visible.shape[0] :, 0] = (
                     0.0  # queries past the row's end see something: no softmax is 0 / 0
                 )
-            on = self._device
-            yield _Tiles(torch.tensor(chosen, device=on), keys.flatten().to(on), hidden.to(on))
+            yield _Tiles(torch.tensor(chosen), keys.flatten(), hidden)
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -372,13 +377,13 @@ def _tile_attention(
         rows = x.index_select(0, index).view(count, -1, heads, width).transpose(1, 2)
         return rows.reshape(count * heads, -1, width)
 
-    weights = _weights(q, gather(k), hidden, settings)
+    weights = masked_weights(q, gather(k), hidden, settings)
     if settings.dropout:
         weights = F.dropout(weights, settings.dropout)
     return torch.bmm(weights, gather(v))
 
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
+def masked_weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
     """Attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); softmax computes in fp32, whatever the dtype.
 
     AttentionSettings are rounded to the dtype of q, but scaled before that.
@@ -565,7 +570,7 @@ class TreeLayout:
         of_heads = torch.arange(kv_heads, device=q.device)[:, None]
         keys = keys[slots, of_heads].view(sequences * kv_heads, columns, width)
         values = values[slots, of_heads].view(sequences * kv_heads, columns, -1)
-        y = _weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
+        y = masked_weights(grid, keys, self._mask(settings.window, kv_heads, group, q.dtype), settings) @ values
         y = y.view(sequences, kv_heads, branches, group, -1).permute(0, 2, 1, 3, 4)
         y = y.reshape(sequences * branches, heads, -1)
         return y if self.grid_index is None else y[self.grid_index]
@@ -588,5 +593,5 @@ def _attend_causally(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSetting
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=settings.scaling)
         else:
             hidden = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
-            y = (_weights(q[0], k[0], hidden, settings) @ v[0])[None]
+            y = (masked_weights(q[0], k[0], hidden, settings) @ v[0])[None]
     return y[0].transpose(0, 1)

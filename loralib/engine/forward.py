@@ -11,19 +11,25 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..wrapping import is_spread
 from .adapted_linears import TrainingLinears
-from .attention import Layout, interface_name, with_layout
+from .attention import Layout, PackedLayout, interface_name, with_layout
+from .compiled import CompiledBlocks
+from .device_linears import DeviceLinears
+from .flex import FlexLayout, bucket, has_compiler, has_flex
+from .liger import LigerLoss, has_liger
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
+from .transfer import to_device
 
-__all__ = ["Forward", "device_of", "logits_of", "plain_logits", "runs_here"]
+__all__ = ["Forward", "Path", "device_of", "logits_of", "may_compile", "path_of", "plain_logits", "runs_here"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -31,9 +37,28 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+Path = Literal["cpu", "gpu", "plain"]
+_PATHS: Final[dict[str, Path]] = {"cpu": "cpu", "cuda": "gpu", "mps": "gpu", "xpu": "gpu"}
+
+
+def path_of(model: nn.Module) -> Path:
+    """Returns how a model is computed: in what was made for CPUs, or for GPUs, or as transformers wrote it.
+
+    The last is for all other devices, and for LORALIB_ENGINE "off".
+    """
+    if engine_mode() == "off":
+        return "plain"
+    return _PATHS.get(device_of(model).type, "plain")
+
+
 def runs_here(model: nn.Module) -> bool:
-    """Returns whether modules of this model are overridden: on a CPU, unless LORALIB_ENGINE is "off"."""
-    return device_of(model).type == "cpu" and engine_mode() != "off"
+    """Returns whether a model is computed in what was made for CPUs."""
+    return path_of(model) == "cpu"
+
+
+def may_compile(device: torch.device) -> bool:
+    """Returns whether blocks may be compiled: on CUDA or ROCm, with a compiler, unless LORALIB_ENGINE forbids it."""
+    return device.type == "cuda" and engine_mode() == "full" and has_compiler()
 
 
 def logits_of(output: Any) -> Tensor:
@@ -66,24 +91,34 @@ class Forward:
 
     Args:
         model: a causal language model, adapted or not.
+        compiles: whether its blocks are compiled, on a GPU.
 
     Attributes:
         model: the model.
+        path: see `path_of`.
         device: where its inputs go.
+        compiles: whether decoder blocks are compiled.
         splits: whether it is a head on a body; else only `logits` can be computed.
         has_layouts: whether passes may have a layout; else attention is left alone.
+        liger: computes head and loss together, where that is possible on a GPU; else None.
         lock: for one pass at a time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.device = model, device_of(model)
-        fast = runs_here(model)
-        self._body = self._find_body() if engine_mode() != "off" else None
-        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
-        in_body = self._body.modules() if self._body is not None and fast else ()
-        self._linears = TrainingLinears(list(in_body), list(model.modules()) if fast else [])
-        self._overrides: Overrides = operator_overrides(model) if fast else {}
+    def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
+        self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._is_spread = is_spread(model)
+        self._body = self._find_body() if self.path != "plain" else None
+        # Blocks that are gathered as they are called are left to PyTorch.
+        compiles = compiles and self._body is not None and not self._is_spread
+        self.compiles = compiles and self.path == "gpu" and may_compile(self.device)
+        self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
+        self._has_flex = engine_mode() == "full" and has_flex(self.device)
+        self._linears = self._find_linears()
+        self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
+        if self._blocks is not None:
+            self._overrides = self._blocks.overrides
+        self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen
+        self.liger: LigerLoss | None = None
         self._states: Tensor | None = None  # what the body returns while the head runs
         self._is_held = False
         self.has_layouts = self._body is not None
@@ -91,6 +126,13 @@ class Forward:
         with self.held("inference"), evaluating(model.modules()), torch.no_grad():
             self.splits = False
             self.splits = self._probe()
+
+    def _find_linears(self) -> TrainingLinears | DeviceLinears:
+        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
+        in_body = list(self._body.modules()) if self._body is not None else []
+        if self.path == "cpu":
+            return TrainingLinears(in_body, list(self.model.modules()))
+        return DeviceLinears([] if self.compiles else in_body)
 
     @property
     def prepacked_bytes(self) -> int:
@@ -122,7 +164,12 @@ class Forward:
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
-        with self._whole(), self._linears.ready() as linears, overriding({**self._overrides, **linears, **body}):
+        in_backward = self.path == "gpu" and torch.is_grad_enabled()
+        with (
+            self._whole(),
+            self._linears.ready() as linears,
+            overriding({**self._overrides, **linears, **body}, in_backward=in_backward),
+        ):
             yield
 
     @contextmanager
@@ -152,20 +199,46 @@ class Forward:
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
 
-    def packed_hidden(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """Returns the last hidden states (1, T, D) of a row in which a layout says who sees whom.
+    def why_not_compiled(self) -> str:
+        """Returns why a model's blocks cannot be compiled, or ""."""
+        if may_compile(self.device):
+            return ""
+        if self.device.type != "cuda":
+            return f"the model is on {self.device.type}, expected cuda"
+        return "triton is not installed, or LORALIB_ENGINE is not full"
+
+    def compile_blocks(self) -> None:
+        """Has blocks compiled from now on, where they can be: after a trial on short rows."""
+        if self._blocks is not None:
+            self._blocks.enabled = True
+
+    def row_length(self, tokens: int) -> int:
+        """Returns how long a packed row of so many tokens has to be: on a GPU, one of few lengths."""
+        return bucket(tokens) if self.path == "gpu" else tokens
+
+    def packed_hidden(self, ids: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+        """Returns the last hidden states (1, T, D) of a packed row.
 
         Args:
-            ids: (1, T) token ids.
+            ids: (1, T) token ids; on the CPU, as all of these; T is a `row_length`.
             positions: (1, T) place of each token in its example.
-            layout: that of the row.
+            ends: (T,) see `loralib.data.packing.Pack`.
 
         Raises:
             UnsupportedModelError: the model's attention needs something that is not computed here.
         """
+        layout = self._layout(ends, positions[0])
+        ids, positions = to_device(ids, self.device), to_device(positions, self.device)
         with with_layout():
             output = self._run_body(input_ids=ids, position_ids=positions, layout=layout)
+        if isinstance(layout, FlexLayout):
+            self._windows |= layout.windows
         return cast(Tensor, output.last_hidden_state)
+
+    def _layout(self, ends: Tensor, positions: Tensor) -> Layout:
+        if self.path == "gpu":
+            return FlexLayout(ends, positions, self.device, flex=self._has_flex, windows=self._windows)
+        return PackedLayout(ends, positions)
 
     def head(self, states: Tensor) -> Tensor:
         """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
@@ -203,10 +276,15 @@ class Forward:
             whole = self.logits(ids)
         with overriding({self._body: self._body_or_states}):
             try:
-                apart = self.head(self.hidden(ids)[0])
+                hidden = self.hidden(ids)[0]
+                apart = self.head(hidden)
             except Exception:  # its forward reaches into the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
+        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if self.device.type == "cuda" and engine_mode() == "full" and has_liger() and LigerLoss.accepts(head):
+            plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
+            self.liger = LigerLoss(head) if torch.allclose(plain, apart, rtol=1e-3, atol=1e-3 * spread) else None
         return spread < float("inf") and torch.allclose(apart, whole[0], rtol=1e-3, atol=1e-3 * spread)
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["HeadLoss", "Predictions", "head_loss"]
+from .transfer import to_device
+
+__all__ = ["HeadLoss", "Predictions", "head_loss", "in_blocks"]
 
 _BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
 
@@ -43,7 +45,8 @@ class Predictions(NamedTuple):
             device: that of the states.
         """
         state_weights = torch.zeros(states).index_add_(0, rows, weights)
-        return cls(rows.to(device), targets.to(device), weights.to(device), state_weights.to(device), rows)
+        there = [to_device(each, device) for each in (rows, targets, weights, state_weights)]
+        return cls(there[0], there[1], there[2], there[3], rows)
 
 
 class HeadLoss(NamedTuple):
@@ -56,6 +59,11 @@ class HeadLoss(NamedTuple):
 
     total: Tensor
     objective: Tensor
+
+
+def in_blocks(logits: Tensor) -> bool:
+    """Returns whether a chunk's logits are worked on in blocks that stay in cache, as on CPUs, or as a whole."""
+    return logits.device.type == "cpu"
 
 
 def head_loss(
@@ -102,8 +110,7 @@ def _chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the loss of logits (C, V) of the states from `start` on, and the gradient of scale * loss in them."""
     rows, targets, weights, state_weights, cpu_rows = predictions
-    # On the CPU a block's logits stay in cache; elsewhere each operator takes a whole chunk.
-    block = _BLOCK if logits.device.type == "cpu" else len(logits)
+    block = _BLOCK if in_blocks(logits) else len(logits)
     starts = range(start, start + len(logits), block)
     limits = torch.tensor([*starts, start + len(logits)])
     bounds: list[int] = torch.searchsorted(cpu_rows, limits).tolist()
@@ -196,11 +203,15 @@ def _loss_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of some rows of logits, and the gradient of scale * loss in them, (C, V), in fp32."""
     wide = logits.float()
-    slope = torch.softmax(wide, -1)
-    log_p = slope[rows, targets].log_()
-    # Underflow is rare, so on the CPU, where checking is free, log_softmax is only computed when it is needed.
-    if wide.device.type != "cpu" or not bool(torch.isfinite(log_p).all()):
-        log_p = torch.log_softmax(wide, -1)[rows, targets]
+    if in_blocks(logits):
+        slope = torch.softmax(wide, -1)
+        log_p = slope[rows, targets].log_()
+        if not bool(torch.isfinite(log_p).all()):  # underflow, which is rare
+            log_p = torch.log_softmax(wide, -1)[rows, targets]
+    else:  # a device is not asked: what cannot underflow comes first
+        slope = torch.log_softmax(wide, -1)
+        log_p = slope[rows, targets]
+        slope.exp_()
     loss = -(1 - label_smoothing) * torch.dot(log_p, weights)
     # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.
     if label_smoothing:

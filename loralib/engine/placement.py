@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
+import torch
 from torch import nn
 
 from ..errors import BusyModelError, ConfigError
@@ -36,6 +37,7 @@ Use = Literal["training", "inference"]
 
 _LOCK: Final = threading.RLock()
 _THREAD: Final = threading.local()  # .overrides: those of the pass that this thread is inside of
+_IN_BACKWARD: Final[dict[object, Overrides]] = {}  # see `overriding`
 _MODES: Final = ("full", "torch", "off")
 
 
@@ -55,18 +57,31 @@ def engine_mode() -> str:
 
 
 @contextmanager
-def overriding(overrides: Overrides) -> Iterator[None]:
+def overriding(overrides: Overrides, *, in_backward: bool = False) -> Iterator[None]:
     """Overrides modules in this thread, where a `Hold` has placed their switches.
 
     Args:
         overrides: for each overridden module, the function to call instead of its forward.
+        in_backward: override them in all backward passes as well, for a model that this thread alone uses.  A GPU's
+            backward pass has a thread of autograd's own, in which checkpointed layers run again.
     """
     before = getattr(_THREAD, "overrides", None)
     _THREAD.overrides = overrides
+    this_pass = object()
+    if in_backward:
+        _IN_BACKWARD[this_pass] = overrides
     try:
         yield
     finally:
         _THREAD.overrides = before
+        _IN_BACKWARD.pop(this_pass, None)
+
+
+def _overrides_of_backward(module: nn.Module) -> Overrides | None:
+    """Returns the overrides of the pass whose backward pass runs a module in this thread, if it is such a one."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    return next((overrides for overrides in list(_IN_BACKWARD.values()) if module in overrides), None)
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +103,8 @@ class _Switch:
         module = self._module()
         assert module is not None
         overrides = getattr(_THREAD, "overrides", None)
+        if overrides is None and _IN_BACKWARD:
+            overrides = _overrides_of_backward(module)
         override = None if overrides is None else overrides.get(module)
         return own_forward(module, *args, **kwargs) if override is None else override(*args, **kwargs)
 

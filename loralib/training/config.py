@@ -210,6 +210,12 @@ class TrainConfig:
         "that do not fit into one GPU",
         "engine",
     )
+    compile: str = setting(
+        "auto",
+        "compile decoder blocks by torch.compile; auto: on a GPU (CUDA or ROCm) where triton is installed",
+        "engine",
+        ("auto", "on", "off"),
+    )
     gradient_checkpointing: bool = setting(False, "use less memory at the cost of a third more time", "engine")
 
     # Validation, checkpoints and logs.

@@ -46,7 +46,7 @@ __all__ = [
 # Settings that may differ when a run resumes: they change what is kept and shown, not what is computed.
 _MAY_DIFFER = frozenset(
     "target output_dir resume overwrite keep_checkpoints report_to save_steps device shard train_data valid_data "
-    "data_format columns as_chat".split()
+    "data_format columns as_chat compile".split()
 )
 # How the names of our temporary files begin, which a run leaves behind when it is killed while writing.
 _TEMPORARY = tuple(

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..data.packing import Pack, pack, pad
 from ..data.tokens import TokenExample
-from ..engine.attention import PackedLayout
 from ..engine.causal import require_causal
-from ..engine.forward import Forward
+from ..engine.forward import Forward, device_of
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode, evaluating
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
+from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
 from ..wrapping import is_spread
 from .ranks import ALONE, Ranks
@@ -65,18 +65,26 @@ class Step:
     Attributes:
         packing: whether batches are packed.
         share_prompts: whether common beginnings are computed once.
+        compiles: whether decoder blocks are compiled by torch.compile, on a GPU.
         note: why batches are padded although packing was asked for, for the user; else "".
         prepacked_bytes: what prepacked copies of frozen weights will take.
     """
 
     def __init__(
-        self, model: nn.Module, *, packing: bool, share_prompts: bool, label_smoothing: float, chunk_tokens: int
+        self,
+        model: nn.Module,
+        *,
+        packing: bool,
+        share_prompts: bool,
+        label_smoothing: float,
+        chunk_tokens: int,
+        compiles: bool,
     ) -> None:
         require_causal(model)
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
-        self._forward = Forward(model)
+        self._forward = Forward(model, compiles=compiles and packing)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
         self._is_spread = is_spread(model)
@@ -84,7 +92,11 @@ class Step:
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
+        if self.note and self._forward.compiles:  # which is for packed rows
+            self._forward = Forward(model, compiles=False)
+        self.compiles = self._forward.compiles
         self._forward.has_layouts = self.packing
+        self._forward.compile_blocks()
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> Step:
@@ -149,7 +161,7 @@ class Step:
     def _compute_part(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
-        laid = pack(batch, share=self.share_prompts) if self.packing else pad(batch)
+        laid = self._packed(batch) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
         if not len(laid.states) and self._is_spread:
             self.idle(backward=scale is not None)
@@ -162,6 +174,10 @@ class Step:
                     loss = self._loss(laid, scale)
         return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
 
+    def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
+        row = pack(batch, share=self.share_prompts if share is None else share)
+        return row.extended(self._forward.row_length(row.processed_tokens)) if len(row.states) else row
+
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
@@ -169,17 +185,20 @@ class Step:
         device = self._forward.device
         if self._remembers:
             forget_length(self._model)
-        places = laid.states.to(device)
+        places = to_device(laid.states, device)
         predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
         if self._forward.splits:
             hidden = self._hidden(laid)
             head: Callable[[Tensor], Tensor] = self._forward.head
         else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-            hidden, head = self._forward.logits(laid.ids.to(device)), lambda states: states
+            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
         states = hidden.flatten(0, 1)[places]
-        loss = head_loss(
-            head, states, predictions, gradient_scale=scale, label_smoothing=self._label_smoothing, chunk=self._chunk
-        )
+        options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
+        liger = self._forward.liger
+        if liger is not None and self._forward.splits and liger.is_usable():
+            loss = liger(states, predictions, laid.trained_tokens, **options)
+        else:
+            loss = head_loss(head, states, predictions, chunk=self._chunk, **options)
         if scale is not None:
             loss.objective.backward()
         return loss.total
@@ -189,9 +208,8 @@ class Step:
         device = self._forward.device
         if laid.ends is None:
             assert laid.mask is not None
-            return self._forward.hidden(laid.ids.to(device), laid.mask.to(device))
-        layout = PackedLayout(laid.ends, laid.positions[0], device)
-        return self._forward.packed_hidden(laid.ids.to(device), laid.positions.to(device), layout)
+            return self._forward.hidden(to_device(laid.ids, device), to_device(laid.mask, device))
+        return self._forward.packed_hidden(laid.ids, laid.positions, laid.ends)
 
     # The check at the start.
 
@@ -239,7 +257,7 @@ class Step:
     def _packed_logits(self, examples: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """The logits (T, V) of each example, from one packed row with shared beginnings."""
         # One more token, never computed: packing leaves out the last one.
-        laid = pack([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples])
+        laid = self._packed([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples], share=True)
         with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
         return [logits[_places(laid, ids)] for ids in examples]
@@ -251,7 +269,8 @@ def make_step(
     packing: bool = True,
     share_prompts: bool = True,
     label_smoothing: float = 0.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
+    compiles: bool | None = None,
 ) -> Step:
     """Looks at a model and returns the step that is fastest for it and exact.
 
@@ -263,26 +282,36 @@ def make_step(
         share_prompts: compute beginnings that examples have in common once.  Exact without dropout; with dropout, the
             examples that share a beginning share its mask.
         label_smoothing: see `loralib.engine.loss.head_loss`.
-        chunk_tokens: how many trained positions go through the head at once: memory against speed.
+        chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
+            CPU, 1,024 elsewhere.
+        compiles: whether decoder blocks are compiled by torch.compile; None: where they can be, on a GPU.
 
     Returns:
         The step; its `note` says why batches are padded, if they are although packing was asked for.
 
     Raises:
-        ConfigError: label_smoothing or chunk_tokens is out of range.
+        ConfigError: label_smoothing or chunk_tokens is out of range, or compiling is asked for where it is not
+            possible.
         UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to below 1 (0.1 is usual)")
+    if chunk_tokens is None:
+        chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
-    return Step(
+    step = Step(
         model,
         packing=packing,
         share_prompts=share_prompts,
         label_smoothing=label_smoothing,
         chunk_tokens=chunk_tokens,
+        compiles=compiles is not False,
     )
+    if compiles and not step.compiles:
+        why = step._forward.why_not_compiled() or f"batches are padded: {step.note or 'packing is off'}"
+        raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles where that works")
+    return step
 
 
 @overload

@@ -210,7 +210,11 @@ class Trainer:
         self.losses: list[float] = []  # of this call's updates, as are the next two
         self.seconds, self.tokens = 0.0, 0
         self.step = make_step(
-            model, packing=config.packing, share_prompts=config.share_prompts, label_smoothing=config.label_smoothing
+            model,
+            packing=config.packing,
+            share_prompts=config.share_prompts,
+            label_smoothing=config.label_smoothing,
+            compiles={"auto": None, "on": True, "off": False}[config.compile],
         )
         ranks.require_same({**self.settings, "the adapter's first values": hash_tensors(self.initial)})
         checkpoint = ranks.first(lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say))
