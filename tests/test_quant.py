@@ -200,6 +200,29 @@ def test_training_is_that_on_the_dense_numbers_bit_for_bit(make, kind, both_ways
         assert torch.equal(gradient, gradients[1][name])
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize(
+    "variant", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"lora_bias": True}]
+)
+def test_variants_train_and_merge_on_codes_as_on_the_dense_numbers(make, variant):
+    held = quantized(make, "nf4")
+    ids, results = torch.tensor([[1, 2, 3]]), []
+    for model in (held, dense_copy(quantized(make, "nf4"))):
+        torch.manual_seed(1)
+        lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear", **variant))
+        loss = make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 1
+    for ours, theirs in zip(*results, strict=True):  # DoRA's norms are summed in the order in which weights lie
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=1e-4)
+    with torch.no_grad():
+        before = held.eval()(ids).logits
+        lora.merge(held)
+        assert torch.allclose(held(ids).logits, before, atol=0.05)
+        lora.unmerge(held)
+        assert torch.equal(held(ids).logits, before)
+
+
 @pytest.mark.bf16_units
 def test_kernels_multiply_the_codes_themselves():
     kernels = compiled()
