@@ -248,13 +248,7 @@ def test_more_than_low_rank_updates_are_refused_by_name(settings, words):
 
 def test_variants_that_are_no_plain_deltas_are_refused_by_name():
     model = llama()
-    plain = adapter(model, 0, target_modules=["q_proj"])
-    magnitudes = {
-        key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)
-        for key in plain.tensors
-        if "lora_A" in key
-    }
-    dora = Adapter(plain.config.replace(use_dora=True), {**plain.tensors, **magnitudes})
+    dora = adapter(model, 0, target_modules=["q_proj"], use_dora=True)
     with pytest.raises(lora.LoraError, match=r"(?s)DoRA.*loralib convert"):
         lora.Bank(model).load("dora", dora)
 

@@ -319,7 +319,8 @@ def test_turns_of_one_role_in_a_row() -> None:
 def test_a_model_without_a_template_is_told_ways_that_work(tmp_path: Any) -> None:
     tokenizer = make_tokenizer(None)
     with pytest.raises(
-        DataError, match=r"a\.jsonl:1: .*no chat template.* a file chat_template\.jinja in its directory"
+        DataError,
+        match=r"a\.jsonl:1: .*no chat template.*--chat_template FILE.* chat_template\.jinja in the model's directory",
     ):
         encode([chat("Hi", "Ho")], tokenizer, None)
     from transformers import AutoTokenizer

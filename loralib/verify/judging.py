@@ -68,7 +68,9 @@ class Reference:
 
     def __init__(self, model: nn.Module, config: LoraConfig) -> None:
         self._model, self.config = model, config
-        self._layers = [(name, layer, layer.scaling, layer.lora_B) for name, layer in adapted_layers(model)]
+        # Rows of tokens (`trainable_token_indices`) have no lora_B.
+        layers = adapted_layers(model)
+        self._layers = [(name, layer, layer.scaling, getattr(layer, "lora_B", None)) for name, layer in layers]
 
     @classmethod
     @contextmanager
@@ -115,12 +117,14 @@ class Reference:
         try:
             for name, layer, scaling, B in self._layers:
                 layer.scaling = scaling * change.factor(name)
-                if change.rows is not None:
+                if change.rows is not None and B is not None:
                     layer.lora_B = nn.Parameter(change.rows(name, B.detach()), requires_grad=False)
             return self._computed(texts)
         finally:
             for _, layer, scaling, B in self._layers:
-                layer.scaling, layer.lora_B = scaling, B
+                layer.scaling = scaling
+                if B is not None:
+                    layer.lora_B = B
 
     @torch.no_grad()
     def _computed(self, texts: Sequence[Observed]) -> Tensor:
