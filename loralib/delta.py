@@ -35,6 +35,7 @@ __all__ = [
     "row_squares",
     "scale_outputs",
     "scaling_of",
+    "state_of",
     "stored_bytes",
 ]
 
@@ -105,6 +106,13 @@ def dense(weight: Tensor) -> Tensor:
 def stored_bytes(weight: Tensor) -> int:
     """Returns the bytes that a base weight takes."""
     return int(getattr(weight, "stored_bytes", weight.nbytes))
+
+
+def state_of(weight: Tensor) -> tuple[Any, ...]:
+    """Returns what differs once a weight holds other values, unless they were written behind its version counter."""
+    held: Tensor = getattr(weight, "codes", weight)  # one that is held in fewer bits has no place of its own
+    version = None if weight.is_inference() else weight._version
+    return held.data_ptr(), version, weight.dtype, weight.shape, weight.stride()
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:

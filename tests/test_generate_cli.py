@@ -185,6 +185,16 @@ def test_triples_of_dart_and_webnlg(tmp_path: Path, tiny: Path) -> None:
         assert line["made_with"] == {"model": str(tiny), "max_new_tokens": 3, "num_beams": 2}
 
 
+def test_texts_of_a_base_in_other_bits_are_other_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "texts.jsonl"
+    command = ["generate", "x", "y", *TINY, "--max_new_tokens", "2", "--output", str(output)]
+    assert main([*command, "--quantize", "int8"]) == 0
+    assert lines_of(output)[0]["made_with"]["quantize"] == "int8"
+    output.write_text(output.read_text(encoding="utf-8").partition("\n")[0] + "\n", encoding="utf-8")
+    assert main(command) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_a_run_with_a_bias_on_tokens_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "texts.jsonl"
     command = ["generate", "x", "y", *TINY, "--max_new_tokens", "2", "--output", str(output), "--logit_bias"]

@@ -223,6 +223,17 @@ def test_variants_train_and_merge_on_codes_as_on_the_dense_numbers(make, variant
         assert torch.equal(held(ids).logits, before)
 
 
+def test_dora_sees_that_another_weight_took_the_place_of_codes():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(64, 8)})
+    model["a"].weight = nn.Parameter(quantize(model["a"].weight, "nf4"), requires_grad=False)
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["a"], use_dora=True))
+    layer = model["a"].eval()
+    first = layer.output_scale()
+    layer.weight = nn.Parameter(quantize(layer.weight.dense() * 2, "nf4"), requires_grad=False)
+    assert torch.allclose(layer.output_scale(), first / 2, rtol=1e-3)
+
+
 @pytest.mark.bf16_units
 def test_kernels_multiply_the_codes_themselves():
     kernels = compiled()
@@ -355,13 +366,15 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "of another kind made dense"),
     ]:
         config = BitsAndBytesConfig(**settings)
-        model, theirs = (
-            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
-            for _ in range(2)
-        )
-        assert said in take_over(model, "base")
-        with torch.no_grad():
-            assert torch.allclose(model.eval()(ids).logits, theirs.dequantize().eval()(ids).logits, atol=0.01)
+        for dtype in (torch.float32, torch.bfloat16):
+            model, theirs = (
+                AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+                for _ in range(2)
+            )
+            assert said in take_over(model, "base")
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+            with torch.no_grad():
+                assert torch.allclose(model.eval()(ids).logits, theirs.dequantize().eval()(ids).logits, atol=0.01)
         adapted(model)
         assert make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum > 0
 

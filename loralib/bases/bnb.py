@@ -18,10 +18,14 @@ from .quant import BLOCK, BLOCKS, Int8Weight, NF4Weight, QuantizedWeight, absmax
 __all__ = ["dequantized", "take_over"]
 
 
-def take_over(model: nn.Module) -> tuple[int, int]:
+def take_over(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
     """Replaces the layers that bitsandbytes put into a model by the model's own kind, with the same codes.
 
     NF4 in blocks of 64 with double quantisation, and int8, are kept as they are; FP4 and other blocks become dense.
+
+    Args:
+        model: as transformers read it.
+        dtype: of its other weights, in which the linears compute too: bitsandbytes notes another one with its codes.
 
     Returns:
         How many weights were kept in their bits, and how many became dense.
@@ -30,31 +34,30 @@ def take_over(model: nn.Module) -> tuple[int, int]:
     for name, module in list(model.named_modules()):
         if not type(module).__module__.startswith("bitsandbytes."):
             continue
-        weight = _weight_of(cast(Any, module))
+        weight = _weight_of(cast(Any, module), dtype)
         kept, dense = kept + isinstance(weight, QuantizedWeight), dense + (not isinstance(weight, QuantizedWeight))
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, _as_before(cast(Any, module), weight))
     return kept, dense
 
 
-def _weight_of(module: Any) -> Tensor:
+def _weight_of(module: Any, dtype: torch.dtype) -> Tensor:
     """Returns the weight (out, in) of one of its linears, in the same bits where that is known here."""
     shape = torch.Size((module.out_features, module.in_features))
     state = getattr(module.weight, "quant_state", None)
     if state is None:
-        dtype = module.bias.dtype if module.bias is not None else torch.bfloat16
         parts = {"codes": module.weight.CB.data, "scales": module.weight.SCB.float() / 127}
         return _with_samples(Int8Weight(parts, shape, dtype, False, torch.empty(0)))
     known = state.quant_type == "nf4" and state.nested and (state.blocksize, state.state2.blocksize) == (BLOCK, BLOCKS)
     if not known:
-        return cast(Tensor, _functional().dequantize_4bit(module.weight.data, state)).view(shape)
+        return cast(Tensor, _functional().dequantize_4bit(module.weight.data, state)).view(shape).to(dtype)
     parts = {
         "codes": module.weight.data.view(-1),
         "absmax_codes": state.absmax,
         "absmax_scales": state.state2.absmax,
         "offset": state.offset,
     }
-    return _with_samples(NF4Weight(parts, shape, state.dtype, False, torch.empty(0)))
+    return _with_samples(NF4Weight(parts, shape, dtype, False, torch.empty(0)))
 
 
 def _with_samples(weight: QuantizedWeight) -> QuantizedWeight:

@@ -56,7 +56,7 @@ def take_over(model: Any, name: str) -> str:
     """
     method = str(getattr(model.hf_quantizer.quantization_config.quant_method, "value", "unknown"))
     if method == "bitsandbytes":
-        kept, dense = bnb.take_over(model)
+        kept, dense = bnb.take_over(model, model.dtype)
         finish_reading(model)
         made = f"; {counted(dense, 'weight')} of another kind made dense" if dense else ""
         return f"{name} was quantised by bitsandbytes: {counted(kept, 'weight')} kept in their bits{made}"

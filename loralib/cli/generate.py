@@ -355,6 +355,8 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
         result["model"] = common_base(args.adapters.items(), args.model)
         result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
     result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
+    if args.quantize != "none":
+        result["quantize"] = args.quantize
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     # As JSON gives them back: lists for tuples, and text for the ids of --logit_bias.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bases.quant import QuantizedWeight
-from ..delta import low_rank, scale_outputs
+from ..delta import low_rank, scale_outputs, state_of
 from ..layers import LoRALayer, LoRALinear, is_conv1d
 from .kernels import Kernels, loaded
 from .placement import Overrides, own_forward
@@ -100,15 +100,14 @@ class FrozenWeight:
     """
 
     def __init__(self, weight: Tensor, prepack: bool) -> None:
-        self.weight, self._seen, self._prepack = weight.detach(), (weight.dtype, *_state_of(weight)), prepack
+        self.weight, self._seen, self._prepack = weight.detach(), state_of(weight), prepack
         self._transposed = self.weight.T
         self._kernels = kernels_for(weight)
         self._copies: dict[str, PrepackedWeight] = {}
 
     def refreshed(self, weight: Tensor) -> FrozenWeight:
         """Returns this object if the weight is still what it was; a new one if something was merged or loaded since."""
-        same = (weight.dtype, *_state_of(weight)) == self._seen
-        return self if same else FrozenWeight(weight, self._prepack)
+        return self if state_of(weight) == self._seen else FrozenWeight(weight, self._prepack)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Returns ``x W^T + bias + added``.
@@ -194,11 +193,6 @@ class FrozenLinear:
             shift = module.output_shift()
             y = y if shift is None else y + shift.to(y.dtype)
         return y
-
-
-def _state_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs once a tensor holds other values, unless they were written behind its version counter."""
-    return _address(tensor), tensor._version, tensor.shape, tensor.stride()
 
 
 def _address(tensor: Tensor) -> int:

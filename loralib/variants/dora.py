@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from ..delta import delta_weight, dense, dora_norms, dora_weight, row_squares
+from ..delta import delta_weight, dense, dora_norms, dora_weight, row_squares, state_of
 from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAReadLinear
 
 __all__ = ["DoRAConv", "DoRAEmbedding", "DoRALayer", "DoRALinear", "DoRAReadLinear"]
@@ -67,7 +67,7 @@ class DoRALayer(LoRALayer):
         with torch.inference_mode(False), torch.no_grad():
             if torch.compiler.is_compiling():
                 return self._computed_norms(row_squares(self.as_matrix(dense(self.base_weight))))
-            of_base = _state(self.base_weight)
+            of_base = state_of(self.base_weight)
             kept = self.__dict__.get("_kept")
             if kept is None or kept.of_base != of_base:
                 kept = self._kept = _Kept(of_base, row_squares(self.as_matrix(dense(self.base_weight))))
@@ -92,11 +92,6 @@ class DoRALayer(LoRALayer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.pop("_kept", None)
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs once a tensor holds other values, unless they were written behind its version counter."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 class DoRALinear(DoRALayer, LoRALinear):
