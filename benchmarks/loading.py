@@ -53,7 +53,7 @@ def measure(directory: str, dtype: str) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard  # noqa: F401
 
     from loralib.bases import load_base, load_tokenizer
-    from loralib.bases.sharded import decoder_blocks
+    from loralib.wrapping import decoder_blocks
 
     mesh = None
     if "RANK" in os.environ:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .bases.quant import QuantizedWeight
-from .bases.sharded import decoder_blocks
 from .console import size
 from .delta import stored_bytes
 from .engine.frozen_linear import MAX_PREPACKED_BYTES, can_prepack, kernels_for
@@ -23,6 +22,7 @@ from .engine.limits import text_config
 from .errors import BaseModelError, UnsupportedModelError
 from .injection import adapted_layers
 from .layers import LoRALayer, is_conv1d
+from .wrapping import decoder_blocks
 
 __all__ = [
     "BYTES_PER_TRAINED",

@@ -36,7 +36,16 @@ from .targets import (
     with_head,
 )
 from .variants import eva_start, share_rows
-from .wrapping import is_spread, named_modules, named_parameters, refuse_process_groups, submodule, unwrapped
+from .wrapping import (
+    input_table,
+    is_spread,
+    named_modules,
+    named_parameters,
+    output_head,
+    refuse_process_groups,
+    submodule,
+    unwrapped,
+)
 
 __all__ = [
     "InjectReport",
@@ -503,20 +512,15 @@ def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Itera
 
 def token_tables(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the embedding and the head of a model of transformers, whose rows belong to tokens, by name."""
-    found = []
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(unwrapped(model), method)())
-        except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without a head
-            continue
-    ids = {id(unwrapped(table)) for table in found if isinstance(table, nn.Module)}
+    inner = unwrapped(model)
+    ids = {id(unwrapped(table)) for table in (input_table(inner), output_head(inner)) if table is not None}
     return {name: m for name, m in named_modules(model, remove_duplicate=False).items() if id(m) in ids}
 
 
 def table_rows(model: nn.Module) -> int:
     """Returns how many rows a model's tables of tokens have; 0 where it has none."""
     weights = [table._parameters.get("weight") for table in token_tables(model).values()]
-    return max((dense(weight).shape[0] for weight in weights if weight is not None), default=0)
+    return max((weight.shape[0] for weight in weights if weight is not None), default=0)
 
 
 # One layer.
@@ -702,7 +706,7 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any
                 "remove(model), resize, then inject() again"
             )
     resized = type(model).resize_token_embeddings(model, *args, **kwargs)  # type: ignore[attr-defined]
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if table is not None:
-            table.requires_grad_(False)  # new tables come trainable
+    for new in (input_table(model), output_head(model)):
+        if new is not None:
+            new.requires_grad_(False)  # they come trainable
     return resized

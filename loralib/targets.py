@@ -31,7 +31,7 @@ from .layers import (
     is_conv1d,
 )
 from .variants import TokenRowsEmbedding, TokenRowsHead, contradictions, mixin_for
-from .wrapping import may_adapt, named_modules, named_parameters, named_tensors
+from .wrapping import input_table, may_adapt, named_modules, named_parameters, named_tensors, output_head
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
 
@@ -216,7 +216,8 @@ def _token_rows(
     if not chosen:
         return []
     if not isinstance(chosen, Mapping):
-        table = next((name for name, module in modules.items() if module is _input_table(model)), None)
+        looked_up = input_table(model)
+        table = next((name for name, module in modules.items() if module is looked_up), None)
         chosen = {table or "embed_tokens": chosen}
     named = {name: key for name in modules if (key := matches(tuple(chosen), name))}
     faults += [
@@ -266,16 +267,9 @@ def _token_rows_fault(
         _refuse_bypassed(module, "weight", changes=False)
     except TargetError as error:
         return str(error)
-    rows = dense(cast(Tensor, module._parameters["weight"])).shape[0]
+    rows = cast(Tensor, module._parameters["weight"]).shape[0]
     outside = [index for index in indices if not 0 <= index < rows]
     return f"there are no rows {outside[:5]}, the table has {rows} (from 0 on)" if outside else ""
-
-
-def _input_table(model: nn.Module) -> nn.Module | None:
-    try:
-        return cast("nn.Module | None", model.get_input_embeddings())  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):  # not of transformers
-        return None
 
 
 # Matching names.
@@ -291,7 +285,7 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
     if ALL_LINEAR in entries:
         _refuse_expert_weights(model, modules, config)
         left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
-        head = _output_head(model)
+        head = output_head(model)
         patterns = {
             name: ALL_LINEAR
             for name, module in modules.items()
@@ -378,7 +372,7 @@ def _suggestion(model: nn.Module) -> str:
     """Names what could be adapted, with counts, and something to try."""
     if _is_linear(model):
         return "It is a layer itself: inject() adapts what is inside a model, as nn.Sequential(layer)."
-    head = _output_head(model)
+    head = output_head(model)
     endings = (name.rpartition(".")[2] for name, m in _modules(model).items() if m is not head and _is_linear(m))
     if not (counts := Counter(endings)):
         return "The model has no linear-like module."
@@ -388,13 +382,6 @@ def _suggestion(model: nn.Module) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    try:
-        return cast("nn.Module | None", model.get_output_embeddings())  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without a head
-        return None
 
 
 def _refuse_expert_weights(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> None:

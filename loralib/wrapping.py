@@ -19,13 +19,16 @@ from .errors import TargetError
 
 __all__ = [
     "adapting_spread",
+    "decoder_blocks",
     "gathered",
+    "input_table",
     "is_sharded",
     "is_spread",
     "may_adapt",
     "named_modules",
     "named_parameters",
     "named_tensors",
+    "output_head",
     "plain_name",
     "refuse_process_groups",
     "submodule",
@@ -170,6 +173,37 @@ _ADAPTS_SPREAD = contextvars.ContextVar("adapting_spread", default=False)
 def may_adapt(weight: Tensor) -> bool:
     """Whether a weight is whole; or spread by FSDP2, inside `adapting_spread`."""
     return not is_sharded(weight) or (_ADAPTS_SPREAD.get() and hasattr(weight, "full_tensor"))
+
+
+def input_table(model: nn.Module) -> nn.Module | None:
+    """Returns the module that looks tokens up, in a model of transformers; None where there is none."""
+    return _asked(model, "get_input_embeddings")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the module that makes the logits, in a model of transformers; None where there is none."""
+    return _asked(model, "get_output_embeddings")
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without such a module
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks that a model is a stack of: the members of the list of modules that holds most parameters.
+
+    >>> model = nn.ModuleDict({"table": nn.Embedding(9, 4), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
+    >>> len(decoder_blocks(model))
+    3
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    # Of lists within lists the outer one comes first, which max() keeps.
+    largest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=None)
+    return [] if largest is None else list(largest)
 
 
 def writes_files(model: nn.Module) -> bool:

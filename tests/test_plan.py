@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import loralib as lora
-from loralib.bases.sharded import decoder_blocks
 from loralib.budget import QUANTIZED_BITS, _kept_per_token, cache_per_token, require_room, traffic, training_budget
 from loralib.cli import main, parser_of
 from loralib.data import TokenExample
@@ -23,6 +22,7 @@ from loralib.errors import BaseModelError
 from loralib.injection import adapted_layers
 from loralib.training.ranks import joined
 from loralib.training.step import make_step
+from loralib.wrapping import decoder_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = {

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..injection import samples_of
 from ..layers import is_conv1d
+from ..wrapping import output_head
 
 __all__ = [
     "QUANTIZATIONS",
@@ -150,10 +151,6 @@ def _as_dense(value: Any) -> Any:
     return value.dense() if isinstance(value, QuantizedWeight) else value
 
 
-def _turned(weight: QuantizedWeight, *dims: int) -> QuantizedWeight:
-    return weight._like(turn=not dims or dims[0] % 2 != dims[1] % 2)
-
-
 def _converted(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
     return weight._mapped(lambda part: part if device is None else part.to(device), dtype)
 
@@ -161,13 +158,13 @@ def _converted(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, dev
 # Operators whose result is a quantised weight too. All others, products among them, see a dense one for a moment;
 # autograd keeps the quantised one for the backward pass.
 _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
-    aten.detach.default: lambda weight: weight._like(),
-    aten.alias.default: lambda weight: weight._like(),
+    aten.detach.default: QuantizedWeight._like,
+    aten.alias.default: QuantizedWeight._like,
     aten.clone.default: lambda weight, **_: weight._mapped(Tensor.clone),
     aten._to_copy.default: _converted,
-    aten.t.default: _turned,
-    aten.transpose.int: _turned,
-    aten.permute.default: lambda weight, dims: _turned(weight, *dims) if list(dims) != [0, 1] else weight._like(),
+    aten.t.default: lambda weight: weight._like(turn=True),
+    aten.transpose.int: lambda weight, one, other: weight._like(turn=one % 2 != other % 2),
+    aten.permute.default: lambda weight, dims: weight._like(turn=dims[0] % 2 == 1),
 }
 
 
@@ -383,18 +380,10 @@ def round_model(model: nn.Module, kind: str) -> float:
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
-    """Yields the linears of a model whose weights are quantised: all but the head."""
-    head = head_of(model)
-    for module in list(model.modules()):
-        if module is not head and is_quantizable(module):
-            yield module
+    """Yields the linears of a model whose weights are quantised."""
+    return (module for module in list(model.modules()) if is_quantizable(module, model))
 
 
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module is a linear whose weight can be quantised."""
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def head_of(model: nn.Module) -> nn.Module | None:
-    """Returns the linear that makes the logits, where the model has one."""
-    return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def is_quantizable(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module of a model is a linear whose weight is quantised: all but the head's are."""
+    return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)

@@ -16,7 +16,7 @@ from ..console import counted
 from ..errors import BaseModelError, first_line
 from ..layers import is_conv1d
 from . import bnb
-from .quant import head_of, is_quantizable, quantize
+from .quant import is_quantizable, quantize
 
 __all__ = ["finish_reading", "quantizing"]
 
@@ -93,8 +93,7 @@ def _config_class() -> Any:
     class Quantizer(HfQuantizer):
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             path, _, leaf = param_name.rpartition(".")
-            module = model.get_submodule(path)
-            return leaf == "weight" and is_quantizable(module) and module is not head_of(model)
+            return leaf == "weight" and is_quantizable(model.get_submodule(path), model)
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self.quantization_config)

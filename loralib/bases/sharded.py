@@ -21,30 +21,17 @@ from torch import Tensor, nn
 
 from ..errors import BaseModelError
 from ..formats.tensors import read_header
-from ..wrapping import named_tensors, submodule
+from ..wrapping import decoder_blocks, named_tensors, submodule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["agreed", "decoder_blocks", "empty_model", "in_turn", "of_first", "read_share", "shard"]
+__all__ = ["agreed", "empty_model", "in_turn", "of_first", "read_share", "shard"]
 
 _T = TypeVar("_T")
 
 _CHUNK: Final = 8 << 20  # bytes: all that is held between the file and the weights
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks that a model is a stack of: the members of the list of modules that holds most parameters.
-
-    >>> model = nn.ModuleDict({"table": nn.Embedding(9, 4), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
-    >>> len(decoder_blocks(model))
-    3
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    # Of lists within lists the outer one comes first, which max() keeps.
-    largest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=None)
-    return [] if largest is None else list(largest)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -21,7 +21,6 @@ from typing import Any, Final
 import torch
 
 from ..bases import load_empty
-from ..bases.sharded import decoder_blocks
 from ..budget import Budget, serving_budget, traffic, training_budget
 from ..config import LoraConfig
 from ..console import count, counted, say, size, table
@@ -30,6 +29,7 @@ from ..files import free_memory
 from ..injection import adapted_layers, inject
 from ..settings import check, setting, settings_class
 from ..training import TrainConfig
+from ..wrapping import decoder_blocks
 from . import add_fields, from_args
 
 _ROOM: Final = 0.9  # share of the memory that may be planned with: estimates are off by some percent

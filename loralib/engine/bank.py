@@ -35,7 +35,7 @@ from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_fau
 from ..formats import read_adapter
 from ..injection import adapted_layers
 from ..layers import is_conv1d
-from ..wrapping import unwrapped
+from ..wrapping import input_table, output_head, unwrapped
 from .forward import plain_logits
 from .kernels import RowUpdate, loaded
 from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
@@ -149,7 +149,7 @@ class Bank:
             )
         self.model, self._max_bytes = model, max_bytes
         self._modules = {name: module for name, module in model.named_modules() if _takes_rows(module)}
-        self._head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head = output_head(model)
         self._slots: dict[str, Slot] = {}
         self._resident: dict[Slot, None] = {}  # those in memory, the least recently used first
         self._nbytes = 0  # of these
@@ -394,7 +394,7 @@ class Bank:
 
     def _check_effect(self, slot: Slot) -> None:
         """Refuses an adapter that changes nothing, and a base in which rows cannot choose."""
-        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        table: Any = input_table(self.model)
         device = next(self.model.parameters()).device
         ids = torch.arange(8, device=device)[None] % (len(table.weight) if table is not None else 8)
         rows = [(cast("Slot | None", slot), ids.numel())]

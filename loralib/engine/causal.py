@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError, UnsupportedModelError, first_line
+from ..wrapping import input_table
 from .forward import device_of, plain_logits
 from .limits import last_position, table_rows
 from .placement import Hold, evaluating
@@ -96,7 +97,7 @@ def _sees_later_tokens(model: nn.Module) -> bool:
 
 def _gradient(model: nn.Module, ids: list[int], half: int) -> Tensor | None:
     """Returns the gradient (T, D) of the first half's logits in the embedded tokens, or None where it cannot be had."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    table = input_table(model)
     if table is None:
         return None
     embedded: list[Tensor] = []

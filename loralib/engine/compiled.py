@@ -19,19 +19,14 @@ import torch
 from torch import nn
 
 from ..errors import first_line
+from ..wrapping import decoder_blocks
 from .attention import with_layout
 from .placement import Overrides, own_forward
 
-__all__ = ["CompiledBlocks", "copied", "decoder_blocks"]
+__all__ = ["CompiledBlocks", "copied"]
 
 
 _BACKEND: Final = "inductor"  # of torch.compile
-
-
-def decoder_blocks(body: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a decoder: the modules of that list which holds most of its parameters."""
-    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=[]))
 
 
 class CompiledBlocks:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from ..wrapping import is_spread
+from ..wrapping import is_spread, output_head
 from .adapted_linears import TrainingLinears
 from .attention import Layout, PackedLayout, interface_name, with_layout
 from .compiled import CompiledBlocks
@@ -78,7 +78,7 @@ def liger_for(model: nn.Module, hidden: Tensor, logits: Tensor) -> LigerLoss | N
         hidden: (T, D) some hidden states.
         logits: (T, V) what the model makes of them.
     """
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = output_head(model)
     if hidden.device.type != "cuda" or engine_mode() != "full" or not has_liger() or not LigerLoss.accepts(head):
         return None
     plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from ..errors import DataError, list_faults
+from ..wrapping import input_table
 
 __all__ = ["context_length", "last_position", "require_ids_in_table", "table_rows"]
 
@@ -62,7 +63,7 @@ def _configured(model: nn.Module) -> int | None:
 
 def table_rows(model: nn.Module) -> int | None:
     """Returns how many token ids the embedding has, or None where it is not known."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    table = input_table(model)
     rows = getattr(table, "num_embeddings", None)
     if rows is None:
         weight = getattr(table, "weight", None)

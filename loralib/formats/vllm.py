@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..config import LoraConfig
+from ..wrapping import output_head
 
 __all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults"]
 
@@ -52,7 +53,7 @@ def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> l
     both = kind in _EMBEDDING_AND_HEAD
     accepted = {"embed_tokens", "lm_head"} if both else {"embed_tokens"} if kind in _EMBEDDING else set()
     faults = []
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     for name, module in modules:
         leaf = name.rpartition(".")[2]
         if leaf not in accepted and (isinstance(module, nn.Embedding) or module is head):

@@ -29,6 +29,7 @@ from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overrid
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
 from ..injection import adapted_layers
+from ..wrapping import input_table
 from .pages import PAGE, Lease, Node, Pages, pages_of
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
@@ -654,7 +655,7 @@ def make_decoder(model: nn.Module | Bank, longest: int = 0, **settings: Any) -> 
 
 def _why_not_cached(model: nn.Module) -> str:
     """Grows two random prompts by branches that part; returns what is wrong with their logits, or ""."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings: Any = input_table(model)
     if embeddings is None or not hasattr(getattr(model, "config", None), "_attn_implementation"):
         return f"{type(model).__name__} is not built like transformers' causal language models"
     rng = random.Random(0)

@@ -18,6 +18,7 @@ from ..files import free_memory
 from ..targets import match_modules
 from ..training import TrainConfig
 from ..training.plan import Plan, make_plan, updates_per_epoch
+from ..wrapping import output_head
 
 __all__ = ["ExamplePreview", "Preview", "machine_speed", "make_preview"]
 
@@ -166,7 +167,7 @@ def _memory(model: nn.Module, plan: Plan, trained: int) -> tuple[float, float | 
 
 def _matrix_parameters(model: nn.Module) -> int:
     """Returns how many parameters take part in products: all but tables that are only looked up."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     looked_up = sum(w.numel() for key, w in tables.items() if head is None or key != id(getattr(head, "weight", None)))
     return sum(parameter.numel() for parameter in model.parameters()) - looked_up
