@@ -7,6 +7,7 @@ and how well it does is measured in benchmarks/plan.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -14,21 +15,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .bases.quant import QuantizedWeight
+from .bases.quant import QUANTIZATIONS, QuantizedWeight
 from .console import size
 from .delta import stored_bytes
 from .engine.frozen_linear import MAX_PREPACKED_BYTES, can_prepack, kernels_for
 from .engine.limits import text_config
 from .errors import BaseModelError, UnsupportedModelError
+from .files import free_memory
 from .injection import adapted_layers
 from .layers import LoRALayer, is_conv1d
 from .wrapping import decoder_blocks
 
 __all__ = [
     "BYTES_PER_TRAINED",
-    "QUANTIZED_BITS",
     "Budget",
     "cache_per_token",
+    "free_on",
     "require_room",
     "serving_budget",
     "traffic",
@@ -42,10 +44,6 @@ _CHUNK: Final = 256  # positions whose logits exist at once (see `head_loss`)
 # glibc 2.36.  With gradient checkpointing large blocks are given back (see `keep_freed_memory`), and leave none.
 _HOLES: Final = 1.2
 _PROGRAM: Final = 420 << 20  # bytes of Python, PyTorch, transformers and all else that is imported
-
-# Bits of a quantised weight: NF4 in blocks of 64 with a scale of 8 bits each, and an fp32 scale of every 256 of these
-# (arXiv:2305.14314, section 3); int8 has an fp32 scale for each row, which is counted apart.
-QUANTIZED_BITS: Final = {"int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
 
 
 @dataclass(frozen=True)
@@ -157,6 +155,11 @@ def traffic(model: nn.Module, processes: int, *, sharded: bool = False, batches:
     }
 
 
+def free_on(device: torch.device) -> float | None:
+    """Returns the bytes that are free on a device, or on this machine for one that shares its memory; None: unknown."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+
+
 def require_room(model: nn.Module, name: str, processes: int, free: float | None) -> None:
     """Checks that a process has room for its share of a base and what is gathered of it, before anything is loaded.
 
@@ -240,10 +243,9 @@ def _stored(block: nn.Module, quantize: str) -> float:
     size = float(sum(map(stored_bytes, _frozen(block))))
     if quantize == "none":
         return size
-    for weight in _linears(block):
-        size -= weight.numel() * weight.element_size()
-        size += weight.numel() * QUANTIZED_BITS[quantize] / 8 + (_FP32 * len(weight) if quantize == "int8" else 0)
-    return size
+    shapes = [shape for child in block.modules() if (shape := _shape(child)) is not None]
+    kind, itemsize = QUANTIZATIONS[quantize], _itemsize(block)
+    return size + sum(kind.bytes_of(*shape) - math.prod(shape) * itemsize for shape in shapes)
 
 
 def _copies(model: nn.Module) -> float:

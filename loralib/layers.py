@@ -329,7 +329,10 @@ class LoRALinear(LoRALayer):
         y = self._base_forward(x)
         if not self._active:
             return y
-        y = y + low_rank(self._drop(x), *self.factors(), self.scaling)
+        return self.finished(y + low_rank(self._drop(x), *self.factors(), self.scaling))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products."""
         y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
         shift = self.output_shift()
         return y if shift is None else y + shift.to(y.dtype)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import loralib as lora
-from loralib.budget import QUANTIZED_BITS, _kept_per_token, cache_per_token, require_room, traffic, training_budget
+from loralib.budget import _kept_per_token, cache_per_token, require_room, traffic, training_budget
 from loralib.cli import main, parser_of
 from loralib.data import TokenExample
 from loralib.engine.placement import engine_mode
@@ -72,8 +72,10 @@ def test_quantised_linears_have_their_bits(llama: str, plan: Callable[..., Any],
     words = ["--model", llama, "--gpus", "1", "--gpu_memory", "24", "--quantize", quantize]
     linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * (8_030_261_248 - linears)
-    assert plan(*words)["choices"][0]["weights"] == pytest.approx(linears * QUANTIZED_BITS[quantize] / 8 + rest + extra)
-    assert QUANTIZED_BITS["nf4"] == pytest.approx(4.127, abs=1e-3)
+    # NF4 in blocks of 64 with a scale of 8 bits each, and an fp32 scale of every 256 of these (arXiv:2305.14314).
+    bits = {"int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
+    assert plan(*words)["choices"][0]["weights"] == pytest.approx(linears * bits[quantize] / 8 + rest + extra)
+    assert bits["nf4"] == pytest.approx(4.127, abs=1e-3)
 
 
 def test_keys_and_values_are_counted(llama: str, plan: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """Frozen weights in 8 and 4 bits: QLoRA's numbers, bitsandbytes' layout, and training that really learns."""
 
 import copy
+import itertools
 import pickle
 import re
 
@@ -96,6 +97,9 @@ def test_a_weight_takes_the_bits_that_it_should():
     weight = torch.zeros(512, 1024, dtype=torch.bfloat16)
     assert quantize(weight, "int8").stored_bytes == weight.numel() + 4 * 512
     assert quantize(weight, "nf4").stored_bytes * 8 / weight.numel() == pytest.approx(4.127, abs=0.001)
+    for kind, (rows, columns) in itertools.product(KINDS, [(512, 1024), (3, 43), (1, 1)]):
+        held = quantize(torch.zeros(rows, columns), kind)
+        assert type(held).bytes_of(rows, columns) == held.stored_bytes
 
 
 def test_nf4_lies_in_memory_as_in_bitsandbytes():
@@ -277,6 +281,19 @@ def test_generation_is_that_of_the_dense_numbers(kind, both_ways, smollm2):
     models = [adapted(quantized(llama, kind)), adapted(dense_copy(quantized(llama, kind)))]
     rows = [lora.generate(model.eval(), smollm2[1], [[5, 6, 7], [8]], max_new_tokens=8) for model in models]
     assert [row.ids for row in rows[0]] == [row.ids for row in rows[1]]
+
+
+def test_rows_choose_their_adapter_on_codes_as_on_the_dense_numbers(smollm2, both_ways):
+    trained = lora.adapter_of(adapted(quantized(llama, "nf4")))
+    value = lora.Adapter(trained.config, trained.tensors)  # without its base's fingerprint, which the copy has not
+    found = []
+    for model in (quantized(llama, "nf4"), dense_copy(quantized(llama, "nf4"))):
+        bank = lora.Bank(model)
+        bank.load("a", value)
+        rows = lora.generate(bank, smollm2[1], [[5, 6, 7], [5, 6, 7]], max_new_tokens=8, adapters=["a", None])
+        found.append([row.ids for row in rows])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 # Adapters.

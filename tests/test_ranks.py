@@ -7,6 +7,7 @@ environment variables is set here.  A few whole commands, at the end, are starte
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -345,17 +346,17 @@ def test_a_run_goes_on_with_other_ranks_and_from_spread_to_whole(alone: Callable
 # One end for all.
 
 
+def at_pass(model: Any, number: int, action: Callable[[], object]) -> None:
+    """Does something in the middle of a model's pass of that number."""
+    passes = itertools.count(1)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: action() and None if next(passes) == number else None)
+
+
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     def run(rank: int) -> Any:
         model = tiny_model()
-        calls: list[int] = []
-
-        def hook(*_: Any) -> None:
-            calls.append(1)
-            if rank == 1 and len(calls) == 12:
-                signal.raise_signal(signal.SIGTERM)
-
-        model.model.layers[1].mlp.register_forward_hook(hook)
+        if rank == 1:
+            at_pass(model, 12, lambda: signal.raise_signal(signal.SIGTERM))
         return train(settings(tmp_path, eval_steps=0), model)
 
     (first, code), second = together(2, run)
@@ -400,14 +401,8 @@ def test_a_loss_that_is_not_a_number_on_one_rank_ends_all(tmp_path: Path) -> Non
 def test_a_rank_that_is_killed_ends_the_run_and_resuming_goes_on(alone: Callable[[str], Path], tmp_path: Path) -> None:
     def run(rank: int) -> Any:
         model = tiny_model()
-        calls: list[int] = []
-
-        def hook(*_: Any) -> None:
-            calls.append(1)
-            if rank == 1 and len(calls) == 12:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        model.model.layers[1].mlp.register_forward_hook(hook)
+        if rank == 1:
+            at_pass(model, 12, lambda: os.kill(os.getpid(), signal.SIGKILL))
         return train(settings(tmp_path, save_steps=1), model)
 
     survivor, killed = together(2, run)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..injection import samples_of
 from .quant import BLOCK, BLOCKS, Int8Weight, NF4Weight, QuantizedWeight, absmax_map, levels
 
-__all__ = ["dequantized", "take_over"]
+__all__ = ["dequantized", "is_available", "take_over"]
 
 
 def take_over(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:

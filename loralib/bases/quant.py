@@ -81,6 +81,11 @@ class QuantizedWeight(Tensor):
         """Returns the parts that a weight (out, in) is quantised to."""
         raise NotImplementedError
 
+    @classmethod
+    def bytes_of(cls, outputs: int, inputs: int) -> int:
+        """Returns the bytes that a weight of that shape takes."""
+        raise NotImplementedError
+
     def rows(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight as (out, in)."""
         raise NotImplementedError
@@ -198,6 +203,10 @@ class Int8Weight(QuantizedWeight):
             scales.append(scale)
         return {"codes": torch.cat(codes), "scales": torch.cat(scales)}
 
+    @classmethod
+    def bytes_of(cls, outputs: int, inputs: int) -> int:
+        return outputs * (inputs + 4)
+
     def rows(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scales[:, None]).to(dtype)
 
@@ -232,6 +241,12 @@ class NF4Weight(QuantizedWeight):
             places = torch.bucketize(shares, _middles(levels())).to(torch.uint8).view(-1)[: len(some) + len(some) % 2]
             codes.append(places[0::2] << 4 | places[1::2])
         return {"codes": torch.cat(codes), **_absmax_parts(torch.cat(absmax))}
+
+    @classmethod
+    def bytes_of(cls, outputs: int, inputs: int) -> int:
+        count = outputs * inputs
+        blocks = -(-count // BLOCK)
+        return -(-count // 2) + blocks + 4 * -(-blocks // BLOCKS) + 4
 
     def absmax(self) -> Tensor:
         """Returns that of each block, (blocks,) fp32."""

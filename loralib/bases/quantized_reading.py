@@ -18,7 +18,7 @@ from ..layers import is_conv1d
 from . import bnb
 from .quant import is_quantizable, quantize
 
-__all__ = ["finish_reading", "quantizing"]
+__all__ = ["finish_reading", "quantizing", "take_over"]
 
 _NAME = "loralib"
 

@@ -57,9 +57,7 @@ class PlanConfig:
 
     model: str = _as_in_training("model")
     dtype: str = _as_in_training("dtype")
-    quantize: str = setting(
-        "none", "how the frozen linears of the blocks are stored", _MACHINES, ("none", "int8", "nf4"), common=True
-    )
+    quantize: str = _as_in_training("quantize")
     gpus: int | None = setting(None, "GPUs of a machine; none: its CPU", _MACHINES, at_least=1, at_most=64, common=True)
     gpu_memory: float | None = setting(
         None, "GB of each GPU; default: that of this machine's", _MACHINES, above=0, at_most=2048, common=True

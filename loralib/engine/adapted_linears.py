@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..delta import scale_outputs
 from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, loaded
@@ -288,14 +287,14 @@ class LayerGroup:
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = PendingOutputs()
-            return _finished(layer, output)
+            return layer.finished(output)
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
         outputs = self._outputs(x, layer._drop(x) if drops else None, numbers)
         first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
         if others:
             self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return _finished(layer, first)
+        return layer.finished(first)
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""
@@ -469,13 +468,6 @@ def _sources(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 def _bias(layer: LoRALinear) -> Tensor | None:
     return cast("Tensor | None", layer.bias)
-
-
-def _finished(layer: LoRALinear, y: Tensor) -> Tensor:
-    """Returns a layer's output, of which y is all but what a variant does after the product."""
-    y = scale_outputs(y, layer.output_scale(), _bias(layer))
-    shift = layer.output_shift()
-    return y if shift is None else y + shift.to(y.dtype)
 
 
 # The same in PyTorch's operators: without kernels, and for an output that nothing depends on.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bases.quant import QuantizedWeight
-from ..delta import low_rank, scale_outputs, state_of
+from ..delta import low_rank, state_of
 from ..layers import LoRALayer, LoRALinear, is_conv1d
 from .kernels import Kernels, loaded
 from .placement import Overrides, own_forward
@@ -188,10 +188,7 @@ class FrozenLinear:
         else:
             y = self._frozen.times(x, bias=bias)
         if isinstance(module, LoRALinear) and module._active:
-            y = y + low_rank(module._drop(x), *module.factors(), module.scaling)
-            y = scale_outputs(y, module.output_scale(), bias)
-            shift = module.output_shift()
-            y = y if shift is None else y + shift.to(y.dtype)
+            y = module.finished(y + low_rank(module._drop(x), *module.factors(), module.scaling))
         return y
 
 

@@ -249,7 +249,8 @@ static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t c
     float most = w->map[w->absmax[block]] * w->scales[block / 256];
     __asm__("" : "+x"(most)); /* not one operation with the sum: it would be rounded otherwise */
     __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset));
-    __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values)); /* places have 5 bits, the fifth a foreign one */
+    /* twice: places have 5 bits, the fifth a foreign one */
+    __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)));
     return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16)), twice);
 }
@@ -471,9 +472,9 @@ void product_bf16(const uint16_t *x, const uint16_t *w, const struct packed *pac
  * B_i (ranks[i], widths[i]); z is x, or what dropout left of it. Number (i, j) of W_i is w[i][i * across + j * down], as in a
  * part. A bias may be missing. Each thread has room_each vectors of `room`. */
 void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct packed *const *packed,
-               uint16_t *const *bias, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y, const int64_t *ranks, const int64_t *widths,
-               const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d, vec *room,
-               int64_t room_each, int threads) {
+               uint16_t *const *bias, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y,
+               const int64_t *ranks, const int64_t *widths, const int64_t *down_steps, const int64_t *across_steps,
+               int64_t count, int64_t n, int64_t d, vec *room, int64_t room_each, int threads) {
     struct part parts[2 * count];
     struct sum sums[count];
     int64_t all = 0;
@@ -500,8 +501,8 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct 
 /* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there, of_a = of_h^T z and
  * of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. */
 void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w,
-                    struct packed *const *packed, const uint16_t *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x, uint16_t *of_z, uint16_t *of_a,
-                    uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
+                    struct packed *const *packed, const uint16_t *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x,
+                    uint16_t *of_z, uint16_t *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
                     const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d,
                     vec *room, int64_t room_each, int threads) {
     struct part parts[count + 1];

@@ -107,7 +107,7 @@ def write_gguf(
 
     config = adapter.config
     faults = [f"{name}: llama.cpp applies no adapters there" for name in adapter.modules if name not in names]
-    if config.use_rslora or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
+    if config.use_rslora or config.alpha_pattern or config.enable_lora:
         faults.append("the scaling is not one alpha divided by the rank of each module")
     faults += more_than_low_rank(adapter)
     if faults:

@@ -70,7 +70,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     check_sound(adapter)
     names, config = mlx_names(model), adapter.config
     faults = [f"{name}: mlx-lm applies no adapters there" for name in adapter.modules if name not in names]
-    if config.rank_pattern or config.alpha_pattern or config.enable_lora or config.use_dora or config.changes_base:
+    if config.rank_pattern or config.alpha_pattern or config.enable_lora:
         faults.append("it does not have one rank and one scale for all modules")
     faults += more_than_low_rank(adapter)
     if faults:

@@ -11,14 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-import torch
 from torch import nn
 
+from ..budget import cache_per_token, free_on
 from ..engine.bank import Bank, bank_and_base
 from ..engine.forward import device_of
-from ..engine.limits import context_length, text_config
-from ..errors import BusyServerError
-from ..files import free_memory
+from ..engine.limits import context_length
+from ..errors import BusyServerError, UnsupportedModelError
 from .pages import PAGE
 from .sampling import Sampling
 from .streaming import Generator, Piece, Prompt
@@ -291,16 +290,8 @@ def default_cache_tokens(model: nn.Module, texts: int) -> int:
     That is two vectors a layer, each as long as its heads of keys together.  It is no more than this many texts need
     that fill the model's context, and enough for one.
     """
-    config, device = text_config(model), device_of(model)
-    context = context_length(model)
-    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
-    heads = getattr(config, "num_attention_heads", None)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(heads, int)) or free is None:
-        tokens = _SOME_TOKENS
-    else:
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head = getattr(config, "head_dim", None) or width // heads
-        size = next(model.parameters()).element_size()
-        tokens = int(free / 2 / (2 * layers * kv_heads * head * size))
+    context, free, tokens = context_length(model), free_on(device_of(model)), _SOME_TOKENS
+    if free is not None:
+        with contextlib.suppress(UnsupportedModelError):  # its config does not say how large they are
+            tokens = int(free / 2 / cache_per_token(model))
     return tokens if context is None else max(context + PAGE, min(tokens, texts * context))

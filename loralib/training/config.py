@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bases.quant import QUANTIZATIONS
 from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
 from ..data import FORMATS
 from ..errors import ConfigError
@@ -108,7 +109,7 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     quantize: str = setting(
-        "none", "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA)", _DATA, ("none", "int8", "nf4")
+        "none", "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA)", _DATA, ("none", *QUANTIZATIONS)
     )
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget import training_budget
+from ..budget import free_on, training_budget
+from ..engine.forward import device_of
 from ..errors import ConfigError, TrainingError
-from ..files import free_memory
 from ..wrapping import is_spread
 
 __all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "keep_freed_memory", "memory_estimate"]
@@ -135,6 +135,4 @@ def memory_estimate(
         adapted=True if planned else None,
     )
     needed = budget.total - budget.program - (budget.weights if planned else 0)
-    device = next(model.parameters()).device
-    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
-    return needed, free
+    return needed, free_on(device_of(model))

@@ -17,14 +17,13 @@ from ..bases.device import pick_device, pick_dtype
 from ..bases.loading import load_tokenizer
 from ..bases.made_up import is_made_up
 from ..bases.sharded import shard
-from ..budget import require_room
+from ..budget import free_on, require_room
 from ..config import LoraConfig
 from ..console import counted
 from ..data import TokenExample
 from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
-from ..files import free_memory
 from ..formats import is_read_with_base, read_adapter
 from ..injection import adapted_layers, injection_of
 from ..wrapping import is_sharded, is_spread
@@ -82,10 +81,9 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module,
 
 def _room(device: str | None, ranks: Ranks) -> float | None:
     """Returns how many bytes a process may take: the GPU's, or its part of what the machine has free."""
-    if torch.device(device or "cpu").type == "cuda":
-        return float(torch.cuda.mem_get_info(torch.device(str(device)))[0])
-    free = free_memory()
-    return None if free is None else free / ranks.local_size
+    place = torch.device(device or "cpu")
+    free = free_on(place)
+    return free if free is None or place.type == "cuda" else free / ranks.local_size
 
 
 def spread(model: nn.Module, ranks: Ranks) -> None:
@@ -193,7 +191,7 @@ def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
 
 def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
     """Yields the inputs for ``init_lora_weights="eva"``: some of the examples, spread evenly over all of them."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     chosen = examples[:: max(1, len(examples) // _EVA_EXAMPLES)][:_EVA_EXAMPLES]
     for start in range(0, len(chosen), _EVA_BATCH):
         batch = chosen[start : start + _EVA_BATCH]

@@ -43,7 +43,7 @@ class DoRALayer(LoRALayer):
     _kept: _Kept
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
-        outputs = self.as_matrix(dense(self.base_weight)).shape[0]
+        outputs = self.as_matrix(torch.empty(self._base_shape, device="meta")).shape[0]
         return super().tensor_shapes(r) | {"lora_magnitude_vector": (outputs,)}
 
     def reset_lora_parameters(self) -> None:
