@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import loralib as lora
 from loralib.bases import load_adapted
 from loralib.bases.quant import QuantizedWeight, linears_of, quantize, quantize_model, round_model
+from loralib.bases.quantized_reading import take_over
 from loralib.cli import main
 from loralib.data import TokenExample
 from loralib.delta import dense
 from loralib.engine.kernels import compiled
-from loralib.errors import BaseMismatchError, ConfigError, TargetError, UnsupportedModelError
+from loralib.errors import BaseMismatchError, BaseModelError, ConfigError, TargetError, UnsupportedModelError
 from loralib.injection import adapted_layers, fingerprint
 from loralib.training.step import make_step
 
@@ -372,8 +374,6 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from loralib.bases.quantized_reading import take_over
-
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     ids = torch.tensor([[1, 2, 3, 4]])
     make().save_pretrained(tmp_path)
@@ -394,6 +394,26 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
                 assert torch.allclose(model.eval()(ids).logits, theirs.dequantize().eval()(ids).logits, atol=0.01)
         adapted(model)
         assert make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum > 0
+
+
+class OfAnotherMethod(nn.Linear):
+    """What transformers gives for a base that is quantised in a way that is not known here."""
+
+    def __init__(self, can: bool) -> None:
+        super().__init__(2, 2)
+        self.can, self.config = can, SimpleNamespace(_is_quantized=True)
+        config = SimpleNamespace(quant_method=SimpleNamespace(value="gptq"))
+        self.hf_quantizer = SimpleNamespace(quantization_config=config, remove_quantization_config=lambda model: None)
+
+    def dequantize(self) -> None:
+        if not self.can:
+            raise NotImplementedError("no way back")
+
+
+def test_bases_of_other_methods_become_dense_or_are_refused_by_name():
+    assert "quantised by gptq; its weights are dense now" in take_over(OfAnotherMethod(can=True), "base")
+    with pytest.raises(BaseModelError, match=r"base was quantised by gptq, and transformers cannot.*no way back"):
+        take_over(OfAnotherMethod(can=False), "base")
 
 
 def test_the_error_of_rounding_is_that_of_the_weights():

@@ -149,9 +149,7 @@ def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torc
         with _quiet():
             return cast("LanguageModel", empty_model(path, pick_dtype(dtype, device)))
     except Exception as error:
-        raise BaseModelError(
-            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
-        ) from error
+        raise _unreadable(path, name, error) from error
 
 
 def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
@@ -341,10 +339,8 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
                 output_loading_info=True,
                 **fewer_bits,
             )
-    except Exception as error:  # whatever a broken or foreign directory leads to
-        raise BaseModelError(
-            f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
-        ) from error
+    except Exception as error:
+        raise _unreadable(path, name, error) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         faults = sorted(info["missing_keys"])
         heading = f"the weights of {name!r} lack {len(faults)} of {type(model).__name__}'s tensors"
@@ -372,6 +368,13 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
         model = agreed(mesh, lambda: _read_model(path, name, dtype))
         shard(model, mesh)
     return model
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> BaseModelError:
+    """Returns the error for whatever a broken or foreign directory leads to."""
+    return BaseModelError(
+        f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
+    )
 
 
 def _note_on_config(path: Path) -> str:
