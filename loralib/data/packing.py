@@ -206,7 +206,7 @@ def epoch_order(
         if siblings > 1:
             groups: dict[tuple[int, ...], list[int]] = {}
             for index in order:
-                groups.setdefault(_prompt(examples[index]), []).append(index)
+                groups.setdefault(examples[index].prompt, []).append(index)
             runs = [run for group in groups.values() for run in _split(group, siblings)]
             rng.shuffle(runs)
             order = [index for run in runs for index in run]
@@ -215,7 +215,3 @@ def epoch_order(
 
 def _split(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _prompt(example: TokenExample) -> tuple[int, ...]:
-    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids

@@ -58,6 +58,33 @@ class TokenExample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    # What every kind of example has, of which some have several rows of tokens.
+
+    @property
+    def rows(self) -> tuple[TokenExample, ...]:
+        """The rows of tokens that it is made of: this one."""
+        return (self,)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first trained one; of a row without any, all."""
+        return self.ids[: self.trained.index(True)] if True in self.trained else self.ids
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many of its tokens are trained."""
+        return sum(self.trained)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens its longest row has."""
+        return len(self.ids)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that it holds as plain values, by which it is hashed."""
+        return self.ids, self.trained
+
 
 class Dropped(NamedTuple):
     """An example that is not trained on, why, and how many tokens it has (0: not tokenized)."""

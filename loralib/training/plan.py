@@ -103,9 +103,9 @@ def make_plan(
         facts[0] |= {"examples": len(train)}
         facts += data_record("validation", [], valid, encoded.given) if valid else []
     for rows, kind in ((train, "training example"), (valid, "validation example")):
-        require_ids_in_table(model, (row.ids for row in rows), kind)
+        require_ids_in_table(model, (row.ids for example in rows for row in example.rows), kind)
     if config.seq_len is None:
-        config = config.replace(seq_len=max(2, *map(len, train), *map(len, valid)))
+        config = config.replace(seq_len=max(2, *(example.longest for example in (*train, *valid))))
     return Plan(automatic_settings(model, config, train, say), train, valid, facts, encoded)
 
 
@@ -118,7 +118,7 @@ def automatic_settings(
             sum(parameter.numel() for parameter in model.parameters()),
             getattr(text_config(model), "hidden_size", None),
             config.alpha,
-            config.batch_size * config.grad_accum * sum(sum(row.trained) for row in examples) / len(examples),
+            config.batch_size * config.grad_accum * sum(row.trained_tokens for row in examples) / len(examples),
             config.loraplus_lr_ratio,
         )
         b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
@@ -324,5 +324,4 @@ def _group(text: Example, row: TokenExample) -> Hashable:
 
 def _start(row: TokenExample) -> tuple[int, ...]:
     """The tokens before the first trained one; of a row that is trained from its start, all."""
-    first = row.trained.index(True) if True in row.trained else len(row)
-    return row.ids[:first] if first > 1 else row.ids
+    return row.prompt if len(row.prompt) > 1 else row.ids

@@ -405,6 +405,7 @@ class RunDirectory:
         best: where the adapter with the lowest validation loss so far is saved.
         config: the run's settings.
         tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
+        unit, shown: what the loss is an average over, and which other figures are drawn.
 
     Args:
         tidy: remove what a killed run left while it was writing.
@@ -415,6 +416,7 @@ class RunDirectory:
         self.config = config
         self.tokenizer: Any = None
         self.chats = False
+        self.unit, self.shown = "token", tuple[str, ...]()
         self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best) if tidy else ():
             for file in folder.glob(".*.tmp"):
@@ -557,7 +559,7 @@ class RunDirectory:
                 save_tokenizer(self.tokenizer, place, chats=self.chats)
         title = f"LoRA on {learned.base}, r={learned.adapter.config.r}"
         try:
-            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title)
+            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title, self.unit, self.shown)
         except Exception as error:  # a picture is not worth a run: whatever another library raises
             say(f"WARNING: {self.path / 'loss.png'} could not be drawn: {first_line(error)}")
         if not progress.valid_losses:  # `best` is then from an earlier run here
