@@ -5,8 +5,10 @@ from __future__ import annotations
 from .readers import FORMATS, Example, Source, draw, group_by_prompt, parse_source, read_examples, read_sources
 from .tokens import (
     OBJECTIVES,
+    PREFERENCES,
     Dropped,
     Encoded,
+    PreferencePair,
     TokenExample,
     encode,
     length_at,
@@ -20,9 +22,11 @@ from .tokens import (
 __all__ = [
     "FORMATS",
     "OBJECTIVES",
+    "PREFERENCES",
     "Dropped",
     "Encoded",
     "Example",
+    "PreferencePair",
     "Source",
     "TokenExample",
     "draw",

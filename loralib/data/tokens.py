@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, takewhile
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
@@ -18,8 +18,10 @@ from .readers import Columns, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
+    "PREFERENCES",
     "Dropped",
     "Encoded",
+    "PreferencePair",
     "TokenExample",
     "encode",
     "length_at",
@@ -30,7 +32,8 @@ __all__ = [
     "tokenize",
 ]
 
-OBJECTIVES: Final = ("clm", "jlm")
+PREFERENCES: Final = ("dpo", "orpo")
+OBJECTIVES: Final = ("clm", "jlm", *PREFERENCES)
 
 # Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
@@ -84,6 +87,48 @@ class TokenExample:
     def content(self) -> tuple[object, ...]:
         """All that it holds as plain values, by which it is hashed."""
         return self.ids, self.trained
+
+
+@dataclass(frozen=True)
+class PreferencePair(TokenExample):
+    """A prompt with the answer that is preferred to another one; `ids` and `trained` are those with that answer.
+
+    Attributes:
+        rejected: the same prompt with the other answer.
+        reference: the log-probabilities of the two answers under the reference model, once they are known.
+    """
+
+    rejected: TokenExample
+    reference: tuple[float, float] | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.rejected) - self.shared  # the prompt counts once, as it is computed
+
+    @property
+    def shared(self) -> int:
+        """How many tokens the two rows begin with alike, at most the prompt."""
+        pairs = zip(self.prompt, self.rejected.prompt, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    @property
+    def rows(self) -> tuple[TokenExample, ...]:
+        """The rows with the chosen and with the rejected answer."""
+        return TokenExample(self.ids, self.trained), self.rejected
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the two answers have."""
+        return sum(self.trained) + self.rejected.trained_tokens
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the longer row has."""
+        return max(len(self.ids), len(self.rejected))
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that the data say of it, as plain values."""
+        return self.ids, self.trained, self.rejected.content
 
 
 class Dropped(NamedTuple):

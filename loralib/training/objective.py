@@ -18,7 +18,7 @@ from ..wrapping import is_spread
 from .ranks import ALONE, Ranks
 from .shares import deal
 
-__all__ = ["StepStats", "TrainingStep", "evaluate", "evaluate_loss"]
+__all__ = ["StepStats", "TrainingStep", "evaluate", "evaluate_loss", "in_batches"]
 
 Example = Any  # `TokenExample`, or another with the same properties
 
@@ -123,7 +123,7 @@ def evaluate(
         stop: asked between batches; once it returns True, on any rank, the result is None.
         ranks: those that measure together, each a part of the examples.
     """
-    batches = [part for batch in _batches(examples, max_tokens) for part in step.passes(batch)]
+    batches = [part for batch in in_batches(examples, max_tokens) for part in step.passes(batch)]
     dealt = deal([sum(map(len, batch)) for batch in batches], ranks.size)
     mine, stats = dealt[ranks.rank], list[StepStats]()
     with evaluating(model.modules()):
@@ -153,7 +153,8 @@ def evaluate_loss(
     return figures["loss"]
 
 
-def _batches(examples: Sequence[Example], max_tokens: int, limit: int = 16) -> Iterator[list[Example]]:
+def in_batches(examples: Sequence[Example], max_tokens: int, limit: int = 16) -> Iterator[list[Example]]:
+    """Yields examples in batches of so many tokens at most, or of one example; those that begin alike are together."""
     batch: list[Example] = []
     for example in sorted(examples, key=lambda example: example.ids):  # neighbours share their prompts
         if batch and (len(batch) == limit or sum(map(len, batch)) + len(example) > max_tokens):

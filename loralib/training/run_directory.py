@@ -513,7 +513,7 @@ class RunDirectory:
         """Removes the checkpoints of a finished run, but for those that were asked for."""
         keep = self.config.keep_checkpoints
         files = checkpoint_files(self.checkpoints)
-        for path in files[: len(files) - keep]:
+        for path in [*files[: len(files) - keep], *([] if keep else [self._reference])]:
             remove_file(path)
         _remove_if_empty(self.checkpoints)
 
@@ -521,9 +521,26 @@ class RunDirectory:
         """Writes a checkpoint; older ones go, but for the last few."""
         save_checkpoint(self.checkpoints, state, max(_LEAST, self.config.keep_checkpoints))
 
+    @property
+    def _reference(self) -> Path:
+        return self.checkpoints / "reference.safetensors"
+
+    def write_reference(self, key: Mapping[str, Any], values: Tensor) -> None:
+        """Keeps the log-probabilities of pairs under the reference for a resume; `key` says what they belong to."""
+        write_safetensors(self._reference, {"log_probs": values}, {_STATE: json.dumps(key)})
+
+    def read_reference(self, key: Mapping[str, Any]) -> Tensor | None:
+        """Returns what `write_reference` kept under this key, if it is there."""
+        with suppress(AdapterError, OSError):
+            tensors, metadata = read_safetensors(self._reference)
+            if metadata.get(_STATE) == json.dumps(key):
+                return tensors["log_probs"]
+        return None
+
     def _remove_checkpoints(self) -> None:
         for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
             remove_file(path)
+        remove_file(self._reference)
         _remove_if_empty(self.checkpoints)
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -175,13 +175,18 @@ class Step:
         if not len(laid.states) and self._is_spread:
             self.idle(backward=scale is not None)
         elif len(laid.states):
-            forward = self._forward
-            with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
+            with self._computing(use, gradient=scale is not None):
                 if scale is not None and self._half:
                     loss = scaled_backward(partial(self._loss, laid), self._trained(), scale)
                 else:
                     loss = self._loss(laid, scale)
         return loss, laid
+
+    @contextmanager
+    def _computing(self, use: Literal["training", "inference"], *, gradient: bool) -> Iterator[None]:
+        forward = self._forward
+        with forward.lock, torch.set_grad_enabled(gradient), forward.held(use), forward.overriding():
+            yield
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
         row = pack(batch, share=self.share_prompts if share is None else share)
@@ -191,17 +196,8 @@ class Step:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
-        device = self._forward.device
-        if self._remembers:
-            forget_length(self._model)
-        places = to_device(laid.states, device)
-        predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
-        if self._forward.splits:
-            hidden = self._hidden(laid)
-            head: Callable[[Tensor], Tensor] = self._forward.head
-        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
-        states = hidden.flatten(0, 1)[places]
+        predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(laid.states), self._forward.device)
+        states, head = self._states(laid, laid.states)
         options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
         liger = self._forward.liger
         if liger is not None and self._forward.splits and liger.is_usable():
@@ -211,6 +207,19 @@ class Step:
         if scale is not None:
             loss.objective.backward()
         return loss.total
+
+    def _states(self, laid: Pack, places: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Returns the last hidden states (R, D) at some places of a batch (R,), and the head that they go through."""
+        device = self._forward.device
+        if self._remembers:
+            forget_length(self._model)
+        places = to_device(places, device)
+        if self._forward.splits:
+            hidden = self._hidden(laid)
+            head: Callable[[Tensor], Tensor] = self._forward.head
+        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
+            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
+        return hidden.flatten(0, 1)[places], head
 
     def _hidden(self, laid: Pack) -> Tensor:
         """The last hidden states (B, T, D), after the final norm."""
@@ -269,7 +278,7 @@ class Step:
         laid = self._packed([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples], share=True)
         with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
-        return [logits[_places(laid, ids)] for ids in examples]
+        return [logits[list(path)] for path in laid.paths]
 
 
 def make_step(
@@ -280,6 +289,7 @@ def make_step(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
     compiles: bool | None = None,
+    kind: Callable[..., Step] = Step,
 ) -> Step:
     """Looks at a model and returns the step that is fastest for it and exact.
 
@@ -294,6 +304,7 @@ def make_step(
         chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
             CPU, 1,024 elsewhere.
         compiles: whether decoder blocks are compiled by torch.compile; None: where they can be, on a GPU.
+        kind: the class of the step, for other objectives (`loralib.training.preferences`).
 
     Returns:
         The step; its `note` says why batches are padded, if they are although packing was asked for.
@@ -309,7 +320,7 @@ def make_step(
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
-    step = Step(
+    step = kind(
         model,
         packing=packing,
         share_prompts=share_prompts,
@@ -325,17 +336,6 @@ def make_step(
 
 def _computed_tokens(example: TokenExample) -> int:
     return max((place for place, trained in enumerate(example.trained) if trained), default=0)
-
-
-def _places(laid: Pack, ids: Sequence[int]) -> list[int]:
-    """Finds the tokens of an example in a packed row."""
-    assert laid.ends is not None
-    row, ends = list(zip(laid.positions[0].tolist(), laid.ids[0].tolist(), strict=True)), laid.ends.tolist()
-    places: list[int] = []
-    for wanted in enumerate(ids):
-        start, end = (places[-1] + 1, ends[places[-1]]) if places else (0, len(row))
-        places.append(next(place for place in range(start, end) if row[place] == wanted))
-    return places
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

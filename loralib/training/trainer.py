@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ..adapter import apply_adapter
 from ..bases import with_chat_template
 from ..console import counted
-from ..data import TokenExample
+from ..data import PREFERENCES, PreferencePair, TokenExample
 from ..data.packing import epoch_order
 from ..data.turn_ends import are_chats
 from ..delta import dense
@@ -31,7 +32,7 @@ from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, TargetError, list_faults
 from ..formats import check_portable, load_adapter
-from ..injection import adapted_layers, adapted_model, inject, unmerge
+from ..injection import adapted_layers, adapted_model, disabled, inject, unmerge
 from ..layers import LoRALayer
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .config import AUTOMATIC, TrainConfig
@@ -39,13 +40,14 @@ from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointin
 from .objective import TrainingStep, evaluate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
+from .preferences import PREFERENCE_STEPS, DPOStep, reference_of
 from .ranks import Ranks, joined
 from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
 from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
-from .step import make_step
+from .step import Step, make_step
 
 __all__ = ["TrainResult", "run"]
 
@@ -195,6 +197,7 @@ def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
     """Returns the step of a run's objective."""
     return make_step(
         model,
+        kind=partial(PREFERENCE_STEPS[config.objective], beta=config.beta) if config.objective in PREFERENCES else Step,
         packing=config.packing,
         share_prompts=config.share_prompts,
         label_smoothing=config.label_smoothing,
@@ -216,7 +219,7 @@ class Trainer:
         ranks: Ranks,
     ) -> None:
         config, self.ranks = plan.config, ranks
-        self.model, self.examples, self.valid, self.config = model, plan.train, plan.valid, config
+        self.model, self.examples, self.valid, self.config = model, list(plan.train), list(plan.valid), config
         self.record, self.directory, self.reporter, self.stop = record, directory, reporter, stop
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.settings = run_settings(model, config, plan.train, plan.valid)
@@ -256,12 +259,47 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
+            self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._run_epochs()
         finally:
             self.reporter.close_bar()
             self.model.train(was_training)
         return self._finish()
+
+    def _compute_reference(self) -> None:
+        """Gives the pairs of DPO the log-probabilities of their answers before training, which a resume reads again."""
+        if not isinstance(self.step, DPOStep):
+            return
+        pairs = list(dict.fromkeys(cast("list[PreferencePair]", [*self.examples, *self.valid])))
+        key = {name: self.settings[name] for name in ("training data", "validation data", "base model")}
+        key["adapter"] = hash_tensors(self.initial)
+        known = self.ranks.first(lambda: self.directory.read_reference(key))
+        if known is None:
+            self.reporter.say(f"Computing the reference of {counted(len(pairs), 'pair')} ...")
+            with disabled(self.model) if self.reporter.from_base else holding(self.parameters, self.initial):
+                known = reference_of(
+                    self.step,
+                    self.model,
+                    pairs,
+                    max_tokens=self._max_tokens,
+                    check_stop=self._stop_before_start,
+                    ranks=self.ranks,
+                )
+            self.ranks.first(lambda: self.directory.write_reference(key, known))
+        of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
+        for rows in (self.examples, self.valid):
+            rows[:] = [replace(pair, reference=of[pair]) for pair in cast("list[PreferencePair]", rows)]
+
+    @property
+    def _max_tokens(self) -> int:
+        """How many tokens are computed at once without a gradient: no more memory than training takes."""
+        return max(2048, self.config.batch_size * max(map(len, self.examples)))
+
+    def _stop_before_start(self) -> None:
+        if number := self.ranks.most(self.stop.signal_number):
+            self.stop.signal_number = number
+            raise self.stop.error("stopped before the first update. Run the same command again.")
 
     def _announce(self) -> None:
         config, say = self.config, self.reporter.say
@@ -409,12 +447,11 @@ class Trainer:
             return
         progress, config = self.progress, self.config
         started = time.perf_counter()
-        max_tokens = max(2048, config.batch_size * max(map(len, self.examples)))  # no more memory than training takes
         figures = evaluate(
             self.step.unsmoothed(),
             self.model,
             self.valid,
-            max_tokens=max_tokens,
+            max_tokens=self._max_tokens,
             stop=lambda: bool(self.stop),
             ranks=self.ranks,
         )
@@ -575,6 +612,23 @@ def check_gradients(model: nn.Module) -> str:
         if idle
         else ""
     )
+
+
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives parameters other values for a while."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        _assign(parameters, values)
+        yield
+    finally:
+        _assign(parameters, before)
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
