@@ -252,9 +252,9 @@ class Method(Body):
                 f"method.type is {self.type!r}, and method.{other} is given; leave it out, or change the type",
                 param="method",
             )
-        return (
-            (self.dpo or Preferences()) if self.type == "dpo" else (self.supervised or Supervised())
-        ).hyperparameters
+        if self.type == "dpo":
+            return (self.dpo or Preferences()).hyperparameters
+        return (self.supervised or Supervised()).hyperparameters
 
 
 class JobRequest(Body):
