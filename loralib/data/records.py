@@ -230,8 +230,11 @@ def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, 
         near = "".join(did_you_mean(key, ("chosen", "rejected")) for key in record)
         raise DataError(f"found {keys}, expected {PREFERENCE_FORMS}.{near} Name other fields with --columns.")
     plain, sides, used = how._replace(preferences=False), list[Example](), set[str]()
-    for side in (two.chosen, two.rejected):
-        example, shape, of_side = _from_record(side, where, plain)
+    for name, side in (("chosen", two.chosen), ("rejected", two.rejected)):
+        try:
+            example, shape, of_side = _from_record(side, where, plain)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
         sides.append(example)
         used |= of_side
     shape = two.shape + (", as chats" if how.as_chat and shape.endswith("as a chat") else "")
