@@ -353,8 +353,8 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path: Path) -> None:
         read_sources(str(path), objective="dpo")
     words = [
         "equal, so there is nothing to prefer", "chosen has no answer", "found 'prompt', 'chosen', expected",
-        "chosen is text, and rejected is a list", "do not begin alike", "rejected: 'messages' has no turn with role", "equal, so",
-        "chosen is a number", "nobody says the prompt, 'Something else?'",
+        "chosen is text, and rejected is a list", "do not begin alike", "rejected: 'messages' has no turn with role",
+        "equal, so", "chosen is a number", "nobody says the prompt, 'Something else?'",
     ]  # fmt: skip
     lines = str(caught.value).splitlines()
     for number, word in enumerate(words, 2):
@@ -399,7 +399,7 @@ def test_a_preview_shows_both_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["data", "preview", str(path), "--color", "never"]) == 0
     shown = capsys.readouterr().out
     assert "preferences (prompt, chosen and rejected), 1 example" in shown
-    assert "\nchosen: Question·?[ Yes·.·<|endoftext|>]\nrejected: Question·?[ No·.·<|endoftext|>]\n" in shown
+    assert "\nchosen: Question·?[ Yes·.·<|im_end|>]\nrejected: Question·?[ No·.·<|im_end|>]\n" in shown
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -439,7 +439,8 @@ def test_a_run_learns_to_rank_answers(objective: str, tmp_path: Path, capsys: py
     panels: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "plot_losses", lambda *given: panels.append(given[3:]) or plot_losses(*given))
-        train(settings(tmp_path, objective=objective), verbose=True)
+        config = settings(tmp_path, objective=objective, beta={"dpo": 0.1, "orpo": 1.0}[objective], lr=1e-2)
+        train(config, data=numbers(64), verbose=True)
     first, last = events(tmp_path, "valid")[0], events(tmp_path, "valid")[-1]
     assert last["loss"] < first["loss"]
     assert last["accuracy"] > 0.8
@@ -449,7 +450,7 @@ def test_a_run_learns_to_rank_answers(objective: str, tmp_path: Path, capsys: py
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4), "the adapter starts as the reference"
         assert first["accuracy"] == pytest.approx(0.5, abs=0.5)
     else:
-        assert last["loss"] == pytest.approx(last["nll"] + 0.1 * last["odds_ratio_loss"], rel=1e-6)
+        assert last["loss"] == pytest.approx(last["nll"] + last["odds_ratio_loss"], rel=1e-6)
     assert {"accuracy", "margin"} <= events(tmp_path, "train")[-1].keys()
     assert f", accuracy {last['accuracy']:.3f}, margin {last['margin']:.3f}\n" in capsys.readouterr().out
     assert panels == [("pair", ("accuracy", "margin"))]
