@@ -259,6 +259,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
+            self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
             self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._run_epochs()
