@@ -593,6 +593,7 @@ def test_a_job_learns_from_preferences_as_openai_s_do(tmp_path: Path, processes:
         assert file.loralib["notes"] == [
             "a.jsonl: preferences (input, preferred_output, non_preferred_output), 1 example"
         ]
+        assert file.loralib["preferences"], "the page then proposes DPO"
         method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}
         job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, method=method)  # type: ignore[arg-type]
         assert job.method.type == "dpo"
