@@ -425,7 +425,8 @@ def test_who_finds_a_rank_gone_tells_of_it_before_obeying_its_launcher() -> None
             assert "has died" in str(group.blame(RuntimeError("Connection closed by peer")))
         signal.raise_signal(signal.SIGTERM)  # ends a process that does not expect it
         (timer,) = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        assert timer.daemon and timer.interval > 1 and timer.function is os.kill  # it does end, a little later
+        assert (timer.daemon, timer.function) == (True, os.kill)  # it does end, a little later
+        assert timer.interval > 1
         timer.cancel()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
