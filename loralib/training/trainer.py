@@ -286,6 +286,7 @@ class Trainer:
                     max_tokens=self._max_tokens,
                     check_stop=self._stop_before_start,
                     ranks=self.ranks,
+                    show=self.reporter.verbose,
                 )
             self.ranks.first(lambda: self.directory.write_reference(key, known))
         of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
