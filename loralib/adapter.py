@@ -180,7 +180,7 @@ def _held_in(model: nn.Module) -> dict[str, str]:
 def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
     """Refuses to leave out, without a word, what was set to train besides the adapter."""
     ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()} | {id(t) for t in in_full.values()}
-    merged = {id(layer._parameters[layer._weight_name]) for _, layer in layers if layer.merged}
+    merged = {id(layer._parameters[name]) for _, layer in layers if layer.merged for name in layer.weight_names}
     others = [n for n, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours | merged]
     if others:
         raise AdapterError(
