@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, compare_base, expand_blocks
-from .combine import depends_on_base, faults_of, located_faults, update_of
+from .combine import Update, depends_on_base, faults_of, located_faults, updates_in
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
@@ -82,7 +82,8 @@ class ModuleSummary:
     @property
     def kind(self) -> str:
         """The part of the name that all layers share, such as self_attn.q_proj."""
-        return re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+        of_all_experts = re.sub(r"\[\d+\]$", "", self.name)
+        return re.split(r"\.\d+\.", of_all_experts, maxsplit=1)[-1]
 
     @property
     def layer(self) -> int | None:
@@ -122,6 +123,7 @@ class Inspection:
             ("r", _with_exceptions(config.r, config.rank_pattern)),
             ("lora_alpha", _with_exceptions(config.lora_alpha, config.alpha_pattern)),
             ("target_modules", targets if isinstance(targets, str) else ", ".join(targets or ())),
+            *([("target_parameters", ", ".join(config.target_parameters))] if config.target_parameters else []),
             ("kind", ", ".join(kinds) or "plain LoRA"),
             ("adapted modules", count(len(self.adapter.modules))),
             ("parameters", count(sum(tensor.numel() for tensor in tensors.values()))),
@@ -280,13 +282,14 @@ def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
     summaries = []
     for name in plain.modules:
         if name not in broken:
-            update = update_of(plain, name)
-            S = update.svd()[1]
-            norm, values = float(S.norm()), tuple(S.tolist())
-            summaries.append(
-                ModuleSummary(name, update.shape, update.r, update.scaling, norm, values, effective_rank(S))
-            )
+            summaries += [_summary(*named) for named in updates_in(plain, name).items()]
     return tuple(summaries)
+
+
+def _summary(name: str, update: Update) -> ModuleSummary:
+    S = update.svd()[1]
+    norm, values = float(S.norm()), tuple(S.tolist())
+    return ModuleSummary(name, update.shape, update.r, update.scaling, norm, values, effective_rank(S))
 
 
 def _check_learned(modules: Sequence[ModuleSummary]) -> list[CheckResult]:

@@ -217,9 +217,7 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
         if target.token_indices:  # tied tables train the same rows
             continue
         weights = [target.module._parameters[name] for name in target.preview().weight_names]
-        tied[target.name] = ", ".join(
-            name for weight in weights for name in owners[id(weight)] if name != target.name
-        )
+        tied[target.name] = ", ".join(name for weight in weights for name in owners[id(weight)] if name != target.name)
     return {name: twins for name, twins in tied.items() if twins}
 
 
@@ -451,7 +449,12 @@ def _experts(
 
 
 def _experts_target(
-    name: str, leaves: Mapping[str, str], modules: Mapping[str, nn.Module], config: LoraConfig, trained: bool, changes: bool
+    name: str,
+    leaves: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    trained: bool,
+    changes: bool,
 ) -> TargetModule:
     module = modules[name]
     weights = [
@@ -461,6 +464,12 @@ def _experts_target(
     ]
     for weight in weights:
         _refuse_bypassed(module, weight.name, changes)
+        if config.blocks_of(f"{name}.{weight.name}") is not None:
+            raise TargetError(f"enable_lora is for linear layers, and {weight.name} holds weights of experts")
+    if config.init_lora_weights == "eva" and not trained:
+        raise TargetError(
+            "init_lora_weights 'eva' is not for the experts of a mixture; leave it out, or add them to exclude_modules"
+        )
     target = TargetModule(
         name=name,
         module=module,
@@ -491,6 +500,12 @@ def _named_parameters_of(
         used.add(entry)
         path, _, leaf = name.rpartition(".")
         try:
+            if config.saved_part(name):
+                faults.append(
+                    f"target_parameters {entry!r} names {name}, which modules_to_save trains in full; "
+                    "leave it out of one of the two"
+                )
+                continue
             if leaf not in (known := expert_weights(holders[path]) if path in holders else ()):
                 faults.append(f"target_parameters {entry!r} names {name}: {_no_expert_weight(known)}")
                 continue

@@ -16,11 +16,12 @@ from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultihe
 from .bias_of_B import BiasedLinear
 from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
 from .eva import EvaStart, eva_start
-from .experts import ExpertWeight, LoRAExperts, expert_weights, holds_experts
+from .experts import EXPERT_WEIGHTS, ExpertWeight, LoRAExperts, expert_weights, holds_experts
 from .starts import StartedLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
 
 __all__ = [
+    "EXPERT_WEIGHTS",
     "ROWS",
     "EvaStart",
     "ExpertWeight",

@@ -28,10 +28,11 @@ from ..delta import delta_weight, dense, grouped_linear, scaling_of
 from ..errors import TargetError
 from ..layers import LoRALayer, base_class
 
-__all__ = ["ExpertWeight", "LoRAExperts", "expert_weights", "expert_weights_beside", "holds_experts"]
+__all__ = ["EXPERT_WEIGHTS", "ExpertWeight", "LoRAExperts", "expert_weights", "holds_experts"]
 
 # What transformers calls the weights of experts: into the hidden layer, with its gate or without, and out of it.
 _INNER, _OUTER = ("gate_up_proj", "up_proj"), "down_proj"
+EXPERT_WEIGHTS = (*_INNER, _OUTER)  # in the order of their modules
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LoRAExperts(LoRALayer):
         return shapes
 
     def tensor_keys(self) -> dict[str, str]:
-        return {f"lora_{half}_{name}": f"{name}.lora_{half}" for name in self.weight_names for half in "AB"}
+        return {f"lora_{half}_{name}": f"{name}.lora_experts_{half}" for name in self.weight_names for half in "AB"}
 
     @property
     def output_factors(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -218,9 +219,9 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
         TargetError: it computes in a way that is not known here.
     """
     base = base_class(module)
-    names = tuple(name for name, p in module._parameters.items() if name in (*_INNER, _OUTER) and p is not None)
+    names = tuple(name for name, p in module._parameters.items() if name in EXPERT_WEIGHTS and p is not None)
     shapes = [cast(Tensor, module._parameters[name]).shape for name in names]
-    if len(names) != 2 or _OUTER not in names or any(len(shape) != 3 for shape in shapes):
+    if len(names) != 2 or names[1] != _OUTER or any(len(shape) != 3 for shape in shapes):
         known = f"{' or '.join(_INNER)} and {_OUTER} of three dimensions"
         raise TargetError(f"{base.__name__} lays its experts out in a way that is not known here, expected {known}")
     if shapes[0][0] != shapes[1][0] or not _computes_experts(module, base):
@@ -257,8 +258,3 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
     except Exception:  # it needs other inputs, or sizes of its own
         return False
     return isinstance(theirs, Tensor) and theirs.shape == ours.shape and bool(torch.allclose(theirs, ours, atol=1e-4))
-
-
-def expert_weights_beside(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of a module's parameters of experts, whether they can be adapted or not."""
-    return tuple(name for name, p in module._parameters.items() if p is not None and p.dim() > 1)
