@@ -264,7 +264,7 @@ def _stacked(
 ) -> tuple[dict[str, FactorPair], dict[str, dict[str, Tensor]]]:
     """Returns the factors of modules; and those of experts (see `updates_in`) as "A" and "B" of each weight."""
     rest, experts = dict(updates), dict[str, dict[int, FactorPair]]()
-    for name, pair in updates.items():
+    for name in updates:
         module, _, number = name.removesuffix("]").rpartition("[")
         if number.isdecimal() and adapter.holds_experts(module):
             experts.setdefault(module, {})[int(number)] = rest.pop(name)

@@ -538,8 +538,8 @@ def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
 def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:
     return (
         f"'all-linear' would miss the expert weights of {len(unknown)} modules of {type(model).__name__} "
-        f"({unknown[0]}). To adapt the other layers on purpose, name them (target_modules=['q_proj', 'v_proj']), or add "
-        "the experts to exclude_modules."
+        f"({unknown[0]}). To adapt the other layers on purpose, name them (target_modules=['q_proj', 'v_proj']), or "
+        "add the experts to exclude_modules."
     )
 
 

@@ -69,8 +69,8 @@ def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[s
             faults.append(f"{path}: factors for {' and '.join(names)} are not complete")
             continue
         for place, name in enumerate(names):
-            pair = [rest.pop(places[len(names) - 1 - place, half]) for half in "AB"]
-            ours |= _stacked(f"{path}.{name}", *pair, config, faults)
+            A, B = (rest.pop(places[len(names) - 1 - place, half]) for half in "AB")
+            ours |= _stacked(f"{path}.{name}", A, B, config, faults)
     if faults:
         raise FormatError(list_faults("the factors of experts do not fit together", faults, "Copy the adapter again."))
     return ours, rest

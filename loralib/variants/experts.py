@@ -244,8 +244,8 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
         if parameter is None or not inputs:
             parameters[name] = parameter
             continue
-        shape = (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
-        shape = (outputs,) if name.endswith("_bias") else shape
+        matrix = (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
+        shape = (outputs,) if name.endswith("_bias") else matrix
         parameters[name] = nn.Parameter(torch.randn(experts, *shape, generator=generator) / inputs**0.5, False)
     probe.__dict__["_modules"] = {name: copy.deepcopy(m).float().cpu() for name, m in module._modules.items() if m}
     x = torch.randn(6, width, generator=generator)
