@@ -248,8 +248,9 @@ def test_combining_and_resizing_treat_each_expert_as_a_module() -> None:
     name = "model.layers.1.mlp.experts.gate_up_proj"
     deltas = [two_times_BA(adapter, name) for adapter in adapters]
     both = combine(adapters, [1.0, -0.5], "cat").adapter
-    torch.testing.assert_close(both.tensors[f"{name}.lora_experts_B"] @ both.tensors[f"{name}.lora_experts_A"],
-                               deltas[0] - 0.5 * deltas[1])
+    torch.testing.assert_close(
+        both.tensors[f"{name}.lora_experts_B"] @ both.tensors[f"{name}.lora_experts_A"], deltas[0] - 0.5 * deltas[1]
+    )
     narrow = resize(adapters[0], 2).adapter
     U, S, Vh = torch.linalg.svd(deltas[0])
     best = (U[..., :2] * S[:, None, :2]) @ Vh[:, :2]
@@ -315,8 +316,12 @@ def test_experts_left_out_on_purpose() -> None:
 
 
 def test_an_architecture_that_computes_otherwise_is_refused_by_name() -> None:
-    config = hf.Llama4TextConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, intermediate_size_mlp=12)
+    config = hf.Llama4TextConfig(
+        **SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, intermediate_size_mlp=12
+    )
     model = hf.Llama4ForCausalLM(config)
     with pytest.raises(TargetError, match="Llama4TextExperts computes its experts in a way of its own"):
         lora.inject(model, lora.LoraConfig(target_modules="all-linear"))
-    assert lora.inject(model, lora.LoraConfig(target_modules="all-linear", exclude_modules=["experts", "router"])).targets
+    assert lora.inject(
+        model, lora.LoraConfig(target_modules="all-linear", exclude_modules=["experts", "router"])
+    ).targets

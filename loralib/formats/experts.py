@@ -13,15 +13,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..config import LoraConfig, is_plain_name, matching_steps
-from ..errors import AdapterError, FormatError, list_faults
-from ..variants import EXPERT_WEIGHTS
+from ..combine import Update, update_of
+from ..config import LoraConfig, is_plain_name, matching_steps, with_ranks
+from ..delta import dense
+from ..errors import AdapterError, FormatError, TargetError, list_faults
+from ..injection import tensor_at
+from ..variants import EXPERT_WEIGHTS, expert_weights, holds_experts
+from ..wrapping import named_modules, named_parameters, submodule
 
-__all__ = ["from_peft", "parameter_names", "to_peft"]
+__all__ = ["apart", "from_peft", "parameter_names", "to_peft", "together", "with_both"]
 
 _WRAPPED = re.compile(r"(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
 _MAX_STEPS = 1e9  # of matching names with expressions, a few seconds
@@ -121,3 +128,196 @@ def _by_module(parameters: Sequence[str]) -> dict[str, list[str]]:
         path, _, leaf = name.rpartition(".")
         modules.setdefault(path, []).append(leaf)
     return {path: sorted(names, key=EXPERT_WEIGHTS.index) for path, names in modules.items()}
+
+
+# Experts that are modules of their own, as in checkpoints and in older versions of transformers.
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One weight of all experts, and what a checkpoint calls its parts.
+
+    Attributes:
+        name: of the parameter in the model.
+        parts: names with ``{}`` for the expert's number; the weight holds their outputs one after the other.
+        experts, inputs, outputs: its sizes; the outputs are those of all parts together.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    experts: int
+    inputs: int
+    outputs: int
+
+
+def apart(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter with a module for each expert and projection, by the names in the model's checkpoints.
+
+    The parts of one weight get its A and their rows of its B, which is exact.  Where one weight of a layer is adapted,
+    the others get an update of zero: vLLM takes all or none.
+
+    Raises:
+        AdapterError: it is not known how the experts of the model are named.
+    """
+    found, faults = _projections(model)
+    known = {projection.name: projection for projection in found}
+    chosen = {name.rpartition(".")[0] for name in adapter.target_parameters}
+    if unknown := [name for name in adapter.target_parameters if name not in known]:
+        faults += [name for name in unknown if not any(name in fault for fault in faults)]
+        what = f"it is not known how checkpoints of {type(model).__name__} name its experts one by one"
+        raise AdapterError(list_faults(what, faults, "`loralib merge` writes the merged model instead."))
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if ".lora_experts_" not in name}
+    leaves = list[str]()
+    for projection in found:
+        if projection.name.rpartition(".")[0] not in chosen:
+            continue
+        for place, part in enumerate(projection.parts):
+            leaves.append(part.rpartition(".")[2])
+            for expert, (A, B) in enumerate(zip(*_factors(adapter, projection), strict=True)):
+                name = part.format(expert)
+                tensors[f"{name}.lora_A"] = A.clone()
+                tensors[f"{name}.lora_B"] = B.chunk(len(projection.parts))[place].clone()
+    targets = adapter.config.target_modules
+    named = [targets] if isinstance(targets, str) else list(targets or ())
+    config = adapter.config.replace(
+        target_modules=[*named, *dict.fromkeys(leaves)]
+        if not isinstance(targets, str)
+        else "|".join([targets, *(rf".*\.{leaf}" for leaf in dict.fromkeys(leaves))]),
+        target_parameters=None,
+    )
+    return Adapter(config, tensors, adapter.metadata)
+
+
+def with_both(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter with an update of zero for the weights of experts beside those that it adapts."""
+    tensors, chosen = dict(adapter.tensors), {name.rpartition(".")[0] for name in adapter.target_parameters}
+    for path, module in named_modules(model).items():
+        for leaf in expert_weights(module) if path in chosen else ():
+            A, B = _factors(adapter, _projection(model, f"{path}.{leaf}", ()))
+            tensors |= {f"{path}.{leaf}.lora_experts_A": A, f"{path}.{leaf}.lora_experts_B": B}
+    whole = Adapter(adapter.config, tensors, adapter.metadata)
+    names = parameter_names(whole, list(named_parameters(model)))
+    return Adapter(adapter.config.replace(target_parameters=names), tensors, adapter.metadata)
+
+
+def _factors(adapter: Adapter, projection: _Projection) -> tuple[Tensor, Tensor]:
+    """Returns the factors of all experts, which are zero where the adapter leaves the weight alone."""
+    if adapter.holds_experts(projection.name):
+        key_A, key_B = adapter.factor_keys(projection.name)
+        return adapter.tensors[key_A], adapter.tensors[key_B]
+    like = next(t for name, t in adapter.tensors.items() if name.endswith(".lora_experts_A"))
+    count, r = projection.experts, like.shape[1]
+    return like.new_zeros(count, r, projection.inputs), like.new_zeros(count, projection.outputs, r)
+
+
+def together(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter of experts that are modules of their own as one of the weights that hold all experts.
+
+    Parts of a weight that have one A in common become one update of its rank; others one of the sum of their ranks,
+    with a block-diagonal B, as PEFT does it.  Both are exact.  Experts and parts that have no update get one of zero.
+    """
+    tensors, config = dict(adapter.tensors), adapter.config
+    ranks = {name: config.rank_of(name) for name in adapter.modules}
+    alphas = {name: config.alpha_of(name) for name in adapter.modules}
+    parameters = list[str]()
+    for projection in _projections(model)[0]:
+        names = [[part.format(expert) for part in projection.parts] for expert in range(projection.experts)]
+        if not any(name in ranks for of_expert in names for name in of_expert):
+            continue
+        A, B = _joined([[_scaled(adapter, name, projection) for name in of_expert] for of_expert in names])
+        for name in (name for of_expert in names for name in of_expert):
+            for key in (f"{name}.lora_A", f"{name}.lora_B"):
+                tensors.pop(key, None)
+            ranks.pop(name, None)
+            alphas.pop(name, None)
+        tensors |= {f"{projection.name}.lora_experts_A": A, f"{projection.name}.lora_experts_B": B}
+        r = A.shape[1]
+        ranks[projection.name], alphas[projection.name] = r, r**0.5 if config.use_rslora else float(r)
+        parameters.append(projection.name)
+    if not parameters:
+        return adapter
+    whole = Adapter(config, tensors, adapter.metadata)
+    config = config.targeting(list(whole.target_modules)).replace(target_parameters=parameters)
+    return Adapter(with_ranks(config, ranks, alphas), tensors, adapter.metadata)
+
+
+def _scaled(adapter: Adapter, name: str, projection: _Projection) -> tuple[Tensor, Tensor]:
+    """Returns a part's factors with the scaling in B; of rank 0 where there are none."""
+    if f"{name}.lora_A" in adapter.tensors:
+        return update_of(adapter, name).plain()
+    return torch.zeros(0, projection.inputs), torch.zeros(projection.outputs // len(projection.parts), 0)
+
+
+def _joined(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Returns A (experts, r, in) and B (experts, out, r) of the parts of each expert's weight."""
+    if all(torch.equal(A, parts[0][0]) for parts in pairs for A, _ in parts):
+        joined = [(parts[0][0], torch.cat([B for _, B in parts])) for parts in pairs]
+    else:
+        joined = [(torch.cat([A for A, _ in parts]), torch.block_diag(*(B for _, B in parts))) for parts in pairs]
+    r = max(len(A) for A, _ in joined)
+    padded = [Update(A, B, 1.0).plain(r) for A, B in joined]
+    return torch.stack([A for A, _ in padded]), torch.stack([B for _, B in padded])
+
+
+def _projections(model: nn.Module) -> tuple[list[_Projection], list[str]]:
+    """Returns how checkpoints name the experts of a model, by transformers' table of conversions; and what is not known."""
+    found, faults = list[_Projection](), list[str]()
+    rules = _conversions(model)
+    for path, module in named_modules(model).items():
+        if not holds_experts(path, module):
+            continue
+        try:
+            names = expert_weights(module)
+        except TargetError as error:
+            faults.append(f"{path}: {error}")
+            continue
+        for leaf in names:
+            name = f"{path}.{leaf}"
+            parts = next((parts for rule in rules if (parts := _parts_of(name, rule, rules))), ())
+            if not parts:
+                faults.append(f"{name}: transformers' checkpoints of it hold all experts in one tensor")
+                continue
+            found.append(_projection(model, name, parts))
+    return found, faults
+
+
+def _projection(model: nn.Module, name: str, parts: tuple[str, ...]) -> _Projection:
+    experts, rows, columns = dense(tensor_at(model, name)).shape
+    transposed = getattr(submodule(model, name.rpartition(".")[0]), "is_transposed", False)
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    return _Projection(name, parts, experts, inputs, outputs)
+
+
+def _parts_of(name: str, rule: Any, rules: Sequence[Any]) -> tuple[str, ...]:
+    """Returns what a rule calls the parts of a weight of experts; () if it is not about this weight."""
+    operations = [type(operation).__name__ for operation in getattr(rule, "operations", None) or ()]
+    target = rule.target_patterns[0]
+    if not operations or set(operations) - {"MergeModulelist", "Concatenate"} or not name.endswith(target):
+        return ()
+    stem = name.removesuffix(target)
+    parts = [stem + source.removesuffix(".weight").replace("*", "{}") for source in rule.source_patterns]
+    if any(part.count("{}") != 1 for part in parts):
+        return ()
+    renamed = [(other.target_patterns[0], other.source_patterns[0]) for other in rules if _is_plain_renaming(other)]
+    for new, old in renamed:
+        parts = [part.replace(new, old) for part in parts]
+    return tuple(parts)
+
+
+def _is_plain_renaming(rule: Any) -> bool:
+    """Whether a rule puts one text in the place of another, such as ``.mlp.`` in that of ``.block_sparse_moe.``."""
+    texts = [*rule.source_patterns, *rule.target_patterns]
+    return not getattr(rule, "operations", None) and len(texts) == 2 and all(_PLAIN.fullmatch(text) for text in texts)
+
+
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def _conversions(model: Any) -> list[Any]:
+    """Returns transformers' rules for reading the checkpoints of a model."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return list(get_model_conversion_mapping(model))
+    except (ImportError, AttributeError, TypeError):  # no interface that transformers promises to keep
+        return []
