@@ -157,7 +157,9 @@ class Inspection:
             largest = max(modules, key=lambda module: module.norm)
             where = "" if largest.layer is None else f" (layer {largest.layer})"
             mean = sum(module.norm for module in modules) / len(modules)
-            rows.append((kind, len(modules), f"{mean:.4g}", f"{largest.norm:.4g}{where}", _ranks(modules)))
+            layers = len({module.name.rpartition("[")[0] or module.name for module in modules})
+            count_of_them = layers if layers == len(modules) else f"{layers} x {len(modules) // layers} experts"
+            rows.append((kind, count_of_them, f"{mean:.4g}", f"{largest.norm:.4g}{where}", _ranks(modules)))
         return table(rows, ("module", "layers", "mean norm", "largest norm", "effective rank"))
 
 
@@ -338,9 +340,11 @@ def _uses(adapter: Adapter) -> dict[str, str]:
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
             uses[target] = f"no: {what} is not loaded there; merge it (loralib merge)"
+        elif adapter.target_parameters and target != "vllm":
+            uses[target] = "no: adapters of experts are not written for it; merge it (loralib merge)"
         elif special:
             uses[target] = f"{convert} ({special} becomes plain LoRA)"
-        elif target == "vllm" and not config.alpha_pattern and not config.enable_lora:
+        elif target == "vllm" and not (config.alpha_pattern or config.enable_lora or adapter.target_parameters):
             uses[target] = "yes, as it is"
         else:
             uses[target] = convert

@@ -16,7 +16,7 @@ from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultihe
 from .bias_of_B import BiasedLinear
 from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
 from .eva import EvaStart, eva_start
-from .experts import EXPERT_WEIGHTS, ExpertWeight, LoRAExperts, expert_weights, holds_experts
+from .experts import EXPERT_WEIGHTS, ExpertWeight, LoRAExperts, expert_weights, holds_experts, kept_per_token
 from .starts import StartedLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
 
@@ -32,6 +32,7 @@ __all__ = [
     "eva_start",
     "expert_weights",
     "holds_experts",
+    "kept_per_token",
     "mixin_for",
     "share_rows",
     "start_factors",

@@ -28,7 +28,7 @@ from ..delta import delta_weight, dense, grouped_linear, scaling_of
 from ..errors import TargetError
 from ..layers import LoRALayer, base_class
 
-__all__ = ["EXPERT_WEIGHTS", "ExpertWeight", "LoRAExperts", "expert_weights", "holds_experts"]
+__all__ = ["EXPERT_WEIGHTS", "ExpertWeight", "LoRAExperts", "expert_weights", "holds_experts", "kept_per_token"]
 
 # What transformers calls the weights of experts: into the hidden layer, with its gate or without, and out of it.
 _INNER, _OUTER = ("gate_up_proj", "up_proj"), "down_proj"
@@ -227,6 +227,30 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     if shapes[0][0] != shapes[1][0] or not _computes_experts(module, base):
         raise TargetError(f"{base.__name__} computes its experts in a way of its own, to which no update can be added")
     return names
+
+
+def kept_per_token(module: nn.Module, adapted: bool) -> int:
+    """Returns how many numbers of a token experts keep for the backward pass, in all that it goes to.
+
+    In each they are the inner product's outputs, the activation's and what it is multiplied with, and the outer's
+    outputs; with an adapter also both products' inputs, and what A makes of them.
+    """
+    try:
+        inner, outer = (cast(Tensor, module._parameters[name]).shape for name in expert_weights(module))
+    except TargetError:  # it computes in a way of its own
+        return 0
+    first, last = (1, 2) if _is_transposed(module) else (2, 1)
+    inputs, made, hidden, outputs = inner[first], inner[last], outer[first], outer[last]
+    numbers = made + hidden + outputs
+    if adapted:
+        numbers += inputs + hidden + sum(weight.r for weight in getattr(module, "adapted_weights", ()))
+    return int(numbers * _experts_per_token(module))
+
+
+def _experts_per_token(module: nn.Module) -> int:
+    config = getattr(module, "config", None)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
+    return max((value for name in names if isinstance(value := getattr(config, name, None), int)), default=1)
 
 
 def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
