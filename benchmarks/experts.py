@@ -3,9 +3,9 @@
 python benchmarks/experts.py                     writes benchmarks/experts.json
 python benchmarks/experts.py --ways loralib      some ways only; writes nothing
 
-Each run is a process of its own: a Qwen3-MoE shape with random weights, in fp32, three steps on random tokens.  Frozen is
-the model without an adapter, with a gradient for its embeddings alone.  The peak is that of resident memory above what
-Python had when its libraries were there: weights, adapter, gradients, optimiser and activations.
+Each run is a process of its own: a Qwen3-MoE shape with random weights, in fp32, three steps on random tokens.  Frozen
+is the model without an adapter, with a gradient for its embeddings alone.  The peak is that of resident memory above
+what Python had when its libraries were there: weights, adapter, gradients, optimiser and activations.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from loading import resident
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPE = {
-    "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 1536, "moe_intermediate_size": 384, "num_experts": 32,
-    "num_experts_per_tok": 4, "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64,
+    "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 1536, "moe_intermediate_size": 384,
+    "num_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
 WAYS = ("frozen", "loralib", "peft")
 ATTENTION, EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["experts.gate_up_proj", "experts.down_proj"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,15 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.adapter import Adapter, adapter_of
+from loralib.budget import training_budget
 from loralib.combine import combine, resize
+from loralib.data import TokenExample
+from loralib.engine.bank import Bank
 from loralib.errors import AdapterError, FormatError, TargetError
+from loralib.formats import export, make_portable, merge_into
 from loralib.inspection import inspect_adapter
+from loralib.training import run_directory
+from loralib.training.step import make_step
 from loralib.variants.experts import experts_forward
 
 hf = pytest.importorskip("transformers")
@@ -26,7 +31,7 @@ peft = pytest.importorskip("peft")
 # they match no module.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
 ]
 
 SIZES = {
@@ -181,7 +186,8 @@ def test_peft_reads_what_is_saved(family: str, tmp_path: Path) -> None:
     model = adapted(family, **targets)
     lora.save_adapter(model, tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    assert settings["target_modules"] == ["o_proj"] and settings["target_parameters"] == BOTH
+    assert settings["target_modules"] == ["o_proj"]
+    assert settings["target_parameters"] == BOTH
     theirs = peft.PeftModel.from_pretrained(model_of(family), tmp_path).eval()
     assert_close(logits(theirs), logits(model))
     again = model_of(family)
@@ -238,6 +244,103 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(FormatError, match=r"mlp.experts: factors for gate_up_proj and down_proj are not complete"):
         lora.load_adapter(model_of(), tmp_path)
+
+
+def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
+    """PEFT takes a DeepSeek's dense and shared gate_proj for the experts' of older transformers; without them it reads."""
+    lora.save_adapter(adapted("deepseek_v3"), tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path)
+
+
+# vLLM's layout: a module for each expert and projection, by the names in checkpoints.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[1:]])
+def test_the_export_for_vllm_is_the_same_adapter(family: str, parameters: list[str], tmp_path: Path) -> None:
+    model = adapted(family, target_modules=["o_proj"], target_parameters=parameters, use_rslora=True)
+    portable = make_portable(adapter_of(model), "vllm", model_of(family))
+    export(portable, "vllm", tmp_path)
+    names = {name.partition("layers.1.")[2] for name in portable.adapter.modules}
+    expected = {
+        "mixtral": [f"block_sparse_moe.experts.{e}.{w}" for e in range(4) for w in ("w1", "w2", "w3")],
+        "gpt_oss": BOTH_OF_LAYER,  # which vLLM reads in PEFT's layout
+    }.get(family, [f"mlp.experts.{e}.{w}_proj" for e in range(4) for w in ("gate", "up", "down")])
+    assert {name for name in names if "experts" in name} == set(expected)
+    for load in (lora.load_adapter, lambda model, path: peft.PeftModel.from_pretrained(model, path)):
+        other = model_of(family)
+        load(other, tmp_path)
+        assert_close(logits(other.eval()), logits(model))
+
+
+BOTH_OF_LAYER = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def test_vllm_needs_the_base_and_others_refuse_by_name() -> None:
+    adapter = adapter_of(adapted(target_modules=None, target_parameters=BOTH))
+    with pytest.raises(
+        AdapterError, match="vLLM reads the adapters of experts by the names in checkpoints; give the b"
+    ):
+        make_portable(adapter, "vllm")
+    with pytest.raises(AdapterError, match="MLX does not adapt MixtralExperts"):
+        make_portable(adapter, "mlx", model_of())
+    with pytest.raises(AdapterError, match=r"gate_up_proj: a weight of experts"):
+        Bank(model_of()).load("one", adapter)
+
+
+# Training.
+
+ROWS = [[3, 4, 5, 6, 7, 8, 9], [3, 4, 5, 20, 21], [11, 12, 13, 14, 15, 16]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_have_the_gradients_of_each_row_alone(family: str) -> None:
+    ours, alone = adapted(family).train(), adapted(family).train()
+    batch = [TokenExample(tuple(row), tuple(at >= 3 for at in range(len(row)))) for row in ROWS]
+    make_step(ours).forward_backward(batch, loss_scale=1.0)
+    for row in map(torch.tensor, ROWS):
+        loss = nn.functional.cross_entropy(alone(row[None]).logits[0, 2:-1], row[3:], reduction="sum")
+        loss.backward()
+    for (name, parameter), other in zip(ours.named_parameters(), alone.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "plot_losses", lambda *_: False)
+    config = lora.TrainConfig(
+        output_dir=str(tmp_path), rank=2, lr=0.01, num_epochs=1, batch_size=6, save_steps=2, keep_checkpoints=9,
+        target_modules="q_proj", target_parameters="experts.gate_up_proj,experts.down_proj", lora_dropout=0.1,
+    )  # fmt: skip
+    rows = torch.randint(3, 32, (24, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    examples = [TokenExample((*row, 2, *row, 1), (False,) * 4 + (True,) * 4) for row in rows]
+    model = model_of()
+    lora.train(model, examples, config, verbose=False)
+    whole = lora.read_adapter(tmp_path)
+    assert any(name.endswith("lora_experts_B") for name in whole.tensors)
+    for path in (tmp_path / "checkpoints").iterdir():
+        if "00000002" not in path.name:
+            path.unlink()
+    lora.train(model_of(), examples, config.replace(resume=True), verbose=False)
+    resumed = lora.read_adapter(tmp_path)
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+    assert "experts.gate_up_proj" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_plan_counts_what_experts_keep() -> None:
+    tokens = 64
+    plain, model = model_of(), adapted(target_modules=None, target_parameters=BOTH)
+    without, with_them = (training_budget(each, tokens).activations for each in (plain, model))
+    # Two layers, two experts of each token, fp32: inputs (16), hidden (12), and A's 2 x 4 outputs.
+    assert with_them - without == pytest.approx(2 * 2 * 4 * tokens * (16 + 12 + 8) * 1.1, rel=0.1)
+    assert training_budget(model, tokens).gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_merging_into_a_base_checks_every_expert() -> None:
+    model, base = adapted("gpt_oss"), model_of("gpt_oss")
+    merge_into(base, adapter_of(model))
+    assert_close(logits(base), logits(model))
 
 
 # The adapter as a value.

@@ -260,7 +260,7 @@ def _joined(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, T
 
 
 def _projections(model: nn.Module) -> tuple[list[_Projection], list[str]]:
-    """Returns how checkpoints name the experts of a model, by transformers' table of conversions; and what is not known."""
+    """Returns how checkpoints name the experts of a model, by transformers' own table; and what is not known."""
     found, faults = list[_Projection](), list[str]()
     rules = _conversions(model)
     for path, module in named_modules(model).items():
