@@ -124,8 +124,9 @@ def test_all_linear_adapts_each_expert_and_all_of_it_can_be_undone(family: str) 
     report = lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
     assert any(name.endswith("mlp.experts") for name in report.targets)
     experts = model.get_submodule(next(name for name in report.targets if name.endswith("mlp.experts")))
-    assert experts.lora_A_gate_up_proj.shape == (4, 4, 16) and experts.lora_B_gate_up_proj.shape == (4, 24, 4)
-    assert experts.lora_A_down_proj.shape == (4, 4, 12) and experts.lora_B_down_proj.shape == (4, 16, 4)
+    shapes = {name: tuple(tensor.shape) for name, tensor in experts.trained_tensors().items()}
+    assert (shapes["lora_A_gate_up_proj"], shapes["lora_B_gate_up_proj"]) == ((4, 4, 16), (4, 24, 4))
+    assert (shapes["lora_A_down_proj"], shapes["lora_B_down_proj"]) == ((4, 4, 12), (4, 16, 4))
     assert_close(logits(model), base)  # B is zero
     filled(model)
     trained = logits(model)
@@ -247,7 +248,7 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
-    """PEFT takes a DeepSeek's dense and shared gate_proj for the experts' of older transformers; without them it reads."""
+    """PEFT takes gate_proj of a DeepSeek's dense layers and shared experts for that of older transformers' experts."""
     lora.save_adapter(adapted("deepseek_v3"), tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path)
