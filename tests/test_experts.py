@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import loralib as lora
 from loralib.adapter import Adapter, adapter_of
@@ -162,6 +164,59 @@ def test_every_implementation_of_transformers_gives_the_same(implementation: str
     assert_close(logits(model), ours)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "config"),
+    [
+        ("nemotron_h", "NemotronHExperts", "NemotronHConfig"),  # without a gate
+        ("aria", "AriaExperts", "AriaTextConfig"),  # transposed, without biases
+        ("muse_spark", "MuseSparkExperts", "MuseSparkTextConfig"),  # a norm after each expert
+        ("deepseek_v4", "DeepseekV4Experts", "DeepseekV4Config"),  # clamped
+    ],
+)
+def test_other_layouts_compute_as_when_merged(family: str, name: str, config: str) -> None:
+    sizes = {"hidden_size": 16, "moe_hidden_size": 16, "intermediate_size": 12, "moe_intermediate_size": 12}
+    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+    settings = getattr(pytest.importorskip(f"transformers.models.{family}.configuration_{family}"), config)()
+    for key, value in (sizes | counts | {"_experts_implementation": "eager", "moe_latent_size": None}).items():
+        if hasattr(settings, key):
+            setattr(settings, key, value)
+    layer = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)(settings)
+    model = nn.ModuleDict({"experts": layer})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
+    filled(model)
+    routed = torch.randn(5, 16), torch.tensor([[0, 3], [3, 1], [1, 0], [0, 1], [3, 0]]), torch.rand(5, 2)
+    with torch.no_grad():
+        ours = layer(*routed)
+        lora.merge(model)
+        torch.testing.assert_close(layer(*routed), ours, rtol=1e-4, atol=1e-4)
+
+
+class NoLargeTensor(TorchDispatchMode):
+    """Fails if anything computes a tensor of so many numbers; views of tensors that there are do not count."""
+
+    def __init__(self, numbers: int, model: nn.Module) -> None:
+        super().__init__()
+        self.numbers, self.known = numbers, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                assert tensor.numel() < self.numbers, f"{func} makes {tuple(tensor.shape)}"
+        return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_never_forms_the_update_of_all_experts(family: str) -> None:
+    experts = adapted(family, r=2, target_modules=None, target_parameters=BOTH).train().model.layers[1].mlp.experts
+    x, index = torch.randn(3, 16, requires_grad=True), torch.tensor([[0, 2], [2, 1], [3, 2]])
+    with NoLargeTensor(experts.down_proj.numel(), experts):
+        experts(x, index, torch.rand(3, 2)).sum().backward()
+    assert experts.lora_B_down_proj.grad.any()
+
+
 def test_experts_without_tokens_get_no_gradient_and_others_do_not_notice() -> None:
     experts = adapted().model.layers[0].mlp.experts
     x, index = torch.randn(3, 16), torch.tensor([[0, 2], [2, 0], [0, 2]])
@@ -252,6 +307,9 @@ def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
     lora.save_adapter(adapted("deepseek_v3"), tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path)
+    model = adapted("deepseek_v3", exclude_modules=r".*\.(mlp|shared_experts)\.(gate|up|down)_proj")
+    lora.save_adapter(model, tmp_path)
+    assert_close(logits(peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path).eval()), logits(model))
 
 
 # vLLM's layout: a module for each expert and projection, by the names in checkpoints.
