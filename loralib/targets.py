@@ -371,7 +371,8 @@ def _unused_entry_faults(
             hints = f" A text is one regular expression; several names are a list: {names}."
         faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
     unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
-    for setting, entries in (("exclude_modules", unmatched("exclude_modules", modules)), ("modules_to_save", unsaved)):
+    there = [*modules, *(f"{n}.{leaf}" for n, m in modules.items() if holds_experts(n, m) for leaf in m._parameters)]
+    for setting, entries in (("exclude_modules", unmatched("exclude_modules", there)), ("modules_to_save", unsaved)):
         faults += [f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries]
     for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
         faults += [
@@ -406,7 +407,10 @@ def _suggestion(model: nn.Module) -> str:
     if not (counts := Counter(endings)):
         return "The model has no linear-like module."
     listing = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
-    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'."
+    holders = {name: module for name, module in _modules(model).items() if holds_experts(name, module)}
+    experts = ", ".join(_known_experts(holders))
+    beside = f" Weights of experts, for target_parameters: {experts}." if experts else ""
+    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'.{beside}"
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -525,14 +529,19 @@ def _no_expert_weight(known: Sequence[str]) -> str:
     return "it is no weight of experts; name the module that holds it in target_modules, or in modules_to_save"
 
 
-def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
+def _known_experts(holders: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the endings of the names of the experts' weights that can be adapted."""
     known = dict[str, None]()
     for name, module in holders.items():
         with contextlib.suppress(TargetError):
             known |= dict.fromkeys(f"{name.rpartition('.')[2]}.{leaf}" for leaf in expert_weights(module))
-    if not known:
-        return " The model holds no experts in parameters; leave target_parameters out."
-    return f" The experts of this model: {', '.join(known)}."
+    return list(known)
+
+
+def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
+    if known := _known_experts(holders):
+        return f" The experts of this model: {', '.join(known)}."
+    return " The model holds no experts in parameters; leave target_parameters out."
 
 
 def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:

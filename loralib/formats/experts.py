@@ -28,14 +28,14 @@ from ..injection import tensor_at
 from ..variants import EXPERT_WEIGHTS, expert_weights, holds_experts
 from ..wrapping import named_modules, named_parameters, submodule
 
-__all__ = ["apart", "from_peft", "parameter_names", "to_peft", "together", "with_both"]
+__all__ = ["apart", "from_peft", "of_experts", "parameter_names", "to_peft", "together", "with_both"]
 
 _WRAPPED = re.compile(r"(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
 _MAX_STEPS = 1e9  # of matching names with expressions, a few seconds
 
 
 def to_peft(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the factors of an adapter's experts as PEFT stores them, by PEFT's names without their prefix."""
+    """Returns an adapter's tensors of experts as PEFT stores them, by PEFT's names without their prefix."""
     found = dict[str, Tensor]()
     for path, names in _by_module(adapter.target_parameters).items():
         for place, name in enumerate(names):
@@ -43,7 +43,23 @@ def to_peft(adapter: Adapter) -> dict[str, Tensor]:
             wrapper = path + ".base_layer" * (len(names) - 1 - place)
             found[f"{wrapper}.lora_A.weight"] = A.reshape(-1, A.shape[-1]).contiguous()
             found[f"{wrapper}.lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
+        inside = path + ".base_layer" * len(names)
+        found |= {f"{inside}.{leaf}": adapter.tensors[f"{path}.{leaf}"] for leaf in _trained_beside(adapter, path)}
     return found
+
+
+def _trained_beside(adapter: Adapter, path: str) -> list[str]:
+    """Returns the names of what is trained in full in a module of experts: its biases."""
+    names = (name.rpartition(".") for name in adapter.tensors)
+    return [leaf for module, _, leaf in names if module == path and not leaf.startswith("lora_")]
+
+
+def of_experts(adapter: Adapter) -> set[str]:
+    """Returns the names of all tensors that `to_peft` writes."""
+    names = {key for name in adapter.target_parameters for key in adapter.factor_keys(name)}
+    return names | {
+        f"{path}.{leaf}" for path in _by_module(adapter.target_parameters) for leaf in _trained_beside(adapter, path)
+    }
 
 
 def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -139,9 +139,8 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         directory: created if needed.
     """
     plain = expand_blocks(adapter)
-    tensors = {
-        _to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items() if ".lora_experts_" not in name
-    }
+    apart = experts.of_experts(plain)
+    tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items() if name not in apart}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in experts.to_peft(plain).items()}
     config = plain.config
     if parameters := plain.target_parameters:  # in PEFT they have no dropout

@@ -103,14 +103,15 @@ class LoRAExperts(LoRALayer):
         return tuple(f"lora_B_{name}" for name in self.weight_names)
 
     def check_rank(self, r: int) -> None:
-        for weight in self.adapted_weights:
-            _, inputs, outputs = self._sizes(weight.name)
-            if weight.r > min(inputs, outputs):
-                raise TargetError(
-                    f"r is {weight.r}, and {weight.name} of an expert has {outputs} outputs and {inputs} inputs, so "
-                    f"that a rank above {min(inputs, outputs)} adds nothing; lower r, or give it another one: "
-                    f"rank_pattern={{{weight.name!r}: {min(inputs, outputs)}}}"
-                )
+        limits = {weight.name: min(self._sizes(weight.name)[1:]) for weight in self.adapted_weights}
+        above = {weight.name: weight.r for weight in self.adapted_weights if weight.r > limits[weight.name]}
+        if above:
+            what = " and ".join(f"{r} for {name}" for name, r in above.items())
+            sizes = " and ".join("{2} x {1}".format(*self._sizes(name)) for name in above)
+            raise TargetError(
+                f"r is {what}, of which an expert's weight is {sizes}, so that such a rank adds nothing; lower r, or "
+                f"give it another one: rank_pattern={ ({name: limits[name] for name in above}) }"
+            )
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
