@@ -162,6 +162,13 @@ class TrainConfig:
         "adapter",
         several="names",
     )
+    target_parameters: str | Sequence[str] | None = setting(
+        None,
+        "weights of experts to adapt besides, where target_modules is not all-linear, which has them: names separated "
+        "by commas, as in experts.gate_up_proj,experts.down_proj",
+        "adapter",
+        several="names",
+    )
     enable_lora: str | Mapping[str, Sequence[bool | int]] | None = setting(
         None,
         "blocks of fused projections to adapt: c_attn=1,0,1 adapts q and v; semicolons separate projections",
@@ -356,6 +363,7 @@ class TrainConfig:
             lora_alpha=self.alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(),
+            target_parameters=self._target_parameters(),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -371,6 +379,10 @@ class TrainConfig:
         return (
             parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
         )
+
+    def _target_parameters(self) -> Sequence[str] | None:
+        names = self.target_parameters
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):
