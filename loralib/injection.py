@@ -472,8 +472,8 @@ def first_fingerprint(model: nn.Module) -> str:
 
 def quantization_of(model: nn.Module) -> str:
     """Returns how a base's weights are held in fewer bits (see `loralib.load_base`); "none" if they are not."""
-    kinds = {getattr(weight, "KIND", "none") for _, weight in _base_parameters(model, {})}
-    return "+".join(sorted(kinds - {"none"})) or "none"
+    kinds = {weight.KIND for _, weight in _base_parameters(model, {}) if getattr(weight, "ROUNDED", False)}  # type: ignore[attr-defined]
+    return "+".join(sorted(kinds)) or "none"
 
 
 _LAST_ROWS = 16

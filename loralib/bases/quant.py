@@ -4,6 +4,11 @@ int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, N
 nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
        themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
 
+Weights of a GGUF file may stay as they are there, in blocks of 32 along a row (`loralib.bases.gguf` fills them):
+
+q8_0   8 bits a weight, ``W = scale * codes``: 8.5 bits in all
+q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as Q4_0 and Q4_1, 4.625 as Q4_K
+
 A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
 Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
 being multiplied.  Whatever else reads it, reads the dense weight.
@@ -30,6 +35,8 @@ __all__ = [
     "QUANTIZATIONS",
     "Int8Weight",
     "NF4Weight",
+    "Q4Weight",
+    "Q8Weight",
     "QuantizedWeight",
     "quantize",
     "quantize_model",
@@ -38,6 +45,7 @@ __all__ = [
 
 BLOCK: Final = 64  # weights with an absmax of their own
 BLOCKS: Final = 256  # absmax with a scale of their own
+GGUF_BLOCK: Final = 32  # weights of a GGUF file with a scale of their own
 _AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
 _BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
 aten = torch.ops.aten
@@ -54,6 +62,7 @@ class QuantizedWeight(Tensor):
 
     KIND: ClassVar[str]
     PARTS: ClassVar[tuple[str, ...]]  # names of the tensors that it consists of
+    ROUNDED: ClassVar[bool] = True  # whether there was another weight before, which an adapter should know of
     codes: Tensor
     turned: bool
     samples: Tensor
@@ -268,6 +277,55 @@ class NF4Weight(QuantizedWeight):
             values = pairs.index_select(0, codes).view(torch.float32).view(-1, BLOCK)
             found[start : start + len(some)] = values.mul_(some[:, None])
         return found.view(-1)[:count].view(self.stored_shape)
+
+
+class Q8Weight(QuantizedWeight):
+    """Q8_0 of a GGUF file: ``codes`` (out, in) from -128 to 127, and ``scales`` (out, in / 32) in fp16."""
+
+    KIND = "q8_0"
+    PARTS = ("codes", "scales")
+    ROUNDED = False
+    scales: Tensor
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        blocks = self.codes.view(*self.scales.shape, GGUF_BLOCK)
+        return (blocks * self.scales.float()[..., None]).to(dtype).view(self.stored_shape)
+
+
+class Q4Weight(QuantizedWeight):
+    """Q4_0, Q4_1 or Q4_K of a GGUF file; codes lie in bytes as those of `NF4Weight` do.
+
+    With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale,
+    ``W = codes * scale_codes[b] * scales[s] + minimum_codes[b] * minima[s]``.
+
+    Attributes:
+        codes: (out * in / 2,) bytes.
+        scales: (blocks / n,) fp16.
+        minima: (blocks / n,) fp16.
+        scale_codes: (blocks,) bytes; empty where n = 1 and all are 1.
+        minimum_codes: likewise.
+    """
+
+    KIND = "q4"
+    PARTS = ("codes", "scales", "minima", "scale_codes", "minimum_codes")
+    ROUNDED = False
+    scales: Tensor
+    minima: Tensor
+    scale_codes: Tensor
+    minimum_codes: Tensor
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        scales, minima = (
+            (shared.float()[:, None] * (codes.view(len(shared), -1) if len(codes) else 1)).view(-1, 1)
+            for codes, shared in ((self.scale_codes, self.scales), (self.minimum_codes, self.minima))
+        )
+        found = torch.empty(len(scales), GGUF_BLOCK, dtype=dtype, device=self.device)
+        for start in range(0, len(scales), _BLOCKS_AT_ONCE):
+            some = slice(start, start + _BLOCKS_AT_ONCE)
+            pairs = self.codes.view(-1, GGUF_BLOCK // 2)[some]
+            codes = torch.stack((pairs >> 4, pairs & 15), -1).view(-1, GGUF_BLOCK)
+            found[some] = codes * scales[some] + minima[some]
+        return found.view(self.stored_shape)
 
 
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import BaseModelError
 from ..formats.tensors import read_header
 from ..wrapping import decoder_blocks, named_tensors, submodule
+from .gguf import whereabouts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,8 +64,8 @@ def empty_model(path: Path, dtype: torch.dtype) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    where = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(str(path), **where)
+    where, options = whereabouts(path)
+    config = transformers.AutoConfig.from_pretrained(where, **options, local_files_only=True, trust_remote_code=False)
     causal: Any = transformers.AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         model = causal.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -184,13 +184,16 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #define PIECES 64  /* of so many parts */
 
 /* A weight in fewer bits (bases/quant.py), of rows `width` long: codes in bytes, with a scale for each row; or two to a byte,
- * which stand for levels between minus and plus the absmax of their 64 numbers. */
+ * which stand for levels between minus and plus the absmax of their 64 numbers. With `halves`, codes have an fp16 scale for
+ * 32 numbers, or, two to a byte, a scale and a minimum for `shared` times 32 and their parts of these for each 32. */
 struct packed {
     const uint8_t *codes, *absmax;
     const float *scales, *map, *levels; /* of absmax: for 256 of them; what their codes stand for */
+    const uint16_t *halves, *minima;
+    const uint8_t *scale_codes, *minimum_codes; /* without them: 1 */
     float offset;
     int32_t bits;
-    int64_t width;
+    int64_t width, shared;
 };
 
 /* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
@@ -238,17 +241,31 @@ static void transpose(__m512i r[LANES]) {
 /* The 32 numbers from `column` on of a row of codes; the numbers are rounded as PyTorch rounds them. */
 static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t column) {
     const __m128i *codes = (const __m128i *)(w->codes + row * w->width + column);
-    __m512 scale = _mm512_set1_ps(w->scales[row]), wide[2];
+    float by = w->halves ? _cvtsh_ss(w->halves[(row * w->width + column) / 32]) : w->scales[row];
+    __m512 scale = _mm512_set1_ps(by), wide[2];
     for (int i = 0; i < 2; i++)
         wide[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + i))), scale);
     return rounded(wide);
 }
 
-static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t column) {
-    int64_t at = row * w->width + column, block = at / 64;
+/* What the 16 codes of the 32 numbers from place `at` on stand for. */
+static inline __m512 levels(const struct packed *w, int64_t at) {
+    if (w->halves) {
+        int64_t block = at / 32, of = block / w->shared;
+        float scale = _cvtsh_ss(w->halves[of]) * (w->scale_codes ? w->scale_codes[block] : 1);
+        float minimum = _cvtsh_ss(w->minima[of]) * (w->minimum_codes ? w->minimum_codes[block] : 1);
+        __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); /* products of them are exact */
+        return _mm512_fmadd_ps(codes, _mm512_set1_ps(scale), _mm512_set1_ps(minimum));
+    }
+    int64_t block = at / 64;
     float most = w->map[w->absmax[block]] * w->scales[block / 256];
     __asm__("" : "+x"(most)); /* not one operation with the sum: it would be rounded otherwise */
-    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset));
+    return _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset));
+}
+
+static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t column) {
+    int64_t at = row * w->width + column;
+    __m512 values = levels(w, at);
     /* twice: places have 5 bits, the fifth a foreign one */
     __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)));
