@@ -38,6 +38,7 @@ __all__ = [
     "Q4Weight",
     "Q8Weight",
     "QuantizedWeight",
+    "make_dense",
     "quantize",
     "quantize_model",
     "round_model",
@@ -450,6 +451,16 @@ def round_model(model: nn.Module, kind: str) -> float:
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
         module.weight = values
     return math.sqrt(errors / norms) if norms else 0.0
+
+
+def make_dense(model: nn.Module) -> None:
+    """Gives weights that a model holds in fewer bits back as ordinary tensors of the same values."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, QuantizedWeight):
+                values = nn.Parameter(parameter.dense().contiguous(), requires_grad=False)
+                values.samples = parameter.samples  # type: ignore[attr-defined]
+                module._parameters[name] = values
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
