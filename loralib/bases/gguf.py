@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..errors import BaseModelError, FormatError, MissingDependencyError, first_
 from ..formats.gguf import GGUFTensor, gguf_header, reorder_rows
 from ..injection import samples_of
 from ..layers import is_conv1d
-from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of
+from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of, two_a_byte
 
 __all__ = ["check_file", "keep_blocks", "read_dense", "read_tokenizer", "whereabouts"]
 
@@ -71,9 +71,10 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
 
     fields = check_file(path)
     where, options = whereabouts(path)
+    causal: Any = transformers.AutoModelForCausalLM
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar, whatever the settings are
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = causal.from_pretrained(
                 where, **options, dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except Exception as error:
@@ -190,7 +191,7 @@ def keep_blocks(model: nn.Module, path: Path) -> str:
     kept, dense = Counter[str](), Counter[str]()
     fields, stored = _opened(path)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    architecture, config = numbers.get(fields["general.architecture"]), getattr(model, "config", None)
+    architecture, config = numbers.get(fields["general.architecture"]), cast(Any, model).config
     table = None if architecture is None else gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {id(module): name for name, module in model.named_modules()}
     for linear in linears_of(model):
@@ -279,7 +280,7 @@ def _q4_k(blocks: Tensor, out: int, width: int) -> _Parts:
     minima = torch.cat([second & 63, lower >> 4 | second >> 2 & 48], 1)
     codes = blocks[:, 16:].reshape(-1, GGUF_BLOCK)
     pairs = torch.stack((codes & 15, codes >> 4), 1).view(-1, GGUF_BLOCK)
-    parts = {"codes": _two_a_byte(pairs), "scales": _halves(blocks[:, :2]), "minima": -_halves(blocks[:, 2:4])}
+    parts = {"codes": two_a_byte(pairs), "scales": _halves(blocks[:, :2]), "minima": -_halves(blocks[:, 2:4])}
     return Q4Weight, parts | {"scale_codes": scales.reshape(-1), "minimum_codes": minima.reshape(-1)}
 
 
@@ -287,12 +288,7 @@ def _q4(codes: Tensor, scales: Tensor, minima: Tensor) -> _Parts:
     """Codes of which a byte holds a number of the first and one of the second half of a block."""
     ones = torch.empty(0, dtype=torch.uint8)
     parts = {"scales": scales, "minima": minima, "scale_codes": ones, "minimum_codes": ones.clone()}
-    return Q4Weight, {"codes": _two_a_byte(torch.cat((codes & 15, codes >> 4), 1))} | parts
-
-
-def _two_a_byte(codes: Tensor) -> Tensor:
-    pairs = codes.reshape(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1]
+    return Q4Weight, {"codes": two_a_byte(torch.cat((codes & 15, codes >> 4), 1))} | parts
 
 
 def _halves(two_bytes: Tensor) -> Tensor:

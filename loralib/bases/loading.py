@@ -33,14 +33,16 @@ from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
-from ..formats import is_gguf, locate_adapter
+from ..formats import locate_adapter
+from ..formats.gguf import is_gguf
 from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
 from .gguf import check_file, keep_blocks, read_dense, read_tokenizer
 from .made_up import MADE_UP_BASES, build_base, is_made_up
-from .quant import check_kind, quantize_model
+from .packed import packing_of, read_packed
+from .quant import check_kind, make_dense, quantize_model
 from .quantized_reading import finish_reading, quantizing, take_over
 from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
@@ -361,6 +363,8 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
     transformers = _transformers()
     if path.is_file():
         return _read_gguf(path, name, dtype, quantize)
+    if (packing := packing_of(path)) is not None:
+        return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
         with _quiet():
@@ -396,6 +400,18 @@ def _read_gguf(path: Path, name: str, dtype: torch.dtype, quantize: str | None) 
     return model
 
 
+def _read_packed(path: Path, name: str, packing: dict[str, Any], dtype: torch.dtype, quantize: str | None) -> Any:
+    try:
+        with _quiet():
+            model, said = read_packed(path, name, packing, dtype, quantize)
+    except BaseModelError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, name, error) from error
+    _note(said)
+    return model
+
+
 def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
     """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
     _transformers()
@@ -410,6 +426,7 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
         if mesh.get_local_rank() == 0:
             _note(f"each process reads all of {name} before it keeps its share, since {why}")
         model = agreed(mesh, lambda: _read_model(path, name, dtype))
+        make_dense(model)  # rows of blocks are not spread
         shard(model, mesh)
     return model
 

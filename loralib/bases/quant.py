@@ -4,10 +4,12 @@ int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, N
 nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
        themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
 
-Weights of a GGUF file may stay as they are there, in blocks of 32 along a row (`loralib.bases.gguf` fills them):
+Weights that others quantised may stay in the bits that they have, in blocks of 32 along a row (`loralib.bases.gguf`,
+`loralib.bases.packed`):
 
 q8_0   8 bits a weight, ``W = scale * codes``: 8.5 bits in all
-q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as Q4_0 and Q4_1, 4.625 as Q4_K
+q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as GGUF's Q4_0 and Q4_1, 4.625 as Q4_K, and 4.5
+       as GPTQ and AWQ with groups of 128
 
 A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
 Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
@@ -42,6 +44,7 @@ __all__ = [
     "quantize",
     "quantize_model",
     "round_model",
+    "two_a_byte",
 ]
 
 BLOCK: Final = 64  # weights with an absmax of their own
@@ -294,7 +297,7 @@ class Q8Weight(QuantizedWeight):
 
 
 class Q4Weight(QuantizedWeight):
-    """Q4_0, Q4_1 or Q4_K of a GGUF file; codes lie in bytes as those of `NF4Weight` do.
+    """Q4_0, Q4_1 or Q4_K of a GGUF file, or what GPTQ or AWQ packed; codes lie in bytes as those of `NF4Weight` do.
 
     With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale,
     ``W = codes * scale_codes[b] * scales[s] + minimum_codes[b] * minima[s]``.
@@ -303,7 +306,7 @@ class Q4Weight(QuantizedWeight):
         codes: (out * in / 2,) bytes.
         scales: (blocks / n,) fp16.
         minima: (blocks / n,) fp16.
-        scale_codes: (blocks,) bytes; empty where n = 1 and all are 1.
+        scale_codes: (blocks,) bytes; empty where all are 1.
         minimum_codes: likewise.
     """
 
@@ -316,8 +319,9 @@ class Q4Weight(QuantizedWeight):
     minimum_codes: Tensor
 
     def rows(self, dtype: torch.dtype) -> Tensor:
+        ones = torch.ones(1, 2 * len(self.codes) // GGUF_BLOCK // len(self.scales), device=self.device)
         scales, minima = (
-            (shared.float()[:, None] * (codes.view(len(shared), -1) if len(codes) else 1)).view(-1, 1)
+            (shared.float()[:, None] * (codes.view(len(shared), -1) if len(codes) else ones)).view(-1, 1)
             for codes, shared in ((self.scale_codes, self.scales), (self.minimum_codes, self.minima))
         )
         found = torch.empty(len(scales), GGUF_BLOCK, dtype=dtype, device=self.device)
@@ -327,6 +331,16 @@ class Q4Weight(QuantizedWeight):
             codes = torch.stack((pairs >> 4, pairs & 15), -1).view(-1, GGUF_BLOCK)
             found[some] = codes * scales[some] + minima[some]
         return found.view(self.stored_shape)
+
+
+def two_a_byte(codes: Tensor) -> Tensor:
+    """Puts codes of 4 bits together as `Q4Weight` holds them, the first of two in the upper half of a byte.
+
+    >>> two_a_byte(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).tolist()
+    [18, 52]
+    """
+    pairs = codes.reshape(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
 
 
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
@@ -457,9 +471,10 @@ def make_dense(model: nn.Module) -> None:
     """Gives weights that a model holds in fewer bits back as ordinary tensors of the same values."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, QuantizedWeight):
-                values = nn.Parameter(parameter.dense().contiguous(), requires_grad=False)
-                values.samples = parameter.samples  # type: ignore[attr-defined]
+            held: Any = parameter
+            if isinstance(held, QuantizedWeight):
+                values = nn.Parameter(held.dense().contiguous(), requires_grad=False)
+                values.samples = held.samples  # type: ignore[attr-defined]
                 module._parameters[name] = values
 
 
