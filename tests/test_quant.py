@@ -145,6 +145,11 @@ def test_a_kind_that_is_not_there_is_named():
         lora.load_base("no-such-model", quantize="int4")
 
 
+def test_shards_of_a_quantised_base_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"quantize is 'nf4' and shard is on(.|\n)*Leave shard out"):
+        lora.TrainConfig(train_data="a.txt", quantize="nf4", shard=True)
+
+
 # As a tensor.
 
 

@@ -274,7 +274,8 @@ class TrainConfig:
         faults = []
         if self.shard and self.quantize != "none":
             faults.append(
-                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits"
+                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits. "
+                "Leave shard out (in 4 bits each process holds a quarter of the base's bytes), or leave quantize out"
             )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
