@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ __all__ = [
     "state_of",
     "stored_bytes",
 ]
+
+_ROWS_AT_ONCE: Final = 128  # while products of two activations are summed up
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -304,12 +306,27 @@ class _ScaledOutputs(torch.autograd.Function):
         of_scale, of_bias = None, None
         if ctx.needs_input_grad[1]:
             scaled = result if bias is None else result - bias.to(result.dtype).view(shape)
-            total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            if ctx.channels:
+                total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            else:
+                total = _dots(gradient, scaled, scale.dtype)
             of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
         if ctx.needs_input_grad[2]:
             of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
         of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
         return of_y, of_scale, of_bias, None
+
+
+def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sums of ``one * other`` (..., out) over all but the last dimension; (out,) in a wider dtype.
+
+    A few rows at a time stay in the cache, and their wide copies small.
+    """
+    total = one.new_zeros(one.shape[-1], dtype=dtype)
+    pairs = zip(*(each.reshape(-1, each.shape[-1]).split(_ROWS_AT_ONCE) for each in (one, other)), strict=True)
+    for rows, others in pairs:
+        total += (rows.to(dtype) * others).sum(0)
+    return total
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
