@@ -40,7 +40,7 @@ class TrainConfig:
     # The model and the data.
     model: str = setting(
         "smollm2-135m",
-        "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id",
+        "base model: smollm2-135m, scratch, run-demo, a directory, a GGUF file or a hub id",
         _DATA,
         common=True,
     )
