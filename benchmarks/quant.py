@@ -29,7 +29,7 @@ from operators import in_turn
 from torch import nn
 
 import loralib as lora
-from loralib.bases.quant import Int8Weight, NF4Weight, linears_of
+from loralib.bases.quant import Int8Weight, NF4Weight, is_quantized_table, linears_of
 from loralib.console import say, table
 from loralib.data import TokenExample
 from loralib.delta import stored_bytes
@@ -37,7 +37,7 @@ from loralib.training.memory import freeze_objects, keep_freed_memory
 from loralib.training.step import evaluate_loss, make_step
 
 HERE = Path(__file__).resolve().parent
-KINDS = (None, "int8", "nf4")
+KINDS = (None, "int8", "nf4", "int8+tables", "nf4+tables")
 LENGTHS = (256, 512)
 SHAPES: dict[str, dict[str, int]] = {
     "1.5b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_hidden_layers": 27},
@@ -58,6 +58,8 @@ def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
     for linear in linears_of(model):
         linear.weight = nn.Parameter(random_weight(linear.weight.shape, kind), requires_grad=False)
     for module in model.modules():
+        if kind is not None and is_quantized_table(module, model, kind):
+            module.weight = nn.Parameter(random_weight(module.weight.shape, "int8"), requires_grad=False)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 value = torch.ones if parameter.dim() == 1 else lambda s, dtype: torch.randn(s, dtype=dtype) * 0.02
@@ -69,7 +71,7 @@ def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
 def random_weight(size: torch.Size, kind: str | None) -> torch.Tensor:
     if kind is None:
         return torch.randn(size, dtype=torch.bfloat16) * 0.02
-    count = size.numel()
+    count, kind = size.numel(), kind.removesuffix("+tables")
     if kind == "int8":
         parts = {"codes": torch.randint(-127, 128, size, dtype=torch.int8), "scales": torch.full(size[:1], 4e-4)}
         return Int8Weight(parts, size, torch.bfloat16, False, torch.zeros(64))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..console import counted
 from ..errors import BaseModelError, list_faults
 from ..injection import samples_of
-from .quant import GGUF_BLOCK, Q4Weight, quantize, two_a_byte
+from .quant import GGUF_BLOCK, Q4Weight, quantize, quantize_tables, two_a_byte
 from .quantized_reading import finish_reading, replacing
 from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
 
@@ -49,7 +49,7 @@ def read_packed(
         name: of the model, for messages.
         packing: see `packing_of`.
         dtype: of what is not packed, and of what products give.
-        kind: "int8" or "nf4": quantise the packed numbers anew; None: keep them.
+        kind: one of `loralib.bases.quant.KINDS`: quantise the packed numbers anew; None: keep them.
 
     Returns:
         The model, and what was done, for the user.
@@ -93,6 +93,7 @@ def read_packed(
     except Exception as error:
         raise (faults[0] if faults else error) from None
     finish_reading(model)
+    quantize_tables(model, kind or "")
     others = [f"missing     {each}" for each in sorted(info["missing_keys"])]
     others += [f"unexpected  {each}" for each in sorted(info["unexpected_keys"])]
     if others:

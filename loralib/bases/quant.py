@@ -4,6 +4,9 @@ int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, N
 nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
        themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
 
+Tables of tokens and heads stay in 16 bits, as in QLoRA, unless one says so: ``int8+tables`` and ``nf4+tables`` hold
+them as int8.
+
 Weights that others quantised may stay in the bits that they have, in blocks of 32 along a row (`loralib.bases.gguf`,
 `loralib.bases.packed`):
 
@@ -29,11 +32,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
-from ..injection import samples_of
+from ..injection import samples_of, samples_of_table
 from ..layers import is_conv1d
-from ..wrapping import output_head
+from ..wrapping import input_table, output_head
 
 __all__ = [
+    "KINDS",
     "QUANTIZATIONS",
     "Int8Weight",
     "NF4Weight",
@@ -43,6 +47,7 @@ __all__ = [
     "make_dense",
     "quantize",
     "quantize_model",
+    "quantize_tables",
     "round_model",
     "two_a_byte",
 ]
@@ -107,6 +112,10 @@ class QuantizedWeight(Tensor):
         """Returns the weight as an ordinary tensor of its shape and dtype."""
         rows = self.rows(self.dtype)
         return rows.T if self.turned else rows
+
+    def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
+        """Returns the rows of some numbers, for a table (out, in)."""
+        return F.embedding(ids, self.dense())
 
     @property
     def stored_bytes(self) -> int:
@@ -183,6 +192,9 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten.t.default: lambda weight: weight._like(turn=True),
     aten.transpose.int: lambda weight, one, other: weight._like(turn=one % 2 != other % 2),
     aten.permute.default: lambda weight, dims: weight._like(turn=dims[0] % 2 == 1),
+    aten.embedding.default: lambda weight, ids, *_: weight.looked_up(
+        ids
+    ),  # a dense tensor, but not by way of all of it
 }
 
 
@@ -222,6 +234,9 @@ class Int8Weight(QuantizedWeight):
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scales[:, None]).to(dtype)
+
+    def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
+        return (self.codes[ids] * self.scales[ids][..., None]).to(self.dtype)
 
 
 class NF4Weight(QuantizedWeight):
@@ -398,11 +413,20 @@ def absmax_map() -> Tensor:
 QUANTIZATIONS: Final[Mapping[str, type[QuantizedWeight]]] = {kind.KIND: kind for kind in (Int8Weight, NF4Weight)}
 
 
+_TABLES: Final = "+tables"
+KINDS: Final = (*QUANTIZATIONS, *(f"{kind}{_TABLES}" for kind in QUANTIZATIONS))
+
+
 def check_kind(kind: str) -> None:
-    """Raises ConfigError unless there is such a way to quantise."""
-    if kind not in QUANTIZATIONS:
-        expected = " or ".join(map(repr, QUANTIZATIONS))
-        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, QUANTIZATIONS)}")
+    """Raises ConfigError unless there is such a way to quantise a model."""
+    if kind not in KINDS:
+        expected = f"{', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}"
+        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, KINDS)}")
+
+
+def class_of(kind: str) -> type[QuantizedWeight]:
+    """Returns what linears' weights become in one of the KINDS."""
+    return QUANTIZATIONS[kind.removesuffix(_TABLES)]
 
 
 def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWeight:
@@ -410,7 +434,7 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
 
     Args:
         weight: (out, in), or (in, out) if it is turned; bf16, fp16 or fp32, the dtype that it seems to have afterwards.
-        kind: "int8" or "nf4".
+        kind: one of the KINDS; tables play no part here.
         turned: whether it is stored as (in, out); it is quantised as (out, in) all the same.
 
     Raises:
@@ -423,14 +447,20 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     check_kind(kind)
     weight = weight.detach()
     rows, samples = weight.T if turned else weight, samples_of(weight).clone()
-    cls = QUANTIZATIONS[kind]
+    cls = class_of(kind)
     return cls(cls.of(rows), rows.shape, weight.dtype, turned, samples)
+
+
+def quantize_table(weight: Tensor) -> Int8Weight:
+    """Quantises a table of tokens, or a head, (rows, width) to int8."""
+    weight = weight.detach()
+    return Int8Weight(Int8Weight.of(weight), weight.shape, weight.dtype, False, samples_of_table(weight).clone())
 
 
 def quantize_model(model: nn.Module, kind: str) -> int:
     """Quantises the weights of a model's linears in place, one after the other, all but the head's; returns how many.
 
-    Embeddings, norms and the head stay as they are, as in QLoRA.
+    Norms stay as they are, and embedding and head unless the kind names tables.
 
     Raises:
         ConfigError: there is no such kind, or the model has no linear.
@@ -442,18 +472,33 @@ def quantize_model(model: nn.Module, kind: str) -> int:
         count += 1
     if not count:
         raise ConfigError(f"quantize={kind!r} finds no linear layer in {type(model).__name__}")
+    quantize_tables(model, kind)
     return count
 
 
+def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> None:
+    """Quantises the weights of embedding and head, if the kind names tables; or rounds them to such values."""
+    known: dict[int, nn.Parameter] = {}  # what is tied stays one
+    for module in model.modules():
+        if is_quantized_table(module, model, kind):
+            weight: Any = module.weight
+            if id(weight) not in known:
+                held = quantize_table(weight.to(torch.bfloat16) if rounds else weight)
+                values = held.dense().to(weight.dtype) if rounds else held
+                known[id(weight)] = nn.Parameter(values, requires_grad=False)
+                known[id(weight)].samples = samples_of_table(weight).clone()  # type: ignore[attr-defined]
+            module.weight = known[id(weight)]
+
+
 def round_model(model: nn.Module, kind: str) -> float:
-    """Gives each linear of a model, the head apart, the values that its weight has in fewer bits, in ordinary tensors.
+    """Gives each weight of a model that a kind quantises the values that it has in fewer bits, in ordinary tensors.
 
     Args:
         model: its weights are replaced; fingerprints still know them as they were.
-        kind: "int8" or "nf4"; weights are rounded to bf16 first, as the base of a training run is.
+        kind: one of the KINDS; weights are rounded to bf16 first, as the base of a training run is.
 
     Returns:
-        The error, ``||W' - W|| / ||W||`` over all of them.
+        The error, ``||W' - W|| / ||W||`` over all linears.
     """
     errors, norms = 0.0, 0.0
     for module in linears_of(model):
@@ -464,18 +509,21 @@ def round_model(model: nn.Module, kind: str) -> float:
         norms += float(weight.double().square().sum())
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
         module.weight = values
+    quantize_tables(model, kind, rounds=True)
     return math.sqrt(errors / norms) if norms else 0.0
 
 
 def make_dense(model: nn.Module) -> None:
     """Gives weights that a model holds in fewer bits back as ordinary tensors of the same values."""
+    known: dict[int, nn.Parameter] = {}  # what is tied stays one
     for module in model.modules():
         for name, parameter in module._parameters.items():
             held: Any = parameter
             if isinstance(held, QuantizedWeight):
-                values = nn.Parameter(held.dense().contiguous(), requires_grad=False)
-                values.samples = held.samples  # type: ignore[attr-defined]
-                module._parameters[name] = values
+                if id(held) not in known:
+                    known[id(held)] = nn.Parameter(held.dense().contiguous(), requires_grad=False)
+                    known[id(held)].samples = held.samples  # type: ignore[attr-defined]
+                module._parameters[name] = known[id(held)]
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
@@ -486,3 +534,13 @@ def linears_of(model: nn.Module) -> Iterator[Any]:
 def is_quantizable(module: nn.Module, model: nn.Module) -> bool:
     """Whether a module of a model is a linear whose weight is quantised: all but the head's are."""
     return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)
+
+
+def is_quantized_table(module: nn.Module, model: nn.Module, kind: str) -> bool:
+    """Whether a kind quantises the weight of a module of a model as that of an embedding or a head."""
+    if not kind.endswith(_TABLES):
+        return False
+    table, head = input_table(model), output_head(model)
+    if module is head:
+        return type(module) is nn.Linear
+    return module is table and isinstance(module, nn.Embedding) and module.max_norm is None

@@ -17,7 +17,7 @@ from ..console import counted
 from ..errors import BaseModelError, first_line
 from ..layers import is_conv1d
 from . import bnb
-from .quant import is_quantizable, quantize
+from .quant import is_quantizable, is_quantized_table, quantize, quantize_table
 
 __all__ = ["finish_reading", "quantizing", "replacing", "take_over"]
 
@@ -28,16 +28,21 @@ def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Returns arguments for ``from_pretrained`` with which it quantises the linears' weights while it reads them.
 
     Args:
-        kind: "int8" or "nf4".
+        kind: one of `loralib.bases.quant.KINDS`.
         dtype: that the weights have before.
     """
+    tables = set[str]()
 
     def made(name: str, value: Tensor, module: nn.Module) -> Tensor:
-        return quantize(value.to(dtype), kind, turned=is_conv1d(module))
+        weight = value.to(dtype)
+        return quantize_table(weight) if name in tables else quantize(weight, kind, turned=is_conv1d(module))
 
     def wanted(name: str, model: nn.Module) -> bool:
         path, _, leaf = name.rpartition(".")
-        return leaf == "weight" and is_quantizable(model.get_submodule(path), model)
+        module = model.get_submodule(path)
+        if leaf == "weight" and is_quantized_table(module, model, kind):
+            tables.add(name)
+        return leaf == "weight" and (name in tables or is_quantizable(module, model))
 
     return {"quantization_config": _config_class()(wanted, made)}
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bases.quant import QUANTIZATIONS
+from ..bases.quant import KINDS
 from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
 from ..data import FORMATS
 from ..errors import ConfigError
@@ -109,7 +109,10 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     quantize: str = setting(
-        "none", "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA)", _DATA, ("none", *QUANTIZATIONS)
+        "none",
+        "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA); +tables: embedding and head, too, in int8",
+        _DATA,
+        ("none", *KINDS),
     )
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(
