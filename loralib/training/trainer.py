@@ -513,7 +513,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is stop:  # else `Ranks.blame` has taken its place, for good
+                signal.signal(number, handler)
 
 
 def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
