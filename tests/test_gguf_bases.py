@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import loralib as lora
-from loralib.bases import load_empty, load_tokenizer
+from loralib.bases import load_empty, load_tokenizer, loading
 from loralib.bases.quant import Q4Weight, Q8Weight, QuantizedWeight, linears_of
 from loralib.cli import main
 from loralib.delta import dense
@@ -242,6 +242,25 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         lora.load_base(path)
     with pytest.raises(BaseModelError, match=r"holds GGUF files. Choose one: --model .*a\.gguf, or b\.gguf, c\.gguf"):
         lora.load_base(tmp_path)
+
+
+def test_a_file_of_a_repository_is_fetched_by_its_name(tmp_path, monkeypatch):
+    path, asked = write(made("llama"), tmp_path / "a.gguf", KINDS.Q8_0), []
+
+    def fetch(name, choose, cached, **_):
+        asked.append((name, choose(["README.md", "a.gguf", "b.gguf"]), cached))
+        return path.parent
+
+    monkeypatch.setattr(loading, "fetch", fetch)
+    model, _ = lora.load_base("org/name/a.gguf@v1", device="cpu")
+    assert model.name_or_path == "org/name/a.gguf@v1"
+    assert set(map(str, asked)) == {"('org/name@v1', ['a.gguf'], ['a.gguf'])"}
+    with pytest.raises(BaseModelError, match=r"org/name has no c\.gguf; its GGUF files are a\.gguf, b\.gguf"):
+        lora.load_base("org/name/c.gguf")
+    with pytest.raises(
+        BaseModelError, match=r"org/name holds GGUF files\. Choose one, such as --model org/name/a\.gguf"
+    ):
+        loading._needed_files(["README.md", "a.gguf"], name="org/name")
 
 
 def test_types_that_nobody_knows_are_named(tmp_path):

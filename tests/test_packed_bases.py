@@ -54,9 +54,8 @@ def tensors_of(method: str, form: str, weight: torch.Tensor, size: int, bits: in
 def write(directory, method="gptq", form="gptq", bits=4, act_order=False, size=64, tokenizer=None, changes=()):
     """Writes a small base as one of them does; returns a dense model of the same numbers."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer)
-    )
+    widths = {"hidden_size": 2 * size, "intermediate_size": 4 * size}
+    config = LlamaConfig(**widths, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer))
     model = LlamaForCausalLM(config).half().eval()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -79,17 +78,20 @@ def write(directory, method="gptq", form="gptq", bits=4, act_order=False, size=6
 
 
 @pytest.mark.parametrize(
-    ("method", "form", "bits", "act_order", "said"),
+    ("method", "form", "bits", "act_order", "size", "said"),
     [
-        ("gptq", "gptq", 4, False, "GPTQ: 7 weights kept in 4 bits"),
-        ("gptq", "gptq_v2", 4, False, "GPTQ: 7 weights kept in 4 bits"),
-        ("gptq", "gptq", 4, True, "GPTQ: 7 weights made dense"),
-        ("gptq", "gptq", 8, False, "GPTQ: 7 weights made dense"),
-        ("awq", "gemm", 4, False, "AWQ: 7 weights kept in 4 bits"),
+        ("gptq", "gptq", 4, False, 64, "GPTQ: 7 weights kept in 4 bits"),
+        ("gptq", "gptq_v2", 4, False, 64, "GPTQ: 7 weights kept in 4 bits"),
+        ("gptq", "gptq", 4, False, 96, "GPTQ: 7 weights kept in 4 bits"),
+        ("gptq", "gptq", 4, True, 64, "GPTQ: 7 weights made dense"),
+        ("gptq", "gptq", 8, False, 64, "GPTQ: 7 weights made dense"),
+        ("awq", "gemm", 4, False, 64, "AWQ: 7 weights kept in 4 bits"),
     ],
 )
-def test_packed_numbers_are_those_that_were_packed(method, form, bits, act_order, said, tmp_path, smollm2, capsys):
-    expected = write(tmp_path, method, form, bits, act_order, tokenizer=smollm2[1])
+def test_packed_numbers_are_those_that_were_packed(
+    method, form, bits, act_order, size, said, tmp_path, smollm2, capsys
+):
+    expected = write(tmp_path, method, form, bits, act_order, size, tokenizer=smollm2[1])
     model, _ = lora.load_base(tmp_path, dtype="bf16", device="cpu")
     assert said in capsys.readouterr().err
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
@@ -99,7 +101,8 @@ def test_packed_numbers_are_those_that_were_packed(method, form, bits, act_order
     assert not hasattr(model.config, "quantization_config")
     kept = [linear.weight for linear in linears_of(model) if isinstance(linear.weight, Q4Weight)]
     for weight in kept:
-        assert weight.stored_bytes * 8 == weight.numel() * (4 + 2 * 16 / 64 + 8 / 32)
+        # A zero for each 32, and a scale and a minimum for as many as share them: a power of two times 32.
+        assert weight.stored_bytes * 8 == weight.numel() * (4 + 8 / 32 + 2 * 16 / (64 if size == 64 else 32))
         if (kernels := compiled()) is not None and kernels.accept_weight(weight):
             x = torch.randn(3, weight.shape[1]).bfloat16()
             assert torch.equal(kernels.product(x, weight), kernels.product(x, weight.dense()))

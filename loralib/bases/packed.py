@@ -143,12 +143,14 @@ def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: to
 
 
 def _kept(codes: Tensor, zeros: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Q4Weight:
+    blocks = size // GGUF_BLOCK
+    shared = scales.repeat_interleave(blocks // (blocks & -blocks), 1).view(-1)  # by a power of two of blocks each
     parts = {
         "codes": two_a_byte(codes),
-        "scales": scales.view(-1),
-        "minima": -scales.view(-1),
+        "scales": shared,
+        "minima": -shared,
         "scale_codes": torch.empty(0, dtype=torch.uint8),
-        "minimum_codes": zeros.to(torch.uint8).repeat_interleave(size // GGUF_BLOCK, 1).view(-1),
+        "minimum_codes": zeros.to(torch.uint8).repeat_interleave(blocks, 1).view(-1),
     }
     weight = Q4Weight(parts, codes.shape, dtype, False, torch.empty(0))
     weight.samples = samples_of(weight.dense()).clone()

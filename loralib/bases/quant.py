@@ -314,7 +314,7 @@ class Q8Weight(QuantizedWeight):
 class Q4Weight(QuantizedWeight):
     """Q4_0, Q4_1 or Q4_K of a GGUF file, or what GPTQ or AWQ packed; codes lie in bytes as those of `NF4Weight` do.
 
-    With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale,
+    With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale (a power of two),
     ``W = codes * scale_codes[b] * scales[s] + minimum_codes[b] * minima[s]``.
 
     Attributes:

@@ -242,7 +242,7 @@ def _packed(weight: Tensor) -> _Packed | None:
         elif isinstance(weight, Q4Weight):
             places = {"halves": weight.scales, "minima": weight.minima}
             places |= {name: getattr(weight, name) for name in ("scale_codes", "minimum_codes")}
-            known.shared = weight.codes.numel() * 2 // GGUF_BLOCK // len(weight.scales)
+            known.shared = (weight.codes.numel() * 2 // GGUF_BLOCK // len(weight.scales)).bit_length() - 1
         for name, place in places.items():
             setattr(known, name, place.data_ptr() if place.numel() else None)
         known.bits = 4 if isinstance(weight, NF4Weight | Q4Weight) else 8
