@@ -267,7 +267,9 @@ def row_squares(weight: Tensor) -> Tensor:
     return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
 
 
-def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0) -> Tensor:
+def scale_outputs(
+    y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0, in_place: bool = False
+) -> Tensor:
     """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
 
     Args:
@@ -275,22 +277,26 @@ def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *
         scale: (out,); None: 1.
         bias: (out,), if y holds one.
         channels: how many dimensions follow that of the outputs.
+        in_place: whether the result takes the place of y, which nothing else may need then.
 
     >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
     [[5.0, 5.0]]
     """
     if scale is None:
         return y
-    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels, in_place))  # type: ignore[no-untyped-call]
 
 
 class _ScaledOutputs(torch.autograd.Function):
     """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int, in_place: bool) -> Tensor:
         shape = (-1, *(1,) * channels)
-        result = torch.addcmul(y, y, (scale - 1).to(y.dtype).view(shape))
+        step = (scale - 1).to(y.dtype).view(shape)
+        result = y.addcmul_(y, step) if in_place else torch.addcmul(y, y, step)
+        if in_place:
+            ctx.mark_dirty(y)
         if bias is not None:
             result -= (bias * (scale - 1)).to(y.dtype).view(shape)
         ctx.save_for_backward(result, scale, bias)
@@ -314,7 +320,7 @@ class _ScaledOutputs(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
         of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
-        return of_y, of_scale, of_bias, None
+        return of_y, of_scale, of_bias, None, None
 
 
 def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

@@ -257,6 +257,25 @@ def test_variants_train_and_merge_on_codes_as_on_the_dense_numbers(make, variant
         assert torch.equal(held(ids).logits, before)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+)
+def test_tables_in_8_bits_are_adapted_as_the_dense_numbers(settings):
+    results = []
+    for model in (quantized(llama, "nf4+tables"), dense_copy(quantized(llama, "nf4+tables"))):
+        torch.manual_seed(1)
+        lora.inject(model, lora.LoraConfig(r=4, **settings))
+        loss = make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 1
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
+
+
 def test_dora_sees_that_another_weight_took_the_place_of_codes():
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(64, 8)})
