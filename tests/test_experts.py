@@ -180,7 +180,11 @@ def test_other_layouts_compute_as_when_merged(family: str, name: str, config: st
     for key, value in (sizes | counts | {"_experts_implementation": "eager", "moe_latent_size": None}).items():
         if hasattr(settings, key):
             setattr(settings, key, value)
-    layer = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)(settings)
+    experts = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)
+    with torch.device("meta"):  # where `loralib plan` looks at a model
+        empty = nn.ModuleDict({"experts": experts(settings)})
+    assert lora.inject(empty, lora.LoraConfig(r=4, target_modules="all-linear")).targets == ("experts",)
+    layer = experts(settings)
     model = nn.ModuleDict({"experts": layer})
     for parameter in model.parameters():
         nn.init.normal_(parameter)
