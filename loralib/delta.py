@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ __all__ = [
     "state_of",
     "stored_bytes",
 ]
+
+_ROWS_AT_ONCE: Final = 128  # while products of two activations are summed up
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -294,7 +296,9 @@ def row_squares(weight: Tensor) -> Tensor:
     return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
 
 
-def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0) -> Tensor:
+def scale_outputs(
+    y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0, in_place: bool = False
+) -> Tensor:
     """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
 
     Args:
@@ -302,22 +306,26 @@ def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *
         scale: (out,); None: 1.
         bias: (out,), if y holds one.
         channels: how many dimensions follow that of the outputs.
+        in_place: whether the result takes the place of y, which nothing else may need then.
 
     >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
     [[5.0, 5.0]]
     """
     if scale is None:
         return y
-    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels, in_place))  # type: ignore[no-untyped-call]
 
 
 class _ScaledOutputs(torch.autograd.Function):
     """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int, in_place: bool) -> Tensor:
         shape = (-1, *(1,) * channels)
-        result = torch.addcmul(y, y, (scale - 1).to(y.dtype).view(shape))
+        step = (scale - 1).to(y.dtype).view(shape)
+        result = y.addcmul_(y, step) if in_place else torch.addcmul(y, y, step)
+        if in_place:
+            ctx.mark_dirty(y)
         if bias is not None:
             result -= (bias * (scale - 1)).to(y.dtype).view(shape)
         ctx.save_for_backward(result, scale, bias)
@@ -333,12 +341,27 @@ class _ScaledOutputs(torch.autograd.Function):
         of_scale, of_bias = None, None
         if ctx.needs_input_grad[1]:
             scaled = result if bias is None else result - bias.to(result.dtype).view(shape)
-            total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            if ctx.channels:
+                total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            else:
+                total = _dots(gradient, scaled, scale.dtype)
             of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
         if ctx.needs_input_grad[2]:
             of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
         of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
-        return of_y, of_scale, of_bias, None
+        return of_y, of_scale, of_bias, None, None
+
+
+def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sums of ``one * other`` (..., out) over all but the last dimension; (out,) in a wider dtype.
+
+    A few rows at a time stay in the cache, and their wide copies small.
+    """
+    total = one.new_zeros(one.shape[-1], dtype=dtype)
+    pairs = zip(*(each.reshape(-1, each.shape[-1]).split(_ROWS_AT_ONCE) for each in (one, other)), strict=True)
+    for rows, others in pairs:
+        total += (rows.to(dtype) * others).sum(0)
+    return total
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:

@@ -350,9 +350,14 @@ class LoRALinear(LoRALayer):
             return y
         return self.finished(y + low_rank(self._drop(x), *self.factors(), self.scaling))
 
-    def finished(self, y: Tensor) -> Tensor:
-        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products."""
-        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
+    def finished(self, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products.
+
+        Args:
+            y: of any number of rows.
+            in_place: whether the output may take the place of y.
+        """
+        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias), in_place=in_place)
         shift = self.output_shift()
         return y if shift is None else y + shift.to(y.dtype)
 

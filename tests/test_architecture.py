@@ -53,6 +53,7 @@ UPWARDS = {("injection", "formats")}
 OUTSIDE = {
     "accelerate": {"bases.sharded"},
     "transformers": {
+        "bases.gguf",
         "bases.loading",
         "bases.made_up",
         "bases.quantized_reading",
@@ -62,9 +63,9 @@ OUTSIDE = {
         "formats.old_names",
     },
     "huggingface_hub": {"hub"},
-    "tokenizers": {"bases.loading", "nlg.convert"},
+    "tokenizers": {"bases.gguf", "nlg.convert"},
     "bitsandbytes": {"bases.bnb"},
-    "gguf": {"bases.loading", "formats.gguf"},
+    "gguf": {"bases.gguf", "formats.gguf"},
     "safetensors": {"formats.tensors"},
     "numpy": {"formats.gguf"},
     "matplotlib": {"inspection", "nlg.reproduction.report", "training.report"},
