@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, as_pattern, is_plain_name, matching_steps, with_ranks
+from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, as_pattern, is_plain_name, matches, matching_steps, with_ranks
 from .console import size
 from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
@@ -78,10 +78,19 @@ class Adapter:
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The modules to target, which are all but those that come with another."""
-        return tuple(dict.fromkeys(self.target_of(name) for name in self.modules if not self.holds_experts(name)))
+        parameters = set(self.target_parameters)
+        modules = (name for name in self.modules if not {name, f"{name}.weight"} & parameters)
+        return tuple(dict.fromkeys(map(self.target_of, modules)))
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
+        """The parameters to target: weights of experts, and of routers, which the settings name."""
+        chosen = self.config.target_parameters
+        names = (name if self.holds_experts(name) else f"{name}.weight" for name in self.modules)
+        return tuple(name for name in names if self.holds_experts(name) or matches(chosen, name))
+
+    @property
+    def expert_weights(self) -> tuple[str, ...]:
         """The weights of experts that have low-rank factors."""
         return tuple(filter(self.holds_experts, self.modules))
 

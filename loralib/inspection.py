@@ -340,11 +340,11 @@ def _uses(adapter: Adapter) -> dict[str, str]:
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
             uses[target] = f"no: {what} is not loaded there; merge it (loralib merge)"
-        elif adapter.target_parameters and target != "vllm":
+        elif adapter.expert_weights and target != "vllm":
             uses[target] = "no: adapters of experts are not written for it; merge it (loralib merge)"
         elif special:
             uses[target] = f"{convert} ({special} becomes plain LoRA)"
-        elif target == "vllm" and not (config.alpha_pattern or config.enable_lora or adapter.target_parameters):
+        elif target == "vllm" and not (config.alpha_pattern or config.enable_lora or adapter.expert_weights):
             uses[target] = "yes, as it is"
         else:
             uses[target] = convert

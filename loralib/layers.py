@@ -400,6 +400,15 @@ class LoRAReadLinear(LoRALinear):
         return F.linear(x, cast(Tensor, self._parameters["weight"]), cast("Tensor | None", self._parameters["bias"]))
 
 
+class LoRARouter(LoRALinear):
+    """The router of a mixture, a class of its own that reads its weight (experts, in): it reads as base + update."""
+
+    weight = _summed_weight("weight")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super(LoRALinear, self).forward(*args, **kwargs)
+
+
 class LoRAMultiheadAttention(LoRALinear):
     """nn.MultiheadAttention, which reads its in_proj_weight (3 * embed_dim, embed_dim): it reads as base + update."""
 

@@ -27,6 +27,7 @@ from .layers import (
     LoRALinear,
     LoRAMultiheadAttention,
     LoRAReadLinear,
+    LoRARouter,
     adapted_class,
     base_class,
     is_conv1d,
@@ -122,7 +123,8 @@ def match_modules(
     faults = list[str]()
     targets = _experts(model, modules, config, trained, changes, faults)
     if not trained or not (matched or targets):
-        named = [*matched, *(f"{target.name}.{weight.name}" for target in targets for weight in target.weights)]
+        named = [*matched, *(target.name for target in targets if not target.weights)]
+        named += [f"{target.name}.{weight.name}" for target in targets for weight in target.weights]
         faults += _unused_entry_faults(model, modules, matched, named, config)
     for name, pattern in matched.items():
         try:
@@ -430,7 +432,7 @@ def _experts(
 ) -> list[TargetModule]:
     """Returns the modules of experts of which weights are adapted; adds to `faults` what is not possible."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
-    chosen = _named_parameters_of(model, holders, config, trained, faults)
+    chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
     unknown = list[str]()
     if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
         for name, module in holders.items():
@@ -444,6 +446,13 @@ def _experts(
     if unknown:
         faults.append(_missed_experts(model, unknown))
     targets = []
+    for name, entry in routers.items():
+        try:
+            if config.lora_dropout and not trained:
+                raise TargetError(f"lora_dropout {config.lora_dropout} cannot act inside a router; set it to 0")
+            targets.append(_target(name, entry, mixin_for(LoRARouter, config), modules, config, changes))
+        except TargetError as error:
+            faults.append(f"{name}: {error}")
     for name, leaves in chosen.items():
         try:
             targets.append(_experts_target(name, leaves, modules, config, trained, changes))
@@ -494,15 +503,22 @@ def _named_parameters_of(
     config: LoraConfig,
     trained: bool,
     faults: list[str],
-) -> dict[str, dict[str, str]]:
-    """Returns which weights of which experts target_parameters names, each with its entry; adds to `faults`."""
-    chosen, used = dict[str, dict[str, str]](), set[str]()
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Returns which weights of which experts target_parameters names, and which routers, each with its entry.
+
+    Adds to `faults`.
+    """
+    chosen, routers, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
+    modules = named_modules(model) if config.target_parameters else {}
     for name in named_parameters(model):
         entry = matches(config.target_parameters, name)
         if entry is None:
             continue
         used.add(entry)
         path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and _is_router(modules[path]):
+            routers[path] = entry
+            continue
         try:
             if config.saved_part(name):
                 faults.append(
@@ -518,9 +534,16 @@ def _named_parameters_of(
             continue
         chosen.setdefault(path, {})[leaf] = entry
     unused = [entry for entry in config.target_parameters or () if entry not in used]
-    if unused and not (trained and chosen):
+    if unused and not (trained and (chosen or routers)):
         faults.append(f"target_parameters {unused} match nothing.{_experts_suggestion(holders)}")
-    return chosen
+    return chosen, routers
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module is, by its class's name, a router with a weight that it reads itself, as in transformers 5."""
+    weight, kind = module._parameters.get("weight"), base_class(module)
+    named = any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
+    return named and weight is not None and weight.dim() == 2 and not _is_linear(module)
 
 
 def _no_expert_weight(known: Sequence[str]) -> str:

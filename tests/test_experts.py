@@ -180,7 +180,11 @@ def test_other_layouts_compute_as_when_merged(family: str, name: str, config: st
     for key, value in (sizes | counts | {"_experts_implementation": "eager", "moe_latent_size": None}).items():
         if hasattr(settings, key):
             setattr(settings, key, value)
-    layer = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)(settings)
+    experts = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)
+    with torch.device("meta"):  # where `loralib plan` looks at a model
+        empty = nn.ModuleDict({"experts": experts(settings)})
+    assert lora.inject(empty, lora.LoraConfig(r=4, target_modules="all-linear")).targets == ("experts",)
+    layer = experts(settings)
     model = nn.ModuleDict({"experts": layer})
     for parameter in model.parameters():
         nn.init.normal_(parameter)
@@ -285,6 +289,24 @@ def test_gradients_and_training_steps_are_pefts(family: str, tmp_path: Path) -> 
         places.append((torch.stack(gradients), logits(model)))
     torch.testing.assert_close(places[0][0], places[1][0], rtol=1e-5, atol=1e-7)
     assert_close(places[0][1], places[1][1])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_what_peft_adapts_by_all_linear_has_the_router_too(family: str, tmp_path: Path) -> None:
+    theirs = filled(peft.get_peft_model(model_of(family), peft.LoraConfig(r=4, target_modules="all-linear"))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, base = model_of(family), logits(model_of(family))
+    lora.load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
+    assert "model.layers.1.mlp.gate" in adapter_of(model).modules
+    lora.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(model_of(family), tmp_path / "ours").eval()
+    assert_close(logits(again), logits(theirs))
+    plain = model_of(family)
+    merge_into(plain, adapter_of(model))
+    assert_close(logits(plain), logits(theirs))
+    lora.remove(model)
+    assert torch.equal(logits(model), base)
 
 
 def test_biases_of_experts_are_where_peft_has_them(tmp_path: Path) -> None:
@@ -458,7 +480,7 @@ def test_inspect_says_which_experts_learned_nothing() -> None:
          "experts.down_proj"),
         ({"target_parameters": ["layers.7.mlp.experts.down_proj"]}, "match nothing"),
         ({"target_parameters": ["q_proj.weight"]}, "no weight of experts; name the module that holds it in target_mod"),
-        ({"target_parameters": ["gate.weight"]}, "no weight of experts"),
+        ({"target_parameters": ["gate.weight"], "lora_dropout": 0.1}, "lora_dropout 0.1 cannot act inside a router"),
         ({"target_parameters": BOTH, "r": 13}, r"r is 13 for down_proj, of .* 16 x 12.*rank_pattern={'down_proj': 12}"),
         ({"target_parameters": BOTH, "use_dora": True}, "use_dora is not for the experts of a mixture"),
         ({"target_parameters": BOTH, "lora_bias": True}, "lora_bias is not for the experts"),

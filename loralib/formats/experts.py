@@ -37,7 +37,7 @@ _MAX_STEPS = 1e9  # of matching names with expressions, a few seconds
 def to_peft(adapter: Adapter) -> dict[str, Tensor]:
     """Returns an adapter's tensors of experts as PEFT stores them, by PEFT's names without their prefix."""
     found = dict[str, Tensor]()
-    for path, names in _by_module(adapter.target_parameters).items():
+    for path, names in _by_module(adapter.expert_weights).items():
         for place, name in enumerate(names):
             A, B = (adapter.tensors[key] for key in adapter.factor_keys(f"{path}.{name}"))
             wrapper = path + ".base_layer" * (len(names) - 1 - place)
@@ -56,9 +56,9 @@ def _trained_beside(adapter: Adapter, path: str) -> list[str]:
 
 def of_experts(adapter: Adapter) -> set[str]:
     """Returns the names of all tensors that `to_peft` writes."""
-    names = {key for name in adapter.target_parameters for key in adapter.factor_keys(name)}
+    names = {key for name in adapter.expert_weights for key in adapter.factor_keys(name)}
     return names | {
-        f"{path}.{leaf}" for path in _by_module(adapter.target_parameters) for leaf in _trained_beside(adapter, path)
+        f"{path}.{leaf}" for path in _by_module(adapter.expert_weights) for leaf in _trained_beside(adapter, path)
     }
 
 
@@ -177,8 +177,8 @@ def apart(adapter: Adapter, model: nn.Module) -> Adapter:
     """
     found, faults = _projections(model)
     known = {projection.name: projection for projection in found}
-    chosen = {name.rpartition(".")[0] for name in adapter.target_parameters}
-    if unknown := [name for name in adapter.target_parameters if name not in known]:
+    chosen = {name.rpartition(".")[0] for name in adapter.expert_weights}
+    if unknown := [name for name in adapter.expert_weights if name not in known]:
         faults += [name for name in unknown if not any(name in fault for fault in faults)]
         what = f"it is not known how checkpoints of {type(model).__name__} name its experts one by one"
         raise AdapterError(list_faults(what, faults, "`loralib merge` writes the merged model instead."))
@@ -206,7 +206,7 @@ def apart(adapter: Adapter, model: nn.Module) -> Adapter:
 
 def with_both(adapter: Adapter, model: nn.Module) -> Adapter:
     """Returns an adapter with an update of zero for the weights of experts beside those that it adapts."""
-    tensors, chosen = dict(adapter.tensors), {name.rpartition(".")[0] for name in adapter.target_parameters}
+    tensors, chosen = dict(adapter.tensors), {name.rpartition(".")[0] for name in adapter.expert_weights}
     for path, module in named_modules(model).items():
         for leaf in expert_weights(module) if path in chosen else ():
             A, B = _factors(adapter, _projection(model, f"{path}.{leaf}", ()))

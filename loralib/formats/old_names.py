@@ -35,13 +35,13 @@ def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
     """
     model = unwrapped(model)
     present = {name for name, _ in model.named_modules()}
-    present |= {*named_parameters(model)} if adapter.target_parameters else set()
+    present |= {*named_parameters(model)} if adapter.expert_weights else set()
     lost = [name for name in adapter.modules if name not in present]
     if not lost:
         return adapter
     if any(_EXPERT.search(f".{name}.") for name in lost):
         adapter = together(adapter, model)
-        held = set(adapter.target_parameters)
+        held = set(adapter.expert_weights)
         lost = [name for name in adapter.modules if name not in present and name not in held]
     experts = [name for name in lost if _EXPERT.search(f".{name}.")]
     if experts and any(name.endswith(".experts") for name in present):

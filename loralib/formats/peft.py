@@ -143,7 +143,7 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items() if name not in apart}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in experts.to_peft(plain).items()}
     config = plain.config
-    if parameters := plain.target_parameters:  # in PEFT they have no dropout
+    if parameters := plain.expert_weights:  # in PEFT they have no dropout
         config = config.replace(lora_dropout=0.0, target_parameters=config.target_parameters or parameters)
     settings, metadata = config.to_dict(), dict(plain.metadata)
     name = plain.config.base_model_name_or_path or ""

@@ -21,7 +21,7 @@ from ..combine import Update, check_sound, resize, update_of, updates_of, with_u
 from ..config import LoraConfig
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
-from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
+from ..layers import LoRAEmbedding, LoRALinear, LoRARouter, is_conv1d
 from ..targets import match_modules, tied_modules
 from ..wrapping import named_parameters
 from . import experts, vllm
@@ -158,7 +158,7 @@ def make_portable(
     )
     tensors = {name: _like(tensor, adapter.tensors.get(name)) for name, tensor in result.tensors.items()}
     portable = Adapter(settings, tensors, result.metadata)
-    if target == "vllm" and plain.target_parameters:
+    if target == "vllm" and plain.expert_weights:
         portable, note = vllm.with_experts(portable, model)
         notes.append(note)
     return Portable(portable, error, tuple(notes))
@@ -362,7 +362,8 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
         name, layer = module.name, module.module
         if module.weights and target == "vllm":
             continue  # see `vllm.with_experts`
-        if not issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
+        plain = issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) and module.mixin is not LoRARouter
+        if not plain or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
         elif name in shared:
             faults.append(

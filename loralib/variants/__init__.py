@@ -12,7 +12,7 @@ from typing import Final
 
 from ..config import LoraConfig
 from ..errors import TargetError
-from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultiheadAttention, LoRAReadLinear
+from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultiheadAttention, LoRAReadLinear, LoRARouter
 from .bias_of_B import BiasedLinear
 from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
 from .eva import EvaStart, eva_start
@@ -52,6 +52,7 @@ _KINDS: Final[Mapping[type[LoRALayer], str]] = {
     LoRALinear: "a linear layer",
     LoRAReadLinear: "a linear layer whose weight is read without calling it",
     LoRAMultiheadAttention: "nn.MultiheadAttention",
+    LoRARouter: "the router of a mixture",
     LoRAEmbedding: "an embedding",
     LoRAConv: "a convolution",
     LoRAExperts: "the experts of a mixture",

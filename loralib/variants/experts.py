@@ -230,6 +230,16 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     return names
 
 
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """Returns a copy in fp32 on the CPU; of one on the meta device, where there are no values, one filled with ones."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return copy.deepcopy(module).float().cpu()
+    filled = copy.deepcopy(module).float().to_empty(device="cpu")
+    for tensor in (*filled.parameters(), *filled.buffers()):
+        tensor.detach().fill_(1)
+    return filled
+
+
 def kept_per_token(module: nn.Module, adapted: bool) -> int:
     """Returns how many numbers of a token experts keep for the backward pass, in all that it goes to.
 
@@ -272,7 +282,7 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
         matrix = (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
         shape = (outputs,) if name.endswith("_bias") else matrix
         parameters[name] = nn.Parameter(torch.randn(experts, *shape, generator=generator) / inputs**0.5, False)
-    probe.__dict__["_modules"] = {name: copy.deepcopy(m).float().cpu() for name, m in module._modules.items() if m}
+    probe.__dict__["_modules"] = {name: _on_cpu(inner) for name, inner in module._modules.items() if inner is not None}
     x = torch.randn(6, width, generator=generator)
     index = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0], [2, 1]])
     weights = torch.rand(6, 2, generator=generator)
