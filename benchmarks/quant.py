@@ -38,7 +38,8 @@ from loralib.console import say, table
 from loralib.data import TokenExample
 from loralib.delta import stored_bytes
 from loralib.training.memory import freeze_objects, keep_freed_memory
-from loralib.training.step import evaluate_loss, make_step
+from loralib.training.objective import evaluate_loss
+from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
 KINDS = (None, "int8", "nf4", "int8+tables", "nf4+tables")

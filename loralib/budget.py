@@ -24,6 +24,7 @@ from .errors import BaseModelError, UnsupportedModelError
 from .files import free_memory
 from .injection import adapted_layers
 from .layers import LoRALayer, is_conv1d
+from .variants import holds_experts, kept_per_token
 from .wrapping import decoder_blocks
 
 __all__ = [
@@ -287,10 +288,13 @@ def _kept_per_token(block: nn.Module, layers: Container[nn.Module], all_adapted:
 
     They are the inputs of adapted linears, once where several read the same (q, k and v, a gate and its up projection);
     the outputs that attention and activation functions compute with, which are those of all linears but the last of
-    their module; the inputs of norms; and what LoRA's A makes of the inputs.
+    their module; the inputs of norms; and what LoRA's A makes of the inputs.  For experts see `kept_per_token`.
     """
     numbers = 0
-    for parent in block.modules():
+    for name, parent in block.named_modules():
+        if holds_experts(name, parent):
+            numbers += kept_per_token(parent, all_adapted or parent in layers)
+            continue
         linears = [(child, shape) for child in parent.children() if (shape := _shape(child)) is not None]
         read = set[int]()
         for place, (child, (outputs, inputs)) in enumerate(linears):

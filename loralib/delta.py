@@ -28,6 +28,7 @@ __all__ = [
     "dora_norms",
     "dora_weight",
     "effective_rank",
+    "grouped_linear",
     "low_rank",
     "olora_factors",
     "pissa_factors",
@@ -79,16 +80,44 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return F.linear(F.linear(x, A.to(x.dtype)) * scaling, B.to(x.dtype))
 
 
+def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], biases: Tensor | None = None) -> Tensor:
+    """Computes ``W[e] x + b[e]`` for rows that come in groups, the first of which are those of weight 0.
+
+    No weight is copied, and none is touched that has no rows: what is kept for the backward pass are the rows.
+
+    Args:
+        x: (S, in), sorted by group.
+        weights: (E, out, in), one for each group.
+        counts: how many rows each of the E groups has.  Rows after the last group belong to none, and become zeros.
+        biases: (E, out).
+
+    Returns:
+        (S, out), in the dtype of x.
+
+    >>> grouped_linear(torch.ones(3, 2), torch.stack([torch.eye(2), 5 * torch.eye(2)]), [1, 2]).tolist()
+    [[1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
+    """
+    rest = len(x) - sum(counts)
+    # One split: each slice of its own would get a gradient of the size of x.
+    rows = x.split([*counts, rest])
+    bias_of = [None] * len(counts) if biases is None else biases.unbind()
+    groups = zip(rows, weights.unbind(), bias_of, counts, strict=False)
+    products = [F.linear(of_group, weight, bias) for of_group, weight, bias, count in groups if count]
+    if rest or not products:
+        products.append(x.new_zeros(rest, weights.shape[1]))
+    return torch.cat(products)
+
+
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Computes ``scaling * B A`` in at least fp32.
 
     Args:
-        A: (r, in).
-        B: (out, r).
+        A: (..., r, in).
+        B: (..., out, r).
         scaling: see `scaling_of`.
 
     Returns:
-        (out, in), in fp32 (fp64 if a factor is fp64).
+        (..., out, in), in fp32 (fp64 if a factor is fp64).
     """
     wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     return (B.to(wide) @ A.to(wide)) * scaling

@@ -512,8 +512,8 @@ def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Itera
         for leaf, parameter in module._parameters.items():
             if parameter is not None and leaf not in own:
                 name = f"{path}.{leaf}" if path else leaf
-                kept = isinstance(module, LoRALayer) and module.merged and leaf == module._weight_name
-                base = cast(LoRALayer, module).base_weight if kept else parameter
+                kept = isinstance(module, LoRALayer) and module.merged and leaf in module.weight_names
+                base = cast(LoRALayer, module).base_weight_of(leaf) if kept else parameter
                 yield name, originals.get(name, base)
 
 

@@ -59,6 +59,7 @@ OUTSIDE = {
         "bases.quantized_reading",
         "bases.sharded",
         "engine.attention",
+        "formats.experts",
         "formats.old_names",
     },
     "huggingface_hub": {"hub"},

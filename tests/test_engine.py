@@ -22,7 +22,8 @@ from loralib.engine.placement import Hold, engine_mode, evaluating, overriding, 
 from loralib.errors import BusyModelError, ConfigError, TargetError
 from loralib.generation import Generator, Sampling
 from loralib.injection import adapted_layers
-from loralib.training.step import evaluate_loss, make_step
+from loralib.training.objective import evaluate_loss
+from loralib.training.step import make_step
 
 VOCABULARY = 64
 SIZES = {

@@ -38,11 +38,12 @@ from loralib.data import TokenExample
 from loralib.formats import read_adapter
 from loralib.training import ranks as ranks_module
 from loralib.training import run_directory, trainer
+from loralib.training.objective import evaluate_loss
 from loralib.training.ranks import ALONE, joined
 from loralib.training.report import read_metrics
 from loralib.training.run_directory import last_checkpoint
 from loralib.training.shares import deal, shares
-from loralib.training.step import evaluate_loss, make_step
+from loralib.training.step import make_step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked, with threads that are not started")
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,10 +35,11 @@ from loralib.formats.tensors import read_safetensors, write_safetensors
 from loralib.injection import adapted_layers
 from loralib.training import report, run_directory, trainer
 from loralib.training.memory import memory_estimate
+from loralib.training.objective import StepStats
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.training.report import plot_losses, read_metrics
 from loralib.training.run_directory import checkpoint_files, last_checkpoint, save_checkpoint
-from loralib.training.step import Step, StepStats, make_step
+from loralib.training.step import Step, make_step
 
 VOCABULARY = 23
 
@@ -266,7 +267,7 @@ def test_what_a_run_ends_with_is_validated(tmp_path: Path) -> None:
 
 
 def test_validation_takes_no_more_tokens_at_once_than_it_may() -> None:
-    from loralib.training.step import evaluate_loss
+    from loralib.training.objective import evaluate_loss
 
     model, examples = tiny_model(), copying_examples()
     step, sizes = make_step(model), []

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from .readers import FORMATS, Example, Source, draw, group_by_prompt, parse_source, read_examples, read_sources
+from .readers import (
+    FORMATS,
+    PREFERENCES,
+    Example,
+    Source,
+    draw,
+    group_by_prompt,
+    parse_source,
+    read_examples,
+    read_sources,
+)
 from .tokens import (
     OBJECTIVES,
     Dropped,
     Encoded,
+    PreferencePair,
     TokenExample,
     encode,
     length_at,
@@ -20,9 +31,11 @@ from .tokens import (
 __all__ = [
     "FORMATS",
     "OBJECTIVES",
+    "PREFERENCES",
     "Dropped",
     "Encoded",
     "Example",
+    "PreferencePair",
     "Source",
     "TokenExample",
     "draw",

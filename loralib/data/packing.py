@@ -42,6 +42,7 @@ class Pack:
         weights: (N,) how many examples share each prediction, float32.
         tokens: tokens of the given examples, without padding or sharing.
         trained_tokens: predictions of the given examples: the sum of `weights`.
+        paths: of each example, in the given order, where its computed tokens are among the B * T.
     """
 
     ids: Tensor
@@ -54,6 +55,7 @@ class Pack:
     weights: Tensor
     tokens: int
     trained_tokens: int
+    paths: tuple[tuple[int, ...], ...]
 
     @property
     def processed_tokens(self) -> int:
@@ -83,10 +85,12 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     path: list[int] = []  # index in the row of each token of the current example
     previous: tuple[int, ...] = ()
     predictions: Counter[tuple[int, int]] = Counter()  # (index in the row, id to predict) -> examples that share it
-    inputs = [(example.ids[: _last_trained(example)], example) for example in examples]
+    paths: list[tuple[int, ...]] = [()] * len(examples)
+    inputs = [(example.ids[: _last_trained(example)], number) for number, example in enumerate(examples)]
     if share:  # in sorted order, the longest prefix shared with any earlier example is shared with the previous one
         inputs.sort(key=lambda pair: pair[0])
-    for tokens, example in inputs:
+    for tokens, number in inputs:
+        example = examples[number]
         common = _common_length(previous, tokens) if share else 0
         # Leave the branch of the previous example: the subtrees below the common prefix end here.
         for index in path[common:]:
@@ -102,6 +106,7 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
         for position, trained in enumerate(example.trained):
             if trained:
                 predictions[path[position - 1], example.ids[position]] += 1
+        paths[number] = tuple(path)
     for index in path:
         ends[index] = len(ids)
     return _pack(
@@ -111,6 +116,7 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
         positions=torch.tensor([positions], dtype=torch.long),
         ends=torch.tensor(ends, dtype=torch.long),
         mask=None,
+        paths=tuple(paths),
     )
 
 
@@ -151,6 +157,7 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
         positions=torch.arange(width).expand(len(rows), -1),
         ends=None,
         mask=torch.tensor([[*[1] * len(row), *[0] * (width - len(row))] for row in rows], dtype=torch.long),
+        paths=tuple(tuple(range(n * width, n * width + len(row))) for n, row in enumerate(rows)),
     )
 
 
@@ -206,7 +213,7 @@ def epoch_order(
         if siblings > 1:
             groups: dict[tuple[int, ...], list[int]] = {}
             for index in order:
-                groups.setdefault(_prompt(examples[index]), []).append(index)
+                groups.setdefault(examples[index].prompt, []).append(index)
             runs = [run for group in groups.values() for run in _split(group, siblings)]
             rng.shuffle(runs)
             order = [index for run in runs for index in run]
@@ -215,7 +222,3 @@ def epoch_order(
 
 def _split(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _prompt(example: TokenExample) -> tuple[int, ...]:
-    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids

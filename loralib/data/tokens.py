@@ -7,19 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, takewhile
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
 from .examples import Example
 from .lines import shown
-from .readers import Columns, draw, read_sources
+from .readers import PREFERENCES, Columns, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
     "Dropped",
     "Encoded",
+    "PreferencePair",
     "TokenExample",
     "encode",
     "length_at",
@@ -30,7 +31,7 @@ __all__ = [
     "tokenize",
 ]
 
-OBJECTIVES: Final = ("clm", "jlm")
+OBJECTIVES: Final = ("clm", "jlm", *PREFERENCES)
 
 # Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
@@ -57,6 +58,75 @@ class TokenExample:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    # What every kind of example has, of which some have several rows of tokens.
+
+    @property
+    def rows(self) -> tuple[TokenExample, ...]:
+        """The rows of tokens that it is made of: this one."""
+        return (self,)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first trained one; of a row without any, all."""
+        return self.ids[: self.trained.index(True)] if True in self.trained else self.ids
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many of its tokens are trained."""
+        return sum(self.trained)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens its longest row has."""
+        return len(self.ids)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that it holds as plain values, by which it is hashed."""
+        return self.ids, self.trained
+
+
+@dataclass(frozen=True)
+class PreferencePair(TokenExample):
+    """A prompt with the answer that is preferred to another one; `ids` and `trained` are those with that answer.
+
+    Attributes:
+        rejected: the same prompt with the other answer.
+        reference: the log-probabilities of the two answers under the reference model, once they are known.
+    """
+
+    rejected: TokenExample
+    reference: tuple[float, float] | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.rejected) - self.shared  # the prompt counts once, as it is computed
+
+    @property
+    def shared(self) -> int:
+        """How many tokens the two rows begin with alike, at most the prompt."""
+        pairs = zip(self.prompt, self.rejected.prompt, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    @property
+    def rows(self) -> tuple[TokenExample, ...]:
+        """The rows with the chosen and with the rejected answer."""
+        return TokenExample(self.ids, self.trained), self.rejected
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the two answers have."""
+        return sum(self.trained) + self.rejected.trained_tokens
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the longer row has."""
+        return max(len(self.ids), len(self.rejected))
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that the data say of it, as plain values."""
+        return self.ids, self.trained, self.rejected.content
 
 
 class Dropped(NamedTuple):
@@ -149,12 +219,12 @@ class Encoded:
         texts: list[Example] = []
         out = list(self.out)
         for whole, text in zip(self.examples, self.texts, strict=True):
-            fits = len(whole) <= seq_len
+            fits = whole.longest <= seq_len
             windows = [whole] if fits else _windows(whole, seq_len) if text.is_plain else []
             tokens += windows
             texts += [text] * len(windows)
             if not windows:
-                out.append(Dropped(text, _TOO_LONG, len(whole)))
+                out.append(Dropped(text, _TOO_LONG, whole.longest))
         used = {id(text) for text in texts}  # of a chat in several rows, some may fit
         out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
         return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
@@ -212,7 +282,7 @@ def load_examples(
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
             windows instead).  None: no limit.  A function gets the lengths of all examples and returns the limit.
-        objective: "clm" trains completions, "jlm" all tokens.
+        objective: "clm" trains completions, "jlm" all tokens, "dpo" and "orpo" pairs of completions.
         max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
             possible; several files share it in proportion to weight times size.
         seed: random seed of the sample.
@@ -226,7 +296,7 @@ def load_examples(
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat)
+    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat, objective=objective)
     wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
@@ -265,17 +335,20 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         examples: what to tokenize.
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example, its end token included; None: no limit. See `Encoded.limited`.
-        objective: "clm" (causal, completions only) or "jlm" (joint, every token).
+        objective: "clm" (causal, completions only), "jlm" (joint, every token), or "dpo" or "orpo" (each example and
+            its `rejected` become a `PreferencePair`).
 
     Raises:
         DataError: no example is left, or the tokenizer has no end token.
         ConfigError: unknown objective, or seq_len below 2.
     """
     if objective not in OBJECTIVES:
-        expected = " or ".join(map(repr, OBJECTIVES))
+        expected = f"one of {', '.join(map(repr, OBJECTIVES))}"
         raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
     seq_len = _checked(seq_len)
     examples = list(examples)
+    if objective in PREFERENCES:
+        return _limited(_pairs(examples, tokenizer), seq_len, tokenizer)
     rows = _all_rows([example for example in examples if _has_completion(example)], tokenizer)
     ids_of = _ids_of([pieces for row in rows for pieces in row], tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
@@ -295,6 +368,32 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
             texts.append(example)
     whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
     return _limited(whole, seq_len, tokenizer)
+
+
+def _pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
+    """Tokenizes examples of preferences; raises DataError, which lists all that cannot be learned from."""
+    sides = [(example, example.rejected) for example in examples if example.rejected is not None]
+    if len(sides) < len(examples) or not sides:
+        raise DataError("expected examples with a chosen and a rejected answer (Example.rejected).")
+    whole = encode([side for pair in sides for side in pair], tokenizer, None)
+    rows: dict[int, list[TokenExample]] = {}
+    for text, row in zip(whole.texts, whole.examples, strict=True):
+        rows.setdefault(id(text), []).append(row)
+    pairs, faults = list[TokenExample](), list[str]()
+    for chosen, rejected in sides:
+        both = [rows.get(id(side), []) for side in (chosen, rejected)]
+        if not all(both):
+            faults.append(f"{chosen.source}: {'rejected' if both[0] else 'chosen'} is empty")
+        elif max(map(len, both)) > 1:
+            faults.append(f"{chosen.source}: the chat template needs a row for each answer; keep the last answer alone")
+        elif both[0] == both[1]:
+            faults.append(f"{chosen.source}: chosen and rejected have the same tokens, so there is nothing to prefer")
+        else:
+            ((row,), (other,)) = both
+            pairs.append(PreferencePair(row.ids, row.trained, other))
+    if faults:
+        raise DataError(list_faults("these examples cannot be learned from", faults, "Fix or remove them."))
+    return Encoded(pairs, list(examples), [], [pair.longest for pair in pairs], len(examples))
 
 
 def _checked(seq_len: int | None) -> int | None:

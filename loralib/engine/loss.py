@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .transfer import to_device
 
-__all__ = ["HeadLoss", "Predictions", "head_loss", "in_blocks"]
+__all__ = ["HeadLoss", "Predictions", "head_log_probs", "head_loss", "in_blocks"]
 
 _BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
 
@@ -105,6 +105,95 @@ def head_loss(
     return HeadLoss(total, objective)
 
 
+def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
+    """Returns the log-probability (N,) of one target after each state, for objectives that are functions of these.
+
+    The gradient of log p in a state is one number, known only in the backward pass, times onehot - p through the head;
+    the latter is made here, in the same pass, so that logits are never held whole and never computed again (but where
+    the head itself is trained).
+
+    Args:
+        head: see `head_loss`.
+        states: (N, D) hidden states; a state that predicts several tokens is there once for each.
+        targets: (N,) the token ids to predict.
+        chunk: how many states go through the head at once.
+    """
+    needs_gradient = torch.is_grad_enabled()
+    found, leaves = states.new_empty(len(states), dtype=torch.float32), dict[Tensor, None]()
+    of_states = torch.empty_like(states) if needs_gradient and states.requires_grad else None
+    for start in range(0, len(states), chunk):
+        part, here = states.detach()[start : start + chunk], slice(start, start + chunk)
+        with torch.set_grad_enabled(needs_gradient):
+            logits = head(part.requires_grad_(of_states is not None))
+        found[here], slope = _chunk_log_probs(logits, targets[here])
+        if slope is not None:
+            leaves |= dict.fromkeys(_leaves(logits, part))
+        if slope is not None and of_states is not None and not leaves:
+            (of_states[here],) = torch.autograd.grad(logits, part, slope)
+    if not needs_gradient:
+        return found
+    again = _Again(head, states, targets, chunk) if leaves else None
+    result: Tensor = _LogProbs.apply(found, of_states, again, states, *leaves)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _chunk_log_probs(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Returns log p (C,) of the targets in logits (C, V), and the gradient of weights * log p in these (C, V)."""
+    slope = torch.empty_like(logits) if logits.requires_grad else None
+    found = torch.empty(len(logits), device=logits.device)
+    block = _BLOCK if in_blocks(logits) else max(1, len(logits))
+    for start in range(0, len(logits), block):
+        here = slice(start, start + block)
+        wanted = targets[here]
+        rows = torch.arange(len(wanted), device=logits.device)
+        p, found[here] = _probabilities(logits.detach()[here], rows, wanted)
+        if slope is not None:
+            p.neg_()[rows, wanted] += 1
+            slope[here] = p if weights is None else p * weights[here, None]
+    return found, slope
+
+
+class _Again(NamedTuple):
+    """Runs a head that is trained a second time, once it is known how much each log-probability counts."""
+
+    head: Callable[[Tensor], Tensor]
+    states: Tensor
+    targets: Tensor
+    chunk: int
+
+    def gradients(self, weights: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the weighted sum in the states and in what the head trains."""
+        made = _Gradients(self.states)
+        for start in range(0, len(self.states), self.chunk):
+            here = slice(start, start + self.chunk)
+            with torch.enable_grad():
+                part = self.states.detach()[here].requires_grad_(self.states.requires_grad)
+                logits = self.head(part)
+            _, slope = _chunk_log_probs(logits, self.targets[here], weights[here])
+            assert slope is not None
+            made.add(start, part, logits, slope)
+        return made.of_states, *(made.of_leaves.get(leaf) for leaf in leaves)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probabilities whose gradients in the states are known but for a factor of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, found: Tensor, of_states: Tensor | None, again: _Again | None, states: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        ctx.of_states, ctx.again, ctx.leaves = of_states, again, leaves
+        return found.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.again is not None:
+            return None, None, None, *ctx.again.gradients(weights, ctx.leaves)
+        of_states = ctx.of_states
+        return None, None, None, None if of_states is None else of_states * weights[:, None].to(of_states.dtype)
+
+
 def _chunk_loss(
     logits: Tensor, predictions: Predictions, start: int, label_smoothing: float, scale: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -141,23 +230,23 @@ class _Gradients:
 
     def __init__(self, states: Tensor) -> None:
         self._states = states
-        self._of_states = torch.empty_like(states) if states.requires_grad else None
-        self._of_leaves: dict[Tensor, Tensor] = {}
+        self.of_states = torch.empty_like(states) if states.requires_grad else None
+        self.of_leaves: dict[Tensor, Tensor] = {}
 
     def add(self, start: int, part: Tensor, logits: Tensor, slope: Tensor) -> None:
         """Adds those of one chunk: its states (C, D), their logits (C, V), and the gradient in these."""
         leaves = _leaves(logits, part)
         inputs = [part, *leaves] if part.requires_grad else leaves
         results = list(torch.autograd.grad(logits, inputs, slope))
-        if self._of_states is not None:
-            self._of_states[start : start + len(part)] = results.pop(0)
+        if self.of_states is not None:
+            self.of_states[start : start + len(part)] = results.pop(0)
         for leaf, gradient in zip(leaves, results, strict=True):
-            self._of_leaves[leaf] = self._of_leaves[leaf] + gradient if leaf in self._of_leaves else gradient
+            self.of_leaves[leaf] = self.of_leaves[leaf] + gradient if leaf in self.of_leaves else gradient
 
     def attached_to(self, objective: Tensor) -> Tensor:
         """Returns the objective () as a function of the states and the head's parameters."""
-        inputs = [*([] if self._of_states is None else [self._states]), *self._of_leaves]
-        gradients = [*([] if self._of_states is None else [self._of_states]), *self._of_leaves.values()]
+        inputs = [*([] if self.of_states is None else [self._states]), *self.of_leaves]
+        gradients = [*([] if self.of_states is None else [self.of_states]), *self.of_leaves.values()]
         result: Tensor = _Attached.apply(objective, gradients, *inputs)  # type: ignore[no-untyped-call]
         return result
 
@@ -202,21 +291,27 @@ def _loss_and_slope(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of some rows of logits, and the gradient of scale * loss in them, (C, V), in fp32."""
-    wide = logits.float()
-    if in_blocks(logits):
-        slope = torch.softmax(wide, -1)
-        log_p = slope[rows, targets].log_()
-        if not bool(torch.isfinite(log_p).all()):  # underflow, which is rare
-            log_p = torch.log_softmax(wide, -1)[rows, targets]
-    else:  # a device is not asked: what cannot underflow comes first
-        slope = torch.log_softmax(wide, -1)
-        log_p = slope[rows, targets]
-        slope.exp_()
+    slope, log_p = _probabilities(logits, rows, targets)
     loss = -(1 - label_smoothing) * torch.dot(log_p, weights)
     # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.
     if label_smoothing:
-        loss -= label_smoothing * torch.dot(torch.log_softmax(wide, -1).mean(-1), state_weights)
+        loss -= label_smoothing * torch.dot(torch.log_softmax(logits.float(), -1).mean(-1), state_weights)
         slope -= label_smoothing / slope.shape[-1]
     slope *= state_weights[:, None] * scale
     slope.index_put_((rows, targets), weights * ((label_smoothing - 1) * scale), accumulate=True)
     return loss, slope
+
+
+def _probabilities(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the probabilities (C, V) of logits, in fp32, and the logarithm of some of them (N,)."""
+    wide = logits.float()
+    if in_blocks(logits):
+        p = torch.softmax(wide, -1)
+        log_p = p[rows, targets].log_()
+        if not bool(torch.isfinite(log_p).all()):  # underflow, which is rare
+            log_p = torch.log_softmax(wide, -1)[rows, targets]
+    else:  # a device is not asked: what cannot underflow comes first
+        p = torch.log_softmax(wide, -1)
+        log_p = p[rows, targets]
+        p.exp_()
+    return p, log_p

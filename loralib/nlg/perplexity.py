@@ -12,8 +12,9 @@ from torch import nn
 from ..data import Example, encode
 from ..engine.limits import context_length, require_ids_in_table
 from ..errors import ConfigError
+from ..training.objective import evaluate_loss
 from ..training.ranks import ALONE, Ranks
-from ..training.step import evaluate_loss, make_step
+from ..training.step import make_step
 from .metrics import Score
 
 __all__ = ["Perplexity", "perplexity"]

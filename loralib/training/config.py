@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bases.quant import KINDS
 from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
-from ..data import FORMATS
+from ..data import FORMATS, OBJECTIVES, PREFERENCES
 from ..errors import ConfigError
 from ..settings import canonical, check, setting, settings_class
 from ..variants import contradictions
@@ -22,6 +22,7 @@ from ..variants import contradictions
 __all__ = ["AUTOMATIC", "TrainConfig"]
 
 
+_DEFAULT_BETA = 0.1  # TRL's, for both
 _DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings of many settings
 
 
@@ -101,7 +102,20 @@ class TrainConfig:
         common=True,
         auto=True,
     )
-    objective: str = setting("clm", "train on completions only (clm) or on all tokens (jlm)", _DATA, ("clm", "jlm"))
+    objective: str = setting(
+        "clm",
+        "train on completions only (clm), on all tokens (jlm), or on preferences: pairs of a chosen and a rejected "
+        "answer (dpo, orpo)",
+        _DATA,
+        OBJECTIVES,
+    )
+    beta: float = setting(
+        _DEFAULT_BETA,
+        "with dpo, how much a change from the reference counts: lower values allow more of it; with orpo, the weight "
+        "of the odds ratio (the paper's lambda)",
+        _DATA,
+        above=0,
+    )
     dtype: str = setting(
         "auto",
         "dtype of the frozen base model; auto uses bf16 where it is fast",
@@ -148,6 +162,13 @@ class TrainConfig:
     target_modules: str | Sequence[str] = setting(
         ALL_LINEAR,
         "modules to adapt: names separated by commas, one regular expression, or all-linear",
+        "adapter",
+        several="names",
+    )
+    target_parameters: str | Sequence[str] | None = setting(
+        None,
+        "weights of experts to adapt besides, where target_modules is not all-linear, which has them: names separated "
+        "by commas, as in experts.gate_up_proj,experts.down_proj",
         "adapter",
         several="names",
     )
@@ -221,7 +242,12 @@ class TrainConfig:
     )
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0: never", "optimiser", at_least=0)
     label_smoothing: float = setting(
-        0.0, "share of the target probability spread over the vocabulary", "optimiser", at_least=0, below=1
+        0.0,
+        "share of the target probability spread over the vocabulary; with dpo, the share of pairs taken to be labelled "
+        "the wrong way round, below 0.5",
+        "optimiser",
+        at_least=0,
+        below=1,
     )
     arithmetic: str = setting(
         "standard",
@@ -282,6 +308,7 @@ class TrainConfig:
             )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
+        faults += self._objective_faults()
         for parse in (self._blocks, self._token_indices):
             try:
                 parse()
@@ -294,6 +321,23 @@ class TrainConfig:
             )
         with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
             faults += contradictions(self.lora_config(), trained=False)
+        return faults
+
+    def _objective_faults(self) -> list[str]:
+        name, smoothing = self.objective, self.label_smoothing
+        if name not in PREFERENCES:
+            spare = f"beta is {self.beta!r}, which {name} has no use for: leave it out, or give objective dpo or orpo"
+            return [spare] if self.beta != _DEFAULT_BETA else []
+        faults = []
+        if self.arithmetic == "paper":
+            faults.append(f"arithmetic is 'paper', which has no {name}: leave it out, or give objective clm or jlm")
+        if name == "dpo" and smoothing >= 0.5:
+            faults.append(
+                f"label_smoothing is {smoothing!r}, expected less than 0.5 with dpo: from there on, the rejected "
+                "answers would be preferred"
+            )
+        if name == "orpo" and smoothing:
+            faults.append(f"label_smoothing is {smoothing!r}, which orpo has no use for: leave it out, or use dpo")
         return faults
 
     @property
@@ -323,6 +367,7 @@ class TrainConfig:
             lora_alpha=self.alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(),
+            target_parameters=self._target_parameters(),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -338,6 +383,10 @@ class TrainConfig:
         return (
             parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
         )
+
+    def _target_parameters(self) -> Sequence[str] | None:
+        names = self.target_parameters
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):

@@ -129,7 +129,7 @@ def hash_examples(rows: Iterable[TokenExample]) -> str:
     """Returns a short hash of token examples and their loss masks."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.ids, row.trained)).encode())
+        digest.update(repr(row.content).encode())
     return digest.hexdigest()[:16]
 
 

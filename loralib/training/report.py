@@ -38,14 +38,14 @@ class Reporter:
     from_base = True  # whether the first validation loss is the base model's, rather than an earlier adapter's
 
     def __init__(self, verbose: bool = True) -> None:
-        self._verbose = verbose
+        self.verbose = verbose
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._epoch = ""
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if self._verbose:
+        if self.verbose:
             with suppress(OSError):
                 say(*parts)
 
@@ -73,23 +73,29 @@ class Reporter:
 
     def start_bar(self, done: int, total: int) -> None:
         """Draws a progress bar until `close_bar`, if someone watches."""
-        if self._verbose:
+        if self.verbose:
             self._bar = progress(total=total, description="training", unit="step")
             self._bar.update(done)
 
-    def update(self, step: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+    def update(
+        self,
+        step: int,
+        total: int,
+        loss: float,
+        figures: Mapping[str, float],
+        tokens_per_second: float,
+        seconds_left: float,
+    ) -> None:
         """Moves the bar, or prints a line for logs now and then."""
         bar = self._bar
         if bar is None:
             return
-        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        told = f"loss {loss:.3f}{_listed(figures)}, {tokens_per_second:,.0f} tokens/s"
+        bar.set_postfix_str(told, refresh=False)
         bar.update()
         if bar.disable and time.monotonic() - self._last_line > _SILENCE:
             self._last_line = time.monotonic()
-            self.say(
-                f"Update {step:,} of {total:,}: loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, "
-                f"{duration(seconds_left)} left"
-            )
+            self.say(f"Update {step:,} of {total:,}: {told}, {duration(seconds_left)} left")
 
     def epoch(self, number: int, loss: float, validation_follows: bool) -> None:
         """The end of an epoch, in one line with the validation that follows."""
@@ -98,13 +104,15 @@ class Reporter:
             self.say(self._epoch)
             self._epoch = ""
 
-    def validation(self, step: int, loss: float, first: float) -> None:
-        """A validation loss, compared with the one before training."""
+    def validation(self, step: int, loss: float, first: float, figures: Mapping[str, float]) -> None:
+        """A validation loss, compared with the one before training, and what else was measured."""
+        more = _listed(figures)
         if step == 0:
-            self.say(f"Before training: validation loss {loss:.4f}{' (the base model)' if self.from_base else ''}")
+            base = " (the base model)" if self.from_base else ""
+            self.say(f"Before training: validation loss {loss:.4f}{base}{more}")
         else:
             prefix = f"{self._epoch}, " if self._epoch else f"Update {step}: "
-            self.say(f"{prefix}validation loss {loss:.4f} ({self._share(loss, first)})")
+            self.say(f"{prefix}validation loss {loss:.4f} ({self._share(loss, first)}){more}")
         self._epoch = ""
 
     def close_bar(self) -> None:
@@ -147,6 +155,10 @@ class Reporter:
 
     def _say_file(self, name: str, path: Path) -> None:
         self.say(f"{name}: {path} ({size(path.stat().st_size)})")
+
+
+def _listed(figures: Mapping[str, float]) -> str:
+    return "".join(f", {name} {value:.3f}" for name, value in figures.items())
 
 
 class Metrics:
@@ -192,8 +204,10 @@ class Metrics:
                 ) from error
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
-    def add(self, event: str, progress: Progress, loss: float, lr: float, seconds: float) -> None:
-        """Appends a "train" or "valid" event: its loss, learning rate and duration, and how far the run is."""
+    def add(
+        self, event: str, progress: Progress, loss: float, lr: float, seconds: float, more: Mapping[str, float]
+    ) -> None:
+        """Appends a "train" or "valid" event: its loss, learning rate and duration, how far the run is, figures."""
         values = {
             "event": event,
             "step": progress.step,
@@ -204,6 +218,7 @@ class Metrics:
             "tokens": progress.tokens,
             "trained_tokens": progress.trained_tokens,
             "step_s": round(seconds, 4),
+            **more,
         }
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with self._explain_errors():
@@ -211,7 +226,8 @@ class Metrics:
             if written < len(line):  # the disk had room for a part; writing the rest raises the reason
                 self._file.write(line[written:])
             if self._board is not None:
-                self._board.add_scalar(f"{event}/loss", loss, progress.step)
+                for name, value in {"loss": loss, **more}.items():
+                    self._board.add_scalar(f"{event}/{name}", value, progress.step)
                 if event == "train":
                     self._board.add_scalar("train/lr", lr, progress.step)
 
@@ -244,7 +260,9 @@ class NoMetrics:
 
     note = ""
 
-    def add(self, event: str, progress: Progress, loss: float, lr: float, seconds: float) -> None:
+    def add(
+        self, event: str, progress: Progress, loss: float, lr: float, seconds: float, more: Mapping[str, float]
+    ) -> None:
         """Does nothing."""
 
     def sync(self) -> int:
@@ -266,8 +284,16 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 _MAX_MARKERS = 60  # with more points a line has no markers
 
 
-def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
-    """Draws the losses in a metrics.jsonl as a PNG; returns False, without one, if matplotlib is not installed."""
+def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "token", shown: Sequence[str] = ()) -> bool:
+    """Draws the losses in a metrics.jsonl as a PNG; returns False, without one, if matplotlib is not installed.
+
+    Args:
+        metrics: the file.
+        picture: where the PNG goes.
+        title: its title.
+        unit: what the losses are averages over.
+        shown: other figures to draw, each under the last.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -275,11 +301,28 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     except ImportError:
         return False
     events = list(read_metrics(metrics))
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5 + 2 * len(shown)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    trained = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
-    valid = [(e["step"], e["loss"]) for e in events if e["event"] == "valid"]
+    heights = [4.5, *[2] * len(shown)]
+    panels = figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    panels[0].set_title(title, parse_math=False)  # a path may contain dollar signs
+    for axes, name in zip(panels, ("loss", *shown), strict=True):
+        _draw(axes, events, name)
+        axes.set(ylabel=f"loss (nats per {unit})" if name == "loss" else name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    panels[-1].set(xlabel="update")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Neither date nor version in the file: the same run draws the same bytes.
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return True
+
+
+def _draw(axes: Any, events: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Draws one figure over the updates: of training, as it is and smoothed, and of validation."""
+    trained = [(e["step"], e[name]) for e in events if e["event"] == "train" and name in e]
+    valid = [(e["step"], e[name]) for e in events if e["event"] == "valid" and name in e]
     if trained:
         dot = "." if len(trained) <= _MAX_MARKERS else None  # a single update makes no line
         axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, marker=dot, label="training, each update")
@@ -293,15 +336,6 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
         axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), bbox=background, **style)
         if len(valid) > 1:
             axes.annotate(f"{valid[-1][1]:.2f}", valid[-1], xytext=(-4, 10), **style)
-    axes.set_title(title, parse_math=False)  # a path may contain dollar signs
-    axes.set(xlabel="update", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    # Neither date nor version in the file: the same run draws the same bytes.
-    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
-    return True
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -338,8 +372,12 @@ class Learned:
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Learned:
         """Looks at a model, of that name unless it says otherwise; where it is spread over ranks, all take part."""
-        layers = adapted_layers(model)
-        norms = [(at, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for at, layer in layers]
+        norms = [
+            (at if leaf == "weight" else f"{at}.{leaf}", _norm(layer.delta_weight_of(leaf)), _norm(dense(weight)))
+            for at, layer in adapted_layers(model)
+            for leaf in layer.weight_names
+            for weight in [layer.base_weight_of(leaf)]
+        ]
         return cls(getattr(model, "name_or_path", "") or name, adapter_of(model), norms)
 
 

@@ -405,6 +405,7 @@ class RunDirectory:
         best: where the adapter with the lowest validation loss so far is saved.
         config: the run's settings.
         tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
+        unit, shown: what the loss is an average over, and which other figures are drawn.
 
     Args:
         tidy: remove what a killed run left while it was writing.
@@ -415,6 +416,7 @@ class RunDirectory:
         self.config = config
         self.tokenizer: Any = None
         self.chats = False
+        self.unit, self.shown = "token", tuple[str, ...]()
         self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best) if tidy else ():
             for file in folder.glob(".*.tmp"):
@@ -511,7 +513,7 @@ class RunDirectory:
         """Removes the checkpoints of a finished run, but for those that were asked for."""
         keep = self.config.keep_checkpoints
         files = checkpoint_files(self.checkpoints)
-        for path in files[: len(files) - keep]:
+        for path in [*files[: len(files) - keep], *([] if keep else [self._reference])]:
             remove_file(path)
         _remove_if_empty(self.checkpoints)
 
@@ -519,9 +521,26 @@ class RunDirectory:
         """Writes a checkpoint; older ones go, but for the last few."""
         save_checkpoint(self.checkpoints, state, max(_LEAST, self.config.keep_checkpoints))
 
+    @property
+    def _reference(self) -> Path:
+        return self.checkpoints / "reference.safetensors"
+
+    def write_reference(self, key: Mapping[str, Any], values: Tensor) -> None:
+        """Keeps the log-probabilities of pairs under the reference for a resume; `key` says what they belong to."""
+        write_safetensors(self._reference, {"log_probs": values}, {_STATE: json.dumps(key)})
+
+    def read_reference(self, key: Mapping[str, Any]) -> Tensor | None:
+        """Returns what `write_reference` kept under this key, if it is there."""
+        with suppress(AdapterError, OSError):
+            tensors, metadata = read_safetensors(self._reference)
+            if metadata.get(_STATE) == json.dumps(key):
+                return tensors["log_probs"]
+        return None
+
     def _remove_checkpoints(self) -> None:
         for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
             remove_file(path)
+        remove_file(self._reference)
         _remove_if_empty(self.checkpoints)
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:
@@ -557,7 +576,7 @@ class RunDirectory:
                 save_tokenizer(self.tokenizer, place, chats=self.chats)
         title = f"LoRA on {learned.base}, r={learned.adapter.config.r}"
         try:
-            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title)
+            plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title, self.unit, self.shown)
         except Exception as error:  # a picture is not worth a run: whatever another library raises
             say(f"WARNING: {self.path / 'loss.png'} could not be drawn: {first_line(error)}")
         if not progress.valid_losses:  # `best` is then from an earlier run here

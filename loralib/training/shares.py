@@ -34,7 +34,7 @@ def shares(examples: Sequence[TokenExample], parts: int, *, share_prompts: bool)
     """
     if parts == 1:
         return [list(range(len(examples)))]
-    prompts = [_prompt(example) if share_prompts else () for example in examples]
+    prompts = [example.prompt if share_prompts else () for example in examples]
     rests = [len(example) - len(prompt) for example, prompt in zip(examples, prompts, strict=True)]
     apart = _soonest(prompts, rests, parts)
     if not share_prompts:
@@ -82,7 +82,3 @@ def _costs(dealt: Sequence[Sequence[int]], prompts: Sequence[tuple[int, ...]], r
     """The tokens of the largest part, and of all parts."""
     costs = [sum(map(len, {prompts[n] for n in part})) + sum(rests[n] for n in part) for part in dealt]
     return max(costs), sum(costs)
-
-
-def _prompt(example: TokenExample) -> tuple[int, ...]:
-    return example.ids[: example.trained.index(True)] if True in example.trained else example.ids

@@ -150,6 +150,7 @@ _NAMES = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
     "enable_lora": "enable_lora",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
@@ -192,6 +193,7 @@ def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
 def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
     """Yields the inputs for ``init_lora_weights="eva"``: some of the examples, spread evenly over all of them."""
     device = device_of(model)
+    examples = [row for example in examples for row in example.rows]
     chosen = examples[:: max(1, len(examples) // _EVA_EXAMPLES)][:_EVA_EXAMPLES]
     for start in range(0, len(chosen), _EVA_BATCH):
         batch = chosen[start : start + _EVA_BATCH]

@@ -13,10 +13,9 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +31,18 @@ from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
 from ..wrapping import is_spread
-from .ranks import ALONE, Ranks
-from .shares import deal
+from .objective import StepStats
 
-__all__ = ["Step", "StepStats", "evaluate_loss", "make_step"]
+__all__ = ["Step", "make_step"]
 
 _NOTHING = TokenExample((0, 0), (False, True))
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """What one step did.
-
-    Attributes:
-        loss_sum: () sum of the losses of the trained tokens, in nats, on the model's device.
-        trained_tokens: how many tokens that sum is over.
-        tokens: tokens of the batch, without padding.
-        processed_tokens: tokens that the model computed (fewer where beginnings are shared, more with padding).
-    """
-
-    loss_sum: Tensor
-    trained_tokens: int
-    tokens: int
-    processed_tokens: int
-
-
 class Step:
-    """Computes losses and gradients of batches for one model; made by `make_step`.
+    """Computes losses and gradients of batches for one model: the objectives clm and jlm; made by `make_step`.
 
-    As a context manager it keeps what it needs in the model's place for a whole run; else each call does for itself.
+    It is a `loralib.training.objective.TrainingStep`.  As a context manager it keeps what it needs in the model's place
+    for a whole run; else each call does for itself.
 
     Attributes:
         packing: whether batches are packed.
@@ -69,6 +51,10 @@ class Step:
         note: why batches are padded although packing was asked for, for the user; else "".
         prepacked_bytes: what prepacked copies of frozen weights will take.
     """
+
+    unit = "token"
+    shown: tuple[str, ...] = ()
+    width = 2
 
     def __init__(
         self,
@@ -133,6 +119,26 @@ class Step:
         """Splits a batch into those parts that go through the model one after the other; usually it is one."""
         return list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
 
+    def count(self, examples: Sequence[TokenExample]) -> int:
+        """Returns how many terms the loss of examples has: their trained tokens."""
+        return sum(sum(example.trained) for example in examples)
+
+    def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[float]:
+        """Returns the `loss_scale` of each batch of an update.
+
+        Weighted by tokens, the loss does not depend on how an update is split into batches.  The paper's code averages
+        over batches, `paper_accum` of them, and divides each by its tokens + 0.0001.
+        """
+        counts = [self.count(batch) for batch in batches]
+        if paper_accum is not None:
+            return [1 / ((count + 1e-4) * paper_accum) for count in counts]
+        return [1 / max(1, sum(counts))] * len(batches)
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Returns the loss, in nats a token, from the sums of `StepStats` over all that counts."""
+        loss, trained = sums
+        return {"loss": loss / max(1.0, trained)}
+
     def idle(self, *, backward: bool) -> None:
         """Runs a pass whose loss counts for nothing: where weights are spread over ranks, all must run as many."""
         if backward:
@@ -149,30 +155,38 @@ class Step:
     def _compute(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
     ) -> StepStats:
-        parts = self.passes(batch)
-        if len(parts) == 1:
-            return self._compute_part(parts[0], scale, use)
-        done = [self._compute_part(part, scale, use) for part in parts]
+        done = [self._compute_part(part, scale, use) for part in self.passes(batch)]
+        loss = done[0][0] if len(done) == 1 else torch.stack([loss for loss, _ in done]).sum()
+        laid = [laid for _, laid in done]
+        trained = sum(each.trained_tokens for each in laid)
         return StepStats(
-            torch.stack([stats.loss_sum for stats in done]).sum(),
-            *(sum(getattr(stats, name) for stats in done) for name in ("trained_tokens", "tokens", "processed_tokens")),
+            nn.functional.pad(loss.reshape(1), (0, 1), value=float(trained)),
+            loss if scale is None else loss * scale,
+            trained,
+            sum(each.tokens for each in laid),
+            sum(each.processed_tokens for each in laid),
         )
 
     def _compute_part(
         self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
-    ) -> StepStats:
+    ) -> tuple[Tensor, Pack]:
         laid = self._packed(batch) if self.packing else pad(batch)
         loss = torch.zeros((), device=self._forward.device)
         if not len(laid.states) and self._is_spread:
             self.idle(backward=scale is not None)
         elif len(laid.states):
-            forward = self._forward
-            with forward.lock, torch.set_grad_enabled(scale is not None), forward.held(use), forward.overriding():
+            with self._computing(use, gradient=scale is not None):
                 if scale is not None and self._half:
                     loss = scaled_backward(partial(self._loss, laid), self._trained(), scale)
                 else:
                     loss = self._loss(laid, scale)
-        return StepStats(loss, laid.trained_tokens, laid.tokens, laid.processed_tokens)
+        return loss, laid
+
+    @contextmanager
+    def _computing(self, use: Literal["training", "inference"], *, gradient: bool) -> Iterator[None]:
+        forward = self._forward
+        with forward.lock, torch.set_grad_enabled(gradient), forward.held(use), forward.overriding():
+            yield
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
         row = pack(batch, share=self.share_prompts if share is None else share)
@@ -182,17 +196,8 @@ class Step:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _loss(self, laid: Pack, scale: float | None) -> Tensor:
-        device = self._forward.device
-        if self._remembers:
-            forget_length(self._model)
-        places = to_device(laid.states, device)
-        predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(places), device)
-        if self._forward.splits:
-            hidden = self._hidden(laid)
-            head: Callable[[Tensor], Tensor] = self._forward.head
-        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
-            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
-        states = hidden.flatten(0, 1)[places]
+        predictions = Predictions.of(laid.rows, laid.targets, laid.weights, len(laid.states), self._forward.device)
+        states, head = self._states(laid, laid.states)
         options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
         liger = self._forward.liger
         if liger is not None and self._forward.splits and liger.is_usable():
@@ -202,6 +207,19 @@ class Step:
         if scale is not None:
             loss.objective.backward()
         return loss.total
+
+    def _states(self, laid: Pack, places: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Returns the last hidden states (R, D) at some places of a batch (R,), and the head that they go through."""
+        device = self._forward.device
+        if self._remembers:
+            forget_length(self._model)
+        places = to_device(places, device)
+        if self._forward.splits:
+            hidden = self._hidden(laid)
+            head: Callable[[Tensor], Tensor] = self._forward.head
+        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
+            hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
+        return hidden.flatten(0, 1)[places], head
 
     def _hidden(self, laid: Pack) -> Tensor:
         """The last hidden states (B, T, D), after the final norm."""
@@ -260,7 +278,7 @@ class Step:
         laid = self._packed([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples], share=True)
         with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
-        return [logits[_places(laid, ids)] for ids in examples]
+        return [logits[list(path)] for path in laid.paths]
 
 
 def make_step(
@@ -271,6 +289,7 @@ def make_step(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
     compiles: bool | None = None,
+    kind: Callable[..., Step] = Step,
 ) -> Step:
     """Looks at a model and returns the step that is fastest for it and exact.
 
@@ -285,6 +304,7 @@ def make_step(
         chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
             CPU, 1,024 elsewhere.
         compiles: whether decoder blocks are compiled by torch.compile; None: where they can be, on a GPU.
+        kind: the class of the step, for other objectives (`loralib.training.preferences`).
 
     Returns:
         The step; its `note` says why batches are padded, if they are although packing was asked for.
@@ -300,7 +320,7 @@ def make_step(
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
-    step = Step(
+    step = kind(
         model,
         packing=packing,
         share_prompts=share_prompts,
@@ -314,83 +334,8 @@ def make_step(
     return step
 
 
-@overload
-def evaluate_loss(
-    step: Step, model: nn.Module, examples: Sequence[TokenExample], *, max_tokens: int = ..., ranks: Ranks = ...
-) -> float: ...
-
-
-@overload
-def evaluate_loss(
-    step: Step,
-    model: nn.Module,
-    examples: Sequence[TokenExample],
-    *,
-    max_tokens: int = ...,
-    stop: Callable[[], bool],
-    ranks: Ranks = ...,
-) -> float | None: ...
-
-
-def evaluate_loss(
-    step: Step,
-    model: nn.Module,
-    examples: Sequence[TokenExample],
-    *,
-    max_tokens: int = 8192,
-    stop: Callable[[], bool] | None = None,
-    ranks: Ranks = ALONE,
-) -> float | None:
-    """Returns the average loss of the trained tokens, in nats; ``exp`` of it is the perplexity.
-
-    Args:
-        step: made by `make_step` for the model.
-        model: switched to eval mode meanwhile.
-        examples: what to measure on.
-        max_tokens: tokens of the examples that are computed at once, at least one example's.
-        stop: asked between batches; once it returns True, on any rank, the result is None.
-        ranks: those that measure together, each a part of the examples.
-    """
-    batches = [part for batch in _batches(examples, max_tokens) for part in step.passes(batch)]
-    dealt = deal([sum(map(len, batch)) for batch in batches], ranks.size)
-    mine, stats = dealt[ranks.rank], list[StepStats]()
-    with evaluating(model.modules()):
-        for number in range(max(map(len, dealt))):
-            if stop is not None and ranks.most(stop()):
-                return None
-            if number < len(mine):
-                stats.append(step.loss(batches[mine[number]]))
-            elif is_spread(model):
-                step.idle(backward=False)
-    losses: list[float] = torch.stack([s.loss_sum for s in stats]).tolist() if stats else []
-    own = torch.tensor([sum(losses), sum(s.trained_tokens for s in stats)], dtype=torch.float64)
-    loss, trained = map(float, ranks.sum(own))
-    return loss / max(1.0, trained)
-
-
-def _batches(examples: Sequence[TokenExample], max_tokens: int, limit: int = 16) -> Iterator[list[TokenExample]]:
-    batch: list[TokenExample] = []
-    for example in sorted(examples, key=lambda example: example.ids):  # neighbours share their prompts
-        if batch and (len(batch) == limit or sum(map(len, batch)) + len(example) > max_tokens):
-            yield batch
-            batch = []
-        batch.append(example)
-    yield batch
-
-
 def _computed_tokens(example: TokenExample) -> int:
     return max((place for place, trained in enumerate(example.trained) if trained), default=0)
-
-
-def _places(laid: Pack, ids: Sequence[int]) -> list[int]:
-    """Finds the tokens of an example in a packed row."""
-    assert laid.ends is not None
-    row, ends = list(zip(laid.positions[0].tolist(), laid.ids[0].tolist(), strict=True)), laid.ends.tolist()
-    places: list[int] = []
-    for wanted in enumerate(ids):
-        start, end = (places[-1] + 1, ends[places[-1]]) if places else (0, len(row))
-        places.append(next(place for place in range(start, end) if row[place] == wanted))
-    return places
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

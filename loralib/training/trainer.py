@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ..adapter import apply_adapter
 from ..bases import with_chat_template
 from ..console import counted
-from ..data import TokenExample
+from ..data import PREFERENCES, PreferencePair, TokenExample
 from ..data.packing import epoch_order
 from ..data.turn_ends import are_chats
 from ..delta import dense
@@ -31,20 +32,22 @@ from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, TargetError, list_faults
 from ..formats import check_portable, load_adapter
-from ..injection import adapted_layers, adapted_model, inject, unmerge
+from ..injection import adapted_layers, adapted_model, disabled, inject, unmerge
 from ..layers import LoRALayer
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
+from .objective import TrainingStep, evaluate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
+from .preferences import PREFERENCE_STEPS, DPOStep, reference_of
 from .ranks import Ranks, joined
 from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
 from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
-from .step import evaluate_loss, make_step
+from .step import Step, make_step
 
 __all__ = ["TrainResult", "run"]
 
@@ -190,6 +193,18 @@ def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
     reporter.adapter(model, injected, config)
 
 
+def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
+    """Returns the step of a run's objective."""
+    return make_step(
+        model,
+        kind=partial(PREFERENCE_STEPS[config.objective], beta=config.beta) if config.objective in PREFERENCES else Step,
+        packing=config.packing,
+        share_prompts=config.share_prompts,
+        label_smoothing=config.label_smoothing,
+        compiles={"auto": None, "on": True, "off": False}[config.compile],
+    )
+
+
 class Trainer:
     """One run of an adapted model, from what its directory holds to its end.  The caller closes `metrics`."""
 
@@ -204,7 +219,7 @@ class Trainer:
         ranks: Ranks,
     ) -> None:
         config, self.ranks = plan.config, ranks
-        self.model, self.examples, self.valid, self.config = model, plan.train, plan.valid, config
+        self.model, self.examples, self.valid, self.config = model, list(plan.train), list(plan.valid), config
         self.record, self.directory, self.reporter, self.stop = record, directory, reporter, stop
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.settings = run_settings(model, config, plan.train, plan.valid)
@@ -215,13 +230,8 @@ class Trainer:
         self.optimizer = make_optimizer(parameter_groups(model, config), config)
         self.losses: list[float] = []  # of this call's updates, as are the next two
         self.seconds, self.tokens = 0.0, 0
-        self.step = make_step(
-            model,
-            packing=config.packing,
-            share_prompts=config.share_prompts,
-            label_smoothing=config.label_smoothing,
-            compiles={"auto": None, "on": True, "off": False}[config.compile],
-        )
+        self.step = step_for(model, config)
+        directory.unit, directory.shown = self.step.unit, self.step.shown
         ranks.require_same({**self.settings, "the adapter's first values": hash_tensors(self.initial)})
         checkpoint = ranks.first(lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say))
         if checkpoint is None:
@@ -249,12 +259,49 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
+            self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
+            self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._run_epochs()
         finally:
             self.reporter.close_bar()
             self.model.train(was_training)
         return self._finish()
+
+    def _compute_reference(self) -> None:
+        """Gives the pairs of DPO the log-probabilities of their answers before training, which a resume reads again."""
+        if not isinstance(self.step, DPOStep):
+            return
+        pairs = list(dict.fromkeys(cast("list[PreferencePair]", [*self.examples, *self.valid])))
+        key = {name: self.settings[name] for name in ("training data", "validation data", "base model")}
+        key["adapter"] = hash_tensors(self.initial)
+        known = self.ranks.first(lambda: self.directory.read_reference(key))
+        if known is None:
+            self.reporter.say(f"Computing the reference of {counted(len(pairs), 'pair')} ...")
+            with disabled(self.model) if self.reporter.from_base else holding(self.parameters, self.initial):
+                known = reference_of(
+                    self.step,
+                    self.model,
+                    pairs,
+                    max_tokens=self._max_tokens,
+                    check_stop=self._stop_before_start,
+                    ranks=self.ranks,
+                    show=self.reporter.verbose,
+                )
+            self.ranks.first(lambda: self.directory.write_reference(key, known))
+        of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
+        for rows in (self.examples, self.valid):
+            rows[:] = [replace(pair, reference=of[pair]) for pair in cast("list[PreferencePair]", rows)]
+
+    @property
+    def _max_tokens(self) -> int:
+        """How many tokens are computed at once without a gradient: no more memory than training takes."""
+        return max(2048, self.config.batch_size * max(map(len, self.examples)))
+
+    def _stop_before_start(self) -> None:
+        if number := self.ranks.most(self.stop.signal_number):
+            self.stop.signal_number = number
+            raise self.stop.error("stopped before the first update. Run the same command again.")
 
     def _announce(self) -> None:
         config, say = self.config, self.reporter.say
@@ -312,7 +359,7 @@ class Trainer:
         """Computes the gradient of one update's batches, checks it, and applies it."""
         progress, config = self.progress, self.config
         started = time.perf_counter()
-        loss, norm = self._backward(batches)
+        loss, norm, more = self._backward(batches)
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
             raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
@@ -326,8 +373,9 @@ class Trainer:
         elapsed = time.perf_counter() - started
 
         examples = [example for batch in batches for example in batch]
-        tokens, trained = sum(map(len, examples)), sum(sum(example.trained) for example in examples)
-        weight = len(batches) if config.arithmetic == "paper" else trained  # of the loss in the epoch's average
+        tokens, trained = sum(map(len, examples)), sum(example.trained_tokens for example in examples)
+        # Of the loss in the epoch's average.
+        weight = len(batches) if config.arithmetic == "paper" else self.step.count(examples)
         progress.epoch_loss += loss * weight
         progress.epoch_weight += weight
         progress.step += 1
@@ -337,37 +385,37 @@ class Trainer:
         progress.trained_tokens += trained
         self.losses.append(loss)
         self.seconds, self.tokens = self.seconds + elapsed, self.tokens + tokens
-        self.metrics.add("train", progress, loss, config.peak_lr * factor, elapsed)
+        self.metrics.add("train", progress, loss, config.peak_lr * factor, elapsed, more)
         seconds_left = (self.total - progress.step) * self.seconds / len(self.losses)
-        self.reporter.update(progress.step, self.total, loss, tokens / elapsed, seconds_left)
+        self.reporter.update(progress.step, self.total, loss, self._shown(more), tokens / elapsed, seconds_left)
 
-    def _backward(self, batches: list[list[TokenExample]]) -> tuple[float, float]:
-        """Computes and clips an update's gradient; returns its loss, and the gradient's norm before clipping.
+    def _shown(self, figures: Mapping[str, float]) -> dict[str, float]:
+        return {name: figures[name] for name in self.step.shown}
 
-        Weighted by tokens, the loss does not depend on how an update is split into batches.  The paper's code averages
-        over batches, and divides each by its tokens + 0.0001.
-        """
+    def _backward(self, batches: list[list[TokenExample]]) -> tuple[float, float, dict[str, float]]:
+        """Computes and clips an update's gradient; returns its loss, the gradient's norm before that, more figures."""
         config, paper = self.config, self.config.arithmetic == "paper"
-        trained = [sum(map(sum, (example.trained for example in batch))) for batch in batches]
-        if paper:
-            scales = [1 / ((count + 1e-4) * config.grad_accum) for count in trained]
-        else:
-            scales = [1 / max(1, sum(trained))] * len(batches)
+        scales = self.step.scales(batches, paper_accum=config.grad_accum if paper else None)
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.seed(config.seed, self.progress.step)
-        weighted = [
-            self.step.forward_backward(batch, loss_scale=scale).loss_sum * scale
+        done = [
+            self.step.forward_backward(batch, loss_scale=scale)
             for batch, scale in self._passes(list(zip(batches, scales, strict=True)))
         ]
         parameters = list(self.parameters.values())
-        own = torch.stack(weighted).sum() if weighted else torch.zeros(())
-        loss = self.ranks.sum_gradients(parameters, own.reshape(1))
+        own = torch.stack([stats.objective for stats in done]).sum().reshape(1) if done else torch.zeros(1)
+        if self.step.shown:
+            sums = torch.stack([stats.sums for stats in done]).sum(0) if done else torch.zeros(self.step.width)
+            own = torch.cat([own, sums])
+        summed = self.ranks.sum_gradients(parameters, own)
         norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         # The one place where an update waits for the device.
-        loss_value, norm_value = torch.cat([loss.to(norm.device), norm.reshape(1)]).tolist()
-        return loss_value * config.grad_accum / len(batches) if paper else loss_value, norm_value
+        loss, *sums_values, norm_value = torch.cat([summed.to(norm.device), norm.reshape(1)]).tolist()
+        more = self.step.figures(sums_values) if self.step.shown else {}
+        more.pop("loss", None)
+        return loss * config.grad_accum / len(batches) if paper else loss, norm_value, more
 
-    def _passes(self, batches: list[tuple[list[TokenExample], float]]) -> list[tuple[list[TokenExample], float]]:
+    def _passes(self, batches: list[tuple[list[TokenExample], Any]]) -> list[tuple[list[TokenExample], Any]]:
         """Returns what this rank computes of an update's batches, each with its loss's weight: a batch at most at once.
 
         Where weights are spread over ranks, all go through the model equally often, if need be for nothing.
@@ -382,8 +430,8 @@ class Trainer:
             mine += [(list[TokenExample](), 0.0)] * (max(map(len, passes)) - len(mine))
         return mine
 
-    def _passes_of(self, rows: list[tuple[TokenExample, float]]) -> list[tuple[list[TokenExample], float]]:
-        alike: dict[float, list[TokenExample]] = {}
+    def _passes_of(self, rows: list[tuple[TokenExample, Any]]) -> list[tuple[list[TokenExample], Any]]:
+        alike: dict[Any, list[TokenExample]] = {}
         for example, scale in rows:
             alike.setdefault(scale, []).append(example)
         size = self.config.batch_size
@@ -401,25 +449,25 @@ class Trainer:
             return
         progress, config = self.progress, self.config
         started = time.perf_counter()
-        max_tokens = max(2048, config.batch_size * max(map(len, self.examples)))  # no more memory than training takes
-        loss = evaluate_loss(
+        figures = evaluate(
             self.step.unsmoothed(),
             self.model,
             self.valid,
-            max_tokens=max_tokens,
+            max_tokens=self._max_tokens,
             stop=lambda: bool(self.stop),
             ranks=self.ranks,
         )
-        if loss is None:
+        if figures is None:
             return
+        loss = figures.pop("loss")
         if not math.isfinite(loss):
             when = f"after update {progress.step}" if progress.step else "before training"
             raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
         is_best = progress.add_validation(loss)
         # Of the last update; after a resume the optimiser has not been given it yet.
         lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
-        self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started)
-        self.reporter.validation(progress.step, loss, progress.valid_losses[0][1])
+        self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started, figures)
+        self.reporter.validation(progress.step, loss, progress.valid_losses[0][1], self._shown(figures))
         if is_best:
             self.directory.save_adapter(self.model, self.directory.best, self.ranks)
 
@@ -569,6 +617,23 @@ def check_gradients(model: nn.Module) -> str:
     )
 
 
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives parameters other values for a while."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        _assign(parameters, values)
+        yield
+    finally:
+        _assign(parameters, before)
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
 def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
     """Whether the model computed what its base does before the first update."""
     return all(layer.is_as_base(_initial_of(name, layer, initial)) for name, layer in adapted_layers(model))
@@ -592,14 +657,17 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
 def _has_learned(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
     layers = adapted_layers(model)
     for name, layer in layers:
-        tensors, after = layer.trained_tensors(), layer.delta_weight()
+        tensors, after = layer.trained_tensors(), {at: layer.delta_weight_of(at) for at in layer.weight_names}
         values = {leaf: tensor.data for leaf, tensor in tensors.items()}
         for leaf, tensor in _initial_of(name, layer, initial).items():
             tensors[leaf].data = tensor
-        before = layer.delta_weight()
+        before = {at: layer.delta_weight_of(at) for at in layer.weight_names}
         for leaf, tensor in values.items():
             tensors[leaf].data = tensor
-        if (after - before).norm() > torch.finfo(torch.float32).eps * dense(layer.base_weight).float().norm():
+        rounding = torch.finfo(torch.float32).eps
+        if any(
+            (after[at] - before[at]).norm() > rounding * dense(layer.base_weight_of(at)).float().norm() for at in after
+        ):
             return True
     in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
     others = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers)
