@@ -213,6 +213,14 @@ def test_an_adapter_is_trained_on_a_file_saved_and_merged(tmp_path, capsys):
     assert "base model checked)" in str(lora.load_adapter(theirs(path, torch.bfloat16), run))
 
 
+def test_a_file_becomes_a_directory_for_other_tools(tmp_path):
+    path = write(made("llama"), tmp_path / "a.gguf", KINDS.Q4_0)
+    assert main(["export-base", str(tmp_path / "out"), "--model", str(path)]) == 0
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+        assert torch.equal(exported(IDS).logits, theirs(path, torch.bfloat16)(IDS).logits)
+
+
 def test_what_needs_no_weights_reads_none(tmp_path):
     path = write(made("llama"), tmp_path / "a.gguf", KINDS.Q8_0)
     assert load_empty(path).config.hidden_size == 256

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ..bases import DEFAULT_BASE, load_base
+from ..bases.quant import make_dense
 from ..config import HUB_NAMES
 from ..console import say
 from ..errors import BaseModelError
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     with output_held(args.output, args.model, what="model"):
         say(f"Loading {args.model} ...")
         model, tokenizer = load_base(args.model, dtype=args.dtype, device="cpu")
+        make_dense(model)  # what a GGUF file, for one, holds in blocks
         files = save_merged(model, args.output, tokenizer)
         if args.model in HUB_NAMES:
             write_text(f"{args.output}/README.md", _CARD.format(ours=args.model, original=HUB_NAMES[args.model]))
