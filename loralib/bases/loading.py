@@ -390,7 +390,7 @@ def _note_on_config(path: Path) -> str:
     return ""
 
 
-def _read_tokenizer(path: Path, name: str) -> Any:
+def _read_tokenizer(path: Path, name: str, *, needs_end: bool = True) -> Any:
     transformers = _transformers()
     try:
         with _quiet():
@@ -401,10 +401,10 @@ def _read_tokenizer(path: Path, name: str) -> Any:
         raise BaseModelError(
             f"the tokenizer of {name!r} cannot be read: {first_line(error)}. Put tokenizer.json beside config.json."
         ) from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_end:
         raise BaseModelError(f"the tokenizer of {name!r} has no end token, so a model could not learn to stop.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
     return tokenizer
 
 
