@@ -52,6 +52,7 @@ __all__ = [
     "read_prompts",
     "read_prompts_with",
     "read_sources",
+    "read_unlabelled",
     "register_reader",
 ]
 
@@ -181,7 +182,7 @@ def _source(item: Any, format: str, how: How, name: str) -> Source:
 
 def _records(how: How) -> str:
     if how.classes:
-        return CLASSES
+        return "text" if how.prompts else CLASSES
     if how.preferences is None:
         return f"{RECORDS}, or {PREFERENCE_FORMS}"
     return PREFERENCE_FORMS if how.preferences else "prompt or messages" if how.prompts else RECORDS
@@ -219,6 +220,20 @@ def read_examples(
             would be left out that change what the model should see.
     """
     return _read(path, format, How(parse_columns(columns), as_chat)).examples
+
+
+def read_unlabelled(path: str | Path, format: str = "auto", *, columns: Columns = None) -> list[Example]:
+    """Reads texts to classify, in file order, of which each may have a label.
+
+    Args:
+        path: a file of records that `read_examples` takes, with text, and if wanted text_pair and label.
+        format: see `read_examples`.
+        columns: see `read_examples`.
+
+    Raises:
+        DataError: as `read_examples`, or a record has no text.
+    """
+    return _read(path, format, How(parse_columns(columns), prompts=True, classes=True)).examples
 
 
 def read_prompts(

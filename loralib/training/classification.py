@@ -60,9 +60,7 @@ def labels_for(config: TrainConfig, train: Sequence[Source], valid: Sequence[Sou
     return _fitted(config, train, valid, own_classes(name), name)
 
 
-def prepare_classifier(
-    model: nn.Module, config: TrainConfig, tokenizer: Any, data: Any, valid: Any
-) -> tuple[Any, Any]:
+def prepare_classifier(model: nn.Module, config: TrainConfig, tokenizer: Any, data: Any, valid: Any) -> tuple[Any, Any]:
     """Gives a classifier the labels of its data, and a padding token; returns the data, read.
 
     Raises:
@@ -298,7 +296,9 @@ class ClassificationStep:
         rng, rows = random.Random(0), table_rows(self._model) or 8
         ids = [number for number in range(rows) if number != self._forward._pad]
         start = tuple(rng.choices(ids, k=5))
-        batch = [TokenExample((*more, *rng.choices(ids, k=n)), (False,) * 9) for more, n in ((start, 4), (start, 7), ((), 6))]
+        batch = [
+            TokenExample((*more, *rng.choices(ids, k=n)), (False,) * 9) for more, n in ((start, 4), (start, 7), ((), 6))
+        ]
         name = type(self._model).__name__
         self.share_prompts = True
         with torch.no_grad(), evaluating(self._model.modules()), self._computing("inference", gradient=False):

@@ -104,7 +104,10 @@ class TrainConfig:
         auto=True,
     )
     task: str = setting(
-        "lm", "write texts (lm), or give texts a label (classify): rows of text, text_pair and label", _DATA, ("lm", "classify")
+        "lm",
+        "write texts (lm), or give texts a label (classify): rows of text, text_pair and label",
+        _DATA,
+        ("lm", "classify"),
     )
     objective: str = setting(
         "clm",
@@ -334,7 +337,10 @@ class TrainConfig:
             spare = f"best_metric is {self.best_metric!r}, which is for task classify: leave it out"
             return [spare] if self.best_metric != "loss" else []
         others = {
-            "objective": ("clm", f"objective is {self.objective!r}, and task classify has one of its own: leave it out"),
+            "objective": (
+                "clm",
+                f"objective is {self.objective!r}, and task classify has one of its own: leave it out",
+            ),
             "arithmetic": ("standard", "arithmetic is 'paper', which has no task classify: leave it out"),
             "shard": (False, "shard is on, which is for task lm: leave it out; torchrun without it is right"),
             "as_chat": (False, "as_chat is on, and task classify takes texts as they are: leave it out"),

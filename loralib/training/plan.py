@@ -18,8 +18,8 @@ from ..data import (
     CLASSIFY,
     PREFERENCES,
     ClassRow,
-    Labels,
     Encoded,
+    Labels,
     PreferencePair,
     Source,
     TokenExample,
@@ -248,7 +248,9 @@ def _encoded(
 ) -> Encoded:
     """Turns whatever `loralib.train` accepts as data into token examples, at most `max_samples` of them; 0: all."""
     if is_tokens(data):
-        wants = ClassRow if config.task == CLASSIFY else PreferencePair if config.objective in PREFERENCES else TokenExample
+        wants = (
+            ClassRow if config.task == CLASSIFY else PreferencePair if config.objective in PREFERENCES else TokenExample
+        )
         if any(type(item) is not wants for item in data):
             found = " and ".join(sorted({type(item).__name__ for item in data}))
             raise DataError(f"{kind} data holds {found}, expected {wants.__name__} for objective {config.objective}")
@@ -322,7 +324,11 @@ def _split(
     train, valid = split_off(rows, keys, wanted, config.seed)
     if config.task == CLASSIFY:  # of a label that is rare, all examples may have been drawn
         learned = {row.label for row in cast("list[ClassRow]", train)}
-        rare = [row for row in cast("list[ClassRow]", valid) if row.label not in learned and not isinstance(row.label, float)]
+        rare = [
+            row
+            for row in cast("list[ClassRow]", valid)
+            if row.label not in learned and not isinstance(row.label, float)
+        ]
         train, valid = [*train, *rare], [row for row in valid if row not in rare]
     if not valid:
         say("Validation: none, since too many examples share one prompt to set some apart; give --valid_data")
