@@ -169,7 +169,11 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     return Adapter(
         config=config,
         tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
-        metadata=({BASE: fingerprint(model, in_full.keys())} if known_base else {}) | _held_in(model) | _labels_of(model, config),
+        metadata={
+            **({BASE: fingerprint(model, in_full.keys())} if known_base else {}),
+            **_held_in(model),
+            **_labels_of(model, config),
+        },
     )
 
 

@@ -104,8 +104,8 @@ def load_adapted(
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     if value is not None and value.config.task_type == "SEQ_CLS":
         raise AdapterError(
-            f"{adapter} is a classifier, which gives texts labels and writes none: `loralib predict --adapter {adapter}` "
-            "(loralib.load_adapted_classifier and loralib.predict in Python)"
+            f"{adapter} is a classifier, which gives texts labels and writes none: `loralib predict --adapter "
+            f"{adapter}` (loralib.load_adapted_classifier and loralib.predict in Python)"
         )
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:

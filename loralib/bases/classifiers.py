@@ -72,7 +72,8 @@ def load_classifier(
         device: see `load_base`.
         quantize: see `load_base`.
         seed: random seed of a new head, and of the weights of made-up bases.
-        hidden_dim, num_layers: see `load_base`.
+        hidden_dim: see `load_base`.
+        num_layers: see `load_base`.
 
     Returns:
         The model in eval mode, and its tokenizer.
@@ -147,8 +148,8 @@ def labels_in(adapter: Adapter) -> tuple[str, ...]:
     heads = [tensor for name, tensor in adapter.tensors.items() if name in _LAST]
     if not heads:
         raise AdapterError(
-            f"the adapter has no head ({', '.join(_LAST)}), so nothing says what its classes are. Save it with the head "
-            f"in modules_to_save (PEFT does so with task_type {TASK!r})."
+            f"the adapter has no head ({', '.join(_LAST)}), so nothing says what its classes are. Save it with the "
+            f"head in modules_to_save (PEFT does so with task_type {TASK!r})."
         )
     count = heads[0].shape[0]
     return tuple(f"LABEL_{number}" for number in range(count)) if count > 1 else ()

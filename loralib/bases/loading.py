@@ -180,7 +180,8 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
     directory = locate_adapter(adapter)
     if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    tokenizer = _read_tokenizer(directory, os.fspath(adapter))
+    writes = not type(model).__name__.endswith("ForSequenceClassification")
+    tokenizer = _read_tokenizer(directory, os.fspath(adapter), needs_end=writes)
     _check_vocabulary(model, tokenizer, os.fspath(adapter))
     generation = getattr(model, "generation_config", None)
     if generation is not None:

@@ -1,4 +1,4 @@
-"""Base models that are built on the spot with random weights: the only file that knows scratch, scratch-encoder and run-demo.
+"""Base models that are built on the spot with random weights: the only file that knows scratch and the others.
 
 Each has a width, a number of blocks and a seed. `build_base` builds the one that a name asks for; a name such as
 ``scratch-64x1-seed5`` holds all three, so that an adapter's config can name the base exactly.

@@ -37,7 +37,8 @@ CHATS: Final[tuple[str, ...]] = ("messages", "conversations", "conversation")
 SYSTEM: Final[tuple[str, ...]] = ("system", "system_prompt")
 # What a chat template takes besides the turns.
 PASSED: Final[tuple[str, ...]] = ("tools", "functions", "documents", "chat_template_kwargs")
-_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *"text text_pair label system history tools documents chosen rejected".split())
+_OTHERS: Final = "text text_pair label system history tools documents chosen rejected".split()
+_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *_OTHERS)
 
 # Fields that say what the model should see or learn: they are used or refused.
 MATTERS: Final = {

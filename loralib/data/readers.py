@@ -140,7 +140,8 @@ def _require_objective(source: Source, name: str, objective: str | None) -> None
     """
     if objective == CLASSIFY:
         if bare := [example for example in source.examples if example.label is None]:
-            raise DataError(f"{name}: {len(bare):,} of {len(source.examples):,} examples have no label (Example.label).")
+            of_all = f"{len(bare):,} of {len(source.examples):,} examples"
+            raise DataError(f"{name}: {of_all} have no label (Example.label).")
         return
     wants = source.examples[0].rejected is not None if objective is None else objective in PREFERENCES
     wrong = [example for example in source.examples if (example.rejected is not None) != wants]
@@ -416,7 +417,8 @@ def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tu
         raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or give data_format.")
     if how.classes:
         raise DataError(
-            f"{path} is read as {format}, which has no labels. Give .jsonl, .csv, .tsv, .parquet or .arrow with {CLASSES}."
+            f"{path} is read as {format}, which has no labels. Give .jsonl, .csv, .tsv, .parquet or .arrow with "
+            f"{CLASSES}."
         )
     key = "e2e.csv" if format == "e2e" and path.suffix.lower() == ".csv" else format
     if key not in _READERS:

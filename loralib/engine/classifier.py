@@ -67,8 +67,8 @@ class ClassifierForward(Forward):
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} returns {type(output).__name__}, expected an object whose logits have the "
-                "shape (texts, classes)"
+                f"{type(self.model).__name__} returns {type(output).__name__}, expected an object whose logits have "
+                "the shape (texts, classes)"
             )
         return logits
 

@@ -40,8 +40,8 @@ __all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progre
 OVER: Final = ("succeeded", "failed", "cancelled")
 # Settings that name places or belong to the server, and those that have arguments of their own.
 NOT_SETTABLE: Final = frozenset(
-    "model task train_data valid_data output_dir from_adapter adapter resume overwrite report_to device shard hidden_dim "
-    "num_layers chat_template".split()
+    "model task train_data valid_data output_dir from_adapter adapter resume overwrite report_to device shard "
+    "hidden_dim num_layers chat_template".split()
 )
 _TEMPLATE: Final = "chat_template.jinja"  # in a job's directory
 _ID: Final = re.compile(r"ftjob-[A-Za-z0-9]{24}", re.ASCII)

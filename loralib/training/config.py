@@ -285,8 +285,8 @@ class TrainConfig:
     eval_steps: int = setting(0, "validate every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
     best_metric: str = setting(
         "loss",
-        "with task classify, what the best adapter is best in on the validation data: loss, accuracy, f1 (of two labels), "
-        "macro_f1, matthews, or of numbers pearson",
+        "with task classify, what the best adapter is best in on the validation data: loss, accuracy, f1 (of two "
+        "labels), macro_f1, matthews, or of numbers pearson",
         _LOGS,
         ("loss", *METRICS),
     )
@@ -339,7 +339,7 @@ class TrainConfig:
         others = {
             "objective": (
                 "clm",
-                f"objective is {self.objective!r}, and task classify has one of its own: leave it out",
+                f"objective is {self.objective!r}, and task classify has its own: leave it out",
             ),
             "arithmetic": ("standard", "arithmetic is 'paper', which has no task classify: leave it out"),
             "shard": (False, "shard is on, which is for task lm: leave it out; torchrun without it is right"),
