@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from loralib.bases.classifiers import (
     load_classifier,
     new_modules,
 )
+from loralib.bases.loading import load_tokenizer
 from loralib.cli import main
 from loralib.data import ClassRow, Labels, encode_classes, read_sources
-from loralib.data.classes import Labels as _Labels  # noqa: F401  the same class by its own module
-from loralib.errors import AdapterError, BaseModelError, ConfigError, DataError, LoraError
+from loralib.errors import BaseModelError, ConfigError
 from loralib.formats import read_adapter
 from loralib.training import TrainConfig
 from loralib.training.class_metrics import class_figures, confusion, moments, number_figures, spearman
@@ -106,7 +106,8 @@ def words() -> Any:
     """A tokenizer of whole words, without an end token, as encoders have them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    known = "[PAD] [UNK] [CLS] [SEP] the a film meal room book was is good great fine bad poor awful today again so very"
+    known = "[PAD] [UNK] [CLS] [SEP] the a film meal room book was is so very today"
+    known += " good great fine bad poor awful"
     vocabulary = {word: number for number, word in enumerate(known.split())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -198,7 +199,7 @@ def test_three_updates_are_those_of_peft_and_transformers_own_loss(shape: str, l
             ]
         loss = wrapped(**padded(batch, ours.config.pad_token_id)).loss
         loss.backward()
-        assert float(sum(each.objective for each in stats)) == pytest.approx(float(loss), rel=1e-5)
+        assert float(sum(each.objective.detach() for each in stats)) == pytest.approx(float(loss.detach()), rel=1e-5)
         for name, (mine, other) in pairs.items():
             assert mine.grad is not None, name
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
@@ -223,7 +224,8 @@ def matching(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter
 def test_packed_texts_have_the_models_own_logits(shape: str) -> None:
     model, batch = classifier(shape), rows(9)
     step = ClassificationStep(model, Labels(class_names(model)))
-    assert step.packing and step.share_prompts
+    assert step.packing
+    assert step.share_prompts
     inputs = padded(batch, 0)
     del inputs["labels"]
     torch.testing.assert_close(step.logits(batch), model(**inputs).logits, rtol=1e-4, atol=1e-5)
@@ -363,11 +365,12 @@ def test_the_head_is_trained_in_fp32_on_a_base_in_bf16(base: str) -> None:
 
 
 def test_numbers_are_predicted_where_labels_are_numbers(base: str, tmp_path: Path) -> None:
-    scores = {"great": 4.5, "good": 3.5, "poor": 1.5, "awful": 0.5}
-    table = [{"text": f"the {t} was {w}", "label": s} for t in ("film", "meal", "room", "book") for w, s in scores.items()]
+    scores = {"great": 1.5, "good": 0.5, "poor": -0.5, "awful": -1.5}
+    things = ("film", "meal", "room", "book")
+    table = [{"text": f"the {t} was {w}", "label": s} for t in things for w, s in scores.items()]
     model, tokenizer = load_classifier(base, [], dtype="fp32")
     config = TrainConfig(
-        task="classify", output_dir=str(tmp_path), rank=4, num_epochs=30, lr=1e-2, best_metric="pearson"
+        task="classify", output_dir=str(tmp_path), rank=4, num_epochs=20, lr=2e-3, best_metric="pearson"
     )
     result = lora.train(model, table, config, tokenizer=tokenizer, valid_data=table, verbose=False)
     assert result.best is not None
@@ -479,8 +482,8 @@ def test_two_texts_are_put_together_as_the_tokenizer_does_it(words: Any) -> None
     assert list(row.kinds) == made["token_type_ids"]  # type: ignore[attr-defined]
 
 
-def test_a_decoder_gets_two_texts_with_a_line_break_between(smollm2: Any) -> None:
-    tokenizer = smollm2[1]
+def test_a_decoder_gets_two_texts_with_a_line_break_between() -> None:
+    tokenizer = load_tokenizer("smollm2-135m")
     (source,) = read_sources([{"text": "It rains.", "text_pair": "It is wet.", "label": 1}], objective="classify")
     (row,) = encode_classes(source.examples, tokenizer, None, Labels(("0", "1"))).examples
     assert tokenizer.decode(row.ids) == "It rains.\nIt is wet."
@@ -608,7 +611,3 @@ def test_a_missing_padding_token_is_taken_from_the_tokenizer(tmp_path: Path, wor
         lora.train(copy.deepcopy(model), table, config, verbose=False)
     lora.train(model, table, config, tokenizer=words, verbose=False)
     assert model.config.pad_token_id == words.pad_token_id
-
-
-def _unused() -> Iterator[type[LoraError]]:
-    yield from (AdapterError, DataError)

@@ -4,9 +4,9 @@
   python examples/NLU/run_training.py --model scratch-encoder --hidden_dim 128
   python examples/NLU/run_training.py --model roberta-base --target_modules query,value
 
-The first trains the default base model, the second a small encoder with random weights, which knows no words beforehand;
-both work offline.  The third is the LoRA paper's choice, of a model on the hub.  Then the test data, which no training
-has seen, are classified.
+The first trains the default base model, the second a small encoder with random weights, which knows no words before;
+both work offline.  The third is the LoRA paper's choice, a model on the hub.  Then the test data, which no training has
+seen, are classified.
 """
 
 from __future__ import annotations

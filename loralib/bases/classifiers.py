@@ -87,11 +87,12 @@ def load_classifier(
     if quantize is not None:
         check_kind(quantize)
     settings = {} if labels is None else _settings(labels)
+    new = list[str]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_made_up(name):
             model = _made_up(name, settings, dtype, device, seed, hidden_dim, num_layers)
-            new, tokenizer, name = [], load_tokenizer(DEFAULT_BASE), model.config.name_or_path
+            tokenizer, name = load_tokenizer(DEFAULT_BASE), model.config.name_or_path
             if quantize is not None:
                 quantize_model(model, quantize)
         else:

@@ -106,13 +106,14 @@ def _record(example: Example, result: Prediction) -> dict[str, Any]:
 
 def _table(examples: Sequence[Example], results: Sequence[Prediction]) -> str:
     names = list(results[0].probabilities)
-    rows = [("text", "label", *names)] if names else [("text", "number")]
+    heading = ("text", "label", *names) if names else ("text", "number")
+    rows = list[tuple[str, ...]]()
     for example, result in _pairs(examples, results):
         text = " ".join(example.prompt.split())
         text = text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
         label = result.label if isinstance(result.label, str) else f"{result.label:.3f}"
         rows.append((text, label, *(f"{value:.3f}" for value in result.probabilities.values())))
-    return table(rows[1:], rows[0])
+    return table(rows, heading)
 
 
 def _say_metrics(model: Any, labelled: Sequence[tuple[Example, Prediction]], file: Any) -> None:

@@ -126,8 +126,8 @@ class Labels:
     def of(cls, train: Sequence[Example], valid: Sequence[Example] = ()) -> Labels:
         """Returns the labels of data; raises DataError, with everything that is wrong with them.
 
-        Whole numbers are classes, in numerical order; numbers of which some are not whole are to be predicted; texts are
-        classes, in alphabetical order.
+        Whole numbers are classes, in numerical order; numbers of which some are not whole are to be predicted; texts
+        are classes, in alphabetical order.
         """
         labels = [example.label for example in train if example.label is not None]
         numbers = [_number(label) for label in labels]
