@@ -137,6 +137,7 @@ def automatic_settings(
             config.alpha,
             config.batch_size * config.grad_accum * sum(row.trained_tokens for row in examples) / len(examples),
             config.loraplus_lr_ratio,
+            config.objective,
         )
         b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
         say(f"Learning rate: {lr:g}{b} ({reason}); --lr sets another")

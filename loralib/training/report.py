@@ -38,14 +38,14 @@ class Reporter:
     from_base = True  # whether the first validation loss is the base model's, rather than an earlier adapter's
 
     def __init__(self, verbose: bool = True) -> None:
-        self._verbose = verbose
+        self.verbose = verbose
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._epoch = ""
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if self._verbose:
+        if self.verbose:
             with suppress(OSError):
                 say(*parts)
 
@@ -73,7 +73,7 @@ class Reporter:
 
     def start_bar(self, done: int, total: int) -> None:
         """Draws a progress bar until `close_bar`, if someone watches."""
-        if self._verbose:
+        if self.verbose:
             self._bar = progress(total=total, description="training", unit="step")
             self._bar.update(done)
 

@@ -276,6 +276,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
+            self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
             self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._run_epochs()
@@ -302,6 +303,7 @@ class Trainer:
                     max_tokens=self._max_tokens,
                     check_stop=self._stop_before_start,
                     ranks=self.ranks,
+                    show=self.reporter.verbose,
                 )
             self.ranks.first(lambda: self.directory.write_reference(key, known))
         of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
@@ -577,7 +579,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is stop:  # else `Ranks.blame` has taken its place, for good
+                signal.signal(number, handler)
 
 
 def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
