@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from loralib.bases.classifiers import (
     new_modules,
 )
 from loralib.bases.loading import load_tokenizer
-from loralib.cli import main
+from loralib.cli import main, run_command
 from loralib.data import ClassRow, Labels, encode_classes, read_sources
 from loralib.errors import BaseModelError, ConfigError
 from loralib.formats import read_adapter
@@ -469,6 +470,18 @@ def test_merge_takes_the_head_along(run: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["predict", "--model", str(merged), "the film was good"]) == 0
     assert "good" in capsys.readouterr().out
+
+
+def test_the_example_learns_without_a_pretrained_model(
+    tmp_path: Path, load_file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).resolve().parent.parent / "examples" / "NLU" / "run_training.py"
+    module = load_file(script)
+    argv = ["--model", "scratch-encoder", "--hidden_dim", "64", "--num_epochs", "6", "--output_dir", str(tmp_path)]
+    assert run_command(module, "run_training.py", argv) == 0
+    accuracy = re.search(r"36 test messages: accuracy (\S+),", capsys.readouterr().out)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.5  # guessing gets a third
 
 
 # --- texts and tokens -------------------------------------------------------------------------------------------------

@@ -101,14 +101,19 @@ def load_classifier(
             model, new = _read(str(path), name, settings, pick_dtype(dtype, device), quantize)
             tokenizer = _read_tokenizer(path, name, needs_end=False)
             _check_vocabulary(model, tokenizer, name)
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    _finish(model, tokenizer, new)
+    return model.to(device).eval(), tokenizer
+
+
+def _finish(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
+    """Prepares a model that was read for its task; `new` are its tensors that the base does not have."""
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the last token of a text
-    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     _NEW[model] = _owners(model, new)
     for part, module in model.named_modules():
         if part in _NEW[model] or part in _HEADS:
             _keep_in_fp32(module)
-    return model.to(device).eval(), tokenizer
 
 
 def load_adapted_classifier(adapter: str, model: str | None = None, **options: Any) -> tuple[nn.Module, Any]:

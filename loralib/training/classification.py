@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -178,7 +178,7 @@ class ClassificationStep:
     def logits(self, batch: Sequence[TokenExample]) -> Tensor:
         """Returns the logits (B, C) of texts, in fp32, without a gradient."""
         parts = by_length(batch) if not self.packing else [list(range(len(batch)))]
-        with self._computing("inference", gradient=False):
+        with self._forward.computing("inference", gradient=False):
             rows = torch.cat([self._logits([batch[number] for number in part])[0] for part in parts])
         order = torch.tensor([number for part in parts for number in part], device=rows.device)
         return rows[order.argsort()]
@@ -230,19 +230,13 @@ class ClassificationStep:
             made[:] = [(sums, tokens)]
             return losses.detach()
 
-        with self._computing(use, gradient=scale is not None):
+        with self._forward.computing(use, gradient=scale is not None):
             if scale is not None and self._half:
                 trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
                 scaled_backward(compute, trained, scale)
             else:
                 compute(scale)
         return made[0]
-
-    @contextmanager
-    def _computing(self, use: Literal["training", "inference"], *, gradient: bool) -> Iterator[None]:
-        forward = self._forward
-        with forward.lock, torch.set_grad_enabled(gradient), forward.held(use), forward.overriding():
-            yield
 
     def _sums(self, logits: Tensor, batch: Sequence[ClassRow]) -> tuple[Tensor, Tensor]:
         """Returns the summed loss () with its graph, and the sums (`width`,) of `StepStats`."""
@@ -301,7 +295,7 @@ class ClassificationStep:
         ]
         name = type(self._model).__name__
         self.share_prompts = True
-        with torch.no_grad(), evaluating(self._model.modules()), self._computing("inference", gradient=False):
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
             try:
                 packed = self._logits(batch)[0]
             except Exception as error:  # whatever a model does that packing did not think of, padding remains

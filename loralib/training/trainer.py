@@ -151,11 +151,8 @@ def run_in(
     given, config = config, plan.config
     directory.config, directory.tokenizer = config, tokenizer
     directory.chats = tokenizer is not None and not classifies and are_chats(plan.train, tokenizer)
-    if not plan.valid and (config.early_stopping or config.eval_steps):
-        name = "early_stopping" if config.early_stopping else "eval_steps"
-        raise ConfigError(
-            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
-        )
+    if not plan.valid:
+        _refuse_unvalidated(config)
     with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
         if not classifies:
@@ -175,6 +172,15 @@ def run_in(
                 result = trainer.train()
     reporter.result(result)
     return result
+
+
+def _refuse_unvalidated(config: TrainConfig) -> None:
+    """Refuses settings that are about validation, of which there is none."""
+    idle = {"early_stopping": 0, "eval_steps": 0, "best_metric": "loss"}
+    for name in [name for name, usual in idle.items() if getattr(config, name) != usual][:1]:
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
+        )
 
 
 def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
