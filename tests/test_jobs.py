@@ -262,6 +262,23 @@ def test_a_job_fails_with_the_trainer_s_words(
     assert jobs.events(job.id)[-1].level == "error"
 
 
+def test_a_job_trains_on_the_base_as_it_is_served_unless_it_says_otherwise(
+    tmp_path: Path, processes: list[FakeProcess]
+) -> None:
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="nf4")) as jobs:
+        file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+        choices = (({}, "nf4"), ({"quantize": "int8"}, "int8"), ({"quantize": "none"}, "none"))
+        for number, (given, expected) in enumerate(choices):
+            job = jobs.create(file, {**QUICK, **given})
+            eventually(lambda number=number: len(processes) > number)
+            assert f'quantize = "{expected}"' in (job.directory / "job.toml").read_text(encoding="utf-8")
+            processes[-1].end(0)
+            jobs.wait(job.id, PATIENCE)
+    # A server that holds its base in other bits goes on with a job as it began.
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="int8")) as jobs:
+        assert [job.settings.get("quantize") for job in jobs.list()] == ["none", "int8", "nf4"]
+
+
 def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path, processes: list[FakeProcess]) -> None:
     finished: list[str] = []
     with contextlib.closing(

@@ -432,7 +432,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_the_default_run_learns(run: Run, tmp_path: Path) -> None:
-    """The loss falls and texts end by themselves, after 20 updates already; benchmarks/learns.py has the whole claim."""
+    """After 20 updates the loss is lower and texts end by themselves; benchmarks/learns.py has the whole claim."""
     code, out, err = run("run_training", "--max_steps", "20", "--max_valid_samples", "40")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "lora_model/metrics.jsonl").read_text("utf-8").splitlines()]

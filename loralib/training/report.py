@@ -372,8 +372,12 @@ class Learned:
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Learned:
         """Looks at a model, of that name unless it says otherwise; where it is spread over ranks, all take part."""
-        layers = adapted_layers(model)
-        norms = [(at, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for at, layer in layers]
+        norms = [
+            (at if leaf == "weight" else f"{at}.{leaf}", _norm(layer.delta_weight_of(leaf)), _norm(dense(weight)))
+            for at, layer in adapted_layers(model)
+            for leaf in layer.weight_names
+            for weight in [layer.base_weight_of(leaf)]
+        ]
         return cls(getattr(model, "name_or_path", "") or name, adapter_of(model), norms)
 
 

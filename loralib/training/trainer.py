@@ -681,14 +681,17 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
 def _has_learned(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
     layers = adapted_layers(model)
     for name, layer in layers:
-        tensors, after = layer.trained_tensors(), layer.delta_weight()
+        tensors, after = layer.trained_tensors(), {at: layer.delta_weight_of(at) for at in layer.weight_names}
         values = {leaf: tensor.data for leaf, tensor in tensors.items()}
         for leaf, tensor in _initial_of(name, layer, initial).items():
             tensors[leaf].data = tensor
-        before = layer.delta_weight()
+        before = {at: layer.delta_weight_of(at) for at in layer.weight_names}
         for leaf, tensor in values.items():
             tensors[leaf].data = tensor
-        if (after - before).norm() > torch.finfo(torch.float32).eps * dense(layer.base_weight).float().norm():
+        rounding = torch.finfo(torch.float32).eps
+        if any(
+            (after[at] - before[at]).norm() > rounding * dense(layer.base_weight_of(at)).float().norm() for at in after
+        ):
             return True
     in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
     others = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers)
