@@ -20,6 +20,7 @@ from .utils import lora_state_dict, mark_only_lora_as_trainable
 if TYPE_CHECKING:
     from .adapter import Adapter, ApplyReport, adapter_of, apply_adapter
     from .bases import load_base
+    from .bases.classifiers import load_adapted_classifier, load_classifier
     from .config import LoraConfig
     from .data import Example
     from .engine.bank import Bank
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .generation import Generation, Hypothesis, Sampling, beam_search, generate
     from .injection import InjectReport, disabled, inject, merge, remove, unmerge
     from .training import TrainConfig, train
+    from .training.predicting import Prediction, predict
     from .training.trainer import TrainResult
 
 __version__ = "1.0.0"
@@ -49,6 +51,7 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "MergedLinear",
+    "Prediction",
     "Sampling",
     "TrainConfig",
     "TrainResult",
@@ -58,11 +61,14 @@ __all__ = [
     "disabled",
     "generate",
     "inject",
+    "load_adapted_classifier",
     "load_adapter",
     "load_base",
+    "load_classifier",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "predict",
     "read_adapter",
     "remove",
     "save_adapter",
@@ -74,6 +80,7 @@ __all__ = [
 _LAZY = {
     "adapter": ("Adapter", "ApplyReport", "adapter_of", "apply_adapter"),
     "bases": ("load_base",),
+    "bases.classifiers": ("load_adapted_classifier", "load_classifier"),
     "config": ("LoraConfig",),
     "data": ("Example",),
     "engine.bank": ("Bank",),
@@ -82,6 +89,7 @@ _LAZY = {
     "generation": ("Generation", "Hypothesis", "Sampling", "beam_search", "generate"),
     "injection": ("InjectReport", "disabled", "inject", "merge", "remove", "unmerge"),
     "training": ("TrainConfig", "train"),
+    "training.predicting": ("Prediction", "predict"),
     "training.trainer": ("TrainResult",),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}

@@ -46,6 +46,7 @@ from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
+LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; without any, it predicts a number
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 QUANTIZE = "loralib.quantize"  # metadata: the bits in which it was held during training, unless as usual
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
@@ -190,13 +191,25 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     return Adapter(
         config=config,
         tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
-        metadata=({BASE: fingerprint(model, in_full.keys())} if known_base else {}) | _held_in(model),
+        metadata={
+            **({BASE: fingerprint(model, in_full.keys())} if known_base else {}),
+            **_held_in(model),
+            **_labels_of(model, config),
+        },
     )
 
 
 def _held_in(model: nn.Module) -> dict[str, str]:
     kind = quantization_of(model)
     return {} if kind == "none" else {QUANTIZE: kind}
+
+
+def _labels_of(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Returns what a classifier's logits stand for, which PEFT's settings have no place for."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if config.task_type != "SEQ_CLS" or not isinstance(names, dict):
+        return {}
+    return {LABELS: json.dumps([str(names[number]) for number in sorted(names)] if len(names) > 1 else [])}
 
 
 def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:

@@ -577,6 +577,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
         ({"loralib": {"output_dir": "/etc", "train_data": "/etc/passwd"}}, 400, "output_dir is set by the server"),
         ({"loralib": {"from_adapter": "/etc"}}, 400, "from_adapter is set by the server"),
+        ({"loralib": {"task": "classify"}}, 400, "loralib train --task classify"),
         ({"loralib": {"rnak": 8}}, 400, "Did you mean 'rank'?"),
         ({"loralib": {"rank": -1, "lora_dropout": 2}}, 400, "lora_dropout is 2"),
         ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are the same setting"),

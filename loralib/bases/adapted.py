@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapter import Adapter, apply_adapter
 from ..console import say
-from ..errors import BaseModelError, ConfigError, LoraError, list_faults
+from ..errors import AdapterError, BaseModelError, ConfigError, LoraError, list_faults
 from ..formats import is_read_with_base, locate_adapter, read_adapter, with_present_names
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
@@ -102,6 +102,11 @@ def load_adapted(
     value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
     if adapter is not None and value is None and model is None:
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
+    if value is not None and value.config.task_type == "SEQ_CLS":
+        raise AdapterError(
+            f"{adapter} is a classifier, which gives texts labels and writes none: `loralib predict --adapter "
+            f"{adapter}` (loralib.load_adapted_classifier and loralib.predict in Python)"
+        )
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)

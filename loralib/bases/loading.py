@@ -182,7 +182,8 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
     directory = locate_adapter(adapter)
     if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    tokenizer = _read_tokenizer(directory, os.fspath(adapter))
+    writes = not type(model).__name__.endswith("ForSequenceClassification")
+    tokenizer = _read_tokenizer(directory, os.fspath(adapter), needs_end=writes)
     _check_vocabulary(model, tokenizer, os.fspath(adapter))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -451,7 +452,7 @@ def _note_on_config(path: Path) -> str:
     return ""
 
 
-def _read_tokenizer(path: Path, name: str) -> Any:
+def _read_tokenizer(path: Path, name: str, *, needs_end: bool = True) -> Any:
     transformers = _transformers()
     note = ""
     try:
@@ -470,10 +471,10 @@ def _read_tokenizer(path: Path, name: str) -> Any:
         ) from error
     if note:
         _note(note)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_end:
         raise BaseModelError(f"the tokenizer of {name!r} has no end token, so a model could not learn to stop.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
     return tokenizer
 
 

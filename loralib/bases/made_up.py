@@ -1,4 +1,4 @@
-"""Base models that are built on the spot with random weights: the only file that knows scratch and run-demo.
+"""Base models that are built on the spot with random weights: the only file that knows scratch and the others.
 
 Each has a width, a number of blocks and a seed. `build_base` builds the one that a name asks for; a name such as
 ``scratch-64x1-seed5`` holds all three, so that an adapter's config can name the base exactly.
@@ -123,6 +123,35 @@ def build_scratch(hidden_dim: int, num_layers: int) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def build_encoder(hidden_dim: int, num_layers: int) -> Any:
+    """Builds a ModernBERT without dropout, for classification: what it makes of a text is the mean over its tokens."""
+    import transformers
+
+    divisors = [n for n in range(1, hidden_dim + 1) if hidden_dim % n == 0 and hidden_dim // n % 2 == 0]
+    if not divisors:
+        raise ConfigError(f"hidden_dim is {hidden_dim}, expected an even number for scratch-encoder")
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_dim,
+        intermediate_size=2 * hidden_dim,
+        num_hidden_layers=num_layers,
+        num_attention_heads=min(divisors, key=lambda n: abs(n - hidden_dim / 64)),
+        classifier_pooling="mean",
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+    )
+    say(
+        f"note: 'scratch-encoder' is a ModernBERT with random weights (hidden_dim {hidden_dim}, num_layers "
+        f"{num_layers}). It learns which words go with which label, and knows no word beforehand. Use it to try things "
+        "out.",
+        file=sys.stderr,
+    )
+    return transformers.ModernBertForMaskedLM(config)
+
+
 class RunDemo(nn.Module):
     """A LoRA embedding, blocks of two LoRA linears (width, 4 * width, width) with biases, and an untied head.
 
@@ -192,5 +221,6 @@ class RunDemo(nn.Module):
 # The model has a `config` like those of transformers.
 MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {
     "scratch": (build_scratch, None),
+    "scratch-encoder": (build_encoder, None),
     "run-demo": (RunDemo, "fp32"),
 }

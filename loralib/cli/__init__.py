@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train an adapter",
     "plan": "say what fits into memory, and with which command",
     "generate": "generate text with a model and an adapter",
+    "predict": "give texts the labels that a classifier has learned",
     "chat": "chat with a model in the terminal",
     "evaluate": "score texts against references",
     "reproduce": "train, generate and score as in the LoRA paper",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..bases import load_adapted, load_base, resize_tables_for
+from ..bases.classifiers import is_classifier, labels_in, load_classifier
 from ..bases.device import pick_device, pick_dtype
 from ..bases.made_up import is_made_up
 from ..bases.quant import KINDS
@@ -218,7 +219,10 @@ def read_with_base(
             raise BaseModelError(f"{path} does not name its base model; give --model MODEL")
         check_base(name)
         say(f"Loading {name} ...")
-        model, tokenizer = load_base(name, dtype="fp32", device="cpu")
+        if adapter is not None and is_classifier(adapter):
+            model, tokenizer = load_classifier(name, labels_in(adapter), dtype="fp32", device="cpu")
+        else:
+            model, tokenizer = load_base(name, dtype="fp32", device="cpu")
     if adapter is None:
         adapter = read(path, args, model)
     elif model is not None:

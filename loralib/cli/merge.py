@@ -17,6 +17,7 @@ import torch
 
 from ..adapter import QUANTIZE
 from ..bases import load_adapters_tokenizer, load_base, pick_dtype
+from ..bases.classifiers import is_classifier, load_classifier
 from ..bases.quant import make_dense, round_model
 from ..console import counted, say
 from ..data import prompt_ids
@@ -84,7 +85,8 @@ def _merge(args: argparse.Namespace) -> None:
     )
     say(report)
     files = save_merged(model, args.output, tokenizer, max_shard_size=args.max_shard_size)
-    back, _ = load_base(args.output, dtype=args.dtype, device="cpu")
+    load = load_classifier if is_classifier(adapter) else load_base
+    back, _ = load(args.output, dtype=args.dtype, device="cpu")
     ours, theirs = model.state_dict(), back.state_dict()
     differ = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
     if differ:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .class_tokens import ClassRow, encode_classes, load_classes
+from .classes import CLASSES, Labels
 from .readers import (
+    CLASSIFY,
     FORMATS,
     PREFERENCES,
     Example,
@@ -29,20 +32,26 @@ from .tokens import (
 )
 
 __all__ = [
+    "CLASSES",
+    "CLASSIFY",
     "FORMATS",
     "OBJECTIVES",
     "PREFERENCES",
+    "ClassRow",
     "Dropped",
     "Encoded",
     "Example",
+    "Labels",
     "PreferencePair",
     "Source",
     "TokenExample",
     "draw",
     "encode",
+    "encode_classes",
     "group_by_prompt",
     "length_at",
     "length_report",
+    "load_classes",
     "load_examples",
     "parse_source",
     "prompt_ids",

@@ -39,6 +39,8 @@ class Example:
             segments when the example is tokenized, so a chat has none of its own.
         fields: what else the chat template gets: ``tools``, ``documents``.
         rejected: of preference data, the same prompt with the answer that is not preferred; else None.
+        label: of a row to classify, its class, or the number to predict; else None.
+        text_pair: of a row of two texts, the second one, which is the last of `segments`.
 
     >>> Example.of("name : The Wharf", "It is The Wharf.").completion
     'It is The Wharf.'
@@ -50,6 +52,8 @@ class Example:
     messages: tuple[Turn, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     rejected: Example | None = None
+    label: str | float | None = None
+    text_pair: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(Turn(*turn) for turn in self.messages))

@@ -37,7 +37,8 @@ CHATS: Final[tuple[str, ...]] = ("messages", "conversations", "conversation")
 SYSTEM: Final[tuple[str, ...]] = ("system", "system_prompt")
 # What a chat template takes besides the turns.
 PASSED: Final[tuple[str, ...]] = ("tools", "functions", "documents", "chat_template_kwargs")
-_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *"text system history tools documents chosen rejected".split())
+_OTHERS: Final = "text text_pair label system history tools documents chosen rejected".split()
+_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *_OTHERS)
 
 # Fields that say what the model should see or learn: they are used or refused.
 MATTERS: Final = {
@@ -63,12 +64,14 @@ class How(NamedTuple):
         as_chat: whether prompts and completions become chats.
         prompts: whether only prompts are wanted, so that there may be no completion.
         preferences: whether each record holds a chosen and a rejected answer; None: some may.
+        classes: whether each record holds a text to classify, and unless only `prompts` are wanted its label.
     """
 
     columns: Mapping[str, str] = {}
     as_chat: bool = False
     prompts: bool = False
     preferences: bool | None = False
+    classes: bool = False
 
 
 def parse_columns(columns: str | Mapping[str, str | None] | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import DataError, did_you_mean, list_faults
+from .classes import CLASSES
 from .examples import Example, chat_of, meaning_prompt
 from .fields import How, parse_columns
 from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
@@ -34,6 +35,7 @@ from .tables import (
 )
 
 __all__ = [
+    "CLASSIFY",
     "FORMATS",
     "PREFERENCES",
     "SEPARATOR",
@@ -50,11 +52,13 @@ __all__ = [
     "read_prompts",
     "read_prompts_with",
     "read_sources",
+    "read_unlabelled",
     "register_reader",
 ]
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "csv", "parquet", "arrow", "text", "dart", "webnlg")
 PREFERENCES: Final = ("dpo", "orpo")  # objectives that learn from pairs of answers
+CLASSIFY: Final = "classify"  # in the place of an objective: texts with labels
 SEPARATOR: Final = "||"  # between the meaning representation and the text of an E2E line
 
 Columns = str | Mapping[str, str | None] | None
@@ -100,14 +104,15 @@ def read_sources(
         columns: see `read_examples`.
         as_chat: see `read_examples`.
         objective: what the data are for: dpo and orpo learn from rows with a chosen and a rejected answer, the others
-            from any other rows.  None: either.
+            from any other rows.  None: either.  "classify": texts with labels.
         name: what to call data that is no file in messages.
 
     Raises:
         DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or nothing is
             given.
     """
-    how = How(parse_columns(columns), as_chat, preferences=None if objective is None else objective in PREFERENCES)
+    preferences = None if objective is None else objective in PREFERENCES
+    how = How(parse_columns(columns), as_chat, preferences=preferences, classes=objective == CLASSIFY)
     if isinstance(data, (str, Path, Source)) or is_table(data) or _are_examples(data):
         data = [data]
     if not isinstance(data, Sequence):
@@ -128,11 +133,16 @@ def read_sources(
 
 
 def _require_objective(source: Source, name: str, objective: str | None) -> None:
-    """Refuses examples of preferences for another objective, and the other way round.
+    """Refuses examples of preferences for another objective, and the other way round; and texts without labels.
 
     Raises:
         DataError: some are of the other kind.
     """
+    if objective == CLASSIFY:
+        if bare := [example for example in source.examples if example.label is None]:
+            of_all = f"{len(bare):,} of {len(source.examples):,} examples"
+            raise DataError(f"{name}: {of_all} have no label (Example.label).")
+        return
     wants = source.examples[0].rejected is not None if objective is None else objective in PREFERENCES
     wrong = [example for example in source.examples if (example.rejected is not None) != wants]
     if not wrong:
@@ -172,6 +182,8 @@ def _source(item: Any, format: str, how: How, name: str) -> Source:
 
 
 def _records(how: How) -> str:
+    if how.classes:
+        return "text" if how.prompts else CLASSES
     if how.preferences is None:
         return f"{RECORDS}, or {PREFERENCE_FORMS}"
     return PREFERENCE_FORMS if how.preferences else "prompt or messages" if how.prompts else RECORDS
@@ -209,6 +221,20 @@ def read_examples(
             would be left out that change what the model should see.
     """
     return _read(path, format, How(parse_columns(columns), as_chat)).examples
+
+
+def read_unlabelled(path: str | Path, format: str = "auto", *, columns: Columns = None) -> list[Example]:
+    """Reads texts to classify, in file order, of which each may have a label.
+
+    Args:
+        path: a file of records that `read_examples` takes, with text, and if wanted text_pair and label.
+        format: see `read_examples`.
+        columns: see `read_examples`.
+
+    Raises:
+        DataError: as `read_examples`, or a record has no text.
+    """
+    return _read(path, format, How(parse_columns(columns), prompts=True, classes=True)).examples
 
 
 def read_prompts(
@@ -389,6 +415,11 @@ def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tu
     """Reads a file whose examples are not records."""
     if how.columns:
         raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or give data_format.")
+    if how.classes:
+        raise DataError(
+            f"{path} is read as {format}, which has no labels. Give .jsonl, .csv, .tsv, .parquet or .arrow with "
+            f"{CLASSES}."
+        )
     key = "e2e.csv" if format == "e2e" and path.suffix.lower() == ".csv" else format
     if key not in _READERS:
         raise DataError(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from ..errors import DataError, did_you_mean, list_faults
+from .classes import class_example
 from .examples import Example, Turn, meaning_prompt
 from .fields import (
     ANSWERS,
@@ -192,6 +193,8 @@ _ALPACA_INPUT: Final = ", paired with an input that provides further context"
 
 def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]]:
     """Returns the example, the name of its form, and the fields that were used."""
+    if how.classes:
+        return class_example(record, where, needs_label=not how.prompts, columns=how.columns)
     if how.preferences is not False:
         found = _preference(record, where, how)
         if found is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "Encoded",
     "PreferencePair",
     "TokenExample",
+    "draw_sources",
     "encode",
     "length_at",
     "length_report",
@@ -301,15 +302,26 @@ def load_examples(
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
     parts = [_limited(whole, _checked(seq_len), tokenizer) for whole in wholes]
-    drawn = _drawn(parts, [source.weight for source in loaded], max_samples, seed)
+    drawn = draw_sources(loaded, parts, max_samples, seed)
+    return replace(drawn, seq_len=seq_len, notes=tuple(note for source in loaded for note in source.notes))
+
+
+def draw_sources(sources: Sequence[Any], parts: Sequence[Encoded], max_samples: int | None, seed: int) -> Encoded:
+    """Makes one of the encoded examples of several sources, each drawn as often as its weight says.
+
+    Args:
+        sources: what `read_sources` returned.
+        parts: their examples, encoded.
+        max_samples: see `load_examples`.
+        seed: random seed of the sample.
+    """
+    drawn = _drawn(parts, [source.weight for source in sources], max_samples, seed)
     return Encoded(
         examples=[tokens for _, tokens in drawn],
         texts=[text for text, _ in drawn],
         out=[item for part in parts for item in part.out],
         lengths=[length for part in parts for length in part.lengths],
         given=sum(part.given for part in parts),
-        seq_len=seq_len,
-        notes=tuple(note for source in loaded for note in source.notes),
     )
 
 

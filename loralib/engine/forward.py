@@ -185,6 +185,12 @@ class Forward:
                 self._is_held = False
 
     @contextmanager
+    def computing(self, use: Use, *, gradient: bool) -> Iterator[None]:
+        """Computes one pass, or what belongs together, with all that it needs in the model's place."""
+        with self.lock, torch.set_grad_enabled(gradient), self.held(use), self.overriding():
+            yield
+
+    @contextmanager
     def overriding(self) -> Iterator[None]:
         """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}

@@ -40,9 +40,14 @@ __all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progre
 OVER: Final = ("succeeded", "failed", "cancelled")
 # Settings that name places or belong to the server, and those that have arguments of their own.
 NOT_SETTABLE: Final = frozenset(
-    "model train_data valid_data output_dir from_adapter adapter resume overwrite report_to device shard hidden_dim "
-    "num_layers chat_template".split()
+    "model task modules_to_save train_data valid_data output_dir from_adapter adapter resume overwrite "
+    "report_to device shard hidden_dim num_layers chat_template".split()
 )
+_HEADS: Final = "is not for jobs, whose adapters are served, and these have no heads"
+_NOT_SERVED: Final = {
+    "task": f"task {_HEADS}: classifiers are trained by `loralib train --task classify`",
+    "modules_to_save": f"modules_to_save {_HEADS}",
+}
 _TEMPLATE: Final = "chat_template.jinja"  # in a job's directory
 _ID: Final = re.compile(r"ftjob-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIX: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
@@ -446,7 +451,7 @@ class Jobs:
         except (ValueError, TypeError) as error:  # halves of characters, which JSON can hold and no file
             raise RequestError(f"the job has settings that cannot be written: {error}", param="loralib") from error
         own = {name: value for name, value in settings.items() if name in NOT_SETTABLE}
-        faults = [f"{name} is set by the server" for name in own]
+        faults = [_NOT_SERVED.get(name, f"{name} is set by the server") for name in own]
         faults += setting_faults(TrainConfig, {name: value for name, value in settings.items() if name not in own})
         if faults:
             raise RequestError(list_faults("the job has invalid settings", faults), param="loralib")

@@ -18,6 +18,7 @@ from ..data import FORMATS, OBJECTIVES, PREFERENCES
 from ..errors import ConfigError
 from ..settings import canonical, check, setting, settings_class
 from ..variants import contradictions
+from .class_metrics import METRICS
 
 __all__ = ["AUTOMATIC", "TrainConfig"]
 
@@ -102,6 +103,12 @@ class TrainConfig:
         common=True,
         auto=True,
     )
+    task: str = setting(
+        "lm",
+        "write texts (lm), or give texts a label (classify): rows of text, text_pair and label",
+        _DATA,
+        ("lm", "classify"),
+    )
     objective: str = setting(
         "clm",
         "train on completions only (clm), on all tokens (jlm), or on preferences: pairs of a chosen and a rejected "
@@ -176,6 +183,12 @@ class TrainConfig:
         None,
         "blocks of fused projections to adapt: c_attn=1,0,1 adapts q and v; semicolons separate projections",
         "adapter",
+    )
+    modules_to_save: str | Sequence[str] | None = setting(
+        None,
+        "modules to train in full and save with the adapter; with task classify, its head and what else is new anyway",
+        "adapter",
+        several="names",
     )
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(rank) instead (rsLoRA)", "adapter")
     use_dora: bool = setting(False, "train lengths and directions of the weights' rows apart (DoRA)", "adapter")
@@ -280,6 +293,13 @@ class TrainConfig:
 
     # Validation, checkpoints and logs.
     eval_steps: int = setting(0, "validate every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
+    best_metric: str = setting(
+        "loss",
+        "with task classify, what the best adapter is best in on the validation data: loss, accuracy, f1 (of two "
+        "labels), macro_f1, matthews, or of numbers pearson",
+        _LOGS,
+        ("loss", *METRICS),
+    )
     early_stopping: int = setting(
         0, "stop after this many validations without a lower loss; 0: never", _LOGS, at_least=0
     )
@@ -308,7 +328,7 @@ class TrainConfig:
             )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
-        faults += self._objective_faults()
+        faults += self._objective_faults() + self._task_faults()
         for parse in (self._blocks, self._token_indices):
             try:
                 parse()
@@ -321,6 +341,31 @@ class TrainConfig:
             )
         with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
             faults += contradictions(self.lora_config(), trained=False)
+        return faults
+
+    def _task_faults(self) -> list[str]:
+        if self.task != "classify":
+            spare = f"best_metric is {self.best_metric!r}, which is for task classify: leave it out"
+            return [spare] if self.best_metric != "loss" else []
+        others = {
+            "objective": (
+                "clm",
+                f"objective is {self.objective!r}, and task classify has its own: leave it out",
+            ),
+            "arithmetic": ("standard", "arithmetic is 'paper', which has no task classify: leave it out"),
+            "shard": (False, "shard is on, which is for task lm: leave it out; torchrun without it is right"),
+            "as_chat": (False, "as_chat is on, and task classify takes texts as they are: leave it out"),
+            "chat_template": (None, "chat_template is given, and task classify takes texts as they are: leave it out"),
+            "max_siblings": (1, f"max_siblings is {self.max_siblings}, which is for task lm: leave it out"),
+            "compile": ("auto", f"compile is {self.compile!r}, which is for task lm: leave it at auto"),
+        }
+        faults = [text for name, (usual, text) in others.items() if getattr(self, name) != usual]
+        if self.init_lora_weights == "eva":
+            faults.append("init_lora_weights is 'eva', which is for task lm: use pissa, olora or default")
+        if self.data_format in ("e2e", "text", "dart", "webnlg"):
+            faults.append(f"data_format is {self.data_format!r}, which has no labels: use jsonl, csv, parquet or arrow")
+        if self.target in ("vllm", "llamacpp", "mlx"):
+            faults.append(f"target is {self.target!r}, which takes no adapter with a head: use peft or none")
         return faults
 
     def _objective_faults(self) -> list[str]:
@@ -376,8 +421,13 @@ class TrainConfig:
             lora_bias=self.lora_bias,
             trainable_token_indices=self._token_indices(),
             bias=self.bias,
-            task_type="CAUSAL_LM",
+            modules_to_save=self._modules_to_save(),
+            task_type="SEQ_CLS" if self.task == "classify" else "CAUSAL_LM",
         )
+
+    def _modules_to_save(self) -> Sequence[str] | None:
+        names = self.modules_to_save
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _targets(self) -> str | Sequence[str]:
         return (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data import Encoded, Source, load_examples, read_sources
+from ..data import CLASSIFY, Encoded, Labels, Source, load_examples, read_sources
 from ..errors import ConfigError
+from .classification import labels_for
 from .config import TrainConfig
 from .plan import how_to_read
 from .ranks import joined
@@ -41,18 +42,19 @@ def run_job(config: TrainConfig) -> TrainResult:
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
         # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
-        sources, valid_sources = ranks.together(lambda: _read(config))
+        sources, valid_sources, labels = ranks.together(lambda: _read(config))
         reporter = Reporter(ranks.is_first)
         with hold_run(config, ranks) as directory:
             if (ended := ranks.first(directory.finished_run)) is not None:
                 return finished(directory, ended, reporter)
             ranks.first(directory.look)
             reporter.say(f"Loading {base_for(config)} ...")
-            model, tokenizer = load_base_for(config, ranks)
+            model, tokenizer = load_base_for(config, ranks, labels)
             return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter, ranks)
 
 
-def _read(config: TrainConfig) -> tuple[list[Source], list[Source] | None]:
+def _read(config: TrainConfig) -> tuple[list[Source], list[Source] | None, Labels | None]:
     kinds = how_to_read(config)
     valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
-    return read_sources(config.train_data, **kinds), valid
+    train = read_sources(config.train_data, **kinds)
+    return train, valid, labels_for(config, train, valid) if config.task == CLASSIFY else None

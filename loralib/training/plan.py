@@ -8,19 +8,24 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from ..bases.classifiers import class_names
 from ..console import count, counted, size
 from ..data import (
+    CLASSIFY,
     PREFERENCES,
+    ClassRow,
     Encoded,
+    Labels,
     PreferencePair,
     Source,
     TokenExample,
     draw,
     length_at,
+    load_classes,
     load_examples,
     read_sources,
 )
@@ -40,6 +45,7 @@ __all__ = [
     "automatic_settings",
     "examples_at_once",
     "how_to_read",
+    "is_tokens",
     "length_limit",
     "make_plan",
     "split_off",
@@ -98,12 +104,13 @@ def make_plan(
         DataError: no data, or data of another kind, or that the model cannot be given.
     """
     longest, why = limit or length_limit(model, config)
-    encoded = _encoded(data, tokenizer, config, longest, config.max_train_samples, "training")
+    labels = Labels(class_names(model)) if config.task == CLASSIFY else None
+    encoded = _encoded(data, tokenizer, config, longest, config.max_train_samples, "training", labels)
     _tell(encoded, "training", model, config, longest, why, say)
     train, valid = encoded.examples, list[TokenExample]()
     facts = data_record("training", _paths(data, config.train_data), train, encoded.given)
     if valid_data is not None:
-        apart = _encoded(valid_data, tokenizer, config, longest, config.max_valid_samples, "validation")
+        apart = _encoded(valid_data, tokenizer, config, longest, config.max_valid_samples, "validation", labels)
         _tell(apart, "validation", model, config, longest, why, say)
         valid = apart.examples
         facts += data_record("validation", _paths(valid_data, config.valid_data), valid, apart.given)
@@ -231,10 +238,20 @@ def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
 # The data.
 
 
-def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, max_samples: int, kind: str) -> Encoded:
+def _encoded(
+    data: Any,
+    tokenizer: Any,
+    config: TrainConfig,
+    limit: int | None,
+    max_samples: int,
+    kind: str,
+    labels: Labels | None = None,
+) -> Encoded:
     """Turns whatever `loralib.train` accepts as data into token examples, at most `max_samples` of them; 0: all."""
-    if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
-        wants = PreferencePair if config.objective in PREFERENCES else TokenExample
+    if is_tokens(data):
+        wants = (
+            ClassRow if config.task == CLASSIFY else PreferencePair if config.objective in PREFERENCES else TokenExample
+        )
         if any(type(item) is not wants for item in data):
             found = " and ".join(sorted({type(item).__name__ for item in data}))
             raise DataError(f"{kind} data holds {found}, expected {wants.__name__} for objective {config.objective}")
@@ -242,6 +259,11 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
         raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
+    if labels is not None:
+        most, draws = getattr(tokenizer, "model_max_length", None), max_samples or None
+        if isinstance(most, int) and most < 1 << 30:  # a tokenizer that does not know says 10^30
+            limit = min(limit or most, most)
+        return load_classes(sources, tokenizer, limit=limit, labels=labels, max_samples=draws, seed=config.seed)
     if config.seq_len is None and all(example.is_plain for source in sources for example in source.examples):
         limit = min(limit or _WINDOW, _WINDOW)
     return load_examples(
@@ -254,10 +276,15 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
     )
 
 
+def is_tokens(data: Any) -> bool:
+    """Whether data are token examples, which have been read and tokenized already."""
+    return isinstance(data, Sequence) and bool(data) and all(isinstance(item, TokenExample) for item in data)
+
+
 def how_to_read(config: TrainConfig) -> dict[str, Any]:
     """Returns a run's arguments for `read_sources`."""
     names = {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
-    return {**names, "objective": config.objective}
+    return {**names, "objective": CLASSIFY if config.task == CLASSIFY else config.objective}
 
 
 def _limited_tokens(data: Sequence[TokenExample], limit: int | None, max_samples: int, seed: int, kind: str) -> Encoded:
@@ -296,6 +323,14 @@ def _split(
         return rows, [], share
     keys = [_group(text, row) for text, row in zip(encoded.texts, rows, strict=True)]
     train, valid = split_off(rows, keys, wanted, config.seed)
+    if config.task == CLASSIFY:  # of a label that is rare, all examples may have been drawn
+        learned = {row.label for row in cast("list[ClassRow]", train)}
+        rare = [
+            row
+            for row in cast("list[ClassRow]", valid)
+            if row.label not in learned and not isinstance(row.label, float)
+        ]
+        train, valid = [*train, *rare], [row for row in valid if row not in rare]
     if not valid:
         say("Validation: none, since too many examples share one prompt to set some apart; give --valid_data")
         return rows, [], 0.0

@@ -78,8 +78,9 @@ class Progress:
         examples, tokens, trained_tokens: seen so far.
         epoch_loss, epoch_weight: weighted sum of the losses in the current epoch, and sum of the weights.
         train_losses: average training loss of each finished epoch.
-        valid_losses: ``[step, loss]`` of each validation; at step 0 it is the loss before training.
-        best: lowest validation loss after any update.
+        valid_losses: ``[step, loss]`` of each validation; at step 0 it is the loss before training.  Where the best
+            adapter is not the one of the lowest loss, then what is lowest for it comes third.
+        best: the lowest of these after any update.
         bad: validations since then.
         metrics_bytes: length of metrics.jsonl; on resuming, whatever a crash left after it is cut off.
         finished: whether the run reached its end.
@@ -121,13 +122,14 @@ class Progress:
         passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad", "ranks")
         return {name: value for name, value in asdict(self).items() if name not in passing}
 
-    def add_validation(self, loss: float) -> bool:
-        """Records a validation loss; returns whether it is the lowest one after any update."""
-        self.valid_losses.append([self.step, loss])
+    def add_validation(self, loss: float, score: float | None = None) -> bool:
+        """Records a validation loss; returns whether it, or a score, is the lowest one after any update."""
+        self.valid_losses.append([self.step, loss] if score is None else [self.step, loss, score])
         if self.step == 0:
             return False
-        is_best = self.best is None or loss < self.best
-        self.best, self.bad = (loss, 0) if is_best else (self.best, self.bad + 1)
+        score = loss if score is None else score
+        is_best = self.best is None or score < self.best
+        self.best, self.bad = (score, 0) if is_best else (self.best, self.bad + 1)
         return is_best
 
     def is_due(self, every: int, last_step: int) -> bool:
@@ -146,7 +148,8 @@ class Progress:
         >>> Progress(valid_losses=[[0, 1.0], [4, 2.0], [8, 1.5], [12, 1.5]]).best_validation()
         (8, 1.5)
         """
-        return min(((int(s), loss) for s, loss in self.valid_losses if s), key=lambda pair: pair[1], default=None)
+        best = min((entry for entry in self.valid_losses if entry[0]), key=lambda entry: entry[-1], default=None)
+        return None if best is None else (int(best[0]), best[1])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..bases import DEFAULT_BASE, base_of, load_base, load_empty
+from ..bases.classifiers import load_classifier
 from ..bases.device import pick_device, pick_dtype
 from ..bases.loading import load_tokenizer
 from ..bases.made_up import is_made_up
@@ -20,7 +21,7 @@ from ..bases.sharded import shard
 from ..budget import free_on, require_room
 from ..config import LoraConfig
 from ..console import counted
-from ..data import TokenExample
+from ..data import Labels, TokenExample
 from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
@@ -54,8 +55,8 @@ def base_for(config: TrainConfig) -> str:
     return base_of(read_adapter(config.from_adapter))
 
 
-def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module, Any]:
-    """Loads the base model that a run trains on, and its tokenizer (see `load_base`)."""
+def load_base_for(config: TrainConfig, ranks: Ranks = ALONE, labels: Labels | None = None) -> tuple[nn.Module, Any]:
+    """Loads the base model that a run trains on, with a head where there are labels, and its tokenizer."""
     name, device = base_for(config), ranks.device(config.device)
     mesh = ranks.mesh(str(pick_device(device))) if config.shard else None
     dtype: Any = None if config.dtype == "auto" else config.dtype
@@ -66,7 +67,7 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module,
     if config.shard and not is_made_up(name):
         ranks.together(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
     load = functools.partial(
-        load_base,
+        load_base if labels is None else functools.partial(load_classifier, labels=labels.names),
         name,
         dtype=dtype,
         device=device,
@@ -74,7 +75,7 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[nn.Module,
         seed=config.seed,
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,
-        mesh=mesh,
+        **({"mesh": mesh} if labels is None else {}),
     )
     return load() if config.shard else ranks.together(load)  # what is spread is loaded in steps that all agree on
 

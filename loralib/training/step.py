@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -182,11 +182,8 @@ class Step:
                     loss = self._loss(laid, scale)
         return loss, laid
 
-    @contextmanager
-    def _computing(self, use: Literal["training", "inference"], *, gradient: bool) -> Iterator[None]:
-        forward = self._forward
-        with forward.lock, torch.set_grad_enabled(gradient), forward.held(use), forward.overriding():
-            yield
+    def _computing(self, use: Literal["training", "inference"], *, gradient: bool) -> AbstractContextManager[None]:
+        return self._forward.computing(use, gradient=gradient)
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
         row = pack(batch, share=self.share_prompts if share is None else share)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..adapter import apply_adapter
 from ..bases import with_chat_template
+from ..bases.classifiers import class_names, new_modules
 from ..console import counted
-from ..data import PREFERENCES, PreferencePair, TokenExample
+from ..data import CLASSIFY, PREFERENCES, Labels, PreferencePair, TokenExample
 from ..data.packing import epoch_order
 from ..data.turn_ends import are_chats
 from ..delta import dense
@@ -35,6 +36,7 @@ from ..formats import check_portable, load_adapter
 from ..injection import adapted_layers, adapted_model, disabled, inject, unmerge
 from ..layers import LoRALayer
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
+from .classification import ClassificationStep, prepare_classifier
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
 from .objective import TrainingStep, evaluate
@@ -110,7 +112,7 @@ def finished(directory: RunDirectory, ended: Progress, reporter: Reporter, note:
         steps=ended.step,
         losses=[],
         train_losses=ended.train_losses,
-        valid_losses=[(int(step), loss) for step, loss in ended.valid_losses],
+        valid_losses=[(int(step), loss) for step, loss, *_ in ended.valid_losses],
         tokens_per_second=0.0,
         seconds=0.0,
         adapter_bytes=adapter.stat().st_size if adapter.exists() else 0,
@@ -141,19 +143,20 @@ def run_in(
     if config.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, config.chat_template)
     settings = config.replace(**chosen)
+    classifies = config.task == CLASSIFY
+    if classifies:
+        data, valid_data = ranks.together(lambda: prepare_classifier(model, settings, tokenizer, data, valid_data))
     limit = length_limit(model, settings, ranks)
     plan = ranks.together(lambda: make_plan(model, data, valid_data, tokenizer, settings, reporter.say, limit))
     given, config = config, plan.config
     directory.config, directory.tokenizer = config, tokenizer
-    directory.chats = tokenizer is not None and are_chats(plan.train, tokenizer)
-    if not plan.valid and (config.early_stopping or config.eval_steps):
-        name = "early_stopping" if config.early_stopping else "eval_steps"
-        raise ConfigError(
-            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
-        )
+    directory.chats = tokenizer is not None and not classifies and are_chats(plan.train, tokenizer)
+    if not plan.valid:
+        _refuse_unvalidated(config)
     with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
-        require_causal(model)
+        if not classifies:
+            require_causal(model)
         with adapting_spread() if config.shard else nullcontext():
             _adapt(model, plan, reporter)
         if config.shard:
@@ -171,9 +174,21 @@ def run_in(
     return result
 
 
+def _refuse_unvalidated(config: TrainConfig) -> None:
+    """Refuses settings that are about validation, of which there is none."""
+    idle = {"early_stopping": 0, "eval_steps": 0, "best_metric": "loss"}
+    for name in [name for name, usual in idle.items() if getattr(config, name) != usual][:1]:
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
+        )
+
+
 def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
     """Gives the model an adapter unless it has one, and makes its weights the base's."""
     config, injected = plan.config, None
+    lora = config.lora_config()
+    if new := [name for name in new_modules(model) if not lora.saves(name)]:
+        lora = lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new])
     if config.from_adapter is not None:
         if adapted_layers(model):
             raise ConfigError("the model has an adapter already: leave out from_adapter, or pass a model without one")
@@ -181,10 +196,10 @@ def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
         reporter.say(f"Training on from {config.from_adapter}: {report}")
     elif not adapted_layers(model):
         if config.target != "none":
-            check_portable(config.lora_config(), model, config.target)
+            check_portable(lora, model, config.target)
         torch.manual_seed(config.seed)
         needs_data = config.init_lora_weights == "eva"
-        injected = inject(model, config.lora_config(), eva_batches(model, plan.train) if needs_data else None)
+        injected = inject(model, lora, eva_batches(model, plan.train) if needs_data else None)
     else:
         refuse_other_variant(config, model)
     unmerge(model)
@@ -195,6 +210,14 @@ def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
 
 def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
     """Returns the step of a run's objective."""
+    if config.task == CLASSIFY:
+        return ClassificationStep(
+            model,
+            Labels(class_names(model)),
+            packing=config.packing,
+            share_prompts=config.share_prompts,
+            label_smoothing=config.label_smoothing,
+        )
     return make_step(
         model,
         kind=partial(PREFERENCE_STEPS[config.objective], beta=config.beta) if config.objective in PREFERENCES else Step,
@@ -463,7 +486,8 @@ class Trainer:
         if not math.isfinite(loss):
             when = f"after update {progress.step}" if progress.step else "before training"
             raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
-        is_best = progress.add_validation(loss)
+        name = config.best_metric
+        is_best = progress.add_validation(loss, None if name == "loss" else -figures[name])
         # Of the last update; after a resume the optimiser has not been given it yet.
         lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
         self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started, figures)
@@ -507,7 +531,7 @@ class Trainer:
             steps=progress.step,
             losses=self.losses,
             train_losses=progress.train_losses,
-            valid_losses=[(int(step), loss) for step, loss in progress.valid_losses],
+            valid_losses=[(int(step), loss) for step, loss, *_ in progress.valid_losses],
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
             seconds=self.seconds,
             adapter_bytes=adapter_bytes,

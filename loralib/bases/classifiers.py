@@ -1,0 +1,292 @@
+"""Models that classify texts: a base model's body under a head with a logit for each label, and its tokenizer.
+
+A head that the base does not bring along is new, and random.  It trains in full and is saved with the adapter, and so
+does whatever else of the model is new (`new_modules`): otherwise nobody could load the adapter again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import LABELS, Adapter, apply_adapter
+from ..errors import AdapterError, BaseModelError, ConfigError, list_faults
+from ..formats import is_read_with_base, read_adapter, with_present_names
+from ..targets import HEADS
+from .adapted import base_of, tokenizer_for
+from .device import pick_device, pick_dtype
+from .loading import (
+    DEFAULT_BASE,
+    _check_vocabulary,
+    _model_directory,
+    _quiet,
+    _read_tokenizer,
+    _refuse_sizes,
+    _transformers,
+    load_tokenizer,
+    resize_tables_for,
+)
+from .made_up import build_base, is_made_up
+from .quant import check_kind, quantize_model
+from .quantized_reading import finish_reading, quantizing, take_over
+
+__all__ = [
+    "class_names",
+    "is_classifier",
+    "labels_in",
+    "load_adapted_classifier",
+    "load_classifier",
+    "name_classes",
+    "new_modules",
+    "own_classes",
+]
+
+TASK: Final = "SEQ_CLS"  # PEFT's name of the task
+_HEADS: Final = HEADS[TASK]
+_NEW: Final[weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def load_classifier(
+    name: str | os.PathLike[str] = DEFAULT_BASE,
+    labels: Sequence[str] | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    quantize: str | None = None,
+    seed: int = 0,
+    hidden_dim: int | None = None,
+    num_layers: int | None = None,
+) -> tuple[Any, Any]:
+    """Loads a model that classifies texts, in transformers' form (AutoModelForSequenceClassification).
+
+    Args:
+        name: see `load_base`; besides, encoders such as BERT, RoBERTa, DeBERTa and ModernBERT, and "scratch-encoder".
+        labels: the names of the classes; none: it predicts a number; None: those of the checkpoint.
+        dtype: of the weights, except the head's, which are fp32 since they are trained themselves.
+        device: see `load_base`.
+        quantize: see `load_base`.
+        seed: random seed of a new head, and of the weights of made-up bases.
+        hidden_dim: see `load_base`.
+        num_layers: see `load_base`.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        BaseModelError: there is no such model, it cannot be read, or there is no such form of it.
+        ConfigError: dtype or device is not available.
+    """
+    name, device = os.fspath(name), pick_device(device)
+    quantize = None if quantize == "none" else quantize
+    if quantize is not None:
+        check_kind(quantize)
+    settings = {} if labels is None else _settings(labels)
+    new = list[str]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_made_up(name):
+            model = _made_up(name, settings, dtype, device, seed, hidden_dim, num_layers)
+            tokenizer, name = load_tokenizer(DEFAULT_BASE), model.config.name_or_path
+            if quantize is not None:
+                quantize_model(model, quantize)
+        else:
+            _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
+            path, name = _model_directory(name)
+            model, new = _read(str(path), name, settings, pick_dtype(dtype, device), quantize)
+            tokenizer = _read_tokenizer(path, name, needs_end=False)
+            _check_vocabulary(model, tokenizer, name)
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    _finish(model, tokenizer, new)
+    return model.to(device).eval(), tokenizer
+
+
+def _finish(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
+    """Prepares a model that was read for its task; `new` are its tensors that the base does not have."""
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the last token of a text
+    _NEW[model] = _owners(model, new)
+    for part, module in model.named_modules():
+        if part in _NEW[model] or part in _HEADS:
+            _keep_in_fp32(module)
+
+
+def load_adapted_classifier(adapter: str, model: str | None = None, **options: Any) -> tuple[nn.Module, Any]:
+    """Loads the base model of a classifier's adapter with the adapter on it, and the tokenizer.
+
+    Args:
+        adapter: a PEFT directory.
+        model: the base; default: the one that the adapter names.
+        options: see `load_classifier`.
+
+    Raises:
+        AdapterError: it is no classifier, or does not fit the base.
+        BaseModelError: there is no such model.
+    """
+    value = None if is_read_with_base(adapter) else read_adapter(adapter)
+    if value is None or not is_classifier(value):
+        task = value.config.task_type if value is not None else None
+        raise AdapterError(
+            f"{adapter} is no classifier (its task_type is {task!r}, expected {TASK!r}). `loralib train --task "
+            "classify` trains one; for an adapter that writes texts there is `loralib generate`."
+        )
+    base, tokenizer = load_classifier(base_of(value, model), labels_in(value), **options)
+    value = with_present_names(value, base)
+    resize_tables_for(value, base)
+    apply_adapter(base, value)
+    return base.eval(), tokenizer_for(adapter, base, tokenizer)
+
+
+def is_classifier(adapter: Adapter) -> bool:
+    """Whether an adapter is one of a classifier of texts."""
+    return adapter.config.task_type == TASK
+
+
+def labels_in(adapter: Adapter) -> tuple[str, ...]:
+    """Returns the classes of a classifier's adapter: by name where they are kept, else as many as its head has."""
+    if LABELS in adapter.metadata:
+        return tuple(json.loads(adapter.metadata[LABELS]))
+    heads = [tensor for name, tensor in adapter.tensors.items() if name in _LAST]
+    if not heads:
+        raise AdapterError(
+            f"the adapter has no head ({', '.join(_LAST)}), so nothing says what its classes are. Save it with the "
+            f"head in modules_to_save (PEFT does so with task_type {TASK!r})."
+        )
+    count = heads[0].shape[0]
+    return tuple(f"LABEL_{number}" for number in range(count)) if count > 1 else ()
+
+
+_LAST: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Returns the classes of a model, in the order of its logits; none: it predicts a number.
+
+    Raises:
+        ConfigError: it is no classifier of texts.
+    """
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or not hasattr(config, "id2label"):
+        raise ConfigError(
+            f"{type(model).__name__} is no classifier of texts. Load it with loralib.load_classifier, or transformers' "
+            "AutoModelForSequenceClassification."
+        )
+    names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    return () if len(names) == 1 or config.problem_type == "regression" else names
+
+
+def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
+    """Writes the names of a model's classes into its config."""
+    config: Any = model.config
+    for key, value in _settings(labels).items():
+        if key != "num_labels":
+            setattr(config, key, value)
+
+
+def own_classes(name: str) -> tuple[str, ...] | None:
+    """Returns the classes of a checkpoint that has a head for them, before it is loaded; None: it has none."""
+    if is_made_up(name):
+        return None
+    path, _ = _model_directory(name)
+    try:
+        config = _transformers().AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception:  # loading it will say what is wrong
+        return None
+    if not any(str(each).endswith("ForSequenceClassification") for each in config.architectures or ()):
+        return None
+    names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    return () if len(names) == 1 else names
+
+
+def new_modules(model: nn.Module) -> tuple[str, ...]:
+    """Returns the modules whose weights the base does not bring along, so that they are random: for modules_to_save."""
+    return _NEW.get(model, ())
+
+
+def _settings(labels: Sequence[str]) -> dict[str, Any]:
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.device, seed: int, *sizes: Any) -> Any:
+    """Builds a classifier on the body of a made-up base, which is the same as without a head for classes."""
+    base = build_base(name, dtype, device, seed, *sizes)
+    classes = _transformers().AutoModelForSequenceClassification
+    if type(base.config) not in classes._model_mapping:
+        raise BaseModelError(f"{name} has no form for classification. Use scratch-encoder, or a pretrained --model.")
+    config = base.config.__class__.from_dict({**base.config.to_dict(), **settings})
+    config.name_or_path = base.config.name_or_path
+    model = classes.from_config(config)
+    body = base.base_model_prefix
+    getattr(model, body).load_state_dict(getattr(base, body).state_dict())
+    return model.to(base.dtype)
+
+
+def _read(
+    path: str, name: str, settings: dict[str, Any], dtype: torch.dtype, quantize: str | None
+) -> tuple[Any, list[str]]:
+    """Reads a model and returns it with the names of its tensors that are new."""
+    fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
+    try:
+        with _quiet():
+            model, info = _transformers().AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                **settings,
+                **fewer_bits,
+            )
+    except Exception as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"{name!r} cannot be read as a classifier of texts: {text[:300]} Choose a model that transformers has in "
+            "that form (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, Qwen."
+        ) from error
+    new = sorted(info["missing_keys"])
+    body = f"{model.base_model_prefix}."
+    lost = [key for key in new if key.startswith(body) and "pooler" not in key]
+    if lost:
+        heading = f"the weights of {name!r} lack {len(lost)} of {type(model).__name__}'s tensors"
+        raise BaseModelError(list_faults(heading, lost, "Download the model again, or use a complete one."))
+    if quantize is not None:
+        finish_reading(model)
+    elif getattr(model, "is_quantized", False):
+        take_over(model, name)
+    return model, new
+
+
+def _owners(model: Any, keys: Sequence[str]) -> tuple[str, ...]:
+    """Returns the modules that hold these tensors: the model's own parts, or modules within its body."""
+    body = model.base_model_prefix
+    owners = dict[str, None]()
+    for key in keys:
+        first, _, _ = key.partition(".")
+        owners[key.rpartition(".")[0] if first == body else first] = None
+    return tuple(owners)
+
+
+def _keep_in_fp32(module: nn.Module) -> None:
+    """Holds a part that is trained itself in fp32, under a body in fewer bits; it takes its inputs as they come."""
+    module.float()
+    for part in module.modules():
+        if any(parameter is not None for parameter in part._parameters.values()):
+            part.register_forward_pre_hook(_in_own_dtype)
+
+
+def _in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(parameter.dtype for parameter in module._parameters.values() if parameter is not None)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

@@ -1,0 +1,332 @@
+"""Learning to classify texts: cross-entropy over the labels, or the squared error of a number, averaged over rows.
+
+Decoders are computed on packed rows, in which a beginning that texts share is there once; encoders on padded ones,
+where texts of like length go together.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..bases.classifiers import class_names, labels_in, name_classes, own_classes
+from ..data import ClassRow, Labels, Source, TokenExample, read_sources
+from ..data.packing import Pack, pack
+from ..engine.classifier import ClassifierForward
+from ..engine.half import computes_in_half, scaled_backward
+from ..engine.limits import table_rows, text_config
+from ..engine.placement import engine_mode, evaluating
+from ..engine.transfer import to_device
+from ..errors import ConfigError
+from ..formats import read_adapter
+from .class_metrics import class_figures, confusion, moments, number_figures
+from .config import TrainConfig
+from .objective import StepStats
+from .plan import how_to_read, is_tokens
+
+__all__ = ["ClassificationStep", "by_length", "labels_for", "prepare_classifier"]
+
+_LEAST_USED = 0.85  # share of a padded batch that is text; batches with less are split by length
+_FEWEST = 4  # rows that are worth a pass of their own
+
+
+class _Padded(NamedTuple):
+    """Texts as a padded batch: ids (B, T), mask (B, T), and which text each token belongs to (B, T), if any."""
+
+    ids: Tensor
+    mask: Tensor
+    kinds: Tensor | None
+
+
+def labels_for(config: TrainConfig, train: Sequence[Source], valid: Sequence[Source] | None) -> Labels:
+    """Returns what a run's classifier tells apart, before a model is loaded.
+
+    Raises:
+        DataError: labels are of no use, or the validation data have others.
+        ConfigError: the base has a head already, or the adapter to train on from, and they are not among its labels;
+            or best_metric is not one of such labels.
+    """
+    if config.from_adapter is not None:
+        own: Sequence[str] | None = labels_in(read_adapter(config.from_adapter))
+        return _fitted(config, train, valid, own, config.from_adapter)
+    name = config.model
+    return _fitted(config, train, valid, own_classes(name), name)
+
+
+def prepare_classifier(model: nn.Module, config: TrainConfig, tokenizer: Any, data: Any, valid: Any) -> tuple[Any, Any]:
+    """Gives a classifier the labels of its data, and a padding token; returns the data, read.
+
+    Raises:
+        ConfigError: it is no classifier, or its head has other labels, or nothing says what padding is.
+        DataError: see `labels_for`; or the data cannot be read.
+    """
+    own, settings = class_names(model), text_config(model)
+    if settings.pad_token_id is None:
+        if tokenizer is None or tokenizer.pad_token_id is None:
+            raise ConfigError(
+                f"the config of the {type(model).__name__} has no pad_token_id, by which the last token of a text is "
+                "found, and no tokenizer tells it. Set tokenizer.pad_token = tokenizer.eos_token, and pass tokenizer=."
+            )
+        settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    if is_tokens(data):
+        _require_metric(config, Labels(own))
+        return data, valid
+    kinds = how_to_read(config)
+    sources = read_sources(data, **kinds, name="training data")
+    apart = None if valid is None or is_tokens(valid) else read_sources(valid, **kinds, name="validation data")
+    labels = _fitted(config, sources, apart, own, f"the {type(model).__name__}")
+    name_classes(model, labels.names)
+    return sources, valid if apart is None else apart
+
+
+def _fitted(
+    config: TrainConfig,
+    train: Sequence[Source],
+    valid: Sequence[Source] | None,
+    own: Sequence[str] | None,
+    name: str,
+) -> Labels:
+    examples = [example for source in train for example in source.examples]
+    apart = [example for source in valid or () for example in source.examples]
+    if own is None:
+        labels = Labels.of(examples, apart)
+    else:
+        labels = Labels.of(examples).fit_into(Labels(tuple(own)), name)
+        labels.check(apart, "validation", " that the model does not have")
+    _require_metric(config, labels)
+    return labels
+
+
+def _require_metric(config: TrainConfig, labels: Labels) -> None:
+    of_them = ("pearson",) if labels.are_numbers else ("accuracy", "f1", "macro_f1", "matthews")
+    fitting = ["loss", *(name for name in of_them if name != "f1" or len(labels.names) == 2)]
+    if config.best_metric not in fitting:
+        what = "numbers" if labels.are_numbers else f"{len(labels.names)} labels"
+        raise ConfigError(f"best_metric is {config.best_metric!r}, expected for {what} one of {', '.join(fitting)}")
+
+
+class ClassificationStep:
+    """Computes losses and gradients of batches for one classifier: a `loralib.training.objective.TrainingStep`.
+
+    Args:
+        model: a classifier of texts, in transformers' form.
+        labels: its labels.
+        packing: pack texts into one row where the model is a decoder.
+        share_prompts: compute beginnings that packed texts share once.
+        label_smoothing: share of the target probability spread over the labels.
+    """
+
+    unit = "row"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Labels,
+        *,
+        packing: bool = True,
+        share_prompts: bool = True,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self._model, self.labels = model, labels
+        self._label_smoothing = label_smoothing
+        self._forward = ClassifierForward(model)
+        self._half = computes_in_half(model)
+        self._run = ExitStack()
+        classes = len(labels.names)
+        self.width = 2 + (classes * classes or 5)
+        self.shown: tuple[str, ...] = ("pearson",) if labels.are_numbers else ("accuracy", "macro_f1")
+        self.note = ""
+        self.packing = False
+        if packing and self._forward.splits and engine_mode() != "off":
+            self.packing = True
+            self.note = self._why_not_packed()
+            self.packing = not self.note
+        self._forward.has_layouts = self.packing
+        self.share_prompts = share_prompts and self.packing
+
+    def __enter__(self) -> ClassificationStep:
+        self._run.enter_context(self._forward.held("training"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._run.close()
+
+    def count(self, examples: Sequence[TokenExample]) -> int:
+        """Returns over how many terms the loss of examples is averaged: the rows."""
+        return len(examples)
+
+    def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[float]:
+        """Returns the `loss_scale` of each batch of an update: weighted by rows, however it is split."""
+        assert paper_accum is None, "TrainConfig refuses it"
+        return [1 / max(1, sum(map(len, batches)))] * len(batches)
+
+    def forward_backward(self, batch: Sequence[TokenExample], *, loss_scale: float) -> StepStats:
+        """Adds the gradient of ``loss_scale * (sum of the rows' losses)`` to the `grad` of the trained parameters."""
+        return self._compute(batch, loss_scale, "training")
+
+    def loss(self, batch: Sequence[TokenExample]) -> StepStats:
+        """Returns the loss of a batch without computing gradients."""
+        return self._compute(batch, None, "inference")
+
+    def logits(self, batch: Sequence[TokenExample]) -> Tensor:
+        """Returns the logits (B, C) of texts, in fp32, without a gradient."""
+        parts = by_length(batch) if not self.packing else [list(range(len(batch)))]
+        with self._forward.computing("inference", gradient=False):
+            rows = torch.cat([self._logits([batch[number] for number in part])[0] for part in parts])
+        order = torch.tensor([number for part in parts for number in part], device=rows.device)
+        return rows[order.argsort()]
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Returns the loss, a row's on average, and how good the predictions are."""
+        loss, rows, *rest = sums
+        classes = len(self.labels.names)
+        more = class_figures(rest, classes) if classes else number_figures(rest, rows)
+        return {"loss": loss / max(1.0, rows), **more}
+
+    def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
+        """Splits a batch into parts that go through the model one after the other: padded ones by length."""
+        if self.packing:
+            return [list(batch)]
+        return [[batch[number] for number in part] for part in by_length(batch)] or [list(batch)]
+
+    def idle(self, *, backward: bool) -> None:
+        """Does nothing: a classifier is never spread over ranks."""
+
+    def unsmoothed(self) -> ClassificationStep:
+        """Returns the same step without label smoothing: of losses to compare."""
+        twin = copy.copy(self)
+        twin._label_smoothing = 0.0
+        return twin
+
+    def _compute(
+        self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
+    ) -> StepStats:
+        done = [self._compute_part(part, scale, use) for part in self.passes(batch) if part]
+        if not done:
+            nothing = torch.zeros(self.width, device=self._forward.device)
+            return StepStats(nothing, nothing[0], 0, 0, 0)
+        sums = torch.stack([sums for sums, _ in done]).sum(0)
+        loss = sums[0]
+        objective = loss if scale is None else loss * scale
+        return StepStats(sums, objective, len(batch), sum(map(len, batch)), sum(tokens for _, tokens in done))
+
+    def _compute_part(
+        self, batch: Sequence[TokenExample], scale: float | None, use: Literal["training", "inference"]
+    ) -> tuple[Tensor, int]:
+        made = list[tuple[Tensor, int]]()
+
+        def compute(factor: float | None) -> Tensor:
+            logits, tokens = self._logits(batch)
+            losses, sums = self._sums(logits, cast("Sequence[ClassRow]", batch))
+            if factor is not None:
+                (losses * factor).backward()
+            made[:] = [(sums, tokens)]
+            return losses.detach()
+
+        with self._forward.computing(use, gradient=scale is not None):
+            if scale is not None and self._half:
+                trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+                scaled_backward(compute, trained, scale)
+            else:
+                compute(scale)
+        return made[0]
+
+    def _sums(self, logits: Tensor, batch: Sequence[ClassRow]) -> tuple[Tensor, Tensor]:
+        """Returns the summed loss () with its graph, and the sums (`width`,) of `StepStats`."""
+        wanted = [row.label for row in batch]
+        if self.labels.are_numbers:
+            targets = torch.tensor(wanted, dtype=torch.float32, device=logits.device)
+            loss = F.mse_loss(logits[:, 0], targets, reduction="sum")
+            more = moments(targets, logits.detach()[:, 0])
+        else:
+            classes = torch.tensor(wanted, device=logits.device)
+            loss = F.cross_entropy(logits, classes, reduction="sum", label_smoothing=self._label_smoothing)
+            more = confusion(classes, logits.detach().argmax(-1), len(self.labels.names))
+        head = torch.stack([loss.detach(), loss.detach().new_tensor(float(len(batch)))])
+        return loss, torch.cat([head, more.to(head)])
+
+    def _logits(self, batch: Sequence[TokenExample]) -> tuple[Tensor, int]:
+        """Returns the logits (B, C) of texts in fp32, and how many tokens were computed."""
+        if not self.packing:
+            padded = self._padded(batch)
+            return self._forward.classes(*padded).float(), padded.ids.numel()
+        row = self._packed(batch)
+        forward = self._forward
+        assert row.ends is not None
+        hidden = forward.packed_hidden(row.ids, row.positions, row.ends)[0]
+        last = to_device(torch.tensor([path[-1] for path in row.paths]), forward.device)
+        return forward.head(hidden[last]).float(), row.processed_tokens
+
+    def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
+        # One more token, never computed: packing leaves out the last one, which is only ever predicted.
+        rows = [TokenExample((*text.ids, 0), (*[False] * len(text.ids), True)) for text in batch]
+        return pack(rows, share=self.share_prompts if share is None else share)
+
+    def _padded(self, batch: Sequence[TokenExample]) -> _Padded:
+        longest, pad = max(map(len, batch)), self._pad
+        kinds = [getattr(text, "kinds", ()) for text in batch]
+
+        def tensor(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+            filled = [[*row, *[fill] * (longest - len(row))] for row in rows]
+            return to_device(torch.tensor(filled), self._forward.device)
+
+        ids, mask = tensor([text.ids for text in batch], pad), tensor([[1] * len(text) for text in batch], 0)
+        return _Padded(ids, mask, tensor(kinds, 0) if all(kinds) else None)
+
+    @property
+    def _pad(self) -> int:
+        pad = self._forward._pad
+        return 0 if pad is None else int(pad)
+
+    def _why_not_packed(self) -> str:
+        """Packs three texts of random tokens; returns what goes wrong with it, or ""."""
+        rng, rows = random.Random(0), table_rows(self._model) or 8
+        ids = [number for number in range(rows) if number != self._forward._pad]
+        start = tuple(rng.choices(ids, k=5))
+        batch = [
+            TokenExample((*more, *rng.choices(ids, k=n)), (False,) * 9) for more, n in ((start, 4), (start, 7), ((), 6))
+        ]
+        name = type(self._model).__name__
+        self.share_prompts = True
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
+            try:
+                packed = self._logits(batch)[0]
+            except Exception as error:  # whatever a model does that packing did not think of, padding remains
+                return f"{name} fails on a packed row: {type(error).__name__}: {error}"
+            device = self._forward.device
+            single = [self._forward.classes(torch.tensor([text.ids], device=device))[0].float() for text in batch]
+        size = float(torch.stack(single).abs().max())
+        off = float((packed - torch.stack(single)).abs().max())
+        # Rounding: a few units in the last place of the body's dtype, as in two orders of the same sums.
+        tolerance = max(1e-4, 16 * torch.finfo(next(self._model.parameters()).dtype).eps)
+        return "" if off <= tolerance * size else f"in a packed row, the logits of {name} are off by {off:.2g}"
+
+
+def by_length(batch: Sequence[Any]) -> list[list[int]]:
+    """Splits texts into batches of like length, so that little of each is padding; returns their indices.
+
+    >>> by_length(["a" * length for length in (9, 1, 8, 1, 9, 1, 9, 1)])
+    [[1, 3, 5, 7], [0, 2, 4, 6]]
+    >>> by_length(["aa", "aaa"])
+    [[0, 1]]
+    """
+    order = sorted(range(len(batch)), key=lambda number: (len(batch[number]), number))
+    parts = list[list[int]]()
+    while order:
+        longest, size = len(batch[order[-1]]), len(order)
+        start, used = size, 0
+        while start and used + len(batch[order[start - 1]]) >= _LEAST_USED * longest * (size - start + 1):
+            start -= 1
+            used += len(batch[order[start]])
+        start = max(0, min(start, size - _FEWEST))
+        start = start if start >= _FEWEST else 0
+        parts.insert(0, sorted(order[start:]))
+        del order[start:]
+    return parts
