@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import bases
 from ..console import say, table
-from ..data import Encoded, TokenExample, load_examples, read_sources, token_texts
+from ..data import OBJECTIVES, Encoded, TokenExample, load_examples, read_sources, token_texts
 from ..data.readers import guess_format
 from ..errors import ConfigError, OutputError
 from ..files import write_text
@@ -72,7 +72,10 @@ def _add_preview(actions: Any) -> None:
         help="maximum tokens of an example; longer ones are dropped, never truncated (default: no limit)",
     )
     preview.add_argument(
-        "--objective", default="clm", help="clm trains on completions only, jlm on every token (default: clm)"
+        "--objective",
+        choices=OBJECTIVES,
+        help="clm trains on completions only, jlm on every token, dpo and orpo on pairs of a chosen and a rejected "
+        "completion (default: what the data are for, clm or dpo)",
     )
     preview.add_argument(
         "--max_samples", type=int, help="draw this many examples, from as many prompts as possible; 0: all"
@@ -89,7 +92,9 @@ def _add_preview(actions: Any) -> None:
 
 def _preview(args: argparse.Namespace) -> None:
     # First: faults in data show before loading.
-    sources = read_sources(args.paths, args.data_format, columns=args.columns, as_chat=args.as_chat)
+    reading = {"columns": args.columns, "as_chat": args.as_chat, "objective": args.objective}
+    sources = read_sources(args.paths, args.data_format, **reading)
+    is_preferences = any(example.rejected is not None for source in sources for example in source.examples)
     for note in (note for source in sources for note in source.notes):
         say(note)
     say()
@@ -98,7 +103,7 @@ def _preview(args: argparse.Namespace) -> None:
         sources,
         tokenizer,
         seq_len=args.seq_len,
-        objective=args.objective,
+        objective=args.objective or ("dpo" if is_preferences else "clm"),
         max_samples=args.max_samples or None,
         seed=args.seed,
     )
@@ -106,8 +111,9 @@ def _preview(args: argparse.Namespace) -> None:
     for number, (example, text) in enumerate(zip(encoded.examples, encoded.texts, strict=True), 1):
         if number > args.count:
             break
-        say(f"{number}. {text.source}: {len(example)} tokens, {sum(example.trained)} trained")
-        say(_painted(example, tokenizer, colour))
+        say(f"{number}. {text.source}: {len(example)} tokens, {example.trained_tokens} trained")
+        for name, row in zip(("chosen: ", "rejected: "), example.rows, strict=False):
+            say((name if len(example.rows) > 1 else "") + _painted(row, tokenizer, colour))
         say()
     for item in encoded.out[: args.count]:
         length = f" ({item.tokens:,} tokens)" if item.tokens else ""
@@ -138,8 +144,8 @@ def _summary(encoded: Encoded) -> str:
         ("of all in the data", encoded.given),
         ("different prompts", len({text.prompt for text in encoded.texts})),
         ("tokens", sum(lengths)),
-        ("trained tokens", sum(sum(example.trained) for example in encoded.examples)),
-        ("tokens of the longest", max(lengths)),
+        ("trained tokens", sum(example.trained_tokens for example in encoded.examples)),
+        ("tokens of the longest", max(example.longest for example in encoded.examples)),
         *((f"dropped: {reason}", number) for reason, number in encoded.dropped.items()),
     ]
     return table(rows)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from .readers import FORMATS, Example, Source, draw, group_by_prompt, parse_source, read_examples, read_sources
+from .readers import (
+    FORMATS,
+    PREFERENCES,
+    Example,
+    Source,
+    draw,
+    group_by_prompt,
+    parse_source,
+    read_examples,
+    read_sources,
+)
 from .tokens import (
     OBJECTIVES,
-    PREFERENCES,
     Dropped,
     Encoded,
     PreferencePair,

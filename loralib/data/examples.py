@@ -38,6 +38,7 @@ class Example:
         messages: the turns of a chat; pairs of role and content become `Turn`. The model's own chat template makes its
             segments when the example is tokenized, so a chat has none of its own.
         fields: what else the chat template gets: ``tools``, ``documents``.
+        rejected: of preference data, the same prompt with the answer that is not preferred; else None.
 
     >>> Example.of("name : The Wharf", "It is The Wharf.").completion
     'It is The Wharf.'
@@ -48,6 +49,7 @@ class Example:
     source: str = ""
     messages: tuple[Turn, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
+    rejected: Example | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(Turn(*turn) for turn in self.messages))
@@ -96,7 +98,8 @@ def chat_of(example: Example) -> Example:
     [('user', 'Hi'), ('assistant', 'Hello')]
     """
     turns = (Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip()))
-    return Example((), (), example.source, turns if example.completion else turns[:1])
+    rejected = None if example.rejected is None else chat_of(example.rejected)
+    return Example((), (), example.source, turns if example.completion else turns[:1], rejected=rejected)
 
 
 def meaning_prompt(meaning: str) -> str:

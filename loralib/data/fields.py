@@ -37,7 +37,7 @@ CHATS: Final[tuple[str, ...]] = ("messages", "conversations", "conversation")
 SYSTEM: Final[tuple[str, ...]] = ("system", "system_prompt")
 # What a chat template takes besides the turns.
 PASSED: Final[tuple[str, ...]] = ("tools", "functions", "documents", "chat_template_kwargs")
-_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *"text system history tools documents".split())
+_MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *"text system history tools documents chosen rejected".split())
 
 # Fields that say what the model should see or learn: they are used or refused.
 MATTERS: Final = {
@@ -62,11 +62,13 @@ class How(NamedTuple):
         columns: which of their fields are which: ``{"prompt": "question"}``; see `parse_columns`.
         as_chat: whether prompts and completions become chats.
         prompts: whether only prompts are wanted, so that there may be no completion.
+        preferences: whether each record holds a chosen and a rejected answer; None: some may.
     """
 
     columns: Mapping[str, str] = {}
     as_chat: bool = False
     prompts: bool = False
+    preferences: bool | None = False
 
 
 def parse_columns(columns: str | Mapping[str, str | None] | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ..errors import DataError, did_you_mean, list_faults
 from .examples import Example, chat_of, meaning_prompt
 from .fields import How, parse_columns
 from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
+from .preferences import PREFERENCE_FORMS
 from .records import RECORDS, Fault, read_rows
 from .tables import (
     columns_of_csv,
@@ -34,6 +35,7 @@ from .tables import (
 
 __all__ = [
     "FORMATS",
+    "PREFERENCES",
     "SEPARATOR",
     "Columns",
     "Example",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "csv", "parquet", "arrow", "text", "dart", "webnlg")
+PREFERENCES: Final = ("dpo", "orpo")  # objectives that learn from pairs of answers
 SEPARATOR: Final = "||"  # between the meaning representation and the text of an E2E line
 
 Columns = str | Mapping[str, str | None] | None
@@ -79,7 +82,13 @@ class Source(NamedTuple):
 
 
 def read_sources(
-    data: Any, format: str = "auto", *, columns: Columns = None, as_chat: bool = False, name: str = "data"
+    data: Any,
+    format: str = "auto",
+    *,
+    columns: Columns = None,
+    as_chat: bool = False,
+    objective: str | None = "clm",
+    name: str = "data",
 ) -> list[Source]:
     """Reads training data of any kind.
 
@@ -90,13 +99,15 @@ def read_sources(
         format: see `read_examples`.
         columns: see `read_examples`.
         as_chat: see `read_examples`.
+        objective: what the data are for: dpo and orpo learn from rows with a chosen and a rejected answer, the others
+            from any other rows.  None: either.
         name: what to call data that is no file in messages.
 
     Raises:
         DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or nothing is
             given.
     """
-    how = How(parse_columns(columns), as_chat)
+    how = How(parse_columns(columns), as_chat, preferences=None if objective is None else objective in PREFERENCES)
     if isinstance(data, (str, Path, Source)) or is_table(data) or _are_examples(data):
         data = [data]
     if not isinstance(data, Sequence):
@@ -110,7 +121,35 @@ def read_sources(
         kinds = " and ".join(sorted({type(item).__name__ for item in data}))
         raise DataError(f"{name} holds {kinds}, expected {_DATA}")
     names = [name if len(data) == 1 else f"{name}[{index}]" for index in range(len(data))]
-    return [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
+    sources = [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
+    for source, item, name in zip(sources, data, names, strict=True):
+        _require_objective(source, str(item) if isinstance(item, (str, Path)) else name, objective)
+    return sources
+
+
+def _require_objective(source: Source, name: str, objective: str | None) -> None:
+    """Refuses examples of preferences for another objective, and the other way round.
+
+    Raises:
+        DataError: some are of the other kind.
+    """
+    wants = source.examples[0].rejected is not None if objective is None else objective in PREFERENCES
+    wrong = [example for example in source.examples if (example.rejected is not None) != wants]
+    if not wrong:
+        return
+    place = f" (the first: {wrong[0].source})" if wrong[0].source else ""
+    where = f"{name}: {len(wrong):,} of {len(source.examples):,} examples{place} have"
+    if objective is None:
+        raise DataError(f"{where} {'no' if wants else 'a'} rejected answer, unlike the first. Give files of one kind.")
+    if wants:
+        raise DataError(
+            f"{where} no rejected answer, which objective {objective} learns from. Give records with "
+            f"{PREFERENCE_FORMS}, or train with --objective clm."
+        )
+    raise DataError(
+        f"{where} a chosen and a rejected answer, of which objective {objective} would learn the chosen one alone. "
+        "Train with --objective dpo or orpo, or make examples without `rejected`."
+    )
 
 
 _DATA: Final = (
@@ -127,8 +166,15 @@ def _source(item: Any, format: str, how: How, name: str) -> Source:
         return _read(path, format, how)._replace(weight=weight)
     if _are_examples(item):
         return Source([chat_of(example) if how.as_chat and not example.messages else example for example in item])
-    examples, notes = read_rows(rows_of_table(item, name), name, how, f"records with {RECORDS}")
-    return Source(_some(_with_references(examples), name, f"records with {RECORDS}"), 1.0, notes)
+    form = f"records with {_records(how)}"
+    examples, notes = read_rows(rows_of_table(item, name), name, how, form)
+    return Source(_some(_with_references(examples), name, form), 1.0, notes)
+
+
+def _records(how: How) -> str:
+    if how.preferences is None:
+        return f"{RECORDS}, or {PREFERENCE_FORMS}"
+    return PREFERENCE_FORMS if how.preferences else "prompt or messages" if how.prompts else RECORDS
 
 
 def _are_examples(item: Any) -> bool:
@@ -325,13 +371,14 @@ def _read(path: str | Path, format: str, how: How) -> Source:
         return _read_folder(path, format)
     if not path.exists() and is_hub_id(name := path.as_posix()):
         rows: Iterable[tuple[str, Any]] = hub_rows(name)
-        examples, notes = read_rows(rows, name, how, f"rows with {RECORDS}")
-        return Source(_some(_with_references(examples), name, f"rows with {RECORDS}"), 1.0, notes)
+        form = f"rows with {_records(how)}"
+        examples, notes = read_rows(rows, name, how, form)
+        return Source(_some(_with_references(examples), name, form), 1.0, notes)
     raw = read_bytes(path, _EXPECTED[_BY_NAME.get(_suffix(path), "e2e") if format == "auto" else format])
     if format == "auto":
         format = _guess(path, raw)
     if format in _ROWS:
-        form = _EXPECTED[format].replace(RECORDS, "prompt or messages") if how.prompts else _EXPECTED[format]
+        form = _EXPECTED[format].replace(RECORDS, _records(how))
         examples, notes = read_rows(_ROWS[format](raw, path), str(path), how, form)
     else:
         examples, notes = _read_lines_of(path, format, how)

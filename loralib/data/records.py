@@ -30,6 +30,7 @@ from .fields import (
     text_of,
 )
 from .lines import are_not
+from .preferences import PREFERENCE_FORMS, one_example, two_records
 from .turns import turns_of
 
 __all__ = ["RECORDS", "Fault", "read_rows"]
@@ -98,7 +99,7 @@ class Account:
         self.shapes[shape] += 1
         self.open_ended += example.messages[example.last_answer + 1 :] != () and not self.how.prompts
         self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
-        texts = [*(turn.content.strip() for turn in example.messages), *(part.strip() for part, _ in example.segments)]
+        texts = [text for each in (example, example.rejected) if each is not None for text in _texts(each)]
         for name, value in record.items():
             if name in used or value in _NOTHING:
                 continue
@@ -155,6 +156,10 @@ class Account:
         return tuple(notes)
 
 
+def _texts(example: Example) -> list[str]:
+    return [*(turn.content.strip() for turn in example.messages), *(part.strip() for part, _ in example.segments)]
+
+
 _NOTHING: Final[tuple[Any, ...]] = (None, "", "[]", "{}", [], {})
 
 
@@ -166,7 +171,7 @@ def _is_said(value: Any, texts: list[str]) -> bool:
 
 def _remedy(name: str, question: str, how: How) -> str:
     if name in ("chosen", "rejected"):
-        return " This is preference data."
+        return " This is preference data, which --objective dpo or orpo learns from."
     if name in (*SYSTEM, "history", *PASSED) and question and not how.as_chat:
         return " --as_chat makes a chat of it, which has a place for it."
     if question and name in (*QUESTIONS, "document", "passage"):
@@ -187,6 +192,10 @@ _ALPACA_INPUT: Final = ", paired with an input that provides further context"
 
 def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]]:
     """Returns the example, the name of its form, and the fields that were used."""
+    if how.preferences is not False:
+        found = _preference(record, where, how)
+        if found is not None:
+            return found
     present = {name for name, value in record.items() if value is not None}
     for names in (present, set(record)):  # a table has null where a row lacks a field
         for read in (_chat, _pair, _plain):
@@ -201,13 +210,35 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
     if "chosen" in record:  # either a whole chat, or the answer to a prompt
         is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
         flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
-        more = f" This is preference data; to train on the chosen answers: {flag_of(how.columns, flag)}"
+        learn = "--objective dpo (or orpo) learns from both answers"
+        more = f" This is preference data: {learn}; to train on the chosen ones: {flag_of(how.columns, flag)}"
     elif wrapper := next((key for key, value in record.items() if _holds_records(value)), None):
         more = f" {wrapper!r} holds a list of records: give a file with that list alone."
     elif record:
         more += " Name other fields with --columns."
     expected = "prompt or messages" if how.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
+
+
+def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+    present = {name for name, value in record.items() if value is not None}
+    two = two_records(record, present)
+    if two is None and how.preferences is None:
+        return None
+    if two is None:
+        keys = ", ".join(map(repr, record)) or "nothing"
+        near = "".join(did_you_mean(key, ("chosen", "rejected")) for key in record)
+        raise DataError(f"found {keys}, expected {PREFERENCE_FORMS}.{near} Name other fields with --columns.")
+    plain, sides, used = how._replace(preferences=False), list[Example](), set[str]()
+    for name, side in (("chosen", two.chosen), ("rejected", two.rejected)):
+        try:
+            example, shape, of_side = _from_record(side, where, plain)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        sides.append(example)
+        used |= of_side
+    shape = two.shape + (", as chats" if how.as_chat and shape.endswith("as a chat") else "")
+    return one_example(*sides), shape, used - two.stands_in - {"completion", "messages"} | two.used
 
 
 def _holds_records(value: Any) -> bool:

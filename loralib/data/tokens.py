@@ -14,11 +14,10 @@ from ..errors import ConfigError, DataError, did_you_mean, list_faults
 from .chats import ChatTemplate, Segments
 from .examples import Example
 from .lines import shown
-from .readers import Columns, draw, read_sources
+from .readers import PREFERENCES, Columns, draw, read_sources
 
 __all__ = [
     "OBJECTIVES",
-    "PREFERENCES",
     "Dropped",
     "Encoded",
     "PreferencePair",
@@ -32,7 +31,6 @@ __all__ = [
     "tokenize",
 ]
 
-PREFERENCES: Final = ("dpo", "orpo")
 OBJECTIVES: Final = ("clm", "jlm", *PREFERENCES)
 
 # Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
@@ -221,12 +219,12 @@ class Encoded:
         texts: list[Example] = []
         out = list(self.out)
         for whole, text in zip(self.examples, self.texts, strict=True):
-            fits = len(whole) <= seq_len
+            fits = whole.longest <= seq_len
             windows = [whole] if fits else _windows(whole, seq_len) if text.is_plain else []
             tokens += windows
             texts += [text] * len(windows)
             if not windows:
-                out.append(Dropped(text, _TOO_LONG, len(whole)))
+                out.append(Dropped(text, _TOO_LONG, whole.longest))
         used = {id(text) for text in texts}  # of a chat in several rows, some may fit
         out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
         return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
@@ -284,7 +282,7 @@ def load_examples(
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
             windows instead).  None: no limit.  A function gets the lengths of all examples and returns the limit.
-        objective: "clm" trains completions, "jlm" all tokens.
+        objective: "clm" trains completions, "jlm" all tokens, "dpo" and "orpo" pairs of completions.
         max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
             possible; several files share it in proportion to weight times size.
         seed: random seed of the sample.
@@ -298,7 +296,7 @@ def load_examples(
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
-    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat)
+    loaded = read_sources(sources, format, columns=columns, as_chat=as_chat, objective=objective)
     wholes = [encode(source.examples, tokenizer, None, objective) for source in loaded]
     if callable(seq_len):
         seq_len = seq_len([length for whole in wholes for length in whole.lengths])
@@ -337,17 +335,20 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
         examples: what to tokenize.
         tokenizer: the model's tokenizer.
         seq_len: maximum number of tokens in an example, its end token included; None: no limit. See `Encoded.limited`.
-        objective: "clm" (causal, completions only) or "jlm" (joint, every token).
+        objective: "clm" (causal, completions only), "jlm" (joint, every token), or "dpo" or "orpo" (each example and
+            its `rejected` become a `PreferencePair`).
 
     Raises:
         DataError: no example is left, or the tokenizer has no end token.
         ConfigError: unknown objective, or seq_len below 2.
     """
     if objective not in OBJECTIVES:
-        expected = " or ".join(map(repr, OBJECTIVES))
+        expected = f"one of {', '.join(map(repr, OBJECTIVES))}"
         raise ConfigError(f"objective is {objective!r}, expected {expected}.{did_you_mean(objective, OBJECTIVES)}")
     seq_len = _checked(seq_len)
     examples = list(examples)
+    if objective in PREFERENCES:
+        return _limited(_pairs(examples, tokenizer), seq_len, tokenizer)
     rows = _all_rows([example for example in examples if _has_completion(example)], tokenizer)
     ids_of = _ids_of([pieces for row in rows for pieces in row], tokenizer)
     start, end = _start_ids(tokenizer), _end_id(tokenizer)
@@ -367,6 +368,32 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
             texts.append(example)
     whole = Encoded(tokens, texts, out, [len(row) for row in tokens], len(examples))
     return _limited(whole, seq_len, tokenizer)
+
+
+def _pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
+    """Tokenizes examples of preferences; raises DataError, which lists all that cannot be learned from."""
+    sides = [(example, example.rejected) for example in examples if example.rejected is not None]
+    if len(sides) < len(examples) or not sides:
+        raise DataError("expected examples with a chosen and a rejected answer (Example.rejected).")
+    whole = encode([side for pair in sides for side in pair], tokenizer, None)
+    rows: dict[int, list[TokenExample]] = {}
+    for text, row in zip(whole.texts, whole.examples, strict=True):
+        rows.setdefault(id(text), []).append(row)
+    pairs, faults = list[TokenExample](), list[str]()
+    for chosen, rejected in sides:
+        both = [rows.get(id(side), []) for side in (chosen, rejected)]
+        if not all(both):
+            faults.append(f"{chosen.source}: {'rejected' if both[0] else 'chosen'} is empty")
+        elif max(map(len, both)) > 1:
+            faults.append(f"{chosen.source}: the chat template needs a row for each answer; keep the last answer alone")
+        elif both[0] == both[1]:
+            faults.append(f"{chosen.source}: chosen and rejected have the same tokens, so there is nothing to prefer")
+        else:
+            ((row,), (other,)) = both
+            pairs.append(PreferencePair(row.ids, row.trained, other))
+    if faults:
+        raise DataError(list_faults("these examples cannot be learned from", faults, "Fix or remove them."))
+    return Encoded(pairs, list(examples), [], [pair.longest for pair in pairs], len(examples))
 
 
 def _checked(seq_len: int | None) -> int | None:

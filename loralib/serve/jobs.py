@@ -625,6 +625,7 @@ class Jobs:
             step, kind = event["step"], event["event"]
             running.last_step = max(running.last_step, step)
             data = {"step": step, "total_steps": running.steps, f"{kind}_loss": event["loss"]}
+            data |= {f"{kind}_{name}": event[name] for name in ("accuracy", "margin") if name in event}
             data |= {name: event[name] for name in ("epoch", "lr", "examples", "tokens", "trained_tokens", "step_s")}
             what = "training" if kind == "train" else "validation"
             words = f"Step {step}/{running.steps}: {what} loss={event['loss']:.4f}"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..budget import BYTES_PER_TRAINED, training_budget
-from ..data import token_texts
+from ..data import TokenExample, token_texts
 from ..files import free_memory
 from ..targets import match_modules
 from ..training import TrainConfig
@@ -118,8 +118,8 @@ def make_preview(
         dropped=encoded.dropped,
         left_out=tuple((public(item.example.source), item.reason, item.tokens) for item in encoded.out[:count]),
         examples=tuple(
-            ExamplePreview(public(text.source), len(row), sum(row.trained), _pieces(row.ids, row.trained, tokenizer))
-            for (row, text), _ in zip(texts, range(count), strict=False)
+            ExamplePreview(public(text.source), len(example), example.trained_tokens, pieces_of(example, tokenizer))
+            for (example, text), _ in zip(texts, range(count), strict=False)
         ),
         config=plan.config,
         steps=steps,
@@ -139,6 +139,16 @@ def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
     """
     targets = match_modules(model, config.lora_config(), changes=False)
     return sum(math.prod(shape) for target in targets for shape in target.shapes().values())
+
+
+def pieces_of(example: TokenExample, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
+    """Returns the tokens of an example in order, each with whether it is trained; of a pair, both answers."""
+    first, *others = example.rows
+    pieces = _pieces(first.ids, first.trained, tokenizer)
+    for row in others:
+        start = len(row.prompt)
+        pieces += (("\n\n(rejected) ", False), *_pieces(row.ids[start:], row.trained[start:], tokenizer))
+    return pieces
 
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> tuple[tuple[str, bool], ...]:

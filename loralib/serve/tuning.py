@@ -221,11 +221,40 @@ class Supervised(Body):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(Body):
-    """How to train; this server knows one way."""
+class PreferenceHyperparameters(Hyperparameters):
+    """Settings of direct preference optimisation by OpenAI's names."""
 
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised = Supervised()
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
+class Preferences(Body):
+    """Training on pairs of a chosen and a rejected answer."""
+
+    hyperparameters: PreferenceHyperparameters = PreferenceHyperparameters()
+
+
+class Method(Body):
+    """How to train."""
+
+    type: Literal["supervised", "dpo"] = "supervised"
+    supervised: Supervised | None = None
+    dpo: Preferences | None = None
+
+    def chosen(self) -> Hyperparameters:
+        """Returns the settings of the way that is named.
+
+        Raises:
+            RequestError: settings of another way are given.
+        """
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise RequestError(
+                f"method.type is {self.type!r}, and method.{other} is given; leave it out, or change the type",
+                param="method",
+            )
+        if self.type == "dpo":
+            return (self.dpo or Preferences()).hyperparameters
+        return (self.supervised or Supervised()).hyperparameters
 
 
 class JobRequest(Body):
@@ -261,7 +290,7 @@ def create_job(request: Request, body: JobRequest) -> dict[str, Any]:
         )
     if body.hyperparameters is not None and body.method is not None:
         raise RequestError("hyperparameters and method say the same; give one of them", param="hyperparameters")
-    given = body.hyperparameters or (body.method or Method()).supervised.hyperparameters
+    given = body.hyperparameters or (body.method or Method()).chosen()
     multiplier = given.learning_rate_multiplier
     job = jobs.create(
         body.training_file,
@@ -276,7 +305,9 @@ def create_job(request: Request, body: JobRequest) -> dict[str, Any]:
 
 def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> dict[str, Any]:
     """Maps OpenAI's names to settings of training."""
-    values = {"num_epochs": given.n_epochs, "batch_size": given.batch_size, "seed": seed}
+    values: dict[str, Any] = {"num_epochs": given.n_epochs, "batch_size": given.batch_size, "seed": seed}
+    if isinstance(given, PreferenceHyperparameters):
+        values |= {"objective": "dpo", "beta": given.beta}
     settings = {name: value for name, value in values.items() if value not in ("auto", None)}
     if both := sorted(settings.keys() & own.keys()):
         raise RequestError(f"given twice, as a hyperparameter and in loralib: {', '.join(both)}", param="loralib")
@@ -410,6 +441,7 @@ def _file(file: UploadedFile) -> dict[str, Any]:
 
 def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
     progress = jobs.progress(job.id, curves=False)
+    method = "dpo" if job.settings.get("objective") == "dpo" else "supervised"
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -421,10 +453,7 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         "hyperparameters": job.asked.get("hyperparameters", {}),
         "integrations": [],
         "metadata": job.asked.get("metadata"),
-        "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": job.asked.get("hyperparameters", {})},
-        },
+        "method": {"type": method, method: {"hyperparameters": job.asked.get("hyperparameters", {})}},
         "model": jobs.name,
         "organization_id": "local",
         "result_files": [],

@@ -261,7 +261,7 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
         if max(size, _unpacked(path)) > _READ_AT_ONCE:
             return {**facts, "notes": [f"{name}: more than {_READ_AT_ONCE / 1e6:,.0f} MB, which only a job reads"]}
         facts["format"] = guess_format(path)
-        (source,) = read_sources(path)
+        (source,) = read_sources(path, objective=None)
         notes = [note.replace(str(path), name) for note in source.notes]
         return {**facts, "examples": len(source.examples), "notes": notes}
     except LoraError as error:

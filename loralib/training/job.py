@@ -27,7 +27,6 @@ def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: 
         tokenizer,
         **how_to_read(config),
         seq_len=config.seq_len,
-        objective=config.objective,
         max_samples=limit or None,
         seed=config.seed,
     )

@@ -13,7 +13,17 @@ from typing import Any
 from torch import nn
 
 from ..console import count, counted, size
-from ..data import Encoded, Source, TokenExample, draw, length_at, load_examples, read_sources
+from ..data import (
+    PREFERENCES,
+    Encoded,
+    PreferencePair,
+    Source,
+    TokenExample,
+    draw,
+    length_at,
+    load_examples,
+    read_sources,
+)
 from ..data.examples import Example
 from ..engine.forward import device_of
 from ..engine.limits import context_length, last_position, require_ids_in_table, text_config
@@ -120,6 +130,7 @@ def automatic_settings(
             config.alpha,
             config.batch_size * config.grad_accum * sum(row.trained_tokens for row in examples) / len(examples),
             config.loraplus_lr_ratio,
+            config.objective,
         )
         b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
         say(f"Learning rate: {lr:g}{b} ({reason}); --lr sets another")
@@ -173,7 +184,7 @@ def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int 
     if device_of(model).type == "cpu":
         free /= ranks.local_size
     free = min(ranks.gather(free))
-    examples = examples_at_once(config, ranks)
+    examples = examples_at_once(config, ranks) * (2 if config.objective in PREFERENCES else 1)
     many = 1 << 16  # of which each costs as much as another
     per_token = (memory_estimate(model, many, config.gradient_checkpointing, planned=True)[0] - fixed) / many
     tokens = (_ROOM * free - fixed) / per_token if per_token else 0
@@ -223,6 +234,10 @@ def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
 def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, max_samples: int, kind: str) -> Encoded:
     """Turns whatever `loralib.train` accepts as data into token examples, at most `max_samples` of them; 0: all."""
     if isinstance(data, Sequence) and data and all(isinstance(item, TokenExample) for item in data):
+        wants = PreferencePair if config.objective in PREFERENCES else TokenExample
+        if any(type(item) is not wants for item in data):
+            found = " and ".join(sorted({type(item).__name__ for item in data}))
+            raise DataError(f"{kind} data holds {found}, expected {wants.__name__} for objective {config.objective}")
         return _limited_tokens(data, limit, max_samples, config.seed, kind)
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
@@ -234,7 +249,6 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
         tokenizer,
         **how_to_read(config),
         seq_len=limit,
-        objective=config.objective,
         max_samples=max_samples or None,
         seed=config.seed,
     )
@@ -242,16 +256,17 @@ def _encoded(data: Any, tokenizer: Any, config: TrainConfig, limit: int | None, 
 
 def how_to_read(config: TrainConfig) -> dict[str, Any]:
     """Returns a run's arguments for `read_sources`."""
-    return {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
+    names = {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
+    return {**names, "objective": config.objective}
 
 
 def _limited_tokens(data: Sequence[TokenExample], limit: int | None, max_samples: int, seed: int, kind: str) -> Encoded:
     texts = [Example.of("", "", f"{kind} example {number}") for number in range(1, len(data) + 1)]
-    whole = Encoded(list(data), texts, [], [len(row) for row in data], len(data))
+    whole = Encoded(list(data), texts, [], [row.longest for row in data], len(data))
     encoded = whole.limited(limit)
     if not encoded.examples:
         raise DataError(
-            f"no {kind} example is left ({encoded.drop_note}): the shortest has {min(map(len, data)):,} tokens"
+            f"no {kind} example is left ({encoded.drop_note}): the shortest has {min(whole.lengths):,} tokens"
         )
     pairs = draw(
         list(zip(encoded.examples, encoded.texts, strict=True)), max_samples or None, seed, lambda p: _start(p[0])

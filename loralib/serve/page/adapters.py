@@ -150,7 +150,7 @@ def prompts(server: Server, found: Source, most: int = 5) -> list[dict[str, Any]
         if not file.facts["examples"]:  # too large to be read at once
             return []
         how = {"format": job.settings.get("data_format", "auto"), "columns": job.settings.get("columns")}
-        [data] = read_sources(str(file.path), **how, as_chat=job.settings.get("as_chat", False))
+        [data] = read_sources(str(file.path), **how, as_chat=job.settings.get("as_chat", False), objective=None)
     except LoraError:  # removed since
         return []
     asked = {}

@@ -52,7 +52,7 @@ class JobForm {
       valid_fraction: given({ type: "text", inputmode: "decimal", value: "auto" }),
       lora_dropout: given({ type: "number", min: 0, max: 0.99, step: 0.05, value: defaults.lora_dropout }),
       seed: given({ type: "number", min: 0, value: defaults.seed }),
-      objective: h("select", { onchange: changed }, h("option", { value: "clm", t: "objective_clm" }), h("option", { value: "jlm", t: "objective_jlm" })),
+      objective: h("select", { onchange: changed }, h("option", { value: "clm", t: "objective_clm" }), h("option", { value: "jlm", t: "objective_jlm" }), h("option", { value: "dpo", t: "objective_dpo" }), h("option", { value: "orpo", t: "objective_orpo" })),
       as_chat: given({ type: "checkbox" }),
     };
     this.name = h("input", { type: "text", maxlength: 40, pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", autocomplete: "off", spellcheck: "false" });

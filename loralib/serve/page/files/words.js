@@ -103,6 +103,8 @@ export const WORDS = {
   objective: ["What is trained", "Phần được huấn luyện"],
   objective_clm: ["the completions", "câu trả lời"],
   objective_jlm: ["all tokens", "mọi token"],
+  objective_dpo: ["to prefer chosen to rejected answers (DPO)", "ưu tiên câu trả lời được chọn hơn câu bị loại (DPO)"],
+  objective_orpo: ["the same, without a reference (ORPO)", "như trên, không cần mô hình tham chiếu (ORPO)"],
   as_chat: ["Put prompts and completions through the chat template", "Đưa câu nhắc và câu trả lời qua mẫu trò chuyện"],
   more_settings: ["More settings", "Thiết lập khác"],
   reading: ["Reading the examples …", "Đang đọc các ví dụ …"],

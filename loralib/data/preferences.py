@@ -1,0 +1,153 @@
+"""Records of preferences, in the forms of several tools, become two records each, one with each of the two answers.
+
+Those have the forms that `records` reads anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+from ..errors import DataError
+from .examples import Example, Turn
+from .fields import ANSWERS, CHATS, QUESTIONS, json_of, kind_of
+from .lines import shown
+
+__all__ = ["PREFERENCE_FORMS", "TwoRecords", "one_example", "two_records"]
+
+PREFERENCE_FORMS: Final = "prompt, chosen and rejected (or input, preferred_output and non_preferred_output)"
+_OPENAI: Final = ("input", "preferred_output", "non_preferred_output")
+
+
+class TwoRecords(NamedTuple):
+    """What `two_records` returns.
+
+    Attributes:
+        chosen, rejected: a record with each answer.
+        shape: the form, for people.
+        used: the fields of the record in whose places others stand.
+        stands_in: the fields that stand there.
+    """
+
+    chosen: dict[str, Any]
+    rejected: dict[str, Any]
+    shape: str
+    used: set[str]
+    stands_in: set[str]
+
+
+def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None:
+    """Returns the two records that a record of preferences holds, or None if it is none.
+
+    Args:
+        record: an object of JSON, or a row of a table.
+        names: its fields that count.
+
+    Raises:
+        DataError: its fields contradict each other.
+    """
+    if names.issuperset(_OPENAI) and isinstance(asked := json_of(record["input"], "input"), Mapping):
+        rest = {name: value for name, value in record.items() if name not in _OPENAI}
+        base = {**rest, "prompt": asked.get("messages"), **({"tools": asked["tools"]} if asked.get("tools") else {})}
+        chosen, rejected = ({**base, "completion": json_of(record[name], name)} for name in _OPENAI[1:])
+        return TwoRecords(chosen, rejected, f"preferences ({', '.join(_OPENAI)})", set(_OPENAI), {"prompt", "tools"})
+    if not names.issuperset(("chosen", "rejected")):
+        return None
+    answers = [_value(record, name) for name in ("chosen", "rejected")]
+    kinds = [kind_of(answer) for answer in answers]
+    if kinds[0] != kinds[1] or not isinstance(answers[0], (str, list)):
+        raise DataError(f"chosen is {kinds[0]}, and rejected is {kinds[1]}; expected text twice, or lists of turns")
+    left = {"chosen", "rejected", *ANSWERS, *CHATS}
+    base = {name: value for name, value in record.items() if name not in left}
+    used = {"chosen", "rejected", *(name for name in CHATS if name in names and record[name] == record["chosen"])}
+    question = next((name for name in QUESTIONS if name in names), None)
+    if isinstance(answers[0], list):
+        return _of_chats(base, answers, question, used)
+    if question is None:
+        prompt, *answers = _without_prompt(*answers)
+        base, shape = {**base, "prompt": prompt}, "preferences (chosen and rejected, which begin alike)"
+        first, second = ({**base, "completion": answer} for answer in answers)
+        return TwoRecords(first, second, shape, used, {"prompt"})
+    first, second = ({**base, "completion": answer} for answer in answers)
+    return TwoRecords(first, second, f"preferences ({question}, chosen and rejected)", used, set())
+
+
+def _value(record: Mapping[str, Any], name: str) -> Any:
+    """Returns the value of a field; a list of turns may be there as JSON, as in tables."""
+    value = record[name]
+    return json_of(value, name) if isinstance(value, str) and value.lstrip().startswith("[{") else value
+
+
+def _of_chats(base: dict[str, Any], answers: Sequence[Any], question: str | None, used: set[str]) -> TwoRecords:
+    asked = None if question is None else _value(base, question)
+    if question == "prompt" and isinstance(asked, list):
+        base = {**base, "prompt": asked}
+        first, second = ({**base, "completion": answer} for answer in answers)
+        return TwoRecords(first, second, "preferences (prompt, chosen and rejected as turns)", used, set())
+    begins = [answer[0] for answer in answers if answer and isinstance(answer[0], Mapping)]
+    roles = [turn.get("role", turn.get("from")) for turn in begins]
+    rest = {name: value for name, value in base.items() if name != question}
+    if question is not None and roles == ["assistant"] * 2:
+        rest |= {"prompt": [{"role": "user", "content": asked}]}
+        first, second = ({**rest, "completion": answer} for answer in answers)
+        shape = f"preferences ({question}, and chosen and rejected as turns)"
+        return TwoRecords(first, second, shape, {*used, question}, {"prompt"})
+    if question is not None:
+        said = [turn.get("content", turn.get("value")) for turn in answers[0] if isinstance(turn, Mapping)]
+        if not isinstance(asked, str) or asked.strip() not in [str(text).strip() for text in said]:
+            raise DataError(
+                f"chosen is a whole conversation, in which nobody says the {question}, {shown(str(asked), 60)}. "
+                f"Leave that out: --columns {question}="
+            )
+        used = {*used, question}
+    first, second = ({**rest, "messages": answer} for answer in answers)
+    return TwoRecords(first, second, "preferences (chosen and rejected as whole conversations)", used, set())
+
+
+def _without_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
+    r"""Splits off what two texts have in common at their start, up to the word in which they differ.
+
+    >>> _without_prompt("Q: Is it?\nA: Yes, it is.", "Q: Is it?\nA: Yesterday.")
+    ('Q: Is it?\nA:', ' Yes, it is.', ' Yesterday.')
+    """
+    shorter = min(len(chosen), len(rejected))
+    at = next((n for n in range(shorter) if chosen[n] != rejected[n]), shorter)
+    while at and not chosen[at - 1].isspace():
+        at -= 1
+    at -= at > 0 and chosen[at - 1] == " "  # tokenizers keep a blank with the word after it
+    if not chosen[:at].strip():
+        raise DataError("there is no prompt, and chosen and rejected do not begin alike. Add a prompt")
+    return chosen[:at], chosen[at:], rejected[at:]
+
+
+def one_example(chosen: Example, rejected: Example) -> Example:
+    """Makes one example of a prompt with a chosen and with a rejected answer.
+
+    Raises:
+        DataError: the answers are equal, or one of them is empty.
+    """
+    if chosen.messages:
+        start = _turns_in_common(chosen.messages, rejected.messages)
+        chosen, rejected = (_answered_from(example, start) for example in (chosen, rejected))
+        equal = len(chosen.messages) == len(rejected.messages) == start
+    else:
+        equal = chosen.completion.strip() == rejected.completion.strip()
+    if equal:
+        raise DataError("chosen and rejected are equal, so there is nothing to prefer")
+    for name, example in (("chosen", chosen), ("rejected", rejected)):
+        calls = any(turn.fields.get("tool_calls") for turn in example.messages if turn.trained)
+        if not calls and not any(text.strip() for text in example.trained_texts):
+            raise DataError(f"{name} has no answer, or an empty one")
+    return replace(chosen, rejected=rejected)
+
+
+def _turns_in_common(a: Sequence[Turn], b: Sequence[Turn]) -> int:
+    same = [x[:2] == y[:2] and x.fields == y.fields for x, y in zip(a, b, strict=False)]
+    return next((number for number, is_same in enumerate(same) if not is_same), len(same))
+
+
+def _answered_from(example: Example, start: int) -> Example:
+    """Turns that both conversations have are read, not learned."""
+    turns = [turn._replace(trained=False) if number < start else turn for number, turn in enumerate(example.messages)]
+    return replace(example, messages=tuple(turns))
