@@ -49,11 +49,27 @@ from .shares import shares
 from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
 from .step import Step, make_step
 
-__all__ = ["TrainResult", "run"]
+__all__ = [
+    "ONE_RUN_AT_A_TIME",
+    "Computed",
+    "Gradient",
+    "Need",
+    "Rest",
+    "StopRequest",
+    "TrainResult",
+    "Trainer",
+    "Validation",
+    "adapt",
+    "finished",
+    "plan_for",
+    "run",
+    "run_in",
+    "stop_on_signal",
+]
 
 # Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the process: runs in
 # several threads take turns.
-_ONE_RUN_AT_A_TIME = threading.RLock()
+ONE_RUN_AT_A_TIME = threading.RLock()
 _WINDOW = 20  # updates whose average loss tells an explosion from noise
 _SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 _PASSED_ON = (_SIGHUP, signal.SIGTERM)  # they may arrive twice: from the system, and from what started the run
@@ -137,7 +153,7 @@ def run_in(
         )
     plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
     given, config = config, plan.config
-    with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
+    with ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
         require_causal(model)
         with adapting_spread() if config.shard else nullcontext():
