@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ..data import Encoded, Source, load_examples, read_sources
 from ..errors import ConfigError
 from .config import TrainConfig
-from .plan import how_to_read
 from .ranks import joined
 from .record import settings_and_versions
 from .report import Reporter
@@ -17,7 +16,7 @@ from .start import base_for, load_base_for
 if TYPE_CHECKING:
     from .trainer import TrainResult
 
-__all__ = ["load_examples_for", "run_job"]
+__all__ = ["load_examples_for", "read_data", "run_job"]
 
 
 def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: int) -> Encoded:
@@ -41,7 +40,7 @@ def run_job(config: TrainConfig) -> TrainResult:
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
         # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
-        sources, valid_sources = ranks.together(lambda: _read(config))
+        sources, valid_sources = ranks.together(lambda: read_data(config))
         reporter = Reporter(ranks.is_first)
         with hold_run(config, ranks) as directory:
             if (ended := ranks.first(directory.finished_run)) is not None:
@@ -52,7 +51,8 @@ def run_job(config: TrainConfig) -> TrainResult:
             return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter, ranks)
 
 
-def _read(config: TrainConfig) -> tuple[list[Source], list[Source] | None]:
+def read_data(config: TrainConfig) -> tuple[list[Source], list[Source] | None]:
+    """Reads the files that a run's settings name, for training and for validation."""
     kinds = how_to_read(config)
     valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
     return read_sources(config.train_data, **kinds), valid

@@ -73,7 +73,7 @@ SAME: Final = frozenset(
 )
 _BYTES: Final = 28  # of a trained number: itself, its start, gradient, Adam's two moments, and two casts with gradients
 _ROOM: Final = 0.8  # share of the free memory that adapters may take
-_SHORT: Final = {"true": "on", "false": "off"}
+_LONGEST: Final = 80  # letters of a directory's name; sweep.json tells what runs with numbers are
 
 
 def run_names(configs: Sequence[TrainConfig]) -> list[str]:
@@ -101,6 +101,8 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
             )
         )
     names = ["_".join(f"{name}-{_shown(each[name])}" for name in differ) or "run" for each in values]
+    if max(map(len, names)) > _LONGEST and len(set(names)) == len(names):
+        return [f"run-{number}" for number in range(1, len(names) + 1)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(list_faults("these runs are there more than once", twice, "Give each setting once."))
     return names
@@ -310,7 +312,9 @@ class _Sweep:
     def _result(self) -> SweepResult:
         self.write()
         outcomes = [self._outcome(run) for run in self.runs]
-        ranked = sorted((each for each in outcomes if each.loss is not None and not each.dropped), key=lambda o: o.loss)
+        ranked = sorted(
+            (each for each in outcomes if each.loss is not None and not each.dropped), key=lambda o: o.loss or 0.0
+        )
         best = ranked[0] if ranked else None
         try:
             plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png")

@@ -88,7 +88,7 @@ class SharedStep(Step):
             options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
             found.append(head_loss(head, states[first:last], predictions, chunk=self._chunk, **options))
         if scales[0] is not None:
-            torch.stack([loss.objective for loss in found]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([loss.objective for loss in found]).sum().backward()
         return [loss.total for loss in found]
 
     def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
