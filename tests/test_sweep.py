@@ -21,6 +21,7 @@ from loralib.data import TokenExample
 from loralib.engine.row_linears import why_not_shared
 from loralib.injection import adapted_layers
 from loralib.training import many, run_directory, trainer
+from loralib.training.report import read_metrics
 from loralib.training.run_directory import checkpoint_files
 from loralib.training.shared_step import SharedStep
 from loralib.training.sweep_job import configs_of
@@ -185,7 +186,7 @@ class _KilledError(BaseException):
     """Stands for SIGKILL: nothing is saved or tidied up on the way out but what a `finally` does."""
 
 
-@pytest.mark.parametrize("moment", [1, 4, 7, 10, 13])
+@pytest.mark.parametrize("moment", [2, 6, 11])
 def test_a_killed_sweep_resumes_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -201,13 +202,14 @@ def test_a_killed_sweep_resumes_with_the_same_bytes(
             raise _KilledError
         return write(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(_KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr(run_directory, "save_checkpoint", dying)
-        sweep(tmp_path / "killed", configs)
+        with pytest.raises(_KilledError):
+            sweep(tmp_path / "killed", configs)
     resumed = sweep(tmp_path / "killed", [config.replace(resume=True) for config in configs])
     assert adapters(resumed) == whole
     metrics = [
-        [(e["event"], e["step"], e["loss"]) for e in map(json.loads, path.open(encoding="utf-8"))]
+        [(e["event"], e["step"], e["loss"]) for e in read_metrics(path)]
         for run in resumed.runs if not run.dropped
         for path in (run.path / "metrics.jsonl", tmp_path / "whole" / run.name / "metrics.jsonl")
     ]  # fmt: skip
@@ -225,12 +227,12 @@ def test_a_signal_saves_all_runs_at_one_update(tmp_path: Path, monkeypatch: pyte
             signal.raise_signal(signal.SIGTERM)
         return update(self, batches)
 
-    with monkeypatch.context() as patch, pytest.raises(errors.InterruptedRunError, match="--resume"):
+    with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_update", signalled)
-        sweep(tmp_path / "stopped", RUNS[:2])
-    steps = [checkpoint_files(path / "checkpoints")[-1].name for path in (tmp_path / "stopped").glob("r*")]
-    steps += [checkpoint_files(path / "checkpoints")[-1].name for path in (tmp_path / "stopped").glob("seed*")]
-    assert len(set(steps)) == 1
+        with pytest.raises(errors.InterruptedRunError, match="--resume"):
+            sweep(tmp_path / "stopped", RUNS[:2])
+    steps = [checkpoint_files(path)[-1].name for path in (tmp_path / "stopped").glob("*/checkpoints")]
+    assert len(steps) == 2 and len(set(steps)) == 1
     resumed = sweep(tmp_path / "stopped", [config.replace(resume=True) for config in RUNS[:2]])
     assert adapters(resumed) == whole
 
@@ -252,7 +254,7 @@ def test_runs_that_make_no_sweep_are_refused(tmp_path: Path, changes: Any, messa
 def test_more_runs_than_memory_are_refused_with_the_number_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(many, "free_on", lambda _: 1.5e6)
+    monkeypatch.setattr(many, "free_on", lambda _: 450_000.0)
     with pytest.raises(errors.ConfigError, match=r"3 runs need more memory .* at most 1 of them"):
         sweep(tmp_path / "sweep", [RUNS[0].replace(seed=seed) for seed in range(3)])
 

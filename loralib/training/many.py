@@ -376,7 +376,7 @@ def _why_apart(model: nn.Module) -> str:
     """Returns why runs over this base cannot share passes, or ""."""
     config = getattr(model, "config", None)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if drops or getattr(config, "attention_dropout", 0):
+    if drops or getattr(config, "attention_dropout", None):
         return "the base has dropout, which draws random numbers"
     if computes_in_half(model):
         return "in fp16 each pass has a scale of its own"
