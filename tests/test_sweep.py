@@ -232,7 +232,8 @@ def test_a_signal_saves_all_runs_at_one_update(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(errors.InterruptedRunError, match="--resume"):
             sweep(tmp_path / "stopped", RUNS[:2])
     steps = [checkpoint_files(path)[-1].name for path in (tmp_path / "stopped").glob("*/checkpoints")]
-    assert len(steps) == 2 and len(set(steps)) == 1
+    assert len(steps) == 2
+    assert len(set(steps)) == 1
     resumed = sweep(tmp_path / "stopped", [config.replace(resume=True) for config in RUNS[:2]])
     assert adapters(resumed) == whole
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import Encoded, Source, load_examples, read_sources
 from ..errors import ConfigError
 from .config import TrainConfig
+from .plan import how_to_read
 from .ranks import joined
 from .record import settings_and_versions
 from .report import Reporter
