@@ -272,11 +272,15 @@ def test_lists_make_a_run_of_each_combination() -> None:
 def test_the_command_takes_lists_from_flags_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, config = tmp_path / "train.txt", tmp_path / "sweep.toml"
     data.write_text("".join(f"name : {n}||It is {n}.\n" for n in range(12)), encoding="utf-8")
-    config.write_text('model = "run-demo"\nhidden_dim = 32\nlr = [1e-3, 1e-2]\nmax_steps = 2\n', encoding="utf-8")
+    config.write_text(
+        'model = "scratch"\nhidden_dim = 32\nnum_layers = 1\nlr = [1e-3, 1e-2]\nmax_steps = 2\n', encoding="utf-8"
+    )
     command = ["sweep", "--config", str(config), "--train_data", str(data), "--output_dir", str(tmp_path / "sweep")]
     assert main([*command, "--rank", "2,4", "--use_rslora", "true,false", "--valid_fraction", "0"]) == 0
     assert len(list((tmp_path / "sweep").glob("*rank-*/adapter_config.json"))) == 8
     assert "8 runs: 8 in one" in capsys.readouterr().out
-    assert main([*command, "--rank", "0,x"]) == 2
-    assert main([*command, "--model", "a,b", "--rank", "-1,0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--rank", "0,x"])
+    assert "'0,x' was given, expected whole numbers with commas between them" in capsys.readouterr().err
+    assert main([*command, "--rank=-1,0"]) == 2
     assert "rank is -1" in capsys.readouterr().err

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:
-            expected = _EXPECTED.get(cast(Any, action.type), "another value")
+            expected = _EXPECTED.get(cast(Any, action.type)) or getattr(action.type, "expected", "another value")
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
 
 
@@ -161,6 +161,8 @@ def _each(kind: Any) -> Callable[[str], list[Any]]:
     def split(word: str) -> list[Any]:
         return [None if each == AUTO else _truth(each) if kind is bool else kind(each) for each in _comma_list(word)]
 
+    words = {bool: "true, false, or both", int: "whole numbers", float: "numbers"}
+    split.expected = f"{words.get(kind, 'words')} with commas between them"  # type: ignore[attr-defined]
     return split
 
 
