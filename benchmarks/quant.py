@@ -2,7 +2,8 @@
 
 python benchmarks/quant.py steps     a training step at several lengths: SmolLM2, and Llama shapes with random weights
 python benchmarks/quant.py fits      a 7B Llama shape in NF4, whole, in one process: the peak of its memory
-python benchmarks/quant.py learns    the loss on E2E after some updates, several seeds, and PEFT's with bitsandbytes
+python benchmarks/quant.py learns    the loss on E2E after some updates, several seeds, and PEFT's with bitsandbytes: 20
+                                     minutes for 60 updates; for an epoch --updates 460, and --ways bf16 int8 nf4
 
 Each writes its part of benchmarks/quant.json.  Ways take their steps in turn; minima, and medians of ratios.  Of the
 larger shapes two layers of each are timed, between the table and the head that they would have.
@@ -11,9 +12,12 @@ larger shapes two layers of each are timed, between the table and the head that 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import resource
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +33,7 @@ from operators import in_turn
 from torch import nn
 
 import loralib as lora
-from loralib.bases.quant import Int8Weight, NF4Weight, linears_of
+from loralib.bases.quant import Int8Weight, NF4Weight, is_quantized_table, linears_of
 from loralib.console import say, table
 from loralib.data import TokenExample
 from loralib.delta import stored_bytes
@@ -38,8 +42,11 @@ from loralib.training.objective import evaluate_loss
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
-KINDS = (None, "int8", "nf4")
+KINDS = (None, "int8", "nf4", "int8+tables", "nf4+tables")
 LENGTHS = (256, 512)
+WAYS = tuple(kind or "bf16" for kind in KINDS)
+# PEFT with bitsandbytes' NF4, and whether it is evaluated half way: its layers repack themselves then.
+PEERS = {"peft": False, "peft evaluated": True}
 SHAPES: dict[str, dict[str, int]] = {
     "1.5b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_hidden_layers": 27},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
@@ -59,6 +66,8 @@ def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
     for linear in linears_of(model):
         linear.weight = nn.Parameter(random_weight(linear.weight.shape, kind), requires_grad=False)
     for module in model.modules():
+        if kind is not None and is_quantized_table(module, model, kind):
+            module.weight = nn.Parameter(random_weight(module.weight.shape, "int8"), requires_grad=False)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 value = torch.ones if parameter.dim() == 1 else lambda s, dtype: torch.randn(s, dtype=dtype) * 0.02
@@ -70,7 +79,7 @@ def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
 def random_weight(size: torch.Size, kind: str | None) -> torch.Tensor:
     if kind is None:
         return torch.randn(size, dtype=torch.bfloat16) * 0.02
-    count = size.numel()
+    count, kind = size.numel(), kind.removesuffix("+tables")
     if kind == "int8":
         parts = {"codes": torch.randint(-127, 128, size, dtype=torch.int8), "scales": torch.full(size[:1], 4e-4)}
         return Int8Weight(parts, size, torch.bfloat16, False, torch.zeros(64))
@@ -132,6 +141,11 @@ def steps(rounds: int) -> dict[str, Any]:
     return found
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def fits() -> dict[str, Any]:
     """Two steps of the whole 7B shape in NF4, with AdamW, in this process."""
     model = adapted(random_model(shape("7b"), "nf4"))
@@ -144,37 +158,66 @@ def fits() -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_bytes()
     found = {"peak_bytes": peak, "base_bytes": base_bytes(model)[0], "step_s": seconds}
     say(f"7B in NF4, 256 tokens a step: peak {peak / 1e9:.2f} GB, {seconds[-1]:.1f} s a step")
     return found
 
 
-def learns(updates: int, seeds: Sequence[int], with_peft: bool) -> dict[str, Any]:
-    """The validation loss on E2E after so many updates of 8 examples."""
+def learns(ways: Sequence[str], updates: int, seeds: int) -> dict[str, Any]:
+    """Validation losses on E2E after so many updates of 8 examples; each run is a process of its own."""
+    found: dict[str, Any] = {"updates": updates, "ways": {}}
+    for way in ways:
+        runs = []
+        for seed in range(1 if way in PEERS else seeds):
+            words = [sys.executable, __file__, "one", "--ways", way, "--updates", str(updates), "--seed", str(seed)]
+            done = subprocess.run(words, check=True, capture_output=True, encoding="utf-8")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            say(f"{way}, seed {seed}: {runs[-1]}")
+        found["ways"][way] = {name: [run[name] for run in runs] for name in runs[0]}
+    losses = {way: statistics.mean(of["loss"]) for way, of in found["ways"].items()}
+    if "bf16" in losses:
+        found["loss_beside_bf16"] = {way: loss / losses["bf16"] for way, loss in losses.items()}
+        say(table([[way, f"{ratio:.4f}"] for way, ratio in found["loss_beside_bf16"].items()], header=["loss", ""]))
+    return found
+
+
+def one(way: str, updates: int, seed: int) -> dict[str, float | None]:
+    """One run: the loss on 200 validation examples before and after, the fastest step, the peak of memory."""
     train, valid = bench.e2e("train"), bench.e2e("valid")[:200]
-    found: dict[str, Any] = {}
-    for kind in KINDS:
-        for seed in seeds:
-            model = lora.load_base(dtype="bf16", quantize=kind)[0]
-            torch.manual_seed(seed)
-            lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
-            step = make_step(model)
-            for batch in bench.batches(train, 8, 1, seed)[:updates]:
-                step.forward_backward(batch, loss_scale=1 / sum(sum(example.trained) for example in batch))
-                optimizer.step()
-                optimizer.zero_grad()
-            loss = evaluate_loss(step, model, valid)
-            found.setdefault(kind or "bf16", []).append(loss)
-            say(f"{kind or 'bf16'}, seed {seed}: {loss:.4f}")
-    if with_peft:
-        found["peft_bitsandbytes"] = peft_learns(updates, seeds[0], train, valid)
-    return {"updates": updates, "losses": found}
+    batches = bench.batches(train, 8, 1, seed)[:updates]
+    torch.manual_seed(seed)
+    if way in PEERS:
+        model = peft_model()
+        half = updates // 2 if PEERS[way] else None
+        step, loss_of = functools.partial(peft_step, model), functools.partial(peft_loss, model)
+    else:
+        kind = None if way == "bf16" else way
+        model = lora.load_base(dtype="bf16", quantize=kind)[0]
+        lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        ours, half = make_step(model), None
+        step, loss_of = functools.partial(our_step, ours), functools.partial(evaluate_loss, ours, model)
+    # Of bitsandbytes, the loss before is not asked for: it is an evaluation.
+    before = None if way in PEERS else loss_of(valid)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
+    seconds = []
+    for number, batch in enumerate(batches):
+        if number == half:
+            loss_of(valid[:8])
+        start = time.perf_counter()
+        step(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return {"loss_before": before, "loss": loss_of(valid), "step_s": min(seconds), "peak_bytes": peak_bytes()}
 
 
-def peft_learns(updates: int, seed: int, train: Any, valid: Any) -> dict[str, Any]:
-    """PEFT over bitsandbytes' NF4 on this CPU: seconds a step, and losses with an evaluation half way and without."""
+def our_step(step: Any, batch: Sequence[TokenExample]) -> None:
+    step.forward_backward(batch, loss_scale=1 / sum(sum(example.trained) for example in batch))
+
+
+def peft_model() -> Any:
+    """PEFT over bitsandbytes' NF4, as its guide has it."""
     import peft
 
     with tempfile.TemporaryDirectory() as directory:
@@ -185,30 +228,15 @@ def peft_learns(updates: int, seed: int, train: Any, valid: Any) -> dict[str, An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        found: dict[str, Any] = {}
-        for name, evaluates in (("never evaluated", False), ("evaluated half way", True)):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.bfloat16, quantization_config=config
-            )
-            torch.manual_seed(seed)
-            settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = peft.get_peft_model(model, settings).train()
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
-            seconds = []
-            for number, batch in enumerate(bench.batches(train, 8, 1, seed)[:updates]):
-                if evaluates and number == updates // 2:
-                    peft_loss(model.eval(), valid[:8])
-                    model.train()
-                start = time.perf_counter()
-                padded(model, batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                seconds.append(time.perf_counter() - start)
-            with torch.no_grad():
-                loss = peft_loss(model.eval(), valid)
-            found[name] = {"loss": loss, "step_s": min(seconds)}
-            say(f"PEFT with bitsandbytes, {name}: loss {loss:.4f}, {min(seconds):.2f} s a step")
-    return found
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, quantization_config=config
+        )
+    settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, settings).train()
+
+
+def peft_step(model: Any, batch: Sequence[TokenExample]) -> None:
+    padded(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def padded(model: Any, batch: Sequence[TokenExample]) -> torch.Tensor:
@@ -228,33 +256,39 @@ def padded(model: Any, batch: Sequence[TokenExample]) -> torch.Tensor:
 
 @torch.no_grad()
 def peft_loss(model: Any, examples: Sequence[TokenExample]) -> float:
+    model.eval()
     total = count = 0.0
     for start in range(0, len(examples), 8):
         batch = examples[start : start + 8]
         trained = sum(sum(example.trained) for example in batch)
         total, count = total + float(padded(model, batch)) * trained, count + trained
+    model.train()
     return total / count
 
 
 def main() -> None:
     """Measures what is asked for and writes it into the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "fits", "learns"))
+    parser.add_argument("what", choices=("steps", "fits", "learns", "one"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--updates", type=int, default=460)
+    parser.add_argument("--updates", type=int, default=60, help="of 8 examples; an epoch has 460")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--peft", action="store_true", help="PEFT with bitsandbytes too, which must be installed")
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *PEERS], choices=[*WAYS, *PEERS])
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     with keep_freed_memory(), freeze_objects():
+        if args.what == "one":
+            say(json.dumps(one(args.ways[0], args.updates, args.seed)))
+            return
         if args.what == "steps":
             found = steps(args.rounds)
         elif args.what == "fits":
             found = fits()
         else:
-            found = learns(args.updates, range(args.seeds), args.peft)
+            found = learns(args.ways, args.updates, args.seeds)
     path = HERE / "quant.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    libraries = ["transformers", *(["peft", "bitsandbytes"] if args.peft else [])]
+    libraries = ["transformers", *(["peft", "bitsandbytes"] if args.what == "learns" else [])]
     known[args.what] = {"machine": machine(*libraries), **found}
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Eight runs in one beside one after the other: `python benchmarks/sweep.py`; about five minutes.
 
-SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs with orders of their own.  A round
+SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs of different seeds.  A round
 is an update of each run: once in one pass (`SharedStep`), once by a step of each run as in `loralib train`.  Rounds are
 interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.
 Writes benchmarks/sweep.json.

@@ -160,6 +160,15 @@ def serving() -> Rows:
         yield clients, *(cell for pair in cells for cell in pair)
 
 
+def processes() -> Rows:
+    """Two processes with a thread each beside one with two, on the same two cores."""
+    yield "examples a step", "one process, two threads", "two processes, a thread each", "ratio"
+    for batch, row in results("ranks").get("scaling", {}).get("batch_sizes", {}).items():
+        one, two = row["one_process_two_threads"], row["two_processes_one_thread"]
+        ratio = (row["ratio_of_best"], two["median"] / one["median"])
+        yield batch, f"{one['best']:.0f} tokens/s", f"{two['best']:.0f} tokens/s", times(ratio)
+
+
 TABLES = {
     "speed": speed,
     "speed on another processor": functools.partial(speed, "train_speed_zen5"),
@@ -169,4 +178,5 @@ TABLES = {
     "breakdown": breakdown,
     "generation": generation,
     "serving": serving,
+    "processes": processes,
 }

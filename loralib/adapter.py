@@ -1,7 +1,9 @@
 """An adapter as a value: settings and tensors, taken from a model or put on one.
 
 A tensor's name is its module's followed by ``.lora_A`` or ``.lora_B`` (``.lora_embedding_A`` or ``_B`` for embeddings,
-as in PEFT), or whatever else a layer trains; modules and biases trained in full keep their parameters' names.
+as in PEFT), or whatever else a layer trains; modules and biases trained in full keep their parameters' names.  The
+weights of experts that are one parameter count as a module each, with factors ``.lora_experts_A`` (experts, r, in) and
+``.lora_experts_B`` (experts, out, r).
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ QUANTIZE = "loralib.quantize"  # metadata: the bits in which it was held during 
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
-_FACTORS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
+_KINDS = ("lora_", "lora_embedding_", "lora_experts_")
+_FACTORS = tuple(f".{kind}{half}" for kind in _KINDS for half in "AB")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
 
@@ -69,13 +72,22 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The names of the modules that have low-rank factors."""
+        """The names of the modules that have low-rank factors, and of the weights of experts that have them."""
         return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The modules to target, which are all but those that come with another."""
-        return tuple(dict.fromkeys(map(self.target_of, self.modules)))
+        return tuple(dict.fromkeys(self.target_of(name) for name in self.modules if not self.holds_experts(name)))
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        """The weights of experts that have low-rank factors."""
+        return tuple(filter(self.holds_experts, self.modules))
+
+    def holds_experts(self, module: str) -> bool:
+        """Whether a name of `modules` is that of a parameter which holds a weight of all experts of a layer."""
+        return any(f"{module}.lora_experts_{half}" in self.tensors for half in "AB")
 
     def target_of(self, module: str) -> str:
         """Returns the module to target for a module: the out_proj of an nn.MultiheadAttention comes with it."""
@@ -83,8 +95,9 @@ class Adapter:
         return attention if f"{attention}.lora_A" in self.tensors else module
 
     def factor_keys(self, module: str) -> tuple[str, str]:
-        """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT."""
-        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in self.tensors else "lora_"
+        """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT, and experts too."""
+        others = (kind for kind in _KINDS[1:] for half in "AB" if f"{module}.{kind}{half}" in self.tensors)
+        kind = next(others, "lora_")
         return f"{module}.{kind}A", f"{module}.{kind}B"
 
     @property
@@ -180,7 +193,7 @@ def _held_in(model: nn.Module) -> dict[str, str]:
 def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
     """Refuses to leave out, without a word, what was set to train besides the adapter."""
     ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()} | {id(t) for t in in_full.values()}
-    merged = {id(layer._parameters[layer._weight_name]) for _, layer in layers if layer.merged}
+    merged = {id(layer._parameters[name]) for _, layer in layers if layer.merged for name in layer.weight_names}
     others = [n for n, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours | merged]
     if others:
         raise AdapterError(
@@ -437,8 +450,11 @@ def without_expressions(adapter: Adapter) -> Adapter:
         for module in modules:
             A = adapter.tensors.get(adapter.factor_keys(module)[0])
             # A rank that no setting explains stays a fault.
-            if A is not None and A.dim() > 0 and A.shape[0] in config.rank_pattern.values():
-                ranks[module] = A.shape[0]
+            if A is None or A.dim() == 0:
+                continue
+            r = A.shape[1] if adapter.holds_experts(module) and A.dim() > 1 else A.shape[0]
+            if r in config.rank_pattern.values():
+                ranks[module] = r
         config = with_ranks(config, ranks, {module: config.alpha_of(module) for module in modules})
     target, exclude = config.target_modules, config.exclude_modules
     layers = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern or ()

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .bases.quant import QUANTIZATIONS, QuantizedWeight
+from .bases.quant import Int8Weight, QuantizedWeight, class_of, is_quantized_table
 from .console import size
 from .delta import stored_bytes
 from .engine.frozen_linear import MAX_PREPACKED_BYTES, can_prepack, kernels_for
@@ -24,6 +24,7 @@ from .errors import BaseModelError, UnsupportedModelError
 from .files import free_memory
 from .injection import adapted_layers
 from .layers import LoRALayer, is_conv1d
+from .variants import holds_experts, kept_per_token
 from .wrapping import decoder_blocks
 
 __all__ = [
@@ -222,6 +223,8 @@ def _base(model: nn.Module, shares: int, quantize: str) -> dict[str, float]:
     inside = {id(p) for block in blocks for p in block.parameters()}
     sizes = [_stored(block, quantize) for block in blocks]
     outside = float(sum(stored_bytes(p) for p in _frozen(model) if id(p) not in inside))
+    tables = {id(m.weight): _weight(m) for m in model.modules() if is_quantized_table(m, model, quantize)}
+    outside += sum(Int8Weight.bytes_of(*table.shape) - stored_bytes(table) for table in tables.values())
     whole = sum(sizes) + outside
     if shares == 1:
         dense = 0 if quantize == "none" else max((w.numel() for b in blocks for w in _linears(b)), default=0)
@@ -244,7 +247,7 @@ def _stored(block: nn.Module, quantize: str) -> float:
     if quantize == "none":
         return size
     shapes = [shape for child in block.modules() if (shape := _shape(child)) is not None]
-    kind, itemsize = QUANTIZATIONS[quantize], _itemsize(block)
+    kind, itemsize = class_of(quantize), _itemsize(block)
     return size + sum(kind.bytes_of(*shape) - math.prod(shape) * itemsize for shape in shapes)
 
 
@@ -285,10 +288,13 @@ def _kept_per_token(block: nn.Module, layers: Container[nn.Module], all_adapted:
 
     They are the inputs of adapted linears, once where several read the same (q, k and v, a gate and its up projection);
     the outputs that attention and activation functions compute with, which are those of all linears but the last of
-    their module; the inputs of norms; and what LoRA's A makes of the inputs.
+    their module; the inputs of norms; and what LoRA's A makes of the inputs.  For experts see `kept_per_token`.
     """
     numbers = 0
-    for parent in block.modules():
+    for name, parent in block.named_modules():
+        if holds_experts(name, parent):
+            numbers += kept_per_token(parent, all_adapted or parent in layers)
+            continue
         linears = [(child, shape) for child in parent.children() if (shape := _shape(child)) is not None]
         read = set[int]()
         for place, (child, (outputs, inputs)) in enumerate(linears):

@@ -37,6 +37,7 @@ __all__ = [
     "more_than_low_rank",
     "resize",
     "update_of",
+    "updates_in",
     "updates_of",
     "way_out",
     "with_updates",
@@ -147,12 +148,14 @@ def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
         if A is None or B is None:
             faults.append((module, f"{keys[A is not None].rpartition('.')[2]} is missing"))
             continue
-        if A.dim() < 2 or A.dim() != B.dim() or (A.dim() > 2 and B[:1, :1].numel() != 1):
+        experts = adapter.holds_experts(module)
+        together = A.dim() == B.dim() == 3 and len(A) == len(B) if experts else _belong_together(A, B)
+        if not together:
             faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together"))
             continue
         r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
         expected = r if blocks is None else r * sum(blocks)
-        if A.shape[0] != expected or B.shape[1] != r:
+        if A.shape[int(experts)] != expected or B.shape[1 + int(experts)] != r:
             rank = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
             faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {rank}"))
         elif blocks is not None and B.shape[0] % sum(blocks):
@@ -198,15 +201,34 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
             )
         )
     plain = expand_blocks(adapter)
-    return {module: update_of(plain, module) for module in plain.modules}
+    return {name: update for module in plain.modules for name, update in updates_in(plain, module).items()}
 
 
 def update_of(adapter: Adapter, module: str) -> Update:
     """Returns the low-rank part of what an adapter without fused blocks does to a module."""
     A, B = factors(adapter, module)
+    return Update(A.flatten(1), B.flatten(1), _scaling(adapter, module))
+
+
+def updates_in(adapter: Adapter, module: str) -> dict[str, Update]:
+    """Returns the low-rank part of what an adapter without fused blocks does to a module, by name.
+
+    A weight of experts has one update for each, named ``module[0]``, ``module[1]`` and so on.
+    """
+    if not adapter.holds_experts(module):
+        return {module: update_of(adapter, module)}
+    scaling, pairs = _scaling(adapter, module), zip(*factors(adapter, module), strict=True)
+    return {f"{module}[{expert}]": Update(A, B, scaling) for expert, (A, B) in enumerate(pairs)}
+
+
+def _scaling(adapter: Adapter, module: str) -> float:
     config = adapter.config
-    scaling = scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
-    return Update(A.flatten(1), B.flatten(1), scaling)
+    return scaling_of(config.rank_of(module), config.alpha_of(module), config.use_rslora)
+
+
+def _belong_together(A: Tensor, B: Tensor) -> bool:
+    """Whether A (r, in) and B (out, r) are factors of one update, or those of a convolution are."""
+    return A.dim() > 1 and A.dim() == B.dim() and (A.dim() == 2 or B[:1, :1].numel() == 1)
 
 
 def factors(adapter: Adapter, module: str) -> FactorPair:
@@ -220,17 +242,38 @@ def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter
 
     Args:
         adapter: says what kind of layer each module is, and all settings but ranks and alphas.
-        updates: new factors; modules that are not named are left out.  What is trained in full stays.
+        updates: new factors; modules that are not named are left out.  What is trained in full stays.  The experts of
+            one weight get the largest rank among them, filled up with zeros.
     """
+    updates, stacks = _stacked(adapter, updates)
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if not _is_factor(name)}
     for name, (A, B) in updates.items():
         old_A, old_B = factors(adapter, name)
         key_A, key_B = adapter.factor_keys(name)
         tensors[key_A] = A.reshape(A.shape[0], *old_A.shape[1:]).contiguous()
         tensors[key_B] = B.reshape(*B.shape, *(1 for _ in old_B.shape[2:])).contiguous()
+    tensors |= {f"{name}.lora_experts_{half}": tensor for name, pair in stacks.items() for half, tensor in pair.items()}
     ranks = {name: A.shape[0] for name, (A, _) in updates.items()}
+    ranks |= {name: pair["A"].shape[1] for name, pair in stacks.items()}
     config = with_ranks(adapter.config.replace(enable_lora={}, use_rslora=False), ranks, dict(ranks))
     return Adapter(config, tensors, {key: text for key, text in adapter.metadata.items() if key != BLOCKS})
+
+
+def _stacked(
+    adapter: Adapter, updates: Mapping[str, FactorPair]
+) -> tuple[dict[str, FactorPair], dict[str, dict[str, Tensor]]]:
+    """Returns the factors of modules; and those of experts (see `updates_in`) as "A" and "B" of each weight."""
+    rest, experts = dict(updates), dict[str, dict[int, FactorPair]]()
+    for name in updates:
+        module, _, number = name.removesuffix("]").rpartition("[")
+        if number.isdecimal() and adapter.holds_experts(module):
+            experts.setdefault(module, {})[int(number)] = rest.pop(name)
+    stacks = {}
+    for module, pairs in experts.items():
+        r = max(A.shape[0] for A, _ in pairs.values())
+        padded = [Update(A, B, 1.0).plain(r) for _, (A, B) in sorted(pairs.items())]
+        stacks[module] = {"A": torch.stack([A for A, _ in padded]), "B": torch.stack([B for _, B in padded])}
+    return rest, stacks
 
 
 def combine(
@@ -415,7 +458,11 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
         plain = expand_blocks(adapter)
         for module in plain.modules:
             A, B = factors(plain, module)
-            shape = (tuple(A.shape[1:]), (B.shape[0], *B.shape[2:]))
+            rank = 1 if plain.holds_experts(module) else 0  # where A has its rank; B has it one later
+            shape = (
+                (*A.shape[:rank], *A.shape[rank + 1 :]),
+                (*B.shape[: rank + 1], *B.shape[rank + 2 :]),
+            )
             if shapes.setdefault(module, shape) != shape:
                 faults.append(f"{module}: {shape[1][0]} x {shape[0]} here, {shapes[module]} before")
         tensors |= {name: tensor for name, tensor in plain.tensors.items() if name not in tensors}
@@ -427,9 +474,12 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
 
 def _template_config(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> LoraConfig:
     config = adapters[0].config
-    choose = operator.attrgetter("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    choose = operator.attrgetter(
+        "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"
+    )
     if any(choose(adapter.config) != choose(config) for adapter in adapters):
-        config = config.targeting(Adapter(config, tensors).target_modules)
+        all_of_them = Adapter(config, tensors)
+        config = config.targeting(all_of_them.target_modules).replace(target_parameters=all_of_them.target_parameters)
     return config.replace(init_lora_weights=True, lora_dropout=max(a.config.lora_dropout for a in adapters))
 
 

@@ -42,6 +42,14 @@ _HARMLESS = frozenset(
 )
 
 
+_LISTS: Final = (
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 _MAX_RANK: Final = 1_000_000  # wider than any layer
 _MAX_ENTRIES: Final = 20_000
 _MAX_KEY: Final = 1000  # characters of a key in a file
@@ -92,6 +100,11 @@ class LoraConfig:
         choices=("none", "all", "lora_only"),
     )
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)")
+    target_parameters: Sequence[str] | None = setting(
+        None,
+        "weights of experts to adapt that are parameters, not modules: a list of names or name endings, such as "
+        "'experts.gate_up_proj'; 'all-linear' has them all",
+    )
     modules_to_save: Sequence[str] | None = setting(None, "modules trained in full and saved with the adapter")
     exclude_modules: str | Sequence[str] | None = setting(
         None, "modules not to adapt: a list of names or name endings, or one regular expression"
@@ -137,7 +150,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = setting(None, "the base model the adapter belongs to; never a cache path")
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, (set, frozenset)):  # a set has no order of its own
                 value = sorted(value)
@@ -149,6 +162,8 @@ class LoraConfig:
             if isinstance(value, (list, tuple)):
                 # PEFT writes empty lists for what is not used; without a target there is nothing to adapt, though.
                 object.__setattr__(self, name, tuple(value) if value or name == "target_modules" else None)
+        if self.target_parameters and self.target_modules == ():
+            object.__setattr__(self, "target_modules", None)  # PEFT's way to say: these parameters alone
         rows = self.trainable_token_indices
         if isinstance(rows, (list, tuple, Mapping)):
             rows = {key: _tuple(item) for key, item in rows.items()} if isinstance(rows, Mapping) else tuple(rows)
@@ -277,6 +292,8 @@ class LoraConfig:
             if newer or spec.name in ("enable_lora", "eva_config"):
                 continue
             values[spec.name] = _list(value)
+        if self.target_parameters and self.target_modules is None:
+            values["target_modules"] = []  # PEFT would choose some
         values["lora_alpha"] = _whole(self.lora_alpha)
         values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in self.alpha_pattern.items()}
         values["inference_mode"] = True
@@ -359,8 +376,6 @@ _READING: Final = {
     "ensure_weight_tying": "the tied embedding and head share one update; merge it in PEFT as said below",
 }
 _TRAINING: Final = {
-    "target_parameters": "weights of experts that are no modules are not adapted here; name the linear layers beside "
-    "them in target_modules, or train with PEFT",
     "alora_invocation_tokens": "an activated LoRA is not trained here; leave it out for plain LoRA, or train with PEFT",
     "layer_replication": "layers are not repeated here; repeat them in the model before, and leave it out",
     "ensure_weight_tying": "leave it out: a head and a table in modules_to_save are trained apart",
@@ -503,7 +518,9 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
 _FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
 
 # Fields that PEFT learned after 0.5: written only when they say something.
-_NEWER = frozenset({"use_rslora", "use_dora", "lora_bias", "exclude_modules", "trainable_token_indices"})
+_NEWER = frozenset(
+    {"use_rslora", "use_dora", "lora_bias", "exclude_modules", "target_parameters", "trainable_token_indices"}
+)
 
 
 def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "dora_norms",
     "dora_weight",
     "effective_rank",
+    "grouped_linear",
     "low_rank",
     "olora_factors",
     "pissa_factors",
@@ -38,6 +39,8 @@ __all__ = [
     "state_of",
     "stored_bytes",
 ]
+
+_ROWS_AT_ONCE: Final = 128  # while products of two activations are summed up
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -77,16 +80,44 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return F.linear(F.linear(x, A.to(x.dtype)) * scaling, B.to(x.dtype))
 
 
+def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], biases: Tensor | None = None) -> Tensor:
+    """Computes ``W[e] x + b[e]`` for rows that come in groups, the first of which are those of weight 0.
+
+    No weight is copied, and none is touched that has no rows: what is kept for the backward pass are the rows.
+
+    Args:
+        x: (S, in), sorted by group.
+        weights: (E, out, in), one for each group.
+        counts: how many rows each of the E groups has.  Rows after the last group belong to none, and become zeros.
+        biases: (E, out).
+
+    Returns:
+        (S, out), in the dtype of x.
+
+    >>> grouped_linear(torch.ones(3, 2), torch.stack([torch.eye(2), 5 * torch.eye(2)]), [1, 2]).tolist()
+    [[1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
+    """
+    rest = len(x) - sum(counts)
+    # One split: each slice of its own would get a gradient of the size of x.
+    rows = x.split([*counts, rest])
+    bias_of = [None] * len(counts) if biases is None else biases.unbind()
+    groups = zip(rows, weights.unbind(), bias_of, counts, strict=False)
+    products = [F.linear(of_group, weight, bias) for of_group, weight, bias, count in groups if count]
+    if rest or not products:
+        products.append(x.new_zeros(rest, weights.shape[1]))
+    return torch.cat(products)
+
+
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Computes ``scaling * B A`` in at least fp32.
 
     Args:
-        A: (r, in).
-        B: (out, r).
+        A: (..., r, in).
+        B: (..., out, r).
         scaling: see `scaling_of`.
 
     Returns:
-        (out, in), in fp32 (fp64 if a factor is fp64).
+        (..., out, in), in fp32 (fp64 if a factor is fp64).
     """
     wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     return (B.to(wide) @ A.to(wide)) * scaling
@@ -265,7 +296,9 @@ def row_squares(weight: Tensor) -> Tensor:
     return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
 
 
-def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0) -> Tensor:
+def scale_outputs(
+    y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0, in_place: bool = False
+) -> Tensor:
     """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
 
     Args:
@@ -273,22 +306,26 @@ def scale_outputs(y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *
         scale: (out,); None: 1.
         bias: (out,), if y holds one.
         channels: how many dimensions follow that of the outputs.
+        in_place: whether the result takes the place of y, which nothing else may need then.
 
     >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
     [[5.0, 5.0]]
     """
     if scale is None:
         return y
-    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ScaledOutputs.apply(y, scale, bias, channels, in_place))  # type: ignore[no-untyped-call]
 
 
 class _ScaledOutputs(torch.autograd.Function):
     """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int, in_place: bool) -> Tensor:
         shape = (-1, *(1,) * channels)
-        result = torch.addcmul(y, y, (scale - 1).to(y.dtype).view(shape))
+        step = (scale - 1).to(y.dtype).view(shape)
+        result = y.addcmul_(y, step) if in_place else torch.addcmul(y, y, step)
+        if in_place:
+            ctx.mark_dirty(y)
         if bias is not None:
             result -= (bias * (scale - 1)).to(y.dtype).view(shape)
         ctx.save_for_backward(result, scale, bias)
@@ -304,12 +341,27 @@ class _ScaledOutputs(torch.autograd.Function):
         of_scale, of_bias = None, None
         if ctx.needs_input_grad[1]:
             scaled = result if bias is None else result - bias.to(result.dtype).view(shape)
-            total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            if ctx.channels:
+                total = (gradient * scaled).sum(others, dtype=scale.dtype)
+            else:
+                total = _dots(gradient, scaled, scale.dtype)
             of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
         if ctx.needs_input_grad[2]:
             of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
         of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
-        return of_y, of_scale, of_bias, None
+        return of_y, of_scale, of_bias, None, None
+
+
+def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sums of ``one * other`` (..., out) over all but the last dimension; (out,) in a wider dtype.
+
+    A few rows at a time stay in the cache, and their wide copies small.
+    """
+    total = one.new_zeros(one.shape[-1], dtype=dtype)
+    pairs = zip(*(each.reshape(-1, each.shape[-1]).split(_ROWS_AT_ONCE) for each in (one, other)), strict=True)
+    for rows, others in pairs:
+        total += (rows.to(dtype) * others).sum(0)
+    return total
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:

@@ -447,9 +447,7 @@ def fingerprint(
         if parameter.is_meta:
             continue
         if is_table:
-            weight = dense(parameter).detach()[:rows]
-            _update(values, samples_of(weight), in_fp16=in_fp16)
-            _update(values, samples_of(weight[-_LAST_ROWS:], 64 * _LAST_ROWS), in_fp16=in_fp16)
+            _update(values, samples_of_table(parameter, rows), in_fp16=in_fp16)
         else:
             _update(values, samples_of(parameter), in_fp16=in_fp16)
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16]}" + (f":{rows}" if tables else "")
@@ -472,8 +470,8 @@ def first_fingerprint(model: nn.Module) -> str:
 
 def quantization_of(model: nn.Module) -> str:
     """Returns how a base's weights are held in fewer bits (see `loralib.load_base`); "none" if they are not."""
-    kinds = {getattr(weight, "KIND", "none") for _, weight in _base_parameters(model, {})}
-    return "+".join(sorted(kinds - {"none"})) or "none"
+    kinds = {weight.KIND for _, weight in _base_parameters(model, {}) if getattr(weight, "ROUNDED", False)}  # type: ignore[attr-defined]
+    return "+".join(sorted(kinds)) or "none"
 
 
 _LAST_ROWS = 16
@@ -493,6 +491,15 @@ def samples_of(weight: Tensor, count: int = 64) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count].cpu()
 
 
+def samples_of_table(table: Tensor, rows: int | None = None) -> Tensor:
+    """Returns numbers from the first `rows` of a table of tokens, and from the last of these; see `samples_of`."""
+    kept = getattr(table, "samples", None)
+    if kept is not None and rows in (None, len(table)):
+        return cast(Tensor, kept)
+    weight = dense(table).detach()[:rows]
+    return torch.cat([samples_of(weight), samples_of(weight[-_LAST_ROWS:], 64 * _LAST_ROWS)])
+
+
 def _update(digest: Any, samples: Tensor, *, in_fp16: bool = False) -> None:
     samples = (samples.half() if in_fp16 else samples).to(torch.bfloat16)
     digest.update(bytes(samples.contiguous().view(torch.uint8).tolist()))
@@ -505,8 +512,8 @@ def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Itera
         for leaf, parameter in module._parameters.items():
             if parameter is not None and leaf not in own:
                 name = f"{path}.{leaf}" if path else leaf
-                kept = isinstance(module, LoRALayer) and module.merged and leaf == module._weight_name
-                base = cast(LoRALayer, module).base_weight if kept else parameter
+                kept = isinstance(module, LoRALayer) and module.merged and leaf in module.weight_names
+                base = cast(LoRALayer, module).base_weight_of(leaf) if kept else parameter
                 yield name, originals.get(name, base)
 
 

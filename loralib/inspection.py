@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import BASE, Adapter, apply_adapter, compare_base, expand_blocks
-from .combine import depends_on_base, faults_of, located_faults, update_of
+from .combine import Update, depends_on_base, faults_of, located_faults, updates_in
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
@@ -82,7 +82,8 @@ class ModuleSummary:
     @property
     def kind(self) -> str:
         """The part of the name that all layers share, such as self_attn.q_proj."""
-        return re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+        of_all_experts = re.sub(r"\[\d+\]$", "", self.name)
+        return re.split(r"\.\d+\.", of_all_experts, maxsplit=1)[-1]
 
     @property
     def layer(self) -> int | None:
@@ -122,6 +123,7 @@ class Inspection:
             ("r", _with_exceptions(config.r, config.rank_pattern)),
             ("lora_alpha", _with_exceptions(config.lora_alpha, config.alpha_pattern)),
             ("target_modules", targets if isinstance(targets, str) else ", ".join(targets or ())),
+            *([("target_parameters", ", ".join(config.target_parameters))] if config.target_parameters else []),
             ("kind", ", ".join(kinds) or "plain LoRA"),
             ("adapted modules", count(len(self.adapter.modules))),
             ("parameters", count(sum(tensor.numel() for tensor in tensors.values()))),
@@ -155,7 +157,9 @@ class Inspection:
             largest = max(modules, key=lambda module: module.norm)
             where = "" if largest.layer is None else f" (layer {largest.layer})"
             mean = sum(module.norm for module in modules) / len(modules)
-            rows.append((kind, len(modules), f"{mean:.4g}", f"{largest.norm:.4g}{where}", _ranks(modules)))
+            layers = len({module.name.rpartition("[")[0] or module.name for module in modules})
+            count_of_them = layers if layers == len(modules) else f"{layers} x {len(modules) // layers} experts"
+            rows.append((kind, count_of_them, f"{mean:.4g}", f"{largest.norm:.4g}{where}", _ranks(modules)))
         return table(rows, ("module", "layers", "mean norm", "largest norm", "effective rank"))
 
 
@@ -280,13 +284,14 @@ def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
     summaries = []
     for name in plain.modules:
         if name not in broken:
-            update = update_of(plain, name)
-            S = update.svd()[1]
-            norm, values = float(S.norm()), tuple(S.tolist())
-            summaries.append(
-                ModuleSummary(name, update.shape, update.r, update.scaling, norm, values, effective_rank(S))
-            )
+            summaries += [_summary(*named) for named in updates_in(plain, name).items()]
     return tuple(summaries)
+
+
+def _summary(name: str, update: Update) -> ModuleSummary:
+    S = update.svd()[1]
+    norm, values = float(S.norm()), tuple(S.tolist())
+    return ModuleSummary(name, update.shape, update.r, update.scaling, norm, values, effective_rank(S))
 
 
 def _check_learned(modules: Sequence[ModuleSummary]) -> list[CheckResult]:
@@ -335,9 +340,11 @@ def _uses(adapter: Adapter) -> dict[str, str]:
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
             uses[target] = f"no: {what} is not loaded there; merge it (loralib merge)"
+        elif adapter.target_parameters and target != "vllm":
+            uses[target] = "no: adapters of experts are not written for it; merge it (loralib merge)"
         elif special:
             uses[target] = f"{convert} ({special} becomes plain LoRA)"
-        elif target == "vllm" and not config.alpha_pattern and not config.enable_lora:
+        elif target == "vllm" and not (config.alpha_pattern or config.enable_lora or adapter.target_parameters):
             uses[target] = "yes, as it is"
         else:
             uses[target] = convert

@@ -68,9 +68,15 @@ class LoRALayer(nn.Module):
     lora_B: Parameter
     lora_names: tuple[str, ...] = ()  # of the trained tensors that _init_lora made; the base may have names like theirs
     fixed_names: tuple[str, ...] = ()  # of buffers that a variant keeps beside them
+    output_factors: tuple[str, ...] = ("lora_B",)  # of the trained tensors those that start at zero, behind A
     may_rest: bool = False  # whether a batch may leave all of a layer's gradients zero
 
     _weight_name = "weight"
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The names of the parameters that the layer adapts, of which all but the experts of a mixture have one."""
+        return (self._weight_name,)
 
     def _init_lora(
         self,
@@ -122,7 +128,7 @@ class LoRALayer(nn.Module):
         Raises:
             AdapterError: one is computed (pruned or parametrized), or is one process' share of a tensor.
         """
-        names = self.lora_names if self.merged else (self._weight_name, *self.lora_names)
+        names = self.lora_names if self.merged else (*self.weight_names, *self.lora_names)
         computed = [name for name in names if self._parameters.get(name) is None]
         if computed:
             raise AdapterError(
@@ -161,6 +167,10 @@ class LoRALayer(nn.Module):
         """Returns what the adapter adds to the base weight, in its shape and in at least fp32."""
         return self.as_stored(delta_weight(*self.factors(), self.scaling))
 
+    def delta_weight_of(self, name: str) -> Tensor:
+        """Returns what the adapter adds to the base weight of that name (see `weight_names`)."""
+        return self.delta_weight()
+
     def output_scale(self) -> Tensor | None:
         """Returns what each output (out,) is multiplied with before the bias is added, in fp32; None: with 1."""
         return None
@@ -193,7 +203,11 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> Parameter:
         """The base weight, also while the layer is merged."""
-        weight = (self.__dict__["_unmerged"] if self.merged else self._parameters).get(self._weight_name)
+        return self.base_weight_of(self._weight_name)
+
+    def base_weight_of(self, name: str) -> Parameter:
+        """Returns the base weight of that name (see `weight_names`), also while the layer is merged."""
+        weight = (self.__dict__["_unmerged"] if self.merged else self._parameters).get(name)
         if weight is None:
             raise AdapterError("its weight is computed (pruned or parametrized since inject()); undo that first")
         return cast(Parameter, weight)
@@ -219,9 +233,9 @@ class LoRALayer(nn.Module):
             return
         if not self.enabled:
             raise MergeError("the adapter is disabled and was not merged; merge after the `with disabled()` block")
-        if self._parameters.get(self._weight_name) is None:
+        if any(self._parameters.get(name) is None for name in self.weight_names):
             raise MergeError("its weight is computed (pruned or parametrized since); undo that before merging")
-        if is_sharded(self.base_weight):
+        if any(is_sharded(self.base_weight_of(name)) for name in self.weight_names):
             raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
             merged = self._merged_tensors()
@@ -233,10 +247,15 @@ class LoRALayer(nn.Module):
 
     def _merged_tensors(self) -> dict[str, Tensor]:
         """Returns what merging puts into the places of the base's parameters, by name."""
-        delta = self.delta_weight()
-        if not torch.isfinite(delta).all():
-            raise MergeError("the adapter holds NaN or infinite values and was not merged; train again or load another")
-        return {self._weight_name: add_delta(self._used_weight(dense(self.base_weight)), delta)}
+        merged = dict[str, Tensor]()
+        for name in self.weight_names:
+            delta = self.delta_weight_of(name)
+            if not torch.isfinite(delta).all():
+                raise MergeError(
+                    "the adapter holds NaN or infinite values and was not merged; train again or load another"
+                )
+            merged[name] = add_delta(self._used_weight(dense(self.base_weight_of(name))), delta)
+        return merged
 
     def unmerge(self) -> None:
         """Puts the base weight back, bit for bit."""
@@ -331,9 +350,14 @@ class LoRALinear(LoRALayer):
             return y
         return self.finished(y + low_rank(self._drop(x), *self.factors(), self.scaling))
 
-    def finished(self, y: Tensor) -> Tensor:
-        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products."""
-        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias))
+    def finished(self, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products.
+
+        Args:
+            y: of any number of rows.
+            in_place: whether the output may take the place of y.
+        """
+        y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias), in_place=in_place)
         shift = self.output_shift()
         return y if shift is None else y + shift.to(y.dtype)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -30,7 +31,16 @@ from .layers import (
     base_class,
     is_conv1d,
 )
-from .variants import TokenRowsEmbedding, TokenRowsHead, contradictions, mixin_for
+from .variants import (
+    ExpertWeight,
+    LoRAExperts,
+    TokenRowsEmbedding,
+    TokenRowsHead,
+    contradictions,
+    expert_weights,
+    holds_experts,
+    mixin_for,
+)
 from .wrapping import input_table, may_adapt, named_modules, named_parameters, named_tensors, output_head
 
 __all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
@@ -49,6 +59,7 @@ class TargetModule:
         blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
         token_indices: which rows of a table are trained, where it is no low-rank update.
         tied: whether these rows are another table's.
+        weights: which weights are adapted, where the module holds those of experts.
     """
 
     name: str
@@ -60,12 +71,15 @@ class TargetModule:
     blocks: tuple[bool, ...] | None = None
     token_indices: tuple[int, ...] = ()
     tied: bool = False
+    weights: tuple[ExpertWeight, ...] = ()
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What the layer is told before it makes its tensors."""
         if issubclass(self.mixin, LoRALinear):
             return {"fan_in_fan_out": is_conv1d(self.module), "blocks": self.blocks}
+        if self.weights:
+            return {"adapted_weights": self.weights}
         return {"token_indices": self.token_indices, "tied": self.tied} if self.token_indices else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,12 +115,15 @@ def match_modules(
         TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
     """
     _refuse_kinds(config, trained)
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         raise TargetError(f"target_modules is not given. {_suggestion(model)}")
     modules = _modules(model)
     matched = _matched_patterns(model, modules, config)
-    faults = [] if trained and matched else _unused_entry_faults(model, modules, matched, config)
-    targets = list[TargetModule]()
+    faults = list[str]()
+    targets = _experts(model, modules, config, trained, changes, faults)
+    if not trained or not (matched or targets):
+        named = [*matched, *(f"{target.name}.{weight.name}" for target in targets for weight in target.weights)]
+        faults += _unused_entry_faults(model, modules, matched, named, config)
     for name, pattern in matched.items():
         try:
             targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config, changes))
@@ -121,6 +138,8 @@ def match_modules(
             except TargetError as error:
                 faults.append(f"{output}: {error}")
     targets += _token_rows(model, modules, config, {target.name for target in targets}, faults)
+    order = {name: place for place, name in enumerate(modules)}
+    targets.sort(key=lambda target: order[target.name])
     if faults:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
         raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
@@ -197,8 +216,8 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
     for target in targets:
         if target.token_indices:  # tied tables train the same rows
             continue
-        weight = target.module._parameters[target.mixin._weight_name]
-        tied[target.name] = ", ".join(name for name in owners[id(weight)] if name != target.name)
+        weights = [target.module._parameters[name] for name in target.preview().weight_names]
+        tied[target.name] = ", ".join(name for weight in weights for name in owners[id(weight)] if name != target.name)
     return {name: twins for name, twins in tied.items() if twins}
 
 
@@ -283,7 +302,6 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
     """Returns the entry of target_modules that matches, for each module that one does."""
     entries = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
     if ALL_LINEAR in entries:
-        _refuse_expert_weights(model, modules, config)
         left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
         head = output_head(model)
         patterns = {
@@ -296,12 +314,13 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
         patterns = {name: entry for name, entry in chosen.items() if entry}
     else:
         patterns = {name: entry for name in modules if (entry := matches(config.target_modules, name))}
-    return {
-        name: pattern
-        for name, pattern in patterns.items()
-        if not _is_excluded(name, config)
-        and (config.layers_to_transform is None or _layer_number(name, config) in _several(config.layers_to_transform))
-    }
+    return {name: pattern for name, pattern in patterns.items() if not _is_left_out(name, config)}
+
+
+def _is_left_out(name: str, config: LoraConfig) -> bool:
+    """Whether exclude_modules, modules_to_save or layers_to_transform keep a module from being adapted."""
+    chosen = config.layers_to_transform
+    return _is_excluded(name, config) or (chosen is not None and _layer_number(name, config) not in _several(chosen))
 
 
 def _is_excluded(name: str, config: LoraConfig) -> bool:
@@ -324,9 +343,16 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 
 def _unused_entry_faults(
-    model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, str], config: LoraConfig
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    matched: Mapping[str, str],
+    adapted: Sequence[str],
+    config: LoraConfig,
 ) -> list[str]:
-    """Says of every entry that matches nothing what it might have meant."""
+    """Says of every entry that matches nothing what it might have meant.
+
+    `adapted` are the names of the modules in `matched` and of the weights of experts that are adapted.
+    """
 
     def unmatched(setting: str, names: Iterable[str]) -> list[str]:
         value = getattr(config, setting)
@@ -335,7 +361,7 @@ def _unused_entry_faults(
 
     faults = []
     # An entry also counts as used where an earlier one of the list took all its modules.
-    entries = [entry for entry in unmatched("target_modules", matched) if entry != ALL_LINEAR or not matched]
+    entries = [entry for entry in unmatched("target_modules", matched) if entry != ALL_LINEAR or not adapted]
     if entries:
         narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
         after = " (after exclude_modules, modules_to_save and layers_to_transform)" if narrowed else ""
@@ -345,22 +371,26 @@ def _unused_entry_faults(
             hints = f" A text is one regular expression; several names are a list: {names}."
         faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
     unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
-    for setting, entries in (("exclude_modules", unmatched("exclude_modules", modules)), ("modules_to_save", unsaved)):
+    there = [*modules, *(f"{n}.{leaf}" for n, m in modules.items() if holds_experts(n, m) for leaf in m._parameters)]
+    for setting, entries in (("exclude_modules", unmatched("exclude_modules", there)), ("modules_to_save", unsaved)):
         faults += [f"{setting} {entry!r} matches nothing.{_similar_names(model, entry, modules)}" for entry in entries]
     for setting in ("rank_pattern", "alpha_pattern", "enable_lora"):
         faults += [
-            f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, matched)}"
+            f"{setting}[{key!r}] matches none of the adapted modules.{_similar_names(model, key, adapted)}"
             for key in getattr(config, setting)
-            if not any(first_match((key,), name) for name in matched)
+            if not any(first_match((key,), name) for name in adapted)
         ]
-    used = {_layer_number(name, config) for name in matched}
-    unused = [number for number in _several(config.layers_to_transform) if matched and number not in used]
+    used = {_layer_number(name, config) for name in adapted}
+    unused = [number for number in _several(config.layers_to_transform) if adapted and number not in used]
     return faults + [f"layers_to_transform names layer {number}, which has no adapted module" for number in unused]
 
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
     """Returns which module names, cut to as many parts as the entry has, are like it."""
-    if any(matches((entry,), name) for name in named_parameters(model)):
+    parameters = [name for name in named_parameters(model) if matches((entry,), name)]
+    if any(_is_expert_weight(model, name) for name in parameters):
+        return f" {entry!r} is a parameter, not a module: name it in target_parameters."
+    if parameters:
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     if any(matches((entry,), name) for name in names):
         return ""  # it is there, and left out by another setting
@@ -377,31 +407,158 @@ def _suggestion(model: nn.Module) -> str:
     if not (counts := Counter(endings)):
         return "The model has no linear-like module."
     listing = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
-    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'."
+    holders = {name: module for name, module in _modules(model).items() if holds_experts(name, module)}
+    experts = ", ".join(_known_experts(holders))
+    beside = f" Weights of experts, for target_parameters: {experts}." if experts else ""
+    return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'.{beside}"
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
 
 
-def _refuse_expert_weights(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Mixture-of-experts models keep their experts in parameters of their own, which no linear layer holds."""
-    experts = [
-        f"{name}.{leaf}"
-        for name, module in modules.items()
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if "expert" in f"{name}.{type(module).__name__}".lower()
-        and parameter.dim() > 1
-        and not isinstance(module, nn.Embedding)
-        and not _is_linear(module)
-        and not _is_excluded(name, config)
+# Experts, whose weights are parameters of three dimensions.
+
+
+def _experts(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    trained: bool,
+    changes: bool,
+    faults: list[str],
+) -> list[TargetModule]:
+    """Returns the modules of experts of which weights are adapted; adds to `faults` what is not possible."""
+    holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
+    chosen = _named_parameters_of(model, holders, config, trained, faults)
+    unknown = list[str]()
+    if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
+        for name, module in holders.items():
+            try:
+                for leaf in expert_weights(module):
+                    if not _is_left_out(name, config) and not _is_excluded(f"{name}.{leaf}", config):
+                        chosen.setdefault(name, {}).setdefault(leaf, ALL_LINEAR)
+            except TargetError as error:
+                if not _is_left_out(name, config):
+                    unknown.append(f"{name}: {error}")
+    if unknown:
+        faults.append(_missed_experts(model, unknown))
+    targets = []
+    for name, leaves in chosen.items():
+        try:
+            targets.append(_experts_target(name, leaves, modules, config, trained, changes))
+        except TargetError as error:
+            faults.append(f"{name}: {error}")
+    return targets
+
+
+def _experts_target(
+    name: str,
+    leaves: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    trained: bool,
+    changes: bool,
+) -> TargetModule:
+    module = modules[name]
+    weights = [
+        ExpertWeight(leaf, config.rank_of(f"{name}.{leaf}"), config.alpha_of(f"{name}.{leaf}"))
+        for leaf in expert_weights(module)
+        if leaf in leaves
     ]
-    if experts:
+    for weight in weights:
+        _refuse_bypassed(module, weight.name, changes)
+        if config.blocks_of(f"{name}.{weight.name}") is not None:
+            raise TargetError(f"enable_lora is for linear layers, and {weight.name} holds weights of experts")
+    if config.init_lora_weights == "eva" and not trained:
         raise TargetError(
-            f"'all-linear' would miss {len(experts)} expert weights of {type(model).__name__} ({experts[0]}, ...): "
-            "they are parameters of their own, not linear layers, and cannot be adapted. To adapt the other layers on "
-            "purpose, name them (target_modules=['q_proj', 'v_proj']), or add the experts to exclude_modules."
+            "init_lora_weights 'eva' is not for the experts of a mixture; leave it out, or add them to exclude_modules"
         )
+    target = TargetModule(
+        name=name,
+        module=module,
+        mixin=mixin_for(LoRAExperts, config),
+        r=max(weight.r for weight in weights),
+        lora_alpha=weights[0].lora_alpha,
+        pattern=next(iter(leaves.values())),
+        weights=tuple(weights),
+    )
+    if not trained:
+        target.preview().check_rank(target.r)
+    return target
+
+
+def _named_parameters_of(
+    model: nn.Module,
+    holders: Mapping[str, nn.Module],
+    config: LoraConfig,
+    trained: bool,
+    faults: list[str],
+) -> dict[str, dict[str, str]]:
+    """Returns which weights of which experts target_parameters names, each with its entry; adds to `faults`."""
+    chosen, used = dict[str, dict[str, str]](), set[str]()
+    for name in named_parameters(model):
+        entry = matches(config.target_parameters, name)
+        if entry is None:
+            continue
+        used.add(entry)
+        path, _, leaf = name.rpartition(".")
+        try:
+            if config.saved_part(name):
+                faults.append(
+                    f"target_parameters {entry!r} names {name}, which modules_to_save trains in full; "
+                    "leave it out of one of the two"
+                )
+                continue
+            if leaf not in (known := expert_weights(holders[path]) if path in holders else ()):
+                faults.append(f"target_parameters {entry!r} names {name}: {_no_expert_weight(known)}")
+                continue
+        except TargetError as error:
+            faults.append(f"target_parameters {entry!r} names {name}: {error}")
+            continue
+        chosen.setdefault(path, {})[leaf] = entry
+    unused = [entry for entry in config.target_parameters or () if entry not in used]
+    if unused and not (trained and chosen):
+        faults.append(f"target_parameters {unused} match nothing.{_experts_suggestion(holders)}")
+    return chosen
+
+
+def _no_expert_weight(known: Sequence[str]) -> str:
+    if known:
+        return f"only the experts' {' and '.join(known)} can be adapted"
+    return "it is no weight of experts; name the module that holds it in target_modules, or in modules_to_save"
+
+
+def _known_experts(holders: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the endings of the names of the experts' weights that can be adapted."""
+    known = dict[str, None]()
+    for name, module in holders.items():
+        with contextlib.suppress(TargetError):
+            known |= dict.fromkeys(f"{name.rpartition('.')[2]}.{leaf}" for leaf in expert_weights(module))
+    return list(known)
+
+
+def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
+    if known := _known_experts(holders):
+        return f" The experts of this model: {', '.join(known)}."
+    return " The model holds no experts in parameters; leave target_parameters out."
+
+
+def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:
+    return (
+        f"'all-linear' would miss the expert weights of {len(unknown)} modules of {type(model).__name__} "
+        f"({unknown[0]}). To adapt the other layers on purpose, name them (target_modules=['q_proj', 'v_proj']), or "
+        "add the experts to exclude_modules."
+    )
+
+
+def _is_expert_weight(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    module = named_modules(model).get(path)
+    try:
+        return module is not None and holds_experts(path, module) and leaf in expert_weights(module)
+    except TargetError:
+        return False
 
 
 # What a module can become.  The functions below raise TargetError with the reason alone; the name is put before it.
@@ -475,6 +632,9 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
                 "build it with loralib.Conv2d instead"
             )
         return LoRAConv
+    if holds_experts(name, module):
+        weights = [f"{name.rpartition('.')[2]}.{leaf}" for leaf in expert_weights(module)]
+        raise TargetError(f"it holds weights of experts, which are parameters: target_parameters={weights}")
     inside = dict.fromkeys(
         n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and _is_linear(m)
     )

@@ -169,7 +169,12 @@ def test_the_reader_finds_out_which_gguf_it_has(tmp_path: Path, monkeypatch: pyt
     def read(*_: Any, **__: Any) -> None:
         raise ValueError(f"this is gguf {getattr(gguf, '__version__', 'of no version')}")
 
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", read)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
     with pytest.raises(BaseModelError, match=re.escape(f"this is gguf {importlib.metadata.version('gguf')}")):
         base._convert(tmp_path / "model.gguf", tmp_path)
 

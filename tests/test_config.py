@@ -76,7 +76,6 @@ def test_settings_survive_their_file_and_peft_reads_them() -> None:
     [
         ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["experts.w"]),
         ("alora_invocation_tokens", [5]),
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {"beta": 1}),

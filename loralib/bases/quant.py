@@ -4,6 +4,16 @@ int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, N
 nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
        themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
 
+Tables of tokens and heads stay in 16 bits, as in QLoRA, unless one says so: ``int8+tables`` and ``nf4+tables`` hold
+them as int8.
+
+Weights that others quantised may stay in the bits that they have, in blocks of 32 along a row (`loralib.bases.gguf`,
+`loralib.bases.packed`):
+
+q8_0   8 bits a weight, ``W = scale * codes``: 8.5 bits in all
+q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as GGUF's Q4_0 and Q4_1, 4.625 as Q4_K, and 4.5
+       as GPTQ and AWQ with groups of 128
+
 A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
 Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
 being multiplied.  Whatever else reads it, reads the dense weight.
@@ -22,22 +32,29 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
-from ..injection import samples_of
+from ..injection import samples_of, samples_of_table
 from ..layers import is_conv1d
-from ..wrapping import output_head
+from ..wrapping import input_table, output_head
 
 __all__ = [
+    "KINDS",
     "QUANTIZATIONS",
     "Int8Weight",
     "NF4Weight",
+    "Q4Weight",
+    "Q8Weight",
     "QuantizedWeight",
+    "make_dense",
     "quantize",
     "quantize_model",
+    "quantize_tables",
     "round_model",
+    "two_a_byte",
 ]
 
 BLOCK: Final = 64  # weights with an absmax of their own
 BLOCKS: Final = 256  # absmax with a scale of their own
+GGUF_BLOCK: Final = 32  # weights of a GGUF file with a scale of their own
 _AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
 _BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
 aten = torch.ops.aten
@@ -54,6 +71,7 @@ class QuantizedWeight(Tensor):
 
     KIND: ClassVar[str]
     PARTS: ClassVar[tuple[str, ...]]  # names of the tensors that it consists of
+    ROUNDED: ClassVar[bool] = True  # whether there was another weight before, which an adapter should know of
     codes: Tensor
     turned: bool
     samples: Tensor
@@ -94,6 +112,10 @@ class QuantizedWeight(Tensor):
         """Returns the weight as an ordinary tensor of its shape and dtype."""
         rows = self.rows(self.dtype)
         return rows.T if self.turned else rows
+
+    def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
+        """Returns the rows of some numbers, for a table (out, in)."""
+        return F.embedding(ids, self.dense())
 
     @property
     def stored_bytes(self) -> int:
@@ -170,6 +192,9 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten.t.default: lambda weight: weight._like(turn=True),
     aten.transpose.int: lambda weight, one, other: weight._like(turn=one % 2 != other % 2),
     aten.permute.default: lambda weight, dims: weight._like(turn=dims[0] % 2 == 1),
+    aten.embedding.default: lambda weight, ids, *_: weight.looked_up(
+        ids
+    ),  # a dense tensor, but not by way of all of it
 }
 
 
@@ -209,6 +234,9 @@ class Int8Weight(QuantizedWeight):
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scales[:, None]).to(dtype)
+
+    def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
+        return (self.codes[ids] * self.scales[ids][..., None]).to(self.dtype)
 
 
 class NF4Weight(QuantizedWeight):
@@ -270,6 +298,66 @@ class NF4Weight(QuantizedWeight):
         return found.view(-1)[:count].view(self.stored_shape)
 
 
+class Q8Weight(QuantizedWeight):
+    """Q8_0 of a GGUF file: ``codes`` (out, in) from -128 to 127, and ``scales`` (out, in / 32) in fp16."""
+
+    KIND = "q8_0"
+    PARTS = ("codes", "scales")
+    ROUNDED = False
+    scales: Tensor
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        blocks = self.codes.view(*self.scales.shape, GGUF_BLOCK)
+        return (blocks * self.scales.float()[..., None]).to(dtype).view(self.stored_shape)
+
+
+class Q4Weight(QuantizedWeight):
+    """Q4_0, Q4_1 or Q4_K of a GGUF file, or what GPTQ or AWQ packed; codes lie in bytes as those of `NF4Weight` do.
+
+    With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale (a power of two),
+    ``W = codes * scale_codes[b] * scales[s] + minimum_codes[b] * minima[s]``.
+
+    Attributes:
+        codes: (out * in / 2,) bytes.
+        scales: (blocks / n,) fp16.
+        minima: (blocks / n,) fp16.
+        scale_codes: (blocks,) bytes; empty where all are 1.
+        minimum_codes: likewise.
+    """
+
+    KIND = "q4"
+    PARTS = ("codes", "scales", "minima", "scale_codes", "minimum_codes")
+    ROUNDED = False
+    scales: Tensor
+    minima: Tensor
+    scale_codes: Tensor
+    minimum_codes: Tensor
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        ones = torch.ones(1, 2 * len(self.codes) // GGUF_BLOCK // len(self.scales), device=self.device)
+        scales, minima = (
+            (shared.float()[:, None] * (codes.view(len(shared), -1) if len(codes) else ones)).view(-1, 1)
+            for codes, shared in ((self.scale_codes, self.scales), (self.minimum_codes, self.minima))
+        )
+        found = torch.empty(len(scales), GGUF_BLOCK, dtype=dtype, device=self.device)
+        for start in range(0, len(scales), _BLOCKS_AT_ONCE):
+            some = slice(start, start + _BLOCKS_AT_ONCE)
+            pairs = self.codes.view(-1, GGUF_BLOCK // 2)[some]
+            codes = torch.stack((pairs >> 4, pairs & 15), -1).view(-1, GGUF_BLOCK)
+            found[some] = codes * scales[some] + minima[some]
+        return found.view(self.stored_shape)
+
+
+def two_a_byte(codes: Tensor) -> Tensor:
+    """Puts codes of 4 bits together as `Q4Weight` holds them, the first of two in the upper half of a byte.
+
+    >>> two_a_byte(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).tolist()
+    [18, 52]
+    """
+    pairs = codes.reshape(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
     """Quantises the absmax (blocks,) of a weight in turn."""
     offset = absmax.mean()
@@ -325,11 +413,20 @@ def absmax_map() -> Tensor:
 QUANTIZATIONS: Final[Mapping[str, type[QuantizedWeight]]] = {kind.KIND: kind for kind in (Int8Weight, NF4Weight)}
 
 
+_TABLES: Final = "+tables"
+KINDS: Final = (*QUANTIZATIONS, *(f"{kind}{_TABLES}" for kind in QUANTIZATIONS))
+
+
 def check_kind(kind: str) -> None:
-    """Raises ConfigError unless there is such a way to quantise."""
-    if kind not in QUANTIZATIONS:
-        expected = " or ".join(map(repr, QUANTIZATIONS))
-        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, QUANTIZATIONS)}")
+    """Raises ConfigError unless there is such a way to quantise a model."""
+    if kind not in KINDS:
+        expected = f"{', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}"
+        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, KINDS)}")
+
+
+def class_of(kind: str) -> type[QuantizedWeight]:
+    """Returns what linears' weights become in one of the KINDS."""
+    return QUANTIZATIONS[kind.removesuffix(_TABLES)]
 
 
 def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWeight:
@@ -337,7 +434,7 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
 
     Args:
         weight: (out, in), or (in, out) if it is turned; bf16, fp16 or fp32, the dtype that it seems to have afterwards.
-        kind: "int8" or "nf4".
+        kind: one of the KINDS; tables play no part here.
         turned: whether it is stored as (in, out); it is quantised as (out, in) all the same.
 
     Raises:
@@ -350,14 +447,20 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     check_kind(kind)
     weight = weight.detach()
     rows, samples = weight.T if turned else weight, samples_of(weight).clone()
-    cls = QUANTIZATIONS[kind]
+    cls = class_of(kind)
     return cls(cls.of(rows), rows.shape, weight.dtype, turned, samples)
+
+
+def quantize_table(weight: Tensor) -> Int8Weight:
+    """Quantises a table of tokens, or a head, (rows, width) to int8."""
+    weight = weight.detach()
+    return Int8Weight(Int8Weight.of(weight), weight.shape, weight.dtype, False, samples_of_table(weight).clone())
 
 
 def quantize_model(model: nn.Module, kind: str) -> int:
     """Quantises the weights of a model's linears in place, one after the other, all but the head's; returns how many.
 
-    Embeddings, norms and the head stay as they are, as in QLoRA.
+    Norms stay as they are, and embedding and head unless the kind names tables.
 
     Raises:
         ConfigError: there is no such kind, or the model has no linear.
@@ -369,18 +472,33 @@ def quantize_model(model: nn.Module, kind: str) -> int:
         count += 1
     if not count:
         raise ConfigError(f"quantize={kind!r} finds no linear layer in {type(model).__name__}")
+    quantize_tables(model, kind)
     return count
 
 
+def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> None:
+    """Quantises the weights of embedding and head, if the kind names tables; or rounds them to such values."""
+    known: dict[int, nn.Parameter] = {}  # what is tied stays one
+    for module in model.modules():
+        if is_quantized_table(module, model, kind):
+            weight: Any = module.weight
+            if id(weight) not in known:
+                held = quantize_table(weight.to(torch.bfloat16) if rounds else weight)
+                values = held.dense().to(weight.dtype) if rounds else held
+                known[id(weight)] = nn.Parameter(values, requires_grad=False)
+                known[id(weight)].samples = samples_of_table(weight).clone()  # type: ignore[attr-defined]
+            module.weight = known[id(weight)]
+
+
 def round_model(model: nn.Module, kind: str) -> float:
-    """Gives each linear of a model, the head apart, the values that its weight has in fewer bits, in ordinary tensors.
+    """Gives each weight of a model that a kind quantises the values that it has in fewer bits, in ordinary tensors.
 
     Args:
         model: its weights are replaced; fingerprints still know them as they were.
-        kind: "int8" or "nf4"; weights are rounded to bf16 first, as the base of a training run is.
+        kind: one of the KINDS; weights are rounded to bf16 first, as the base of a training run is.
 
     Returns:
-        The error, ``||W' - W|| / ||W||`` over all of them.
+        The error, ``||W' - W|| / ||W||`` over all linears.
     """
     errors, norms = 0.0, 0.0
     for module in linears_of(model):
@@ -391,7 +509,21 @@ def round_model(model: nn.Module, kind: str) -> float:
         norms += float(weight.double().square().sum())
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
         module.weight = values
+    quantize_tables(model, kind, rounds=True)
     return math.sqrt(errors / norms) if norms else 0.0
+
+
+def make_dense(model: nn.Module) -> None:
+    """Gives weights that a model holds in fewer bits back as ordinary tensors of the same values."""
+    known: dict[int, nn.Parameter] = {}  # what is tied stays one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            held: Any = parameter
+            if isinstance(held, QuantizedWeight):
+                if id(held) not in known:
+                    known[id(held)] = nn.Parameter(held.dense().contiguous(), requires_grad=False)
+                    known[id(held)].samples = held.samples  # type: ignore[attr-defined]
+                module._parameters[name] = known[id(held)]
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
@@ -402,3 +534,13 @@ def linears_of(model: nn.Module) -> Iterator[Any]:
 def is_quantizable(module: nn.Module, model: nn.Module) -> bool:
     """Whether a module of a model is a linear whose weight is quantised: all but the head's are."""
     return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)
+
+
+def is_quantized_table(module: nn.Module, model: nn.Module, kind: str) -> bool:
+    """Whether a kind quantises the weight of a module of a model as that of an embedding or a head."""
+    if not kind.endswith(_TABLES):
+        return False
+    table, head = input_table(model), output_head(model)
+    if module is head:
+        return type(module) is nn.Linear
+    return module is table and isinstance(module, nn.Embedding) and module.max_norm is None

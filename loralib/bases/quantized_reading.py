@@ -7,18 +7,19 @@ through transformers' own door: a quantizer, registered under a name.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..console import counted
 from ..errors import BaseModelError, first_line
 from ..layers import is_conv1d
 from . import bnb
-from .quant import is_quantizable, quantize
+from .quant import is_quantizable, is_quantized_table, quantize, quantize_table
 
-__all__ = ["finish_reading", "quantizing", "take_over"]
+__all__ = ["finish_reading", "quantizing", "replacing", "take_over"]
 
 _NAME = "loralib"
 
@@ -27,10 +28,37 @@ def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Returns arguments for ``from_pretrained`` with which it quantises the linears' weights while it reads them.
 
     Args:
-        kind: "int8" or "nf4".
+        kind: one of `loralib.bases.quant.KINDS`.
         dtype: that the weights have before.
     """
-    return {"quantization_config": _config_class()(kind=kind, dtype=dtype)}
+    tables = set[str]()
+
+    def made(name: str, value: Tensor, module: nn.Module) -> Tensor:
+        weight = value.to(dtype)
+        return quantize_table(weight) if name in tables else quantize(weight, kind, turned=is_conv1d(module))
+
+    def wanted(name: str, model: nn.Module) -> bool:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and is_quantized_table(module, model, kind):
+            tables.add(name)
+        return leaf == "weight" and (name in tables or is_quantizable(module, model))
+
+    return {"quantization_config": _config_class()(wanted, made)}
+
+
+def replacing(modules: Mapping[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Returns arguments for ``from_pretrained`` with which it takes some weights from elsewhere.
+
+    Args:
+        modules: what to ask for, by the name of the parameter that it is for.
+        weight_of: called with that, gives the weight.
+    """
+
+    def made(name: str, value: Tensor, module: nn.Module) -> Tensor:
+        return weight_of(modules[name])
+
+    return {"quantization_config": _config_class()(lambda name, model: name in modules, made)}
 
 
 def finish_reading(model: Any) -> None:
@@ -85,15 +113,14 @@ def _config_class() -> Any:
         def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
             found = {}
             for name, value in input_dict.items():
-                weight = (value[0] if isinstance(value, list) else value).to(self.config.dtype)
-                turned = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
-                found[name] = nn.Parameter(quantize(weight, self.config.kind, turned=turned), requires_grad=False)
+                module = model.get_submodule(name.rpartition(".")[0])
+                weight = self.config.made(name, value[0] if isinstance(value, list) else value, module)
+                found[name] = nn.Parameter(weight, requires_grad=False)
             return found
 
     class Quantizer(HfQuantizer):
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-            path, _, leaf = param_name.rpartition(".")
-            return leaf == "weight" and is_quantizable(model.get_submodule(path), model)
+            return bool(cast(Any, self.quantization_config).wanted(param_name, model))
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self.quantization_config)
@@ -106,8 +133,8 @@ def _config_class() -> Any:
             return True
 
     class Config(QuantizationConfigMixin):
-        def __init__(self, kind: str, dtype: torch.dtype) -> None:
-            self.quant_method, self.kind, self.dtype = cast(Any, _NAME), kind, dtype
+        def __init__(self, wanted: Callable[..., bool], made: Callable[..., Tensor]) -> None:
+            self.quant_method, self.wanted, self.made = cast(Any, _NAME), wanted, made
 
     register_quantization_config(_NAME)(Config)
     register_quantizer(_NAME)(Quantizer)

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from ..errors import BaseModelError
 from ..formats.tensors import read_header
 from ..wrapping import decoder_blocks, named_tensors, submodule
+from .gguf import whereabouts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["agreed", "empty_model", "in_turn", "of_first", "read_share", "shard"]
+__all__ = ["agreed", "empty_model", "in_turn", "of_first", "read_share", "read_whole", "shard", "stored_tensors"]
 
 _T = TypeVar("_T")
 
 _CHUNK: Final = 8 << 20  # bytes: all that is held between the file and the weights
-_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -63,8 +65,8 @@ def empty_model(path: Path, dtype: torch.dtype) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    where = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(str(path), **where)
+    where, options = whereabouts(path)
+    config = transformers.AutoConfig.from_pretrained(where, **options, local_files_only=True, trust_remote_code=False)
     causal: Any = transformers.AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         model = causal.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -112,8 +114,8 @@ def read_share(model: nn.Module, path: Path, mesh: DeviceMesh, device: torch.dev
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies: in which file, as what, and how many bytes from its beginning."""
+class StoredTensor:
+    """Where a tensor lies: in which safetensors file, as what, and how many bytes from its beginning."""
 
     file: Path
     dtype: torch.dtype
@@ -121,9 +123,9 @@ class _Place:
     begin: int
 
 
-def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], _Place], str]:
+def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], StoredTensor], str]:
     """Finds each tensor of a model, by all names that it has there; also returns why one cannot be read as it is."""
-    stored = _stored_tensors(path)
+    stored = stored_tensors(path)
     if not stored:
         return {}, "its weights are not in safetensors files"
     if why := _why_converted(model):
@@ -143,7 +145,7 @@ def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], _Place]
     return places, ""
 
 
-def _stored_tensors(path: Path) -> dict[str, _Place]:
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors in a directory's safetensors files by name; none where transformers reads other files."""
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if not files[0].is_file():
@@ -158,7 +160,7 @@ def _stored_tensors(path: Path) -> dict[str, _Place]:
         for name, entry in entries.items():
             if entry["dtype"] in _DTYPES:
                 begin = start + entry["data_offsets"][0]
-                places[name] = _Place(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+                places[name] = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return places
 
 
@@ -176,7 +178,14 @@ def _why_converted(model: nn.Module) -> str:
 # From a place in a file to a tensor.
 
 
-def _read(tensor: Tensor, place: _Place, device: torch.device, buffer: bytearray) -> Tensor:
+def read_whole(place: StoredTensor) -> Tensor:
+    """Reads a tensor from its file, in the dtype that it has there."""
+    value = torch.empty(place.shape, dtype=place.dtype)
+    _fill(value, place, 0, bytearray(_CHUNK))
+    return value
+
+
+def _read(tensor: Tensor, place: StoredTensor, device: torch.device, buffer: bytearray) -> Tensor:
     """Reads a tensor, or this process's rows of it if it is spread, to take the place of an empty one."""
     from torch.distributed.tensor import DTensor
 
@@ -195,7 +204,7 @@ def _read(tensor: Tensor, place: _Place, device: torch.device, buffer: bytearray
         return nn.Parameter(shared, tensor.requires_grad)
 
 
-def _fill(value: Tensor, place: _Place, skip: int, buffer: bytearray) -> None:
+def _fill(value: Tensor, place: StoredTensor, skip: int, buffer: bytearray) -> None:
     """Reads numbers one after the other from a file, `skip` of which come first, and converts their dtype."""
     size = place.dtype.itemsize
     flat, view, done = value.view(-1), memoryview(buffer), 0

@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..bases import load_adapted, load_base, resize_tables_for
 from ..bases.device import pick_device, pick_dtype
 from ..bases.made_up import is_made_up
-from ..bases.quant import QUANTIZATIONS
+from ..bases.quant import KINDS
 from ..config import LoraConfig, parse_enable_lora
 from ..console import say
 from ..data import FORMATS
@@ -110,7 +110,7 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
     """Adds ``--quantize``."""
-    parser.add_argument("--quantize", choices=("none", *QUANTIZATIONS), default="none", help=f"{help} (default none)")
+    parser.add_argument("--quantize", choices=("none", *KINDS), default="none", help=f"{help} (default none)")
 
 
 def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, default: str | None = "auto") -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ..adapter import QUANTIZE
 from ..bases import load_adapters_tokenizer, load_base, pick_dtype
-from ..bases.quant import round_model
+from ..bases.quant import make_dense, round_model
 from ..console import counted, say
 from ..data import prompt_ids
 from ..errors import ConfigError, MergeError, OutputError
@@ -66,6 +66,7 @@ def _merge(args: argparse.Namespace) -> None:
     if own is not None:
         tokenizer = own
         say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
+    make_dense(model)  # a base that others quantised
     if args.quantize != "none":
         error = round_model(model, args.quantize)
         say(f"The base's linears have the values of {args.quantize}, off by {error:.2%} of the weights' norm")

@@ -287,14 +287,20 @@ class LayerGroup:
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = PendingOutputs()
-            return layer.finished(output)
+            return self._finished(layer, output, x)
         drops = any(each.lora_dropout and each.training for each in self.layers)
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
         outputs = self._outputs(x, layer._drop(x) if drops else None, numbers)
-        first, *others = (output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+        first, *others = outputs
+        del outputs
         if others:
             self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return layer.finished(first)
+        return self._finished(layer, first, x)
+
+    @staticmethod
+    def _finished(layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
+        """Returns a layer's output (..., out) for x, of which (T, out) is what the products make."""
+        return layer.finished(output, in_place=True).view(*x.shape[:-1], output.shape[-1])
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""

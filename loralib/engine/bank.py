@@ -376,7 +376,8 @@ class Bank:
                 list_faults("a bank holds low-rank updates, and this adapter has more", more, f"{way_out(adapter)}.")
             )
         faults = [f"{key}: trained in full" for key in plain.tensors if "lora_" not in key.rpartition(".")[2]]
-        faults += [f"{name}: {_kind(self.model, name)}" for name in plain.modules if name not in self._modules]
+        faults += [f"{name}: {_kind(self.model, name)}" for name in plain.target_modules if name not in self._modules]
+        faults += [f"{name}: a weight of experts" for name in plain.target_parameters]
         if faults:
             raise AdapterError(
                 list_faults(

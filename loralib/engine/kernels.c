@@ -184,13 +184,16 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #define PIECES 64  /* of so many parts */
 
 /* A weight in fewer bits (bases/quant.py), of rows `width` long: codes in bytes, with a scale for each row; or two to a byte,
- * which stand for levels between minus and plus the absmax of their 64 numbers. */
+ * which stand for levels between minus and plus the absmax of their 64 numbers. With `halves`, codes have an fp16 scale for
+ * 32 numbers, or, two to a byte, a scale and a minimum for 32 << shared and their parts of these for each 32. */
 struct packed {
     const uint8_t *codes, *absmax;
     const float *scales, *map, *levels; /* of absmax: for 256 of them; what their codes stand for */
+    const uint16_t *halves, *minima;
+    const uint8_t *scale_codes, *minimum_codes; /* without them: 1 */
     float offset;
     int32_t bits;
-    int64_t width;
+    int64_t width, shared;
 };
 
 /* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
@@ -238,21 +241,35 @@ static void transpose(__m512i r[LANES]) {
 /* The 32 numbers from `column` on of a row of codes; the numbers are rounded as PyTorch rounds them. */
 static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t column) {
     const __m128i *codes = (const __m128i *)(w->codes + row * w->width + column);
-    __m512 scale = _mm512_set1_ps(w->scales[row]), wide[2];
+    float by = w->halves ? _cvtsh_ss(w->halves[(row * w->width + column) / 32]) : w->scales[row];
+    __m512 scale = _mm512_set1_ps(by), wide[2];
     for (int i = 0; i < 2; i++)
         wide[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + i))), scale);
     return rounded(wide);
+}
+
+/* The 32 numbers whose codes lie at `codes`, which stand for 16 values. */
+static inline __m512i of_values(const uint8_t *codes, __m512 values) {
+    /* twice: places have 5 bits, the fifth a foreign one */
+    __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16)), twice);
 }
 
 static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t column) {
     int64_t at = row * w->width + column, block = at / 64;
     float most = w->map[w->absmax[block]] * w->scales[block / 256];
     __asm__("" : "+x"(most)); /* not one operation with the sum: it would be rounded otherwise */
-    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset));
-    /* twice: places have 5 bits, the fifth a foreign one */
-    __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)));
-    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16)), twice);
+    return of_values(w->codes + at / 2, _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset)));
+}
+
+static inline __m512i from_4_bits_and_minimum(const struct packed *w, int64_t row, int64_t column) {
+    int64_t at = row * w->width + column, block = at / 32, of = block >> w->shared;
+    float scale = _cvtsh_ss(w->halves[of]), minimum = _cvtsh_ss(w->minima[of]);
+    if (w->scale_codes) scale *= w->scale_codes[block];
+    if (w->minimum_codes) minimum *= w->minimum_codes[block];
+    __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); /* products of them are exact */
+    return of_values(w->codes + at / 2, _mm512_fmadd_ps(codes, _mm512_set1_ps(scale), _mm512_set1_ps(minimum)));
 }
 
 /* Rows k .. k + count - 1 of the panel from column j on, of a part's W (k, d): `to` (count / 2, VECTORS). The 32 numbers from
@@ -293,6 +310,20 @@ static void in_panel_from_4_bits(const struct part *of, int64_t k, int64_t count
 #undef OF_4_BITS
 }
 
+static void in_panel_with_minimum(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+#define OF_4_BITS(row, column) from_4_bits_and_minimum(of->packed, row, column)
+    IN_PANEL(OF_4_BITS)
+#undef OF_4_BITS
+}
+
+static void in_panel_of(const struct part *of, int64_t k, int64_t count, int64_t j, int64_t d, __m512i *to) {
+    const struct packed *w = of->packed;
+    if (!w) in_panel(of, k, count, j, d, to);
+    else if (w->bits == 8) in_panel_from_8_bits(of, k, count, j, d, to);
+    else if (w->minima) in_panel_with_minimum(of, k, count, j, d, to);
+    else in_panel_from_4_bits(of, k, count, j, d, to);
+}
+
 /* Asks for a share of the panel from column j on: what is asked for at once would be waited for. */
 static void ask_for(const struct part *of, int64_t j, int64_t d, int64_t turn, int64_t turns) {
     int64_t width = least(PANEL, d - j), rows = of->across == 1 ? of->k : width, length = of->across == 1 ? width : of->k;
@@ -325,8 +356,7 @@ static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t 
         while (part < sum->count && depth < DEPTH && pieces < PIECES) {
             const struct part *of = sum->parts + part;
             int64_t count = least(of->k - k, DEPTH - depth);
-            (!of->packed ? in_panel : of->packed->bits == 8 ? in_panel_from_8_bits : in_panel_from_4_bits)(
-                of, k, count, j, sum->d, room + depth / 2 * VECTORS);
+            in_panel_of(of, k, count, j, sum->d, room + depth / 2 * VECTORS);
             piece[pieces].x = of->x + k, piece[pieces].step = of->step, piece[pieces].pairs = count / 2;
             pieces++, depth += count, k += count;
             if (k == of->k) part++, k = 0;

@@ -25,13 +25,23 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..bases.quant import BLOCK, Int8Weight, NF4Weight, QuantizedWeight, absmax_map, levels
+from ..bases.quant import (
+    BLOCK,
+    GGUF_BLOCK,
+    Int8Weight,
+    NF4Weight,
+    Q4Weight,
+    Q8Weight,
+    QuantizedWeight,
+    absmax_map,
+    levels,
+)
 from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
@@ -205,9 +215,11 @@ class _Packed(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("codes", "absmax", "scales", "map", "levels")),
+        *((name, c_void_p) for name in ("halves", "minima", "scale_codes", "minimum_codes")),
         ("offset", c_float),
         ("bits", c_int32),
         ("width", c_int64),
+        ("shared", c_int64),
     )
 
 
@@ -217,13 +229,23 @@ def _packed(weight: Tensor) -> _Packed | None:
         return None
     known: _Packed | None = weight.__dict__.get("_packed")
     if known is None:
-        width = weight.stored_shape[1]
+        known = _Packed(weight.codes.data_ptr(), width=weight.stored_shape[1])
+        places: dict[str, Tensor] = {}
         if isinstance(weight, NF4Weight):
-            places = (weight.absmax_codes, weight.absmax_scales, absmax_map(), levels())
-            known = _Packed(weight.codes.data_ptr(), *(p.data_ptr() for p in places), float(weight.offset), 4, width)
-        else:
-            scales = cast(Int8Weight, weight).scales.data_ptr()
-            known = _Packed(weight.codes.data_ptr(), None, scales, None, None, 0.0, 8, width)
+            places = {"absmax": weight.absmax_codes, "scales": weight.absmax_scales}
+            places |= {"map": absmax_map(), "levels": levels()}
+            known.offset = float(weight.offset)
+        elif isinstance(weight, Int8Weight):
+            places = {"scales": weight.scales}
+        elif isinstance(weight, Q8Weight):
+            places = {"halves": weight.scales}
+        elif isinstance(weight, Q4Weight):
+            places = {"halves": weight.scales, "minima": weight.minima}
+            places |= {name: getattr(weight, name) for name in ("scale_codes", "minimum_codes")}
+            known.shared = (weight.codes.numel() * 2 // GGUF_BLOCK // len(weight.scales)).bit_length() - 1
+        for name, place in places.items():
+            setattr(known, name, place.data_ptr() if place.numel() else None)
+        known.bits = 4 if isinstance(weight, NF4Weight | Q4Weight) else 8
         weight.__dict__["_packed"] = known
     return known
 
@@ -237,7 +259,7 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _has_known_codes(weight: QuantizedWeight) -> bool:
-    return isinstance(weight, Int8Weight) or (isinstance(weight, NF4Weight) and not weight.stored_shape[1] % BLOCK)
+    return not isinstance(weight, NF4Weight) or not weight.stored_shape[1] % BLOCK
 
 
 class GroupOperands:

@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..errors import AdapterError, FormatError, MissingDependencyError, list_fau
 from ..files import write_whole
 from .tensors import check_names, read_bytes
 
-__all__ = ["gguf_names", "is_gguf", "parse_gguf", "read_gguf", "write_gguf"]
+__all__ = ["GGUFTensor", "gguf_header", "gguf_names", "is_gguf", "parse_gguf", "read_gguf", "write_gguf"]
 
 _TYPE, _ADAPTER, _ALPHA, _ARCHITECTURE = "general.type", "adapter.type", "adapter.lora.alpha", "general.architecture"
 
@@ -232,6 +232,22 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         FormatError: a number in the file does not fit its size, or a name occurs twice.
     """
+    fields, stored = gguf_header(data)
+    view = memoryview(data)
+    return fields, {name: _tensor(view[each.begin : each.end], each.shape, each.kind) for name, each in stored.items()}
+
+
+class GGUFTensor(NamedTuple):
+    """Where a tensor lies in a GGUF file: its shape, the number of its type, its first byte and the one after it."""
+
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+    end: int
+
+
+def gguf_header(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    """Reads the fields of a GGUF file and where its tensors lie; see `parse_gguf`."""
     reader = _Reader(memoryview(data))
     if bytes(reader.take(4)) != _MAGIC:
         raise FormatError("not a GGUF file: it does not begin with 'GGUF'")
@@ -257,7 +273,7 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
         infos[name] = shape, reader.number("<I"), reader.number("<Q")
     check_names([*fields, *infos])
     spans = _spans(infos, fields.get("general.alignment", 32), reader.position, len(data))
-    return fields, {name: _tensor(reader.data[begin:end], *infos[name][:2]) for begin, end, name in spans}
+    return fields, {name: GGUFTensor(*infos[name][:2], begin, end) for begin, end, name in spans}
 
 
 def _spans(

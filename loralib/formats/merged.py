@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter, expand_blocks
-from ..combine import depends_on_base
+from ..combine import depends_on_base, updates_in
 from ..config import LoraConfig, matches
-from ..delta import add_delta, dense
+from ..delta import add_delta, delta_weight, dense
 from ..errors import AdapterError, MergeError, OutputError, TargetError, list_faults
 from ..files import remove_file, write_errors, write_whole
-from ..injection import adapted_layers, injection_of, remove
+from ..injection import adapted_layers, injection_of, remove, tensor_at
 from ..variants import ROWS, contradictions
 from .lora_bias import BIAS, add_biases, biases_of_B, fields_for
 from .portable import base_matrix, full_delta, to_stored_layout
@@ -95,7 +95,11 @@ def merge_into(
     fields = fields_for(model, biases)
     with _applied(model, adapter, allow_base_mismatch) as report:
         merged = _merged_weights(model, adapter, initial)
-        weights = {f"{name}.{layer._weight_name}": layer.base_weight for name, layer in adapted_layers(model)}
+        weights = {
+            f"{name}.{leaf}": layer.base_weight_of(leaf)
+            for name, layer in adapted_layers(model)
+            for leaf in layer.weight_names
+        }
         brought = {name: weights[name].detach() for name in report.carried if name in weights}
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
@@ -245,15 +249,16 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
     """Returns the merged weights of a model that holds the adapter, by name."""
     plain = expand_blocks(adapter)
     merged, faults = dict[str, Tensor](), []
-    for name, layer in adapted_layers(model):
-        weight = dense(layer.base_weight).detach()
+    adapted = [(name, layer, leaf) for name, layer in adapted_layers(model) for leaf in layer.weight_names]
+    for name, layer, leaf in adapted:
+        weight = dense(layer.base_weight_of(leaf)).detach()
         with torch.no_grad():
             if name not in plain.modules or not depends_on_base(adapter):
-                delta = layer.delta_weight()
+                delta = layer.delta_weight_of(leaf)
             else:
                 matrix = full_delta(plain, name, base_matrix(model, name), initial)
                 delta = to_stored_layout(layer, matrix).reshape(weight.shape)
-            total = merged[f"{name}.{layer._weight_name}"] = add_delta(weight, delta)
+            total = merged[f"{name}.{leaf}"] = add_delta(weight, delta)
         if not torch.isfinite(total).all():
             where = "the base weight" if not torch.isfinite(weight).all() else "the adapter"
             faults.append(f"{name}: {where} holds NaN or infinite values, or their sum is too large for {weight.dtype}")
@@ -283,6 +288,10 @@ def _check_against_file(
     plain = expand_blocks(adapter)
     faults, used = [], set[str]()
     for name in plain.modules:
+        if plain.holds_experts(name):
+            used |= {name}
+            faults += _experts_faults(model, plain, name, merged)
+            continue
         key = next((f"{name}.{leaf}" for leaf in ("weight", "in_proj_weight") if f"{name}.{leaf}" in merged), None)
         used |= {key or name}
         if key is None:
@@ -313,6 +322,20 @@ def _check_against_file(
         raise MergeError(list_faults("merged weights are not what the adapter's file says", faults, advice))
 
 
+def _experts_faults(model: nn.Module, adapter: Adapter, name: str, merged: Mapping[str, Tensor]) -> list[str]:
+    """Compares the merged weights of experts, one by one, with the base's and their updates."""
+    if name not in merged:
+        return [f"{name}: its update is in no weight"]
+    base, weights = dense(tensor_at(model, name)).detach(), merged[name]
+    for weight, total, update in zip(base, weights, updates_in(adapter, name).values(), strict=True):
+        delta = delta_weight(update.A, update.B, update.scaling).to(weight.device)
+        # Of the two layouts only one gives the sums, unless the update is zero.
+        fits = [form for form in (delta, delta.T) if form.shape == weight.shape]
+        if not any(_is_rounding(total, weight.float() + form) for form in fits):
+            return [f"{name}: is not the base weight and the adapter's updates"]
+    return []
+
+
 def _rows_faults(config: LoraConfig, name: str, rows: Tensor, merged: Mapping[str, Tensor]) -> list[str]:
     """Compares rows of a merged table with those of the file."""
     table, chosen = name.removesuffix(f".{ROWS}"), config.trainable_token_indices or ()
@@ -323,7 +346,7 @@ def _rows_faults(config: LoraConfig, name: str, rows: Tensor, merged: Mapping[st
     return [] if same else [f"{name}: is not in the table"]
 
 
-_LOW_RANK = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector|B\.bias)$")
+_LOW_RANK = re.compile(r"\.lora_((embedding_|experts_)?[AB]|magnitude_vector|B\.bias)$")
 
 
 def _is_rounding(ours: Tensor, exact: Tensor, step: float | None = None) -> bool:

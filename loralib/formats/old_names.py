@@ -1,7 +1,7 @@
 """Adapters that were made for the module names of older transformers, as PEFT converts them.
 
 transformers 5 has renamed modules of some models, and keeps a table of how checkpoints of older versions are read.
-Where it only renames, so do we.  The experts of mixtures have become one tensor for all, which is no module to adapt.
+Where it only renames, so do we.  The experts of mixtures have become one tensor for all, and so do their adapters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 from ..adapter import Adapter
 from ..config import with_ranks
 from ..errors import AdapterError, list_faults
-from ..wrapping import unwrapped
+from ..wrapping import named_parameters, unwrapped
+from .experts import together
 
 __all__ = ["with_present_names"]
 
@@ -34,15 +35,20 @@ def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
     """
     model = unwrapped(model)
     present = {name for name, _ in model.named_modules()}
+    present |= {*named_parameters(model)} if adapter.target_parameters else set()
     lost = [name for name in adapter.modules if name not in present]
     if not lost:
         return adapter
+    if any(_EXPERT.search(f".{name}.") for name in lost):
+        adapter = together(adapter, model)
+        held = set(adapter.target_parameters)
+        lost = [name for name in adapter.modules if name not in present and name not in held]
     experts = [name for name in lost if _EXPERT.search(f".{name}.")]
     if experts and any(name.endswith(".experts") for name in present):
         raise AdapterError(
             list_faults(
                 f"the adapter was made for an older transformers, in which the experts of {type(model).__name__} were "
-                "modules; now one tensor holds all of them, which loralib does not adapt",
+                "modules; now one tensor holds all of them, and it is not known how",
                 experts,
                 "PEFT merges it: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(DIR). "
                 "Then give that directory as the base model.",

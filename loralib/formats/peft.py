@@ -20,7 +20,8 @@ from ..errors import AdapterError, FormatError, list_faults
 from ..hub import is_hub_id
 from ..injection import adapted_layers
 from ..layers import LoRALinear
-from ..wrapping import named_modules, unwrapped, writes_files
+from ..wrapping import named_modules, named_parameters, unwrapped, writes_files
+from . import experts
 from .tensors import (
     CONFIG_FILE,
     MAX_SETTINGS,
@@ -40,6 +41,7 @@ _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The base's tensors that modules_to_save replaces.
 _REPLACED = re.compile(r"\.original_module\.")
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
 
@@ -68,6 +70,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
         name = cached[1].replace("--", "/")
     config = adapter.config.targeting(target_names(adapter, model)).replace(
+        target_parameters=experts.parameter_names(adapter, list(named_parameters(model))),
         base_model_name_or_path=name,
         # Readers of Conv1D need to know that the weight is stored (in, out).
         fan_in_fan_out=any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model)),
@@ -113,13 +116,14 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     metadata.pop("format", None)
     if config.base_model_name_or_path == HUB_NAMES.get(ours := metadata.pop(_BASE_NAME, ""), 0):
         config = config.replace(base_model_name_or_path=ours)
-    adapter = without_expressions(Adapter(config, _with_our_names(tensors, directory), metadata))
+    adapter = without_expressions(Adapter(config, _with_our_names(tensors, config, directory), metadata))
     if BLOCKS in metadata:
         try:
             blocks = parse_json(metadata[BLOCKS])
         except FormatError as error:
             raise FormatError(f"{directory / PEFT_FILE}: metadata {BLOCKS!r} holds {error}") from error
-        fused = [name for name in adapter.modules if f"{name}.lora_embedding_A" not in adapter.tensors]
+        others = ("lora_embedding_A", "lora_experts_A")
+        fused = [name for name in adapter.modules if not any(f"{name}.{key}" in adapter.tensors for key in others)]
         lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(adapter.tensors)]
         if lone:
             raise FormatError(list_faults(f"{directory}: factors are missing for", lone, "Copy the adapter again."))
@@ -135,8 +139,13 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         directory: created if needed.
     """
     plain = expand_blocks(adapter)
-    tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items()}
-    settings, metadata = plain.config.to_dict(), dict(plain.metadata)
+    apart = experts.of_experts(plain)
+    tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items() if name not in apart}
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in experts.to_peft(plain).items()}
+    config = plain.config
+    if parameters := plain.target_parameters:  # in PEFT they have no dropout
+        config = config.replace(lora_dropout=0.0, target_parameters=config.target_parameters or parameters)
+    settings, metadata = config.to_dict(), dict(plain.metadata)
     name = plain.config.base_model_name_or_path or ""
     if "@" in name and is_hub_id(name):
         settings["base_model_name_or_path"], _, settings["revision"] = name.rpartition("@")
@@ -170,30 +179,43 @@ def task_type_of(model: nn.Module | None) -> str | None:
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _with_our_names(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+def _with_our_names(tensors: Mapping[str, Tensor], config: LoraConfig, directory: Path) -> dict[str, Tensor]:
     """Returns a file's tensors by our names, in the order of these.
 
     Where PEFT saves a model's tables of tokens although modules_to_save has them, the file holds the trained table
     twice, and the base's own as well, which the trained one replaces.
     """
     named = dict[str, Tensor]()
+    if config.target_parameters:
+        named, tensors = experts.from_peft(_shortened(tensors, directory), config)
     for name in sorted(tensors):  # files have no order of their own
         if _REPLACED.search(name):
             continue
         ours, tensor = _from_peft(name), tensors[name]
         if ours in named and not torch.equal(named[ours], tensor):
-            raise FormatError(f"{directory} holds a tensor under an old and a new name; copy the adapter again")
+            raise FormatError(_TWICE.format(directory))
         named[ours] = tensor
+    return named
+
+
+_TWICE = "{} holds a tensor under an old and a new name; copy the adapter again"
+
+
+def _shortened(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Returns a file's tensors without what older PEFTs and wrappers have put into their names."""
+    named = {_ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", name).removeprefix(_PREFIX)): t for name, t in tensors.items()}
+    if len(named) < len(tensors):
+        raise FormatError(_TWICE.format(directory))
     return named
 
 
 def _from_peft(name: str) -> str:
     """PEFT's name of a tensor -> ours."""
     name = _WRAPPERS.sub("", name)
-    name = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix(_PREFIX))
     name = re.sub(r"\.modules_to_save(\.default)?\.(?=[^.]+$)", ".", name)
     # Older files carry the adapter's name; newer ones leave it out.
-    name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)", r".\1", name)
+    name = _ADAPTER_NAME.sub(r".\1", name)
     return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.weight$", r".\1", name)
 
 

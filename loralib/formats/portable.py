@@ -23,7 +23,8 @@ from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_fa
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, is_conv1d
 from ..targets import match_modules, tied_modules
-from . import vllm
+from ..wrapping import named_parameters
+from . import experts, vllm
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
 from .peft import read_peft, target_names, task_type_of, write_peft
@@ -148,13 +149,19 @@ def make_portable(
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
     result = with_updates(plain, {name: update.plain(rank) for name, update in updates.items()})
+    parameters = [] if model is None else list(named_parameters(model))
     settings = result.config.targeting(target_names(plain, model)).replace(
+        target_parameters=experts.parameter_names(plain, parameters),
         init_lora_weights=True,
         lora_dropout=0.0,
         task_type=plain.config.task_type or task_type_of(model),
     )
     tensors = {name: _like(tensor, adapter.tensors.get(name)) for name, tensor in result.tensors.items()}
-    return Portable(Adapter(settings, tensors, result.metadata), error, tuple(notes))
+    portable = Adapter(settings, tensors, result.metadata)
+    if target == "vllm" and plain.target_parameters:
+        portable, note = vllm.with_experts(portable, model)
+        notes.append(note)
+    return Portable(portable, error, tuple(notes))
 
 
 def export(
@@ -353,6 +360,8 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     shared = tied_modules(model, modules)
     for module in modules:
         name, layer = module.name, module.module
+        if module.weights and target == "vllm":
+            continue  # see `vllm.with_experts`
         if not issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
         elif name in shared:

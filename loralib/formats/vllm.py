@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ..adapter import Adapter
 from ..config import LoraConfig
+from ..errors import AdapterError
 from ..wrapping import output_head
+from . import experts
 
-__all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults"]
+__all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults", "with_experts"]
 
 accepted_ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 
@@ -102,6 +105,35 @@ def tensor_faults(names: Iterable[str]) -> list[str]:
         for parts in in_full
         if parts[-2:-1] not in (["score"], ["classifier"])
     ]
+
+
+# Classes of which vLLM reads the experts' adapters in PEFT's layout, and no other.
+_EXPERTS_IN_ONE = frozenset(
+    """GptOssForCausalLM InternS1ProForConditionalGeneration Qwen3VLMoeForConditionalGeneration
+    Qwen3_5MoeForConditionalGeneration Qwen3OmniMoeThinkerForConditionalGeneration""".split()
+)
+
+
+def with_experts(adapter: Adapter, model: nn.Module | None) -> tuple[Adapter, str]:
+    """Returns an adapter of experts as vLLM reads it, and a note on what was done.
+
+    For some classes of models that is PEFT's layout, with both weights of a layer; for all others a module for each
+    expert and projection, by the names in checkpoints, and all three projections of each.
+
+    Args:
+        adapter: portable.
+        model: the base model.
+
+    Raises:
+        AdapterError: there is no model, or the names of its experts are not known.
+    """
+    if model is None:
+        raise AdapterError(
+            "vLLM reads the adapters of experts by the names in checkpoints; give the base model (--model)"
+        )
+    if type(model).__name__ not in _EXPERTS_IN_ONE:
+        return experts.apart(adapter, model), "each expert has modules of its own now, as vLLM reads them (exact)"
+    return experts.with_both(adapter, model), "the experts stay in one tensor, as vLLM reads them for this model"
 
 
 def _kind_of(model: nn.Module) -> str:

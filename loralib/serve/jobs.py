@@ -171,6 +171,7 @@ class Jobs:
             that an earlier server finished, before this returns.
         base: the base model in memory and its tokenizer, for previews; they stay as they are.
         chat_template: the template that jobs train with, where it is not the base's own.
+        quantize: the bits in which the base is served: jobs train on it in the same, unless they say otherwise.
 
     Attributes:
         files: the uploaded files.
@@ -189,11 +190,12 @@ class Jobs:
         on_finished: Callable[[Job, Path], object] = lambda job, directory: None,
         base: tuple[Any, Any] | None = None,
         chat_template: str | None = None,
+        quantize: str = "none",
     ) -> None:
-        self._chat_template = chat_template
+        self._chat_template, self._quantize = chat_template, quantize
         self._state = State(state_dir)
         self._directory = self._state.directory / "jobs"
-        self._model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model
+        self._model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model
         self.name = name or model
         self._max_jobs, self._on_finished, self._base = max_jobs, on_finished, base
         self._running: dict[str, _Running] = {}
@@ -239,7 +241,7 @@ class Jobs:
             RequestError: there is no such file, or a setting is invalid; all faults are listed.
             OutputError: the disk is full.
         """
-        settings = dict(settings or {})
+        settings = self._as_served(settings)  # and kept: the next server may hold its base in other bits
         if not self._max_jobs:
             raise RequestError("this server runs no training jobs (--max_jobs 0)", 403, "jobs_are_off")
         self.files.get(training_file, "training_file")
@@ -382,7 +384,7 @@ class Jobs:
         """
         if self._base is None:
             raise RequestError("the base model is not in memory here, so nothing can be previewed")
-        config = self._config("preview", settings or {}, training_file, validation_file)
+        config = self._config("preview", self._as_served(settings), training_file, validation_file)
         try:
             return make_preview(config, *self._base, public=self._public, speed=self._speed())
         except LoraError as error:
@@ -425,6 +427,11 @@ class Jobs:
         self._state.close()
 
     # --- settings ---------------------------------------------------------------------------------------------------
+
+    def _as_served(self, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Adds to a job's settings what it takes over from the server."""
+        own = {} if self._quantize == "none" else {"quantize": self._quantize}
+        return {**own, **(settings or {})}
 
     def _config(
         self, job_id: str, settings: Mapping[str, Any], training_file: str, validation_file: str | None

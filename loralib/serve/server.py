@@ -108,7 +108,7 @@ def start(config: ServeConfig) -> Server:
     root = _root(config)
     wanted = _wanted(config, root)
     given = common_base(wanted, config.model)
-    name = Path(given).name if Path(given).is_dir() else given
+    name = Path(given).name if Path(given).exists() else given
     model, tokenizer = load_base(given, dtype=config.dtype, device=config.device, quantize=config.quantize)
     if config.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, config.chat_template)
@@ -143,6 +143,7 @@ def start(config: ServeConfig) -> Server:
             name=name,
             base=(bank.model, tokenizer),
             chat_template=tokenizer.chat_template if config.chat_template is not None else None,
+            quantize=config.quantize,
             on_finished=lambda job, adapter: adapters.load(job.adapter_name, adapter, replace=True),
         )
     except BaseException:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ..bases.quant import QUANTIZATIONS
+from ..bases.quant import KINDS
 from ..settings import check, setting, settings_class
 
 __all__ = ["ServeConfig"]
@@ -32,7 +32,7 @@ class ServeConfig:
     dtype: str | None = setting(None, "fp32, bf16 or fp16 (default: bf16 where it is fast)", "model")
     device: str | None = setting(None, "cpu, cuda, mps, ... (default: the fastest available)", "model")
     quantize: str = setting("none", "hold the base's weights in fewer bits: int8 or nf4", "model",
-                            ("none", *QUANTIZATIONS))  # fmt: skip
+                            ("none", *KINDS))  # fmt: skip
     chat_template: str | None = setting(None, "file with a chat template (Jinja), for a base without one", "model")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from elsewhere", "network", common=True)
     port: int = setting(8000, "port to listen on; 0: any that is free", "network", at_least=0, at_most=65535,

@@ -263,7 +263,8 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
         facts["format"] = guess_format(path)
         (source,) = read_sources(path, objective=None)
         notes = [note.replace(str(path), name) for note in source.notes]
-        return {**facts, "examples": len(source.examples), "notes": notes}
+        kind = {"preferences": True} if source.examples[0].rejected is not None else {}
+        return {**facts, "examples": len(source.examples), "notes": notes, **kind}
     except LoraError as error:
         return {**facts, "error": str(error).replace(str(path), name)}
     except Exception as error:  # a file may be anything, and a library may raise anything

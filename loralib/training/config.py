@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bases.quant import QUANTIZATIONS
+from ..bases.quant import KINDS
 from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
 from ..data import FORMATS, OBJECTIVES, PREFERENCES
 from ..errors import ConfigError
@@ -41,7 +41,7 @@ class TrainConfig:
     # The model and the data.
     model: str = setting(
         "smollm2-135m",
-        "base model: smollm2-135m, scratch, run-demo, a local directory or a hub id",
+        "base model: smollm2-135m, scratch, run-demo, a directory, a GGUF file or a hub id",
         _DATA,
         common=True,
     )
@@ -123,7 +123,10 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     quantize: str = setting(
-        "none", "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA)", _DATA, ("none", *QUANTIZATIONS)
+        "none",
+        "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA); +tables: embedding and head, too, in int8",
+        _DATA,
+        ("none", *KINDS),
     )
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(
@@ -159,6 +162,13 @@ class TrainConfig:
     target_modules: str | Sequence[str] = setting(
         ALL_LINEAR,
         "modules to adapt: names separated by commas, one regular expression, or all-linear",
+        "adapter",
+        several="names",
+    )
+    target_parameters: str | Sequence[str] | None = setting(
+        None,
+        "weights of experts to adapt besides, where target_modules is not all-linear, which has them: names separated "
+        "by commas, as in experts.gate_up_proj,experts.down_proj",
         "adapter",
         several="names",
     )
@@ -293,7 +303,8 @@ class TrainConfig:
         faults = []
         if self.shard and self.quantize != "none":
             faults.append(
-                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits"
+                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits. "
+                "Leave shard out (in 4 bits each process holds a quarter of the base's bytes), or leave quantize out"
             )
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
@@ -356,6 +367,7 @@ class TrainConfig:
             lora_alpha=self.alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(),
+            target_parameters=self._target_parameters(),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -371,6 +383,10 @@ class TrainConfig:
         return (
             parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
         )
+
+    def _target_parameters(self) -> Sequence[str] | None:
+        names = self.target_parameters
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):

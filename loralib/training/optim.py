@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         for _, layer in layers
         if not isinstance(layer, LoRAEmbedding)
         for name, tensor in layer.trained_tensors().items()
-        if name == "lora_B" and tensor.requires_grad
+        if name in layer.output_factors and tensor.requires_grad
     ]
     fast_ids = {id(tensor) for tensor in fast}
     common = [p for p in model.parameters() if p.requires_grad and id(p) not in fast_ids]

@@ -299,6 +299,7 @@ def reference_of(
     max_tokens: int = 8192,
     check_stop: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    show: bool = False,
 ) -> Tensor:
     """Returns the log-probabilities (N, 2) of the answers of pairs, under a model as it is now, in float64.
 
@@ -311,16 +312,16 @@ def reference_of(
         max_tokens: see `evaluate`.
         check_stop: called between batches, by all ranks equally often; may raise.
         ranks: those that compute together.
+        show: draw a progress bar, if someone watches.
     """
     numbers = {pair: number for number, pair in enumerate(pairs)}
     batches = [part for batch in in_batches(pairs, max_tokens) for part in step.passes(batch)]
     dealt = deal([sum(map(len, batch)) for batch in batches], ranks.size)
     mine, result = dealt[ranks.rank], torch.zeros(len(pairs), 2, dtype=torch.float64)
-    bar: Any = progress(total=max(map(len, dealt)), description="reference", unit="batch")
-    with evaluating(model.modules()), bar:
-        for number in range(max(map(len, dealt))):
+    turns: Any = range(max(map(len, dealt)))
+    with evaluating(model.modules()):
+        for number in progress(turns, description="reference", unit="batch") if show else turns:
             check_stop()
-            bar.update()
             if number < len(mine):
                 batch = cast("list[PreferencePair]", batches[mine[number]])
                 answers = step.answers(batch)

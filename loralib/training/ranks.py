@@ -16,9 +16,11 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Final, TypeVar, cast
 
 import torch
@@ -34,6 +36,7 @@ _T = TypeVar("_T")
 
 _TIMEOUT: Final = timedelta(minutes=30)  # of one rank waiting for another, as while it writes or downloads
 _PATIENCE: Final = timedelta(seconds=10)  # of a rank that ends because of an error, until rank 0 has told of it
+_TELLING: Final = 5.0  # seconds that a process takes to tell of a lost one before it obeys SIGTERM
 _NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -246,6 +249,7 @@ class _Group(Ranks):
             "checkpoint is intact: run the same command with --resume to continue."
         )
         self._has_lost = True
+        _take_time_to_tell()
         with contextlib.suppress(Exception):  # the first of those who find out tells of it
             lost.is_told_elsewhere = self.store.add("lost", 1) > 1
         return lost
@@ -277,6 +281,19 @@ class _Group(Ranks):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if self.is_first:
                 self.store.set("first ended", "1")
+
+
+def _take_time_to_tell() -> None:
+    """Once one process is gone, a launcher sends SIGTERM to the others, which may not have told of it yet."""
+
+    def end_soon(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        timer = threading.Timer(_TELLING, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    with contextlib.suppress(ValueError):  # only the main thread handles signals
+        signal.signal(signal.SIGTERM, end_soon)
 
 
 # Errors on their way between processes: the name of the class, the message, the exit code.

@@ -48,14 +48,14 @@ class Reporter:
     from_base = True  # whether the first validation loss is the base model's, rather than an earlier adapter's
 
     def __init__(self, verbose: bool = True) -> None:
-        self._verbose = verbose
+        self.verbose = verbose
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._epoch = ""
 
     def say(self, *parts: object) -> None:
         """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
-        if self._verbose:
+        if self.verbose:
             with suppress(OSError):
                 say(*parts)
 
@@ -83,7 +83,7 @@ class Reporter:
 
     def start_bar(self, done: int, total: int) -> None:
         """Draws a progress bar until `close_bar`, if someone watches."""
-        if self._verbose:
+        if self.verbose:
             self._bar = progress(total=total, description="training", unit="step")
             self._bar.update(done)
 
@@ -415,8 +415,12 @@ class Learned:
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Learned:
         """Looks at a model, of that name unless it says otherwise; where it is spread over ranks, all take part."""
-        layers = adapted_layers(model)
-        norms = [(at, _norm(layer.delta_weight()), _norm(dense(layer.base_weight))) for at, layer in layers]
+        norms = [
+            (at if leaf == "weight" else f"{at}.{leaf}", _norm(layer.delta_weight_of(leaf)), _norm(dense(weight)))
+            for at, layer in adapted_layers(model)
+            for leaf in layer.weight_names
+            for weight in [layer.base_weight_of(leaf)]
+        ]
         return cls(getattr(model, "name_or_path", "") or name, adapter_of(model), norms)
 
 

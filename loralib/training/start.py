@@ -150,6 +150,7 @@ _NAMES = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
     "enable_lora": "enable_lora",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",

@@ -336,6 +336,7 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         try:
+            self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
             self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
                 self._compute_all()
@@ -393,6 +394,7 @@ class Trainer:
                     max_tokens=self._max_tokens,
                     check_stop=self._stop_before_start,
                     ranks=self.ranks,
+                    show=self.reporter.verbose,
                 )
             self.ranks.first(lambda: self.directory.write_reference(key, known))
         of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
@@ -662,7 +664,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is stop:  # else `Ranks.blame` has taken its place, for good
+                signal.signal(number, handler)
 
 
 def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
@@ -757,14 +760,17 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
 def _has_learned(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
     layers = adapted_layers(model)
     for name, layer in layers:
-        tensors, after = layer.trained_tensors(), layer.delta_weight()
+        tensors, after = layer.trained_tensors(), {at: layer.delta_weight_of(at) for at in layer.weight_names}
         values = {leaf: tensor.data for leaf, tensor in tensors.items()}
         for leaf, tensor in _initial_of(name, layer, initial).items():
             tensors[leaf].data = tensor
-        before = layer.delta_weight()
+        before = {at: layer.delta_weight_of(at) for at in layer.weight_names}
         for leaf, tensor in values.items():
             tensors[leaf].data = tensor
-        if (after - before).norm() > torch.finfo(torch.float32).eps * dense(layer.base_weight).float().norm():
+        rounding = torch.finfo(torch.float32).eps
+        if any(
+            (after[at] - before[at]).norm() > rounding * dense(layer.base_weight_of(at)).float().norm() for at in after
+        ):
             return True
     in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
     others = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers)

@@ -16,16 +16,23 @@ from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultihe
 from .bias_of_B import BiasedLinear
 from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
 from .eva import EvaStart, eva_start
+from .experts import EXPERT_WEIGHTS, ExpertWeight, LoRAExperts, expert_weights, holds_experts, kept_per_token
 from .starts import StartedLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
 
 __all__ = [
+    "EXPERT_WEIGHTS",
     "ROWS",
     "EvaStart",
+    "ExpertWeight",
+    "LoRAExperts",
     "TokenRowsEmbedding",
     "TokenRowsHead",
     "contradictions",
     "eva_start",
+    "expert_weights",
+    "holds_experts",
+    "kept_per_token",
     "mixin_for",
     "share_rows",
     "start_factors",
@@ -47,6 +54,7 @@ _KINDS: Final[Mapping[type[LoRALayer], str]] = {
     LoRAMultiheadAttention: "nn.MultiheadAttention",
     LoRAEmbedding: "an embedding",
     LoRAConv: "a convolution",
+    LoRAExperts: "the experts of a mixture",
 }
 
 

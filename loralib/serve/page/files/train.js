@@ -115,6 +115,9 @@ class JobForm {
     if (facts.error) { delete this.fileFacts.words; this.fileFacts.textContent = file.filename; }
     if (!this.name.value) this.name.value = file.filename.replace(/\.[^.]*$/, "").replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 40);
     await this.show();
+    // A file of chosen and rejected answers is for objectives that learn from them, and for no others.
+    const { objective } = this.controls;
+    if (Boolean(facts.preferences) !== ["dpo", "orpo"].includes(objective.value)) objective.value = facts.preferences ? "dpo" : "clm";
     if (!facts.error) await this.plan();
   }
 

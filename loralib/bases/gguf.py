@@ -1,0 +1,341 @@
+"""Base models in GGUF files, llama.cpp's format.
+
+transformers reads config, tokenizer and weights, and makes the weights dense.  What it read is then compared with the
+blocks in the file: where it is known here how these are laid out, and they stand for just the numbers that were read, a
+linear keeps them in the dense weight's place.  So nothing depends on a second way to translate names and orders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import mmap
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..console import counted
+from ..errors import BaseModelError, FormatError, MissingDependencyError, first_line
+from ..formats.gguf import GGUFTensor, gguf_header, reorder_rows
+from ..injection import samples_of
+from ..layers import is_conv1d
+from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of, two_a_byte
+
+__all__ = ["check_file", "keep_blocks", "read_dense", "read_tokenizer", "whereabouts"]
+
+_Stored = dict[str, tuple[GGUFTensor, memoryview]]
+
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def whereabouts(path: Path) -> tuple[str, dict[str, Any]]:
+    """Returns what tells transformers' ``from_pretrained`` where a model is: a directory, or a GGUF file in one."""
+    return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
+
+
+def check_file(path: Path) -> dict[str, Any]:
+    """Checks a GGUF file's header before libraries that trust it see it, and returns its fields.
+
+    Raises:
+        BaseModelError: it is damaged, or holds no model, or only a part of one.
+        MissingDependencyError: what reads such files is not installed.
+    """
+    _check_packages()
+    fields, _ = _opened(path)
+    if fields.get("general.type", "model") != "model" or "general.architecture" not in fields:
+        what = fields.get("general.type", "no architecture")
+        raise BaseModelError(f"{path} is a GGUF file, but no model: it holds {what}. Give the model's own file.")
+    if fields.get("split.count", 0) or _SPLIT.search(path.stem):
+        raise BaseModelError(
+            f"{path} is one part of a model. Join the parts first: llama-gguf-split --merge {path.name} whole.gguf"
+        )
+    return fields
+
+
+def read_dense(path: Path, dtype: torch.dtype) -> Any:
+    """Reads a causal language model from a GGUF file, with dense weights.
+
+    Raises:
+        BaseModelError: the file is damaged, or transformers cannot read such a model.
+        MissingDependencyError: what reads such files is not installed.
+    """
+    import transformers
+
+    fields = check_file(path)
+    where, options = whereabouts(path)
+    causal: Any = transformers.AutoModelForCausalLM
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar, whatever the settings are
+            model, info = causal.from_pretrained(
+                where, **options, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:
+        raise BaseModelError(
+            f"{path} cannot be read: transformers says of its {fields['general.architecture']!r} model: "
+            f"{first_line(error)}. Take a model in safetensors files."
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:4])
+        raise BaseModelError(f"{path} lacks tensors of {type(model).__name__}, such as {missing}; take another file.")
+    # A model from a GGUF file counts as quantised, and would refuse to be saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_model_name_or_path"):  # not every transformers 5 sets them
+        model.config.__dict__.pop(name, None)
+    _scale_rotation(model, path)
+    return model
+
+
+def _scale_rotation(model: Any, path: Path) -> None:
+    """Gives a model the scaling of its rotary embedding, which transformers leaves in the file.
+
+    llama.cpp keeps Llama 3's as a list of factors, and not the numbers that it follows from.
+    """
+    _, stored = _opened(path)
+    found = {name: data for name, (_, data) in stored.items() if name.startswith(("rope_freqs.", "rope_factors_"))}
+    if not found:
+        return
+    rope = dict(model.config.rope_parameters)
+    factors = torch.frombuffer(bytearray(found.get("rope_freqs.weight", b"\0\0\0\0")), dtype=torch.float32)
+    rope |= {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA_3}
+    plain = [(name, module) for name, module in model.named_modules() if "inv_freq" in module._buffers]
+    model.config.rope_parameters = rope
+    for name, module in plain:
+        scaled = type(module)(model.config)
+        if not torch.allclose(scaled.inv_freq * factors, module.inv_freq, rtol=1e-3):
+            raise BaseModelError(
+                f"{path} scales its rotary embedding ({', '.join(found)}), which transformers does not read from such "
+                "files. Take the model in safetensors files."
+            )
+        model.set_submodule(name, scaled)
+
+
+def read_tokenizer(path: Path) -> tuple[Any, str]:
+    """Reads the tokenizer of a GGUF file.
+
+    Returns:
+        The tokenizer, and a note for the user, or "".
+
+    Raises:
+        BaseModelError: the file is damaged, or transformers cannot read such a tokenizer.
+    """
+    import transformers
+
+    fields = check_file(path)
+    where, options = whereabouts(path)
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where, **options, local_files_only=True)
+    except Exception as error:
+        raise BaseModelError(
+            f"the tokenizer in {path} cannot be read: {first_line(error)}. Put the model's tokenizer.json and "
+            "tokenizer_config.json beside the file; they come first."
+        ) from error
+    for name, key in _SPECIAL_TOKENS.items():  # releases before 5.18 do not ask the file
+        if isinstance(number := fields.get(f"tokenizer.ggml.{key}_token_id"), int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    if fields.get("tokenizer.ggml.pre") == "smollm":
+        _split_as_smollm(tokenizer)
+    length = fields.get(f"{fields['general.architecture']}.context_length")
+    tokenizer.model_max_length = length if isinstance(length, int) else tokenizer.model_max_length
+    return tokenizer, _note_on_splitting(fields, path)
+
+
+def _split_as_smollm(tokenizer: Any) -> None:
+    """Makes the tokenizer that transformers reads from the GGUF file SmolLM2's own."""
+    from tokenizers import decoders, pre_tokenizers
+
+    # The file only names its rule for splitting text ("smollm"), and transformers falls back to GPT-2's. SmolLM2 first
+    # separates every digit, which shows in runs of blanks before a number.
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    # Releases before 5.18 take it for a tokenizer like Llama's, and its beginning for its end.
+    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder = None, decoders.ByteLevel()
+    tokenizer.clean_up_tokenization_spaces = False
+
+
+def _note_on_splitting(fields: Mapping[str, Any], path: Path) -> str:
+    rule = fields.get("tokenizer.ggml.pre")
+    known = {"smollm", "gpt-2", "gpt2"}
+    with contextlib.suppress(ImportError):
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+        known |= set(GGUF_PRE_TOKENIZER_SPLITS)
+    if fields.get("tokenizer.ggml.model") != "gpt2" or rule in known:
+        return ""
+    return (
+        f"{path.name} names its rule for splitting texts ({rule}), which this transformers does not know: some texts "
+        "may become other tokens than in the model's training. To be sure, put its tokenizer.json beside the file."
+    )
+
+
+def keep_blocks(model: nn.Module, path: Path) -> str:
+    """Puts the blocks of a file in the place of linears' dense weights, where these are known here.
+
+    Args:
+        model: of `read_dense`.
+        path: the same file.
+
+    Returns:
+        What was done, for the user.
+    """
+    import gguf
+
+    kept, dense = Counter[str](), Counter[str]()
+    fields, stored = _opened(path)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture, config = numbers.get(fields["general.architecture"]), cast(Any, model).config
+    table = None if architecture is None else gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = {id(module): name for name, module in model.named_modules()}
+    for linear in linears_of(model):
+        place = None if table is None else stored.get(f"{table.get_name(names[id(linear)])}.weight")
+        weight = None if place is None else _in_blocks(linear, place, _orders(config))
+        kind = "others" if place is None else gguf.GGMLQuantizationType(place[0].kind).name
+        (dense if weight is None else kept)[kind] += 1
+        if weight is not None:
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+    return _told(kept, dense)
+
+
+def _told(kept: Mapping[str, int], dense: Mapping[str, int]) -> str:
+    said = [
+        f"{counted(sum(kinds.values()), 'linear layer')} {how} ({', '.join(sorted(kinds))})"
+        for kinds, how in ((kept, "kept in the file's blocks"), (dense, "made dense"))
+        if kinds
+    ]
+    return "; ".join(said)
+
+
+def _orders(config: Any) -> list[int]:
+    """The numbers of heads in whose rows llama.cpp's order of q and k may differ; 0: no other order."""
+    heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    return [0, *sorted({number for number in heads if isinstance(number, int)})]
+
+
+def _in_blocks(linear: Any, place: tuple[GGUFTensor, memoryview], orders: list[int]) -> QuantizedWeight | None:
+    """Returns a linear's weight in the blocks of the file; None if they are not known, or stand for other numbers."""
+    turned = is_conv1d(linear)
+    weight = linear.weight.detach()
+    rows = weight.T if turned else weight
+    known = _BLOCKS.get(place[0].kind)
+    if known is None or place[0].shape != tuple(rows.shape):
+        return None
+    cls, parts = known(place[1], *rows.shape)
+    for heads in orders:
+        if heads and rows.shape[0] % (2 * heads):
+            continue
+        ordered = {name: _ordered(part, rows.shape[0], heads) for name, part in parts.items()}
+        held = cls(ordered, rows.shape, weight.dtype, turned, samples_of(weight).clone())
+        if torch.equal(held.rows(weight.dtype), rows):
+            return held
+    return None
+
+
+def _ordered(part: Tensor, rows: int, heads: int) -> Tensor:
+    """Brings a part of a weight into the order that its rows have in transformers."""
+    return reorder_rows(part.view(rows, -1), heads, to_gguf=False).contiguous().view(part.shape) if len(part) else part
+
+
+_SPECIAL_TOKENS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# The other numbers of the scaling, in all models of that kind.
+_LLAMA_3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# What blocks consist of, by the number of their type in ggml.
+
+_Parts = tuple[type[QuantizedWeight], Mapping[str, Tensor]]
+
+
+def _q8_0(blocks: Tensor, out: int, width: int) -> _Parts:
+    """34 bytes: the scale, and 32 codes."""
+    scales = _halves(blocks[:, :2]).view(out, width // GGUF_BLOCK)
+    return Q8Weight, {"codes": blocks[:, 2:].contiguous().view(torch.int8).view(out, width), "scales": scales}
+
+
+def _q4_0(blocks: Tensor, out: int, width: int) -> _Parts:
+    """18 bytes: the scale, and 16 for the codes of which 8 is zero."""
+    scales = _halves(blocks[:, :2])
+    return _q4(blocks[:, 2:], scales, -8 * scales)
+
+
+def _q4_1(blocks: Tensor, out: int, width: int) -> _Parts:
+    """20 bytes: scale and minimum, and 16 for the codes."""
+    return _q4(blocks[:, 4:], _halves(blocks[:, :2]), _halves(blocks[:, 2:4]))
+
+
+def _q4_k(blocks: Tensor, out: int, width: int) -> _Parts:
+    """144 bytes for 256 numbers: scale, minimum, 6 bits of each for 8 blocks of 32, and the codes of pairs of blocks.
+
+    The 12 bytes of 6 bits: scales of four blocks and the upper bits of the other four's, minima likewise, and the lower
+    bits of the other four's scales and minima.
+    """
+    first, second, lower = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
+    scales = torch.cat([first & 63, lower & 15 | first >> 2 & 48], 1)
+    minima = torch.cat([second & 63, lower >> 4 | second >> 2 & 48], 1)
+    codes = blocks[:, 16:].reshape(-1, GGUF_BLOCK)
+    pairs = torch.stack((codes & 15, codes >> 4), 1).view(-1, GGUF_BLOCK)
+    parts = {"codes": two_a_byte(pairs), "scales": _halves(blocks[:, :2]), "minima": -_halves(blocks[:, 2:4])}
+    return Q4Weight, parts | {"scale_codes": scales.reshape(-1), "minimum_codes": minima.reshape(-1)}
+
+
+def _q4(codes: Tensor, scales: Tensor, minima: Tensor) -> _Parts:
+    """Codes of which a byte holds a number of the first and one of the second half of a block."""
+    ones = torch.empty(0, dtype=torch.uint8)
+    parts = {"scales": scales, "minima": minima, "scale_codes": ones, "minimum_codes": ones.clone()}
+    return Q4Weight, {"codes": two_a_byte(torch.cat((codes & 15, codes >> 4), 1))} | parts
+
+
+def _halves(two_bytes: Tensor) -> Tensor:
+    return two_bytes.contiguous().view(torch.float16).view(-1)
+
+
+def _of_bytes(size: int, parse: Callable[[Tensor, int, int], _Parts], data: memoryview, out: int, width: int) -> _Parts:
+    return parse(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, size), out, width)  # a copy
+
+
+_BLOCKS: Final[Mapping[int, Callable[[memoryview, int, int], _Parts]]] = {
+    2: functools.partial(_of_bytes, 18, _q4_0),
+    3: functools.partial(_of_bytes, 20, _q4_1),
+    8: functools.partial(_of_bytes, 34, _q8_0),
+    12: functools.partial(_of_bytes, 144, _q4_k),
+}
+
+
+# The file.
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], _Stored]:
+    """Returns the fields of a file, and its tensors' places and bytes by name; the file is not read whole."""
+    try:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # closed once nothing refers to it
+        fields, stored = gguf_header(data)
+    except (FormatError, ValueError) as error:  # an empty file cannot be mapped
+        raise BaseModelError(
+            f"{path} cannot be read as a GGUF file: {first_line(error)}. It is truncated, damaged or of another kind; "
+            "copy it again from its source."
+        ) from error
+    except OSError as error:
+        raise BaseModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    return fields, {name: (place, data[place.begin : place.end]) for name, place in stored.items()}
+
+
+def _check_packages() -> None:
+    try:
+        import gguf  # transformers reads the file with it
+    except ImportError as error:
+        raise _missing("gguf") from error
+    # On Python 3.10 the first releases of transformers 5 look for gguf's version in the module, which has none.
+    vars(gguf).setdefault("__version__", importlib.metadata.version("gguf"))
+    if importlib.util.find_spec("accelerate") is None:  # transformers would report it only after reading has begun
+        raise _missing("accelerate")
+
+
+def _missing(package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"loading a base model needs {package}: pip install 'loralib[train]'")

@@ -1,0 +1,188 @@
+"""Bases that GPTQ or AWQ brought to few bits, read from their safetensors files without the libraries that wrote them.
+
+Both hold ``W = (q - zero) * scale``, with a zero and a scale for a group of inputs of an output.  In 4 bits this is
+what `Q4Weight` holds, so that no number changes; where inputs are grouped in another order (GPTQ's ``desc_act``), or
+in other bits, weights become dense.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..console import counted
+from ..errors import BaseModelError, list_faults
+from ..injection import samples_of
+from .quant import GGUF_BLOCK, Q4Weight, quantize, quantize_tables, two_a_byte
+from .quantized_reading import finish_reading, replacing
+from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
+
+__all__ = ["packing_of", "read_packed"]
+
+_INTS: Final = 32  # bits of the numbers that codes are packed in
+_AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # of the 8 outputs in such a number, the one in each 4 bits
+_TENSORS: Final = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def packing_of(path: Path) -> dict[str, Any] | None:
+    """Returns how GPTQ or AWQ packed the model in a directory, as its config.json says; None for other models."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return config if isinstance(config, dict) and config.get("quant_method") in ("gptq", "awq") else None
+
+
+def read_packed(
+    path: Path, name: str, packing: Mapping[str, Any], dtype: torch.dtype, kind: str | None
+) -> tuple[Any, str]:
+    """Reads a causal language model that GPTQ or AWQ packed.
+
+    Args:
+        path: the directory.
+        name: of the model, for messages.
+        packing: see `packing_of`.
+        dtype: of what is not packed, and of what products give.
+        kind: one of `loralib.bases.quant.KINDS`: quantise the packed numbers anew; None: keep them.
+
+    Returns:
+        The model, and what was done, for the user.
+
+    Raises:
+        BaseModelError: it is packed in a way that is not known here, or not whole.
+    """
+    _check(packing, name)
+    stored = stored_tensors(path)
+    packed = {key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")}
+    if not packed:
+        raise BaseModelError(f"{name} says that {packing['quant_method']} packed it, but no safetensors file holds so")
+    done, faults = Counter[str](), list[BaseModelError]()
+
+    def weight_of(module: str) -> Tensor:
+        parts = {each: read_whole(stored[key]) for each in _TENSORS if (key := f"{module}.{each}") in stored}
+        try:
+            weight = _unpacked(parts, packing, dtype, module)
+        except BaseModelError as error:  # which transformers would tell in its own words
+            faults.append(error)
+            raise
+        if kind is not None:
+            weight = quantize(weight.dense() if isinstance(weight, Q4Weight) else weight, kind)
+        done["kept" if isinstance(weight, Q4Weight) else "dense"] += 1
+        return weight
+
+    empty = empty_model(path, dtype)
+    del empty.config.quantization_config
+    state = {key: read_whole(place) for key, place in stored.items() if key.rpartition(".")[0] not in packed}
+    state |= {f"{module}.weight": _placeholder(stored[f"{module}.qweight"], packing) for module in packed}
+    state |= {key: read_whole(stored[key]) for module in packed if (key := f"{module}.bias") in stored}
+    try:
+        model, info = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            **replacing({f"{module}.weight": module for module in packed}, weight_of),
+        )
+    except Exception as error:
+        raise (faults[0] if faults else error) from None
+    finish_reading(model)
+    quantize_tables(model, kind or "")
+    others = [f"missing     {each}" for each in sorted(info["missing_keys"])]
+    others += [f"unexpected  {each}" for each in sorted(info["unexpected_keys"])]
+    if others:
+        raise BaseModelError(list_faults(f"{name} does not hold what {type(model).__name__} needs", others, _INSTEAD))
+    kept, dense = counted(done["kept"], "weight"), counted(done["dense"], "weight")
+    said = [f"{kept} kept in 4 bits"] * (done["kept"] > 0)
+    said += [f"{dense} made dense" if kind is None else f"{dense} brought to {kind}"] * (done["dense"] > 0)
+    return model, f"{name} was quantised by {packing['quant_method'].upper()}: {', '.join(said)}"
+
+
+_INSTEAD: Final = "Use the model that it was made from, with --quantize nf4 or int8."
+
+
+def _check(packing: Mapping[str, Any], name: str) -> None:
+    """Refuses what is packed in a way that is not known here."""
+    method, bits = packing["quant_method"], packing.get("bits", packing.get("w_bit", 4))
+    form = packing.get("checkpoint_format", "gptq") if method == "gptq" else packing.get("version", "gemm")
+    known = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm", "GEMM")}[method]
+    if bits not in ((2, 4, 8) if method == "gptq" else (4,)) or form not in known:
+        raise BaseModelError(
+            f"{name} was quantised by {method} to {bits!r} bits as {form!r}, which is not read here. {_INSTEAD}"
+        )
+
+
+def _placeholder(codes: StoredTensor, packing: Mapping[str, Any]) -> Tensor:
+    """A tensor of a weight's shape (out, in) that takes no memory."""
+    per_number = _INTS // int(packing.get("bits", 4))
+    rows, columns = codes.shape
+    shape = (columns, rows * per_number) if packing["quant_method"] == "gptq" else (columns * per_number, rows)
+    return torch.zeros(()).expand(shape)
+
+
+def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: torch.dtype, module: str) -> Tensor:
+    """Returns the weight (out, in) of a linear: in its 4 bits, or dense."""
+    try:
+        codes, zeros, groups = (_gptq if packing["quant_method"] == "gptq" else _awq)(parts, packing)
+        scales = parts["scales"].T.contiguous()  # (out, groups)
+        width = codes.shape[1]
+        size = -(-width // scales.shape[1])  # of a group
+        in_order = torch.equal(groups, torch.arange(width) // size)
+        if int(packing.get("bits", 4)) == 4 and in_order and not size % GGUF_BLOCK and scales.dtype == torch.float16:
+            return _kept(codes, zeros, scales, size, dtype)
+        of_group = scales.float()[:, groups]
+        return ((codes - zeros[:, groups].float()) * of_group).to(dtype)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise BaseModelError(f"{module}: what is packed there does not fit together ({error}). {_INSTEAD}") from error
+
+
+def _kept(codes: Tensor, zeros: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Q4Weight:
+    blocks = size // GGUF_BLOCK
+    shared = scales.repeat_interleave(blocks // (blocks & -blocks), 1).view(-1)  # by a power of two of blocks each
+    parts = {
+        "codes": two_a_byte(codes),
+        "scales": shared,
+        "minima": -shared,
+        "scale_codes": torch.empty(0, dtype=torch.uint8),
+        "minimum_codes": zeros.to(torch.uint8).repeat_interleave(blocks, 1).view(-1),
+    }
+    weight = Q4Weight(parts, codes.shape, dtype, False, torch.empty(0))
+    weight.samples = samples_of(weight.dense()).clone()
+    return weight
+
+
+_Codes = tuple[Tensor, Tensor, Tensor]  # codes (out, in), zeros (out, groups), and the group of each input
+
+
+def _gptq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
+    """Numbers hold the codes of inputs that follow each other, and the zeros of outputs that do, the first lowest.
+
+    The first format stores zeros less one.
+    """
+    bits = int(packing.get("bits", 4))
+    codes = _fields(parts["qweight"].T.contiguous(), bits)
+    zeros = _fields(parts["qzeros"], bits).T + (packing.get("checkpoint_format", "gptq") == "gptq")
+    width, groups = codes.shape[1], zeros.shape[1]
+    order = parts.get("g_idx", torch.arange(width) // -(-width // groups)).long()
+    return codes, zeros, order
+
+
+def _awq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
+    """Numbers hold the codes and zeros of 8 outputs, the even ones first."""
+    places = torch.tensor(_AWQ_ORDER).argsort()
+    codes, zeros = (_fields(parts[name], 4).unflatten(1, (-1, 8))[..., places].flatten(1).T for name in _TENSORS[:2])
+    codes = codes.contiguous()
+    return codes, zeros, torch.arange(codes.shape[1]) // -(-codes.shape[1] // zeros.shape[1])
+
+
+def _fields(numbers: Tensor, bits: int) -> Tensor:
+    """Takes numbers (n, m) of 32 bits apart, the lowest bits first: (n, m * 32 / bits) bytes."""
+    shifts = torch.arange(0, _INTS, bits, dtype=torch.int32)
+    fields: Tensor = numbers[..., None] >> shifts & 2**bits - 1
+    return fields.to(torch.uint8).flatten(1)

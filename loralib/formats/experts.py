@@ -1,0 +1,339 @@
+"""How other tools write the adapters of experts that are one parameter.
+
+PEFT wraps the module of the experts once for each of its parameters, one wrapper around another, and keeps 2-D factors:
+
+    experts.base_layer.lora_A.weight   of gate_up_proj   (experts * r, in), expert by expert
+    experts.base_layer.lora_B.weight                     (out, r * experts), where the expert changes fastest
+    experts.lora_A.weight, ...         of down_proj, the outer one
+
+Which parameters these are is said by target_parameters alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..combine import Update, update_of
+from ..config import LoraConfig, is_plain_name, matching_steps, with_ranks
+from ..delta import dense
+from ..errors import AdapterError, FormatError, TargetError, list_faults
+from ..injection import tensor_at
+from ..variants import EXPERT_WEIGHTS, expert_weights, holds_experts
+from ..wrapping import named_modules, named_parameters, submodule
+
+__all__ = ["apart", "from_peft", "of_experts", "parameter_names", "to_peft", "together", "with_both"]
+
+_WRAPPED = re.compile(r"(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
+_MAX_STEPS = 1e9  # of matching names with expressions, a few seconds
+
+
+def to_peft(adapter: Adapter) -> dict[str, Tensor]:
+    """Returns an adapter's tensors of experts as PEFT stores them, by PEFT's names without their prefix."""
+    found = dict[str, Tensor]()
+    for path, names in _by_module(adapter.target_parameters).items():
+        for place, name in enumerate(names):
+            A, B = (adapter.tensors[key] for key in adapter.factor_keys(f"{path}.{name}"))
+            wrapper = path + ".base_layer" * (len(names) - 1 - place)
+            found[f"{wrapper}.lora_A.weight"] = A.reshape(-1, A.shape[-1]).contiguous()
+            found[f"{wrapper}.lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
+        inside = path + ".base_layer" * len(names)
+        found |= {f"{inside}.{leaf}": adapter.tensors[f"{path}.{leaf}"] for leaf in _trained_beside(adapter, path)}
+    return found
+
+
+def _trained_beside(adapter: Adapter, path: str) -> list[str]:
+    """Returns the names of what is trained in full in a module of experts: its biases."""
+    names = (name.rpartition(".") for name in adapter.tensors)
+    return [leaf for module, _, leaf in names if module == path and not leaf.startswith("lora_")]
+
+
+def of_experts(adapter: Adapter) -> set[str]:
+    """Returns the names of all tensors that `to_peft` writes."""
+    names = {key for name in adapter.target_parameters for key in adapter.factor_keys(name)}
+    return names | {
+        f"{path}.{leaf}" for path in _by_module(adapter.target_parameters) for leaf in _trained_beside(adapter, path)
+    }
+
+
+def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Reads the factors of experts from what a file of PEFT's holds.
+
+    Args:
+        tensors: by PEFT's names without their prefix.
+        config: its target_parameters say which of them belong to experts.
+
+    Returns:
+        The experts' factors by our names, and all other tensors as they are.
+
+    Raises:
+        AdapterError: parameters are adapted that are no weights of experts.
+        FormatError: factors are missing or have shapes that do not fit together.
+    """
+    if not config.target_parameters:
+        return {}, dict(tensors)
+    wrapped = dict[str, dict[tuple[int, str], str]]()  # by module: depth and half, and the name in the file
+    for name in tensors:
+        match = _WRAPPED.fullmatch(name)
+        if match and _names_of(match["path"], config.target_parameters):
+            depth = match["depth"].count("base_layer")
+            wrapped.setdefault(match["path"], {})[depth, match["half"]] = name
+    ours, rest, faults = dict[str, Tensor](), dict(tensors), list[str]()
+    for path, places in wrapped.items():
+        names = _names_of(path, config.target_parameters)
+        depths = [(depth, half) for depth in reversed(range(len(names))) for half in "AB"]
+        if sorted(places) != sorted(depths):
+            faults.append(f"{path}: factors for {' and '.join(names)} are not complete")
+            continue
+        for place, name in enumerate(names):
+            A, B = (rest.pop(places[len(names) - 1 - place, half]) for half in "AB")
+            ours |= _stacked(f"{path}.{name}", A, B, config, faults)
+    if faults:
+        raise FormatError(list_faults("the factors of experts do not fit together", faults, "Copy the adapter again."))
+    return ours, rest
+
+
+def _stacked(module: str, A: Tensor, B: Tensor, config: LoraConfig, faults: list[str]) -> dict[str, Tensor]:
+    """Returns A (experts, r, in) and B (experts, out, r) of PEFT's factors; adds to `faults`."""
+    patterns = config.rank_pattern
+    if not all(map(is_plain_name, patterns)) and matching_steps(patterns, [module]) > _MAX_STEPS:
+        raise AdapterError("matching the expressions of rank_pattern may take forever; write names of modules there")
+    r = config.rank_of(module)
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] % r or A.shape[0] != B.shape[1]:
+        faults.append(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not of experts of rank {r}")
+        return {}
+    return {
+        f"{module}.lora_experts_A": A.view(-1, r, A.shape[1]),
+        f"{module}.lora_experts_B": B.view(B.shape[0], r, -1).permute(2, 0, 1).contiguous(),
+    }
+
+
+def parameter_names(adapter: Adapter, parameters: Sequence[str]) -> list[str]:
+    """Returns target_parameters that select exactly the adapted weights of experts: endings where these are enough.
+
+    Args:
+        adapter: may have experts.
+        parameters: the names of all parameters of its model; empty, if they are not known.
+    """
+    chosen = adapter.target_parameters
+    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in chosen))
+    meant = {name for name in parameters if name.endswith(tuple(f".{ending}" for ending in short))} if short else set()
+    return short if meant == set(chosen) and parameters else list(chosen)
+
+
+def _names_of(path: str, entries: Sequence[str]) -> list[str]:
+    """Returns which weights of a module target_parameters names, in the order in which PEFT wraps them."""
+    found = set[str]()
+    for entry in entries:
+        owner, _, leaf = entry.rpartition(".")
+        if f".{path}".endswith(f".{owner}") if owner else "expert" in path.rpartition(".")[2]:
+            found.add(leaf)
+    return [name for name in EXPERT_WEIGHTS if name in found]
+
+
+def _by_module(parameters: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the names of parameters by module, in the order in which PEFT wraps them: that of the module."""
+    modules = dict[str, list[str]]()
+    for name in parameters:
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, []).append(leaf)
+    return {path: sorted(names, key=EXPERT_WEIGHTS.index) for path, names in modules.items()}
+
+
+# Experts that are modules of their own, as in checkpoints and in older versions of transformers.
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One weight of all experts, and what a checkpoint calls its parts.
+
+    Attributes:
+        name: of the parameter in the model.
+        parts: names with ``{}`` for the expert's number; the weight holds their outputs one after the other.
+        experts, inputs, outputs: its sizes; the outputs are those of all parts together.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    experts: int
+    inputs: int
+    outputs: int
+
+
+def apart(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter with a module for each expert and projection, by the names in the model's checkpoints.
+
+    The parts of one weight get its A and their rows of its B, which is exact.  Where one weight of a layer is adapted,
+    the others get an update of zero: vLLM takes all or none.
+
+    Raises:
+        AdapterError: it is not known how the experts of the model are named.
+    """
+    found, faults = _projections(model)
+    known = {projection.name: projection for projection in found}
+    chosen = {name.rpartition(".")[0] for name in adapter.target_parameters}
+    if unknown := [name for name in adapter.target_parameters if name not in known]:
+        faults += [name for name in unknown if not any(name in fault for fault in faults)]
+        what = f"it is not known how checkpoints of {type(model).__name__} name its experts one by one"
+        raise AdapterError(list_faults(what, faults, "`loralib merge` writes the merged model instead."))
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if ".lora_experts_" not in name}
+    leaves = list[str]()
+    for projection in found:
+        if projection.name.rpartition(".")[0] not in chosen:
+            continue
+        for place, part in enumerate(projection.parts):
+            leaves.append(part.rpartition(".")[2])
+            for expert, (A, B) in enumerate(zip(*_factors(adapter, projection), strict=True)):
+                name = part.format(expert)
+                tensors[f"{name}.lora_A"] = A.clone()
+                tensors[f"{name}.lora_B"] = B.chunk(len(projection.parts))[place].clone()
+    targets = adapter.config.target_modules
+    named = [targets] if isinstance(targets, str) else list(targets or ())
+    config = adapter.config.replace(
+        target_modules=[*named, *dict.fromkeys(leaves)]
+        if not isinstance(targets, str)
+        else "|".join([targets, *(rf".*\.{leaf}" for leaf in dict.fromkeys(leaves))]),
+        target_parameters=None,
+    )
+    return Adapter(config, tensors, adapter.metadata)
+
+
+def with_both(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter with an update of zero for the weights of experts beside those that it adapts."""
+    tensors, chosen = dict(adapter.tensors), {name.rpartition(".")[0] for name in adapter.target_parameters}
+    for path, module in named_modules(model).items():
+        for leaf in expert_weights(module) if path in chosen else ():
+            A, B = _factors(adapter, _projection(model, f"{path}.{leaf}", ()))
+            tensors |= {f"{path}.{leaf}.lora_experts_A": A, f"{path}.{leaf}.lora_experts_B": B}
+    whole = Adapter(adapter.config, tensors, adapter.metadata)
+    names = parameter_names(whole, list(named_parameters(model)))
+    return Adapter(adapter.config.replace(target_parameters=names), tensors, adapter.metadata)
+
+
+def _factors(adapter: Adapter, projection: _Projection) -> tuple[Tensor, Tensor]:
+    """Returns the factors of all experts, which are zero where the adapter leaves the weight alone."""
+    if adapter.holds_experts(projection.name):
+        key_A, key_B = adapter.factor_keys(projection.name)
+        return adapter.tensors[key_A], adapter.tensors[key_B]
+    like = next(t for name, t in adapter.tensors.items() if name.endswith(".lora_experts_A"))
+    count, r = projection.experts, like.shape[1]
+    return like.new_zeros(count, r, projection.inputs), like.new_zeros(count, projection.outputs, r)
+
+
+def together(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Returns an adapter of experts that are modules of their own as one of the weights that hold all experts.
+
+    Parts of a weight that have one A in common become one update of its rank; others one of the sum of their ranks,
+    with a block-diagonal B, as PEFT does it.  Both are exact.  Experts and parts that have no update get one of zero.
+    """
+    tensors, config = dict(adapter.tensors), adapter.config
+    ranks = {name: config.rank_of(name) for name in adapter.modules}
+    alphas = {name: config.alpha_of(name) for name in adapter.modules}
+    parameters = list[str]()
+    for projection in _projections(model)[0]:
+        names = [[part.format(expert) for part in projection.parts] for expert in range(projection.experts)]
+        if not any(name in ranks for of_expert in names for name in of_expert):
+            continue
+        A, B = _joined([[_scaled(adapter, name, projection) for name in of_expert] for of_expert in names])
+        for name in (name for of_expert in names for name in of_expert):
+            for key in (f"{name}.lora_A", f"{name}.lora_B"):
+                tensors.pop(key, None)
+            ranks.pop(name, None)
+            alphas.pop(name, None)
+        tensors |= {f"{projection.name}.lora_experts_A": A, f"{projection.name}.lora_experts_B": B}
+        r = A.shape[1]
+        ranks[projection.name], alphas[projection.name] = r, r**0.5 if config.use_rslora else float(r)
+        parameters.append(projection.name)
+    if not parameters:
+        return adapter
+    whole = Adapter(config, tensors, adapter.metadata)
+    config = config.targeting(list(whole.target_modules)).replace(target_parameters=parameters)
+    return Adapter(with_ranks(config, ranks, alphas), tensors, adapter.metadata)
+
+
+def _scaled(adapter: Adapter, name: str, projection: _Projection) -> tuple[Tensor, Tensor]:
+    """Returns a part's factors with the scaling in B; of rank 0 where there are none."""
+    if f"{name}.lora_A" in adapter.tensors:
+        return update_of(adapter, name).plain()
+    return torch.zeros(0, projection.inputs), torch.zeros(projection.outputs // len(projection.parts), 0)
+
+
+def _joined(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Returns A (experts, r, in) and B (experts, out, r) of the parts of each expert's weight."""
+    if all(torch.equal(A, parts[0][0]) for parts in pairs for A, _ in parts):
+        joined = [(parts[0][0], torch.cat([B for _, B in parts])) for parts in pairs]
+    else:
+        joined = [(torch.cat([A for A, _ in parts]), torch.block_diag(*(B for _, B in parts))) for parts in pairs]
+    r = max(len(A) for A, _ in joined)
+    padded = [Update(A, B, 1.0).plain(r) for A, B in joined]
+    return torch.stack([A for A, _ in padded]), torch.stack([B for _, B in padded])
+
+
+def _projections(model: nn.Module) -> tuple[list[_Projection], list[str]]:
+    """Returns how checkpoints name the experts of a model, by transformers' own table; and what is not known."""
+    found, faults = list[_Projection](), list[str]()
+    rules = _conversions(model)
+    for path, module in named_modules(model).items():
+        if not holds_experts(path, module):
+            continue
+        try:
+            names = expert_weights(module)
+        except TargetError as error:
+            faults.append(f"{path}: {error}")
+            continue
+        for leaf in names:
+            name = f"{path}.{leaf}"
+            parts = next((parts for rule in rules if (parts := _parts_of(name, rule, rules))), ())
+            if not parts:
+                faults.append(f"{name}: transformers' checkpoints of it hold all experts in one tensor")
+                continue
+            found.append(_projection(model, name, parts))
+    return found, faults
+
+
+def _projection(model: nn.Module, name: str, parts: tuple[str, ...]) -> _Projection:
+    experts, rows, columns = dense(tensor_at(model, name)).shape
+    transposed = getattr(submodule(model, name.rpartition(".")[0]), "is_transposed", False)
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    return _Projection(name, parts, experts, inputs, outputs)
+
+
+def _parts_of(name: str, rule: Any, rules: Sequence[Any]) -> tuple[str, ...]:
+    """Returns what a rule calls the parts of a weight of experts; () if it is not about this weight."""
+    operations = [type(operation).__name__ for operation in getattr(rule, "operations", None) or ()]
+    target = rule.target_patterns[0]
+    if not operations or set(operations) - {"MergeModulelist", "Concatenate"} or not name.endswith(target):
+        return ()
+    stem = name.removesuffix(target)
+    parts = [stem + source.removesuffix(".weight").replace("*", "{}") for source in rule.source_patterns]
+    if any(part.count("{}") != 1 for part in parts):
+        return ()
+    renamed = [(other.target_patterns[0], other.source_patterns[0]) for other in rules if _is_plain_renaming(other)]
+    for new, old in renamed:
+        parts = [part.replace(new, old) for part in parts]
+    return tuple(parts)
+
+
+def _is_plain_renaming(rule: Any) -> bool:
+    """Whether a rule puts one text in the place of another, such as ``.mlp.`` in that of ``.block_sparse_moe.``."""
+    texts = [*rule.source_patterns, *rule.target_patterns]
+    return not getattr(rule, "operations", None) and len(texts) == 2 and all(_PLAIN.fullmatch(text) for text in texts)
+
+
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def _conversions(model: Any) -> list[Any]:
+    """Returns transformers' rules for reading the checkpoints of a model."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return list(get_model_conversion_mapping(model))
+    except (ImportError, AttributeError, TypeError):  # no interface that transformers promises to keep
+        return []
