@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .formats import load_adapter, read_adapter, save_adapter
     from .generation import Generation, Hypothesis, Sampling, beam_search, generate
     from .injection import InjectReport, disabled, inject, merge, remove, unmerge
-    from .training import TrainConfig, train
+    from .training import TrainConfig, train, train_many
     from .training.predicting import Prediction, predict
+    from .training.sweep_record import SweepResult
     from .training.trainer import TrainResult
 
 __version__ = "1.0.0"
@@ -53,6 +54,7 @@ __all__ = [
     "MergedLinear",
     "Prediction",
     "Sampling",
+    "SweepResult",
     "TrainConfig",
     "TrainResult",
     "adapter_of",
@@ -73,6 +75,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "train",
+    "train_many",
     "unmerge",
 ]
 
@@ -88,8 +91,9 @@ _LAZY = {
     "formats": ("load_adapter", "read_adapter", "save_adapter"),
     "generation": ("Generation", "Hypothesis", "Sampling", "beam_search", "generate"),
     "injection": ("InjectReport", "disabled", "inject", "merge", "remove", "unmerge"),
-    "training": ("TrainConfig", "train"),
+    "training": ("TrainConfig", "train", "train_many"),
     "training.predicting": ("Prediction", "predict"),
+    "training.sweep_record": ("SweepResult",),
     "training.trainer": ("TrainResult",),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}

@@ -470,10 +470,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(keeps: bool, tmp_path: Path, mon
     compute, update = trainer.reference_of, trainer.Trainer._update
     monkeypatch.setattr(trainer, "reference_of", lambda *a, **k: computed.append(1) or compute(*a, **k))
 
-    def stopping(self: Any, batches: Any) -> None:
+    def stopping(self: Any, batches: Any) -> Any:
         if self.progress.step == 6:
             raise StoppedError
-        update(self, batches)
+        return update(self, batches)
 
     config = config.replace(output_dir=str(tmp_path / "halves"))
     with monkeypatch.context() as patch:

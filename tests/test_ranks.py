@@ -326,14 +326,14 @@ def test_a_run_goes_on_with_other_ranks_and_from_spread_to_whole(alone: Callable
 
         config = settings(tmp_path, save_steps=1, resume=True, **changes)
         with joined() as ranks, pytest.MonkeyPatch.context() as patch:
-            save = trainer.Trainer._save
+            save = trainer.Trainer.save
 
             def stopping(self: Any, finished: bool = False) -> None:
                 save(self, finished)
                 if self.progress.step == at["end"] and not finished and self.progress.step < 20:
                     raise errors.TrainingError(f"enough on {ranks.size}")
 
-            patch.setattr(trainer.Trainer, "_save", stopping)
+            patch.setattr(trainer.Trainer, "save", stopping)
             return train(config, model)
 
     for size, shard in ((2, False), (4, True), (1, False)):

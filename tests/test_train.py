@@ -196,10 +196,10 @@ def test_an_update_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest
     mode, counts = CountReads(), []
     update, forward_backward = trainer.Trainer._update, Step.forward_backward
 
-    def counted(self: Any, batches: Any) -> None:
+    def counted(self: Any, batches: Any) -> Iterator[Any]:
         mode.reads = 0
         with mode:
-            update(self, batches)
+            yield from update(self, batches)
         counts.append(mode.reads)
 
     def on_device(self: Any, batch: Any, **kwargs: Any) -> StepStats:

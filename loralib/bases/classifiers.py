@@ -23,14 +23,14 @@ from .adapted import base_of, tokenizer_for
 from .device import pick_device, pick_dtype
 from .loading import (
     DEFAULT_BASE,
-    _check_vocabulary,
-    _model_directory,
-    _quiet,
-    _read_tokenizer,
-    _refuse_sizes,
-    _transformers,
+    check_vocabulary,
+    import_transformers,
     load_tokenizer,
+    model_directory,
+    quiet_reading,
+    refuse_sizes,
     resize_tables_for,
+    tokenizer_in,
 )
 from .made_up import build_base, is_made_up
 from .quant import check_kind, quantize_model
@@ -96,11 +96,11 @@ def load_classifier(
             if quantize is not None:
                 quantize_model(model, quantize)
         else:
-            _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
-            path, name = _model_directory(name)
+            refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
+            path, name = model_directory(name)
             model, new = _read(str(path), name, settings, pick_dtype(dtype, device), quantize)
-            tokenizer = _read_tokenizer(path, name, needs_end=False)
-            _check_vocabulary(model, tokenizer, name)
+            tokenizer = tokenizer_in(path, name, needs_end=False)
+            check_vocabulary(model, tokenizer, name)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     _finish(model, tokenizer, new)
     return model.to(device).eval(), tokenizer
@@ -192,9 +192,11 @@ def own_classes(name: str) -> tuple[str, ...] | None:
     """Returns the classes of a checkpoint that has a head for them, before it is loaded; None: it has none."""
     if is_made_up(name):
         return None
-    path, _ = _model_directory(name)
+    path, _ = model_directory(name)
     try:
-        config = _transformers().AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config = import_transformers().AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     except Exception:  # loading it will say what is wrong
         return None
     if not any(str(each).endswith("ForSequenceClassification") for each in config.architectures or ()):
@@ -222,7 +224,7 @@ def _settings(labels: Sequence[str]) -> dict[str, Any]:
 def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.device, seed: int, *sizes: Any) -> Any:
     """Builds a classifier on the body of a made-up base, which is the same as without a head for classes."""
     base = build_base(name, dtype, device, seed, *sizes)
-    classes = _transformers().AutoModelForSequenceClassification
+    classes = import_transformers().AutoModelForSequenceClassification
     if type(base.config) not in classes._model_mapping:
         raise BaseModelError(f"{name} has no form for classification. Use scratch-encoder, or a pretrained --model.")
     config = base.config.__class__.from_dict({**base.config.to_dict(), **settings})
@@ -239,8 +241,8 @@ def _read(
     """Reads a model and returns it with the names of its tensors that are new."""
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with _quiet():
-            model, info = _transformers().AutoModelForSequenceClassification.from_pretrained(
+        with quiet_reading():
+            model, info = import_transformers().AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,

@@ -51,7 +51,20 @@ if TYPE_CHECKING:
 
     from .typing import LanguageModel
 
-__all__ = ["DEFAULT_BASE", "load_adapters_tokenizer", "load_base", "load_empty", "load_tokenizer", "resize_tables_for"]
+__all__ = [
+    "DEFAULT_BASE",
+    "check_vocabulary",
+    "import_transformers",
+    "load_adapters_tokenizer",
+    "load_base",
+    "load_empty",
+    "load_tokenizer",
+    "model_directory",
+    "quiet_reading",
+    "refuse_sizes",
+    "resize_tables_for",
+    "tokenizer_in",
+]
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -107,22 +120,22 @@ def load_base(
         check_kind(quantize)
     made_up = is_made_up(name)
     if made_up:
-        _transformers()  # report it missing before anything is built
+        import_transformers()  # report it missing before anything is built
         model = build_base(name, dtype, device, seed, hidden_dim, num_layers)
         if mesh is not None:
             shard(model.to(device), mesh)
         tokenizer = load_tokenizer(DEFAULT_BASE)
         name = model.config.name_or_path
     else:
-        _refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
+        refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
         if mesh is None:
-            path, name = _model_directory(name)
+            path, name = model_directory(name)
             model = _read_model(path, name, pick_dtype(dtype, device), quantize)
         else:
-            path, name = in_turn(mesh, functools.partial(_model_directory, name))
+            path, name = in_turn(mesh, functools.partial(model_directory, name))
             model = _read_spread(path, name, of_first(mesh, pick_dtype(dtype, device)), device, mesh)
-        tokenizer = _read_tokenizer(path, name)
-        _check_vocabulary(model, tokenizer, name)
+        tokenizer = tokenizer_in(path, name)
+        check_vocabulary(model, tokenizer, name)
     _set_special_tokens(model, tokenizer, overwrite=made_up)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     if quantize is not None and made_up:
@@ -142,13 +155,13 @@ def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torc
     """
     name = os.fspath(name)
     device = pick_device("cpu" if dtype is None else None)
-    _transformers()
+    import_transformers()
     if is_made_up(name):
         with torch.device("meta"):
             return cast("LanguageModel", build_base(name, dtype, device, 0, None, None))
     path, name = _config_directory(name)
     try:
-        with _quiet():
+        with quiet_reading():
             return cast("LanguageModel", empty_model(path, pick_dtype(dtype, device)))
     except Exception as error:
         raise _unreadable(path, name, error) from error
@@ -158,8 +171,8 @@ def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
     """Loads the tokenizer of a base model without the model; the names are those of `load_base`."""
     name = os.fspath(name)
     source = DEFAULT_BASE if is_made_up(name) else name
-    path, source = _model_directory(source)
-    tokenizer = _read_tokenizer(path, source)
+    path, source = model_directory(source)
+    tokenizer = tokenizer_in(path, source)
     tokenizer.name_or_path = name
     return tokenizer
 
@@ -183,8 +196,8 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
     if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
     writes = not type(model).__name__.endswith("ForSequenceClassification")
-    tokenizer = _read_tokenizer(directory, os.fspath(adapter), needs_end=writes)
-    _check_vocabulary(model, tokenizer, os.fspath(adapter))
+    tokenizer = tokenizer_in(directory, os.fspath(adapter), needs_end=writes)
+    check_vocabulary(model, tokenizer, os.fspath(adapter))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         ends = generation.eos_token_id
@@ -212,7 +225,8 @@ def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
     _note(f"the tables of tokens have {size:,} rows now, as in the adapter, and not {rows:,} as in the base")
 
 
-def _refuse_sizes(name: str, **sizes: int | None) -> None:
+def refuse_sizes(name: str, **sizes: int | None) -> None:
+    """Refuses the sizes of made-up models for one that is not made up."""
     given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
     if given:
         raise ConfigError(
@@ -225,7 +239,7 @@ def _refuse_sizes(name: str, **sizes: int | None) -> None:
 # From a name to a directory.
 
 
-def _model_directory(name: str) -> tuple[Path, str]:
+def model_directory(name: str) -> tuple[Path, str]:
     """Returns the directory that holds a pretrained model, after converting or downloading it if needed, and its name.
 
     Without a hub, the name that the default model has there stands for our copy of it.
@@ -280,9 +294,9 @@ def _base_named_in(config: Path) -> str | None:
 
 
 def _config_directory(name: str) -> tuple[Path, str]:
-    """Returns a directory that holds a model's config.json at least, and the model's name (see `_model_directory`)."""
+    """Returns a directory that holds a model's config.json at least, and the model's name (see `model_directory`)."""
     if Path(name).expanduser().exists() or not is_hub_id(name) or name in (DEFAULT_BASE, HUB_NAMES[DEFAULT_BASE]):
-        return _model_directory(name)
+        return model_directory(name)
     advice = "Check the network, or give a directory that holds the model's config.json."
     wanted = ["config.json"]
     return fetch(name, lambda _: wanted, wanted, error=BaseModelError, what="config", advice=advice), name
@@ -361,14 +375,14 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
 
 
 def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None = None) -> Any:
-    transformers = _transformers()
+    transformers = import_transformers()
     if path.is_file():
         return _read_gguf(path, name, dtype, quantize)
     if (packing := packing_of(path)) is not None:
         return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with _quiet():
+        with quiet_reading():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,
@@ -392,7 +406,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
 
 
 def _read_gguf(path: Path, name: str, dtype: torch.dtype, quantize: str | None) -> Any:
-    with _quiet():
+    with quiet_reading():
         model = read_dense(path, dtype)
     if quantize is None:
         _note(f"{name}: {keep_blocks(model, path)}")
@@ -403,7 +417,7 @@ def _read_gguf(path: Path, name: str, dtype: torch.dtype, quantize: str | None) 
 
 def _read_packed(path: Path, name: str, packing: dict[str, Any], dtype: torch.dtype, quantize: str | None) -> Any:
     try:
-        with _quiet():
+        with quiet_reading():
             model, said = read_packed(path, name, packing, dtype, quantize)
     except BaseModelError:
         raise
@@ -415,10 +429,10 @@ def _read_packed(path: Path, name: str, packing: dict[str, Any], dtype: torch.dt
 
 def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
     """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
-    _transformers()
+    import_transformers()
 
     def read_alone() -> tuple[Any, str]:
-        with _quiet():
+        with quiet_reading():
             model = empty_model(path, dtype)
             return model, read_share(model, path, mesh, device)
 
@@ -452,11 +466,12 @@ def _note_on_config(path: Path) -> str:
     return ""
 
 
-def _read_tokenizer(path: Path, name: str, *, needs_end: bool = True) -> Any:
-    transformers = _transformers()
+def tokenizer_in(path: Path, name: str, *, needs_end: bool = True) -> Any:
+    """Reads the tokenizer of a model in a directory or GGUF file; `needs_end`: refuses one that cannot end a text."""
+    transformers = import_transformers()
     note = ""
     try:
-        with _quiet():
+        with quiet_reading():
             if path.is_file() and not (path.parent / "tokenizer.json").is_file():
                 tokenizer, note = read_tokenizer(path)
             else:
@@ -478,7 +493,7 @@ def _read_tokenizer(path: Path, name: str, *, needs_end: bool = True) -> Any:
     return tokenizer
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Refuses a tokenizer of another model, and notes tokens for which this one has no embedding.
 
     Some models come with a token too many (that of Gemma 3 for images has no row in models without images), and tokens
@@ -571,8 +586,8 @@ def _bundled_file() -> Any:
 
 def _convert(source: Path, directory: Path) -> None:
     """Reads the GGUF file and saves model and tokenizer in transformers' form; the manifest comes last."""
-    transformers = _transformers()
-    with _quiet():
+    transformers = import_transformers()
+    with quiet_reading():
         model, (tokenizer, _) = read_dense(source, torch.bfloat16), read_tokenizer(source)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -595,7 +610,8 @@ def _is_complete(directory: Path) -> bool:
 # transformers, which is imported only when it is needed.
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """Imports transformers; says how to install it where it is missing."""
     try:
         import transformers
     except ImportError as error:
@@ -608,9 +624,9 @@ def _missing(package: str) -> MissingDependencyError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_reading() -> Iterator[None]:
     """Keeps transformers' progress bars and advice off the console; its errors still appear."""
-    logging = _transformers().utils.logging
+    logging = import_transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "add_fields", "from_args", "main", "parser_of", "run_comm
 
 COMMANDS = {
     "train": "train an adapter",
+    "sweep": "train many adapters at once, to find the best settings",
     "plan": "say what fits into memory, and with which command",
     "generate": "generate text with a model and an adapter",
     "predict": "give texts the labels that a classifier has learned",

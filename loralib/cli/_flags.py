@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:
-            expected = _EXPECTED.get(cast(Any, action.type), "another value")
+            expected = _EXPECTED.get(cast(Any, action.type)) or getattr(action.type, "expected", "another value")
             raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
 
 
@@ -155,10 +155,37 @@ def _joined(parts: Sequence[Any]) -> Any:
     return [item for part in parts for item in ([part] if isinstance(part, str) else part)]
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[str, Any] | None = None) -> None:
+def _each(kind: Any) -> Callable[[str], list[Any]]:
+    """Returns what splits a word into several values of a kind."""
+
+    def split(word: str) -> list[Any]:
+        return [None if each == AUTO else _truth(each) if kind is bool else kind(each) for each in _comma_list(word)]
+
+    words = {bool: "true, false, or both", int: "whole numbers", float: "numbers"}
+    split.expected = f"{words.get(kind, 'words')} with commas between them"  # type: ignore[attr-defined]
+    return split
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError
+    return word.lower() == "true"
+
+
+def _lists_of_names(word: str) -> tuple[Any, ...]:
+    return tuple(parse_target_modules(each) for each in word.split(";") if each.strip())
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    config: type,
+    defaults: Mapping[str, Any] | None = None,
+    several: Container[str] = (),
+) -> None:
     """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
-    Settings declared as `common` stand in a group of their own, first.  `defaults` replace the fields' own.
+    Settings declared as `common` stand in a group of their own, first.  `defaults` replace the fields' own.  Those in
+    `several` take any number of values, with commas between them; lists of names have semicolons between them.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
     groups: dict[str, Any] = {}
@@ -175,6 +202,13 @@ def add_fields(parser: argparse.ArgumentParser, config: type, defaults: Mapping[
         kind = next((kind for kind in kinds_of(hints[spec.name]) if kind in (bool, int, float, str)), str)
         default = (defaults or {}).get(spec.name, None if spec.default is dataclasses.MISSING else spec.default)
         text = about["help"].replace("%", "%%")
+        if spec.name in several:
+            items = _lists_of_names if about["several"] == "names" else _each(kind)
+            shown = AUTO if about["auto"] and default is None else default
+            text += "" if shown in (None, ()) else f" (default {_shown(shown)})"
+            once = {"nargs": "?", "const": [True]} if kind is bool else {}
+            add_flag(group, *names, type=items, metavar=f"{_METAVARS.get(kind, 'X')},...", help=text, **once)
+            continue
         if kind is bool:
             if default:
                 group.add_argument(

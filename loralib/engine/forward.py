@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Literal, cast
 
@@ -27,6 +27,7 @@ from .flex import FlexLayout, bucket, has_compiler, has_flex
 from .liger import LigerLoss, has_liger
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
+from .row_linears import RowLinears
 from .transfer import to_device
 
 __all__ = ["Forward", "Path", "device_of", "logits_of", "path_of", "plain_logits", "runs_here", "why_not_compiled"]
@@ -116,6 +117,7 @@ class Forward:
     Args:
         model: a causal language model, adapted or not.
         compiles: whether its blocks are compiled, on a GPU.
+        twins: adapted models that share its weights, where rows of a pass choose among them (`engine/row_linears.py`).
 
     Attributes:
         model: the model.
@@ -128,7 +130,7 @@ class Forward:
         lock: for one pass at a time.
     """
 
-    def __init__(self, model: nn.Module, *, compiles: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, compiles: bool = True, twins: Sequence[nn.Module] = ()) -> None:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._is_spread = is_spread(model)
         self._body = self._find_body() if self.path != "plain" else None
@@ -137,7 +139,7 @@ class Forward:
         self.compiles = compiles and self.path == "gpu" and may_compile(self.device)
         self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
-        self._linears = self._find_linears()
+        self._linears = self._find_linears(twins)
         self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
         if self._blocks is not None:
             self._overrides = self._blocks.overrides
@@ -151,12 +153,24 @@ class Forward:
             self.splits = False
             self.splits = self._probe()
 
-    def _find_linears(self) -> TrainingLinears | DeviceLinears:
+    def _find_linears(self, twins: Sequence[nn.Module]) -> TrainingLinears | DeviceLinears | RowLinears:
+        if twins:
+            return RowLinears(self.model, twins, fast=self.path == "cpu")
         # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
         in_body = list(self._body.modules()) if self._body is not None else []
         if self.path == "cpu":
             return TrainingLinears(in_body, list(self.model.modules()))
         return DeviceLinears([] if self.compiles else in_body)
+
+    @contextmanager
+    def dealt(self, rows: Sequence[int]) -> Iterator[None]:
+        """Gives each of the twins its number of rows, in their order, of the passes inside."""
+        assert isinstance(self._linears, RowLinears)
+        self._linears.rows = rows
+        try:
+            yield
+        finally:
+            self._linears.rows = None
 
     @property
     def prepacked_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,9 +11,10 @@ from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .plan import Data
+    from .sweep_record import SweepResult
     from .trainer import TrainResult
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["TrainConfig", "train", "train_many"]
 
 
 def train(
@@ -48,3 +50,42 @@ def train(
     from .trainer import run  # when it is called: the loop needs most of the package, `import loralib` does not
 
     return run(model, data, config or TrainConfig(), tokenizer, valid_data, verbose)
+
+
+def train_many(
+    model: nn.Module,
+    data: Data,
+    configs: Sequence[TrainConfig],
+    *,
+    tokenizer: Any = None,
+    valid_data: Data | None = None,
+    output_dir: str = "lora_sweep",
+    verbose: bool = True,
+) -> SweepResult:
+    """Trains several adapters at once over one base, and tells which is best.
+
+    Runs of plain LoRA on linear layers share the base's passes: each has its own examples, optimiser, schedule and end,
+    and the losses that it has by itself.  Other runs follow one after the other.  One that diverges is dropped, and
+    the others go on.
+
+    Args:
+        model: a causal language model without an adapter; afterwards it is what it was.
+        data: as for `train`.
+        configs: the settings of each run.  What is read and loaded is the same for all of them.
+        tokenizer: required if data are files or text.
+        valid_data: like `data`.
+        output_dir: gets a directory for each run, called after the settings that differ; ``best``, the adapter with
+            the lowest validation loss (training loss, without validation data); sweep.json and sweep.png.
+        verbose: print what happens.
+
+    Returns:
+        What has become of each run, and which is best.
+
+    Raises:
+        ConfigError: runs are the same, differ in what they must share, or need more memory than there is.
+        TrainingError: all runs were dropped.
+        InterruptedRunError: a signal stopped the sweep, whose runs saved themselves first.
+    """
+    from .many import train_all
+
+    return train_all(model, data, configs, tokenizer, valid_data, output_dir, verbose)

@@ -18,7 +18,7 @@ from .start import base_for, load_base_for
 if TYPE_CHECKING:
     from .trainer import TrainResult
 
-__all__ = ["load_examples_for", "run_job"]
+__all__ = ["load_examples_for", "read_data", "run_job"]
 
 
 def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: int) -> Encoded:
@@ -42,7 +42,7 @@ def run_job(config: TrainConfig) -> TrainResult:
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
         # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
-        sources, valid_sources, labels = ranks.together(lambda: _read(config))
+        sources, valid_sources, labels = ranks.together(lambda: read_data(config))
         reporter = Reporter(ranks.is_first)
         with hold_run(config, ranks) as directory:
             if (ended := ranks.first(directory.finished_run)) is not None:
@@ -53,7 +53,8 @@ def run_job(config: TrainConfig) -> TrainResult:
             return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter, ranks)
 
 
-def _read(config: TrainConfig) -> tuple[list[Source], list[Source] | None, Labels | None]:
+def read_data(config: TrainConfig) -> tuple[list[Source], list[Source] | None, Labels | None]:
+    """Reads the files that a run's settings name, for training and for validation, and what labels they hold."""
     kinds = how_to_read(config)
     valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
     train = read_sources(config.train_data, **kinds)

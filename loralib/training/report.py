@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from .run_directory import Progress
     from .trainer import TrainResult
 
-__all__ = ["Learned", "Metrics", "NoMetrics", "Reporter", "is_our_card", "plot_losses", "read_metrics", "write_card"]
+__all__ = [
+    "Learned",
+    "Metrics",
+    "NoMetrics",
+    "Reporter",
+    "is_our_card",
+    "plot_losses",
+    "plot_runs",
+    "read_metrics",
+    "write_card",
+]
 
 _SILENCE = 30.0  # seconds without a line where no progress bar is drawn
 
@@ -279,6 +289,39 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path) -> bool:
+    """Draws the losses of several runs as a PNG, those on validation data where there are any.
+
+    Args:
+        runs: the name of each, and its metrics.jsonl; one without lines is left out.
+        picture: where the PNG goes.
+
+    Returns:
+        False, without one, if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    events = {name: list(read_metrics(path)) for name, path in runs if path.exists()}
+    kind = "valid" if any(each["event"] == "valid" for of in events.values() for each in of) else "train"
+    for name, of in events.items():
+        points = [(each["step"], each["loss"]) for each in of if each["event"] == kind]
+        points = _smoothed(points) if points and kind == "train" else points
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) <= _MAX_MARKERS else None)
+    axes.set(xlabel="update", ylabel=f"{'validation' if kind == 'valid' else 'training'} loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return True
 
 
 _MAX_MARKERS = 60  # with more points a line has no markers

@@ -42,6 +42,7 @@ __all__ = [
     "last_checkpoint",
     "run_settings",
     "save_checkpoint",
+    "updates_of",
 ]
 
 # Settings that may differ when a run resumes: they change what is kept and shown, not what is computed.
@@ -284,16 +285,21 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
     return path
 
 
-def last_checkpoint(directory: Path, tell: Callable[[str], None] | None = None) -> tuple[Checkpoint, Path] | None:
+def last_checkpoint(
+    directory: Path, tell: Callable[[str], None] | None = None, at_most: int | None = None
+) -> tuple[Checkpoint, Path] | None:
     """Reads the newest readable checkpoint of a directory; None if there are no checkpoints.
 
-    `tell` is called with a line about each newer one that cannot be read.
+    `tell` is called with a line about each newer one that cannot be read.  Those of more than `at_most` updates, if it
+    is given, do not count.
 
     Raises:
         FormatError: there are files, and none can be read; all are named.
     """
     faults = []
     for path in reversed(checkpoint_files(directory)):
+        if at_most is not None and updates_of(path) > at_most:
+            continue
         try:
             checkpoint = _read(path)
         except AdapterError as error:
@@ -315,6 +321,15 @@ def last_checkpoint(directory: Path, tell: Callable[[str], None] | None = None) 
 def checkpoint_files(directory: Path) -> list[Path]:
     """Returns the checkpoints of a directory, oldest first."""
     return sorted(directory.glob("step-*.safetensors"))
+
+
+def updates_of(checkpoint: Path) -> int:
+    """Returns the number of updates in the name of a checkpoint.
+
+    >>> updates_of(Path("step-00000040.safetensors"))
+    40
+    """
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def _device(parameters: Mapping[str, Tensor]) -> torch.device:
@@ -408,6 +423,7 @@ class RunDirectory:
         best: where the adapter with the lowest validation loss so far is saved.
         config: the run's settings.
         tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
+        resume_at: the most updates that a checkpoint may have to resume from it; None: any number.
         unit, shown: what the loss is an average over, and which other figures are drawn.
 
     Args:
@@ -419,6 +435,7 @@ class RunDirectory:
         self.config = config
         self.tokenizer: Any = None
         self.chats = False
+        self.resume_at: int | None = None
         self.unit, self.shown = "token", tuple[str, ...]()
         self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best) if tidy else ():
@@ -478,7 +495,7 @@ class RunDirectory:
             FormatError: no checkpoint can be read.
         """
         if self.config.resume:
-            last = last_checkpoint(self.checkpoints, lambda fault: say(f"WARNING: {fault}"))
+            last = last_checkpoint(self.checkpoints, lambda fault: say(f"WARNING: {fault}"), self.resume_at)
             if last is not None:
                 last[0].require_same(settings, parameters, last[1])
                 return last[0]

@@ -65,12 +65,13 @@ class Step:
         label_smoothing: float,
         chunk_tokens: int,
         compiles: bool,
+        twins: Sequence[nn.Module] = (),
     ) -> None:
         require_causal(model)
         self._model = model
         self._label_smoothing = label_smoothing
         self._chunk = chunk_tokens
-        self._forward = Forward(model, compiles=compiles and packing)
+        self._forward = Forward(model, compiles=compiles and packing, twins=twins)
         self._rope_limit, self._remembers = rope_limit(model), remembers_length(model)
         self._half = computes_in_half(model)
         self._is_spread = is_spread(model)
@@ -79,7 +80,7 @@ class Step:
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
         if self.note and self._forward.compiles:  # which is for packed rows
-            self._forward = Forward(model, compiles=False)
+            self._forward = Forward(model, compiles=False, twins=twins)
         self.compiles = self._forward.compiles
         self._forward.has_layouts = self.packing
         self._forward.compile_blocks()

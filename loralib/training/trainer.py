@@ -10,8 +10,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .classification import ClassificationStep, prepare_classifier
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
-from .objective import TrainingStep, evaluate
+from .objective import StepStats, TrainingStep, evaluate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
 from .preferences import PREFERENCE_STEPS, DPOStep, reference_of
@@ -51,11 +51,27 @@ from .shares import shares
 from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
 from .step import Step, make_step
 
-__all__ = ["TrainResult", "run"]
+__all__ = [
+    "ONE_RUN_AT_A_TIME",
+    "Computed",
+    "Gradient",
+    "Need",
+    "Rest",
+    "StopRequest",
+    "TrainResult",
+    "Trainer",
+    "Validation",
+    "adapt",
+    "finished",
+    "plan_for",
+    "run",
+    "run_in",
+    "stop_on_signal",
+]
 
 # Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the process: runs in
 # several threads take turns.
-_ONE_RUN_AT_A_TIME = threading.RLock()
+ONE_RUN_AT_A_TIME = threading.RLock()
 _WINDOW = 20  # updates whose average loss tells an explosion from noise
 _SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 _PASSED_ON = (_SIGHUP, signal.SIGTERM)  # they may arrive twice: from the system, and from what started the run
@@ -137,6 +153,42 @@ def run_in(
         raise TargetError(
             "the adapter is disabled, so nothing of it would learn; train after the `with disabled()` block"
         )
+    plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
+    given, config = config, plan.config
+    with ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
+        require_free(model, "training")
+        if config.task != CLASSIFY:
+            require_causal(model)
+        with adapting_spread() if config.shard else nullcontext():
+            adapt(model, plan, reporter)
+        if config.shard:
+            spread(model, ranks)
+        with (
+            keep_freed_memory(lean=config.gradient_checkpointing),
+            freeze_objects(),
+            gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
+            explain_out_of_memory(directory.less_memory),
+        ):
+            record, step = run_record(model, given, plan.data), step_for(model, config)
+            trainer = Trainer(model, plan, record, directory, reporter, stop, ranks, step)
+            with closing(trainer.metrics):
+                result = trainer.train()
+    reporter.result(result)
+    return result
+
+
+def plan_for(
+    directory: RunDirectory,
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    tokenizer: Any,
+    valid_data: Data | None,
+    reporter: Reporter,
+    ranks: Ranks,
+    plan_by: Callable[..., Plan] = make_plan,
+) -> Plan:
+    """Plans a run (see `make_plan`), and tells its directory what is saved beside the adapter."""
     # What the program chose holds for all of a run, whatever is free or known when it goes on.
     then = ranks.first(directory.look)
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
@@ -147,31 +199,13 @@ def run_in(
     if classifies:
         data, valid_data = ranks.together(lambda: prepare_classifier(model, settings, tokenizer, data, valid_data))
     limit = length_limit(model, settings, ranks)
-    plan = ranks.together(lambda: make_plan(model, data, valid_data, tokenizer, settings, reporter.say, limit))
-    given, config = config, plan.config
+    plan = ranks.together(lambda: plan_by(model, data, valid_data, tokenizer, settings, reporter.say, limit))
+    config = plan.config
     directory.config, directory.tokenizer = config, tokenizer
     directory.chats = tokenizer is not None and not classifies and are_chats(plan.train, tokenizer)
     if not plan.valid:
         _refuse_unvalidated(config)
-    with _ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
-        require_free(model, "training")
-        if not classifies:
-            require_causal(model)
-        with adapting_spread() if config.shard else nullcontext():
-            _adapt(model, plan, reporter)
-        if config.shard:
-            spread(model, ranks)
-        with (
-            keep_freed_memory(lean=config.gradient_checkpointing),
-            freeze_objects(),
-            gradient_checkpointing(model) if config.gradient_checkpointing else nullcontext(),
-            explain_out_of_memory(directory.less_memory),
-        ):
-            trainer = Trainer(model, plan, run_record(model, given, plan.data), directory, reporter, stop, ranks)
-            with closing(trainer.metrics):
-                result = trainer.train()
-    reporter.result(result)
-    return result
+    return plan
 
 
 def _refuse_unvalidated(config: TrainConfig) -> None:
@@ -183,7 +217,7 @@ def _refuse_unvalidated(config: TrainConfig) -> None:
         )
 
 
-def _adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
+def adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
     """Gives the model an adapter unless it has one, and makes its weights the base's."""
     config, injected = plan.config, None
     lora = config.lora_config()
@@ -228,6 +262,48 @@ def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
     )
 
 
+# What a run needs of whoever computes it.
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradients of some batches, each with its `loss_scale`, in the `grad` of the trained parameters."""
+
+    batches: list[tuple[list[Any], Any]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The figures of some examples, at most so many tokens at once; None if a signal came meanwhile."""
+
+    examples: list[Any]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Nothing: between two updates a run can be saved and stopped.
+
+    Attributes:
+        is_due: whether a checkpoint is.
+        is_over: whether this was the last update.
+    """
+
+    is_due: bool = False
+    is_over: bool = False
+
+
+Need = Gradient | Validation | Rest
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The answer to a need: the `StepStats` of each batch, or figures; and the seconds it took, or a share of them."""
+
+    result: Any
+    seconds: float
+
+
 class Trainer:
     """One run of an adapted model, from what its directory holds to its end.  The caller closes `metrics`."""
 
@@ -240,6 +316,7 @@ class Trainer:
         reporter: Reporter,
         stop: StopRequest,
         ranks: Ranks,
+        step: TrainingStep,
     ) -> None:
         config, self.ranks = plan.config, ranks
         self.model, self.examples, self.valid, self.config = model, list(plan.train), list(plan.valid), config
@@ -253,7 +330,7 @@ class Trainer:
         self.optimizer = make_optimizer(parameter_groups(model, config), config)
         self.losses: list[float] = []  # of this call's updates, as are the next two
         self.seconds, self.tokens = 0.0, 0
-        self.step = step_for(model, config)
+        self.step = step
         directory.unit, directory.shown = self.step.unit, self.step.shown
         ranks.require_same({**self.settings, "the adapter's first values": hash_tensors(self.initial)})
         checkpoint = ranks.first(lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say))
@@ -277,7 +354,7 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Trains to the end, or until a signal or early stopping, and saves."""
-        self.ranks.first(lambda: write_record(self.directory.path, self.config, self.record))
+        self.begin()
         self._announce()
         was_training = self.model.training
         self.model.train()
@@ -285,11 +362,42 @@ class Trainer:
             self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
             self._compute_reference()
             with self.step:  # the engine holds the model's forward pass from here to the last validation
-                self._run_epochs()
+                self._compute_all()
         finally:
             self.reporter.close_bar()
             self.model.train(was_training)
-        return self._finish()
+        return self.finish()
+
+    def begin(self) -> None:
+        """Writes down what the run is, before its first update."""
+        self.ranks.first(lambda: write_record(self.directory.path, self.config, self.record))
+
+    def _compute_all(self) -> None:
+        """Gives the run what it needs until it is over, computed by its own step."""
+        needs, answer = self.needs(), None
+        with suppress(StopIteration):
+            while True:
+                answer = self._answer(needs.send(answer))
+
+    def _answer(self, need: Need) -> Any:
+        started = time.perf_counter()
+        if isinstance(need, Gradient):
+            done = [self.step.forward_backward(batch, loss_scale=scale) for batch, scale in self._passes(need.batches)]
+            return Computed(done, time.perf_counter() - started)
+        if isinstance(need, Validation):
+            figures = evaluate(
+                self.step.unsmoothed(),
+                self.model,
+                need.examples,
+                max_tokens=need.max_tokens,
+                stop=lambda: bool(self.stop),
+                ranks=self.ranks,
+            )
+            return Computed(figures, time.perf_counter() - started)
+        self._stop_if_asked()
+        if need.is_due:
+            self.save()
+        return None
 
     def _compute_reference(self) -> None:
         """Gives the pairs of DPO the log-probabilities of their answers before training, which a resume reads again."""
@@ -340,11 +448,15 @@ class Trainer:
         tokens = max(map(len, self.examples)) * examples_at_once(config, self.ranks)
         self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
-    def _run_epochs(self) -> None:
+    def needs(self) -> Generator[Need, Any, None]:
+        """Runs through the epochs; yields what the run needs, and is sent what was computed (see `Need`).
+
+        So a run does not know who computes: its own step, or a pass that it shares with other runs.
+        """
         progress, config = self.progress, self.config
         if progress.owes_validation(config.eval_steps, self.total):
-            self._validate()
-            self._stop_if_asked()
+            yield from self._validate()
+            yield Rest()
         self.reporter.start_bar(progress.step, self.total)
         # Shared prompts save time only where they are computed once; elsewhere a uniform shuffle learns better.
         max_siblings = config.max_siblings if self.step.share_prompts else 1
@@ -359,16 +471,15 @@ class Trainer:
             )
             batches = [[self.examples[index] for index in batch] for batch in order]
             for start in range(progress.update * config.grad_accum, len(batches), config.grad_accum):
-                self._update(batches[start : start + config.grad_accum])
+                yield from self._update(batches[start : start + config.grad_accum])
                 if progress.update == self.updates_per_epoch:
                     self._end_epoch(complete=True)
                 if progress.is_due(config.eval_steps, self.total):
-                    self._validate()
-                self._stop_if_asked()
-                if self._is_over():
+                    yield from self._validate()
+                is_over = self._is_over()
+                yield Rest(is_due=not is_over and progress.is_due(config.save_steps, self.total), is_over=is_over)
+                if is_over:
                     break
-                if progress.is_due(config.save_steps, self.total):
-                    self._save()
         if progress.epoch_weight:  # stopped within an epoch
             self._end_epoch(complete=False)
         if progress.step < self.total:
@@ -378,11 +489,17 @@ class Trainer:
                 + " no better than the best before."
             )
 
-    def _update(self, batches: list[list[TokenExample]]) -> None:
-        """Computes the gradient of one update's batches, checks it, and applies it."""
+    def _update(self, batches: list[list[TokenExample]]) -> Generator[Need, Any, None]:
+        """Asks for the gradient of one update's batches, checks it, and applies it."""
         progress, config = self.progress, self.config
+        paper = config.arithmetic == "paper"
+        scales = self.step.scales(batches, paper_accum=config.grad_accum if paper else None)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.seed(config.seed, progress.step)
+        computed = yield Gradient(list(zip(batches, scales, strict=True)))
         started = time.perf_counter()
-        loss, norm, more = self._backward(batches)
+        loss, norm, more = self._clip(computed.result)
+        loss = loss * config.grad_accum / len(batches) if paper else loss
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
             raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
@@ -393,12 +510,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.step()
-        elapsed = time.perf_counter() - started
+        elapsed = computed.seconds + time.perf_counter() - started
 
         examples = [example for batch in batches for example in batch]
         tokens, trained = sum(map(len, examples)), sum(example.trained_tokens for example in examples)
         # Of the loss in the epoch's average.
-        weight = len(batches) if config.arithmetic == "paper" else self.step.count(examples)
+        weight = len(batches) if paper else self.step.count(examples)
         progress.epoch_loss += loss * weight
         progress.epoch_weight += weight
         progress.step += 1
@@ -415,28 +532,20 @@ class Trainer:
     def _shown(self, figures: Mapping[str, float]) -> dict[str, float]:
         return {name: figures[name] for name in self.step.shown}
 
-    def _backward(self, batches: list[list[TokenExample]]) -> tuple[float, float, dict[str, float]]:
-        """Computes and clips an update's gradient; returns its loss, the gradient's norm before that, more figures."""
-        config, paper = self.config, self.config.arithmetic == "paper"
-        scales = self.step.scales(batches, paper_accum=config.grad_accum if paper else None)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ranks.seed(config.seed, self.progress.step)
-        done = [
-            self.step.forward_backward(batch, loss_scale=scale)
-            for batch, scale in self._passes(list(zip(batches, scales, strict=True)))
-        ]
+    def _clip(self, done: Sequence[StepStats]) -> tuple[float, float, dict[str, float]]:
+        """Clips an update's gradient; returns its loss, the gradient's norm before that, and more figures."""
         parameters = list(self.parameters.values())
         own = torch.stack([stats.objective for stats in done]).sum().reshape(1) if done else torch.zeros(1)
         if self.step.shown:
             sums = torch.stack([stats.sums for stats in done]).sum(0) if done else torch.zeros(self.step.width)
             own = torch.cat([own, sums])
         summed = self.ranks.sum_gradients(parameters, own)
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
         # The one place where an update waits for the device.
         loss, *sums_values, norm_value = torch.cat([summed.to(norm.device), norm.reshape(1)]).tolist()
         more = self.step.figures(sums_values) if self.step.shown else {}
         more.pop("loss", None)
-        return loss * config.grad_accum / len(batches) if paper else loss, norm_value, more
+        return loss, norm_value, more
 
     def _passes(self, batches: list[tuple[list[TokenExample], Any]]) -> list[tuple[list[TokenExample], Any]]:
         """Returns what this rank computes of an update's batches, each with its loss's weight: a batch at most at once.
@@ -466,20 +575,13 @@ class Trainer:
         validation_follows = complete and bool(self.valid) and self.progress.is_due(self.config.eval_steps, self.total)
         self.reporter.epoch(len(self.progress.train_losses), loss, validation_follows)
 
-    def _validate(self) -> None:
-        """Measures the loss on the validation data, unless a signal comes; saves the best adapter."""
+    def _validate(self) -> Generator[Need, Any, None]:
+        """Asks for the loss on the validation data, which a signal ends without one; saves the best adapter."""
         if not self.valid:
             return
         progress, config = self.progress, self.config
-        started = time.perf_counter()
-        figures = evaluate(
-            self.step.unsmoothed(),
-            self.model,
-            self.valid,
-            max_tokens=self._max_tokens,
-            stop=lambda: bool(self.stop),
-            ranks=self.ranks,
-        )
+        computed = yield Validation(self.valid, self._max_tokens)
+        figures = computed.result
         if figures is None:
             return
         loss = figures.pop("loss")
@@ -490,7 +592,7 @@ class Trainer:
         is_best = progress.add_validation(loss, None if name == "loss" else -figures[name])
         # Of the last update; after a resume the optimiser has not been given it yet.
         lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
-        self.metrics.add("valid", progress, loss, lr, time.perf_counter() - started, figures)
+        self.metrics.add("valid", progress, loss, lr, computed.seconds, figures)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1], self._shown(figures))
         if is_best:
             self.directory.save_adapter(self.model, self.directory.best, self.ranks)
@@ -502,29 +604,30 @@ class Trainer:
         """Ends the run, on all ranks, if one of them was sent a signal."""
         if number := self.ranks.most(self.stop.signal_number):
             self.stop.signal_number = number
-            self._save()
+            self.save()
             raise self.stop.error(
                 f"stopped after update {self.progress.step} of {self.total} and saved. "
                 "Run the same command with --resume to continue."
             )
 
-    def _save(self, finished: bool = False) -> None:
+    def save(self, finished: bool = False) -> None:
+        """Writes a checkpoint of what the run is now."""
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished, self.progress.ranks = finished, self.ranks.size
         state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
         self.ranks.require_same({f"the adapter after update {self.progress.step}": hash_tensors(state.parameters)})
         self.ranks.first(lambda: self.directory.save(state))
 
-    def _finish(self) -> TrainResult:
+    def finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
         progress = self.progress
         check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
-        self._save()  # whatever fails below, --resume has nothing to compute again
+        self.save()  # whatever fails below, --resume has nothing to compute again
         adapter_bytes = self.directory.write_results(
             self.model, progress, self.record["data"], self.reporter.say, self.ranks
         )
         if self.config.keep_checkpoints:
-            self._save(finished=True)
+            self.save(finished=True)
         self.ranks.first(self._close_record)
         return TrainResult(
             output_dir=self.directory.path,

@@ -1,0 +1,146 @@
+"""Eight runs in one beside one after the other: `python benchmarks/sweep.py`; about five minutes.
+
+SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs of different seeds.  A round
+is an update of each run: once in one pass (`SharedStep`), once by a step of each run as in `loralib train`.  Rounds are
+interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.
+Writes benchmarks/sweep.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import train as bench
+import transformers
+from machine import machine
+from torch import nn
+
+import loralib as lora
+from loralib.console import say, size, table
+from loralib.training.many import twin_of
+from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.shared_step import SharedStep
+from loralib.training.step import make_step
+
+HERE = Path(__file__).resolve().parent
+BATCH, RANK = 4, 16
+
+
+def setting(runs: int, count: int) -> tuple[nn.Module, list[nn.Module], list[Any], list[list[list[Any]]]]:
+    """Returns the base, its twins, their optimisers, and `count` batches of each run."""
+    base = bench.base("smollm2", torch.bfloat16).train()
+    twins, optimizers, work = [], [], []
+    examples = bench.e2e("train")
+    for seed in range(runs):
+        twin = twin_of(base)
+        torch.manual_seed(seed)
+        lora.inject(twin, lora.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+        twins.append(twin)
+        optimizers.append(bench.optimizer(twin))
+        rows = random.Random(seed).sample(examples, BATCH * count)
+        work.append([rows[at : at + BATCH] for at in range(0, len(rows), BATCH)])
+    return base, twins, optimizers, work
+
+
+def apply(twin: nn.Module, optimizer: Any) -> None:
+    nn.utils.clip_grad_norm_([p for p in twin.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def scale(batch: list[Any]) -> float:
+    return 1 / sum(example.trained_tokens for example in batch)
+
+
+def shared(base: nn.Module, twins: list[nn.Module]) -> SharedStep:
+    return make_step(base, kind=lambda model, **options: SharedStep(model, twins, **options), compiles=False)  # type: ignore[return-value]
+
+
+def speed(runs: int, rounds: int, count: int) -> dict[str, float]:
+    base, twins, optimizers, work = setting(runs, count)
+    together, steps = shared(base, twins), [make_step(twin) for twin in twins]
+    best = {"together": [float("inf")] * count, "one after the other": [float("inf")] * count}
+    with keep_freed_memory(), freeze_objects():
+        for turn in range(rounds + 1):
+            for number in range(count):
+                started = time.perf_counter()
+                with together:
+                    together.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
+                for twin, optimizer in zip(twins, optimizers, strict=True):
+                    apply(twin, optimizer)
+                middle = time.perf_counter()
+                for twin, step, optimizer, own in zip(twins, steps, optimizers, work, strict=True):
+                    with step:
+                        step.forward_backward(own[number], loss_scale=scale(own[number]))
+                    apply(twin, optimizer)
+                times = {"together": middle - started, "one after the other": time.perf_counter() - middle}
+                for way, seconds in times.items() if turn else ():
+                    best[way][number] = min(best[way][number], seconds)
+    return {way: sum(seconds) / count for way, seconds in best.items()}
+
+
+def memory_of(runs: int) -> int:
+    """Returns the peak memory of a process in which so many runs take three updates together."""
+    base, twins, optimizers, work = setting(runs, 3)
+    step = shared(base, twins)
+    for number in range(3):
+        with step:
+            step.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
+        for twin, optimizer in zip(twins, optimizers, strict=True):
+            apply(twin, optimizer)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def adapter_bytes(runs: int) -> int:
+    """Returns what the factors of so many runs take, with gradients and AdamW's moments, all in fp32."""
+    _, twins, _, _ = setting(1, 1)
+    return 16 * runs * sum(p.numel() for p in twins[0].parameters() if p.requires_grad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--count", type=int, default=4, help="batches of each run")
+    parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=HERE / "sweep.json")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    if args.memory_of:
+        print(memory_of(args.memory_of))
+        return
+    seconds = speed(args.runs, args.rounds, args.count)
+    peak = {}
+    for runs in (1, args.runs):
+        command = [sys.executable, __file__, "--memory_of", str(runs)]
+        peak[str(runs)] = int(
+            subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[-1]
+        )
+    ratio = seconds["one after the other"] / seconds["together"]
+    rows = [(way, f"{value:.3f} s") for way, value in seconds.items()]
+    say(table(rows, (f"an update of {args.runs} runs", "")))
+    say(f"{ratio:.2f} times the throughput; peak memory of 1 run {size(peak['1'])}, of {args.runs} "
+        f"{size(peak[str(args.runs)])}")  # fmt: skip
+    result = {
+        "machine": machine("transformers"),
+        "command": "python benchmarks/sweep.py",
+        "runs": args.runs, "batch_size": BATCH, "rank": RANK,
+        "seconds_of_an_update_of_all": seconds, "throughput_ratio": ratio, "peak_bytes": peak,
+        "bytes_of_adapters_gradients_and_moments": {str(n): adapter_bytes(n) for n in (1, args.runs)},
+    }  # fmt: skip
+    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

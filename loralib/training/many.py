@@ -1,0 +1,578 @@
+"""Many runs in one: `loralib.train_many` and ``loralib sweep``.
+
+Runs that train plain LoRA on linear layers share one base and its passes (`shared_step.py`): each is a `Trainer` that
+says what it needs, and here one pass answers them all.  Runs of other kinds follow, one after the other.  Each has an
+ordinary run directory.  All runs that share passes save at the same updates, so that a killed sweep goes on from a
+moment that all of them have: with the same passes, and so with the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..budget import free_on
+from ..console import counted, size
+from ..data import CLASSIFY, OBJECTIVES
+from ..engine.causal import require_causal
+from ..engine.forward import device_of
+from ..engine.half import computes_in_half
+from ..engine.placement import require_free
+from ..engine.rope import rope_limit
+from ..engine.row_linears import why_not_shared
+from ..errors import ConfigError, InterruptedRunError, TrainingError, first_line, list_faults
+from ..files import hold_directory
+from ..injection import adapted_layers, adapted_model
+from ..wrapping import is_spread
+from .config import TrainConfig
+from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory
+from .plan import Data, Plan, automatic_settings, make_plan
+from .ranks import ALONE, joined
+from .record import run_record
+from .report import Reporter, plot_runs
+from .run_directory import RunDirectory, checkpoint_files, hold_run, updates_of
+from .shared_step import Part, SharedStep
+from .step import make_step
+from .sweep_record import Outcome, SweepResult, read_record_of, same_settings, sweep_table, write_record_of
+from .trainer import (
+    ONE_RUN_AT_A_TIME,
+    Computed,
+    Gradient,
+    Need,
+    Rest,
+    StopRequest,
+    Trainer,
+    TrainResult,
+    Validation,
+    adapt,
+    finished,
+    plan_for,
+    run_in,
+    stop_on_signal,
+)
+
+__all__ = ["run_names", "train_all"]
+
+# What is the same for all runs of a sweep: what is read and loaded, and how a pass is computed.
+SAME: Final = frozenset(
+    "model train_data valid_data valid_fraction data_format columns as_chat chat_template output_dir max_train_samples "
+    "max_valid_samples seq_len task objective dtype quantize device hidden_dim num_layers packing share_prompts "
+    "label_smoothing shard compile gradient_checkpointing resume overwrite report_to".split()
+)
+_BYTES: Final = 28  # of a trained number: itself, its start, gradient, Adam's two moments, and two casts with gradients
+_ROOM: Final = 0.8  # share of the free memory that adapters may take
+_LONGEST: Final = 80  # letters of a directory's name; sweep.json tells what runs with numbers are
+
+
+def run_names(configs: Sequence[TrainConfig]) -> list[str]:
+    """Returns a name for each run, of the settings that differ: also the name of its directory.
+
+    Raises:
+        ConfigError: two runs are the same, or settings differ that all runs share.
+
+    >>> run_names([TrainConfig(lr=1e-4, rank=8), TrainConfig(lr=3e-4, rank=8)])
+    ['lr-0.0001', 'lr-0.0003']
+    """
+    if not configs:
+        raise ConfigError("there are no runs: give at least one TrainConfig")
+    values = [config.to_dict() for config in configs]
+    differ = [name for name in values[0] if any(each[name] != values[0][name] for each in values)]
+    faults = [
+        f"{name}: {' and '.join(sorted({repr(each[name]) for each in values}))}" for name in differ if name in SAME
+    ]
+    if faults:
+        raise ConfigError(
+            list_faults(
+                "these settings differ, and all runs of a sweep share them",
+                faults,
+                "Make a sweep of its own for each value.",
+            )
+        )
+    faults = list(dict.fromkeys(fault for config in configs for fault in _trains_the_base(config)))
+    if faults:
+        fix = "Train such runs one by one, with `loralib train`."
+        raise ConfigError(list_faults("a sweep cannot train what its runs share, the base", faults, fix))
+    names = ["_".join(f"{name}-{_shown(each[name])}" for name in differ) or "run" for each in values]
+    if max(map(len, names)) > _LONGEST and len(set(names)) == len(names):
+        return [f"run-{number}" for number in range(1, len(names) + 1)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(list_faults("these runs are there more than once", twice, "Give each setting once."))
+    return names
+
+
+def _trains_the_base(config: TrainConfig) -> list[str]:
+    """Returns the settings by which a run would train weights of the base, which the other runs share."""
+    settings = {
+        "bias": config.bias != "none",
+        "modules_to_save": bool(config.modules_to_save),
+        "task": config.task == CLASSIFY,
+    }
+    return [f"{name}: {getattr(config, name)!r}" for name, does in settings.items() if does]
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, (list, tuple)):
+        text = "+".join(map(str, value))
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "none"
+
+
+def train_all(
+    model: nn.Module,
+    data: Data,
+    configs: Sequence[TrainConfig],
+    tokenizer: Any,
+    valid_data: Data | None,
+    output_dir: str,
+    verbose: bool,
+) -> SweepResult:
+    """Trains all runs; see `loralib.train_many`."""
+    with joined() as ranks:
+        if ranks.size > 1:
+            raise ConfigError("a sweep runs in one process, and several were started: call it without torchrun")
+    names = run_names(configs)
+    model = adapted_model(model)
+    if adapted_layers(model):
+        raise ConfigError("the model has an adapter already, and a sweep gives each run its own: lora.remove(model)")
+    if is_spread(model) or configs[0].shard:
+        raise ConfigError("a sweep holds the base in one process: leave shard out")
+    with hold_directory(output_dir) as path, ExitStack() as stack:
+        sweep = _Sweep(path, model, data, tokenizer, valid_data, Reporter(verbose))
+        sweep.add(names, configs, stack)
+        return sweep.train()
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of a sweep."""
+
+    name: str
+    config: TrainConfig
+    directory: RunDirectory
+    result: TrainResult | None = None
+    dropped: str = ""
+    last_loss: float | None = None
+    why_alone: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None or bool(self.dropped)
+
+
+class _Sweep:
+    """All runs, from what their directories hold to the best one's adapter."""
+
+    def __init__(
+        self, path: Path, model: nn.Module, data: Data, tokenizer: Any, valid_data: Data | None, reporter: Reporter
+    ) -> None:
+        self.path, self.model, self.reporter = path, model, reporter
+        self._given = (data, tokenizer, valid_data)
+        self._plans: dict[Any, Plan] = {}
+        self.runs: list[_Run] = []
+
+    def add(self, names: Sequence[str], configs: Sequence[TrainConfig], stack: ExitStack) -> None:
+        """Takes the directory of each run; what a sweep to resume has finished or dropped is not done again."""
+        known = read_record_of(self.path) if configs[0].resume else {}
+        if known and set(known) != set(names):
+            raise ConfigError(
+                f"{self.path} holds a sweep of other runs ({', '.join(sorted(known))}): resume it with its own "
+                "settings, or choose another --output_dir"
+            )
+        for name, config in zip(names, configs, strict=True):
+            config = config.replace(output_dir=str(self.path / name))
+            run = _Run(name, config, stack.enter_context(hold_run(config, ALONE)))
+            run.dropped = known.get(name, {}).get("dropped", "")
+            run.last_loss = known.get(name, {}).get("loss")
+            run.directory.look()
+            if not run.dropped and (ended := run.directory.finished_run()) is not None:
+                run.result = finished(run.directory, ended, Reporter(False))
+            self.runs.append(run)
+
+    def train(self) -> SweepResult:
+        """Trains what is left to train, and tells which run is best."""
+        left = [run for run in self.runs if not run.is_done]
+        for run in left:
+            run.why_alone = _why_alone(run.config) or _why_apart(self.model)
+        together, apart = [run for run in left if not run.why_alone], [run for run in left if run.why_alone]
+        self._tell(together, apart)
+        self.write()
+        if together:
+            apart += self._train_together(together)
+        for run in apart:
+            self._train_alone(run)
+        return self._result()
+
+    def _tell(self, together: Sequence[_Run], apart: Sequence[_Run]) -> None:
+        say = self.reporter.say
+        say(f"{counted(len(self.runs), 'run')}: {len(together)} in one, {len(apart)} one after the other")
+        for run in apart:
+            say(f"  {run.name} trains by itself: {run.why_alone}")
+
+    def write(self) -> None:
+        """Writes down what has become of each run so far."""
+        write_record_of(self.path, [self._outcome(run) for run in self.runs])
+
+    def _outcome(self, run: _Run) -> Outcome:
+        swept = same_settings([each.config for each in self.runs])
+        settings = {name: value for name, value in run.config.to_dict().items() if name not in swept}
+        return Outcome.of(run.name, settings, run.directory.path, run.result, run.dropped, run.last_loss)
+
+    def _train_alone(self, run: _Run) -> None:
+        data, tokenizer, valid_data = self._given
+        self.reporter.say(f"Training {run.name} ...")
+        twin, silent = twin_of(self.model), Reporter(False)
+        frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        try:
+            run.result = run_in(run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE)
+        except InterruptedRunError:
+            raise
+        except TrainingError as error:
+            self.drop(run, error)
+        finally:
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(frozen[name])
+        self.write()
+
+    def drop(self, run: _Run, error: Exception) -> None:
+        """Gives a run up, and says why."""
+        run.dropped = first_line(error).partition(". ")[0]
+        self.reporter.say(f"Dropped {run.name}: {run.dropped}. The other runs go on.")
+
+    def _plan(self, run: _Run) -> Plan:
+        data, tokenizer, valid_data = self._given
+        return plan_for(
+            run.directory, self.model, data, run.config, tokenizer, valid_data, Reporter(False), ALONE, self._planned
+        )
+
+    def _planned(
+        self,
+        model: nn.Module,
+        data: Data,
+        valid: Data | None,
+        tokenizer: Any,
+        config: TrainConfig,
+        say: Any,
+        limit: Any,
+    ) -> Plan:
+        """Plans a run; runs that read the same examples read them once."""
+        key = (config.seed, config.seq_len, limit)
+        if key not in self._plans:
+            self._plans[key] = make_plan(model, data, valid, tokenizer, config, self.reporter.say, limit)
+        plan = self._plans[key]
+        read = {"seq_len": plan.config.seq_len, "valid_fraction": plan.config.valid_fraction}
+        chosen = automatic_settings(model, config.replace(**read), plan.train, lambda _: None)
+        return dataclasses.replace(plan, config=chosen)
+
+    def _train_together(self, runs: list[_Run]) -> list[_Run]:
+        """Trains runs in shared passes; returns those that turned out to need passes of their own."""
+        given = {run: run.config for run in runs}
+        plans = {run: self._plan(run) for run in runs}
+        frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        was_training = self.model.training
+        with ONE_RUN_AT_A_TIME, stop_on_signal() as stop, ExitStack() as stack:
+            require_free(self.model, "training")
+            require_causal(self.model)
+            try:
+                twins, apart = self._twins(plans)
+                if twins:
+                    config = runs[0].config
+                    stack.enter_context(keep_freed_memory(lean=config.gradient_checkpointing))
+                    stack.enter_context(freeze_objects())
+                    stack.enter_context(
+                        gradient_checkpointing(self.model) if config.gradient_checkpointing else nullcontext()
+                    )
+                    stack.enter_context(explain_out_of_memory(lambda: "Make a sweep of fewer runs at once."))
+                    _Together(self, twins, plans, given, stop).train()
+            finally:
+                for name, p in self.model.named_parameters():
+                    p.requires_grad_(frozen[name])
+                self.model.train(was_training)
+        return apart
+
+    def _twins(self, plans: Mapping[_Run, Plan]) -> tuple[dict[_Run, nn.Module], list[_Run]]:
+        twins: dict[_Run, nn.Module] = {}
+        apart, needed = [], 0
+        free = free_on(device_of(self.model))
+        for run, plan in plans.items():
+            twin = twin_of(self.model)
+            adapt(twin, plan, Reporter(False))
+            if why := why_not_shared(twin):
+                run.why_alone = why
+                self.reporter.say(f"  {run.name} trains by itself: {why}")
+                apart.append(run)
+                continue
+            needed += _BYTES * sum(p.numel() for p in twin.parameters() if p.requires_grad)
+            if free is not None and needed > _ROOM * free:
+                raise ConfigError(
+                    f"{counted(len(plans), 'run')} need more memory than there is: the adapters of the first "
+                    f"{len(twins) + 1} take about {size(needed)} with their optimisers, and {size(free)} are free. "
+                    f"Make sweeps of at most {max(1, len(twins))} of them"
+                )
+            twins[run] = twin
+        return twins, apart
+
+    def _result(self) -> SweepResult:
+        self.write()
+        outcomes = [self._outcome(run) for run in self.runs]
+        ranked = sorted(
+            (each for each in outcomes if each.loss is not None and not each.dropped), key=lambda o: o.loss or 0.0
+        )
+        best = ranked[0] if ranked else None
+        try:
+            plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png")
+        except Exception as error:  # a picture is not worth a sweep: whatever another library raises
+            self.reporter.say(f"WARNING: {self.path / 'sweep.png'} could not be drawn: {first_line(error)}")
+        if best is not None:
+            _copy_adapter(best.adapter, self.path / "best")
+        result = SweepResult(self.path, outcomes, best)
+        self.reporter.say()
+        self.reporter.say(sweep_table(result))
+        if best is None:
+            raise TrainingError(
+                list_faults("no run came to an end", [f"{o.name}: {o.dropped}" for o in outcomes], "Lower --lr.")
+            )
+        self.reporter.say(f"Best: {best.name} (loss {best.loss:.4f}); its adapter: {self.path / 'best'}")
+        return result
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    """Copies an adapter and what belongs to it; the config last, which marks an adapter."""
+    target.mkdir(exist_ok=True)
+    files = [each for each in source.iterdir() if each.is_file() and not each.name.startswith(".")]
+    leave = {"metrics.jsonl", "loss.png", "README.md", "run.toml", "pytorch_model.bin"}
+    for file in sorted(files, key=lambda each: each.name == "adapter_config.json"):
+        if file.name not in leave:
+            shutil.copyfile(file, target / file.name)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Returns a model of modules of its own that hold the same parameters and buffers.
+
+    >>> model = nn.Linear(2, 2)
+    >>> twin = twin_of(model)
+    >>> twin is model, twin.weight is model.weight
+    (False, True)
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    shared |= {id(module.__dict__["config"]): module.__dict__["config"] for module in model.modules()
+               if "config" in module.__dict__}  # fmt: skip
+    return copy.deepcopy(model, shared)
+
+
+def _why_alone(config: TrainConfig) -> str:
+    """Returns why a run of these settings cannot share passes, or ""."""
+    reasons = {
+        "DoRA scales what the base computes": config.use_dora,
+        f"init_lora_weights {config.init_lora_weights} changes the base": config.init_lora_weights
+        not in ("default", "eva"),
+        "lora_bias adds to what the base computes": config.lora_bias,
+        "rows of a table are trained": config.trainable_token_indices is not None,
+        "dropout draws random numbers, which are the run's own": config.lora_dropout > 0,
+        f"its objective is {config.objective}": config.objective not in OBJECTIVES,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
+def _why_apart(model: nn.Module) -> str:
+    """Returns why runs over this base cannot share passes, or ""."""
+    config = getattr(model, "config", None)
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if drops or getattr(config, "attention_dropout", None):
+        return "the base has dropout, which draws random numbers"
+    if computes_in_half(model):
+        return "in fp16 each pass has a scale of its own"
+    if rope_limit(model) is not None:
+        return "positions depend on the longest row of a pass"
+    return ""
+
+
+@dataclass(eq=False)
+class _Member:
+    """A run that takes part in shared passes."""
+
+    number: int
+    run: _Run
+    trainer: Trainer
+    needs: Any
+    need: Need | None = None
+    spent: float = field(default=0.0)
+
+
+class _Together:
+    """Gives several runs what they need, computed in one: `Trainer` says what that is."""
+
+    def __init__(
+        self,
+        sweep: _Sweep,
+        twins: Mapping[_Run, nn.Module],
+        plans: Mapping[_Run, Plan],
+        given: Mapping[_Run, TrainConfig],
+        stop: StopRequest,
+    ) -> None:
+        config = next(iter(plans.values())).config
+        self.sweep, self.stop = sweep, stop
+        self.step: SharedStep = make_step(  # type: ignore[assignment]
+            sweep.model,
+            kind=lambda model, **options: SharedStep(model, list(twins.values()), **options),
+            packing=config.packing,
+            share_prompts=config.share_prompts,
+            label_smoothing=config.label_smoothing,
+            compiles=False,
+        )
+        _agree_where_to_resume([run.directory for run in twins])
+        self.members: list[_Member] = []
+        for number, (run, twin) in enumerate(twins.items()):
+            record = run_record(twin, given[run], plans[run].data)
+            trainer = Trainer(twin, plans[run], record, run.directory, Reporter(False), stop, ALONE, self.step)
+            self.members.append(_Member(number, run, trainer, trainer.needs()))
+        self._has_lost = False
+
+    def train(self) -> None:
+        """Trains all to their ends."""
+        reporter = self.sweep.reporter
+        if self.step.note:
+            reporter.say(f"Batches are padded: {self.step.note}.")
+        self.sweep.model.train()
+        try:
+            for member in self.members:
+                member.trainer.begin()
+            reporter.start_bar(
+                max(m.trainer.progress.step for m in self.members), max(m.trainer.total for m in self.members)
+            )
+            with self.step:
+                for member in list(self.members):
+                    self._send(member, None)
+                while self.members:
+                    self._round()
+        finally:
+            reporter.close_bar()
+            for member in self.members:
+                member.trainer.metrics.close()
+
+    def _round(self) -> None:
+        """Answers the needs of one kind; updates wait until all runs are ready for theirs."""
+        for kind, answer in ((Validation, self._validate), (Rest, self._rest), (Gradient, self._update)):
+            wanting = [member for member in self.members if isinstance(member.need, kind)]
+            if wanting:
+                answer(wanting)
+                return
+
+    def _send(self, member: _Member, answer: Any) -> None:
+        """Lets a run go on until it needs something; one that diverges leaves."""
+        try:
+            member.need = member.needs.send(answer)
+        except StopIteration:
+            self._leave(member)
+            self._finish(member)
+        except TrainingError as error:
+            self._leave(member)
+            losses = member.trainer.losses
+            member.run.last_loss = losses[-1] if losses else None
+            self.sweep.drop(member.run, error)
+            self._has_lost = True
+            member.trainer.metrics.close()
+
+    def _leave(self, member: _Member) -> None:
+        self.members.remove(member)
+
+    def _finish(self, member: _Member) -> None:
+        try:
+            member.run.result = member.trainer.finish()
+        except TrainingError as error:  # it learned nothing
+            self.sweep.drop(member.run, error)
+        finally:
+            member.trainer.metrics.close()
+        self.sweep.write()
+
+    def _rest(self, resting: Sequence[_Member]) -> None:
+        needs = [member.need for member in resting if isinstance(member.need, Rest)]
+        if self.stop or self._has_lost or any(need.is_due or need.is_over for need in needs):
+            for member in self.members:  # all at the same update, and before any of them ends
+                member.trainer.save()
+        if self._has_lost:
+            self._has_lost = False
+            self.sweep.write()
+        if self.stop:
+            done = max(member.trainer.progress.step for member in self.members)
+            raise self.stop.error(
+                f"stopped after update {done} and saved. Run the same command with --resume to continue."
+            )
+        for member in resting:
+            self._send(member, None)
+
+    def _validate(self, wanting: Sequence[_Member]) -> None:
+        started = time.perf_counter()
+        wanted = [(m.number, m.need.examples, m.need.max_tokens) for m in wanting if isinstance(m.need, Validation)]
+        figures = self.step.unsmoothed().evaluate_all(wanted, lambda: bool(self.stop))  # type: ignore[attr-defined]
+        share = (time.perf_counter() - started) / len(wanting)
+        for at, member in enumerate(wanting):
+            self._send(member, Computed(None if figures is None else figures[at], share))
+        if figures is not None and self.members:
+            self.sweep.reporter.say(_validations(self.members))
+
+    def _update(self, wanting: Sequence[_Member]) -> None:
+        started = time.perf_counter()
+        done = self._gradients(wanting)
+        if len(wanting) > 1 and not all(_is_finite(member, done[member]) for member in wanting):
+            # What is infinite in one run could reach another through a product with 0: each once more, by itself.
+            for member in wanting:
+                member.trainer.optimizer.zero_grad(set_to_none=True)
+            done = {member: self._gradients([member])[member] for member in wanting}
+        seconds = time.perf_counter() - started
+        tokens = {member: sum(stats.tokens for stats in done[member]) for member in wanting}
+        for member in wanting:
+            self._send(member, Computed(done[member], seconds * tokens[member] / max(1, sum(tokens.values()))))
+        self._show(seconds, sum(tokens.values()))
+
+    def _gradients(self, wanting: Sequence[_Member]) -> dict[_Member, list[Any]]:
+        batches = {m: m.need.batches for m in wanting if isinstance(m.need, Gradient)}
+        done: dict[_Member, list[Any]] = {member: [] for member in wanting}
+        for turn in range(max(map(len, batches.values()))):
+            here = [member for member in wanting if turn < len(batches[member])]
+            parts: list[Part] = [(member.number, *batches[member][turn]) for member in here]
+            for member, stats in zip(here, self.step.in_passes(parts), strict=True):
+                done[member].append(stats)
+        return done
+
+    def _show(self, seconds: float, tokens: int) -> None:
+        if not self.members:
+            return
+        most = max(self.members, key=lambda member: member.trainer.progress.step).trainer
+        lowest = min(member.trainer.losses[-1] for member in self.members if member.trainer.losses)
+        left = (most.total - most.progress.step) * seconds
+        self.sweep.reporter.update(most.progress.step, most.total, lowest, {}, tokens / seconds, left)
+
+
+def _is_finite(member: _Member, done: Sequence[Any]) -> bool:
+    gradients = [p.grad for p in member.trainer.parameters.values() if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros(())
+    return math.isfinite(float(torch.stack([stats.objective for stats in done]).sum()) + float(norm))
+
+
+def _validations(members: Sequence[_Member]) -> str:
+    ranked = sorted(members, key=lambda m: m.trainer.progress.valid_losses[-1][1])
+    step = max(m.trainer.progress.step for m in members)
+    best = ", ".join(f"{m.run.name} {m.trainer.progress.valid_losses[-1][1]:.4f}" for m in ranked[:4])
+    return f"Update {step}: validation losses {best}{', ...' if len(ranked) > 4 else ''}"
+
+
+def _agree_where_to_resume(directories: Sequence[RunDirectory]) -> None:
+    """Has all runs resume at the last update that each has a checkpoint of."""
+    if not directories[0].config.resume:
+        return
+    known = [{updates_of(path) for path in checkpoint_files(each.checkpoints)} for each in directories]
+    last = max(set.intersection(*known), default=-1)
+    for directory in directories:
+        directory.resume_at = last

@@ -1,0 +1,124 @@
+"""A step that several runs take together: one pass through the base, in which each run's rows have its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.packing import Pack, extended, pack, pad, side_by_side
+from ..data.tokens import TokenExample
+from ..engine.loss import Predictions, head_loss
+from ..engine.placement import evaluating
+from .objective import StepStats, in_batches
+from .step import Step
+
+__all__ = ["Part", "SharedStep"]
+
+Part = tuple[int, Sequence[TokenExample], float | None]  # a run's number, its batch, and its loss's scale
+
+_TOGETHER = 4096  # tokens of a pass: more make it no faster, and would need memory for each
+
+
+class SharedStep(Step):
+    """Computes losses and gradients of several runs at once; of one run it is a `Step` like any other.
+
+    Args:
+        model: the base, without an adapter.
+        twins: the adapted models, which share its weights, by the numbers of the runs.
+        options: as for `Step`.
+    """
+
+    def __init__(self, model: nn.Module, twins: Sequence[nn.Module], **options: Any) -> None:
+        super().__init__(model, twins=twins, **options)
+        self._count = len(twins)
+
+    def together(self, parts: Sequence[Part]) -> list[StepStats]:
+        """Computes batches of different runs; a gradient reaches the run's own factors alone.
+
+        Args:
+            parts: by ascending number of their runs; with a scale as for `forward_backward`, or all without one.
+        """
+        if any(not any(any(each.trained) for each in batch) for _, batch, _ in parts):
+            raise ValueError("a batch without a trained token")
+        laid, counts = self._lay_out([batch for _, batch, _ in parts])
+        rows = [0] * self._count
+        for (number, _, _), count in zip(parts, counts, strict=True):
+            rows[number] = count
+        gradient = parts[0][2] is not None
+        with self._forward.dealt(rows), self._computing("training" if gradient else "inference", gradient=gradient):
+            totals = self._losses(laid, counts, [scale for *_, scale in parts])
+        return [
+            StepStats(
+                nn.functional.pad(total.reshape(1), (0, 1), value=float(self.count(batch))),
+                total if scale is None else total * scale,
+                self.count(batch),
+                sum(map(len, batch)),
+                count,
+            )
+            for total, count, (_, batch, scale) in zip(totals, counts, parts, strict=True)
+        ]
+
+    def _lay_out(self, batches: Sequence[Sequence[TokenExample]]) -> tuple[Pack, list[int]]:
+        """Returns all batches as one, run by run, and how many of the B * T tokens each has."""
+        if not self.packing:
+            laid = pad([example for batch in batches for example in batch])
+            return laid, [len(batch) * laid.ids.shape[1] for batch in batches]
+        packs = [pack(batch, share=self.share_prompts) for batch in batches]
+        laid, counts = side_by_side(packs), [row.processed_tokens for row in packs]
+        length = self._forward.row_length(laid.processed_tokens)
+        counts[-1] += length - laid.processed_tokens
+        return extended(laid, length), counts
+
+    def _losses(self, laid: Pack, counts: Sequence[int], scales: Sequence[float | None]) -> list[Tensor]:
+        """Returns the summed loss of each run, after one backward pass for all of them."""
+        device = self._forward.device
+        places = torch.tensor(list(accumulate(counts, initial=0)))
+        of_states = torch.searchsorted(laid.states, places)
+        of_predictions: list[int] = torch.searchsorted(laid.rows, of_states).tolist()
+        states, head = self._states(laid, laid.states)
+        found = []
+        bounds = zip(pairwise(of_states.tolist()), pairwise(of_predictions), scales, strict=True)
+        for (first, last), (begin, end), scale in bounds:
+            given = (laid.rows[begin:end] - first, laid.targets[begin:end], laid.weights[begin:end])
+            predictions = Predictions.of(*given, last - first, device)
+            options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
+            found.append(head_loss(head, states[first:last], predictions, chunk=self._chunk, **options))
+        if scales[0] is not None:
+            torch.stack([loss.objective for loss in found]).sum().backward()
+        return [loss.total for loss in found]
+
+    def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
+        """Computes batches of different runs, in as many passes as memory asks for."""
+        done: list[StepStats] = []
+        waiting: list[Part] = []
+        for part in parts:
+            if waiting and sum(sum(map(len, batch)) for _, batch, _ in [*waiting, part]) > _TOGETHER:
+                done += self.together(waiting)
+                waiting = []
+            waiting.append(part)
+        return done + (self.together(waiting) if waiting else [])
+
+    def evaluate_all(
+        self, wanted: Sequence[tuple[int, Sequence[TokenExample], int]], stop: Callable[[], bool]
+    ) -> list[dict[str, float]] | None:
+        """Returns the figures of each run's examples, as `evaluate` does; None once `stop` returns True.
+
+        Args:
+            wanted: by ascending number of their runs; examples, and how many tokens of them at once.
+            stop: asked between passes.
+        """
+        batches = [list(in_batches(examples, most)) for _, examples, most in wanted]
+        sums = [torch.zeros(2, dtype=torch.float64) for _ in wanted]
+        with evaluating(self._model.modules()):
+            for turn in range(max(map(len, batches))):
+                if stop():
+                    return None
+                here = [at for at, own in enumerate(batches) if turn < len(own)]
+                parts: list[Part] = [(wanted[at][0], batches[at][turn], None) for at in here]
+                for at, stats in zip(here, self.in_passes(parts), strict=True):
+                    sums[at] += stats.sums.double().cpu()
+        return [self.figures(each.tolist()) for each in sums]

@@ -1,0 +1,132 @@
+"""What a sweep says of its runs: sweep.json, the table, and the result of `train_many`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import table
+from ..files import write_json
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .trainer import TrainResult
+
+__all__ = ["Outcome", "SweepResult", "read_record_of", "same_settings", "sweep_table", "write_record_of"]
+
+_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of one run of a sweep.
+
+    Attributes:
+        name: of the settings in which it differs from others.
+        settings: these.
+        path: its run directory.
+        loss: the lowest validation loss after any update; without validation data the last epoch's training loss.
+        step: the update that it is of.
+        train_loss: average training loss of the last epoch.
+        dropped: why it was given up, or "".
+        result: as of `loralib.train`; None while it is not finished.
+        adapter: where the adapter is that has that loss.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    path: Path
+    loss: float | None
+    step: int
+    train_loss: float | None
+    dropped: str
+    result: TrainResult | None = field(repr=False)
+    adapter: Path = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        settings: Mapping[str, Any],
+        path: Path,
+        result: TrainResult | None,
+        dropped: str,
+        last_loss: float | None,
+    ) -> Outcome:
+        """Looks at the result of a run, if there is one; `last_loss` is that of a run that was dropped."""
+        if result is None:
+            return cls(name, settings, path, last_loss, 0, last_loss, dropped, None, path)
+        trained = result.train_losses[-1] if result.train_losses else None
+        step, loss = result.best if result.best is not None else (result.steps, trained)
+        adapter = path / "best" if result.best is not None else path
+        return cls(name, settings, path, loss, step, trained, dropped, result, adapter)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The outcome of a sweep.
+
+    Attributes:
+        output_dir: holds a directory for each run, ``best``, ``sweep.json`` and ``sweep.png``.
+        runs: what has become of each, in the order in which they were given.
+        best: the run with the lowest loss, whose adapter is in ``output_dir/best``; None if all were dropped.
+    """
+
+    output_dir: Path
+    runs: list[Outcome]
+    best: Outcome | None
+
+
+def same_settings(configs: Sequence[TrainConfig]) -> set[str]:
+    """Returns the names of the settings that all runs have in common, and of the directory that each has."""
+    values = [config.to_dict() for config in configs]
+    return {name for name in values[0] if all(each[name] == values[0][name] for each in values)} | {"output_dir"}
+
+
+def write_record_of(directory: Path, outcomes: Sequence[Outcome]) -> None:
+    """Writes sweep.json."""
+    write_json(
+        directory / _FILE,
+        {
+            "runs": [
+                {
+                    "name": each.name,
+                    "settings": dict(each.settings),
+                    "state": "dropped" if each.dropped else "unfinished" if each.result is None else "finished",
+                    "dropped": each.dropped,
+                    "loss": each.loss,
+                    "step": each.step,
+                    "train_loss": each.train_loss,
+                }
+                for each in outcomes
+            ]
+        },
+    )
+
+
+def read_record_of(directory: Path) -> dict[str, dict[str, Any]]:
+    """Returns what sweep.json says of each run, by name; nothing where there is none that can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        runs = json.loads((directory / _FILE).read_text(encoding="utf-8"))["runs"]
+        return {each["name"]: each for each in runs}
+    return {}
+
+
+def sweep_table(result: SweepResult) -> str:
+    """Returns the runs as a table, the best first."""
+    order = sorted(result.runs, key=lambda run: (bool(run.dropped), run.loss is None, run.loss or 0.0))
+    rows = [
+        (
+            run.name,
+            "" if run.loss is None or run.dropped else f"{run.loss:.4f}",
+            "" if run.dropped else run.step,
+            "" if run.train_loss is None else f"{run.train_loss:.4f}",
+            f"dropped: {run.dropped}" if run.dropped else "best" if run is result.best else "",
+        )
+        for run in order
+    ]
+    return table(rows, ("run", "loss", "update", "training loss", ""))

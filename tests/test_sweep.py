@@ -1,0 +1,287 @@
+"""Many runs in one: each has the losses that it has by itself, and none knows of the others."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import loralib as lora
+from loralib import errors
+from loralib.cli import main
+from loralib.data import TokenExample
+from loralib.engine.row_linears import why_not_shared
+from loralib.injection import adapted_layers
+from loralib.training import many, run_directory, trainer
+from loralib.training.report import read_metrics
+from loralib.training.run_directory import checkpoint_files
+from loralib.training.shared_step import SharedStep
+from loralib.training.sweep_job import configs_of
+
+VOCABULARY = 48
+COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 7, "eval_steps": 3, "save_steps": 2, "keep_checkpoints": 1}
+# Different ranks, scalings, rates, orders of the data, optimisers, schedules and modules.
+RUNS = [
+    lora.TrainConfig(**COMMON, rank=8, lr=1e-3, seed=1),
+    lora.TrainConfig(**COMMON, rank=4, lr=3e-3, lora_alpha=4, seed=2, target_modules="q_proj,v_proj", weight_decay=0.1),
+    lora.TrainConfig(**COMMON, rank=2, lr=1e-2, seed=1, use_rslora=True, loraplus_lr_ratio=1, schedule="cosine"),
+    lora.TrainConfig(**COMMON | {"batch_size": 2, "grad_accum": 2}, rank=3, lr=1e-2, arithmetic="paper"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_runs() -> Iterator[None]:
+    """Leaves out what takes most of a tiny run's time and few of these tests are about."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "plot_losses", lambda *_: False)
+        for module in (trainer, many):
+            patch.setattr(module, "freeze_objects", nullcontext)
+        yield
+    torch.set_num_threads(before)
+
+
+def tiny_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **sizes))
+
+
+def examples(count: int, seed: int) -> list[TokenExample]:
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        length = rng.randrange(5, 14)
+        ids = tuple(rng.randrange(VOCABULARY) for _ in range(length))
+        rows.append(TokenExample(ids, (False,) * 3 + (True,) * (length - 3)))
+    return rows
+
+
+def sweep(directory: Path, configs: Any, model: Any = None, **options: Any) -> Any:
+    options = {"valid_data": examples(5, seed=1), "verbose": False} | options
+    model = tiny_model() if model is None else model
+    return lora.train_many(model, examples(18, seed=0), configs, output_dir=str(directory), **options)
+
+
+def alone(directory: Path, config: lora.TrainConfig) -> Any:
+    config = config.replace(output_dir=str(directory))
+    return lora.train(tiny_model(), examples(18, seed=0), config, valid_data=examples(5, seed=1), verbose=False)
+
+
+def adapters(result: Any) -> dict[str, bytes]:
+    return {run.name: (run.path / "adapter_model.safetensors").read_bytes() for run in result.runs if not run.dropped}
+
+
+@pytest.mark.parametrize("engine", ["full", "torch", "off"])
+def test_every_run_has_the_losses_it_has_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv("LORALIB_ENGINE", engine)
+    result = sweep(tmp_path / "together", RUNS)
+    for number, (config, run) in enumerate(zip(RUNS, result.runs, strict=True)):
+        by_itself = alone(tmp_path / f"alone-{number}", config)
+        assert run.result.losses == pytest.approx(by_itself.losses, abs=1e-5)
+        assert run.result.train_losses == pytest.approx(by_itself.train_losses, abs=1e-5)
+        ours, theirs = torch.tensor(run.result.valid_losses), torch.tensor(by_itself.valid_losses)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        ours, theirs = (lora.read_adapter(path).tensors for path in (run.path, by_itself.output_dir))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in ours)
+
+
+def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(both_ways: None) -> None:
+    """In bf16, where sums are rounded in another order; the third run takes no part."""
+    base = tiny_model().to(torch.bfloat16)
+    twins = [many.twin_of(base) for _ in range(3)]
+    for number, twin in enumerate(twins):
+        torch.manual_seed(number)
+        lora.inject(twin, lora.LoraConfig(r=2 + 2 * number, target_modules="all-linear"))
+        for _, layer in adapted_layers(twin):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    options = {"packing": True, "share_prompts": True, "label_smoothing": 0.0, "chunk_tokens": 256, "compiles": False}
+    batches = [examples(3, seed=5), examples(4, seed=6)]
+    done = SharedStep(base, twins, **options).together([(n, batch, 0.1) for n, batch in enumerate(batches)])
+    assert all(p.grad is None for p in twins[2].parameters())
+    assert all(p.grad is None for p in base.parameters())
+    for twin, batch, stats in zip(twins, batches, done, strict=False):
+        together = {name: p.grad.clone() for name, p in twin.named_parameters() if p.grad is not None}
+        twin.zero_grad()
+        own = trainer.make_step(twin).forward_backward(batch, loss_scale=0.1)
+        assert float(stats.loss_sum) == pytest.approx(float(own.loss_sum), rel=1e-2)
+        for name, p in twin.named_parameters():
+            if p.requires_grad:
+                assert (together[name] - p.grad).norm() < 0.05 * p.grad.norm()
+
+
+def test_the_model_is_afterwards_what_it_was(tmp_path: Path) -> None:
+    model = tiny_model()
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    sweep(tmp_path / "sweep", RUNS[:2], model)
+    assert not adapted_layers(model)
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+
+
+def test_the_best_adapter_is_set_apart_and_can_be_loaded(tmp_path: Path) -> None:
+    result = sweep(tmp_path / "sweep", RUNS[:3])
+    assert result.best.loss == min(run.loss for run in result.runs)
+    best = tmp_path / "sweep" / "best"
+    assert (best / "adapter_model.safetensors").read_bytes() == (
+        result.best.path / "best" / "adapter_model.safetensors"
+    ).read_bytes()
+    lora.load_adapter(tiny_model(), best)
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))
+    assert [run["state"] for run in record["runs"]] == ["finished"] * 3
+
+
+def test_variants_that_cannot_share_follow_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = {**COMMON, "rank": 2, "lr": 1e-2}
+    configs = [lora.TrainConfig(**common), lora.TrainConfig(**common, use_dora=True)]
+    result = sweep(tmp_path / "sweep", configs, verbose=True)
+    by_itself = alone(tmp_path / "alone", configs[1])
+    assert result.runs[1].result.losses == by_itself.losses
+    assert "use_dora-true trains by itself: DoRA scales what the base computes" in capsys.readouterr().out
+
+
+def test_what_cannot_share_a_pass_is_seen_in_the_model() -> None:
+    model = tiny_model()
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    assert "trained" in why_not_shared(model) or why_not_shared(model) == ""  # Llama has no biases
+    model = tiny_model()
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["lm_head"]))
+    assert "head" in why_not_shared(model)
+
+
+def test_a_run_that_diverges_is_dropped_and_the_others_do_not_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = [RUNS[0], RUNS[0].replace(lr=1e30)]
+    result = sweep(tmp_path / "sweep", configs, verbose=True)
+    assert "after" in result.runs[1].dropped or "became" in result.runs[1].dropped
+    assert "Dropped lr-1e+30" in capsys.readouterr().out
+    by_itself = alone(tmp_path / "alone", configs[0])
+    assert result.runs[0].result.losses == pytest.approx(by_itself.losses, abs=1e-5)
+    assert result.best.name == "lr-0.001"
+
+
+def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
+    with pytest.raises(errors.TrainingError, match="no run came to an end"):
+        sweep(tmp_path / "sweep", [RUNS[0].replace(lr=1e30), RUNS[0].replace(lr=1e31)])
+
+
+class _KilledError(BaseException):
+    """Stands for SIGKILL: nothing is saved or tidied up on the way out but what a `finally` does."""
+
+
+@pytest.mark.parametrize("moment", [2, 6, 11])
+def test_a_killed_sweep_resumes_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Whatever it was doing: here it dies at some write of a checkpoint, of which other runs have later ones."""
+    configs = [*RUNS[:3], RUNS[0].replace(lr=1e30)]  # one of them is dropped on the way
+    whole = adapters(sweep(tmp_path / "whole", configs))
+    write, writes = run_directory.save_checkpoint, 0
+
+    def dying(*args: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        if writes == moment:
+            raise _KilledError
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "save_checkpoint", dying)
+        with pytest.raises(_KilledError):
+            sweep(tmp_path / "killed", configs)
+    resumed = sweep(tmp_path / "killed", [config.replace(resume=True) for config in configs])
+    assert adapters(resumed) == whole
+    metrics = [
+        [(e["event"], e["step"], e["loss"]) for e in read_metrics(path)]
+        for run in resumed.runs if not run.dropped
+        for path in (run.path / "metrics.jsonl", tmp_path / "whole" / run.name / "metrics.jsonl")
+    ]  # fmt: skip
+    assert metrics[::2] == metrics[1::2]
+
+
+def test_a_signal_saves_all_runs_at_one_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = adapters(sweep(tmp_path / "whole", RUNS[:2]))
+    update, updates = trainer.Trainer._update, 0
+
+    def signalled(self: Any, batches: Any) -> Any:
+        nonlocal updates
+        updates += 1
+        if updates == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_update", signalled)
+        with pytest.raises(errors.InterruptedRunError, match="--resume"):
+            sweep(tmp_path / "stopped", RUNS[:2])
+    steps = [checkpoint_files(path)[-1].name for path in (tmp_path / "stopped").glob("*/checkpoints")]
+    assert len(steps) == 2
+    assert len(set(steps)) == 1
+    resumed = sweep(tmp_path / "stopped", [config.replace(resume=True) for config in RUNS[:2]])
+    assert adapters(resumed) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{}, {}], "more than once"),
+        ([{"lr": 1e-3}, {"lr": 1e-3}], "more than once"),
+        ([{"seq_len": 8}, {"seq_len": 9}], "seq_len: 8 and 9"),
+        ([], "no runs"),
+        ([{"bias": "all", "modules_to_save": "lm_head"}, {"rank": 3}], "bias: 'all'\n.*modules_to_save: 'lm_head'"),
+    ],
+)
+def test_runs_that_make_no_sweep_are_refused(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(errors.ConfigError, match=message):
+        sweep(tmp_path / "sweep", [RUNS[0].replace(**each) for each in changes])
+
+
+def test_more_runs_than_memory_are_refused_with_the_number_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "free_on", lambda _: 450_000.0)
+    with pytest.raises(errors.ConfigError, match=r"3 runs need more memory .* at most 1 of them"):
+        sweep(tmp_path / "sweep", [RUNS[0].replace(seed=seed) for seed in range(3)])
+
+
+def test_lists_make_a_run_of_each_combination() -> None:
+    configs = configs_of({"lr": [1e-4, 3e-4], "rank": 8, "target_modules": ("all-linear", ["q_proj"])})
+    assert [(config.lr, config.target_modules) for config in configs] == [
+        (1e-4, "all-linear"), (1e-4, ["q_proj"]), (3e-4, "all-linear"), (3e-4, ["q_proj"]),
+    ]  # fmt: skip
+    with pytest.raises(errors.ConfigError, match="rank is 0"):
+        configs_of({"rank": [0, 8]})
+
+
+def test_the_command_takes_lists_from_flags_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, config = tmp_path / "train.txt", tmp_path / "sweep.toml"
+    data.write_text("".join(f"name : {n}||It is {n}.\n" for n in range(12)), encoding="utf-8")
+    config.write_text(
+        'model = "scratch"\nhidden_dim = 32\nnum_layers = 1\nlr = [1e-3, 1e-2]\nmax_steps = 2\n', encoding="utf-8"
+    )
+    command = ["sweep", "--config", str(config), "--train_data", str(data), "--output_dir", str(tmp_path / "sweep")]
+    assert main([*command, "--rank", "2,4", "--use_rslora", "true,false", "--valid_fraction", "0"]) == 0
+    assert len(list((tmp_path / "sweep").glob("*rank-*/adapter_config.json"))) == 8
+    assert "8 runs: 8 in one" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--rank", "0,x"])
+    assert "'0,x' was given, expected whole numbers with commas between them" in capsys.readouterr().err
+    assert main([*command, "--rank=-1,0"]) == 2
+    assert "rank is -1" in capsys.readouterr().err
