@@ -331,11 +331,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
     validate, seen = Trainer._validate, list[int]()
 
-    def dies(self: Any) -> None:
+    def dies(self: Any) -> Any:
         seen.append(self.progress.step)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        validate(self)
+        return validate(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_validate", dies)

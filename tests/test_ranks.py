@@ -665,7 +665,7 @@ def updates(folder: Path) -> int:
 def test_torchrun_ends_when_a_rank_is_killed_and_resume_gives_what_one_process_does(
     folder: Path, tmp_path: Path
 ) -> None:
-    flags = ("--save_steps", "1", "--max_steps", "40", "--lr", "0.001")
+    flags = ("--save_steps", "1", "--max_steps", "16", "--lr", "0.001")
     assert main(training(folder, tmp_path / "one", *flags)) == 0
     words = training(folder, tmp_path / "two", *flags, "--shard")
     process = torchrun(words)
