@@ -52,7 +52,7 @@ QUANTIZE = "loralib.quantize"  # metadata: the bits in which it was held during 
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
-_KINDS = ("lora_", "lora_embedding_", "lora_experts_")
+_KINDS = ("lora_embedding_", "lora_experts_", "lora_")
 _FACTORS = tuple(f".{kind}{half}" for kind in _KINDS for half in "AB")
 _MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
 
@@ -106,8 +106,8 @@ class Adapter:
 
     def factor_keys(self, module: str) -> tuple[str, str]:
         """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT, and experts too."""
-        others = (kind for kind in _KINDS[1:] for half in "AB" if f"{module}.{kind}{half}" in self.tensors)
-        kind = next(others, "lora_")
+        places = ((half, kind) for half in "AB" for kind in _KINDS)  # half of a pair may be missing
+        kind = next((kind for half, kind in places if f"{module}.{kind}{half}" in self.tensors), "lora_")
         return f"{module}.{kind}A", f"{module}.{kind}B"
 
     @property

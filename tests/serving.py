@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import uvicorn
 
 import loralib as lora
 from loralib.bases import load_tokenizer
+from loralib.cli.serve import open_port
 from loralib.serve.app import create_app
 from loralib.serve.server import Server, start
 from loralib.serve.settings import ServeConfig
@@ -54,7 +54,7 @@ class Running:
 
     def __init__(self, config: ServeConfig) -> None:
         self.server: Server = start(config)
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = open_port("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         settings = uvicorn.Config(create_app(self.server), http="h11", log_level="critical", access_log=False)

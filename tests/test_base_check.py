@@ -293,7 +293,7 @@ def test_beside_an_adapter_of_peft() -> None:
 @pytest.mark.parametrize(
     ("more", "way"),
     [
-        ({"target_parameters": ["a.b"]}, "name the linear layers beside"),
+        ({"target_parameters": ["a.b"]}, "leave target_parameters out"),
         ({"alora_invocation_tokens": [3]}, "leave it out for plain LoRA"),
         ({"ensure_weight_tying": True}, "leave it out"),
         ({"layer_replication": [(0, 1)]}, "repeat them in the model before"),

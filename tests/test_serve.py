@@ -28,6 +28,7 @@ from serving import CONTEXT, TEMPLATE, FakeProcess, Running, tiny_adapter, tiny_
 import loralib as lora
 from loralib.bases import load_tokenizer, trained_on_chats
 from loralib.cli import main
+from loralib.cli.serve import open_port
 from loralib.generation import Sampling
 from loralib.generation.service import Ticket
 from loralib.serve import jobs, shelf
@@ -698,6 +699,14 @@ def test_a_base_without_a_template(places: Path, tmp_path: Path) -> None:
         assert httpx.post(f"{running.url}/v1/chat/completions", json={**CHAT, "model": "bare"}).status_code == 200
     finally:
         running.close()
+
+
+def test_small_packets_are_sent_at_once() -> None:
+    """Else each answer on a connection that is kept, and each token of a stream, waits for 40 ms."""
+    with open_port("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path) -> None:
