@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import train as bench
 import transformers
+from loading import resident
 from machine import machine
 from torch import nn
 
@@ -98,7 +98,7 @@ def memory_of(runs: int) -> int:
             step.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
         for twin, optimizer in zip(twins, optimizers, strict=True):
             apply(twin, optimizer)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident("VmHWM")  # not ru_maxrss, which begins with that of the process that started this one
 
 
 def adapter_bytes(runs: int) -> int:
