@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loading import resident
+from memory_use import resident
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPE = {

@@ -19,6 +19,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from memory_use import resident
+
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 22,
     "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
@@ -37,12 +39,6 @@ def write_model(directory: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="1GB")
     load_tokenizer("smollm2-135m").save_pretrained(directory)
-
-
-def resident(key: str) -> int:
-    """Reads a figure of this process in bytes: VmRSS, VmHWM (its peak), RssAnon (without mapped files)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 def measure(directory: str, dtype: str) -> dict[str, Any]:

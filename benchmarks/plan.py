@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loading import resident
+from memory_use import resident
 
 RESULTS = Path(__file__).with_suffix(".json")
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "tie_word_embeddings": True}

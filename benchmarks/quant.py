@@ -15,7 +15,6 @@ import argparse
 import functools
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 import train as bench
 import transformers
 from machine import machine
+from memory_use import peak_bytes
 from operators import in_turn
 from torch import nn
 
@@ -139,11 +139,6 @@ def steps(rounds: int) -> dict[str, Any]:
         del ways
         gc.collect()
     return found
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fits() -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import train as bench
 import transformers
-from loading import resident
 from machine import machine
+from memory_use import peak_bytes
 from torch import nn
 
 import loralib as lora
@@ -98,7 +98,7 @@ def memory_of(runs: int) -> int:
             step.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
         for twin, optimizer in zip(twins, optimizers, strict=True):
             apply(twin, optimizer)
-    return resident("VmHWM")  # not ru_maxrss, which begins with that of the process that started this one
+    return peak_bytes()
 
 
 def adapter_bytes(runs: int) -> int:

@@ -27,7 +27,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import site
 import statistics
 import subprocess
@@ -47,6 +46,7 @@ if "UNSLOTH_CPU_COMPILE" in os.environ:
 import torch
 import transformers
 from machine import machine
+from memory_use import peak_bytes
 from tables import in_place
 from torch import nn
 
@@ -437,7 +437,7 @@ def memory_of(way: str, name: str) -> int:
             step = peer_step(model, optimizer(model), way == "peft autocast")
         for _ in range(3):
             step(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes()
 
 
 def memory(models: Sequence[str]) -> Iterator[dict[str, Any]]:

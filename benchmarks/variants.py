@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 import train as bench
 import transformers
 from machine import machine
+from memory_use import peak_bytes
 
 import loralib as lora
 from loralib.console import say, size, table
@@ -103,7 +103,7 @@ def memory_of(variant: str, kind: str) -> int:
     step = step_of(variant)
     for batch in work_of(kind, 1) * 3:
         step(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes()
 
 
 def measured(variants: list[str], kind: str, rounds: int, count: int) -> dict[str, Any]:

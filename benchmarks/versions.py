@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from memory_use import peak_bytes
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
@@ -98,8 +99,7 @@ def memory() -> float:
     with tempfile.TemporaryDirectory() as directory:
         config = lora.TrainConfig(output_dir=directory, batch_size=8, max_steps=2, lr=1e-4, warmup_steps=0)
         lora.train(model, [TokenExample(row, flags) for row in rows], config, verbose=False)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_bytes() / 2**30
 
 
 def serve(case: str) -> None:

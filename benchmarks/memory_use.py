@@ -1,0 +1,23 @@
+"""How much memory a process has; without PyTorch, whose import would count."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+__all__ = ["peak_bytes", "resident"]
+
+
+def resident(key: str) -> int:
+    """Reads a figure of this process in bytes, on Linux: VmRSS, VmHWM (its peak), RssAnon (without mapped files)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that this process has had."""
+    if sys.platform == "linux":
+        return resident("VmHWM")  # ru_maxrss begins with that of the process that started this one
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
