@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import LABELS, Adapter, apply_adapter
-from ..errors import AdapterError, BaseModelError, ConfigError, list_faults
+from ..errors import AdapterError, BaseModelError, ConfigError, first_line, list_faults
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..targets import HEADS
 from .adapted import base_of, tokenizer_for
@@ -33,7 +33,7 @@ from .loading import (
     tokenizer_in,
 )
 from .made_up import build_base, is_made_up
-from .quant import check_kind, quantize_model
+from .quant import chosen_kind, quantize_model
 from .quantized_reading import finish_reading, quantizing, take_over
 
 __all__ = [
@@ -82,10 +82,7 @@ def load_classifier(
         BaseModelError: there is no such model, it cannot be read, or there is no such form of it.
         ConfigError: dtype or device is not available.
     """
-    name, device = os.fspath(name), pick_device(device)
-    quantize = None if quantize == "none" else quantize
-    if quantize is not None:
-        check_kind(quantize)
+    name, device, quantize = os.fspath(name), pick_device(device), chosen_kind(quantize)
     settings = {} if labels is None else _settings(labels)
     new = list[str]()
     with torch.random.fork_rng(devices=[]):
@@ -176,7 +173,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} is no classifier of texts. Load it with loralib.load_classifier, or transformers' "
             "AutoModelForSequenceClassification."
         )
-    names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    names = _named_in(config)
     return () if len(names) == 1 or config.problem_type == "regression" else names
 
 
@@ -201,8 +198,13 @@ def own_classes(name: str) -> tuple[str, ...] | None:
         return None
     if not any(str(each).endswith("ForSequenceClassification") for each in config.architectures or ()):
         return None
-    names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    names = _named_in(config)
     return () if len(names) == 1 else names
+
+
+def _named_in(config: Any) -> tuple[str, ...]:
+    """The names of the classes in a model's config, in the order of its logits."""
+    return tuple(str(config.id2label[number]) for number in sorted(config.id2label))
 
 
 def new_modules(model: nn.Module) -> tuple[str, ...]:
@@ -253,10 +255,10 @@ def _read(
                 **fewer_bits,
             )
     except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
-            f"{name!r} cannot be read as a classifier of texts: {text[:300]} Choose a model that transformers has in "
-            "that form (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, Qwen."
+            f"{name!r} cannot be read as a classifier of texts: {first_line(error)}. Choose a model that transformers "
+            "has in that form (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "
+            "Qwen."
         ) from error
     new = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."

@@ -42,7 +42,7 @@ from .device import pick_device, pick_dtype
 from .gguf import check_file, keep_blocks, read_dense, read_tokenizer
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 from .packed import packing_of, read_packed
-from .quant import check_kind, make_dense, quantize_model
+from .quant import chosen_kind, make_dense, quantize_model
 from .quantized_reading import finish_reading, quantizing, take_over
 from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
@@ -115,9 +115,7 @@ def load_base(
     """
     name = os.fspath(name)
     device = pick_device(device)
-    quantize = None if quantize == "none" else quantize
-    if quantize is not None:
-        check_kind(quantize)
+    quantize = chosen_kind(quantize)
     made_up = is_made_up(name)
     if made_up:
         import_transformers()  # report it missing before anything is built

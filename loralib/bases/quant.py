@@ -424,6 +424,18 @@ def check_kind(kind: str) -> None:
         raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, KINDS)}")
 
 
+def chosen_kind(quantize: str | None) -> str | None:
+    """Returns the way to quantise that a setting names; None: none is wanted.
+
+    Raises:
+        ConfigError: there is no such way.
+    """
+    if quantize in (None, "none"):
+        return None
+    check_kind(quantize)
+    return quantize
+
+
 def class_of(kind: str) -> type[QuantizedWeight]:
     """Returns what linears' weights become in one of the KINDS."""
     return QUANTIZATIONS[kind.removesuffix(_TABLES)]

@@ -27,11 +27,6 @@ class ClassRow(TokenExample):
     kinds: tuple[int, ...] = ()
 
     @property
-    def rows(self) -> tuple[TokenExample, ...]:
-        """The rows of tokens that it is made of: this one."""
-        return (self,)
-
-    @property
     def prompt(self) -> tuple[int, ...]:
         """All of its tokens."""
         return self.ids

@@ -25,14 +25,15 @@ class ClassifierForward(Forward):
     """One classifier's forward pass.
 
     Attributes:
+        pad: the token that stands where a text has ended; None: the model names none.
         splits: whether the head on a text's last hidden state gives the model's own logits, and no token sees later
             ones: then texts can be packed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         config = text_config(model)
-        rows, self._pad = table_rows(model) or 8, getattr(config, "pad_token_id", None)
-        self._ids = [number for number in range(rows) if number != self._pad][1:6]  # which are no padding
+        rows, self.pad = table_rows(model) or 8, getattr(config, "pad_token_id", None)
+        self._ids = [number for number in range(rows) if number != self.pad][1:6]  # which are no padding
         self._takes = frozenset(inspect.signature(type(model).forward).parameters)
         super().__init__(model, compiles=False)
 

@@ -270,7 +270,7 @@ class ClassificationStep:
         return pack(rows, share=self.share_prompts if share is None else share)
 
     def _padded(self, batch: Sequence[TokenExample]) -> _Padded:
-        longest, pad = max(map(len, batch)), self._pad
+        longest, pad = max(map(len, batch)), int(self._forward.pad or 0)
         kinds = [getattr(text, "kinds", ()) for text in batch]
 
         def tensor(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -280,15 +280,10 @@ class ClassificationStep:
         ids, mask = tensor([text.ids for text in batch], pad), tensor([[1] * len(text) for text in batch], 0)
         return _Padded(ids, mask, tensor(kinds, 0) if all(kinds) else None)
 
-    @property
-    def _pad(self) -> int:
-        pad = self._forward._pad
-        return 0 if pad is None else int(pad)
-
     def _why_not_packed(self) -> str:
         """Packs three texts of random tokens; returns what goes wrong with it, or ""."""
         rng, rows = random.Random(0), table_rows(self._model) or 8
-        ids = [number for number in range(rows) if number != self._forward._pad]
+        ids = [number for number in range(rows) if number != self._forward.pad]
         start = tuple(rng.choices(ids, k=5))
         batch = [
             TokenExample((*more, *rng.choices(ids, k=n)), (False,) * 9) for more, n in ((start, 4), (start, 7), ((), 6))

@@ -412,7 +412,7 @@ class TrainConfig:
             lora_alpha=self.alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(),
-            target_parameters=self._target_parameters(),
+            target_parameters=_names(self.target_parameters),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -421,22 +421,14 @@ class TrainConfig:
             lora_bias=self.lora_bias,
             trainable_token_indices=self._token_indices(),
             bias=self.bias,
-            modules_to_save=self._modules_to_save(),
+            modules_to_save=_names(self.modules_to_save),
             task_type="SEQ_CLS" if self.task == "classify" else "CAUSAL_LM",
         )
-
-    def _modules_to_save(self) -> Sequence[str] | None:
-        names = self.modules_to_save
-        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _targets(self) -> str | Sequence[str]:
         return (
             parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
         )
-
-    def _target_parameters(self) -> Sequence[str] | None:
-        names = self.target_parameters
-        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):
@@ -454,6 +446,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings as plain values."""
         return dataclasses.asdict(self)
+
+
+def _names(given: str | Sequence[str] | None) -> Sequence[str] | None:
+    """Returns names that may be separated by commas."""
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) else given
 
 
 # What the program chooses where it is left open.

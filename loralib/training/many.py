@@ -39,12 +39,13 @@ from ..wrapping import is_spread
 from .config import TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory
 from .plan import Data, Plan, automatic_settings, make_plan
+from .preferences import PREFERENCE_STEPS
 from .ranks import ALONE, joined
 from .record import run_record
 from .report import Reporter, plot_runs
 from .run_directory import RunDirectory, checkpoint_files, hold_run, updates_of
 from .shared_step import Part, SharedStep
-from .step import make_step
+from .step import Step, make_step
 from .sweep_record import Outcome, SweepResult, read_record_of, same_settings, sweep_table, write_record_of
 from .trainer import (
     ONE_RUN_AT_A_TIME,
@@ -202,9 +203,9 @@ class _Sweep:
 
     def train(self) -> SweepResult:
         """Trains what is left to train, and tells which run is best."""
-        left = [run for run in self.runs if not run.is_done]
+        left, why_all = [run for run in self.runs if not run.is_done], _why_apart(self.model)
         for run in left:
-            run.why_alone = _why_alone(run.config) or _why_apart(self.model)
+            run.why_alone = _why_alone(run.config) or why_all
         together, apart = [run for run in left if not run.why_alone], [run for run in left if run.why_alone]
         self._tell(together, apart)
         self.write()
@@ -220,14 +221,15 @@ class _Sweep:
         for run in apart:
             say(f"  {run.name} trains by itself: {run.why_alone}")
 
-    def write(self) -> None:
-        """Writes down what has become of each run so far."""
-        write_record_of(self.path, [self._outcome(run) for run in self.runs])
-
-    def _outcome(self, run: _Run) -> Outcome:
-        swept = same_settings([each.config for each in self.runs])
-        settings = {name: value for name, value in run.config.to_dict().items() if name not in swept}
-        return Outcome.of(run.name, settings, run.directory.path, run.result, run.dropped, run.last_loss)
+    def write(self) -> list[Outcome]:
+        """Writes down what has become of each run so far, and returns it."""
+        same, outcomes = same_settings([each.config for each in self.runs]), list[Outcome]()
+        for run in self.runs:
+            settings = {name: value for name, value in run.config.to_dict().items() if name not in same}
+            outcome = Outcome.of(run.name, settings, run.directory.path, run.result, run.dropped, run.last_loss)
+            outcomes.append(outcome)
+        write_record_of(self.path, outcomes)
+        return outcomes
 
     def _train_alone(self, run: _Run) -> None:
         data, tokenizer, valid_data = self._given
@@ -324,14 +326,14 @@ class _Sweep:
         return twins, apart
 
     def _result(self) -> SweepResult:
-        self.write()
-        outcomes = [self._outcome(run) for run in self.runs]
+        outcomes = self.write()
         ranked = sorted(
             (each for each in outcomes if each.loss is not None and not each.dropped), key=lambda o: o.loss or 0.0
         )
         best = ranked[0] if ranked else None
+        unit = PREFERENCE_STEPS.get(self.runs[0].config.objective, Step).unit
         try:
-            plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png")
+            plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png", unit)
         except Exception as error:  # a picture is not worth a sweep: whatever another library raises
             self.reporter.say(f"WARNING: {self.path / 'sweep.png'} could not be drawn: {first_line(error)}")
         if best is not None:

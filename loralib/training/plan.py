@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -325,12 +326,9 @@ def _split(
     train, valid = split_off(rows, keys, wanted, config.seed)
     if config.task == CLASSIFY:  # of a label that is rare, all examples may have been drawn
         learned = {row.label for row in cast("list[ClassRow]", train)}
-        rare = [
-            row
-            for row in cast("list[ClassRow]", valid)
-            if row.label not in learned and not isinstance(row.label, float)
-        ]
-        train, valid = [*train, *rare], [row for row in valid if row not in rare]
+        rare = [not isinstance(row.label, float) and row.label not in learned for row in cast("list[ClassRow]", valid)]
+        train = [*train, *compress(valid, rare)]
+        valid = [row for row, is_rare in zip(valid, rare, strict=True) if not is_rare]
     if not valid:
         say("Validation: none, since too many examples share one prompt to set some apart; give --valid_data")
         return rows, [], 0.0

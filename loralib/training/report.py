@@ -291,23 +291,20 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path) -> bool:
+def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path, unit: str = "token") -> bool:
     """Draws the losses of several runs as a PNG, those on validation data where there are any.
 
     Args:
         runs: the name of each, and its metrics.jsonl; one without lines is left out.
         picture: where the PNG goes.
+        unit: what the losses are averages over.
 
     Returns:
         False, without one, if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = _figure(9, 5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     events = {name: list(read_metrics(path)) for name, path in runs if path.exists()}
     kind = "valid" if any(each["event"] == "valid" for of in events.values() for each in of) else "train"
@@ -316,11 +313,10 @@ def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path) -> bool:
         points = _smoothed(points) if points and kind == "train" else points
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) <= _MAX_MARKERS else None)
-    axes.set(xlabel="update", ylabel=f"{'validation' if kind == 'valid' else 'training'} loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="update", ylabel=f"{'validation' if kind == 'valid' else 'training'} loss (nats per {unit})")
+    _open(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    _save(figure, picture)
     return True
 
 
@@ -337,29 +333,47 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "token", s
         unit: what the losses are averages over.
         shown: other figures to draw, each under the last.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
+    figure = _figure(8, 4.5 + 2 * len(shown))
+    if figure is None:
         return False
+    from matplotlib.ticker import MaxNLocator
+
     events = list(read_metrics(metrics))
-    figure = Figure(figsize=(8, 4.5 + 2 * len(shown)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     heights = [4.5, *[2] * len(shown)]
     panels = figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     panels[0].set_title(title, parse_math=False)  # a path may contain dollar signs
     for axes, name in zip(panels, ("loss", *shown), strict=True):
         _draw(axes, events, name)
         axes.set(ylabel=f"loss (nats per {unit})" if name == "loss" else name)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _open(axes)
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="update")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, picture)
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    """Returns an empty figure of a size in inches; None if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _open(axes: Any) -> None:
+    """Draws a grid in the place of a frame."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, picture: Path) -> None:
     # Neither date nor version in the file: the same run draws the same bytes.
     write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
-    return True
 
 
 def _draw(axes: Any, events: Sequence[Mapping[str, Any]], name: str) -> None:
