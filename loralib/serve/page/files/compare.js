@@ -179,7 +179,9 @@ export class CompareView {
       if (free && this.panels.length >= 2) { free.fill(name); free.empty(); } else this.addPanel(name);
     }
     await this.findSamples(chosen.find((each) => this.adapters.includes(each)) ?? this.panels.map((panel) => panel.adapter).find(Boolean));
-    if (chosen.length && !this.prompt.value && this.samples.length) { this.sample.value = 0; this.take(this.samples[0]); }
+    // Not into a box that somebody writes in by now.
+    const free = !this.prompt.value && document.activeElement !== this.prompt;
+    if (chosen.length && free && this.samples.length) { this.sample.value = 0; this.take(this.samples[0]); }
   }
 
   // What the adapters were asked in training: an adapter knows the form that its prompts had, to the last line break.
