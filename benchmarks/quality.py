@@ -42,8 +42,8 @@ SHARES = ("BLEU", "METEOR", "ROUGE_L", "SER")  # printed hundredfold
 COLORS = {"peft": "#d94801", "ours": "#2171b5"}
 
 
-def texts_of(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    found = dict(decode(model, tokenizer, prompts, DECODING, "lines"))
+def texts_of(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Sampling = DECODING) -> list[str]:
+    found = dict(decode(model, tokenizer, prompts, decoding, "lines"))
     return [one_line(found[number].text, "lines") for number in range(len(prompts))]
 
 

@@ -45,8 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def step_of(variant: str) -> Any:
+    """A step of a variant, or of "variant@rank"."""
+    name, _, rank = variant.partition("@")
+    settings = {**bench.TARGETS["smollm2"], **VARIANTS[name]}
+    if rank:
+        settings |= {"r": int(rank), "lora_alpha": 2 * int(rank)}
     model = bench.base("smollm2", torch.bfloat16)
-    lora.inject(model, lora.LoraConfig(**{**bench.TARGETS["smollm2"], **VARIANTS[variant]}))
+    lora.inject(model, lora.LoraConfig(**settings))
     return bench.our_step(model.train(), bench.optimizer(model), share=True)
 
 
