@@ -33,6 +33,7 @@ from quality import score, texts_of
 import loralib as lora
 from loralib.console import say, size, table
 from loralib.data import TokenExample, draw, encode, group_by_prompt, read_examples
+from loralib.errors import InterruptedRunError, TrainingError
 from loralib.generation import Sampling
 
 HERE = Path(__file__).resolve().parent
@@ -109,7 +110,9 @@ class Search:
             result = lora.train_many(
                 model, train, configs, tokenizer=tokenizer, valid_data=valid, output_dir=str(path), verbose=False
             )
-        except lora.TrainingError:  # all diverged
+        except InterruptedRunError:
+            raise
+        except TrainingError:  # all diverged
             self.rows += [{"rank": rank, "lr": lr, "seed": seed, "loss": None} for rank, lr, seed in runs]
         else:
             for (rank, lr, seed), outcome in zip(runs, result.runs, strict=True):

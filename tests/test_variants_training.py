@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -20,6 +20,7 @@ from loralib.delta import delta_weight, dora_norms, dora_weight, row_squares, sc
 from loralib.injection import adapted_layers
 from loralib.training import run_directory
 from loralib.training.run_directory import checkpoint_files
+from loralib.training.step import make_step
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30], [1, 1, 2, 39, 0, 7]])
 
@@ -307,3 +308,21 @@ def test_norms_follow_what_is_loaded_and_cast() -> None:
     with torch.no_grad():
         layer.lora_B.mul_(2)
     assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_dora_in_bf16_is_that_of_pytorchs_operators(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an odd rank, too, which the kernels of linears with LoRA do not take."""
+
+    def gradients(engine: str) -> list[Tensor]:
+        monkeypatch.setenv("LORALIB_ENGINE", engine)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=40)).bfloat16()
+        lora.inject(model, lora.LoraConfig(r=rank, target_modules="all-linear", **DORA))
+        step = make_step(model.train())
+        step.forward_backward([TokenExample(tuple(range(5, 25)), (False,) + (True,) * 19)], loss_scale=1 / 19)
+        return [cast(Tensor, p.grad) for p in model.parameters() if p.requires_grad]
+
+    for ours, theirs in zip(gradients("full"), gradients("off"), strict=True):
+        assert float((ours - theirs).norm()) <= 0.02 * float(theirs.norm())

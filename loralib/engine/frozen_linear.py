@@ -123,9 +123,8 @@ class FrozenWeight:
         if added is not None and bias is not None:
             added = added.add_(bias)
         if self.kernels is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            y = self.kernels.product(rows, self.weight, bias if added is None else added)
-            return y.view(*x.shape[:-1], -1)
+            y = self.kernels.product(x.reshape(-1, x.shape[-1]), self.weight, bias if added is None else added)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)  # as a view it could not be changed in place
         return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
 
     def times_transposed(self, gradient: Tensor, *, added: Tensor | None = None) -> Tensor:
