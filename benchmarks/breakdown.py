@@ -18,9 +18,10 @@ import transformers
 from machine import machine
 from torch.profiler import ProfilerActivity, profile
 
+from loralib.allocator import keep_freed_memory
 from loralib.console import say, table
 from loralib.data.packing import pack
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 
 HERE = Path(__file__).resolve().parent
 # The first kind of which a part of the name is in that of an operator, or of a function of ours.

@@ -22,10 +22,11 @@ from machine import machine
 from torch import Tensor
 from torch.nn import functional as F
 
+from loralib.allocator import keep_freed_memory
 from loralib.data.packing import pack
 from loralib.engine.attention import AttentionSettings, PackedLayout
 from loralib.engine.kernels import Kernels
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent

@@ -31,9 +31,10 @@ from machine import machine
 from operators import in_turn
 
 import loralib as lora
+from loralib.allocator import keep_freed_memory
 from loralib.console import say, table
 from loralib.data import PreferencePair, TokenExample
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 from loralib.training.preferences import PREFERENCE_STEPS
 from loralib.training.step import make_step
 

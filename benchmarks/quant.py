@@ -34,11 +34,12 @@ from operators import in_turn
 from torch import nn
 
 import loralib as lora
+from loralib.allocator import keep_freed_memory
 from loralib.bases.quant import Int8Weight, NF4Weight, is_quantized_table, linears_of
 from loralib.console import say, table
 from loralib.data import TokenExample
 from loralib.delta import stored_bytes
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 from loralib.training.objective import evaluate_loss
 from loralib.training.step import make_step
 

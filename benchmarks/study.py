@@ -1,8 +1,7 @@
 """Which variant of LoRA, and at which rank?  Six of them on E2E, each at its own best learning rate, three seeds.
 
 python benchmarks/study.py train    an hour and a half on two cores, a variant a core; it goes on where it was stopped
-python benchmarks/study.py costs    time and memory of a training step; ten minutes on a quiet machine
-python benchmarks/study.py page     docs/results/variants.md and its picture, of what study.json holds
+python benchmarks/study.py page     docs/results/variants.md and its picture, of what study.json and variants.json hold
 
 SmolLM2-135M in bf16, all linear layers, lora_alpha = 2 rank, 60 updates of 4 examples (one pass over 240).  For each
 variant and rank `loralib.train_many` tries three learning rates a factor of two apart with the first seed, and further
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import variants
 from machine import machine
 from quality import score, texts_of
 
@@ -53,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Where the search begins; it goes on from there to either side.
 GUESS = {1: 6.4e-3, 8: 3.2e-3, 64: 1.6e-3}
 BESIDE = {"LoRA": 1.0, "LoRA+": 0.5, "rsLoRA": 1.0, "DoRA": 1.0, "PiSSA": 0.25, "EVA": 0.5}
-# What a step of a variant costs depends on neither its learning rates nor how A and B start.
-COSTS = {"LoRA": "plain", "LoRA+": "plain", "rsLoRA": "plain", "DoRA": "DoRA", "PiSSA": "PiSSA", "EVA": "plain"}
+# What a step costs (variants.json) depends on neither learning rates nor how A and B of plain LoRA start.
+COSTS = {"LoRA": "plain", "LoRA+": "plain", "rsLoRA": "rsLoRA", "DoRA": "DoRA", "PiSSA": "PiSSA", "EVA": "plain"}
 SCORES = ("BLEU", "NIST", "ROUGE_L", "CIDEr", "SER")
 COLORS = dict(zip(VARIANTS, ("#222222", "#2171b5", "#238b45", "#d94801", "#6a51a3", "#c51b8a"), strict=True))
 
@@ -193,15 +191,6 @@ def keep(found: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(known | found, indent=1) + "\n", encoding="utf-8")
 
 
-def costs(rounds: int) -> None:
-    """Time and memory of a step on 8 E2E examples, by variant and rank; steps of all are taken in turn."""
-    found: dict[str, Any] = {}
-    for rank in RANKS:
-        names = [f"{name}@{rank}" for name in dict.fromkeys(COSTS.values())]
-        found[str(rank)] = variants.measured(names, "E2E", rounds, 3)
-    keep({"costs": found})
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -223,12 +212,7 @@ def page() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     header = ("variant", "rank", "lr", "loss", "BLEU", "ROUGE-L", "CIDEr", "SER", "adapter")
     rows = list(table_rows(found["runs"]))
-    costs = [
-        (name, rank, f"{each['step_s'][name_at]:.3f} s", size(each["peak_bytes"][name_at]))
-        for rank, each in found["costs"].items()
-        for name in dict.fromkeys(COSTS.values())
-        for name_at in [f"{name}@{rank}"]
-    ]
+    costs = list(cost_rows())
     draw_picture(found["runs"])
     losses = {
         name: [statistics.fmean(row["loss"] for row in chosen(of, rank)) for rank in RANKS]
@@ -239,7 +223,7 @@ def page() -> None:
     say(table(rows, header))
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "<!-- table -->\n<!-- /table -->\n"
     text = between(text, "table", markdown(header, rows))
-    text = between(text, "costs", markdown(("variant", "rank", "step", "peak memory"), costs))
+    text = between(text, "costs", markdown(("variant", "a step", "of LoRA's", "peak memory", "of LoRA's"), costs))
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -263,6 +247,14 @@ def table_rows(runs: dict[str, list[Row]]) -> Iterator[tuple[Any, ...]]:
                   for score in ("BLEU", "ROUGE_L", "CIDEr", "SER")),
                 size(best[0]["adapter_bytes"]),
             )  # fmt: skip
+
+
+def cost_rows() -> Iterator[tuple[str, ...]]:
+    of = json.loads((HERE / "variants.json").read_text(encoding="utf-8"))["E2E"]
+    for name, cost in COSTS.items():
+        seconds, peak = (of[what][cost] for what in ("step_s", "peak_bytes"))
+        beside = (f"{seconds / of['step_s']['plain']:.2f}", f"{peak / of['peak_bytes']['plain']:.2f}")
+        yield name, f"{seconds:.3f} s", beside[0], size(peak), beside[1]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -297,12 +289,11 @@ def draw_picture(runs: dict[str, list[Row]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "costs", "page", "one"))
+    parser.add_argument("what", choices=("train", "page", "one"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loralib-study")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--prompts", type=int, help="texts to write for the scores; all of the test set's by default")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "one":
@@ -312,8 +303,6 @@ def main() -> None:
         search.score(args.prompts)
     elif args.what == "train":
         train(args.folder, args.updates, args.variants, args.prompts)
-    elif args.what == "costs":
-        costs(args.rounds)
     else:
         page()
 

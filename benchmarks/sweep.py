@@ -27,11 +27,12 @@ from memory_use import peak_bytes
 from torch import nn
 
 import loralib as lora
+from loralib.allocator import keep_freed_memory
 from loralib.console import say, size, table
 from loralib.data.packing import pack
 from loralib.engine.frozen_linear import FrozenWeight
 from loralib.training.many import twin_of
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 from loralib.training.shared_step import SharedStep
 from loralib.training.step import make_step
 

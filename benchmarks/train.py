@@ -51,10 +51,11 @@ from tables import in_place
 from torch import nn
 
 import loralib as lora
+from loralib.allocator import keep_freed_memory
 from loralib.console import say
 from loralib.data import TokenExample, encode, read_examples
 from loralib.data.packing import epoch_order, pack
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent

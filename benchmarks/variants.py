@@ -27,10 +27,11 @@ from machine import machine
 from memory_use import peak_bytes
 
 import loralib as lora
+from loralib.allocator import keep_freed_memory
 from loralib.console import say, size, table
 from loralib.data import TokenExample
 from loralib.data.packing import pack
-from loralib.training.memory import freeze_objects, keep_freed_memory
+from loralib.training.memory import freeze_objects
 
 HERE = Path(__file__).resolve().parent
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,13 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def step_of(variant: str) -> Any:
-    """A step of a variant, or of "variant@rank"."""
-    name, _, rank = variant.partition("@")
-    settings = {**bench.TARGETS["smollm2"], **VARIANTS[name]}
-    if rank:
-        settings |= {"r": int(rank), "lora_alpha": 2 * int(rank)}
     model = bench.base("smollm2", torch.bfloat16)
-    lora.inject(model, lora.LoraConfig(**settings))
+    lora.inject(model, lora.LoraConfig(**{**bench.TARGETS["smollm2"], **VARIANTS[variant]}))
     return bench.our_step(model.train(), bench.optimizer(model), share=True)
 
 

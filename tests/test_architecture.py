@@ -18,6 +18,7 @@ ROWS = [
     ["errors"],
     ["files", "console", "settings"],
     ["hub"],
+    ["allocator"],
     ["delta", "config", "wrapping"],
     ["layers"],
     ["variants"],

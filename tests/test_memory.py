@@ -12,7 +12,7 @@ from loralib.training.memory import freeze_objects
 PROGRAM = """
 import resource, sys
 import torch
-from loralib.training.memory import keep_freed_memory
+from loralib.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
+from ..allocator import keep_freed_memory
 from ..config import HUB_NAMES
 from ..console import duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
@@ -380,7 +381,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with quiet_reading():
+        with quiet_reading(), keep_freed_memory(lean=True) if fewer_bits else contextlib.nullcontext():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,

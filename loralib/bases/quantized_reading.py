@@ -17,7 +17,7 @@ from ..console import counted
 from ..errors import BaseModelError, first_line
 from ..layers import is_conv1d
 from . import bnb
-from .quant import is_quantizable, is_quantized_table, quantize, quantize_table
+from .quant import QuantizedWeight, is_quantizable, is_quantized_table, quantize, quantize_table
 
 __all__ = ["finish_reading", "quantizing", "replacing", "take_over"]
 
@@ -62,7 +62,13 @@ def replacing(modules: Mapping[str, str], weight_of: Callable[[str], Tensor]) ->
 
 
 def finish_reading(model: Any) -> None:
-    """Makes a model that was read so an ordinary one again, for all that transformers knows."""
+    """Makes a model that was read so an ordinary one again, for all that transformers knows.
+
+    What stays in its own dtype is copied: as a view of the file it would keep all of that in memory, as read.
+    """
+    for parameter in model.parameters():
+        if not isinstance(parameter, QuantizedWeight) and parameter.device.type == "cpu":
+            parameter.data = parameter.detach().clone()
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():

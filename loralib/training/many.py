@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from ..allocator import keep_freed_memory
 from ..budget import free_on
 from ..console import counted, size
 from ..data import CLASSIFY, OBJECTIVES
@@ -37,7 +38,7 @@ from ..files import hold_directory
 from ..injection import adapted_layers, adapted_model
 from ..wrapping import is_spread
 from .config import TrainConfig
-from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory
+from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing
 from .plan import Data, Plan, automatic_settings, make_plan
 from .preferences import PREFERENCE_STEPS
 from .ranks import ALONE, joined

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,41 +14,7 @@ from ..engine.forward import device_of
 from ..errors import ConfigError, TrainingError
 from ..wrapping import is_spread
 
-__all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "keep_freed_memory", "memory_estimate"]
-
-# Parameters of glibc's mallopt(3).  Setting either ends glibc's own adjustment of both, so a run leaves them where that
-# would have ended up: blocks of up to 32 MiB come from the heap, of which 64 MiB may lie idle at its end.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MMAP_USUAL, _TRIM_USUAL, _MMAP_LEAN = 32 << 20, 64 << 20, 1 << 20
-
-
-@contextmanager
-def keep_freed_memory(lean: bool = False) -> Iterator[None]:
-    """Keeps memory that the process frees for its next step, instead of returning it to the system.
-
-    A step frees large tensors that the next one allocates again.  glibc returns such blocks to the system, which hands
-    them out again page by page, each cleared first.  An allocator that the environment configures is left alone.
-
-    Args:
-        lean: return large blocks after all, where memory matters more than time.  Before glibc 2.38 a freed block has
-            no room for an aligned one of its own size, so that kept memory is full of holes.
-    """
-    libc = _glibc()
-    if libc is None:
-        yield
-        return
-    if lean:
-        libc.mallopt(_MMAP_THRESHOLD, _MMAP_LEAN)
-    elif not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
-        libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
-    if not lean:
-        libc.mallopt(_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
-        libc.mallopt(_TRIM_THRESHOLD, _TRIM_USUAL)
-        libc.malloc_trim(0)
+__all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", "memory_estimate"]
 
 
 @contextmanager
@@ -68,16 +30,6 @@ def freeze_objects() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _glibc() -> Any:
-    """The C library if it is glibc with default settings; other allocators keep memory, or have no such setting."""
-    if not sys.platform.startswith("linux"):
-        return None
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None
 
 
 @contextmanager

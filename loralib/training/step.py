@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..allocator import keep_freed_memory
 from ..data.packing import Pack, extended, pack, pad
 from ..data.tokens import TokenExample
 from ..engine.causal import require_causal
@@ -318,14 +319,15 @@ def make_step(
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
-    step = kind(
-        model,
-        packing=packing,
-        share_prompts=share_prompts,
-        label_smoothing=label_smoothing,
-        chunk_tokens=chunk_tokens,
-        compiles=compiles is not False,
-    )
+    with keep_freed_memory(lean=True):  # where it is tried, weights in fewer bits are made dense one by one
+        step = kind(
+            model,
+            packing=packing,
+            share_prompts=share_prompts,
+            label_smoothing=label_smoothing,
+            chunk_tokens=chunk_tokens,
+            compiles=compiles is not False,
+        )
     if compiles and not step.compiles:
         why = why_not_compiled(step._forward.device) or f"batches are padded: {step.note or 'packing is off'}"
         raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles where that works")

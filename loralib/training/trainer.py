@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import apply_adapter
+from ..allocator import keep_freed_memory
 from ..bases import with_chat_template
 from ..bases.classifiers import class_names, new_modules
 from ..console import counted
@@ -38,7 +39,7 @@ from ..layers import LoRALayer
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .classification import ClassificationStep, prepare_classifier
 from .config import AUTOMATIC, TrainConfig
-from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, keep_freed_memory, memory_estimate
+from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, memory_estimate
 from .objective import StepStats, TrainingStep, evaluate
 from .optim import lr_factor, make_optimizer, parameter_groups, reaches_peak
 from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates_per_epoch
