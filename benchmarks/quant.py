@@ -3,6 +3,7 @@
 python benchmarks/quant.py steps     a training step at several lengths: SmolLM2, and Llama shapes with random weights
 python benchmarks/quant.py fits      a 7B Llama shape in NF4, whole, in one process: the peak of its memory
 python benchmarks/quant.py learns    the loss on E2E after an epoch, 3 seeds, and PEFT's with bitsandbytes: an hour
+python benchmarks/quant.py peaks     the most memory of a process that reads the base and takes three steps
 
 Each writes its part of benchmarks/quant.json.  Ways take their steps in turn; minima, and medians of ratios.  Of the
 larger shapes two layers of each are timed, between the table and the head that they would have.
@@ -36,7 +37,7 @@ from torch import nn
 import loralib as lora
 from loralib.allocator import keep_freed_memory
 from loralib.bases.quant import Int8Weight, NF4Weight, is_quantized_table, linears_of
-from loralib.console import say, table
+from loralib.console import say, size, table
 from loralib.data import TokenExample
 from loralib.delta import stored_bytes
 from loralib.training.memory import freeze_objects
@@ -176,33 +177,53 @@ def fits() -> dict[str, Any]:
     return found
 
 
+def run(way: str, updates: int, seed: int, examples: int) -> dict[str, Any]:
+    """One run, in a process of one thread."""
+    words = [sys.executable, __file__, "one", "--ways", way, "--updates", str(updates), "--seed", str(seed)]
+    words += ["--examples", str(examples)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, check=True, capture_output=True, encoding="utf-8", env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def learns(ways: Sequence[str], updates: int, seeds: int) -> dict[str, Any]:
-    """Validation losses on E2E after so many updates of 8 examples; each run is a process of one thread."""
+    """Validation losses on E2E after so many updates of 8 examples."""
     found: dict[str, Any] = {"updates": updates, "ways": {}}
-
-    def run(way: str, seed: int) -> dict[str, Any]:
-        words = [sys.executable, __file__, "one", "--ways", way, "--updates", str(updates), "--seed", str(seed)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, check=True, capture_output=True, encoding="utf-8", env=environment)
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        say(f"{way}, seed {seed}: {result}")
-        return result
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a run a core: faster than each on all cores in turn
-        runs = {way: [pool.submit(run, way, n) for n in range(1 if way in PEERS else seeds)] for way in ways}
-        results = {way: [future.result() for future in futures] for way, futures in runs.items()}
-    for way, each in results.items():
-        found["ways"][way] = {name: [result[name] for result in each] for name in each[0]}
-    losses = {way: statistics.mean(of["loss"]) for way, of in found["ways"].items()}
-    if "bf16" in losses:
-        found["loss_beside_bf16"] = {way: loss / losses["bf16"] for way, loss in losses.items()}
-        say(table([[way, f"{ratio:.4f}"] for way, ratio in found["loss_beside_bf16"].items()], header=["loss", ""]))
+        runs = {way: [pool.submit(run, way, updates, n, 200) for n in range(seeds_of(way, seeds))] for way in ways}
+        for way, futures in runs.items():
+            results = [future.result() for future in futures]
+            found["ways"][way] = {name: [each[name] for each in results] for name in ("loss_before", "loss", "step_s")}
+            say(f"{way}: {found['ways'][way]}")
+    return with_ratios(found)
+
+
+def seeds_of(way: str, seeds: int) -> int:
+    return 1 if way in PEERS else seeds
+
+
+def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
+    """Adds the mean loss of each way, divided by that of bf16 with the same seeds."""
+    losses = {way: of["loss"] for way, of in found["ways"].items()}
+    if "bf16" not in losses:
+        return found
+    bf16 = losses["bf16"]
+    ratios = {way: statistics.mean(of) / statistics.mean(bf16[: len(of)]) for way, of in losses.items()}
+    say(table([[way, f"{ratio:.4f}"] for way, ratio in ratios.items()], header=["loss", ""]))
+    return found | {"loss_beside_bf16": ratios}
+
+
+def peaks(ways: Sequence[str]) -> dict[str, int]:
+    """The most memory of a process that reads the base and takes three steps of 8 examples."""
+    found = {way: run(way, 3, 0, 8)["peak_bytes"] for way in ways}
+    say(table([[way, size(peak)] for way, peak in found.items()], header=["peak memory", ""]))
     return found
 
 
-def one(way: str, updates: int, seed: int) -> dict[str, float | None]:
-    """One run: the loss on 200 validation examples before and after, the fastest step, the peak of memory."""
-    train, valid = bench.e2e("train"), bench.e2e("valid")[:200]
+def one(way: str, updates: int, seed: int, examples: int) -> dict[str, float | None]:
+    """One run: the loss on validation examples before and after, the fastest step, the peak of memory."""
+    train, valid = bench.e2e("train"), bench.e2e("valid")[:examples]
     batches = bench.batches(train, 8, bench.SIBLINGS, seed)[:updates]
     torch.manual_seed(seed)
     if way in PEERS:
@@ -287,26 +308,29 @@ def peft_loss(model: Any, examples: Sequence[TokenExample]) -> float:
 def main() -> None:
     """Measures what is asked for and writes it into the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "fits", "learns", "one"))
+    parser.add_argument("what", choices=("steps", "fits", "learns", "peaks", "one"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates", type=int, default=249, help="of 8 examples; an epoch has 249")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", default=[*WAYS, *PEERS], choices=[*WAYS, *PEERS])
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--examples", type=int, default=200, help=argparse.SUPPRESS)
     args = parser.parse_args()
     with keep_freed_memory(), freeze_objects():
         if args.what == "one":
-            say(json.dumps(one(args.ways[0], args.updates, args.seed)))
+            say(json.dumps(one(args.ways[0], args.updates, args.seed, args.examples)))
             return
         if args.what == "steps":
             found = steps(args.rounds)
         elif args.what == "fits":
             found = fits()
+        elif args.what == "peaks":
+            found = peaks(args.ways)
         else:
             found = learns(args.ways, args.updates, args.seeds)
     path = HERE / "quant.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    libraries = ["transformers", *(["peft", "bitsandbytes"] if args.what == "learns" else [])]
+    libraries = ["transformers", *(["peft", "bitsandbytes"] if args.what in ("learns", "peaks") else [])]
     known[args.what] = {"machine": machine(*libraries), **found}
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
