@@ -66,6 +66,14 @@ def modest_threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """What a test writes need not outlive a power cut; tests of what it would outlive replace fsync themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def frozen_objects() -> Iterator[None]:
     """Keeps runs, which set all objects aside for as long as they last, from giving back those that are for good."""
     set_aside = SimpleNamespace(collect=gc.collect, freeze=lambda: None, unfreeze=lambda: None)
