@@ -5,9 +5,11 @@ python benchmarks/preferences.py [--rounds 3] [--sizes 2 4] [--objectives dpo or
 SmolLM2-135M in bf16, LoRA r=16 on all its linears (TRL's by PEFT), AdamW.  Reference log-probabilities are computed
 before on both sides.  TRL runs without gradient checkpointing (its default, which is slower), once with weights and
 arithmetic in bf16 and once under autocast (its default); its batches come from its own collator, and hold pairs of
-about the same length, so that it pads little.  Two kinds of pairs, of random tokens (only lengths matter for speed):
+about the same length, so that it pads little.  Three kinds of pairs, of random tokens (only lengths matter for speed):
 
-- "chat": prompts and answers about as long as those of common preference data (median 120 and 150 tokens);
+- "dialogue": answers to conversations of several turns, about as long as in Anthropic's helpfulness data, of which the
+  Llama 2 paper (arXiv:2307.09288, table 6) counts 251 tokens an example and 88 an answer;
+- "chat": single questions and longer answers (median 120 and 150 tokens);
 - "short": prompts of about 40 and answers of about 25 tokens, as in E2E.
 
 Ways take their steps in turn, on the same pairs; minima and medians of ratios.  Writes benchmarks/preferences.json.
@@ -36,7 +38,11 @@ from loralib.training.preferences import PREFERENCE_STEPS
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
-LENGTHS = {"chat": ((120, 0.6, 512), (150, 0.6, 512)), "short": ((40, 0.2, 80), (25, 0.3, 60))}
+LENGTHS = {
+    "dialogue": ((163, 0.6, 512), (88, 0.6, 512)),
+    "chat": ((120, 0.6, 512), (150, 0.6, 512)),
+    "short": ((40, 0.2, 80), (25, 0.3, 60)),
+}
 WAYS = ("bf16", "autocast")
 RATE = 1e-5
 

@@ -2,7 +2,7 @@
 
 python benchmarks/quant.py steps     a training step at several lengths: SmolLM2, and Llama shapes with random weights
 python benchmarks/quant.py fits      a 7B Llama shape in NF4, whole, in one process: the peak of its memory
-python benchmarks/quant.py learns    the loss on E2E after an epoch, several seeds, and PEFT's with bitsandbytes: an hour
+python benchmarks/quant.py learns    the loss on E2E after an epoch, 3 seeds, and PEFT's with bitsandbytes: an hour
 
 Each writes its part of benchmarks/quant.json.  Ways take their steps in turn; minima, and medians of ratios.  Of the
 larger shapes two layers of each are timed, between the table and the head that they would have.
@@ -114,6 +114,14 @@ def base_bytes(model: Any) -> tuple[int, int]:
     return sum(map(stored_bytes, {id(p): p for p in model.parameters()}.values())), linears
 
 
+def other_layers(name: str, model: Any) -> int:
+    """Bytes of the layers that a larger shape has beside the two that are timed."""
+    if name not in SHAPES:
+        return 0
+    of_two = sum(map(stored_bytes, model.model.layers.parameters()))
+    return of_two * (SHAPES[name]["num_hidden_layers"] - 2) // 2
+
+
 def steps(rounds: int) -> dict[str, Any]:
     """Times of a step, and sizes."""
     found: dict[str, Any] = {}
@@ -125,7 +133,8 @@ def steps(rounds: int) -> dict[str, Any]:
                 model = lora.load_base(dtype="bf16", quantize=kind)[0]
             else:
                 model = random_model(shape(name, 2), kind)
-            sizes[kind or "bf16"] = dict(zip(("base_bytes", "linears_bytes"), base_bytes(model), strict=True))
+            whole, linears = base_bytes(model)
+            sizes[kind or "bf16"] = {"base_bytes": whole + other_layers(name, model), "linears_bytes": linears}
             adapted(model)
             ways[kind or "bf16"] = {tokens: step_of(model, tokens) for tokens in LENGTHS}
         times = {}
@@ -136,6 +145,12 @@ def steps(rounds: int) -> dict[str, Any]:
                 for kind, t in times[str(tokens)].items()
             ]
             say(table(rows, header=[f"{name}, {tokens} tokens", "", "", "median"]))
+        base = sizes["bf16"]["base_bytes"]
+        say(
+            table(
+                [[k, f"{of['base_bytes'] / base:.3f}"] for k, of in sizes.items()], header=[f"{name}, whole base", ""]
+            )
+        )
         found[name] = {"sizes": sizes, "times": times}
         del ways
         gc.collect()

@@ -2,7 +2,8 @@
 
 SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs of different seeds.  A round
 is an update of each run: once in one pass (`SharedStep`), once by a step of each run as in `loralib train`.  Rounds are
-interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.
+interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.  What a shared pass
+cannot do without is the base's products, all rows at once: they are measured in the same run, as the bound of any gain.
 Writes benchmarks/sweep.json.
 """
 
@@ -27,6 +28,8 @@ from torch import nn
 
 import loralib as lora
 from loralib.console import say, size, table
+from loralib.data.packing import pack
+from loralib.engine.frozen_linear import FrozenWeight
 from loralib.training.many import twin_of
 from loralib.training.memory import freeze_objects, keep_freed_memory
 from loralib.training.shared_step import SharedStep
@@ -89,6 +92,29 @@ def speed(runs: int, rounds: int, count: int) -> dict[str, float]:
     return {way: sum(seconds) / count for way, seconds in best.items()}
 
 
+def products_of_the_base(runs: int, count: int) -> float:
+    """Returns the seconds that the products with the base's weights take, for the rows of an update of all runs."""
+    base, _, _, work = setting(runs, count)
+    packs = [pack(own[number]) for own in work for number in range(count)]
+    tokens = sum(each.processed_tokens for each in packs) // count
+    predicting = sum(len(each.states) for each in packs) // count
+    head: Any = base.get_output_embeddings()  # type: ignore[operator]
+    linears = [(module, tokens) for module in base.modules() if type(module) is nn.Linear and module is not head]
+    total = 0.0
+    for module, rows in [*linears, (head, predicting)]:
+        weight = FrozenWeight(module.weight, prepack=False)
+        out, width = weight.weight.shape
+        x, gradient = torch.randn(rows, width).bfloat16(), torch.randn(rows, out).bfloat16()
+        best = float("inf")
+        for _ in range(5):
+            started = time.perf_counter()
+            weight.times(x)
+            weight.times_transposed(gradient)
+            best = min(best, time.perf_counter() - started)
+        total += best
+    return total
+
+
 def memory_of(runs: int) -> int:
     """Returns the peak memory of a process in which so many runs take three updates together."""
     base, twins, optimizers, work = setting(runs, 3)
@@ -128,15 +154,18 @@ def main() -> None:
             subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[-1]
         )
     ratio = seconds["one after the other"] / seconds["together"]
+    products = products_of_the_base(args.runs, args.count)
     rows = [(way, f"{value:.3f} s") for way, value in seconds.items()]
     say(table(rows, (f"an update of {args.runs} runs", "")))
+    say(f"of which the base's products {products:.3f} s")
     say(f"{ratio:.2f} times the throughput; peak memory of 1 run {size(peak['1'])}, of {args.runs} "
         f"{size(peak[str(args.runs)])}")  # fmt: skip
     result = {
         "machine": machine("transformers"),
         "command": "python benchmarks/sweep.py",
         "runs": args.runs, "batch_size": BATCH, "rank": RANK,
-        "seconds_of_an_update_of_all": seconds, "throughput_ratio": ratio, "peak_bytes": peak,
+        "seconds_of_an_update_of_all": seconds, "throughput_ratio": ratio,
+        "seconds_of_the_base_products": products, "peak_bytes": peak,
         "bytes_of_adapters_gradients_and_moments": {str(n): adapter_bytes(n) for n in (1, args.runs)},
     }  # fmt: skip
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -251,7 +251,7 @@ def test_linears_with_lora_and_their_gradients(
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
     of_A, of_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
-    operands = GroupOperands(weights, biases, Factors(A, B), Factors(of_A, of_B))
+    operands = GroupOperands(weights, biases, [Factors(A, B)], [Factors(of_A, of_B)])
     h, outputs = kernels.lora(x, seen, operands)
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
@@ -275,6 +275,57 @@ def test_linears_with_lora_and_their_gradients(
         close(gradient, part.T @ of_output.double(), 2**-6)
     unwanted = kernels.lora_back(gradients, seen, h, operands, wants_x=False, wants_seen=False)
     assert unwanted == (None, None)
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 20), st.sampled_from([0, 2, 10, 16, 40])), min_size=1, max_size=9),
+    width=st.sampled_from([32, 160, 4128]),
+    widths=st.lists(st.sampled_from([32, 96]), min_size=1, max_size=3),
+    threads=st.sampled_from([1, 2, 3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_run_has_the_rows_and_gradients_it_has_alone(
+    kernels: Kernels,
+    monkeypatch_module: pytest.MonkeyPatch,
+    runs: list[tuple[int, int]],
+    width: int,
+    widths: list[int],
+    threads: int,
+) -> None:
+    """Rows of a run follow those of another, with an adapter of its own of any rank, or none; bit for bit as alone."""
+    seeds = iter(range(1000))
+
+    def half(*shape: int) -> Tensor:
+        return draw(*shape, dtype=torch.bfloat16, seed=next(seeds))
+
+    counts = [count for count, _ in runs]
+    assume(sum(counts))
+    weights, biases = [half(each, width) for each in widths], [half(each) for each in widths]
+    factors = [Factors(half(len(widths) * rank, width), [half(rank, each) for each in widths]) for _, rank in runs]
+    if not (kernels.accept_factors(*factors) and all(map(kernels.accept_weight, weights))):
+        pytest.skip("this processor does not multiply pairs of bf16, or better than that")
+    monkeypatch_module.setattr(kernels, "_threads", lambda numbers: threads)
+    x, gradients = half(sum(counts), width), [half(sum(counts), each) for each in widths]
+
+    def both_ways(x: Tensor, gradients: list[Tensor], factors: list[Factors], rows: list[int] | None) -> list[Tensor]:
+        found = [Factors(torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]) for A, B in factors]
+        operands = GroupOperands(weights, biases, factors, found, rows)
+        h, outputs = kernels.lora(x, x, operands)
+        of_x, _ = kernels.lora_back(gradients, x, h, operands, wants_x=True, wants_seen=False)
+        assert of_x is not None
+        return [*outputs, of_x, *[each for A, B in found for each in (A, *B)]]
+
+    together = both_ways(x, gradients, factors, counts)
+    of_rows, of_factors = together[: len(widths) + 1], together[len(widths) + 1 :]
+    each = len(widths) + 1
+    begin = 0
+    for number, (count, _) in enumerate(runs):
+        here = slice(begin, begin + count)
+        begin += count
+        if count:
+            alone = both_ways(x[here], [g[here] for g in gradients], [factors[number]], None)
+            assert all(map(torch.equal, (tensor[here] for tensor in of_rows), alone))
+            assert all(map(torch.equal, of_factors[number * each : (number + 1) * each], alone[each:]))
 
 
 @given(
@@ -351,7 +402,7 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
     if kernels.accept_weight(weight):
-        operands = GroupOperands([weight], [None], Factors(A, B), Factors(A.clone(), [B[0].clone()]))
+        operands = GroupOperands([weight], [None], [Factors(A, B)], [Factors(A.clone(), [B[0].clone()])])
         h, (y,) = kernels.lora(x, x, operands)
         assert not y[1].isfinite().any()
         of_x, _ = kernels.lora_back([x], x, h, operands, wants_x=True, wants_seen=False)

@@ -366,7 +366,7 @@ class _Group(LayerGroup):
             return self._operands[numbers]
         weights = [self.weights[number].weight for number in numbers]
         biases = [_bias(self.layers[number]) for number in numbers]
-        operands = GroupOperands(weights, biases, self.factors.of(numbers), gradients.of(numbers))
+        operands = GroupOperands(weights, biases, [self.factors.of(numbers)], [gradients.of(numbers)])
         if gradients is self.gradients:
             self._operands[numbers] = operands
         return operands

@@ -97,12 +97,13 @@ class FrozenWeight:
 
     Attributes:
         weight: W, without a gradient.
+        kernels: ours, if they multiply with it without a copy.
     """
 
     def __init__(self, weight: Tensor, prepack: bool) -> None:
         self.weight, self._seen, self._prepack = weight.detach(), state_of(weight), prepack
         self._transposed = self.weight.T
-        self._kernels = kernels_for(weight)
+        self.kernels = kernels_for(weight)
         self._copies: dict[str, PrepackedWeight] = {}
 
     def refreshed(self, weight: Tensor) -> FrozenWeight:
@@ -121,9 +122,9 @@ class FrozenWeight:
             return self._copy("forward", self.weight).times(x, bias=bias, added=added)
         if added is not None and bias is not None:
             added = added.add_(bias)
-        if self._kernels is not None:
+        if self.kernels is not None:
             rows = x.reshape(-1, x.shape[-1])
-            y = self._kernels.product(rows, self.weight, bias if added is None else added)
+            y = self.kernels.product(rows, self.weight, bias if added is None else added)
             return y.view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
 
@@ -136,8 +137,8 @@ class FrozenWeight:
         """
         if self._prepack:
             return self._copy("backward", self._transposed).times(gradient, added=added)
-        if self._kernels is not None:
-            return self._kernels.product(gradient, self._transposed, added)
+        if self.kernels is not None:
+            return self.kernels.product(gradient, self._transposed, added)
         return gradient @ self.weight if added is None else added.addmm_(gradient, self.weight)
 
     def _copy(self, direction: str, weight: Tensor) -> PrepackedWeight:

@@ -197,11 +197,12 @@ struct packed {
 };
 
 /* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
- * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. With `packed`, W is there. */
+ * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. With `packed`, W is there. Only
+ * the rows begin .. end - 1 have it. */
 struct part {
     const uint16_t *x, *w;
     const struct packed *packed;
-    int64_t step, k, down, across;
+    int64_t step, k, down, across, begin, end;
 };
 
 /* y (n, d) = start + the sum of some parts: those whose k is a multiple of 32 first, so that they are only cut at such places.
@@ -348,7 +349,8 @@ static inline __attribute__((always_inline)) void add_up(const uint16_t *const *
 
 /* Rows in the tiles begin .. end - 1 of one panel, from column j on. */
 static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t begin, int64_t end, __m512i *room) {
-    struct { const uint16_t *x; int64_t step, pairs; } piece[PIECES];
+    static const uint16_t zeros[DEPTH];
+    struct { const uint16_t *x; int64_t step, pairs, begin, end; } piece[PIECES];
     __m512 *kept = (__m512 *)(room + DEPTH / 2 * VECTORS);
     int64_t part = 0, k = 0;
     for (int first = 1; first || part < sum->count; first = 0) {
@@ -356,9 +358,13 @@ static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t 
         while (part < sum->count && depth < DEPTH && pieces < PIECES) {
             const struct part *of = sum->parts + part;
             int64_t count = least(of->k - k, DEPTH - depth);
-            in_panel_of(of, k, count, j, sum->d, room + depth / 2 * VECTORS);
-            piece[pieces].x = of->x + k, piece[pieces].step = of->step, piece[pieces].pairs = count / 2;
-            pieces++, depth += count, k += count;
+            if (of->begin < end * TILE && of->end > begin * TILE) {
+                in_panel_of(of, k, count, j, sum->d, room + depth / 2 * VECTORS);
+                piece[pieces].x = of->x + k, piece[pieces].step = of->step, piece[pieces].pairs = count / 2;
+                piece[pieces].begin = of->begin, piece[pieces].end = of->end;
+                pieces++, depth += count;
+            }
+            k += count;
             if (k == of->k) part++, k = 0;
         }
         for (int64_t tile = begin; tile < end; tile++) {
@@ -377,12 +383,15 @@ static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t 
             if (first && j + PANEL < sum->d)
                 for (int64_t p = 0; p < sum->count; p++)
                     ask_for(sum->parts + p, j + PANEL, sum->d, tile - begin, end - begin);
-            for (int64_t p = 0; p < pieces; p++) {
+            for (int64_t p = 0; p < pieces; panel += piece[p].pairs * VECTORS, p++) {
+                if (tile * TILE >= piece[p].end || (tile + 1) * TILE <= piece[p].begin) continue;
                 const uint16_t *row[TILE];
 #pragma GCC unroll 6
-                for (int i = 0; i < TILE; i++) row[i] = piece[p].x + least(tile * TILE + i, n - 1) * piece[p].step;
+                for (int i = 0; i < TILE; i++) {
+                    int64_t at = least(tile * TILE + i, n - 1);
+                    row[i] = at < piece[p].begin || at >= piece[p].end ? zeros : piece[p].x + at * piece[p].step;
+                }
                 add_up(row, panel, piece[p].pairs, sums);
-                panel += piece[p].pairs * VECTORS;
             }
 #pragma GCC unroll 6
             for (int i = 0; i < TILE; i++) {
@@ -491,80 +500,96 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
 void product_bf16(const uint16_t *x, const uint16_t *w, const struct packed *packed, const uint16_t *start, uint16_t *y,
                   int64_t n, int64_t k, int64_t d, int64_t start_step, int64_t down, int64_t across, vec *room,
                   int64_t room_each, int threads) {
-    struct part part = {x, w, packed, k, k, down, across};
+    struct part part = {x, w, packed, k, k, down, across, 0, n};
     struct sum sum = {&part, y, start, 1, d, start_step};
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
         multiply(&sum, 1, n, thread, threads, (__m512i *)(room + thread * room_each));
 }
 
-/* h (n, R) = z (n, d) A^T and y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for A (R, d), the columns h_i of h, and
- * B_i (ranks[i], widths[i]); z is x, or what dropout left of it. Number (i, j) of W_i is w[i][i * across + j * down], as in a
- * part. A bias may be missing. Each thread has room_each vectors of `room`. */
+/* Adapters of some runs; the rows of run q are rows[q] .. rows[q + 1] - 1. There h = z A^T is (.., R) for its A (R, d), and
+ * y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for the columns h_i of h and its B_i (ranks[q, i], widths[i]); z is x (n, d),
+ * or what dropout left of it. Rows of h lie `step` apart. Number (i, j) of W_i is w[i][i * across + j * down], as in a part. A
+ * bias may be missing, and a rank 0. Each thread has room_each vectors of `room`. */
 void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct packed *const *packed,
-               uint16_t *const *bias, const uint16_t *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y,
-               const int64_t *ranks, const int64_t *widths, const int64_t *down_steps, const int64_t *across_steps,
-               int64_t count, int64_t n, int64_t d, vec *room, int64_t room_each, int threads) {
-    struct part parts[2 * count];
+               uint16_t *const *bias, uint16_t *const *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y,
+               const int64_t *ranks, const int64_t *rows, const int64_t *widths, const int64_t *down_steps,
+               const int64_t *across_steps, int64_t count, int64_t runs, int64_t step, int64_t n, int64_t d, vec *room,
+               int64_t room_each, int threads) {
+    struct part parts[count][1 + runs];
     struct sum sums[count];
-    int64_t all = 0;
+    int64_t rank[runs]; /* R of each */
+    for (int64_t q = 0; q < runs; q++) rank[q] = 0;
     for (int64_t i = 0; i < count; i++) {
-        parts[2 * i] = (struct part){x, w[i], packed[i], d, d, down_steps[i], across_steps[i]};
-        parts[2 * i + 1] = (struct part){h + all, b[i], 0, 0, ranks[i], widths[i], 1};
-        sums[i] = (struct sum){parts + 2 * i, y[i], bias[i], 2, widths[i], 0};
-        all += ranks[i];
+        parts[i][0] = (struct part){x, w[i], packed[i], d, d, down_steps[i], across_steps[i], 0, n};
+        for (int64_t q = 0; q < runs; q++) {
+            int64_t at = q * count + i;
+            parts[i][1 + q] = (struct part){h + rank[q], b[at], 0, step, ranks[at], widths[i], 1, rows[q], rows[q + 1]};
+            rank[q] += ranks[at];
+        }
+        sums[i] = (struct sum){parts[i], y[i], bias[i], 1 + runs, widths[i], 0};
     }
-    for (int64_t i = 0; i < count; i++) parts[2 * i + 1].step = all;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
-        for (int thread = 0; thread < threads; thread++) {
-            int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
-            if (some) down(z + t * d, a, h + t * all, some, d, all, all, (__m512i *)(room + thread * room_each));
-        }
+        for (int thread = 0; thread < threads; thread++)
+            for (int64_t q = 0; q < runs; q++) {
+                int64_t t = share_of(rows[q + 1] - rows[q], ROWS, thread, threads);
+                int64_t some = share_of(rows[q + 1] - rows[q], ROWS, thread + 1, threads) - t, at = rows[q] + t;
+                if (some)
+                    down(z + at * d, a[q], h + at * step, some, d, rank[q], step, (__m512i *)(room + thread * room_each));
+            }
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++)
             multiply(sums, count, n, thread, threads, (__m512i *)(room + thread * room_each));
     }
 }
 
-/* Its gradients for g_i in y_i: of_h (n, R) = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there, of_a = of_h^T z and
- * of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. */
+/* Its gradients for g_i in y_i: in the rows of each run of_h = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there,
+ * of_a = of_h^T z and of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. Pairs of rows lie in `pairs` and `of_pairs`,
+ * which have a row more for each run. */
 void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w,
-                    struct packed *const *packed, const uint16_t *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x,
-                    uint16_t *of_z, uint16_t *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs, const int64_t *ranks, const int64_t *widths,
-                    const int64_t *down_steps, const int64_t *across_steps, int64_t count, int64_t n, int64_t d,
-                    vec *room, int64_t room_each, int threads) {
-    struct part parts[count + 1];
+                    struct packed *const *packed, uint16_t *const *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x,
+                    uint16_t *of_z, uint16_t *const *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs,
+                    const int64_t *ranks, const int64_t *rows, const int64_t *widths, const int64_t *down_steps,
+                    const int64_t *across_steps, int64_t count, int64_t runs, int64_t step, int64_t n, int64_t d, vec *room,
+                    int64_t room_each, int threads) {
+    struct part parts[count + runs];
     struct sum sums[2];
-    int64_t all = 0, results = 0;
-    for (int64_t i = 0; i < count; i++) {
-        all += ranks[i];
-        parts[i] = (struct part){g[i], w[i], packed[i], widths[i], widths[i], across_steps[i], down_steps[i]};
+    int64_t results = 0;
+    for (int64_t i = 0; i < count; i++)
+        parts[i] = (struct part){g[i], w[i], packed[i], widths[i], widths[i], across_steps[i], down_steps[i], 0, n};
+    for (int64_t q = 0; q < runs; q++) {
+        int64_t rank = 0;
+        for (int64_t i = 0; i < count; i++) rank += ranks[q * count + i];
+        parts[count + q] = (struct part){of_h, a[q], 0, step, rank, d, 1, rows[q], rows[q + 1]};
     }
-    parts[count] = (struct part){of_h, a, 0, all, all, d, 1};
-    if (of_z) sums[results++] = (struct sum){parts + count, of_z, 0, 1, d, 0};
-    if (of_x) sums[results++] = (struct sum){parts, of_x, 0, of_z ? count : count + 1, d, 0};
+    if (of_z) sums[results++] = (struct sum){parts + count, of_z, 0, runs, d, 0};
+    if (of_x) sums[results++] = (struct sum){parts, of_x, 0, of_z ? count : count + runs, d, 0};
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
-        for (int thread = 0; thread < threads; thread++) {
-            int64_t t = share_of(n, ROWS, thread, threads), some = share_of(n, ROWS, thread + 1, threads) - t;
-            uint16_t *to = of_h + t * all;
-            for (int64_t i = 0; some && i < count; to += ranks[i], i++)
-                down(g[i] + t * widths[i], b[i], to, some, widths[i], ranks[i], all, (__m512i *)(room + thread * room_each));
-            in_pairs(h + t * all, pairs + t * all, some, all);
-            in_pairs(of_h + t * all, of_pairs + t * all, some, all);
-        }
+        for (int thread = 0; thread < threads; thread++)
+            for (int64_t q = 0; q < runs; q++) {
+                int64_t t = share_of(rows[q + 1] - rows[q], ROWS, thread, threads);
+                int64_t some = share_of(rows[q + 1] - rows[q], ROWS, thread + 1, threads) - t, at = rows[q] + t, k = 0;
+                for (int64_t i = 0; some && i < count; k += ranks[q * count + i], i++)
+                    down(g[i] + at * widths[i], b[q * count + i], of_h + at * step + k, some, widths[i], ranks[q * count + i],
+                         step, (__m512i *)(room + thread * room_each));
+                in_pairs(h + at * step, pairs + (at + q) * step, some, step);
+                in_pairs(of_h + at * step, of_pairs + (at + q) * step, some, step);
+            }
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++) {
-            for (int64_t i = 0, k = 0; i < count; k += ranks[i], i++) {
-                int64_t wide = widths[i];
-                outer(pairs + 2 * k, g[i], of_b[i], n, wide, ranks[i], all, share_of(wide, COLUMNS, thread, threads),
-                      share_of(wide, COLUMNS, thread + 1, threads));
-                outer(of_pairs + 2 * k, z, of_a + k * d, n, d, ranks[i], all, share_of(d, COLUMNS, thread, threads),
-                      share_of(d, COLUMNS, thread + 1, threads));
-            }
+            for (int64_t q = 0; q < runs; q++)
+                for (int64_t i = 0, k = 0; i < count; k += ranks[q * count + i], i++) {
+                    int64_t wide = widths[i], rank = ranks[q * count + i], some = rows[q + 1] - rows[q];
+                    int64_t of_run = (rows[q] + q) * step + 2 * k;
+                    outer(pairs + of_run, g[i] + rows[q] * wide, of_b[q * count + i], some, wide, rank, step,
+                          share_of(wide, COLUMNS, thread, threads), share_of(wide, COLUMNS, thread + 1, threads));
+                    outer(of_pairs + of_run, z + rows[q] * d, of_a[q] + k * d, some, d, rank, step,
+                          share_of(d, COLUMNS, thread, threads), share_of(d, COLUMNS, thread + 1, threads));
+                }
             multiply(sums, results, n, thread, threads, (__m512i *)(room + thread * room_each));
         }
     }

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -85,8 +86,8 @@ _ARGUMENTS: Final = {
 # Those that need a processor which multiplies pairs of bf16.
 _OF_PAIRS: Final = {
     "product": "pppppnnnnnnpni",
-    "lora": "pppppppppppppnnnpni",
-    "lora_back": "ppppppppppppppppppnnnpni",
+    "lora": "ppppppppppppppnnnnnpni",
+    "lora_back": "pppppppppppppppppppnnnnnpni",
 }
 _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i": c_int}
 
@@ -270,30 +271,39 @@ class GroupOperands:
     Args:
         weights: W_i (out_i, in).
         biases: (out_i,), or None.
-        factors: A and B_i.
+        factors: A and B_i, of one adapter or of several runs, each of which has rows of its own.
         gradients: like the factors.
+        rows: how many rows each run has; None: there is one adapter, for all rows.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], factors: Factors, gradients: Factors
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        factors: Sequence[Factors],
+        gradients: Sequence[Factors],
+        rows: Sequence[int] | None = None,
     ) -> None:
         packed = [_packed(weight) for weight in weights]
-        self.kept = (*weights, *biases, *factors, *gradients, *packed)  # they live as long as their places are used
-        self.count, (self.rank, self.width), self.widths = len(weights), factors.A.shape, [len(w) for w in weights]
+        self.kept = (weights, biases, factors, gradients, packed)  # they live as long as their places are used
+        self.count, self.runs, self.widths = len(weights), len(factors), [len(w) for w in weights]
+        self.ranks, self.width, self.rows = [len(each.A) for each in factors], weights[0].shape[1], rows
         self.weights = (_pointers([_plain(w) for w in weights]), _addresses(packed))
         self.biases = _pointers(biases)
-        self.A, self.B, self.grad_A, self.grad_B = (
-            factors.A.data_ptr(),
-            _pointers(factors.B),
-            gradients.A.data_ptr(),
-            _pointers(gradients.B),
-        )
-        self.sizes = (
-            _int64s([len(b) for b in factors.B]),
+        self.A, self.grad_A = (_pointers([each.A for each in of]) for of in (factors, gradients))
+        self.B, self.grad_B = (_pointers([b for each in of for b in each.B]) for of in (factors, gradients))
+        self._ranks = _int64s([len(b) for each in factors for b in each.B])
+        self._of_weights = (
             _int64s(self.widths),
             _int64s([weight.stride(1) for weight in weights]),
             _int64s([weight.stride(0) for weight in weights]),
         )
+
+    def sizes(self, count: int) -> tuple[Any, ...]:
+        """Returns the sizes that the functions ask for, for so many rows."""
+        ends = [0, *itertools.accumulate([count] if self.rows is None else self.rows)]
+        tables = (self._ranks, _int64s(ends), *self._of_weights)
+        return (*tables, self.count, self.runs, max(self.ranks), count, self.width)
 
 
 class Kernels:
@@ -516,16 +526,22 @@ class Kernels:
         self._call("product", x, _plain(weight), packed, added, y, *sizes, room, each, threads, dtype=x.dtype)
         return y
 
-    def accept_factors(self, factors: Factors) -> bool:
-        """Returns whether `lora` takes factors of these shapes and this dtype, on this machine."""
-        A, B = factors
-        here = ("lora", A.dtype) in self._functions and self.accept(A, *B) and len(B) < _PIECES
-        return here and all(each.shape[1] % (2 * LANES) == 0 for each in (A, *B)) and all(len(b) % 2 == 0 for b in B)
+    def accept_factors(self, *runs: Factors) -> bool:
+        """Returns whether `lora` takes factors of these shapes and this dtype, of some runs, on this machine."""
+        tensors = [each for A, B in runs for each in (A, *B)]
+        layers = len(runs[0].B)
+        here = ("lora", tensors[0].dtype) in self._functions and self.accept(*tensors) and layers + len(runs) <= _PIECES
+        return (
+            here
+            and all(each.shape[1] % (2 * LANES) == 0 and each.is_contiguous() for each in tensors)
+            and all(len(b) % 2 == 0 for _, B in runs for b in B)
+        )
 
     def lora(self, x: Tensor, seen: Tensor, operands: GroupOperands) -> tuple[Tensor, list[Tensor]]:
         """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
 
-        h_i are the columns of h in which A_i has its rows.
+        h_i are the columns of h in which A_i has its rows.  Of several runs, each has its rows of x; R is the largest
+        of their ranks, and what else is in a row of h is not defined.
 
         Args:
             x: (T, in).
@@ -535,10 +551,10 @@ class Kernels:
         dense, of = x.contiguous(), operands
         x, seen = dense, dense if seen is x else seen.contiguous()
         count, widths = len(x), of.widths
-        h, found = x.new_empty(count, of.rank), [x.new_empty(count, width) for width in widths]
-        room, each, threads = self._room_for_products(count, of.width + of.rank, sum(widths), of.width)
+        h, found = x.new_empty(count, max(of.ranks)), [x.new_empty(count, width) for width in widths]
+        room, each, threads = self._room_for_products(count, of.width + sum(of.ranks), sum(widths), of.width)
         tensors = (x, seen, *of.weights, of.biases, of.A, of.B, h, _pointers(found))
-        self._call("lora", *tensors, *of.sizes, of.count, count, of.width, room, each, threads, dtype=x.dtype)
+        self._call("lora", *tensors, *of.sizes(count), room, each, threads, dtype=x.dtype)
         return h, found
 
     def lora_back(
@@ -563,26 +579,14 @@ class Kernels:
         """
         gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
         count, widths = len(seen), of.widths
-        room, each, threads = self._room_for_products(count, sum(widths) + of.rank, of.width, of.width, *widths)
+        depth = sum(widths) + sum(of.ranks)
+        room, each, threads = self._room_for_products(count, depth, of.width, of.width, *widths)
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
-        pairs = h.new_empty(2, count + 1, of.rank)  # of h, and of its gradient
-        tensors = (
-            _pointers(gradients),
-            seen,
-            h,
-            *of.weights,
-            of.A,
-            of.B,
-            of_h,
-            of_x,
-            of_seen,
-            of.grad_A,
-            of.grad_B,
-            *pairs,
-        )
-        sizes = (*of.sizes, of.count, count, of.width)
-        self._call("lora_back", *tensors, *sizes, room, each, threads, dtype=seen.dtype)
+        pairs = h.new_empty(2, count + of.runs, h.shape[1])  # of h, and of its gradient
+        given = (_pointers(gradients), seen, h, *of.weights, of.A, of.B)
+        results = (of_h, of_x, of_seen, of.grad_A, of.grad_B, *pairs)
+        self._call("lora_back", *given, *results, *of.sizes(count), room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:

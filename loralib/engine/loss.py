@@ -55,10 +55,12 @@ class HeadLoss(NamedTuple):
     Attributes:
         total: () the summed loss, without a gradient.
         objective: () gradient_scale times that, whose `backward` hands on the gradients that were made with it.
+        of_states: (R,) the loss of what each state predicts; None where it is not known apart.
     """
 
     total: Tensor
     objective: Tensor
+    of_states: Tensor | None = None
 
 
 def in_blocks(logits: Tensor) -> bool:
@@ -91,18 +93,18 @@ def head_loss(
         The loss, and what to differentiate: in the states, and in all parameters that the head trains.
     """
     gradients = _Gradients(states) if gradient_scale is not None else None
-    total = torch.zeros((), device=states.device)
+    of_states = torch.empty(len(states), device=states.device)
     scale = 1.0 if gradient_scale is None else gradient_scale
     for start in range(0, len(states), chunk):
         part = states.detach()[start : start + chunk]
         with torch.set_grad_enabled(gradients is not None):
             logits = head(part.requires_grad_(gradients is not None and states.requires_grad))
-        loss, slope = _chunk_loss(logits, predictions, start, label_smoothing, scale)
-        total += loss
+        of_states[start : start + chunk], slope = _chunk_loss(logits, predictions, start, label_smoothing, scale)
         if gradients is not None and slope is not None:
             gradients.add(start, part, logits, slope)
+    total = of_states.sum()
     objective = total if gradients is None else gradients.attached_to(total * scale)
-    return HeadLoss(total, objective)
+    return HeadLoss(total, objective, of_states)
 
 
 def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
@@ -197,16 +199,17 @@ class _LogProbs(torch.autograd.Function):
 def _chunk_loss(
     logits: Tensor, predictions: Predictions, start: int, label_smoothing: float, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the loss of logits (C, V) of the states from `start` on, and the gradient of scale * loss in them."""
+    """Returns the losses (C,) of logits (C, V) of the states from `start` on, and the gradient of scale * their sum."""
     rows, targets, weights, state_weights, cpu_rows = predictions
     block = _BLOCK if in_blocks(logits) else len(logits)
     starts = range(start, start + len(logits), block)
     limits = torch.tensor([*starts, start + len(logits)])
     bounds: list[int] = torch.searchsorted(cpu_rows, limits).tolist()
-    total, slope = torch.zeros((), device=logits.device), torch.empty_like(logits) if logits.requires_grad else None
+    losses = torch.empty(len(logits), device=logits.device)
+    slope = torch.empty_like(logits) if logits.requires_grad else None
     for first, begin, end in zip(starts, bounds, bounds[1:], strict=False):
         here = slice(first - start, first - start + block)
-        loss, of_block = _loss_and_slope(
+        losses[here], of_block = _loss_and_slope(
             logits.detach()[here],
             rows[begin:end] - first,
             targets[begin:end],
@@ -215,10 +218,9 @@ def _chunk_loss(
             label_smoothing,
             scale,
         )
-        total += loss
         if slope is not None:
             slope[here] = of_block
-    return total, slope
+    return losses, slope
 
 
 class _Gradients:
@@ -290,16 +292,17 @@ def _loss_and_slope(
     label_smoothing: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss of some rows of logits, and the gradient of scale * loss in them, (C, V), in fp32."""
+    """Returns the losses of some rows of logits (C, V), and the gradient of scale * their sum (C, V), in fp32."""
     slope, log_p = _probabilities(logits, rows, targets)
-    loss = -(1 - label_smoothing) * torch.dot(log_p, weights)
+    losses = torch.zeros(len(logits), device=logits.device)
+    losses.index_add_(0, rows, log_p * weights, alpha=label_smoothing - 1)
     # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.
     if label_smoothing:
-        loss -= label_smoothing * torch.dot(torch.log_softmax(logits.float(), -1).mean(-1), state_weights)
+        losses -= label_smoothing * torch.log_softmax(logits.float(), -1).mean(-1) * state_weights
         slope -= label_smoothing / slope.shape[-1]
     slope *= state_weights[:, None] * scale
     slope.index_put_((rows, targets), weights * ((label_smoothing - 1) * scale), accumulate=True)
-    return loss, slope
+    return losses, slope
 
 
 def _probabilities(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from ..layers import LoRALinear
 from ..wrapping import output_head
 from .adapted_linears import has_factors, is_frozen
 from .frozen_linear import FrozenLinear, FrozenWeight, weight_of
+from .kernels import Factors, GroupOperands
 from .placement import Overrides, own_forward
 
 __all__ = ["RowLinears", "why_not_shared"]
@@ -99,7 +101,7 @@ class RowLinears:
         }
 
 
-Factors = Mapping[LoRALinear, tuple[Tensor, Tensor]]  # A (r, in), and B^T with the scaling in it (r, out)
+CastFactors = Mapping[LoRALinear, tuple[Tensor, Tensor]]  # A (r, in), and B^T with the scaling in it (r, out)
 
 
 class _RowLinear:
@@ -110,7 +112,7 @@ class _RowLinear:
         self._fast = fast and FrozenLinear.accepts(module)
         self._frozen = FrozenWeight(weight_of(module), prepack=False) if self._fast else None
 
-    def __call__(self, rows: Sequence[int], factors: Factors, x: Tensor) -> Tensor:
+    def __call__(self, rows: Sequence[int], factors: CastFactors, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != sum(rows):
             raise UnsupportedModelError(
@@ -137,7 +139,7 @@ class _RowLinear:
 
 
 class _RowProduct(torch.autograd.Function):
-    """y (T, out) for x (T, in): the formulas at the top of this file."""
+    """y (T, out) for x (T, in): the formulas at the top of this file, in one call each way where there are kernels."""
 
     @staticmethod
     def forward(
@@ -149,47 +151,63 @@ class _RowProduct(torch.autograd.Function):
         have: list[bool],
         *factors: Tensor,
     ) -> Tensor:
+        ctx.weight, ctx.bias, ctx.counts, ctx.have = weight, bias, counts, have
+        runs = _runs_of(factors, have, weight)
+        kernels = weight.kernels
+        if kernels is not None and kernels.accept_factors(*runs):
+            operands = GroupOperands([weight.weight], [bias], runs, runs, counts)
+            h, (y,) = kernels.lora(x, x, operands)
+            ctx.save_for_backward(x, h, *factors)
+            return y
         added = x.new_empty(len(x), len(weight.weight))
-        pairs, kept = iter(factors), list[Tensor]()
-        for part, into, has in zip(x.split(counts), added.split(counts), have, strict=True):
-            if not has:
-                into.zero_()
-                continue
-            A, B = next(pairs), next(pairs)
-            h = part @ A.T
-            torch.mm(h, B, out=into)
-            kept.append(h)
-        ctx.weight, ctx.counts, ctx.have = weight, counts, have
-        ctx.save_for_backward(x, *kept, *factors)
+        h = x.new_empty(len(x), max(len(A) for A, _ in runs))
+        for (A, (B,)), part, of_part, into in zip(runs, *_rows(counts, x, h, added), strict=True):
+            torch.mm(torch.mm(part, A.T, out=of_part[:, : len(A)]), B, out=into)
+        ctx.save_for_backward(x, h, *factors)
         return weight.times(x, bias=bias, added=added)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        counts, number = ctx.counts, sum(ctx.have)
-        hs, pairs = iter(rest[:number]), iter(rest[number:])
-        of_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
-        of_factors: list[Tensor] = []
-        at = 0
-        for part, g, has in zip(x.split(counts), gradient.split(counts), ctx.have, strict=True):
-            into = None if of_x is None else of_x[at : at + len(part)]
-            at += len(part)
-            if not has:
-                if into is not None:
-                    into.zero_()
-                continue
-            A, B, h = next(pairs), next(pairs), next(hs)
+        x, h, *factors = ctx.saved_tensors
+        weight, counts, wants_x = ctx.weight, ctx.counts, ctx.needs_input_grad[0]
+        of_factors = [torch.empty_like(factor) for factor in factors]
+        runs, gradients = (_runs_of(each, ctx.have, weight) for each in (factors, of_factors))
+        kernels = weight.kernels
+        if kernels is not None and kernels.accept_factors(*runs):
+            operands = GroupOperands([weight.weight], [ctx.bias], runs, gradients, counts)
+            of_x, _ = kernels.lora_back([gradient], x, h, operands, wants_x=wants_x, wants_seen=False)
+            return of_x, None, None, None, None, *of_factors
+        of_x = torch.empty_like(x) if wants_x else None
+        parts = zip(runs, gradients, *_rows(counts, x, h, gradient, range(len(x))), strict=True)
+        for (A, (B,)), (of_A, (of_B,)), part, of_part, g, places in parts:
             u = g @ B.T
-            of_factors += [u.T @ part, h.T @ g]
-            if into is not None:
-                torch.mm(u, A, out=into)
+            torch.mm(u.T, part, out=of_A)
+            torch.mm(of_part[:, : len(A)].T, g, out=of_B)
+            if of_x is not None and places:
+                torch.mm(u, A, out=of_x[places.start : places.stop])
         if of_x is not None:
-            of_x = ctx.weight.times_transposed(gradient, added=of_x)
+            of_x = weight.times_transposed(gradient, added=of_x)
         return of_x, None, None, None, None, *of_factors
 
 
-def _factors_of(linears: Sequence[_RowLinear], rows: Sequence[int]) -> Factors:
+def _runs_of(factors: Sequence[Tensor], have: Sequence[bool], weight: FrozenWeight) -> list[Factors]:
+    """Returns A and B of each run; of those without an adapter here, of rank 0."""
+    pairs = iter(factors)
+    out, width = weight.weight.shape
+    nothing = torch.empty(0, dtype=weight.weight.dtype)
+    none = Factors(nothing.view(0, width), [nothing.view(0, out)])
+    return [Factors(next(pairs), [next(pairs)]) if has else none for has in have]
+
+
+def _rows(counts: Sequence[int], *of_all: Any) -> Iterator[list[Any]]:
+    """Yields, for each of some tensors or ranges, its parts that belong to the runs."""
+    ends = list(accumulate(counts, initial=0))
+    for each in of_all:
+        yield [each[begin:end] for begin, end in pairwise(ends)]
+
+
+def _factors_of(linears: Sequence[_RowLinear], rows: Sequence[int]) -> CastFactors:
     """Returns what the layers of the runs in a pass multiply with, in the dtype of the base: all cast at once."""
     layers = [
         layer
@@ -217,7 +235,7 @@ class _Cast(torch.autograd.Function):
         scaled = torch._foreach_mul(list(factors[1::2]), scalings)
         results: list[Tensor] = []
         for A, B, dtype in zip(factors[::2], scaled, dtypes, strict=True):
-            results += [A.to(dtype, copy=True), B.T.to(dtype)]
+            results += [A.to(dtype, copy=True), B.T.to(dtype, memory_format=torch.contiguous_format)]
         return tuple(results)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,22 +74,24 @@ class SharedStep(Step):
         return extended(laid, length), counts
 
     def _losses(self, laid: Pack, counts: Sequence[int], scales: Sequence[float | None]) -> list[Tensor]:
-        """Returns the summed loss of each run, after one backward pass for all of them."""
-        device = self._forward.device
+        """Returns the summed loss of each run, after one backward pass for all of them.
+
+        One product with the head serves all runs: a prediction's weight has the run's scale in it.
+        """
         places = torch.tensor(list(accumulate(counts, initial=0)))
         of_states = torch.searchsorted(laid.states, places)
-        of_predictions: list[int] = torch.searchsorted(laid.rows, of_states).tolist()
+        given = [1.0 if scale is None else scale for scale in scales]
+        by = torch.tensor(given).repeat_interleave(torch.searchsorted(laid.rows, of_states).diff())
         states, head = self._states(laid, laid.states)
-        found = []
-        bounds = zip(pairwise(of_states.tolist()), pairwise(of_predictions), scales, strict=True)
-        for (first, last), (begin, end), scale in bounds:
-            given = (laid.rows[begin:end] - first, laid.targets[begin:end], laid.weights[begin:end])
-            predictions = Predictions.of(*given, last - first, device)
-            options: dict[str, Any] = {"gradient_scale": scale, "label_smoothing": self._label_smoothing}
-            found.append(head_loss(head, states[first:last], predictions, chunk=self._chunk, **options))
+        device = self._forward.device
+        predictions = Predictions.of(laid.rows, laid.targets, laid.weights * by, len(laid.states), device)
+        options: dict[str, Any] = {"chunk": self._chunk, "label_smoothing": self._label_smoothing}
+        found = head_loss(head, states, predictions, gradient_scale=None if scales[0] is None else 1.0, **options)
+        assert found.of_states is not None
         if scales[0] is not None:
-            torch.stack([loss.objective for loss in found]).sum().backward()
-        return [loss.total for loss in found]
+            found.objective.backward()
+        parts = found.of_states.split(of_states.diff().tolist())
+        return [part.sum() / scale for part, scale in zip(parts, given, strict=True)]
 
     def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
         """Computes batches of different runs, in as many passes as memory asks for."""
