@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "loralib-installed.json"  # which sets of packages are installed, as the hash of what they were made from
-_FOREIGN = frozenset({"PIP_USER", "PYTHONHOME", "PYTHONPATH"})
+_FOREIGN = frozenset({"PIP_USER", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH"})
 _WHY_NO_TORCH = (
     "PyTorch is installed, but cannot be loaded; its own words are above. On Windows, Microsoft's Visual C++ runtime "
     "may be missing: winget install Microsoft.VCRedist.2015+.x64, then run this again."
@@ -75,6 +75,15 @@ def run(arguments: Sequence[str]) -> int:
     return _call([str(PYTHON), *arguments])
 
 
+def run_aside(arguments: Sequence[str]) -> int:
+    """Runs the environment's Python as `run` does, in any thread, and shows at the end all that it said."""
+    done = subprocess.run(
+        [str(PYTHON), *arguments], cwd=ROOT, env=_own(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    say(" ".join(arguments) + "\n" + done.stdout.decode(errors="replace").rstrip())
+    return done.returncode
+
+
 def say(text: str) -> None:
     """Prints what happens next; a folder's name may have letters that the stream lacks."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -123,8 +132,9 @@ def _has_torch() -> bool:
 
 
 def _pip(*arguments: str) -> None:
+    # Python compiles what it imports, once: a tenth of the files, which would take pip as long as all the rest.
     _run(
-        [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", *arguments],
+        [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *arguments],
         "pip could not install the packages; its own words are above. Without a network nothing can be fetched; behind "
         "a proxy set HTTPS_PROXY. PyTorch has no builds for 32-bit Pythons, Macs with Intel processors, or Pythons "
         f"newer than it. {_long_paths()}To start from nothing, remove {VENV}.",
@@ -147,10 +157,13 @@ def _run(command: Sequence[str], otherwise: str) -> None:
 
 
 def _call(command: Sequence[str]) -> int:
-    # What is set for another Python must not leak into this one.
-    environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as child, _patience(child):
+    with subprocess.Popen(command, cwd=ROOT, env=_own()) as child, _patience(child):
         return child.wait()
+
+
+def _own() -> dict[str, str]:
+    """Returns the variables for the environment's Python: what is set for another one must not leak into it."""
+    return {name: value for name, value in os.environ.items() if name not in _FOREIGN}
 
 
 @contextlib.contextmanager

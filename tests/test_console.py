@@ -140,9 +140,8 @@ def on_screen(sent: str) -> list[str]:
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_line_printed_beside_a_progress_bar_has_a_line_of_its_own(stream: str) -> None:
-    code = f"""
-import sys
-from loralib.console import progress, say
+    code = f"""{ALONE}
+from loralib.console import progress
 with progress(total=6, description="training") as bar:
     for number in range(6):
         bar.update()

@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import loralib as lora
 from loralib.bases import load_tokenizer, save_tokenizer
 from loralib.cli import main, run_command
+from loralib.console import printable
 
 NLG = Path(__file__).resolve().parent.parent / "examples" / "NLG"
 TINY = ["--model", "scratch", "--hidden_dim", "32", "--num_layers", "1", "--max_train_samples", "8"]
@@ -272,22 +273,51 @@ def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None
     assert "LoRA on c_attn (1 module)" in out
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii"])
-def test_consoles_that_are_not_utf8_never_crash(encoding: str, tiny_adapter: Path, tmp_path: Path) -> None:
-    """Redirected, in another code page, with text that the page lacks."""
+ALL_LETTERS = "name : Phở Hà Nội | price : £20 → 25 | rating : ★★★ 语言 🎉"
+
+
+def test_what_is_redirected_never_crashes(tiny_adapter: Path, tmp_path: Path) -> None:
+    """Where Python would write in another code page, with text that the page lacks."""
     done = subprocess.run(
         [
             sys.executable, str(NLG / "run_inference.py"), "--adapter", str(tiny_adapter), "--max_new_tokens", "4",
-            "--prompt", "name : Phở Hà Nội | price : £20 → 25 | rating : ★★★ 语言 🎉",
+            "--prompt", ALL_LETTERS,
         ],
-        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(NLG.parents[1])},
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(NLG.parents[1])},
         cwd=tmp_path,
         capture_output=True,
         timeout=300,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode(encoding, "replace")
+    assert done.returncode == 0, done.stderr.decode("ascii", "replace")
     assert b"logits" in done.stdout
+
+
+class Console(io.TextIOWrapper):
+    """A console in a code page."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii"])
+def test_consoles_that_are_not_utf8_never_crash(
+    encoding: str, run: Run, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = Console(encoding), Console(encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    code, _, _ = run("run_inference", "--adapter", str(tiny_adapter), "--max_new_tokens", "4", "--prompt", ALL_LETTERS)
+    assert code == 0, err.text()
+    assert "logits" in out.text()
+    assert printable(ALL_LETTERS, encoding) in out.text()
 
 
 # What it refuses: one message, exit code 2, no traceback, nothing half-written.
@@ -432,14 +462,14 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_the_default_run_learns(run: Run, tmp_path: Path) -> None:
-    """After 20 updates the loss is lower and texts end by themselves; benchmarks/learns.py has the whole claim."""
-    code, out, err = run("run_training", "--max_steps", "20", "--max_valid_samples", "40")
+    """After 12 updates the loss is lower and texts end by themselves; benchmarks/learns.py has the whole claim."""
+    code, out, err = run("run_training", "--max_steps", "12", "--max_valid_samples", "20")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "lora_model/metrics.jsonl").read_text("utf-8").splitlines()]
     valid = [event["loss"] for event in events if event["event"] == "valid"]
     assert valid[-1] <= 0.65 * valid[0]
-    code, out, err = run("run_inference", "--samples", "6", "--no_merge")
+    code, out, err = run("run_inference", "--samples", "4", "--no_merge")
     assert code == 0, err
-    ended = re.search(r"base (\d+), adapted (\d+), of 6", out)
+    ended = re.search(r"base (\d+), adapted (\d+), of 4", out)
     assert ended is not None
-    assert int(ended[2]) >= 5
+    assert int(ended[2]) >= 3
