@@ -18,7 +18,6 @@ from transformers import (
 
 import loralib as lora
 from loralib.bases import load_empty, load_tokenizer, loading
-from loralib.bases.gguf import read_dense
 from loralib.bases.quant import Q4Weight, Q8Weight, QuantizedWeight, linears_of
 from loralib.cli import main
 from loralib.delta import dense
@@ -163,20 +162,6 @@ def test_blocks_are_multiplied_as_they_are(kind, tmp_path):
     for side in (weight, weight.T):
         x = torch.randn(7, side.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
         assert torch.equal(kernels.product(x, side), kernels.product(x, side.dense()))
-
-
-def test_transformers_parses_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed = []
-
-    class Counting(gguf.GGUFReader):
-        def __init__(self, path, *mode):
-            parsed.append(path)
-            super().__init__(path, *mode)
-
-    monkeypatch.setattr(gguf, "GGUFReader", Counting)
-    read_dense(write(made("llama"), tmp_path / "tiny.gguf", KINDS.Q8_0), torch.float32)
-    assert len(parsed) == 1
-    assert gguf.GGUFReader is Counting, "afterwards all is as it was"
 
 
 def test_other_blocks_become_dense_and_that_is_said(tmp_path, capsys):

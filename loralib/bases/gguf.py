@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import io
 import mmap
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -34,8 +32,6 @@ from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of, 
 __all__ = ["check_file", "keep_blocks", "read_dense", "read_tokenizer", "whereabouts"]
 
 _Stored = dict[str, tuple[GGUFTensor, memoryview]]
-
-_READING = threading.Lock()  # for what it takes, functions of the package gguf are replaced
 
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -77,7 +73,7 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
     where, options = whereabouts(path)
     causal: Any = transformers.AutoModelForCausalLM
     try:
-        with _read_once(), contextlib.redirect_stderr(io.StringIO()):  # the reader's bar, whatever the settings are
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar, whatever the settings are
             model, info = causal.from_pretrained(
                 where, **options, dtype=dtype, local_files_only=True, output_loading_info=True
             )
@@ -96,19 +92,6 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
         model.config.__dict__.pop(name, None)
     _scale_rotation(model, path)
     return model
-
-
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
-    """Halves the time that reading takes: transformers parses a file twice, and lays out all names for each module."""
-    package: Any = importlib.import_module("gguf")
-    with _READING:
-        reader, names = package.GGUFReader, package.get_tensor_name_map
-        package.GGUFReader, package.get_tensor_name_map = functools.lru_cache(1)(reader), functools.cache(names)
-        try:
-            yield
-        finally:
-            package.GGUFReader, package.get_tensor_name_map = reader, names
 
 
 def _scale_rotation(model: Any, path: Path) -> None:
