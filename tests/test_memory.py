@@ -24,16 +24,22 @@ faults()
 with keep_freed_memory():
     faults()
     during = faults()
+    with keep_freed_memory(lean=True):
+        lean = faults()
+    faults()
+    again = faults()
 faults()
-print(during, faults())
+print(during, lean, again, faults())
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems' allocators have no such setting")
 def test_a_block_that_was_freed_is_there_again():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    during, after = map(int, done.stdout.split())
+    during, lean, again, after = map(int, done.stdout.split())
     assert during < 1024  # 20 blocks of 1,024 pages
+    assert lean > 10 * 1024
+    assert again < 1024
     assert after < 1024
 
 
