@@ -289,9 +289,12 @@ def draw_picture(runs: dict[str, list[Row]]) -> None:
     left.set_xticks(RANKS, [str(rank) for rank in RANKS])
     left.minorticks_off()
     right.set(xscale="log", xlabel="learning rate (of A)", ylabel="validation loss", title="rank 8, first seed")
+    rates = [GUESS[8] * 2.0**power for power in range(-3, 2)]
+    right.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper center")
     figure.savefig(PAGE.with_suffix(".png"), dpi=110)
 
 
