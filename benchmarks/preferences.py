@@ -12,7 +12,8 @@ about the same length, so that it pads little.  Three kinds of pairs, of random 
 - "chat": single questions and longer answers (median 120 and 150 tokens);
 - "short": prompts of about 40 and answers of about 25 tokens, as in E2E.
 
-Ways take their steps in turn, on the same pairs; minima and medians of ratios.  Writes benchmarks/preferences.json.
+Ways take their steps in turn, on the same pairs; minima and medians of ratios.  Writes into
+benchmarks/preferences.json, where other kinds stay as they are.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(LENGTHS))
     parser.add_argument("--output", type=Path, default=HERE / "preferences.json")
     args = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine("transformers", "peft", "trl"), "rounds": args.rounds}
+    known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    report: dict[str, Any] = known | {"machine": machine("transformers", "peft", "trl"), "rounds": args.rounds}
     with keep_freed_memory(), freeze_objects():
         for objective in args.objectives:
             for kind in args.kinds:
