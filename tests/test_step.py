@@ -155,7 +155,7 @@ def batches(draw, longest=3 * WINDOW):
 
 
 # Building a model is slow and steps leave nothing behind in it, so one model serves all examples.
-several = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+several = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.usefixtures("both_ways")
