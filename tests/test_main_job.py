@@ -462,14 +462,14 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_the_default_run_learns(run: Run, tmp_path: Path) -> None:
-    """After 12 updates the loss is lower and texts end by themselves; benchmarks/learns.py has the whole claim."""
-    code, out, err = run("run_training", "--max_steps", "12", "--max_valid_samples", "20")
+    """After 20 updates the loss is lower and texts end by themselves; benchmarks/learns.py has the whole claim."""
+    code, out, err = run("run_training", "--max_steps", "20", "--max_valid_samples", "40")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "lora_model/metrics.jsonl").read_text("utf-8").splitlines()]
     valid = [event["loss"] for event in events if event["event"] == "valid"]
     assert valid[-1] <= 0.65 * valid[0]
-    code, out, err = run("run_inference", "--samples", "4", "--no_merge")
+    code, out, err = run("run_inference", "--samples", "6", "--no_merge")
     assert code == 0, err
-    ended = re.search(r"base (\d+), adapted (\d+), of 4", out)
+    ended = re.search(r"base (\d+), adapted (\d+), of 6", out)
     assert ended is not None
-    assert int(ended[2]) >= 3
+    assert int(ended[2]) >= 5
