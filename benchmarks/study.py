@@ -1,7 +1,7 @@
 """Which variant of LoRA, and at which rank?  Six of them on E2E, each at its own best learning rate, three seeds.
 
 python benchmarks/study.py train    an hour and a half on two cores, a variant a core; it goes on where it was stopped
-python benchmarks/study.py page     docs/results/variants.md and its picture, of what study.json and variants.json hold
+python benchmarks/study.py picture  draws docs/results/variants.png again, of what study.json holds
 
 SmolLM2-135M in bf16, all linear layers, lora_alpha = 2 rank, 60 updates of 4 examples (one pass over 240).  For each
 variant and rank `loralib.train_many` tries three learning rates a factor of two apart with the first seed, and further
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from machine import machine
 from quality import score, texts_of
+from tables import results, with_best_rate
 
 import loralib as lora
-from loralib.console import say, size, table
+from loralib.console import say
 from loralib.data import TokenExample, draw, encode, group_by_prompt, read_examples
 from loralib.errors import InterruptedRunError, TrainingError
 from loralib.generation import Sampling
@@ -38,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 E2E = ROOT / "examples" / "NLG" / "data" / "e2e"
 RESULTS = HERE / "study.json"
-PAGE = ROOT / "docs" / "results" / "variants.md"
+PICTURE = ROOT / "docs" / "results" / "variants.png"
 RANKS, SEEDS, UPDATES, BATCH, EXTRA = (1, 8, 64), (0, 1, 2), 60, 4, 4
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {"loraplus_lr_ratio": 1.0},
@@ -53,8 +54,6 @@ WITHOUT = {"EVA": (64,)}
 # Where the search begins; it goes on from there to either side.
 GUESS = {1: 6.4e-3, 8: 3.2e-3, 64: 1.6e-3}
 BESIDE = {"LoRA": 1.0, "LoRA+": 0.5, "rsLoRA": 1.0, "DoRA": 1.0, "PiSSA": 0.25, "EVA": 0.5}
-# What a step costs (variants.json) depends on neither learning rates nor how A and B of plain LoRA start.
-COSTS = {"LoRA": "plain", "LoRA+": "plain", "rsLoRA": "rsLoRA", "DoRA": "DoRA", "PiSSA": "PiSSA", "EVA": "plain"}
 SCORES = ("BLEU", "NIST", "ROUGE_L", "CIDEr", "SER")
 COLORS = dict(zip(VARIANTS, ("#222222", "#2171b5", "#238b45", "#d94801", "#6a51a3", "#c51b8a"), strict=True))
 
@@ -185,99 +184,26 @@ def train(folder: Path, updates: int, names: Sequence[str], prompts_at_most: int
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, names))
     runs = {name: [without_path(row) for row in Search(name, folder, updates).rows] for name in names}
-    keep({"updates": updates, "batch_size": BATCH, "machine": machine("transformers"), "runs": runs})
+    found = {"updates": updates, "batch_size": BATCH, "machine": machine("transformers"), "runs": runs}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def without_path(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "path"}
 
 
-def keep(found: dict[str, Any]) -> None:
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(known | found, indent=1) + "\n", encoding="utf-8")
+# --- the picture -----------------------------------------------------------------------------------------------------
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
-
-
-def chosen(rows: Sequence[Row], rank: int) -> list[Row]:
-    """The runs of a rank that have the learning rate with the lowest loss of the first seed."""
-    here = [row for row in rows if row["rank"] == rank]
-    first = [row for row in here if row["seed"] == SEEDS[0] and row["loss"] is not None]
-    best = min(first, key=lambda row: row["loss"])["lr"]
-    return [row for row in here if row["lr"] == best and row["loss"] is not None]
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
-def page() -> None:
-    """Writes the table and the picture."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    header = ("variant", "rank", "lr", "loss", "BLEU", "ROUGE-L", "CIDEr", "SER", "adapter")
-    rows = list(table_rows(found["runs"]))
-    costs = list(cost_rows())
-    draw_picture(found["runs"])
-    losses = {
-        name: [statistics.fmean(row["loss"] for row in chosen(of, rank)) for rank in ranks_of(name)]
-        for name, of in found["runs"].items()
-    }
-    for name, each in losses.items():
-        say(f"{name}: " + ", ".join(f"{loss:.4f}" for loss in each))
-    say(table(rows, header))
-    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "<!-- table -->\n<!-- /table -->\n"
-    text = between(text, "table", markdown(header, rows))
-    text = between(text, "costs", markdown(("variant", "a step", "of LoRA's", "peak memory", "of LoRA's"), costs))
-    PAGE.write_text(text, encoding="utf-8")
-
-
-def between(text: str, name: str, new: str) -> str:
-    """Returns a page with what is between its marks replaced."""
-    before, _, rest = text.partition(f"<!-- {name} -->\n")
-    _, _, after = rest.partition(f"<!-- /{name} -->")
-    return f"{before}<!-- {name} -->\n{new}\n<!-- /{name} -->{after}"
-
-
-def table_rows(runs: dict[str, list[Row]]) -> Iterator[tuple[Any, ...]]:
-    for name, of in runs.items():
-        for rank in ranks_of(name):
-            best = chosen(of, rank)
-            scores = {
-                score: [row["scores"][score] * (1 if score == "CIDEr" else 100) for row in best] for score in SCORES
-            }
-            yield (
-                name, rank, f"{best[0]['lr']:.2g}", mean_and_spread([row["loss"] for row in best], 4),
-                *(mean_and_spread(scores[score], 2 if score == "CIDEr" else 1)
-                  for score in ("BLEU", "ROUGE_L", "CIDEr", "SER")),
-                size(best[0]["adapter_bytes"]),
-            )  # fmt: skip
-
-
-def cost_rows() -> Iterator[tuple[str, ...]]:
-    of = json.loads((HERE / "variants.json").read_text(encoding="utf-8"))["E2E"]
-    for name, cost in COSTS.items():
-        if cost not in of["step_s"]:
-            continue
-        seconds, peak = (of[what][cost] for what in ("step_s", "peak_bytes"))
-        beside = (f"{seconds / of['step_s']['plain']:.2f}", f"{peak / of['peak_bytes']['plain']:.2f}")
-        yield name, f"{seconds:.3f} s", beside[0], size(peak), beside[1]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def draw_picture(runs: dict[str, list[Row]]) -> None:
+def draw_picture() -> None:
     """Losses by rank at the best learning rates, and by learning rate at rank 8."""
     from matplotlib.figure import Figure
 
+    runs: dict[str, list[Row]] = results("study")["runs"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, of) in enumerate(runs.items()):
-        best = [[row["loss"] for row in chosen(of, rank)] for rank in ranks_of(name)]
+        best = [[row["loss"] for row in with_best_rate(of, rank)] for rank in ranks_of(name)]
         beside = [rank * 1.04 ** (number - 2.5) for rank in ranks_of(name)]
         means = [statistics.fmean(losses) for losses in best]
         ends = [[m - min(losses) for m, losses in zip(means, best, strict=True)],
@@ -295,12 +221,12 @@ def draw_picture(runs: dict[str, list[Row]]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend(fontsize=8, loc="upper center")
-    figure.savefig(PAGE.with_suffix(".png"), dpi=110)
+    figure.savefig(PICTURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "page", "one"))
+    parser.add_argument("what", choices=("train", "picture", "one"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loralib-study")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--prompts", type=int, help="texts to write for the scores; all of the test set's by default")
@@ -315,7 +241,7 @@ def main() -> None:
     elif args.what == "train":
         train(args.folder, args.updates, args.variants, args.prompts)
     else:
-        page()
+        draw_picture()
 
 
 if __name__ == "__main__":

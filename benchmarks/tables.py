@@ -169,6 +169,43 @@ def processes() -> Rows:
         yield batch, f"{one['best']:.0f} tokens/s", f"{two['best']:.0f} tokens/s", times(ratio)
 
 
+def with_best_rate(runs: Iterable[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
+    """The runs of a study's variant at a rank and the learning rate with which its first seed has the lowest loss."""
+    here = [run for run in runs if run["rank"] == rank and run["loss"] is not None]
+    best = min((run for run in here if run["seed"] == 0), key=lambda run: run["loss"])
+    return [run for run in here if run["lr"] == best["lr"]]
+
+
+def study() -> Rows:
+    """Variants of LoRA by rank, each at its best learning rate: means over seeds, and their spread."""
+    yield "variant", "rank", "lr", "loss", "BLEU", "ROUGE-L", "CIDEr", "SER", "adapter"
+    digits = {"BLEU": 1, "ROUGE_L": 1, "CIDEr": 2, "SER": 1}
+    for variant, runs in results("study").get("runs", {}).items():
+        for rank in sorted({run["rank"] for run in runs}):
+            best = with_best_rate(runs, rank)
+            scores = {name: [run["scores"][name] * (1 if name == "CIDEr" else 100) for run in best] for name in digits}
+            yield (
+                variant, str(rank), f"{best[0]['lr']:.2g}", mean([run["loss"] for run in best], 4),
+                *(mean(scores[name], places) for name, places in digits.items()),
+                f"{best[0]['adapter_bytes'] / 1e6:.1f} MB",
+            )  # fmt: skip
+
+
+def mean(values: list[float], digits: int) -> str:
+    """A mean and the standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def variants() -> Rows:
+    """A step of each variant on E2E, and the memory of its process, beside plain LoRA's."""
+    yield "variant", "a step", "of LoRA's", "peak memory", "of LoRA's"
+    found = results("variants").get("E2E", {})
+    seconds, peaks = found.get("step_s", {}), found.get("peak_bytes", {})
+    for name in seconds:
+        beside = (f"{of[name] / of['plain']:.2f}" for of in (seconds, peaks))
+        yield name, f"{seconds[name]:.3f} s", next(beside), f"{peaks[name] / 1e9:.2f} GB", next(beside)
+
+
 TABLES = {
     "speed": speed,
     "speed on another processor": functools.partial(speed, "train_speed_zen5"),
@@ -179,4 +216,6 @@ TABLES = {
     "generation": generation,
     "serving": serving,
     "processes": processes,
+    "study": study,
+    "variants": variants,
 }

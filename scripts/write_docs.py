@@ -95,6 +95,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/serving.md": {"serving": functools.partial(figures, "serving")},
     "docs/vi/serving.md": {"serving": functools.partial(figures, "serving")},
+    "docs/results/variants.md": {name: functools.partial(figures, name) for name in ("study", "variants")},
     "docs/scaling.md": {"processes": functools.partial(figures, "processes")},
     "docs/architecture.md": {"import order": import_order},
     "examples/NLG/RUN_DEMO.md": {
