@@ -152,13 +152,13 @@ class _RowProduct(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.bias, ctx.counts, ctx.have = weight, bias, counts, have
-        runs = _runs_of(factors, have, weight)
-        kernels = weight.kernels
-        if kernels is not None and kernels.accept_factors(*runs):
+        runs, kernels = _runs_of(factors, have, weight), weight.kernels
+        ctx.kernels = kernels if kernels is not None and kernels.accept_factors(*runs) else None
+        if ctx.kernels is not None:
             operands = GroupOperands([weight.weight], [bias], runs, runs, counts)
-            h, (y,) = kernels.lora(x, x, operands)
+            h, outputs = ctx.kernels.lora(x, x, operands)
             ctx.save_for_backward(x, h, *factors)
-            return y
+            return cast(Tensor, outputs[0])
         added = x.new_empty(len(x), len(weight.weight))
         h = x.new_empty(len(x), max(len(A) for A, _ in runs))
         for (A, (B,)), part, of_part, into in zip(runs, *_rows(counts, x, h, added), strict=True):
@@ -173,10 +173,9 @@ class _RowProduct(torch.autograd.Function):
         weight, counts, wants_x = ctx.weight, ctx.counts, ctx.needs_input_grad[0]
         of_factors = [torch.empty_like(factor) for factor in factors]
         runs, gradients = (_runs_of(each, ctx.have, weight) for each in (factors, of_factors))
-        kernels = weight.kernels
-        if kernels is not None and kernels.accept_factors(*runs):
+        if ctx.kernels is not None:
             operands = GroupOperands([weight.weight], [ctx.bias], runs, gradients, counts)
-            of_x, _ = kernels.lora_back([gradient], x, h, operands, wants_x=wants_x, wants_seen=False)
+            of_x, _ = ctx.kernels.lora_back([gradient], x, h, operands, wants_x=wants_x, wants_seen=False)
             return of_x, None, None, None, None, *of_factors
         of_x = torch.empty_like(x) if wants_x else None
         parts = zip(runs, gradients, *_rows(counts, x, h, gradient, range(len(x))), strict=True)

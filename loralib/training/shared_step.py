@@ -82,9 +82,9 @@ class SharedStep(Step):
         of_states = torch.searchsorted(laid.states, places)
         given = [1.0 if scale is None else scale for scale in scales]
         by = torch.tensor(given).repeat_interleave(torch.searchsorted(laid.rows, of_states).diff())
-        states, head = self._states(laid, laid.states)
         device = self._forward.device
         predictions = Predictions.of(laid.rows, laid.targets, laid.weights * by, len(laid.states), device)
+        states, head = self._states(laid, laid.states)
         options: dict[str, Any] = {"chunk": self._chunk, "label_smoothing": self._label_smoothing}
         found = head_loss(head, states, predictions, gradient_scale=None if scales[0] is None else 1.0, **options)
         assert found.of_states is not None
