@@ -148,11 +148,8 @@ def steps(rounds: int) -> dict[str, Any]:
             ]
             say(table(rows, header=[f"{name}, {tokens} tokens", "", "", "median"]))
         base = sizes["bf16"]["base_bytes"]
-        say(
-            table(
-                [[k, f"{of['base_bytes'] / base:.3f}"] for k, of in sizes.items()], header=[f"{name}, whole base", ""]
-            )
-        )
+        shares = [[kind, f"{of['base_bytes'] / base:.3f}"] for kind, of in sizes.items()]
+        say(table(shares, header=[f"{name}, whole base", ""]))
         found[name] = {"sizes": sizes, "times": times}
         del ways
         gc.collect()
@@ -191,16 +188,13 @@ def learns(ways: Sequence[str], updates: int, seeds: int) -> dict[str, Any]:
     """Validation losses on E2E after so many updates of 8 examples."""
     found: dict[str, Any] = {"updates": updates, "ways": {}}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a run a core: faster than each on all cores in turn
-        runs = {way: [pool.submit(run, way, updates, n, 200) for n in range(seeds_of(way, seeds))] for way in ways}
+        counts = {way: 1 if way in PEERS else seeds for way in ways}
+        runs = {way: [pool.submit(run, way, updates, n, 200) for n in range(counts[way])] for way in ways}
         for way, futures in runs.items():
             results = [future.result() for future in futures]
             found["ways"][way] = {name: [each[name] for each in results] for name in ("loss_before", "loss", "step_s")}
             say(f"{way}: {found['ways'][way]}")
     return with_ratios(found)
-
-
-def seeds_of(way: str, seeds: int) -> int:
-    return 1 if way in PEERS else seeds
 
 
 def with_ratios(found: dict[str, Any]) -> dict[str, Any]:

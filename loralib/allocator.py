@@ -16,7 +16,6 @@ __all__ = ["keep_freed_memory"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MMAP_USUAL, _TRIM_USUAL, _MMAP_LEAN = 32 << 20, 64 << 20, 1 << 20
 
-
 _leans: list[bool] = []  # of the contexts that are open, one inside another
 
 
@@ -48,11 +47,11 @@ def keep_freed_memory(lean: bool = False) -> Iterator[None]:
 
 def _set_up(libc: Any) -> None:
     """Does as the innermost context says, or as usual."""
-    keeps = bool(_leans) and not _leans[-1]
-    libc.mallopt(_TRIM_THRESHOLD, -1 if keeps else _TRIM_USUAL)
-    if _leans and _leans[-1]:
+    lean = _leans[-1] if _leans else None
+    libc.mallopt(_TRIM_THRESHOLD, -1 if lean is False else _TRIM_USUAL)
+    if lean:
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_LEAN)
-    elif not keeps or not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
+    elif lean is None or not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
 
 

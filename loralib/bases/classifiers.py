@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import LABELS, Adapter, apply_adapter
+from ..allocator import keep_freed_memory
 from ..errors import AdapterError, BaseModelError, ConfigError, first_line, list_faults
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..targets import HEADS
@@ -243,7 +244,7 @@ def _read(
     """Reads a model and returns it with the names of its tensors that are new."""
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with quiet_reading():
+        with quiet_reading(), keep_freed_memory(lean=True):
             model, info = import_transformers().AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=dtype,

@@ -381,7 +381,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with quiet_reading(), keep_freed_memory(lean=True) if fewer_bits else contextlib.nullcontext():
+        with quiet_reading(), keep_freed_memory(lean=True):  # each weight is made in 16 bits first, once
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,
