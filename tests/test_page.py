@@ -28,6 +28,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 import loralib as lora  # noqa: E402
 from loralib.bases.loading import load_tokenizer  # noqa: E402
+from loralib.generation import Generator  # noqa: E402
 from loralib.serve.app import create_app  # noqa: E402
 from loralib.serve.page.exports import Exports  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
@@ -302,7 +303,9 @@ def test_the_slider_changes_the_text_and_nobody_elses(
     )
 
 
-def test_a_chat_keeps_its_turns_and_a_stop_stops(visit: Callable[..., Any], trained: SimpleNamespace) -> None:
+def test_a_chat_keeps_its_turns_and_a_stop_stops(
+    visit: Callable[..., Any], trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = visit()
     page.get_by_text("Chat", exact=True).click()
     ask(page, "Hello")
@@ -312,6 +315,9 @@ def test_a_chat_keeps_its_turns_and_a_stop_stops(visit: Callable[..., Any], trai
     page.get_by_role("button", name="New conversation").click()
     page.get_by_role("textbox", name="Message", exact=True).fill("Go on")
     page.get_by_label("Tokens at most").fill("200")
+    # A model so small writes 200 tokens while a browser looks for a button.
+    step = Generator.step
+    monkeypatch.setattr(Generator, "step", lambda generator: time.sleep(0.02) or step(generator))
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile(r"^\d+ tokens")).first.wait_for()
     page.get_by_role("button", name="Stop").click()
