@@ -49,8 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"loraplus_lr_ratio": 1.0, "init_lora_weights": "pissa_niter_16"},
     "EVA": {"loraplus_lr_ratio": 1.0, "init_lora_weights": "eva"},
 }
-# EVA decomposes the inputs of all layers first, for minutes at rank 64, for each run.
-WITHOUT = {"EVA": (64,)}
 # Where the search begins; it goes on from there to either side.
 GUESS = {1: 6.4e-3, 8: 3.2e-3, 64: 1.6e-3}
 BESIDE = {"LoRA": 1.0, "LoRA+": 0.5, "rsLoRA": 1.0, "DoRA": 1.0, "PiSSA": 0.25, "EVA": 0.5}
@@ -75,15 +73,11 @@ def examples(split: str, count: int) -> list[TokenExample]:
 # --- one variant, in a process of its own ----------------------------------------------------------------------------
 
 
-def ranks_of(variant: str) -> list[int]:
-    return [rank for rank in RANKS if rank not in WITHOUT.get(variant, ())]
-
-
 class Search:
     """The runs of one variant, kept on disk."""
 
     def __init__(self, variant: str, folder: Path, updates: int) -> None:
-        self.variant, self.updates, self.ranks = variant, updates, ranks_of(variant)
+        self.variant, self.updates = variant, updates
         self.folder, self.file = folder / variant, folder / f"{variant}.json"
         self.rows: list[Row] = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else []
 
@@ -142,20 +136,20 @@ class Search:
         return [tried[0] / 2] * (best == tried[0]) + [tried[-1] * 2] * (best == tried[-1])
 
     def search(self) -> None:
-        first = {rank: GUESS[rank] * BESIDE[self.variant] for rank in self.ranks}
+        first = {rank: GUESS[rank] * BESIDE[self.variant] for rank in RANKS}
         if self.variant == "rsLoRA":  # whose factor is sqrt(rank) times the other's
             first = {rank: lr / 2 ** round(math.log2(rank) / 2) for rank, lr in first.items()}
         runs = [(rank, lr * factor, SEEDS[0]) for rank, lr in first.items() for factor in (0.5, 1, 2)]
         while runs:
             self.run(runs)
-            runs = [(rank, lr, SEEDS[0]) for rank in self.ranks for lr in self.beyond(rank)]
-        self.run([(rank, self.best(rank), seed) for rank in self.ranks for seed in SEEDS[1:]])
+            runs = [(rank, lr, SEEDS[0]) for rank in RANKS for lr in self.beyond(rank)]
+        self.run([(rank, self.best(rank), seed) for rank in RANKS for seed in SEEDS[1:]])
 
     def score(self, prompts_at_most: int | None) -> None:
         """Lets the runs with the best learning rates write the test set's texts."""
         inputs = group_by_prompt(read_examples(E2E / "test.txt"))[:prompts_at_most]
         model, tokenizer = base()
-        for rank in self.ranks:
+        for rank in RANKS:
             for seed in SEEDS:
                 row = self.row(rank, self.best(rank), seed)
                 if row is None or row["loss"] is None or "scores" in row:
@@ -203,8 +197,8 @@ def draw_picture() -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, of) in enumerate(runs.items()):
-        best = [[row["loss"] for row in with_best_rate(of, rank)] for rank in ranks_of(name)]
-        beside = [rank * 1.04 ** (number - 2.5) for rank in ranks_of(name)]
+        best = [[row["loss"] for row in with_best_rate(of, rank)] for rank in RANKS]
+        beside = [rank * 1.04 ** (number - 2.5) for rank in RANKS]
         means = [statistics.fmean(losses) for losses in best]
         ends = [[m - min(losses) for m, losses in zip(means, best, strict=True)],
                 [max(losses) - m for m, losses in zip(means, best, strict=True)]]  # fmt: skip

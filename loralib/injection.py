@@ -35,7 +35,7 @@ from .targets import (
     unsaved_head,
     with_head,
 )
-from .variants import eva_start, share_rows
+from .variants import EvaStart, eva_start, share_rows
 from .wrapping import (
     input_table,
     is_spread,
@@ -53,6 +53,7 @@ __all__ = [
     "adapted_layers",
     "adapted_model",
     "disabled",
+    "eva_start_for",
     "fingerprint",
     "first_fingerprint",
     "inject",
@@ -141,7 +142,9 @@ class Injection:
     carried: tuple[str, ...] = ()
 
 
-def inject(model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None = None) -> InjectReport:
+def inject(
+    model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None = None, eva: EvaStart | None = None
+) -> InjectReport:
     """Adapts a model in place and freezes all but the adapter.
 
     Args:
@@ -151,6 +154,7 @@ def inject(model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None =
             task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
         batches: for ``init_lora_weights="eva"``: some of the data, each what the model is called with: a tensor, or a
             dictionary of keyword arguments, of which "attention_mask" and "labels" say what counts, as in PEFT.
+        eva: instead of batches, what `eva_start_for` made of them, for several models with one base.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
@@ -184,25 +188,38 @@ def inject(model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None =
     if faults := mixed_blocks(model, targets):
         raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
     if config.init_lora_weights != "eva":
-        if batches is not None:
+        if batches is not None or eva is not None:
             raise ConfigError(
                 f"batches are for init_lora_weights 'eva', and it is {config.init_lora_weights!r}; leave them out"
             )
         return inject_targets(model, config, targets)
-    return _inject_eva(model, config, targets, batches)
+    return _inject_eva(model, config, targets, eva or _eva_start(model, config, targets, batches))
 
 
-def _inject_eva(
+def eva_start_for(model: nn.Module, config: LoraConfig, batches: Iterable[Any]) -> EvaStart:
+    """Returns the start that `inject` would make of these batches with a config of EVA's."""
+    config = with_head(model, config)
+    return _eva_start(model, config, match_modules(model, config), batches)
+
+
+def _eva_start(
     model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], batches: Iterable[Any] | None
-) -> InjectReport:
-    """Adapts a model with EVA's ranks and starts; see `loralib.variants.eva`."""
+) -> EvaStart:
     if batches is None:
         raise ConfigError(
             "init_lora_weights is 'eva', which starts from data: pass inject(model, config, batches), or let train() "
             "do it; without data there is 'pissa'"
         )
-    linears = [target for target in targets if issubclass(target.mixin, LoRALinear)]
-    start = eva_start(model, linears, batches, config)
+    return eva_start(model, _linears(targets), batches, config)
+
+
+def _linears(targets: Sequence[TargetModule]) -> list[TargetModule]:
+    return [target for target in targets if issubclass(target.mixin, LoRALinear)]
+
+
+def _inject_eva(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], start: EvaStart) -> InjectReport:
+    """Adapts a model with EVA's ranks and starts; see `loralib.variants.eva`."""
+    linears = _linears(targets)
     left = [target.name for target in targets if target not in linears or target.name in start.A]
     ranks = {target.name: target.r for target in targets} | {name: len(A) for name, A in start.A.items()}
     alphas = {target.name: target.lora_alpha for target in targets} | dict(start.lora_alphas)

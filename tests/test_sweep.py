@@ -19,8 +19,8 @@ from loralib import errors
 from loralib.cli import main
 from loralib.data import TokenExample
 from loralib.engine.row_linears import why_not_shared
-from loralib.injection import adapted_layers
-from loralib.training import many, run_directory, trainer
+from loralib.injection import adapted_layers, eva_start_for
+from loralib.training import many, run_directory, start, trainer
 from loralib.training.report import read_metrics
 from loralib.training.run_directory import checkpoint_files
 from loralib.training.shared_step import SharedStep
@@ -122,6 +122,24 @@ def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(bot
         for name, p in twin.named_parameters():
             if p.requires_grad:
                 assert (together[name] - p.grad).norm() < 0.05 * p.grad.norm()
+
+
+def test_runs_of_eva_share_what_they_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decomposition depends on the data and the rank, not on rates and seeds."""
+    made: list[int] = []
+
+    def counted(model: nn.Module, config: lora.LoraConfig, batches: Any) -> Any:
+        made.append(config.r)
+        return eva_start_for(model, config, batches)
+
+    monkeypatch.setattr(start, "eva_start_for", counted)
+    settings = [{"rank": 2, "lr": 3e-3}, {"rank": 2, "lr": 1e-3, "seed": 5}, {"rank": 3, "lr": 3e-3}]
+    configs = [lora.TrainConfig(**COMMON, init_lora_weights="eva", **each) for each in settings]
+    result = sweep(tmp_path / "together", configs)
+    assert made == [2, 3]
+    for number, (config, run) in enumerate(zip(configs, result.runs, strict=True)):
+        by_itself = alone(tmp_path / f"alone-{number}", config)
+        assert run.result.losses == pytest.approx(by_itself.losses, abs=1e-5)
 
 
 def test_the_model_is_afterwards_what_it_was(tmp_path: Path) -> None:

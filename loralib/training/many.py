@@ -46,6 +46,7 @@ from .record import run_record
 from .report import Reporter, plot_runs
 from .run_directory import RunDirectory, checkpoint_files, hold_run, updates_of
 from .shared_step import Part, SharedStep
+from .start import EvaStarts
 from .step import Step, make_step
 from .sweep_record import Outcome, SweepResult, read_record_of, same_settings, sweep_table, write_record_of
 from .trainer import (
@@ -306,11 +307,11 @@ class _Sweep:
 
     def _twins(self, plans: Mapping[_Run, Plan]) -> tuple[dict[_Run, nn.Module], list[_Run]]:
         twins: dict[_Run, nn.Module] = {}
-        apart, needed = [], 0
+        apart, needed, eva_starts = [], 0, EvaStarts()
         free = free_on(device_of(self.model))
         for run, plan in plans.items():
             twin = twin_of(self.model)
-            adapt(twin, plan, Reporter(False))
+            adapt(twin, plan, Reporter(False), eva_starts)
             if why := why_not_shared(twin):
                 run.why_alone = why
                 self.reporter.say(f"  {run.name} trains by itself: {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,15 +27,17 @@ from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..errors import BaseModelError, ConfigError, list_faults
 from ..formats import is_read_with_base, read_adapter
-from ..injection import adapted_layers, injection_of
+from ..injection import adapted_layers, eva_start_for, injection_of
+from ..variants import EvaStart
 from ..wrapping import is_sharded, is_spread
 from .config import TrainConfig
 from .ranks import ALONE, Ranks
 
 __all__ = [
+    "EvaStarts",
     "adapter_to_train_on",
     "base_for",
-    "eva_batches",
+    "data_start",
     "full_precision",
     "load_base_for",
     "refuse_other_variant",
@@ -191,26 +194,50 @@ def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
         )
 
 
-def eva_batches(model: nn.Module, examples: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
-    """Yields the inputs for ``init_lora_weights="eva"``: some of the examples, spread evenly over all of them."""
+EvaStarts = dict[tuple[str, tuple[TokenExample, ...]], EvaStart]  # by the adapter's settings and the rows
+
+
+def data_start(
+    model: nn.Module, config: LoraConfig, examples: Sequence[TokenExample], known: EvaStarts | None = None
+) -> EvaStart | None:
+    """Returns the start that ``init_lora_weights="eva"`` makes of some of the examples; None for other starts.
+
+    What is known already is not made again, and what is not is added to it: the runs of a sweep that differ in their
+    learning rates start from one decomposition, which takes minutes at high ranks.
+    """
+    if config.init_lora_weights != "eva":
+        return None
+    rows, known = _eva_rows(examples), {} if known is None else known
+    key = (json.dumps(config.to_dict(), sort_keys=True), rows)
+    if key not in known:
+        known[key] = eva_start_for(model, config, _eva_batches(model, rows))
+    return known[key]
+
+
+def _eva_rows(examples: Sequence[TokenExample]) -> tuple[TokenExample, ...]:
+    """Returns the rows of tokens that ``init_lora_weights="eva"`` starts from, spread evenly over all of them."""
+    rows = [row for example in examples for row in example.rows]
+    return tuple(rows[:: max(1, len(rows) // _EVA_ROWS)][:_EVA_ROWS])
+
+
+def _eva_batches(model: nn.Module, rows: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
+    """Yields some rows as `loralib.inject` takes them for ``init_lora_weights="eva"``."""
     device = device_of(model)
-    examples = [row for example in examples for row in example.rows]
-    chosen = examples[:: max(1, len(examples) // _EVA_EXAMPLES)][:_EVA_EXAMPLES]
-    for start in range(0, len(chosen), _EVA_BATCH):
-        batch = chosen[start : start + _EVA_BATCH]
+    for start in range(0, len(rows), _EVA_BATCH):
+        batch = rows[start : start + _EVA_BATCH]
         longest = max(map(len, batch))
-        rows = [example.ids + (0,) * (longest - len(example)) for example in batch]
+        ids = [example.ids + (0,) * (longest - len(example)) for example in batch]
         # A position counts where the prediction made there is trained.
         labels = [
             [0 if trained else -100 for trained in (*example.trained[1:], False)] + [-100] * (longest - len(example))
             for example in batch
         ]
         mask = [[1] * len(example) + [0] * (longest - len(example)) for example in batch]
-        tensors = {"input_ids": rows, "attention_mask": mask, "labels": labels}
+        tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         yield {name: torch.tensor(value, device=device) for name, value in tensors.items()}
 
 
-_EVA_EXAMPLES, _EVA_BATCH = 256, 16
+_EVA_ROWS, _EVA_BATCH = 256, 16
 
 
 def full_precision(model: nn.Module) -> list[str]:

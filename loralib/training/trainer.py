@@ -49,7 +49,7 @@ from .record import run_record, settings_and_versions, write_record
 from .report import Metrics, NoMetrics, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
-from .start import adapter_to_train_on, eva_batches, full_precision, refuse_other_variant, spread
+from .start import EvaStarts, adapter_to_train_on, data_start, full_precision, refuse_other_variant, spread
 from .step import Step, make_step
 
 __all__ = [
@@ -218,8 +218,8 @@ def _refuse_unvalidated(config: TrainConfig) -> None:
         )
 
 
-def adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
-    """Gives the model an adapter unless it has one, and makes its weights the base's."""
+def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStarts | None = None) -> None:
+    """Gives the model an adapter unless it has one, and makes its weights the base's; see `data_start`."""
     config, injected = plan.config, None
     lora = config.lora_config()
     if new := [name for name in new_modules(model) if not lora.saves(name)]:
@@ -233,8 +233,7 @@ def adapt(model: nn.Module, plan: Plan, reporter: Reporter) -> None:
         if config.target != "none":
             check_portable(lora, model, config.target)
         torch.manual_seed(config.seed)
-        needs_data = config.init_lora_weights == "eva"
-        injected = inject(model, lora, eva_batches(model, plan.train) if needs_data else None)
+        injected = inject(model, lora, eva=data_start(model, lora, plan.train, eva_starts))
     else:
         refuse_other_variant(config, model)
     unmerge(model)
