@@ -47,7 +47,7 @@ from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
 
-__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "loaded"]
+__all__ = ["FEW_ROWS", "LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "RowUpdates", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -57,6 +57,8 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+# Few rows: up to here our kernel of low-rank updates is faster than PyTorch, and that of whole products is not.
+FEW_ROWS: Final = 64
 _BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
 _AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as any other operator on one number
 # The size from which on a second thread gains more than it costs.
@@ -201,7 +203,7 @@ class RowUpdate(NamedTuple):
     scale: float
 
 
-class _RowUpdates:
+class RowUpdates:
     """A call of the kernel for given rows; it holds the factors whose addresses are among the arguments."""
 
     def __init__(self, function: Any, updates: Sequence[RowUpdate], arguments: tuple[Any, ...]) -> None:
@@ -417,7 +419,7 @@ class Kernels:
             self.accept(each.A, each.B) and each.A.is_contiguous() and each.B.is_contiguous() for each in updates
         )
 
-    def row_updates(self, updates: Sequence[RowUpdate]) -> _RowUpdates:
+    def row_updates(self, updates: Sequence[RowUpdate]) -> RowUpdates:
         """Returns what adds low-rank updates to a linear's result, ``y += scale (x A^T) B`` in the rows of each.
 
         It is called with x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many
@@ -436,7 +438,7 @@ class Kernels:
         function, size, width = self._functions["row_updates", first.A.dtype], first.A.shape[1], first.B.shape[1]
         work = sum(len(rows) * len(each.A) for each, rows in blocks) * (size + width)
         threads = min(torch.get_num_threads(), count) if work >= _AT_ONCE * _GRAIN else 1
-        return _RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
+        return RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
 
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
