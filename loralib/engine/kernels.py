@@ -77,6 +77,7 @@ _ARGUMENTS: Final = {
     "rms_norm_back": "pppppnni",
     "swiglu": "pppni",
     "swiglu_back": "pppppni",
+    "scaled_back": "pppppnni",
     "gelu": "ppni",
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
@@ -374,6 +375,19 @@ class Kernels:
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
         return of_gate, of_up
+
+    def scaled_back(self, gradient: Tensor, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns, of ``y = (1 + step) z``, the gradient in z (T, D) for that in y, and the sums of gradient y (D,).
+
+        Args:
+            gradient: (T, D).
+            y: (T, D).
+            step: (D,).
+        """
+        gradient, y = gradient.contiguous(), y.contiguous()
+        of_z, sums = torch.empty_like(y), torch.zeros(y.shape[-1])
+        self._run("scaled_back", gradient, y, step, of_z, sums, y.numel() // len(step), len(step), like=y)
+        return of_z, sums
 
     def gelu(self, x: Tensor) -> Tensor:
         """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""

@@ -1,9 +1,9 @@
 """The threads that OpenMP keeps between one parallel part of a computation and the next.
 
 Each thread that computes has some of its own.  While there are no more of all of them together than cores, GCC's
-OpenMP lets those that wait spin for a few milliseconds; once there are more, it sends them to sleep at once.  A token of
-a small model has hundreds of short parallel parts.  Waking a thread for each of them made it take half as long again in
-a second thread, although those of the first had nothing to do.
+OpenMP lets those that wait spin for a few milliseconds; once there are more, it sends them to sleep at once.  A token
+of a small model has hundreds of short parallel parts.  Waking a thread for each of them made it take half as long again
+in a second thread, although those of the first had nothing to do.
 """
 
 from __future__ import annotations
