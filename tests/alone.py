@@ -56,7 +56,7 @@ class Rest:
 
 def main(programs: list[str]) -> None:
     rest = Rest(sys.meta_path[:], allowed())
-    assert {"pytest", "peft"} <= rest.hidden
+    assert not {"pytest", "peft"} & allowed()
     sys.meta_path[:] = [rest]
     for program in programs:
         sys.argv = program.split("|")

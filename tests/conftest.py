@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,13 +36,6 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The converted base model is kept between runs in pytest's own cache, and the user's cache is left alone.
     os.environ.setdefault("LORALIB_CACHE", str(config.cache.mkdir("loralib")))
-    # Several workers would all convert it at once, in the time of one each.
-    if config.getoption("numprocesses", None) and not [*Path(os.environ["LORALIB_CACHE"]).glob("smollm2-*")]:
-        convert = "-c|from loralib.bases import load_tokenizer; load_tokenizer('smollm2-135m')"
-        # With no other packages than the demo has: test_scripts.py takes it from here.
-        alone, environment = ROOT / "tests" / "alone.py", {**os.environ, "PYTHONPATH": str(ROOT)}
-        if not subprocess.run([sys.executable, alone, convert], env=environment, check=False).returncode:
-            os.environ["LORALIB_CONVERTED_ALONE"] = os.environ["LORALIB_CACHE"]  # what failed here, tests will report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loralib.engine.frozen_linear import FrozenLinear, FrozenWeight, PrepackedWeight, can_prepack
+import loralib as lora
+from loralib.engine.frozen_linear import (
+    FrozenLinear,
+    FrozenWeight,
+    PrepackedWeight,
+    adapted_overrides,
+    can_prepack,
+)
+from loralib.engine.placement import Hold, overriding
 
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}  # sums in another order, rounded to bf16
 
@@ -90,3 +98,71 @@ def test_a_weight_that_could_be_trained_is_prepacked_where_no_gradient_is_wanted
     override(x).sum().backward()
     assert used == [1]
     assert linear.weight.grad is not None
+
+
+# Layers with LoRA, in generation.
+
+KINDS = {
+    "plain": {},
+    "odd rank": {"r": 3},
+    "blocks": {"enable_lora": {"0": [True, False, True]}},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "bias of B": {"lora_bias": True},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+def adapted(kind, dtype):
+    """A model of one linear (48, 32) with LoRA that was trained a little."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48)).to(dtype)
+    lora.inject(model, lora.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | KINDS[kind]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_layer_computes_few_rows_as_it_says_and_notices_what_changes(kind, dtype):
+    """Between one call and the next a factor is trained, the scaling set, and the adapter switched off and merged."""
+    model = adapted(kind, dtype)
+    layer, x = model[0], drawn(1, 70, 32, dtype=dtype)
+    overrides = adapted_overrides(model.modules())
+    tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
+
+    def check():
+        for rows in (1, 2, 64, 65, 1):
+            expected = layer(x[:, :rows])
+            with overriding(overrides):
+                assert (layer(x[:, :rows]) - expected).abs().max() <= tolerance * expected.abs().max()
+        return expected
+
+    with Hold(model, overrides, "inference"):
+        known = [check()]
+        layer.lora_B.mul_(2)
+        known.append(check())
+        layer.lora_A.data = -layer.lora_A.data
+        known.append(check())
+        layer.scaling *= 3
+        known.append(check())
+        with lora.disabled(model):
+            known.append(check())
+        assert all(not torch.equal(a, b) for i, a in enumerate(known) for b in known[:i])
+        lora.merge(model)
+        check()
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_few_rows_have_gradients_where_they_are_asked_for():
+    model = adapted("plain", torch.float32)
+    overrides = adapted_overrides(model.modules())
+    with Hold(model, overrides, "inference"), overriding(overrides):
+        model[0](drawn(2, 32, dtype=torch.float32)).sum().backward()
+    assert model[0].lora_A.grad.any()
+    assert model[0].lora_B.grad.any()

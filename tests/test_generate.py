@@ -301,6 +301,28 @@ def test_adapted_model_merged_or_not(llama: Any) -> None:
     assert results == [list(result.ids) for result in generate(model, LETTERS, PROMPTS, max_new_tokens=12)]
 
 
+def test_a_generator_notices_that_its_model_was_trained_between_two_requests(llama: Any) -> None:
+    """By whatever optimiser: not every one counts its changes of a tensor."""
+    model = copy.deepcopy(llama)
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    generator = Generator(model, LETTERS)
+
+    def written() -> list[Piece]:
+        generator.add(PROMPTS[0], Sampling(temperature=0.0, max_new_tokens=12))
+        pieces = []
+        while len(generator):
+            pieces += generator.step()
+        return pieces
+
+    before = [token for piece in written() for token in piece.ids]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    after = [token for piece in written() for token in piece.ids]
+    expected = [token for token in alone(model, PROMPTS[0], 12) if token != END]
+    assert after == expected != before
+
+
 # --- the stream ----------------------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,15 @@ def test_gelu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, erro
     assert torch.equal(kernels.gelu_back(torch.ones_like(far), far), (far > 0).to(dtype))
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (400, 1536)])
+def test_scaled_back(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
+    y, gradient, step = (draw(*size, dtype=dtype, seed=seed) for seed, size in enumerate((shape, shape, shape[1:])))
+    of_z, sums = kernels.scaled_back(gradient, y, step)
+    close(of_z, gradient.double() * (1 + step.double()), error)
+    close(sums, (gradient.double() * y.double()).sum(0), 1e-5)
+
+
 def test_swiglu_of_numbers_beyond_the_range_of_exp(kernels: Kernels) -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, -1e-30, 0.0, 88.0, 200.0, 1e30] * 2)
     torch.testing.assert_close(kernels.swiglu(gate, torch.ones(16)), F.silu(gate), rtol=1e-6, atol=1e-30)

@@ -232,14 +232,20 @@ def script(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_all_checks_run_and_any_failure_counts(
-    codes: dict[str, int], expected: int, script: Script, monkeypatch: pytest.MonkeyPatch
+    codes: dict[str, int], expected: int, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LORALIB_CACHE", str(tmp_path))
+    monkeypatch.setenv("LORALIB_CONVERTED_ALONE", "")
     done: list[list[str]] = []
 
     def run(command: list[str]) -> int:
         done.append(command[1:])
         return codes.get(command[1], 0)
 
+    monkeypatch.setattr(sys, "argv", ["test.py", "--prepare"])
+    assert script("test", run)() == 0
+    assert [command[0].partition("|")[0] for command in done] == ["-c"], "the base is converted, and nothing checked"
+    done.clear()
     monkeypatch.setattr(sys, "argv", ["test.py", "-k", "hub", "--torch-index", "URL", "--tb=short"])
     assert script("test", run)() == expected
     assert [command[0] for command in done if command[0] != "pytest"] == ["ruff", "ruff", "mypy", "mkdocs"]
@@ -270,7 +276,7 @@ def test_demo_trains_then_writes_and_stops_where_it_fails(
 @pytest.mark.skipif(shutil.which("bash") is None, reason="CI's entry is a bash script")
 def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
     python = tmp_path / "python3"
-    python.write_text('#!/bin/sh\necho "$PWD $*"\nexit 3\n', encoding="utf-8")
+    python.write_text('#!/bin/sh\necho "$PWD $*"\n[ "$2" = --prepare ] || exit 3\n', encoding="utf-8")
     python.chmod(0o755)
     search = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     done = subprocess.run(
@@ -280,7 +286,7 @@ def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py\n")
+    assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py --prepare\n{ROOT} scripts/test.py\n")
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
@@ -355,7 +361,7 @@ def test_default_model_is_pinned_by_hash() -> None:
 
 def test_the_demo_needs_no_package_beyond_its_pins(tmp_path: Path) -> None:
     """Tests run where more is installed, which hid that accelerate was missing: the base could not be converted."""
-    # Where conftest.py converted the base a moment ago, it did so in the same way.
+    # Where test.py converted the base a moment ago, it did so in the same way.
     cache = os.environ.get("LORALIB_CONVERTED_ALONE", str(tmp_path / "cache"))
     nlg = ROOT / "examples" / "NLG"
     training = f"{nlg / 'run_training.py'}|--max_train_samples|4|--max_valid_samples|2|--num_epochs|1"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import queue
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loralib as lora
 from loralib.engine.bank import Bank
+from loralib.engine.threads import release_threads
 from loralib.errors import AdapterError, BusyServerError, ConfigError, DataError
 from loralib.generation import Generator, Piece, Sampling, TokenLogprob, generate
 from loralib.generation.decoder import CachedDecoder
@@ -706,3 +709,27 @@ def test_a_schema_needs_a_tokenizer_that_can_be_read(bank: Bank) -> None:
 
     with pytest.raises(ConfigError, match="needs a tokenizer of the tokenizers library, and this is a Letters"):
         generate(bank, Letters(), [[1, 2]], json_schema="{}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process' threads")
+def test_waiting_threads_of_a_computation_end_and_begin_again() -> None:
+    """Those of the thread that loaded a model would put the service's to sleep at each operator."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    release_threads()
+    before, at_start = torch.get_num_threads(), threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.ones(2_000_000)
+        once = (x + x).sum()
+        if threads() == at_start:
+            pytest.skip("PyTorch computes here without threads of OpenMP")
+        release_threads()
+        assert threads() == at_start
+        assert (x + x).sum() == once
+        assert threads() > at_start
+    finally:
+        torch.set_num_threads(before)
+        release_threads()

@@ -31,6 +31,7 @@ from ..layers import LoRALayer, LoRALinear
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, loaded
 from .placement import Override, Overrides, own_forward
+from .scaled_outputs import finished
 
 __all__ = ["LayerGroup", "PendingOutputs", "TrainingLinears", "groups_of", "has_factors", "is_frozen", "record_call"]
 
@@ -300,7 +301,7 @@ class LayerGroup:
     @staticmethod
     def _finished(layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
         """Returns a layer's output (..., out) for x, of which (T, out) is what the products make."""
-        return layer.finished(output, in_place=True).view(*x.shape[:-1], output.shape[-1])
+        return finished(layer, output).view(*x.shape[:-1], output.shape[-1])
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""

@@ -37,13 +37,12 @@ from ..injection import adapted_layers
 from ..layers import is_conv1d
 from ..wrapping import input_table, output_head, unwrapped
 from .forward import plain_logits
-from .kernels import RowUpdate, loaded
+from .kernels import FEW_ROWS, RowUpdate, loaded
 from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
 
 __all__ = ["Bank", "Described", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
-_MANY: Final = 64  # rows of one adapter from which on PyTorch's products are faster than the kernel
 _SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
 
 _SCALES: Final = 64  # of one adapter that are remembered
@@ -496,7 +495,7 @@ class _Places:
             if slot is not None:
                 of.setdefault(slot, (slot.scale, []))[1].extend(range(start, start + count))
             start += count
-        return None if any(len(own) > _MANY for _, own in of.values()) else cls(start, of)
+        return None if any(len(own) > FEW_ROWS for _, own in of.values()) else cls(start, of)
 
 
 def _by_kernel(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..bases.quant import QuantizedWeight
 from ..delta import low_rank, state_of
 from ..layers import LoRALayer, LoRALinear, is_conv1d
-from .kernels import Kernels, loaded
+from .kernels import FEW_ROWS, Kernels, RowUpdate, RowUpdates, loaded
 from .placement import Overrides, own_forward
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "FrozenLinear",
     "FrozenWeight",
     "PrepackedWeight",
+    "adapted_overrides",
     "can_prepack",
     "prepacked_overrides",
     "quantized_overrides",
@@ -122,7 +123,8 @@ class FrozenWeight:
             return self._copy("forward", self.weight).times(x, bias=bias, added=added)
         if added is not None and bias is not None:
             added = added.add_(bias)
-        if self.kernels is not None:
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and not isinstance(self.weight, QuantizedWeight)
+        if self.kernels is not None and not few:
             y = self.kernels.product(x.reshape(-1, x.shape[-1]), self.weight, bias if added is None else added)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)  # as a view it could not be changed in place
         return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
@@ -159,6 +161,7 @@ class FrozenLinear:
         self._kind = type(module)
         self._frozen = FrozenWeight(weight_of(module), prepack)
         self._version, self._address = -1, 0  # of the weight when it was last looked at
+        self._update: _Update | None = None
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -188,8 +191,59 @@ class FrozenLinear:
         else:
             y = self._frozen.times(x, bias=bias)
         if isinstance(module, LoRALinear) and module._active:
-            y = module.finished(y + low_rank(module._drop(x), *module.factors(), module.scaling))
+            if not self._add_to_few_rows(module, x, y):
+                y = y + low_rank(module._drop(x), *module.factors(), module.scaling)
+            y = module.finished(y)
         return y
+
+    def forget_update(self) -> None:
+        """Has what a layer with LoRA adds read anew from it."""
+        self._update = None
+
+    def _add_to_few_rows(self, layer: LoRALinear, x: Tensor, y: Tensor) -> bool:
+        """Adds a layer's low-rank update to y in one call of our kernel; returns False where that cannot be done.
+
+        PyTorch takes seven operators for it, which at a row or two take longer than the products.
+        """
+        rows = x.numel() // x.shape[-1]
+        plain = x.is_contiguous() and y.is_contiguous() and not (layer.lora_dropout and layer.training)
+        if rows > FEW_ROWS or not plain or torch.is_grad_enabled():
+            return False
+        if self._update is None or self._update.is_outdated(layer):
+            self._update = _Update(layer, x.dtype)
+        add = self._update.of_rows(rows)
+        if add is not None:
+            add(x, y)
+        return add is not None
+
+
+class _Update:
+    """The low-rank update of a layer as it is now, with factors cast to the dtype of its inputs."""
+
+    def __init__(self, layer: LoRALinear, dtype: torch.dtype) -> None:
+        self._seen, self._kernels = _tensors_of(layer), loaded()
+        A, B = (factor.detach().to(dtype) for factor in layer.factors())
+        self._whole = RowUpdate((), A.contiguous(), B.T.contiguous(), layer.scaling)
+        self._calls: dict[int, RowUpdates] = {}
+
+    def is_outdated(self, layer: LoRALinear) -> bool:
+        """Whether the layer's update is another one by now."""
+        return self._seen != _tensors_of(layer) or self._whole.scale != layer.scaling
+
+    def of_rows(self, count: int) -> RowUpdates | None:
+        """Returns what adds it to so many rows; None where the kernel does not take it."""
+        if count not in self._calls:
+            update = self._whole._replace(rows=range(count))
+            if self._kernels is None or not self._kernels.accept_row_updates([update]):
+                return None
+            self._calls[count] = self._kernels.row_updates([update])
+        return self._calls[count]
+
+
+def _tensors_of(layer: LoRALinear) -> list[tuple[int, int | None]]:
+    """Returns what differs once an update's tensors hold other values."""
+    held = [t for name, t in (*layer._parameters.items(), *layer._buffers.items()) if name not in ("weight", "bias")]
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in held if t is not None]
 
 
 def _address(tensor: Tensor) -> int:
@@ -223,6 +277,14 @@ def quantized_overrides(modules: Iterable[nn.Module]) -> Overrides:
         m for m in modules if isinstance(m._parameters.get("weight"), QuantizedWeight) and FrozenLinear.accepts(m)
     ]
     return {m: FrozenLinear(m, prepack=False) for m in linears if kernels_for(weight_of(m)) is not None}
+
+
+def adapted_overrides(modules: Iterable[nn.Module]) -> Overrides:
+    """Returns overrides of linears with LoRA that add the update of few rows in one call; none without our kernels."""
+    if loaded() is None:
+        return {}
+    linears = [m for m in modules if isinstance(m, LoRALinear) and m.r > 0 and FrozenLinear.accepts(m)]
+    return {m: FrozenLinear(m, prepack=False) for m in linears}
 
 
 def prepacked_overrides(modules: Iterable[nn.Module]) -> Overrides:

@@ -726,6 +726,27 @@ void NAME(swiglu_back)(const T *g, const T *a, const T *b, T *of_a, T *of_b, int
     }
 }
 
+/* Of y = s z for rows z (n, d) and s = 1 + step (d): the gradient in z for g in y, and sum(g y) for each column. */
+void NAME(scaled_back)(const T *g, const T *y, const T *step, T *of_z, float *sums, int64_t n, int64_t d, int threads) {
+    int64_t vectors = d / LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; part++) { /* of the columns */
+        int64_t begin = vectors * part / threads * LANES, end = vectors * (part + 1) / threads * LANES;
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            int64_t stop = i + BLOCK < n ? i + BLOCK : n;
+            for (int64_t j = begin; j < end; j += LANES) {
+                vec total = load_f32(sums + j), more = LOAD(step + j);
+                for (int64_t k = i; k < stop; k++) {
+                    vec x = LOAD(g + k * d + j);
+                    STORE(of_z + k * d + j, x + x * more);
+                    total += x * LOAD(y + k * d + j);
+                }
+                store_f32(sums + j, total);
+            }
+        }
+    }
+}
+
 /* y = 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3), for n numbers. */
 #define TWICE_U(x) ((x) * 1.59576912f * (1 + 0.044715f * (x) * (x)))
 

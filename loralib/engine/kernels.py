@@ -47,7 +47,7 @@ from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
 
-__all__ = ["LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "loaded"]
+__all__ = ["FEW_ROWS", "LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "RowUpdates", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
@@ -57,6 +57,8 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+# Few rows: up to here our kernel of low-rank updates is faster than PyTorch, and that of whole products is not.
+FEW_ROWS: Final = 64
 _BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
 _AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as any other operator on one number
 # The size from which on a second thread gains more than it costs.
@@ -75,6 +77,7 @@ _ARGUMENTS: Final = {
     "rms_norm_back": "pppppnni",
     "swiglu": "pppni",
     "swiglu_back": "pppppni",
+    "scaled_back": "pppppnni",
     "gelu": "ppni",
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
@@ -201,7 +204,7 @@ class RowUpdate(NamedTuple):
     scale: float
 
 
-class _RowUpdates:
+class RowUpdates:
     """A call of the kernel for given rows; it holds the factors whose addresses are among the arguments."""
 
     def __init__(self, function: Any, updates: Sequence[RowUpdate], arguments: tuple[Any, ...]) -> None:
@@ -373,6 +376,19 @@ class Kernels:
         self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
         return of_gate, of_up
 
+    def scaled_back(self, gradient: Tensor, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns, of ``y = (1 + step) z``, the gradient in z (T, D) for that in y, and the sums of gradient y (D,).
+
+        Args:
+            gradient: (T, D).
+            y: (T, D).
+            step: (D,).
+        """
+        gradient, y = gradient.contiguous(), y.contiguous()
+        of_z, sums = torch.empty_like(y), torch.zeros(y.shape[-1])
+        self._run("scaled_back", gradient, y, step, of_z, sums, y.numel() // len(step), len(step), like=y)
+        return of_z, sums
+
     def gelu(self, x: Tensor) -> Tensor:
         """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
         return self._each_number("gelu", x)
@@ -417,7 +433,7 @@ class Kernels:
             self.accept(each.A, each.B) and each.A.is_contiguous() and each.B.is_contiguous() for each in updates
         )
 
-    def row_updates(self, updates: Sequence[RowUpdate]) -> _RowUpdates:
+    def row_updates(self, updates: Sequence[RowUpdate]) -> RowUpdates:
         """Returns what adds low-rank updates to a linear's result, ``y += scale (x A^T) B`` in the rows of each.
 
         It is called with x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many
@@ -436,7 +452,7 @@ class Kernels:
         function, size, width = self._functions["row_updates", first.A.dtype], first.A.shape[1], first.B.shape[1]
         work = sum(len(rows) * len(each.A) for each, rows in blocks) * (size + width)
         threads = min(torch.get_num_threads(), count) if work >= _AT_ONCE * _GRAIN else 1
-        return _RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
+        return RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
 
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""

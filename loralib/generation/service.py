@@ -17,6 +17,7 @@ from ..budget import cache_per_token, free_on
 from ..engine.bank import Bank, bank_and_base
 from ..engine.forward import device_of
 from ..engine.limits import context_length
+from ..engine.threads import release_threads
 from ..errors import BusyServerError, UnsupportedModelError
 from .pages import PAGE
 from .sampling import Sampling
@@ -112,6 +113,7 @@ class Service:
         self._listeners: dict[int, Listener] = {}
         self._closing = False
         self._deadline = 0.0
+        release_threads()  # of the caller, who has loaded the model: they would slow this thread's down
         self._thread = threading.Thread(target=self._run, name="loralib-service", daemon=True)
         self._thread.start()
 
