@@ -417,6 +417,24 @@ def test_a_rank_that_is_killed_ends_the_run_and_resuming_goes_on(alone: Callable
     assert is_close(tmp_path, alone("packed and shared"))
 
 
+def test_a_rank_that_is_gone_is_told_from_a_fault_of_the_model() -> None:
+    """A model that is spread over the ranks waits for them itself, in the middle of a pass."""
+
+    def run(rank: int) -> Any:
+        with joined() as ranks:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with pytest.raises(RuntimeError, match="must match") as fault, ranks.computing():
+                torch.ones(2) + torch.ones(3)
+            assert not isinstance(fault.value, errors.LoraError)
+            with ranks.computing():
+                torch.distributed.all_reduce(torch.ones(1))
+
+    survivor, _ = together(2, run)
+    assert isinstance(survivor, errors.TrainingError)
+    assert "another process of this run has died" in str(survivor)
+
+
 def test_who_finds_a_rank_gone_tells_of_it_before_obeying_its_launcher() -> None:
     """The launcher's SIGTERM used to end it first, silently, in one of twenty kills."""
     handler = signal.getsignal(signal.SIGTERM)

@@ -101,6 +101,11 @@ class Ranks:
         """Does something, such as a download, on the first rank of each machine, and then on the others there."""
         return action()
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Wraps passes in which a model that is spread over the ranks waits for them itself."""
+        yield
+
     def seed(self, seed: int, update: int) -> None:
         """Gives each rank random numbers of its own for an update, for the masks of dropout.
 
@@ -232,6 +237,15 @@ class _Group(Ranks):
             raise ConfigError(list_faults("the processes of this run do not agree", faults, fix))
 
     @contextmanager
+    def computing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LoraError) or not _is_of_a_connection(error):
+                raise
+            raise self.blame(error) from error
+
+    @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns the failure of what ranks do together into the error of the rank that is to blame."""
         try:
@@ -281,6 +295,11 @@ class _Group(Ranks):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if self.is_first:
                 self.store.set("first ended", "1")
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether an error is that of a group of processes, and not of what they compute; gloo's have no class."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _take_time_to_tell() -> None:

@@ -360,9 +360,10 @@ class Trainer:
         self.model.train()
         try:
             self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
-            self._compute_reference()
-            with self.step:  # the engine holds the model's forward pass from here to the last validation
-                self._compute_all()
+            with self.ranks.computing():
+                self._compute_reference()
+                with self.step:  # the engine holds the model's forward pass from here to the last validation
+                    self._compute_all()
         finally:
             self.reporter.close_bar()
             self.model.train(was_training)
