@@ -154,7 +154,7 @@ def inject(
             task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
         batches: for ``init_lora_weights="eva"``: some of the data, each what the model is called with: a tensor, or a
             dictionary of keyword arguments, of which "attention_mask" and "labels" say what counts, as in PEFT.
-        eva: instead of batches, what `eva_start_for` made of them, for several models with one base.
+        eva: instead of batches, what `loralib.injection.eva_start_for` made of them, for several models with one base.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
