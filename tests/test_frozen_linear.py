@@ -10,8 +10,8 @@ from loralib.engine.frozen_linear import (
     FrozenLinear,
     FrozenWeight,
     PrepackedWeight,
-    adapted_overrides,
     can_prepack,
+    kernel_overrides,
 )
 from loralib.engine.placement import Hold, overriding
 
@@ -133,7 +133,7 @@ def test_a_layer_computes_few_rows_as_it_says_and_notices_what_changes(kind, dty
     """Between one call and the next a factor is trained, the scaling set, and the adapter switched off and merged."""
     model = adapted(kind, dtype)
     layer, x = model[0], drawn(1, 70, 32, dtype=dtype)
-    overrides = adapted_overrides(model.modules())
+    overrides = kernel_overrides(model.modules())
     tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
 
     def check():
@@ -161,7 +161,7 @@ def test_a_layer_computes_few_rows_as_it_says_and_notices_what_changes(kind, dty
 @pytest.mark.usefixtures("both_ways")
 def test_few_rows_have_gradients_where_they_are_asked_for():
     model = adapted("plain", torch.float32)
-    overrides = adapted_overrides(model.modules())
+    overrides = kernel_overrides(model.modules())
     with Hold(model, overrides, "inference"), overriding(overrides):
         model[0](drawn(2, 32, dtype=torch.float32)).sum().backward()
     assert model[0].lora_A.grad.any()

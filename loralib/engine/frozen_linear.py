@@ -27,10 +27,9 @@ __all__ = [
     "FrozenLinear",
     "FrozenWeight",
     "PrepackedWeight",
-    "adapted_overrides",
     "can_prepack",
+    "kernel_overrides",
     "prepacked_overrides",
-    "quantized_overrides",
 ]
 
 # Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
@@ -271,20 +270,18 @@ def weight_of(module: Any) -> Tensor:
     return weight.T if stored_transposed else weight
 
 
-def quantized_overrides(modules: Iterable[nn.Module]) -> Overrides:
-    """Returns overrides of the linears whose weights are quantised and multiplied by our kernels as they are."""
-    linears = [
-        m for m in modules if isinstance(m._parameters.get("weight"), QuantizedWeight) and FrozenLinear.accepts(m)
-    ]
-    return {m: FrozenLinear(m, prepack=False) for m in linears if kernels_for(weight_of(m)) is not None}
+def kernel_overrides(modules: Iterable[nn.Module]) -> Overrides:
+    """Returns overrides of the linears for which our kernels do more than PyTorch's operators in generation.
 
+    These have weights that are multiplied in few bits as they are, or LoRA, whose update of few rows is one call.
+    """
 
-def adapted_overrides(modules: Iterable[nn.Module]) -> Overrides:
-    """Returns overrides of linears with LoRA that add the update of few rows in one call; none without our kernels."""
-    if loaded() is None:
-        return {}
-    linears = [m for m in modules if isinstance(m, LoRALinear) and m.r > 0 and FrozenLinear.accepts(m)]
-    return {m: FrozenLinear(m, prepack=False) for m in linears}
+    def gains(module: nn.Module) -> bool:
+        if isinstance(module._parameters.get("weight"), QuantizedWeight) and kernels_for(weight_of(module)) is not None:
+            return True
+        return isinstance(module, LoRALinear) and module.r > 0 and loaded() is not None
+
+    return {m: FrozenLinear(m, prepack=False) for m in modules if FrozenLinear.accepts(m) and gains(m)}
 
 
 def prepacked_overrides(modules: Iterable[nn.Module]) -> Overrides:

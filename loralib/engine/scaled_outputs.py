@@ -7,7 +7,7 @@ With y = s z for rows z (T, out) of what the products make, and g the gradient i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def finished(layer: LoRALinear, output: Tensor) -> Tensor:
     scale = layer.output_scale() if simple and layer.output_shift() is None else None
     if scale is None or scale.dtype != torch.float32:
         return layer.finished(output, in_place=True)
-    return _Scaled.apply(output, scale, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    return cast(Tensor, _Scaled.apply(output, scale, kernels))  # type: ignore[no-untyped-call]
 
 
 class _Scaled(torch.autograd.Function):
