@@ -337,6 +337,38 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
             assert all(map(torch.equal, of_factors[number * each : (number + 1) * each], alone[each:]))
 
 
+@DTYPES
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 70), st.booleans()), min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_many_factors_are_cast_and_their_gradients_handed_back(
+    kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]], seed: int
+) -> None:
+    """As PyTorch rounds them, in rows or in columns, which may be part of something wider."""
+    own = [draw(rows, columns, seed=seed + number) for number, (rows, columns, _) in enumerate(shapes)]
+    rooms = [
+        torch.full((columns, rows + 3) if turned else (rows, columns + 5), torch.nan, dtype=dtype)
+        for rows, columns, turned in shapes
+    ]
+    casts = [
+        room[:, 1 : 1 + rows].T if turned else room[:, 2 : 2 + columns]
+        for room, (rows, columns, turned) in zip(rooms, shapes, strict=True)
+    ]
+    scales = [1.0 + number / 3 for number in range(len(shapes))]
+    assert kernels.accept_copies(own, casts)
+    kernels.copy_scaled(own, casts, scales)
+    expected = [(each * scale).to(dtype) for each, scale in zip(own, scales, strict=True)]
+    assert all(map(torch.equal, casts, expected))
+    assert sum(int(room.isnan().sum()) for room in rooms) == sum(room.numel() for room in rooms) - sum(
+        each.numel() for each in own
+    )
+    back = [torch.full_like(each, torch.nan) for each in own]
+    kernels.copy_scaled(back, casts, scales, back=True)
+    assert all(torch.equal(to, each.float() * scale) for to, each, scale in zip(back, casts, scales, strict=True))
+
+
 @given(
     rows=st.integers(1, 40),
     shape=st.tuples(st.sampled_from([32, 96, 4096, 4128, 8256]), st.sampled_from([32, 64, 160])),

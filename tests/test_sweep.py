@@ -18,6 +18,7 @@ import loralib as lora
 from loralib import errors
 from loralib.cli import main
 from loralib.data import TokenExample
+from loralib.engine.adapted_linears import GroupProducts
 from loralib.engine.row_linears import why_not_shared
 from loralib.injection import adapted_layers, eva_start_for
 from loralib.training import many, run_directory, start, trainer
@@ -122,6 +123,27 @@ def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(bot
         for name, p in twin.named_parameters():
             if p.requires_grad:
                 assert (together[name] - p.grad).norm() < 0.05 * p.grad.norm()
+
+
+def test_linears_that_read_the_same_input_are_one_product_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v, then o, gate and up, and down, in each of two blocks; also where a run adapts only some of them."""
+    calls: list[tuple[int, int]] = []
+
+    def counted(products: GroupProducts, x: Any, dropped: Any, numbers: tuple[int, ...]) -> Any:
+        calls.append((len(numbers), len(products.runs)))
+        return outputs(products, x, dropped, numbers)
+
+    outputs = GroupProducts.outputs
+    monkeypatch.setattr(GroupProducts, "outputs", counted)
+    base = tiny_model()
+    twins = [many.twin_of(base) for _ in range(2)]
+    for twin, modules in zip(twins, ("all-linear", ["q_proj", "v_proj", "up_proj"]), strict=True):
+        lora.inject(twin, lora.LoraConfig(r=2, target_modules=modules))
+    step = SharedStep(
+        base, twins, packing=True, share_prompts=True, label_smoothing=0.0, chunk_tokens=256, compiles=False
+    )
+    step.together([(0, examples(2, seed=5), 0.1), (1, examples(3, seed=6), 0.1)])
+    assert calls == [(3, 2), (1, 2), (2, 2), (1, 2)] * 2
 
 
 def test_runs_of_eva_share_what_they_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

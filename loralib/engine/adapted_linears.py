@@ -6,11 +6,8 @@ For the input x of q, k and v (or of a gate and its up projection), with A their
 
 A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
 products, scalings, sums of gradients.  Here the products of a group are one call each way (`kernels.c`), or updates are
-added where the base's output is written, and all factors are cast at once when a pass begins.
-
-Gradients go through autograd: `_CastFactors` maps the factors to what the groups multiply with, for the whole pass in
-one node, and its backward hands each parameter its gradient.  So accumulation, hooks and anomaly mode work as in any
-module.  Only on CPUs, where this was measured.
+added where the base's output is written; all factors are cast at once when a pass begins (`cast_factors.py`).  Several
+adapters may share the products, each with rows of its own (`row_linears.py`).  Only on CPUs, where this was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, cast
+from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +25,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..layers import LoRALayer, LoRALinear
+from .cast_factors import FactorBuffers, GroupFactors, cast_factors
 from .frozen_linear import MAX_PREPACKED_BYTES, FrozenLinear, FrozenWeight, can_prepack, kernels_for, weight_of
 from .kernels import Factors, GroupOperands, Kernels, loaded
 from .placement import Override, Overrides, own_forward
 from .scaled_outputs import finished
 
-__all__ = ["LayerGroup", "PendingOutputs", "TrainingLinears", "groups_of", "has_factors", "is_frozen", "record_call"]
+__all__ = [
+    "GroupProducts",
+    "LayerGroup",
+    "LinearGroup",
+    "PendingOutputs",
+    "TrainingLinears",
+    "groups_of",
+    "has_factors",
+    "is_frozen",
+    "record_call",
+]
+
+Linear = TypeVar("Linear", bound=nn.Module)
 
 
 class TrainingLinears:
@@ -77,95 +87,11 @@ class TrainingLinears:
             group.begin()
             overrides.update({layer: functools.partial(group.run, number) for number, layer in enumerate(group.layers)})
         try:
-            if groups and torch.is_grad_enabled():
-                factors = [factor for group in groups for pair in group.sources for factor in pair]
-                casts = iter(_CastFactors.apply(groups, *factors))  # type: ignore[no-untyped-call]
-                for group in groups:
-                    group.casts = [next(casts) for _ in range(2 * len(group.layers))]
-            else:
-                _cast(groups)
-            yield overrides
+            with cast_factors([group.own for group in groups]):
+                yield overrides
         finally:
             for group in groups:
-                group.pending, group.casts, group.sources = PendingOutputs(), [], []
-
-
-# For all groups at once: there are hundreds of factors, and an operator on one of them alone costs more than its
-# work.
-
-
-@torch.no_grad()
-def _cast(groups: Sequence[_Group]) -> None:
-    """Copies the current factors into the buffers that the groups multiply with."""
-    factors: list[Tensor] = []
-    copies: list[Tensor] = []
-    scalings: list[float] = []
-    for group in groups:
-        each = zip(group.layers, group.sources, group.factors.A_of, group.factors.B_blocks, strict=True)
-        for layer, (source_A, source_B), A, B in each:
-            factors += [source_A, *_row_blocks(source_B, len(B))]
-            copies += [A, *B]
-            scalings += [1.0, *[layer.scaling] * len(B)]
-    _copy_scaled(factors, copies, scalings)
-
-
-class _CastFactors(torch.autograd.Function):
-    """All factors, as their groups multiply with them: A_i, and scaling_i B_i^T, in the dtype of the base."""
-
-    @staticmethod
-    def forward(ctx: Any, groups: list[_Group], *factors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.groups, ctx.dtype, ctx.shapes = groups, factors[0].dtype, [factor.shape for factor in factors]
-        _cast(groups)
-        casts = (pair for group in groups for pair in zip(group.factors.A_of, group.factors.B, strict=True))
-        return tuple(factor.detach() for pair in casts for factor in pair)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        groups: list[_Group] = ctx.groups
-        layers = [(group, number) for group in groups for number in range(len(group.layers))]
-        # One tensor for all, in the parameters' own dtype, so that nothing is rounded after this.
-        sizes = [shape.numel() for shape in ctx.shapes]
-        parts = torch.empty(sum(sizes), dtype=ctx.dtype).split(sizes)
-        results: list[Tensor | None] = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-        wide: list[Tensor] = []
-        copies: list[Tensor] = []
-        scalings: list[float] = []
-        for at, (group, number) in enumerate(layers):
-            grad_A, grad_B = gradients[2 * at : 2 * at + 2]
-            new_A, new_B = cast("list[Tensor]", results[2 * at : 2 * at + 2])
-            if grad_A is None or grad_B is None:  # the layer took no part in what was differentiated
-                results[2 * at : 2 * at + 2] = [None, None]
-                continue
-            kept, layer = group.gradients, group.layers[number]
-            if grad_B is not kept.B[number]:  # a sum over several calls of the layer
-                kept.A_of[number].copy_(grad_A)
-                kept.B[number].copy_(grad_B)
-            blocks = kept.B_blocks[number]
-            wide += [new_A, *_row_blocks(new_B, len(blocks))]
-            copies += [kept.A_of[number], *blocks]
-            scalings += [1.0, *[layer.scaling] * len(blocks)]
-        for group in groups:
-            group.written.clear()
-        _copy_scaled(copies, wide, scalings)
-        return None, *results
-
-
-def _copy_scaled(sources: list[Tensor], targets: list[Tensor], scalings: list[float]) -> None:
-    """Sets targets to sources times scalings, for hundreds of tensors at once; rounds once, to the narrower dtype."""
-    if not targets:
-        return
-    if targets[0].dtype.itemsize < sources[0].dtype.itemsize:
-        torch._foreach_copy_(targets, list(torch._foreach_mul(sources, scalings)))
-    else:
-        torch._foreach_copy_(targets, sources)
-        torch._foreach_mul_(targets, scalings)
-
-
-def _row_blocks(B: Tensor, count: int) -> Sequence[Tensor]:
-    """Returns the rows of a lora_B that belong to each adapted block of its output."""
-    return (B,) if count == 1 else B.split(len(B) // count)
+                group.pending = PendingOutputs()
 
 
 # Which layers go together.
@@ -193,16 +119,16 @@ def _base_weight(layer: LoRALinear) -> Tensor:
     return layer.base_weight.T if layer.fan_in_fan_out else layer.base_weight
 
 
-def record_call(calls: list[tuple[LoRALinear, Tensor]], layer: LoRALinear, x: Tensor) -> Tensor:
+def record_call(calls: list[tuple[Linear, Tensor]], layer: Linear, x: Tensor) -> Tensor:
     """Notes that a layer was called with a tensor, and computes its own forward."""
     calls.append((layer, x))
     return cast(Tensor, own_forward(layer, x))
 
 
-def groups_of(calls: Sequence[tuple[LoRALinear, Tensor]]) -> list[list[LoRALinear]]:
+def groups_of(calls: Sequence[tuple[Linear, Tensor]]) -> list[list[Linear]]:
     """Puts layers that were called one after another with the same tensor into one group."""
-    groups: list[list[LoRALinear]] = []
-    known: set[LoRALinear] = set()
+    groups: list[list[Linear]] = []
+    known: set[Linear] = set()
     previous: Tensor | None = None
     for layer, x in calls:
         if layer not in known and x is previous and _dtype(layer) == _dtype(groups[-1][0]):
@@ -214,46 +140,12 @@ def groups_of(calls: Sequence[tuple[LoRALinear, Tensor]]) -> list[list[LoRALinea
     return groups
 
 
-def _dtype(layer: LoRALinear) -> tuple[torch.dtype, torch.device]:
-    return layer.base_weight.dtype, layer.base_weight.device
+def _dtype(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
+    weight = layer.base_weight if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
+    return weight.dtype, weight.device
 
 
 # A group.
-
-
-class _Buffers:
-    """Tensors in the shapes of a group's cast factors, or of their gradients.
-
-    The B of a fused projection is spread out block-diagonally here, as in `delta.block_diagonal_B`.
-
-    Attributes:
-        ranks: r_i of each layer.
-        A: (sum of r_i, in).
-        A_of: its rows of each layer, (r_i, in).
-        B: of each layer, transposed: (r_i, out_i).
-        B_blocks: of each layer, the views of that for each block of its lora_B, as (rows of the block, r).
-    """
-
-    def __init__(self, layers: Sequence[LoRALinear]) -> None:
-        weight = layers[0].base_weight
-        shapes = [[tuple(factor.shape) for factor in layer.factors()] for layer in layers]
-        self.ranks = [shape_A[0] for shape_A, _ in shapes]
-        self.A = weight.new_zeros(sum(self.ranks), shapes[0][0][1])
-        self.B = [weight.new_zeros(shape_B[1], shape_B[0]) for _, shape_B in shapes]
-        self.A_of = list(self.A.split(self.ranks))
-        self.B_blocks: list[list[Tensor]] = []
-        for layer, B in zip(layers, self.B, strict=True):
-            if layer.blocks is None:
-                self.B_blocks.append([B.T])
-                continue
-            blocks = layer.blocks
-            rows = [block for block, on in zip(B.T.split(B.shape[1] // len(blocks)), blocks, strict=True) if on]
-            self.B_blocks.append([row[:, at * layer.r : (at + 1) * layer.r] for at, row in enumerate(rows)])
-
-    def of(self, numbers: Sequence[int]) -> Factors:
-        """Returns those of all layers of the group, or of one."""
-        A = self.A if len(numbers) == len(self.ranks) else self.A_of[numbers[0]]
-        return Factors(A, [self.B[number] for number in numbers])
 
 
 @dataclass
@@ -265,129 +157,159 @@ class PendingOutputs:
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-class LayerGroup:
-    """Layers that read the same input: called one by one, and computed together.
+class LinearGroup(Generic[Linear]):
+    """Linears that read the same input: called one by one, and computed together.
 
     Attributes:
         layers: those of the group, in the order in which they are called.
         pending: what was computed for layers that have not been called yet.
     """
 
-    def __init__(self, layers: list[LoRALinear]) -> None:
+    def __init__(self, layers: list[Linear]) -> None:
         self.layers = layers
         self.pending = PendingOutputs()
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output; that of the first layer is computed together with those of the others."""
         layer, pending = self.layers[number], self.pending
-        usual = x.dtype == layer.base_weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        usual = x.dtype == _dtype(layer)[0] and not torch.is_autocast_enabled(x.device.type)
         if not (usual and self._is_ready()) or x.is_inference() or x.dim() < 2 or not x.numel():
-            return cast(Tensor, own_forward(layer, x))
+            return self._alone(number, x)
         made_for = (x._version, torch.is_grad_enabled())
         if pending.x is x and pending.made_for == made_for and number in pending.outputs:
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = PendingOutputs()
             return self._finished(layer, output, x)
-        drops = any(each.lora_dropout and each.training for each in self.layers)
+        drops = self._drops()
         numbers = (number,) if number or drops else tuple(range(len(self.layers)))
-        outputs = self._outputs(x, layer._drop(x) if drops else None, numbers)
+        outputs = self._outputs(x, cast(Any, layer)._drop(x) if drops else None, numbers)
         first, *others = outputs
         del outputs
         if others:
             self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
         return self._finished(layer, first, x)
 
-    @staticmethod
-    def _finished(layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
+    def _finished(self, layer: Linear, output: Tensor, x: Tensor) -> Tensor:
         """Returns a layer's output (..., out) for x, of which (T, out) is what the products make."""
-        return finished(layer, output).view(*x.shape[:-1], output.shape[-1])
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    def _drops(self) -> bool:
+        """Returns whether a low-rank path sees what dropout leaves of the input: something else in each layer."""
+        return False
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""
         raise NotImplementedError
+
+    def _alone(self, number: int, x: Tensor) -> Tensor:
+        """Returns the output of a layer for an input that it is not computed for together with others."""
+        return cast(Tensor, own_forward(self.layers[number], x))
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
         """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths see `dropped` if it is given."""
         raise NotImplementedError
 
 
+class LayerGroup(LinearGroup[LoRALinear]):
+    """Layers with LoRA that read the same input."""
+
+    def _finished(self, layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
+        return super()._finished(layer, finished(layer, output), x)
+
+    def _drops(self) -> bool:
+        return any(each.lora_dropout and each.training for each in self.layers)
+
+
 class _Group(LayerGroup):
-    """What the layers of a group multiply with in the base's dtype, and the gradients of that."""
+    """Layers with LoRA in a training step."""
 
     def __init__(self, layers: list[LoRALinear], prepack: bool) -> None:
         super().__init__(layers)
-        self._ranks = [layer.r for layer in layers]
         weights = [_base_weight(layer) for layer in layers]
-        self.weights = [FrozenWeight(weight, prepack and _needs_copy(weight)) for weight in weights]
-        self.factors, self.gradients = _Buffers(layers), _Buffers(layers)  # the factors' B are scaled
-        self.sources: list[tuple[Tensor, Tensor]] = []  # the factors of each layer in this pass
-        self.casts: list[Tensor] = []  # A_i and B_i of each layer as parts of the pass's graph, where there is one
-        self.written: set[int] = set()  # the layers whose gradients of this pass are there
-        self._kernels = self._usable_kernels()
-        self._operands: dict[tuple[int, ...], GroupOperands] = {}
-        self._biases: list[int] = []  # their addresses
+        self.own = GroupFactors(layers, weights)
+        self._products = GroupProducts([FrozenWeight(w, prepack and _needs_copy(w)) for w in weights])
 
     def is_usable(self) -> bool:
         """Returns whether all layers are what they were and compute as usual: active, with a frozen weight and bias."""
-        kind = (self.factors.A.dtype, self.factors.A.device)
-        return all(
-            isinstance(layer, LoRALinear)  # it may have been removed since
-            and layer._active
-            and _dtype(layer) == kind
-            and layer.r == r
-            and layer.lora_A.shape[1] == A.shape[1]
-            and len(layer.lora_B) == sum(map(len, blocks))
-            and is_frozen(layer)
-            for layer, r, A, blocks in zip(
-                self.layers, self._ranks, self.factors.A_of, self.factors.B_blocks, strict=True
-            )
-        )
+        layers = self.layers  # one may have been removed since
+        active = all(isinstance(each, LoRALinear) and each._active and is_frozen(each) for each in layers)
+        return active and self.own.fit()
 
     def begin(self) -> None:
-        """Takes the current weights, and forgets the gradients of the previous pass."""
-        self.written.clear()
-        self.sources = [_sources(layer) for layer in self.layers]
-        weights = [known.refreshed(_base_weight(layer)) for known, layer in zip(self.weights, self.layers, strict=True)]
-        biases = [0 if bias is None else bias.data_ptr() for bias in map(_bias, self.layers)]
-        if biases != self._biases or not all(map(operator.is_, weights, self.weights)):
-            self.weights, self._biases, self._operands = weights, biases, {}
-            self._kernels = self._usable_kernels()
-
-    def _usable_kernels(self) -> Kernels | None:
-        """Returns the kernels, if they accept what the layers multiply with."""
-        kernels = loaded()
-        if kernels is None or not all(kernels.accept_weight(each.weight) for each in self.weights):
-            return None
-        return kernels if kernels.accept_factors(self.factors.of(range(len(self.layers)))) else None
-
-    def _operands_of(self, numbers: tuple[int, ...], gradients: _Buffers) -> GroupOperands:
-        """Returns what some of the layers multiply with, for the kernels, and where their gradients go."""
-        if gradients is self.gradients and numbers in self._operands:
-            return self._operands[numbers]
-        weights = [self.weights[number].weight for number in numbers]
-        biases = [_bias(self.layers[number]) for number in numbers]
-        operands = GroupOperands(weights, biases, [self.factors.of(numbers)], [gradients.of(numbers)])
-        if gradients is self.gradients:
-            self._operands[numbers] = operands
-        return operands
+        """Takes the current weights."""
+        self._products.begin([_base_weight(layer) for layer in self.layers], list(map(_bias, self.layers)), [self.own])
 
     def _is_ready(self) -> bool:
-        return bool(self.casts) or not torch.is_grad_enabled()
+        return bool(self.own.casts) or not torch.is_grad_enabled()
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
-        casts = [factor for each in numbers for factor in self.casts[2 * each : 2 * each + 2]]
-        outputs: tuple[Tensor, ...] = _GroupProduct.apply(x, dropped, self, numbers, *casts)  # type: ignore[no-untyped-call]
-        return outputs
+        return self._products.outputs(x, dropped, numbers)
+
+
+class GroupProducts:
+    """The products of linears that read the same input, with the low-rank paths of one adapter or of several runs.
+
+    Args:
+        weights: W_i of the linears.
+    """
+
+    def __init__(self, weights: list[FrozenWeight]) -> None:
+        self.weights = weights
+        self.runs: list[GroupFactors] = []
+        self._rows: Sequence[int] | None = None
+        self._biases: list[Tensor | None] = []
+        self._known: list[int] | None = None  # addresses of biases, and what runs there were
+        self._kernels: Kernels | None = None
+        self._operands: dict[tuple[int, ...], GroupOperands] = {}
+
+    def begin(
+        self,
+        weights: Sequence[Tensor],
+        biases: list[Tensor | None],
+        runs: list[GroupFactors],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Takes what there is in the next pass.
+
+        Args:
+            weights: W_i (out_i, in).
+            biases: (out_i,), or None.
+            runs: the factors of one adapter, or of each run that has rows.
+            rows: how many rows each run has; None: one adapter has all of them.
+        """
+        current = [known.refreshed(weight) for known, weight in zip(self.weights, weights, strict=True)]
+        known = [*[0 if bias is None else bias.data_ptr() for bias in biases], *map(id, runs)]
+        self._rows = rows
+        if known == self._known and all(map(operator.is_, current, self.weights)):
+            return
+        self.weights, self._biases, self.runs, self._known, self._operands = current, biases, runs, known, {}
+        self._kernels, kernels = None, loaded()
+        if kernels is not None and all(kernels.accept_weight(each.weight) for each in current):
+            if kernels.accept_factors(*[run.factors.of(range(len(biases))) for run in runs]):
+                self._kernels = kernels
+
+    def outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Returns outputs (T, out_i) of some linears for x (..., in); low-rank paths see `dropped` if it is given."""
+        casts = [factor for run in self.runs for factor in run.casts_of(numbers)]
+        return cast("tuple[Tensor, ...]", _GroupProduct.apply(x, dropped, self, numbers, *casts))  # type: ignore[no-untyped-call]
 
     def multiply(self, rows: Tensor, seen: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), of which the low-rank path sees `seen`."""
+        """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), of which the low-rank path sees `seen`.
+
+        R is the largest rank of a run; what else is in a row of h is not defined.
+        """
         if self._kernels is not None:
-            return self._kernels.lora(rows, seen, self._operands_of(numbers, self.gradients))
-        h, updates = _lora(seen, self.factors.of(numbers))
+            operands = self._operands_of(numbers, [run.gradients for run in self.runs])
+            return self._kernels.lora(rows, seen, operands)
+        of_runs = [
+            _low_rank_outputs(part, run.factors.of(numbers))
+            for part, run in zip(self._split(seen), self.runs, strict=True)
+        ]
+        h = _joined([of_run for of_run, _ in of_runs])
         return h, [
-            self.weights[number].times(rows, bias=_bias(self.layers[number]), added=update)
-            for number, update in zip(numbers, updates, strict=True)
+            self.weights[number].times(rows, bias=self._biases[number], added=_joined(updates))
+            for number, *updates in zip(numbers, *[updates for _, updates in of_runs], strict=True)
         ]
 
     def differentiate(
@@ -396,7 +318,7 @@ class _Group(LayerGroup):
         seen: Tensor,
         h: Tensor,
         numbers: tuple[int, ...],
-        into: _Buffers,
+        into: Sequence[FactorBuffers],
         *,
         wants_x: bool,
         wants_seen: bool | None,
@@ -408,7 +330,7 @@ class _Group(LayerGroup):
             seen: as for `multiply`.
             h: from `multiply`.
             numbers: as for `multiply`.
-            into: where the factors' gradients go.
+            into: where the factors' gradients of each run go.
             wants_x: whether the gradient in x is wanted.
             wants_seen: whether that in `seen` is wanted; None: `seen` is x.
         """
@@ -417,12 +339,47 @@ class _Group(LayerGroup):
             operands = self._operands_of(numbers, into)
             return self._kernels.lora_back(given, seen, h, operands, wants_x=wants_x, wants_seen=bool(wants_seen))
         low_rank_input = wants_x if wants_seen is None else wants_seen
-        of_seen = _lora_back(gradients, seen, h, self.factors.of(numbers), into.of(numbers), wants_x=low_rank_input)
+        parts = zip(*map(self._split, (seen, h, *gradients)), strict=True)
+        of_parts = [
+            _low_rank_gradients(own, x, h_k, run.factors.of(numbers), to.of(numbers), wants_x=low_rank_input)
+            for run, to, (x, h_k, *own) in zip(self.runs, into, parts, strict=True)
+        ]
+        of_seen = _joined(cast(list[Tensor], of_parts)) if low_rank_input else None
         of_x, of_dropped = (of_seen, None) if wants_seen is None else (None, of_seen)
         for number, gradient in zip(numbers, gradients, strict=True):
             if wants_x and gradient is not None:
                 of_x = self.weights[number].times_transposed(gradient, added=of_x)
         return of_x, of_dropped
+
+    def _operands_of(self, numbers: tuple[int, ...], into: Sequence[FactorBuffers]) -> GroupOperands:
+        """Returns what some of the linears multiply with, for the kernels, and where gradients go."""
+        usual = all(to is run.gradients for to, run in zip(into, self.runs, strict=True))
+        operands = self._operands.get(numbers) if usual else None
+        if operands is None:
+            operands = GroupOperands(
+                [self.weights[number].weight for number in numbers],
+                [self._biases[number] for number in numbers],
+                [run.factors.of(numbers) for run in self.runs],
+                [to.of(numbers) for to in into],
+            )
+        if usual:
+            self._operands[numbers] = operands
+        operands.rows = self._rows
+        return operands
+
+    def _split(self, of_all: Tensor | None) -> Sequence[Any]:
+        """Returns the rows of each run, of a tensor or of None."""
+        if of_all is None or self._rows is None:
+            return [of_all] * len(self.runs)
+        return cast(Sequence[Tensor], of_all.split(list(self._rows)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Returns the rows of all runs below one another, filled up to the widest."""
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, widest - part.shape[1])) for part in parts])
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -430,7 +387,7 @@ class _GroupProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, group: _Group, numbers: tuple[int, ...], *casts: Tensor
+        ctx: Any, x: Tensor, dropped: Tensor | None, group: GroupProducts, numbers: tuple[int, ...], *casts: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
@@ -443,19 +400,18 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        group, numbers = cast(_Group, ctx.group), ctx.numbers
+        group, numbers = cast(GroupProducts, ctx.group), ctx.numbers
         seen, h = ctx.saved_tensors
-        again = not group.written.isdisjoint(numbers)  # layers that run more than once in a pass: autograd adds up
-        into = _Buffers(group.layers) if again else group.gradients
-        group.written.update(numbers)
+        into = [run.room_for_gradients(numbers) for run in group.runs]
         wants_seen = ctx.needs_input_grad[1] if ctx.drops else None
         of_inputs = group.differentiate(
             gradients, seen, h, numbers, into, wants_x=ctx.needs_input_grad[0], wants_seen=wants_seen
         )
         of_x, of_dropped = (None if each is None else each.view(ctx.shape) for each in of_inputs)
         of_casts: list[Tensor | None] = []
-        for number, gradient in zip(numbers, gradients, strict=True):
-            of_casts += [None, None] if gradient is None else [into.A_of[number], into.B[number]]
+        for of_run in into:
+            for number, gradient in zip(numbers, gradients, strict=True):
+                of_casts += [None, None] if gradient is None else [of_run.A_of[number], of_run.B[number]]
         return of_x, of_dropped, None, None, *of_casts
 
 
@@ -467,12 +423,6 @@ def is_frozen(layer: LoRALinear) -> bool:
     return bias is None or (not bias.requires_grad and bias.dtype == weight.dtype and bias.is_contiguous())
 
 
-def _sources(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """Returns a layer's factors, with lora_B as it is: blocks are spread out where they are cast."""
-    plain = type(layer).factors is LoRALinear.factors
-    return (layer.lora_A, layer.lora_B) if plain else layer.factors()
-
-
 def _bias(layer: LoRALinear) -> Tensor | None:
     return cast("Tensor | None", layer.bias)
 
@@ -480,17 +430,18 @@ def _bias(layer: LoRALinear) -> Tensor | None:
 # The same in PyTorch's operators: without kernels, and for an output that nothing depends on.
 
 
-def _lora(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
+def _low_rank_outputs(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
     """Returns h = x A^T (T, R) and the updates h_i B_i (T, out_i)."""
     h = F.linear(x, factors.A)
     return h, [part @ b for part, b in zip(h.split([len(b) for b in factors.B], 1), factors.B, strict=True)]
 
 
-def _lora_back(
+def _low_rank_gradients(
     gradients: Sequence[Tensor | None], x: Tensor, h: Tensor, factors: Factors, into: Factors, *, wants_x: bool
 ) -> Tensor | None:
     """Writes the factors' gradients, and returns that in x; a gradient that is None is 0."""
     ranks = [len(b) for b in factors.B]
+    h = h[:, : sum(ranks)]
     of_h = torch.zeros_like(h)
     splits = zip(gradients, h.split(ranks, 1), of_h.split(ranks, 1), factors.B, into.B, strict=True)
     for gradient, h_i, of_h_i, b, of_b in splits:

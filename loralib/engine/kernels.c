@@ -34,6 +34,8 @@ static inline void store_bf16(uint16_t *p, vec x) {
 
 static inline vec choose(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline float sum(vec x) {
     float s = 0;
     for (int i = 0; i < LANES; i++) s += x[i];
@@ -148,8 +150,10 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
 #if defined __AVX512BF16__ && !defined __AMX_BF16__
 #include <immintrin.h>
 
-#define ROWS 8      /* so many rows share what is loaded of the other side, in thin products */
 #define COLUMNS 32  /* of bf16, in one vector */
+#define FEW 8       /* in thin products: columns of the result that share what is loaded of the rows, */
+#define WIDE 2      /* vectors of rows, */
+#define CHUNK 256   /* and pairs of each that stay close to the processor */
 
 static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
 static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf16_ps(to, (__m512bh)a, (__m512bh)b); }
@@ -171,8 +175,6 @@ static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
     int64_t whole = (n + of - 1) / of * thread / threads * of;
     return whole < n ? whole : n;
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Products of n rows, TILE at a time, and weights, of which PANEL columns are brought into the order in which they are
  * multiplied and then stay close to the processor for all rows, while the next come from memory. */
@@ -418,45 +420,60 @@ static void multiply(const struct sum *sums, int64_t count, int64_t n, int threa
                 multiply_panel(sums + i, j, n, at < begin ? begin - at : 0, least(tiles, end - at), room);
 }
 
-/* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); rows of h lie `step` apart. A lane has a row of a; with `fold` 2,
- * two lanes do, for every other pair of columns. */
-static inline __attribute__((always_inline)) void down_some(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n,
-                                                            int64_t d, int64_t r, int64_t step, const int fold, __m512i *room) {
-    int32_t places[LANES];
-    for (int lane = 0; lane < LANES; lane++) places[lane] = (lane / fold < r ? lane / fold : 0) * (d / 2) + lane % fold;
-    __m512i from = _mm512_loadu_si512(places);
-    int64_t count = d / 2 / fold;
-    for (int64_t p = 0; p < count; p++) room[p] = _mm512_i32gather_epi32(from, a + 2 * fold * p, 4);
-    for (int64_t t = 0; t < n; t += ROWS) {
-        const uint16_t *row[ROWS];
-        __m512 sums[ROWS];
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) row[i] = x + (t + i < n ? t + i : n - 1) * d, sums[i] = _mm512_setzero_ps();
-        for (int64_t p = 0; p < count; p++) {
-#pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) {
-                int64_t two;
-                memcpy(&two, row[i] + 2 * fold * p, 4 * fold);
-                sums[i] = madd(sums[i], fold == 2 ? _mm512_set1_epi64(two) : _mm512_set1_epi32((int)two), room[p]);
-            }
-        }
-        for (int i = 0; i < ROWS && t + i < n; i++) {
-            __m512 s = sums[i];
-            if (fold == 2) s = _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1)));
-            _mm256_mask_storeu_epi16(h + (t + i) * step, (1 << r) - 1, (__m256i)_mm512_cvtneps_pbh(s));
-        }
-    }
+/* Where the share of a thread in n rows begins, in those of a run, of[0] .. of[1] - 1: at pairs of its rows. */
+static inline int64_t begin_in(const int64_t *of, int64_t n, int thread, int threads) {
+    int64_t before = n * thread / threads - of[0], count = of[1] - of[0];
+    return of[0] + (before <= 0 ? 0 : before < count ? before / 2 * 2 : count);
 }
 
-/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. */
+/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. A lane has a row of x, of which some columns at a time are
+ * brought into `room` (CHUNK, WIDE), pairs of numbers of all rows side by side. */
 static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, int64_t d, int64_t r, int64_t step,
                  __m512i *room) {
-    for (int64_t k = 0; k < r; k += LANES) {
-        int64_t some = r - k < LANES ? r - k : LANES;
-        if (2 * some <= LANES)
-            down_some(x, a + k * d, h + k, n, d, some, step, 2, room);
-        else
-            down_some(x, a + k * d, h + k, n, d, some, step, 1, room);
+    __m512i kept[WIDE][(r + LANES - 1) / LANES * LANES]; /* sums of each column of h, of rows side by side */
+    for (int64_t t = 0; t < n; t += WIDE * LANES) {
+        for (int64_t from = 0; from < d / 2; from += CHUNK) {
+            int64_t count = least(CHUNK, d / 2 - from);
+            for (int v = 0; v < WIDE; v++)
+                for (int64_t p = 0; p < count; p += LANES) {
+                    __m512i square[LANES];
+#pragma GCC unroll 16
+                    for (int i = 0; i < LANES; i++) {
+                        const uint16_t *row = x + least(t + v * LANES + i, n - 1) * d + 2 * (from + p);
+                        square[i] = _mm512_loadu_si512(row);
+                        _mm_prefetch(row + 2 * COLUMNS, _MM_HINT_T0); /* more rows than the processor follows by itself */
+                    }
+                    transpose(square);
+#pragma GCC unroll 16
+                    for (int i = 0; i < LANES; i++) room[(p + i) * WIDE + v] = square[i];
+                }
+            for (int64_t k = 0; k < r; k += FEW) {
+                __m512 sums[FEW][WIDE];
+                const uint16_t *of[FEW];
+#pragma GCC unroll 8
+                for (int i = 0; i < FEW; i++) {
+                    of[i] = a + least(k + i, r - 1) * d + 2 * from;
+                    for (int v = 0; v < WIDE; v++) sums[i][v] = from ? (__m512)kept[v][k + i] : _mm512_setzero_ps();
+                }
+                for (int64_t p = 0; p < count; p++) {
+#pragma GCC unroll 8
+                    for (int i = 0; i < FEW; i++) {
+                        __m512i pair = all_lanes(of[i] + 2 * p);
+                        for (int v = 0; v < WIDE; v++) sums[i][v] = madd(sums[i][v], pair, room[p * WIDE + v]);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < FEW; i++)
+                    for (int v = 0; v < WIDE; v++) kept[v][k + i] = (__m512i)sums[i][v];
+            }
+        }
+        for (int v = 0; v < WIDE; v++)
+            for (int64_t k = 0; k < r; k += LANES) {
+                transpose(kept[v] + k);
+                for (int i = 0; i < LANES && t + v * LANES + i < n; i++)
+                    _mm256_mask_storeu_epi16(h + (t + v * LANES + i) * step + k, r - k < LANES ? (1 << (r - k)) - 1 : 0xffff,
+                                             (__m256i)_mm512_cvtneps_pbh((__m512)kept[v][k + i]));
+            }
     }
 }
 
@@ -469,30 +486,30 @@ static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
         }
 }
 
-/* w (r, d) = h^T x in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). */
+/* w (r, d) = h^T x in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). Up to FEW pairs behind
+ * those of h are read, too. */
 static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t n, int64_t d, int64_t r, int64_t step,
                   int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += COLUMNS)
-        for (int64_t k = 0; k < r; k += ROWS) {
-            __m512 sums[ROWS][2];
+        for (int64_t k = 0; k < r; k += FEW) {
+            __m512 sums[FEW][2];
 #pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+            for (int i = 0; i < FEW; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
             for (int64_t t = 0; t < n; t += 2) {
                 __m512i both[2], second = _mm512_setzero_si512();
-                if (t + 1 < n) second = _mm512_loadu_si512(x + (t + 1) * d + j);
-                interleave(_mm512_loadu_si512(x + t * d + j), second, both);
-                const uint16_t *of_rows = pairs + t * step + 2 * k;
+                const uint16_t *row = x + t * d + j;
+                _mm_prefetch(row + COLUMNS, _MM_HINT_T0);
+                _mm_prefetch(row + d + COLUMNS, _MM_HINT_T0);
+                if (t + 1 < n) second = _mm512_loadu_si512(row + d);
+                interleave(_mm512_loadu_si512(row), second, both);
 #pragma GCC unroll 8
-                for (int i = 0; i < ROWS; i++) {
-                    __m512i pair = all_lanes(of_rows + (k + i < r ? 2 * i : 0));
+                for (int i = 0; i < FEW; i++) {
+                    __m512i pair = all_lanes(pairs + t * step + 2 * (k + i));
                     sums[i][0] = madd(sums[i][0], pair, both[0]);
                     sums[i][1] = madd(sums[i][1], pair, both[1]);
                 }
             }
-            for (int i = 0; i < ROWS && k + i < r; i++) {
-                uint16_t *to = w + (k + i) * d + j;
-                _mm512_storeu_si512(to, rounded(sums[i]));
-            }
+            for (int i = 0; i < FEW && k + i < r; i++) _mm512_storeu_si512(w + (k + i) * d + j, rounded(sums[i]));
         }
 }
 
@@ -534,8 +551,7 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct 
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++)
             for (int64_t q = 0; q < runs; q++) {
-                int64_t t = share_of(rows[q + 1] - rows[q], ROWS, thread, threads);
-                int64_t some = share_of(rows[q + 1] - rows[q], ROWS, thread + 1, threads) - t, at = rows[q] + t;
+                int64_t at = begin_in(rows + q, n, thread, threads), some = begin_in(rows + q, n, thread + 1, threads) - at;
                 if (some)
                     down(z + at * d, a[q], h + at * step, some, d, rank[q], step, (__m512i *)(room + thread * room_each));
             }
@@ -571,8 +587,8 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++)
             for (int64_t q = 0; q < runs; q++) {
-                int64_t t = share_of(rows[q + 1] - rows[q], ROWS, thread, threads);
-                int64_t some = share_of(rows[q + 1] - rows[q], ROWS, thread + 1, threads) - t, at = rows[q] + t, k = 0;
+                int64_t at = begin_in(rows + q, n, thread, threads), some = begin_in(rows + q, n, thread + 1, threads) - at;
+                int64_t k = 0;
                 for (int64_t i = 0; some && i < count; k += ranks[q * count + i], i++)
                     down(g[i] + at * widths[i], b[q * count + i], of_h + at * step + k, some, widths[i], ranks[q * count + i],
                          step, (__m512i *)(room + thread * room_each));
@@ -679,6 +695,50 @@ void NAME(row_updates)(const T *x, T *y, const int32_t *places, const int32_t *c
             NAME(few_rows)(x, y, a[i], b[i], places + BLOCK * i, 1, ranks[i], k, d, scales[i], 1);
         else
             NAME(few_rows)(x, y, a[i], b[i], places + BLOCK * i, counts[i], ranks[i], k, d, scales[i], BLOCK);
+    }
+}
+
+/* The first n numbers of a vector, or all of it. */
+static inline vec NAME(load_some)(const T *from, int64_t n) {
+    if (n >= LANES) return LOAD(from);
+    T some[LANES] = {0};
+    memcpy(some, from, n * sizeof(T));
+    return LOAD(some);
+}
+
+static inline void NAME(store_some)(T *to, vec x, int64_t n) {
+    T some[LANES];
+    STORE(n >= LANES ? to : some, x);
+    if (n < LANES) memcpy(to, some, n * sizeof(T));
+}
+
+/* Many matrices at once: casts[q] = scales[q] own[q] (rows[q], columns[q]), or back, own[q] = scales[q] casts[q]. Number (i, j)
+ * of own[q] is at i * columns[q] + j; that of casts[q] at i * down[q] + j * across[q], and one of these is 1. */
+void NAME(copy_scaled)(float *const *own, T *const *casts, const int64_t *rows, const int64_t *columns, const int64_t *down,
+                       const int64_t *across, const float *scales, int64_t count, int back, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int64_t q = 0; q < count; q++) {
+        int64_t n = rows[q], d = columns[q];
+        if (across[q] == 1) {
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < d; j += LANES) {
+                    float *f = own[q] + i * d + j;
+                    T *to = casts[q] + i * down[q] + j;
+                    if (back) store_some_f32(f, NAME(load_some)(to, d - j) * scales[q], d - j);
+                    else NAME(store_some)(to, load_some_f32(f, d - j) * scales[q], d - j);
+                }
+            continue;
+        }
+        for (int64_t i = 0; i < n; i += LANES) /* so many rows, which lie close together, column by column */
+            for (int64_t j = 0; j < d; j++) {
+                float column[LANES] = {0}, *f = own[q] + i * d + j;
+                T *to = casts[q] + i + j * across[q];
+                if (back) store_f32(column, NAME(load_some)(to, n - i) * scales[q]);
+                for (int64_t lane = 0; lane < least(LANES, n - i); lane++)
+                    if (back) f[lane * d] = column[lane];
+                    else column[lane] = f[lane * d];
+                if (!back) NAME(store_some)(to, load_f32(column) * scales[q], n - i);
+            }
     }
 }
 

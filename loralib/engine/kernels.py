@@ -57,6 +57,8 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
+# Of thin products: vectors of rows that are kept, and numbers that are read behind the last pairs.
+_ROWS, _READ_ON = 2 * 256, 2 * 8
 # Few rows: up to here our kernel of low-rank updates is faster than PyTorch, and that of whole products is not.
 FEW_ROWS: Final = 64
 _BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
@@ -82,6 +84,7 @@ _ARGUMENTS: Final = {
     "gelu_back": "pppni",
     "rotate": "ppppnnnnii",
     "row_updates": "ppppppppnnni",
+    "copy_scaled": "pppppppnii",
     "log_sums": "ppppnnni",
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
@@ -454,6 +457,41 @@ class Kernels:
         threads = min(torch.get_num_threads(), count) if work >= _AT_ONCE * _GRAIN else 1
         return RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
 
+    def accept_copies(self, own: Sequence[Tensor], casts: Sequence[Tensor]) -> bool:
+        """Returns whether `copy_scaled` takes these."""
+        dtype = casts[0].dtype
+        return (
+            dtype in _KINDS
+            and all(each.dtype == dtype and each.device.type == "cpu" and 1 in each.stride() for each in casts)
+            and all(
+                each.dtype == torch.float32
+                and each.device.type == "cpu"
+                and each.is_contiguous()
+                and type(each) in _PLAIN
+                for each in own
+            )
+        )
+
+    def copy_scaled(
+        self, own: Sequence[Tensor], casts: Sequence[Tensor], scales: Sequence[float], *, back: bool = False
+    ) -> None:
+        """Sets each of many matrices to another times a number: casts to factors, or factors' gradients back.
+
+        Args:
+            own: (n_i, d_i) in fp32.
+            casts: (n_i, d_i), in rows or columns that are dense.
+            scales: one for each.
+            back: sets `own`, instead of `casts`.
+        """
+        shapes, steps = zip(*[each.shape for each in own], strict=True), [each.stride() for each in casts]
+        # A column may have any step where there is one only.
+        across = [1 if step[1] == 1 or each.shape[1] == 1 else step[1] for step, each in zip(steps, casts, strict=True)]
+        tables = [*map(_int64s, shapes), _int64s([step[0] for step in steps]), _int64s(across)]
+        threads = self._threads(sum(each.numel() for each in own))
+        numbers = (c_float * len(own))(*scales)
+        dtype = casts[0].dtype
+        self._call("copy_scaled", *map(_pointers, (own, casts)), *tables, numbers, len(own), back, threads, dtype=dtype)
+
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
         return self.accept(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
@@ -568,7 +606,7 @@ class Kernels:
         x, seen = dense, dense if seen is x else seen.contiguous()
         count, widths = len(x), of.widths
         h, found = x.new_empty(count, max(of.ranks)), [x.new_empty(count, width) for width in widths]
-        room, each, threads = self._room_for_products(count, of.width + sum(of.ranks), sum(widths), of.width)
+        room, each, threads = self._room_for_products(count, of.width + sum(of.ranks), sum(widths))
         tensors = (x, seen, *of.weights, of.biases, of.A, of.B, h, _pointers(found))
         self._call("lora", *tensors, *of.sizes(count), room, each, threads, dtype=x.dtype)
         return h, found
@@ -596,28 +634,28 @@ class Kernels:
         gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
         count, widths = len(seen), of.widths
         depth = sum(widths) + sum(of.ranks)
-        room, each, threads = self._room_for_products(count, depth, of.width, of.width, *widths)
+        room, each, threads = self._room_for_products(count, depth, of.width)
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
-        pairs = h.new_empty(2, count + of.runs, h.shape[1])  # of h, and of its gradient
+        of_pairs = (count + of.runs) * h.shape[1]
+        pairs = h.new_empty(2 * of_pairs + _READ_ON)  # of h, and of its gradient
         given = (_pointers(gradients), seen, h, *of.weights, of.A, of.B)
-        results = (of_h, of_x, of_seen, of.grad_A, of.grad_B, *pairs)
+        results = (of_h, of_x, of_seen, of.grad_A, of.grad_B, pairs, pairs[of_pairs:])
         self._call("lora_back", *given, *results, *of.sizes(count), room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
 
-    def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
-        """Room in which a thread has weights in the order in which they are multiplied, in vectors of `LANES` numbers.
+    def _room_for_products(self, rows: int, depth: int, columns: int) -> tuple[Tensor, int, int]:
+        """Room in which a thread has what is multiplied, in the order in which it is, in vectors of `LANES` numbers.
 
         Args:
             rows: of the results.
             depth: how many products each number sums.
             columns: of all results.
-            widths: those of the factors whose rows lie there in pairs.
         """
         threads = self._threads(rows * depth * columns // _AT_ONCE)
         panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
         sums = -(-rows // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
-        each = max(panel + sums, *(width // 2 for width in widths), 0)
+        each = max(panel + sums, _ROWS)
         room: Tensor | None = getattr(self._own, "room", None)
         if room is None or len(room) < threads * each:
             room = self._own.room = torch.empty(threads * each, LANES)
