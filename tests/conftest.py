@@ -104,6 +104,15 @@ def load_file() -> Callable[[Path], ModuleType]:
 
 
 @pytest.fixture(scope="session")
+def warm_command(
+    load_file: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[list[str], dict[str, str]]]]:
+    """Returns command lines and environments as `loralib_command` does, of processes that have imported everything."""
+    with load_file(Path(__file__).with_name("warm.py")).warm_processes(tmp_path_factory.mktemp("warm")) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder of reference data, for tests with ``pytestmark = pytest.mark.golden``."""
     folder = Path(os.environ.get("LORALIB_GOLDENS") or ROOT.parent / "shared" / "goldens")

@@ -72,11 +72,11 @@ def served(app: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def at_once(load_file: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def at_once(warm_command: Callable[..., Any]) -> Iterator[None]:
     """Jobs and exports begin at once, in processes of their own all the same."""
-    warm = load_file(Path(__file__).parent / "warm.py")
-    places = ("loralib.serve.process.loralib_command", "loralib.serve.page.exports.loralib_command")
-    with warm.warm_processes(tmp_path_factory.mktemp("warm"), *places):
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("loralib.serve.process", "loralib.serve.page.exports"):
+            patch.setattr(f"{place}.loralib_command", warm_command)
         yield
 
 
