@@ -159,8 +159,9 @@ def trained(browser: Any, site: SimpleNamespace, tmp_path_factory: pytest.TempPa
     tab_to(page, "Train")
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Train an adapter").wait_for()
-    page.keyboard.press("Tab")
-    with page.expect_file_chooser() as chooser:
+    with page.expect_file_chooser() as chooser:  # so that the browser knows before Space that it is asked
+        page.keyboard.press("Tab")
+        page.locator("input[type=file]:focus").wait_for()
         page.keyboard.press("Space")
     chooser.value.set_files(file)
     page.get_by_text("48 of 48 examples are trained on").wait_for()
