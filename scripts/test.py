@@ -23,6 +23,7 @@ def main():
     flags.add_argument("--prepare", action="store_true", help="make the environment, and run nothing")
     arguments, for_pytest = flags.parse_known_args()
     os.environ.setdefault("LORALIB_CACHE", str(CACHE))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes share the cores: no thread spins while it waits
     ensure("run", arguments.torch_index)
     with ThreadPoolExecutor(1) as aside:  # pip leaves a core idle
         converting = aside.submit(convert)

@@ -18,8 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the programs that they start
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # where a test wants two threads, one must not spin till the other's turn
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The page comes first: it waits for a browser, while other checks still run beside the tests.
+LONGEST = ("test_page.py", "test_main_job.py", "test_ranks.py", "test_jobs.py", "test_installed.py", "test_beam.py")
 
 # A million objects stay until a worker ends: modules, and tests.  Python's collector walked over all of them again and
 # again, for a quarter of the time; now it looks only at what tests make.
@@ -36,6 +40,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The converted base model is kept between runs in pytest's own cache, and the user's cache is left alone.
     os.environ.setdefault("LORALIB_CACHE", str(config.cache.mkdir("loralib")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the modules that have the longest tests: two workers end together if the last ones are short."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -101,6 +110,15 @@ def load_file() -> Callable[[Path], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def warm_command(
+    load_file: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[list[str], dict[str, str]]]]:
+    """Returns command lines and environments as `loralib_command` does, of processes that have imported everything."""
+    with load_file(Path(__file__).with_name("warm.py")).warm_processes(tmp_path_factory.mktemp("warm")) as command:
+        yield command
 
 
 @pytest.fixture(scope="session")

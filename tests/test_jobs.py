@@ -175,15 +175,21 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
 
 
 SERVER = """
-import sys
+import os, sys
+from loralib.serve import process
 from loralib.serve.jobs import Jobs
+process.loralib_command = lambda *words: ([*sys.argv[3:], *words], dict(os.environ))
 jobs = Jobs(sys.argv[1], model=sys.argv[2])
 jobs.wait(jobs.list()[0].id)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_bytes(
+    warm_command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its three processes begin at once; above, a job is one that loralib_command starts."""
+    monkeypatch.setattr("loralib.serve.process.loralib_command", warm_command)
     state = tmp_path / "state"
     settings = {**QUICK, "num_epochs": 8, "save_steps": 3, "eval_steps": 5, "lora_dropout": 0.1}
     with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
@@ -191,7 +197,8 @@ def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_byte
         jobs.close(finish_within=0)
     run = state / "jobs" / job / "run"
 
-    with subprocess.Popen([sys.executable, "-c", SERVER, str(state), MODEL], cwd=ROOT) as server:
+    command, _ = warm_command()
+    with subprocess.Popen([sys.executable, "-c", SERVER, str(state), MODEL, *command], cwd=ROOT) as server:
         metrics = run / "metrics.jsonl"
         eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4)
         server.kill()  # its job saves itself and ends

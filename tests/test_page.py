@@ -72,11 +72,11 @@ def served(app: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def at_once(load_file: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def at_once(warm_command: Callable[..., Any]) -> Iterator[None]:
     """Jobs and exports begin at once, in processes of their own all the same."""
-    warm = load_file(Path(__file__).parent / "warm.py")
-    places = ("loralib.serve.process.loralib_command", "loralib.serve.page.exports.loralib_command")
-    with warm.warm_processes(tmp_path_factory.mktemp("warm"), *places):
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("loralib.serve.process", "loralib.serve.page.exports"):
+            patch.setattr(f"{place}.loralib_command", warm_command)
         yield
 
 
@@ -159,8 +159,9 @@ def trained(browser: Any, site: SimpleNamespace, tmp_path_factory: pytest.TempPa
     tab_to(page, "Train")
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Train an adapter").wait_for()
-    page.keyboard.press("Tab")
-    with page.expect_file_chooser() as chooser:
+    with page.expect_file_chooser() as chooser:  # so that the browser knows before Space that it is asked
+        page.keyboard.press("Tab")
+        page.locator("input[type=file]:focus").wait_for()
         page.keyboard.press("Space")
     chooser.value.set_files(file)
     page.get_by_text("48 of 48 examples are trained on").wait_for()

@@ -71,8 +71,9 @@ class Existing:
             return
         body = case.body if isinstance(case.body, dict) else {}
         model = "base" if "jobs" in case.path else "calm"
-        named = {"model": model, "path": "spare", "training_file": self._file(), "validation_file": self._file()}
-        in_path = {"model": "calm", "name": "bold", "file_id": self._file(), "fine_tuning_job_id": self._job()}
+        file = self._file()
+        named = {"model": model, "path": "spare", "training_file": file, "validation_file": file}
+        in_path = {"model": "calm", "name": "bold", "file_id": file, "fine_tuning_job_id": self._job()}
         turns = [(turn, {"role": "user"}) for turn in body.get("messages") or () if isinstance(turn, dict)]
         for place, names in ((case.path_parameters, in_path), (body, named), *turns):
             place.update({name: value for name, value in names.items() if isinstance(place.get(name), str)})
