@@ -13,8 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -164,7 +165,8 @@ def _run(command: Sequence[str], otherwise: str) -> None:
 
 
 def _call(command: Sequence[str]) -> int:
-    with subprocess.Popen(command, cwd=ROOT, env=_own()) as child, _patience(child):
+    with _patience() as watch, subprocess.Popen(command, cwd=ROOT, env=_own()) as child:
+        watch(child)
         return child.wait()
 
 
@@ -174,20 +176,35 @@ def _own() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _patience(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def _patience() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
     """Lets a child end in its own time when a signal asks for it: training saves itself first.
 
-    A terminal sends Ctrl-C and its own end to the child as well; what only this process is sent is passed on.
+    A terminal sends Ctrl-C and its own end to the child as well; what only this process is sent is passed on.  Yields
+    what is told of the child: a signal that comes while it begins is passed on then.
     """
-    answers = {name: lambda *_: None for name in ("SIGINT", "SIGBREAK", "SIGHUP")}
-    answers["SIGTERM"] = lambda number, _: child.send_signal(number)
+    children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+        if not children:
+            early.append(number)
+
+    def watch(child: subprocess.Popen[bytes]) -> None:
+        children.append(child)
+        for number in early:
+            child.send_signal(number)
+
+    answers: dict[str, Any] = {name: lambda *_: None for name in ("SIGINT", "SIGBREAK", "SIGHUP")}
+    answers["SIGTERM"] = pass_on
     numbers = {getattr(signal, name): answer for name, answer in answers.items() if hasattr(signal, name)}
     before = {number: signal.getsignal(number) for number in numbers}
     for number, answer in numbers.items():
         if before[number] != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, answer)
     try:
-        yield
+        yield watch
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -204,11 +204,24 @@ time.sleep(20)
 """
 
 
+STARTS_SLOWLY = """
+import subprocess, sys, time, environment
+class Slow(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        time.sleep(0.5)
+environment.subprocess.Popen = Slow
+""".strip()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "whole_group"), [("SIGINT", True), ("SIGHUP", True), ("SIGTERM", False)])
 def test_a_stopped_demo_waits_until_training_has_saved(name: str, whole_group: bool) -> None:
-    """A terminal signals all that it started; whoever stops a container signals the first process."""
-    code = f"import sys, environment; sys.exit(environment._call([sys.executable, '-c', {SAVES_SLOWLY!r}]))"
+    """A terminal signals all that it started; whoever stops a container signals the first process.
+
+    The signal comes while the first process is still busy with having started the other.
+    """
+    code = f"{STARTS_SLOWLY}; sys.exit(environment._call([sys.executable, '-c', {SAVES_SLOWLY!r}]))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as demo:
