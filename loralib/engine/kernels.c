@@ -151,11 +151,10 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
 #include <immintrin.h>
 
 #define COLUMNS 32  /* of bf16, in one vector */
-#define FEW 8       /* in thin products: columns of the result that share what is loaded of the rows, */
-#define WIDE 2      /* vectors of rows, */
-#define CHUNK 256   /* and pairs of each that stay close to the processor */
+#define FEW 8       /* in thin products, so many rows or columns share what is loaded of the other side */
 
 static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
+static inline __m512i all_lanes_64(const void *two) { int64_t x; memcpy(&x, two, sizeof x); return _mm512_set1_epi64(x); }
 static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf16_ps(to, (__m512bh)a, (__m512bh)b); }
 
 /* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums. */
@@ -216,13 +215,9 @@ struct sum {
     int64_t count, d, start_step;
 };
 
-static void transpose(__m512i r[LANES]) {
-    __m512i t[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
+/* Of vectors of 64-bit numbers: r[4 i] and r[4 i + 1] get those at 2 i and 2 i + 1 of t[0], t[2], .., the two after them those of
+ * t[1], t[3], .. */
+static inline void transpose_64(const __m512i t[LANES], __m512i r[LANES]) {
 #pragma GCC unroll 4
     for (int i = 0; i < LANES; i += 4) {
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
@@ -239,6 +234,16 @@ static void transpose(__m512i r[LANES]) {
         r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
         r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
+}
+
+static void transpose(__m512i r[LANES]) {
+    __m512i t[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    transpose_64(t, r);
 }
 
 /* The 32 numbers from `column` on of a row of codes; the numbers are rounded as PyTorch rounds them. */
@@ -426,55 +431,49 @@ static inline int64_t begin_in(const int64_t *of, int64_t n, int thread, int thr
     return of[0] + (before <= 0 ? 0 : before < count ? before / 2 * 2 : count);
 }
 
-/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. A lane has a row of x, of which some columns at a time are
- * brought into `room` (CHUNK, WIDE), pairs of numbers of all rows side by side. */
-static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, int64_t d, int64_t r, int64_t step,
-                 __m512i *room) {
-    __m512i kept[WIDE][(r + LANES - 1) / LANES * LANES]; /* sums of each column of h, of rows side by side */
-    for (int64_t t = 0; t < n; t += WIDE * LANES) {
-        for (int64_t from = 0; from < d / 2; from += CHUNK) {
-            int64_t count = least(CHUNK, d / 2 - from);
-            for (int v = 0; v < WIDE; v++)
-                for (int64_t p = 0; p < count; p += LANES) {
-                    __m512i square[LANES];
+/* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); rows of h lie `step` apart. A lane has a row of a; with `fold` 2,
+ * two lanes do, for every other pair of columns. */
+static inline __attribute__((always_inline)) void down_some(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n,
+                                                            int64_t d, int64_t r, int64_t step, const int fold, __m512i *room) {
+    int64_t count = d / 2 / fold;
+    for (int64_t p = 0; p < count; p += LANES) {
+        __m512i of[LANES], at[LANES];
 #pragma GCC unroll 16
-                    for (int i = 0; i < LANES; i++) {
-                        const uint16_t *row = x + least(t + v * LANES + i, n - 1) * d + 2 * (from + p);
-                        square[i] = _mm512_loadu_si512(row);
-                        _mm_prefetch(row + 2 * COLUMNS, _MM_HINT_T0); /* more rows than the processor follows by itself */
-                    }
-                    transpose(square);
+        for (int i = 0; i < LANES; i++) {
+            const uint16_t *from = a + (i / fold < r ? i / fold : 0) * d + 2 * fold * p + i % fold * COLUMNS;
+            of[i] = fold == 1 || i % 2 == 0 || p + LANES / 2 < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+        }
+        if (fold == 2) transpose_64(of, at);
+        else transpose(of);
 #pragma GCC unroll 16
-                    for (int i = 0; i < LANES; i++) room[(p + i) * WIDE + v] = square[i];
-                }
-            for (int64_t k = 0; k < r; k += FEW) {
-                __m512 sums[FEW][WIDE];
-                const uint16_t *of[FEW];
+        for (int q = 0; q < LANES; q++) room[p + q] = fold == 2 ? at[q % 8 / 2 * 4 + q / 8 * 2 + q % 2] : of[q];
+    }
+    for (int64_t t = 0; t < n; t += FEW) {
+        const uint16_t *row[FEW];
+        __m512 sums[FEW];
 #pragma GCC unroll 8
-                for (int i = 0; i < FEW; i++) {
-                    of[i] = a + least(k + i, r - 1) * d + 2 * from;
-                    for (int v = 0; v < WIDE; v++) sums[i][v] = from ? (__m512)kept[v][k + i] : _mm512_setzero_ps();
-                }
-                for (int64_t p = 0; p < count; p++) {
+        for (int i = 0; i < FEW; i++) row[i] = x + least(t + i, n - 1) * d, sums[i] = _mm512_setzero_ps();
+        for (int64_t p = 0; p < count; p++) {
 #pragma GCC unroll 8
-                    for (int i = 0; i < FEW; i++) {
-                        __m512i pair = all_lanes(of[i] + 2 * p);
-                        for (int v = 0; v < WIDE; v++) sums[i][v] = madd(sums[i][v], pair, room[p * WIDE + v]);
-                    }
-                }
-#pragma GCC unroll 8
-                for (int i = 0; i < FEW; i++)
-                    for (int v = 0; v < WIDE; v++) kept[v][k + i] = (__m512i)sums[i][v];
+            for (int i = 0; i < FEW; i++) {
+                const uint16_t *pairs = row[i] + 2 * fold * p;
+                sums[i] = madd(sums[i], fold == 2 ? all_lanes_64(pairs) : all_lanes(pairs), room[p]);
             }
         }
-        for (int v = 0; v < WIDE; v++)
-            for (int64_t k = 0; k < r; k += LANES) {
-                transpose(kept[v] + k);
-                for (int i = 0; i < LANES && t + v * LANES + i < n; i++)
-                    _mm256_mask_storeu_epi16(h + (t + v * LANES + i) * step + k, r - k < LANES ? (1 << (r - k)) - 1 : 0xffff,
-                                             (__m256i)_mm512_cvtneps_pbh((__m512)kept[v][k + i]));
-            }
+        for (int i = 0; i < FEW && t + i < n; i++) {
+            __m512 s = sums[i];
+            if (fold == 2) s = _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1)));
+            _mm256_mask_storeu_epi16(h + (t + i) * step, (1 << r) - 1, (__m256i)_mm512_cvtneps_pbh(s));
+        }
     }
+}
+
+/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. */
+static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, int64_t d, int64_t r, int64_t step,
+                 __m512i *room) {
+    for (int64_t k = 0; k < r; k += LANES)
+        if (2 * (r - k) <= LANES) down_some(x, a + k * d, h + k, n, d, r - k, step, 2, room);
+        else down_some(x, a + k * d, h + k, n, d, least(r - k, LANES), step, 1, room);
 }
 
 /* Rows t and t + 1 of h (n, r), the numbers of a column behind one another. */

@@ -57,8 +57,7 @@ LANES: Final = 16
 _KEYS: Final = 8
 # Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
-# Of thin products: vectors of rows that are kept, and numbers that are read behind the last pairs.
-_ROWS, _READ_ON = 2 * 256, 2 * 8
+_READ_ON: Final = 16  # numbers that are read behind the last pairs
 # Few rows: up to here our kernel of low-rank updates is faster than PyTorch, and that of whole products is not.
 FEW_ROWS: Final = 64
 _BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
@@ -606,7 +605,7 @@ class Kernels:
         x, seen = dense, dense if seen is x else seen.contiguous()
         count, widths = len(x), of.widths
         h, found = x.new_empty(count, max(of.ranks)), [x.new_empty(count, width) for width in widths]
-        room, each, threads = self._room_for_products(count, of.width + sum(of.ranks), sum(widths))
+        room, each, threads = self._room_for_products(count, of.width + sum(of.ranks), sum(widths), of.width)
         tensors = (x, seen, *of.weights, of.biases, of.A, of.B, h, _pointers(found))
         self._call("lora", *tensors, *of.sizes(count), room, each, threads, dtype=x.dtype)
         return h, found
@@ -634,7 +633,7 @@ class Kernels:
         gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
         count, widths = len(seen), of.widths
         depth = sum(widths) + sum(of.ranks)
-        room, each, threads = self._room_for_products(count, depth, of.width)
+        room, each, threads = self._room_for_products(count, depth, of.width, of.width, *widths)
         of_h = torch.empty_like(h)
         of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         of_pairs = (count + of.runs) * h.shape[1]
@@ -644,18 +643,19 @@ class Kernels:
         self._call("lora_back", *given, *results, *of.sizes(count), room, each, threads, dtype=seen.dtype)
         return of_x, of_seen
 
-    def _room_for_products(self, rows: int, depth: int, columns: int) -> tuple[Tensor, int, int]:
+    def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Room in which a thread has what is multiplied, in the order in which it is, in vectors of `LANES` numbers.
 
         Args:
             rows: of the results.
             depth: how many products each number sums.
             columns: of all results.
+            widths: those of the factors whose rows lie there in pairs.
         """
         threads = self._threads(rows * depth * columns // _AT_ONCE)
         panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
         sums = -(-rows // _TILE) * _TILE * _PANEL // LANES if depth > _DEPTH else 0
-        each = max(panel + sums, _ROWS)
+        each = max(panel + sums, *(width // 2 for width in widths), 0)
         room: Tensor | None = getattr(self._own, "room", None)
         if room is None or len(room) < threads * each:
             room = self._own.room = torch.empty(threads * each, LANES)
