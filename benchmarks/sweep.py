@@ -123,7 +123,7 @@ def memory_of(runs: int) -> int:
     for number in range(3):
         with step:
             step.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
-        for twin, optimizer in zip(twins, optimizers, strict=True):
+        for optimizer in optimizers:
             apply(optimizer)
     return peak_bytes()
 
