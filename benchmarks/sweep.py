@@ -4,6 +4,9 @@ SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eigh
 is an update of each run: once in one pass (`SharedStep`), once by a step of each run as in `loralib train`.  Rounds are
 interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.  What a shared pass
 cannot do without is the base's products, all rows at once: they are measured in the same run, as the bound of any gain.
+
+With --commands 60 250, instead: `loralib sweep` over eight learning rates beside eight times `loralib train`, for so
+many updates of each run, from the start of each process to its end, with validation and all else that is the default.
 Writes benchmarks/sweep.json.
 """
 
@@ -15,6 +18,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -134,11 +138,27 @@ def adapter_bytes(runs: int) -> int:
     return 16 * runs * sum(p.numel() for p in twins[0].parameters() if p.requires_grad)
 
 
+def commands(updates: int) -> dict[str, float]:
+    """Returns the seconds of a sweep of eight runs, and of the same runs one after the other, as commands."""
+    data = HERE.parent / "examples" / "NLG" / "data" / "e2e" / "train.txt"
+    rates = [f"{number}e-4" for number in range(1, 9)]
+    seconds = {"sweep": 0.0, "train": 0.0}
+    for command, rate in [("sweep", ",".join(rates)), *(("train", rate) for rate in rates)]:
+        with tempfile.TemporaryDirectory() as directory:
+            words = [sys.executable, "-m", "loralib", command, "--lr", rate, "--train_data", str(data)]
+            words += ["--batch_size", str(BATCH), "--rank", str(RANK), "--max_steps", str(updates)]
+            started = time.perf_counter()
+            subprocess.run([*words, "--output_dir", f"{directory}/run"], check=True, stdout=subprocess.DEVNULL)
+            seconds[command] += time.perf_counter() - started
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--count", type=int, default=4, help="batches of each run")
+    parser.add_argument("--commands", type=int, nargs="+", default=[], help="updates of each run")
     parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=HERE / "sweep.json")
     args = parser.parse_args()
@@ -146,6 +166,16 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     if args.memory_of:
         print(memory_of(args.memory_of))
+        return
+    known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    whole = known.get("seconds_of_commands", {})
+    for updates in args.commands:
+        whole[str(updates)] = commands(updates)
+        say(
+            f"{updates} updates: {whole[str(updates)]['train'] / whole[str(updates)]['sweep']:.2f} times the throughput"
+        )
+    if args.commands:
+        args.output.write_text(json.dumps({**known, "seconds_of_commands": whole}, indent=2) + "\n", encoding="utf-8")
         return
     seconds = speed(args.runs, args.rounds, args.count)
     peak = {}
@@ -168,6 +198,7 @@ def main() -> None:
         "seconds_of_an_update_of_all": seconds, "throughput_ratio": ratio,
         "seconds_of_the_base_products": products, "peak_bytes": peak,
         "bytes_of_adapters_gradients_and_moments": {str(n): adapter_bytes(n) for n in (1, args.runs)},
+        "seconds_of_commands": whole,
     }  # fmt: skip
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
