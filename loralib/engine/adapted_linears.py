@@ -181,9 +181,9 @@ class LinearGroup(Generic[Linear]):
             if not pending.outputs:
                 self.pending = PendingOutputs()
             return self._finished(layer, output, x)
-        drops = self._drops()
-        numbers = (number,) if number or drops else tuple(range(len(self.layers)))
-        outputs = self._outputs(x, cast(Any, layer)._drop(x) if drops else None, numbers)
+        dropped = self._dropped(layer, x)
+        numbers = (number,) if number or dropped is not None else tuple(range(len(self.layers)))
+        outputs = self._outputs(x, dropped, numbers)
         first, *others = outputs
         del outputs
         if others:
@@ -194,9 +194,9 @@ class LinearGroup(Generic[Linear]):
         """Returns a layer's output (..., out) for x, of which (T, out) is what the products make."""
         return output.view(*x.shape[:-1], output.shape[-1])
 
-    def _drops(self) -> bool:
-        """Returns whether a low-rank path sees what dropout leaves of the input: something else in each layer."""
-        return False
+    def _dropped(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """Returns what a layer's low-rank path sees instead of x where dropout makes it another in each layer."""
+        return None
 
     def _is_ready(self) -> bool:
         """Returns whether a pass has begun for which the layers are computed together."""
@@ -217,8 +217,9 @@ class LayerGroup(LinearGroup[LoRALinear]):
     def _finished(self, layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
         return super()._finished(layer, finished(layer, output), x)
 
-    def _drops(self) -> bool:
-        return any(each.lora_dropout and each.training for each in self.layers)
+    def _dropped(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        drops = any(each.lora_dropout and each.training for each in self.layers)
+        return layer._drop(x) if drops else None
 
 
 class _Group(LayerGroup):
@@ -387,24 +388,24 @@ class _GroupProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, group: GroupProducts, numbers: tuple[int, ...], *casts: Tensor
+        ctx: Any, x: Tensor, dropped: Tensor | None, products: GroupProducts, numbers: tuple[int, ...], *casts: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.numbers, ctx.shape, ctx.drops = group, numbers, x.shape, dropped is not None
+        ctx.products, ctx.numbers, ctx.shape, ctx.drops = products, numbers, x.shape, dropped is not None
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        h, outputs = group.multiply(rows, seen, numbers)
+        h, outputs = products.multiply(rows, seen, numbers)
         ctx.save_for_backward(seen, h)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        group, numbers = cast(GroupProducts, ctx.group), ctx.numbers
+        products, numbers = cast(GroupProducts, ctx.products), ctx.numbers
         seen, h = ctx.saved_tensors
-        into = [run.room_for_gradients(numbers) for run in group.runs]
+        into = [run.room_for_gradients(numbers) for run in products.runs]
         wants_seen = ctx.needs_input_grad[1] if ctx.drops else None
-        of_inputs = group.differentiate(
+        of_inputs = products.differentiate(
             gradients, seen, h, numbers, into, wants_x=ctx.needs_input_grad[0], wants_seen=wants_seen
         )
         of_x, of_dropped = (None if each is None else each.view(ctx.shape) for each in of_inputs)

@@ -82,17 +82,19 @@ class RowLinears:
             self._others = {m: FrozenLinear(m, prepack=False) for m in frozen}
         self.modules: list[nn.Module] = [*self._layers, *self._others]
         self.rows: Sequence[int] | None = None
-        self._take([[module] for module in self._layers])
+        self._together: list[list[nn.Module]] = [[module] for module in self._layers]
 
-    def _take(self, groups: Sequence[list[nn.Module]]) -> None:
-        self._groups = [
+    @functools.cached_property
+    def _groups(self) -> list[_RowGroup]:
+        """Made for the first pass: they hold room for the factors of all runs."""
+        return [
             _RowGroup(
-                group,
-                [self._names[module] for module in group],
-                [self._layers[module] for module in group],
-                fast=self._fast.issuperset(group),
+                modules,
+                [self._names[module] for module in modules],
+                [self._layers[module] for module in modules],
+                fast=self._fast.issuperset(modules),
             )
-            for group in groups
+            for modules in self._together
         ]
 
     @contextmanager
@@ -102,7 +104,7 @@ class RowLinears:
         yield {module: functools.partial(record_call, calls, module) for module in self._fast}
         groups = groups_of(calls)
         called = {module for group in groups for module in group}
-        self._take([*groups, *([module] for module in self._layers if module not in called)])
+        self._together = [*groups, *([module] for module in self._layers if module not in called)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
