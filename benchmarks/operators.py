@@ -85,6 +85,7 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
         if len(rest) < len(every):
             ways[f"without {label}"] = lambda rest=rest: run(rest)
     ways["without the attention kernel"] = without_kernel("accept_queries")
+    ways["without the kernel that casts factors"] = without_kernel("accept_copies")
     with keep_freed_memory(), freeze_objects():
         return {"model": name, "ways": in_turn(ways, rounds)}
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import train as bench
@@ -35,6 +36,7 @@ from loralib.allocator import keep_freed_memory
 from loralib.console import say, size, table
 from loralib.data.packing import pack
 from loralib.engine.frozen_linear import FrozenWeight
+from loralib.engine.kernels import Kernels
 from loralib.training.many import twin_of
 from loralib.training.memory import freeze_objects
 from loralib.training.shared_step import SharedStep
@@ -77,23 +79,37 @@ def shared(base: nn.Module, twins: list[nn.Module]) -> SharedStep:
 def speed(runs: int, rounds: int, count: int) -> dict[str, float]:
     base, twins, optimizers, work = setting(runs, count)
     together, steps = shared(base, twins), [make_step(twin) for twin in twins]
-    best = {"together": [float("inf")] * count, "one after the other": [float("inf")] * count}
+
+    def in_one(number: int) -> None:
+        with together:
+            together.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
+        for optimizer in optimizers:
+            apply(optimizer)
+
+    def one_by_one(number: int) -> None:
+        for step, optimizer, own in zip(steps, optimizers, work, strict=True):
+            with step:
+                step.forward_backward(own[number], loss_scale=scale(own[number]))
+            apply(optimizer)
+
+    def with_casts_by_pytorch(number: int) -> None:
+        with mock.patch.object(Kernels, "accept_copies", return_value=False):
+            in_one(number)
+
+    ways = {
+        "together": in_one,
+        "one after the other": one_by_one,
+        "together, factors cast by PyTorch": with_casts_by_pytorch,
+    }
+    best = {way: [float("inf")] * count for way in ways}
     with keep_freed_memory(), freeze_objects():
         for turn in range(rounds + 1):
             for number in range(count):
-                started = time.perf_counter()
-                with together:
-                    together.in_passes([(n, own[number], scale(own[number])) for n, own in enumerate(work)])
-                for optimizer in optimizers:
-                    apply(optimizer)
-                middle = time.perf_counter()
-                for step, optimizer, own in zip(steps, optimizers, work, strict=True):
-                    with step:
-                        step.forward_backward(own[number], loss_scale=scale(own[number]))
-                    apply(optimizer)
-                times = {"together": middle - started, "one after the other": time.perf_counter() - middle}
-                for way, seconds in times.items() if turn else ():
-                    best[way][number] = min(best[way][number], seconds)
+                for way, update in ways.items():
+                    started = time.perf_counter()
+                    update(number)
+                    if turn:
+                        best[way][number] = min(best[way][number], time.perf_counter() - started)
     return {way: sum(seconds) / count for way, seconds in best.items()}
 
 
