@@ -164,6 +164,24 @@ def test_runs_of_eva_share_what_they_start_from(tmp_path: Path, monkeypatch: pyt
         assert run.result.losses == pytest.approx(by_itself.losses, abs=1e-5)
 
 
+def test_the_base_is_validated_once_for_all_runs_that_start_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first update an adapter whose B is zero computes what the base does; afterwards each has its own."""
+    validated: list[int] = []
+    evaluate_all = SharedStep.evaluate_all
+
+    def counted(step: SharedStep, wanted: Any, stop: Any) -> Any:
+        validated.append(len(wanted))
+        return evaluate_all(step, wanted, stop)
+
+    monkeypatch.setattr(SharedStep, "evaluate_all", counted)
+    result = sweep(tmp_path, RUNS[:3])
+    assert validated == [1, 3, 3, 3]  # updates 0, 3, 6 and 7
+    assert len({run.result.valid_losses[0] for run in result.runs}) == 1
+    assert len({run.result.valid_losses[-1] for run in result.runs}) == 3
+
+
 def test_the_model_is_afterwards_what_it_was(tmp_path: Path) -> None:
     model = tiny_model()
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}

@@ -9,6 +9,7 @@ anomaly mode work as in any module.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -178,9 +179,11 @@ class _CastFactors(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         groups: Sequence[GroupFactors] = ctx.groups
         layers = [(group, number, scaling) for group in groups for number, scaling in enumerate(group.scalings)]
-        # One tensor for all, in the parameters' own dtype, so that nothing is rounded after this.
-        sizes = [shape.numel() for shape in ctx.shapes]
-        parts = torch.empty(sum(sizes), dtype=ctx.dtype).split(sizes)
+        # One tensor for each group, in the parameters' own dtype, so that nothing is rounded after this.  One for all
+        # would fit into no freed block of memory, of which the system would hand out each page anew.
+        sizes = iter([shape.numel() for shape in ctx.shapes])
+        of_groups = [list(itertools.islice(sizes, 2 * len(group.layers))) for group in groups]
+        parts = [part for of in of_groups for part in torch.empty(sum(of), dtype=ctx.dtype).split(of)]
         results: list[Tensor | None] = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         own: list[Tensor] = []
         copies: list[Tensor] = []

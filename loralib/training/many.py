@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..allocator import keep_freed_memory
 from ..budget import free_on
@@ -61,6 +61,7 @@ from .trainer import (
     Validation,
     adapt,
     finished,
+    gradient_norm,
     plan_for,
     run_in,
     stop_on_signal,
@@ -518,26 +519,34 @@ class _Together:
 
     def _validate(self, wanting: Sequence[_Member]) -> None:
         started = time.perf_counter()
-        wanted = [(m.number, m.need.examples, m.need.max_tokens) for m in wanting if isinstance(m.need, Validation)]
+        same: dict[Any, list[_Member]] = {}
+        for member in wanting:
+            same.setdefault(_what_it_validates(member), []).append(member)
+        needs = [(members[0].number, cast(Validation, members[0].need)) for members in same.values()]
+        wanted = [(number, need.examples, need.max_tokens) for number, need in needs]
         figures = self.step.unsmoothed().evaluate_all(wanted, lambda: bool(self.stop))  # type: ignore[attr-defined]
         share = (time.perf_counter() - started) / len(wanting)
-        for at, member in enumerate(wanting):
-            self._send(member, Computed(None if figures is None else figures[at], share))
+        for at, members in enumerate(same.values()):
+            for member in members:
+                self._send(member, Computed(None if figures is None else dict(figures[at]), share))
         if figures is not None and self.members:
             self.sweep.reporter.say(_validations(self.members))
 
     def _update(self, wanting: Sequence[_Member]) -> None:
         started = time.perf_counter()
         done = self._gradients(wanting)
-        if len(wanting) > 1 and not all(_is_finite(member, done[member]) for member in wanting):
+        norms = {member: gradient_norm(member.trainer.parameters.values()) for member in wanting}
+        if len(wanting) > 1 and not all(_is_finite(done[member], norms[member]) for member in wanting):
             # What is infinite in one run could reach another through a product with 0: each once more, by itself.
             for member in wanting:
                 member.trainer.optimizer.zero_grad(set_to_none=True)
             done = {member: self._gradients([member])[member] for member in wanting}
+            norms = {}
         seconds = time.perf_counter() - started
         tokens = {member: sum(stats.tokens for stats in done[member]) for member in wanting}
         for member in wanting:
-            self._send(member, Computed(done[member], seconds * tokens[member] / max(1, sum(tokens.values()))))
+            share = seconds * tokens[member] / max(1, sum(tokens.values()))
+            self._send(member, Computed(done[member], share, norms.get(member)))
         self._show(seconds, sum(tokens.values()))
 
     def _gradients(self, wanting: Sequence[_Member]) -> dict[_Member, list[Any]]:
@@ -559,10 +568,15 @@ class _Together:
         self.sweep.reporter.update(most.progress.step, most.total, lowest, {}, tokens / seconds, left)
 
 
-def _is_finite(member: _Member, done: Sequence[Any]) -> bool:
-    gradients = [p.grad for p in member.trainer.parameters.values() if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros(())
+def _is_finite(done: Sequence[Any], norm: Tensor) -> bool:
     return math.isfinite(float(torch.stack([stats.objective for stats in done]).sum()) + float(norm))
+
+
+def _what_it_validates(member: _Member) -> Any:
+    """Returns a key for what a run validates: before the first update, all adapters that add nothing share one."""
+    need, trainer = cast(Validation, member.need), member.trainer
+    apart = None if trainer.from_base and not trainer.progress.step else member.number
+    return apart, need.max_tokens, tuple(map(id, need.examples))
 
 
 def _validations(members: Sequence[_Member]) -> str:

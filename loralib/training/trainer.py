@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -298,10 +298,17 @@ Need = Gradient | Validation | Rest
 
 @dataclass(frozen=True)
 class Computed:
-    """The answer to a need: the `StepStats` of each batch, or figures; and the seconds it took, or a share of them."""
+    """The answer to a need.
+
+    Attributes:
+        result: the `StepStats` of each batch, or figures.
+        seconds: how long it took, or the run's share of that.
+        norm: of the gradient, where it is known already.
+    """
 
     result: Any
     seconds: float
+    norm: Tensor | None = None
 
 
 class Trainer:
@@ -345,7 +352,8 @@ class Trainer:
                 f"Resuming from step-{done:08}{self.progress.of_ranks}: {done:,} of {self.total:,} updates done"
             )
         self.gradients_checked = self.progress.step > 0
-        reporter.from_base = starts_as_base(model, self.initial)
+        self._saved = -1  # the update after which a checkpoint was written
+        self.from_base = reporter.from_base = starts_as_base(model, self.initial)
         self.metrics = self._open_metrics() if ranks.is_first else NoMetrics()
 
     def _open_metrics(self) -> Metrics:
@@ -499,7 +507,7 @@ class Trainer:
         self.ranks.seed(config.seed, progress.step)
         computed = yield Gradient(list(zip(batches, scales, strict=True)))
         started = time.perf_counter()
-        loss, norm, more = self._clip(computed.result)
+        loss, norm, more = self._clip(computed.result, computed.norm)
         loss = loss * config.grad_accum / len(batches) if paper else loss
         if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
             raise self.directory.divergence(fault, progress)
@@ -533,7 +541,7 @@ class Trainer:
     def _shown(self, figures: Mapping[str, float]) -> dict[str, float]:
         return {name: figures[name] for name in self.step.shown}
 
-    def _clip(self, done: Sequence[StepStats]) -> tuple[float, float, dict[str, float]]:
+    def _clip(self, done: Sequence[StepStats], norm: Tensor | None) -> tuple[float, float, dict[str, float]]:
         """Clips an update's gradient; returns its loss, the gradient's norm before that, and more figures."""
         parameters = list(self.parameters.values())
         own = torch.stack([stats.objective for stats in done]).sum().reshape(1) if done else torch.zeros(1)
@@ -541,9 +549,15 @@ class Trainer:
             sums = torch.stack([stats.sums for stats in done]).sum(0) if done else torch.zeros(self.step.width)
             own = torch.cat([own, sums])
         summed = self.ranks.sum_gradients(parameters, own)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
+        if norm is None:
+            norm = gradient_norm(parameters)
+        limit = self.config.max_grad_norm or math.inf
+        factor = limit / (norm + 1e-6)  # as in `clip_grads_with_norm_`
         # The one place where an update waits for the device.
-        loss, *sums_values, norm_value = torch.cat([summed.to(norm.device), norm.reshape(1)]).tolist()
+        numbers = [summed.to(norm.device), norm.reshape(1), factor.reshape(1)]
+        loss, *sums_values, norm_value, factor_value = torch.cat(numbers).tolist()
+        if factor_value < 1:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         more = self.step.figures(sums_values) if self.step.shown else {}
         more.pop("loss", None)
         return loss, norm_value, more
@@ -618,12 +632,14 @@ class Trainer:
         state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
         self.ranks.require_same({f"the adapter after update {self.progress.step}": hash_tensors(state.parameters)})
         self.ranks.first(lambda: self.directory.save(state))
+        self._saved = self.progress.step
 
     def finish(self) -> TrainResult:
         """Checks that the adapter learned, and saves everything."""
         progress = self.progress
         check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
-        self.save()  # whatever fails below, --resume has nothing to compute again
+        if self._saved != progress.step:
+            self.save()  # whatever fails below, --resume has nothing to compute again
         adapter_bytes = self.directory.write_results(
             self.model, progress, self.record["data"], self.reporter.say, self.ranks
         )
@@ -760,6 +776,11 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of all gradients together, ()."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
