@@ -220,27 +220,29 @@ def main() -> None:
     )
 
 
-PAGE_TEXT = """# Learning rates: `--lr auto` beside a sweep
+PAGE_TEXT = """# Learning rates: `--lr auto` compared with a sweep
 
-Made by `python benchmarks/learning_rates.py`; every run is in `benchmarks/learning_rates.json`. SmolLM2-135M (bf16),
-all linear layers, rank 16, lora_alpha 32, 60 updates of 4 examples, 3 of them warm-up, linear decay; validation loss at
-the end. Two kinds of data: E2E lines (`examples/NLG/data`) and chats of a made-up repair shop (`benchmarks/chats.py`).
-An update has 90 trained tokens of E2E and 201 of the chats. The picture shows the first seed.
+Made by `python benchmarks/learning_rates.py`; every run is in `benchmarks/learning_rates.json`. Setup: SmolLM2-135M
+(bf16), all linear layers, rank 16, lora_alpha 32, 60 updates of 4 examples, 3 of them warm-up, linear decay. Losses
+are the validation loss at the end. There are two kinds of data: E2E lines (`examples/NLG/data`) and chats of a
+fictional repair shop (`benchmarks/chats.py`). An update has 90 trained tokens of E2E and 201 of the chats. The picture
+shows the first seed.
 
 ![Validation loss over learning rate](learning-rates.png)
 
-Three seeds for auto and for points of the grid whose first seed comes within 2 % of the best; the rule's constants were
-chosen from these runs:
+Three seeds were run for auto, and for points of the grid whose first seed is within 2 % of the best. The constants of
+the rule were chosen from these runs.
 
 {table}
 
-Seeds differ by more than the points do: of the same settings, losses are up to 10 % apart.
+Seeds differ by more than the points do: with the same settings, losses are up to 10 % apart.
 
-Ranks 4 and 64 on E2E, with lora_alpha = 2 rank and one seed: the rate that auto takes, and that of rank 16.
+The next table has ranks 4 and 64 on E2E, with lora_alpha = 2 rank and one seed: the rate that auto chooses, and the
+rate for rank 16.
 
 {ranks}
 
-Not measured here: other models, for whose width the rule relies on published sweeps, and long runs.
+We have not measured long runs, or other models; for their widths, the rule relies on published sweeps.
 """
 
 

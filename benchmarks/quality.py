@@ -191,12 +191,12 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
     to_goal = [row["share_to_goal"] for row in times if row["share_to_goal"] is not None]
     worse = [names.get(name, name) for name, row in found["summary"].items() if not row["no_worse"]]
     verdict = (
-        f"Worse than PEFT's beyond the spread over seeds: {', '.join(worse)}."
+        f"These scores are worse than PEFT's by more than the spread over seeds: {', '.join(worse)}."
         if worse
-        else "No score is worse than PEFT's beyond the spread over seeds."
+        else "No score is worse than PEFT's by more than the spread over seeds."
     )
     reached = (
-        f" To PEFT's final validation loss we took {statistics.fmean(to_goal):.0%} of its time"
+        f" Reaching PEFT's final validation loss took {statistics.fmean(to_goal):.0%} of its time"
         + (f" ({len(to_goal)} of {len(times)} seeds reached it)." if len(to_goal) < len(times) else ".")
         if to_goal
         else ""
@@ -206,14 +206,15 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
     about = found["training"]["machine"] or {}
     count = f" --examples {settings['examples']}" if settings.get("examples") else ""
     parts = [
-        "# E2E with SmolLM2-135M, beside PEFT\n",
-        f"Both train the same base on the same texts with the same settings, steps and seeds "
+        "# E2E with SmolLM2-135M, compared with PEFT\n",
+        f"Both tools train the same base on the same texts with the same settings, steps and seeds "
         f"({len(found['seeds'])}). {verdict} Our training took {share:.0%} of PEFT's time.{reached}\n",
         f"```\npython benchmarks/train.py loss{count} --data DIR --keep RUNS\n{command}\n```\n",
-        "DIR holds the E2E challenge's train.txt, valid.txt and test.txt, a `meaning representation||text` a line.\n",
+        "DIR has the E2E challenge's train.txt, valid.txt and test.txt, with one `meaning representation||text` per "
+        "line.\n",
         "## Scores\n",
         f"{found['inputs']} unseen meaning representations, one text each, {found['references']} references; mean and "
-        "standard deviation over seeds. No worse: ours is better, or the two ranges overlap.\n",
+        'standard deviation over seeds. "No worse" means that ours is better, or that the two ranges overlap.\n',
         markdown_table(
             ("metric", "PEFT", "loralib", "better", "no worse"),
             [
@@ -223,9 +224,9 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
             ],
         ) + "\n",
         *(f"{name} was left out: {reason}\n" for name, reason in found["skipped"].items()),
-        "Beam search of both: "
+        "Both decode by beam search: "
         + ", ".join(f"`{name}` {value:g}" for name, value in found["decoding"].items())
-        + ", by the same code.\n",
+        + ", with the same code.\n",
         "## Training time\n",
         markdown_table(
             ("seed", "PEFT", "loralib, same steps", "share", "loralib to PEFT's loss", "share"),
@@ -238,7 +239,7 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
         ) + "\n",
         f"![Validation loss over time]({picture})\n",
         "## Examples\n",
-        "Meaning representations of this repository's own sample, and what the first seed's adapters wrote.\n",
+        "Meaning representations from this repository's own sample, and the texts of the first seed's adapters.\n",
         *(
             f"`{each['input']}`\n\n"
             + markdown_table(
@@ -248,7 +249,7 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
             ) + "\n"
             for each in found["examples"]
         ),
-        "## How\n",
+        "## Setup\n",
         markdown_table(("setting", "value"), [(name, plain(value)) for name, value in settings.items()]) + "\n"
         if settings else "",
         markdown_table(
@@ -257,10 +258,10 @@ def document(found: Mapping[str, Any], command: str, picture: str) -> str:
              for key in [*about, *(key for key in found["machine"] if key not in about)]],
         ) + "\n",
         f"Training took {duration(sum(row['peft_s'] for row in times))} (PEFT) and "
-        f"{duration(sum(row['ours_s'] for row in times))} (loralib) in all, decoding and scoring "
+        f"{duration(sum(row['ours_s'] for row in times))} (loralib) in total, decoding and scoring "
         f"{duration(found['seconds'])}. Made on {found['date']}.\n",
         markdown_table(
-            ("metric", "how it was made"),
+            ("metric", "signature"),
             [(names.get(name, name), f"`{made}`") for name, made in found["signatures"].items()],
         ) + "\n",
     ]  # fmt: skip
