@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from .engine.limits import text_config
 from .errors import BaseModelError, UnsupportedModelError
 from .files import free_memory
 from .injection import adapted_layers
-from .layers import LoRALayer, is_conv1d
-from .variants import holds_experts, kept_per_token
+from .layers import LoRALayer, LoRALinear, is_conv1d
+from .variants import expert_stacks, holds_experts, is_transposed, kept_per_token
 from .wrapping import decoder_blocks
 
 __all__ = [
@@ -227,7 +227,8 @@ def _base(model: nn.Module, shares: int, quantize: str) -> dict[str, float]:
     outside += sum(Int8Weight.bytes_of(*table.shape) - stored_bytes(table) for table in tables.values())
     whole = sum(sizes) + outside
     if shares == 1:
-        dense = 0 if quantize == "none" else max((w.numel() for b in blocks for w in _linears(b)), default=0)
+        shapes = [] if quantize == "none" else [shape for block in blocks for _, shape in _matrices(block)]
+        dense = max(map(math.prod, shapes), default=0)  # one at a time
         return {"weights": whole, "gathered": float(dense * _itemsize(model))}
     # A block exists twice for a moment: as it arrives, and as its tensors.
     return {"weights": whole / shares, "gathered": 2 * max(sizes, default=0.0) + outside}
@@ -246,9 +247,19 @@ def _stored(block: nn.Module, quantize: str) -> float:
     size = float(sum(map(stored_bytes, _frozen(block))))
     if quantize == "none":
         return size
-    shapes = [shape for child in block.modules() if (shape := _shape(child)) is not None]
     kind, itemsize = class_of(quantize), _itemsize(block)
-    return size + sum(kind.bytes_of(*shape) - math.prod(shape) * itemsize for shape in shapes)
+    return size + sum(n * (kind.bytes_of(*shape) - math.prod(shape) * itemsize) for n, shape in _matrices(block))
+
+
+def _matrices(block: nn.Module) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yields how many weights of outputs and inputs there are: one of each linear, and those of a layer's experts."""
+    for path, module in block.named_modules():
+        is_linear = isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module)  # and no router of experts
+        if is_linear and (shape := _shape(module)) is not None:
+            yield 1, shape
+        for name in expert_stacks(path, module):
+            experts, one, other = cast(Tensor, module._parameters[name]).shape
+            yield experts, ((other, one) if is_transposed(module) else (one, other))
 
 
 def _copies(model: nn.Module) -> float:

@@ -10,7 +10,7 @@ with A (r, in) and B (out, r).  Shape letters: r rank, k enabled blocks, n block
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "dora_weight",
     "effective_rank",
     "grouped_linear",
+    "grouped_product",
     "low_rank",
     "olora_factors",
     "pissa_factors",
@@ -97,14 +98,29 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], biases: Te
     >>> grouped_linear(torch.ones(3, 2), torch.stack([torch.eye(2), 5 * torch.eye(2)]), [1, 2]).tolist()
     [[1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     """
+    weight_of = weights.unbind()
+    bias_of = [None] * len(weight_of) if biases is None else biases.unbind()
+    return grouped_product(x, counts, weights.shape[1], lambda n, rows: F.linear(rows, weight_of[n], bias_of[n]))
+
+
+def grouped_product(x: Tensor, counts: Sequence[int], width: int, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Computes a product for each group of rows; see `grouped_linear`.
+
+    Args:
+        x: (S, in), sorted by group.
+        counts: how many rows each group has; rows after the last group become zeros.
+        width: numbers in a row of the products.
+        product: called with a group's number and its rows (count, in); returns (count, width).
+
+    Returns:
+        (S, width), in the dtype of x.
+    """
     rest = len(x) - sum(counts)
     # One split: each slice of its own would get a gradient of the size of x.
     rows = x.split([*counts, rest])
-    bias_of = [None] * len(counts) if biases is None else biases.unbind()
-    groups = zip(rows, weights.unbind(), bias_of, counts, strict=False)
-    products = [F.linear(of_group, weight, bias) for of_group, weight, bias, count in groups if count]
+    products = [product(number, rows[number]) for number, count in enumerate(counts) if count]
     if rest or not products:
-        products.append(x.new_zeros(rest, weights.shape[1]))
+        products.append(x.new_zeros(rest, width))
     return torch.cat(products)
 
 

@@ -14,6 +14,8 @@ q8_0   8 bits a weight, ``W = scale * codes``: 8.5 bits in all
 q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as GGUF's Q4_0 and Q4_1, 4.625 as Q4_K, and 4.5
        as GPTQ and AWQ with groups of 128
 
+The weights of a layer's experts (experts, out, in) are a stack: each is quantised like a weight of its own.
+
 A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
 Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
 being multiplied.  Whatever else reads it, reads the dense weight.
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, cast
 
 import torch
@@ -34,6 +36,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..injection import samples_of, samples_of_table
 from ..layers import is_conv1d
+from ..variants import expert_stacks, is_transposed
 from ..wrapping import input_table, output_head
 
 __all__ = [
@@ -63,6 +66,8 @@ aten = torch.ops.aten
 class QuantizedWeight(Tensor):
     """A weight (out, in), or its transpose, that is held in fewer bits; each way to do so is a subclass.
 
+    A stack of weights (experts, out, in), or of their transposes, has the parts of each, stacked.
+
     Attributes:
         codes: integers, in the order of (out, in).
         turned: whether this is (in, out): a transposed view, or GPT-2's way to store weights.
@@ -80,11 +85,16 @@ class QuantizedWeight(Tensor):
     def __new__(
         cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, turned: bool, samples: Any
     ) -> Any:
-        """Puts a weight together; `shape` is (out, in)."""
-        seen = shape[::-1] if turned else shape
-        strides = (1, shape[1]) if turned else (shape[1], 1)
+        """Puts a weight together; `shape` is (out, in), or (experts, out, in)."""
+        *stack, outputs, inputs = shape
+        seen, strides = ((inputs, outputs), (1, inputs)) if turned else ((outputs, inputs), (inputs, 1))
         weight = Tensor._make_wrapper_subclass(
-            cls, seen, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
+            cls,
+            (*stack, *seen),
+            strides=(*[outputs * inputs for _ in stack], *strides),
+            dtype=dtype,
+            device=parts["codes"].device,
+            requires_grad=False,
         )
         for name, part in parts.items():
             setattr(weight, name, part)
@@ -100,6 +110,12 @@ class QuantizedWeight(Tensor):
         raise NotImplementedError
 
     @classmethod
+    def of_stack(cls, weights: Tensor) -> Mapping[str, Tensor]:
+        """Returns the parts that weights (experts, out, in) are quantised to."""
+        parts = [cls.of(weight) for weight in weights]
+        return {name: torch.stack([of[name] for of in parts]) for name in cls.PARTS}
+
+    @classmethod
     def bytes_of(cls, outputs: int, inputs: int) -> int:
         """Returns the bytes that a weight of that shape takes."""
         raise NotImplementedError
@@ -110,8 +126,19 @@ class QuantizedWeight(Tensor):
 
     def dense(self) -> Tensor:
         """Returns the weight as an ordinary tensor of its shape and dtype."""
+        if self.dim() == 3:
+            return torch.stack([each.dense() for each in self.each()])
         rows = self.rows(self.dtype)
         return rows.T if self.turned else rows
+
+    def each(self) -> list[QuantizedWeight]:
+        """Returns the weights of a stack."""
+        _, *shape = self.stored_shape
+        places = zip(*[part.unbind() for part in self._parts().values()], strict=True)
+        return [
+            type(self)(dict(zip(self.PARTS, of, strict=True)), torch.Size(shape), self.dtype, self.turned, self.samples)
+            for of in places
+        ]
 
     def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
         """Returns the rows of some numbers, for a table (out, in)."""
@@ -124,8 +151,9 @@ class QuantizedWeight(Tensor):
 
     @property
     def stored_shape(self) -> torch.Size:
-        """(out, in), whichever way this tensor is turned."""
-        return torch.Size(reversed(self.shape)) if self.turned else self.shape
+        """(out, in) or (experts, out, in), whichever way this tensor is turned."""
+        *stack, one, other = self.shape
+        return torch.Size((*stack, other, one)) if self.turned else self.shape
 
     def _parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.PARTS}
@@ -182,6 +210,28 @@ def _converted(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, dev
     return weight._mapped(lambda part: part if device is None else part.to(device), dtype)
 
 
+def _transposed(weight: QuantizedWeight, one: int, other: int) -> Tensor:
+    turned = {one % weight.dim(), other % weight.dim()}
+    if len(turned) == 1 or min(turned) == weight.dim() - 2:
+        return weight._like(turn=len(turned) == 2)
+    return weight.dense().transpose(one, other)
+
+
+def _permuted(weight: QuantizedWeight, dims: list[int]) -> Tensor:
+    *stack, one, other = [dim % weight.dim() for dim in dims]
+    return weight._like(turn=one > other) if stack == list(range(len(stack))) else weight.dense().permute(dims)
+
+
+def _selected(weight: QuantizedWeight, dim: int, index: int) -> Tensor:
+    is_stack = weight.dim() == 3 and dim % 3 == 0
+    return weight.each()[index] if is_stack else weight.dense().select(dim, index)
+
+
+def _unbound(weight: QuantizedWeight, dim: int = 0) -> Sequence[Tensor]:
+    is_stack = weight.dim() == 3 and dim % 3 == 0
+    return weight.each() if is_stack else weight.dense().unbind(dim)
+
+
 # Operators whose result is a quantised weight too. All others, products among them, see a dense one for a moment;
 # autograd keeps the quantised one for the backward pass.
 _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
@@ -190,8 +240,10 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten.clone.default: lambda weight, **_: weight._mapped(Tensor.clone),
     aten._to_copy.default: _converted,
     aten.t.default: lambda weight: weight._like(turn=True),
-    aten.transpose.int: lambda weight, one, other: weight._like(turn=one % 2 != other % 2),
-    aten.permute.default: lambda weight, dims: weight._like(turn=dims[0] % 2 == 1),
+    aten.transpose.int: _transposed,
+    aten.permute.default: _permuted,
+    aten.select.int: _selected,
+    aten.unbind.int: _unbound,
     aten.embedding.default: lambda weight, ids, *_: weight.looked_up(
         ids
     ),  # a dense tensor, but not by way of all of it
@@ -445,7 +497,8 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     """Quantises a weight.
 
     Args:
-        weight: (out, in), or (in, out) if it is turned; bf16, fp16 or fp32, the dtype that it seems to have afterwards.
+        weight: (out, in), or (in, out) if it is turned; or a stack of either.  bf16, fp16 or fp32, the dtype that it
+            seems to have afterwards.
         kind: one of the KINDS; tables play no part here.
         turned: whether it is stored as (in, out); it is quantised as (out, in) all the same.
 
@@ -458,9 +511,10 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     """
     check_kind(kind)
     weight = weight.detach()
-    rows, samples = weight.T if turned else weight, samples_of(weight).clone()
+    rows, samples = weight.mT if turned else weight, samples_of(weight).clone()
     cls = class_of(kind)
-    return cls(cls.of(rows), rows.shape, weight.dtype, turned, samples)
+    parts = cls.of(rows) if rows.dim() == 2 else cls.of_stack(rows)
+    return cls(parts, rows.shape, weight.dtype, turned, samples)
 
 
 def quantize_table(weight: Tensor) -> Int8Weight:
@@ -470,7 +524,7 @@ def quantize_table(weight: Tensor) -> Int8Weight:
 
 
 def quantize_model(model: nn.Module, kind: str) -> int:
-    """Quantises the weights of a model's linears in place, one after the other, all but the head's; returns how many.
+    """Quantises the weights of a model's linears and experts in place, all but the head's; returns how many.
 
     Norms stay as they are, and embedding and head unless the kind names tables.
 
@@ -478,9 +532,9 @@ def quantize_model(model: nn.Module, kind: str) -> int:
         ConfigError: there is no such kind, or the model has no linear.
     """
     count = 0
-    for module in linears_of(model):
-        weight = quantize(module.weight, kind, turned=is_conv1d(module))
-        module.weight = nn.Parameter(weight, requires_grad=False)
+    for module, name in _weights_of(model):
+        weight = quantize(module._parameters[name], kind, turned=is_turned(module))
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
         count += 1
     if not count:
         raise ConfigError(f"quantize={kind!r} finds no linear layer in {type(model).__name__}")
@@ -510,17 +564,17 @@ def round_model(model: nn.Module, kind: str) -> float:
         kind: one of the KINDS; weights are rounded to bf16 first, as the base of a training run is.
 
     Returns:
-        The error, ``||W' - W|| / ||W||`` over all linears.
+        The error, ``||W' - W|| / ||W||`` over all linears and experts.
     """
     errors, norms = 0.0, 0.0
-    for module in linears_of(model):
-        weight = module.weight.detach()
-        held = quantize(weight.to(torch.bfloat16), kind, turned=is_conv1d(module))
+    for module, name in _weights_of(model):
+        weight = module._parameters[name].detach()
+        held = quantize(weight.to(torch.bfloat16), kind, turned=is_turned(module))
         values = nn.Parameter(held.dense().to(weight.dtype).contiguous(), requires_grad=False)
         errors += float((values.data - weight).double().square().sum())
         norms += float(weight.double().square().sum())
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
-        module.weight = values
+        module._parameters[name] = values
     quantize_tables(model, kind, rounds=True)
     return math.sqrt(errors / norms) if norms else 0.0
 
@@ -538,14 +592,37 @@ def make_dense(model: nn.Module) -> None:
                 module._parameters[name] = known[id(held)]
 
 
+def _weights_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Yields the weights of a model that are quantised: their modules, and their names in these."""
+    for path, module in list(model.named_modules()):
+        yield from ((module, name) for name in quantized_weights(path, module, model))
+
+
+def quantized_weights(path: str, module: nn.Module, model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the weights of a module of a model that are quantised.
+
+    These are those of linears, but for the head's, and of experts in a tensor for all of them.
+
+    Args:
+        path: the module's name in the model.
+        module: of the model.
+        model: that is quantised.
+    """
+    return ("weight",) if _is_linear_within(module, model) else expert_stacks(path, module)
+
+
 def linears_of(model: nn.Module) -> Iterator[Any]:
     """Yields the linears of a model whose weights are quantised."""
-    return (module for module in list(model.modules()) if is_quantizable(module, model))
+    return (module for module in list(model.modules()) if _is_linear_within(module, model))
 
 
-def is_quantizable(module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module of a model is a linear whose weight is quantised: all but the head's are."""
+def _is_linear_within(module: nn.Module, model: nn.Module) -> bool:
     return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether a module stores its weights as (in, out)."""
+    return is_conv1d(module) or is_transposed(module)
 
 
 def is_quantized_table(module: nn.Module, model: nn.Module, kind: str) -> bool:

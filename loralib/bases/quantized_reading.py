@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ..console import counted
 from ..errors import BaseModelError, first_line
-from ..layers import is_conv1d
 from . import bnb
-from .quant import QuantizedWeight, is_quantizable, is_quantized_table, quantize, quantize_table
+from .quant import QuantizedWeight, is_quantized_table, is_turned, quantize, quantize_table, quantized_weights
 
 __all__ = ["finish_reading", "quantizing", "replacing", "take_over"]
 
@@ -25,7 +24,7 @@ _NAME = "loralib"
 
 
 def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns arguments for ``from_pretrained`` with which it quantises the linears' weights while it reads them.
+    """Returns arguments for ``from_pretrained`` with which it quantises weights while it reads them.
 
     Args:
         kind: one of `loralib.bases.quant.KINDS`.
@@ -35,14 +34,14 @@ def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
     def made(name: str, value: Tensor, module: nn.Module) -> Tensor:
         weight = value.to(dtype)
-        return quantize_table(weight) if name in tables else quantize(weight, kind, turned=is_conv1d(module))
+        return quantize_table(weight) if name in tables else quantize(weight, kind, turned=is_turned(module))
 
     def wanted(name: str, model: nn.Module) -> bool:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if leaf == "weight" and is_quantized_table(module, model, kind):
             tables.add(name)
-        return leaf == "weight" and (name in tables or is_quantizable(module, model))
+        return name in tables or leaf in quantized_weights(path, module, model)
 
     return {"quantization_config": _config_class()(wanted, made)}
 

@@ -27,6 +27,7 @@ from .flex import FlexLayout, bucket, has_compiler, has_flex
 from .liger import LigerLoss, has_liger
 from .operators import operator_overrides
 from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
+from .quantized_experts import expert_overrides
 from .row_linears import RowLinears
 from .transfer import to_device
 
@@ -140,7 +141,9 @@ class Forward:
         self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
         self._has_flex = engine_mode() == "full" and has_flex(self.device)
         self._linears = self._find_linears(twins)
-        self._overrides: Overrides = operator_overrides(model) if self.path == "cpu" else {}
+        self._overrides: Overrides = (
+            {**operator_overrides(model), **expert_overrides(model.modules())} if self.path == "cpu" else {}
+        )
         if self._blocks is not None:
             self._overrides = self._blocks.overrides
         self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen

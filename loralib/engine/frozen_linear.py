@@ -185,10 +185,7 @@ class FrozenLinear:
         if weight._version != self._version or _address(weight) != self._address:
             self._frozen = self._frozen.refreshed(weight_of(module))
             self._version, self._address = weight._version, _address(weight)
-        if x.requires_grad and torch.is_grad_enabled():
-            y = cast(Tensor, _FrozenProduct.apply(x, self._frozen, bias))  # type: ignore[no-untyped-call]
-        else:
-            y = self._frozen.times(x, bias=bias)
+        y = frozen_product(x, self._frozen, bias)
         if isinstance(module, LoRALinear) and module._active:
             if not self._add_to_few_rows(module, x, y):
                 y = y + low_rank(module._drop(x), *module.factors(), module.scaling)
@@ -247,6 +244,13 @@ def _tensors_of(layer: LoRALinear) -> list[tuple[int, int | None]]:
 
 def _address(tensor: Tensor) -> int:
     return (tensor.codes if isinstance(tensor, QuantizedWeight) else tensor).data_ptr()
+
+
+def frozen_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+    """Returns ``x W^T + bias`` for x (..., in), with a gradient in x alone."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _FrozenProduct.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+    return weight.times(x, bias=bias)
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -26,6 +26,7 @@ from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, kernel_overrides, prepacked_overrides
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
+from ..engine.quantized_experts import expert_overrides
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
 from ..injection import adapted_layers
@@ -238,7 +239,9 @@ class CachedDecoder(Decoder):
         self._modules = list(model.modules())
         self._fast = runs_here(model)
         self._operators: Overrides = (
-            {**operator_overrides(model), **kernel_overrides(self._modules)} if self._fast else {}
+            {**operator_overrides(model), **kernel_overrides(self._modules), **expert_overrides(self._modules)}
+            if self._fast
+            else {}
         )
         self._prepacked: Overrides = {}
         linears = [module for module in self._modules if FrozenLinear.accepts(module)] if self._fast else []

@@ -16,7 +16,16 @@ from ..layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultihe
 from .bias_of_B import BiasedLinear
 from .dora import DoRAConv, DoRAEmbedding, DoRALinear, DoRAReadLinear
 from .eva import EvaStart, eva_start
-from .experts import EXPERT_WEIGHTS, ExpertWeight, LoRAExperts, expert_weights, holds_experts, kept_per_token
+from .experts import (
+    EXPERT_WEIGHTS,
+    ExpertWeight,
+    LoRAExperts,
+    expert_stacks,
+    expert_weights,
+    holds_experts,
+    is_transposed,
+    kept_per_token,
+)
 from .starts import StartedLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
 
@@ -30,8 +39,10 @@ __all__ = [
     "TokenRowsHead",
     "contradictions",
     "eva_start",
+    "expert_stacks",
     "expert_weights",
     "holds_experts",
+    "is_transposed",
     "kept_per_token",
     "mixin_for",
     "share_rows",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,8 +27,20 @@ from torch import Tensor, nn
 from ..delta import delta_weight, dense, grouped_linear, scaling_of
 from ..errors import TargetError
 from ..layers import LoRALayer, base_class
+from ..wrapping import is_sharded
 
-__all__ = ["EXPERT_WEIGHTS", "ExpertWeight", "LoRAExperts", "expert_weights", "holds_experts", "kept_per_token"]
+__all__ = [
+    "EXPERT_WEIGHTS",
+    "ExpertWeight",
+    "LoRAExperts",
+    "expert_stacks",
+    "expert_weights",
+    "experts_forward",
+    "holds_experts",
+    "is_transposed",
+    "kept_per_token",
+    "stored_as_rows",
+]
 
 # What transformers calls the weights of experts: into the hidden layer, with its gate or without, and out of it.
 _INNER, _OUTER = ("gate_up_proj", "up_proj"), "down_proj"
@@ -85,7 +97,7 @@ class LoRAExperts(LoRALayer):
     def _sizes(self, name: str) -> tuple[int, int, int]:
         """Returns experts, inputs and outputs of a weight."""
         experts, rows, columns = self.base_weight_of(name).shape
-        return (experts, rows, columns) if _is_transposed(self) else (experts, columns, rows)
+        return (experts, rows, columns) if is_transposed(self) else (experts, columns, rows)
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -139,7 +151,7 @@ class LoRAExperts(LoRALayer):
 
     def delta_weight_of(self, name: str) -> Tensor:
         delta = delta_weight(*self.factors_of(name), self.scalings[name])
-        return delta.transpose(1, 2) if _is_transposed(self) else delta
+        return delta.transpose(1, 2) if is_transposed(self) else delta
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if not self._active:
@@ -150,7 +162,23 @@ class LoRAExperts(LoRALayer):
 # The formula.
 
 
-def experts_forward(layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def base_product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Computes the product of the experts' base weights with rows (S, in) sorted by expert."""
+    weight = stored_as_rows(layer, name)
+    weight = dense(weight) if is_sharded(weight) else weight  # one in fewer bits is made dense expert by expert
+    return grouped_linear(x, weight, counts, layer._parameters.get(f"{name}_bias"))
+
+
+BaseProduct = Callable[[nn.Module, str, Tensor, Sequence[int]], Tensor]
+
+
+def experts_forward(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    base_product: BaseProduct = base_product,
+) -> Tensor:
     """Computes the experts' outputs, each expert's for all of its tokens at once.
 
     Args:
@@ -158,6 +186,7 @@ def experts_forward(layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         hidden_states: (T, D).
         top_k_index: the experts of each token (T, k).  A number past the last expert is none (expert parallelism).
         top_k_weights: how much each counts (T, k).
+        base_product: computes a weight's product without its update.
 
     Returns:
         (T, D).
@@ -170,9 +199,9 @@ def experts_forward(layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     counts = top_k_index.reshape(-1).bincount(minlength=experts)[:experts].tolist()
     x = hidden_states[order // k]  # (T k, D)
     # 2. Into the hidden layer, through the gate, and out.
-    y = _product(layer, inner, x, counts)
+    y = _product(layer, inner, x, counts, base_product)
     y = theirs._apply_gate(y) if inner == "gate_up_proj" else theirs.act_fn(y)
-    y = _product(layer, _OUTER, y, counts)  # (T k, D)
+    y = _product(layer, _OUTER, y, counts, base_product)  # (T k, D)
     if getattr(layer, "has_post_expert_norm", False):
         y = theirs.post_expert_norm(y)
     # 3. Back to the tokens' order, and sum what the experts say of each.
@@ -182,21 +211,25 @@ def experts_forward(layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return y[places].view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int]) -> Tensor:
+def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int], base_product: BaseProduct) -> Tensor:
     """Computes a weight's product with rows (S, in) sorted by expert, with its update where it is adapted."""
-    weight = dense(cast(Tensor, layer._parameters[name]))
-    weight = weight.transpose(1, 2) if _is_transposed(layer) else weight
-    y = grouped_linear(x, weight, counts, layer._parameters.get(f"{name}_bias"))
-    if not isinstance(layer, LoRAExperts) or name not in layer.weight_names:
+    y = base_product(layer, name, x, counts)
+    if not isinstance(layer, LoRAExperts) or not layer._active or name not in layer.weight_names:
         return y
     A, B = (factor.to(x.dtype) for factor in layer.factors_of(name))
     narrow = grouped_linear(layer._drop(x), A, counts) * layer.scalings[name]
     return y.add_(grouped_linear(narrow, B, counts))
 
 
-def _is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: nn.Module) -> bool:
     """Whether the weights are stored (experts, in, out), as gpt-oss does."""
     return bool(getattr(layer, "is_transposed", False))
+
+
+def stored_as_rows(layer: nn.Module, name: str) -> Tensor:
+    """Returns the base weight that experts compute with, merged or not, as (experts, out, in)."""
+    weight = cast(Tensor, layer._parameters[name])
+    return weight.transpose(1, 2) if is_transposed(layer) else weight
 
 
 def _inner_name(layer: nn.Module) -> str:
@@ -211,6 +244,19 @@ def holds_experts(name: str, module: nn.Module) -> bool:
     return "expert" in f"{name}.{base_class(module).__name__}".lower() and any(
         parameter is not None and parameter.dim() > 2 for parameter in module._parameters.values()
     )
+
+
+def expert_stacks(path: str, module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of a module's weights that are a stack, (experts, out, in), if it holds experts.
+
+    Args:
+        path: the module's name in its model.
+        module: adapted or not.
+    """
+    if not holds_experts(path, module):
+        return ()
+    own = module.trained_tensors() if isinstance(module, LoRALayer) else {}
+    return tuple(name for name, p in module._parameters.items() if p is not None and p.dim() == 3 and name not in own)
 
 
 def expert_weights(module: nn.Module) -> tuple[str, ...]:
@@ -250,7 +296,7 @@ def kept_per_token(module: nn.Module, adapted: bool) -> int:
         inner, outer = (cast(Tensor, module._parameters[name]).shape for name in expert_weights(module))
     except TargetError:  # it computes in a way of its own
         return 0
-    first, last = (1, 2) if _is_transposed(module) else (2, 1)
+    first, last = (1, 2) if is_transposed(module) else (2, 1)
     inputs, made, hidden, outputs = inner[first], inner[last], outer[first], outer[last]
     numbers = made + hidden + outputs
     if adapted:
@@ -268,7 +314,7 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a class computes what `experts_forward` does, tried on small numbers."""
     generator = torch.Generator().manual_seed(0)
     weight, experts, hidden = cast(Tensor, module._parameters[_OUTER]), 3, 4
-    width = weight.shape[2 if _is_transposed(module) else 1]  # the model's own: norms within have it
+    width = weight.shape[2 if is_transposed(module) else 1]  # the model's own: norms within have it
     inner = 2 * hidden if _inner_name(module) == "gate_up_proj" else hidden
     sizes = {_inner_name(module): (width, inner), _OUTER: (hidden, width)}
     probe = base.__new__(base)
@@ -279,7 +325,7 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
         if parameter is None or not inputs:
             parameters[name] = parameter
             continue
-        matrix = (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
+        matrix = (inputs, outputs) if is_transposed(module) else (outputs, inputs)
         shape = (outputs,) if name.endswith("_bias") else matrix
         parameters[name] = nn.Parameter(torch.randn(experts, *shape, generator=generator) / inputs**0.5, False)
     probe.__dict__["_modules"] = {name: _on_cpu(inner) for name, inner in module._modules.items() if inner is not None}
