@@ -83,16 +83,16 @@ class LoraConfig:
         expected="a whole number of at least 1 (4 to 64 are usual)",
     )
     lora_alpha: float = setting(
-        8, "the update is scaled by lora_alpha / r", rule=bool, expected="a number other than 0 (often 2 * r)"
+        8, "scale the update by lora_alpha / r", rule=bool, expected="a number other than 0 (often 2 * r)"
     )
     target_modules: str | Sequence[str] | None = setting(
         None,
-        "modules to adapt: a list of names or name endings, one regular expression for the whole name, or 'all-linear'",
+        "modules to adapt: a list of names or name endings, a regular expression for the whole name, or 'all-linear'",
         rule=bool,
-        expected="a list of names, one regular expression or 'all-linear'",
+        expected="a list of names, a regular expression or 'all-linear'",
     )
     lora_dropout: float = setting(
-        0.0, "probability of dropping an input of the low-rank path during training", at_least=0, below=1
+        0.0, "dropout probability for the inputs of the LoRA path during training", at_least=0, below=1
     )
     bias: str = setting(
         "none",
@@ -102,21 +102,21 @@ class LoraConfig:
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)")
     target_parameters: Sequence[str] | None = setting(
         None,
-        "weights of experts to adapt that are parameters, not modules: a list of names or name endings, such as "
-        "'experts.gate_up_proj'; 'all-linear' has them all",
+        "expert weights to adapt that are parameters, not modules: a list of names or name endings, such as "
+        "'experts.gate_up_proj'; 'all-linear' includes them all",
     )
-    modules_to_save: Sequence[str] | None = setting(None, "modules trained in full and saved with the adapter")
+    modules_to_save: Sequence[str] | None = setting(None, "modules to train in full and save with the adapter")
     exclude_modules: str | Sequence[str] | None = setting(
-        None, "modules not to adapt: a list of names or name endings, or one regular expression"
+        None, "modules not to adapt: a list of names or name endings, or a regular expression"
     )
-    layers_to_transform: int | Sequence[int] | None = setting(None, "numbers of the layers to adapt; None adapts all")
+    layers_to_transform: int | Sequence[int] | None = setting(None, "indices of the layers to adapt; None adapts all")
     layers_pattern: str | Sequence[str] | None = setting(None, "name of the list of layers, such as 'layers' or 'h'")
     rank_pattern: Mapping[str, int] = setting(
-        {}, "a different r for modules whose names end in a key; the first match counts", at_least=1, at_most=_MAX_RANK
+        {}, "a different r for modules whose names end in a key; the first match wins", at_least=1, at_most=_MAX_RANK
     )
     alpha_pattern: Mapping[str, float] = setting(
         {},
-        "a different lora_alpha for modules whose names end in a key; the first match counts",
+        "a different lora_alpha for modules whose names end in a key; the first match wins",
         rule=bool,
         expected="a number other than 0",
     )
@@ -128,24 +128,27 @@ class LoraConfig:
     )
     init_lora_weights: bool | str = setting(
         True,
-        "how A and B start. True: A random and B zero; 'pissa', 'pissa_niter_16' (fast) or 'olora': a part of the base "
+        "how A and B start. True: A random and B zero; 'pissa', 'pissa_niter_16' (fast) or 'olora': part of the base "
         "weight; 'eva': A from the data",
     )
     fan_in_fan_out: bool = setting(False, "the base weight is stored (in, out); detected automatically for Conv1D")
-    use_dora: bool = setting(False, "train lengths and directions of the weight's rows apart (DoRA, arXiv:2402.09353)")
+    use_dora: bool = setting(
+        False, "train the magnitudes and directions of the weight's rows separately (DoRA, arXiv:2402.09353)"
+    )
     lora_bias: bool = setting(False, "train a bias of B as well")
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = setting(
         None,
-        "rows of the input embedding to train by themselves, such as those of new tokens, also where the head is tied "
-        "to it; or a table of module names and rows",
+        "rows of the input embedding to train on their own, such as those of new tokens, even if the head is tied to "
+        "it; or a table of module names and rows",
         at_least=0,
-        expected="a list of row numbers from 0 on, or a table of such lists",
+        expected="a list of row numbers, counted from 0, or a table of such lists",
     )
     eva_config: Mapping[str, float | bool] | None = setting(
         None, "for init_lora_weights 'eva': rho (2.0), tau (0.99) and use_label_mask (true), as in PEFT"
     )
     task_type: str | None = setting(
-        None, "what the model is for, as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too"
+        None,
+        "what the model is for, such as 'CAUSAL_LM'; with 'SEQ_CLS', 'TOKEN_CLS' or 'QUESTION_ANS' its head trains too",
     )
     base_model_name_or_path: str | None = setting(None, "the base model the adapter belongs to; never a cache path")
 
@@ -206,7 +209,7 @@ class LoraConfig:
         for name, indices in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
             if twice := [index for index, count in Counter(indices).items() if count > 1 or index < 0]:
                 place = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
-                faults.append(f"{place} holds {twice[:5]}, expected each row once, from 0 on")
+                faults.append(f"{place} holds {twice[:5]}, expected each row once, counted from 0")
         if (self.eva_config or {}).get("rho", 1) < 1:
             faults.append(f"eva_config has rho {(self.eva_config or {})['rho']}, expected at least 1 (1: equal ranks)")
         if layers and self.layers_to_transform is None:
@@ -312,11 +315,14 @@ class LoraConfig:
         """
         kind = values.get("peft_type", "LORA")
         if str(kind).upper().rsplit(".", 1)[-1] != "LORA":
-            raise AdapterError(f"adapter_config.json says peft_type {kind!r}, expected 'LORA'; other kinds do not load")
+            raise AdapterError(
+                f"adapter_config.json has peft_type {kind!r}, expected 'LORA'; other kinds cannot be loaded"
+            )
         if faults := _unknown_fields(cls, values, _READING):
             raise AdapterError(
                 list_faults(
-                    "adapter_config.json uses what loralib does not know, and leaving it out would change the result",
+                    "adapter_config.json uses settings that loralib does not know, and ignoring them would change "
+                    "the result",
                     faults,
                     _MERGE_IN_PEFT,
                 )
@@ -337,10 +343,11 @@ class LoraConfig:
         kind = str((values or {}).get("peft_type")).upper().rsplit(".", 1)[-1]
         if values is None or kind != "LORA":
             raise ConfigError(
-                f"the config is a {type(config).__name__}, expected loralib.LoraConfig, or PEFT's of the same name"
+                f"the config is a {type(config).__name__}, expected a loralib.LoraConfig or PEFT's class of the "
+                "same name"
             )
         if faults := _unknown_fields(cls, values, _TRAINING):
-            raise ConfigError(list_faults("the config asks for what loralib does not train", faults))
+            raise ConfigError(list_faults("the config asks for features that loralib does not train", faults))
         return cls._chosen(values)
 
     @classmethod
@@ -367,21 +374,21 @@ def _unknown_fields(known: type, values: Mapping[str, Any], ways: Mapping[str, s
 
 
 _MERGE_IN_PEFT: Final = (
-    "PEFT can put what it trained into the base's weights: peft.PeftModel.from_pretrained(base, directory)"
-    ".merge_and_unload().save_pretrained(merged); then use `merged` as the base model, without an adapter."
+    "PEFT can merge what it trained into the base's weights: peft.PeftModel.from_pretrained(base, "
+    "directory).merge_and_unload().save_pretrained(merged); then use `merged` as the base model, without an adapter."
 )
 # What can be done instead of a field of PEFT's: when an adapter is read that has it, and when one is to be trained.
 _READING: Final = {
-    "alora_invocation_tokens": "an activated LoRA acts after these tokens alone and cannot be merged; PEFT can run it",
-    "ensure_weight_tying": "the tied embedding and head share one update; merge it in PEFT as said below",
+    "alora_invocation_tokens": "an activated LoRA acts only after these tokens and cannot be merged; PEFT can run it",
+    "ensure_weight_tying": "the tied embedding and head share one update; merge it with PEFT as described below",
 }
 _TRAINING: Final = {
-    "alora_invocation_tokens": "an activated LoRA is not trained here; leave it out for plain LoRA, or train with PEFT",
-    "layer_replication": "layers are not repeated here; repeat them in the model before, and leave it out",
-    "ensure_weight_tying": "leave it out: a head and a table in modules_to_save are trained apart",
+    "alora_invocation_tokens": "loralib does not train activated LoRA; leave it out for plain LoRA, or train with PEFT",
+    "layer_replication": "loralib does not repeat layers; repeat them in the model first, and leave this out",
+    "ensure_weight_tying": "leave it out: a head and an embedding in modules_to_save are trained separately",
     "use_qalora": "leave it out: plain LoRA is trained",
     "use_bdlora": "leave it out: plain LoRA is trained",
-    "arrow_config": "adapters are not routed here; train each by itself",
+    "arrow_config": "loralib does not route between adapters; train each one separately",
 }
 
 
@@ -476,8 +483,8 @@ def parse_token_indices(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...
         numbers = [number.strip() for number in rows.split(",") if number.strip()]
         if not numbers or not all(map(str.isdecimal, numbers)) or name.strip() in named or bool(name) != ("=" in text):
             raise ConfigError(
-                f"trainable_token_indices is {text!r}, expected numbers of rows, as 5,6; or tables with theirs, as "
-                "embed_tokens=5,6;lm_head=6"
+                f"trainable_token_indices is {text!r}, expected row numbers, as in 5,6; or row numbers by table, as "
+                "in embed_tokens=5,6;lm_head=6"
             )
         named[name.strip()] = tuple(map(int, numbers))
     return named.get("", named)
@@ -508,8 +515,8 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
         keys = [names.strip()] if equals else [] if targets is None or isinstance(targets, str) else targets
         if not keys or not all(keys) or not values or None in values:
             raise ConfigError(
-                f"enable_lora is {text!r}, expected as many of 1 and 0 as each projection has blocks: c_attn=1,0,1; "
-                "or 1,0,1 alone where target_modules is a list of names"
+                f"enable_lora is {text!r}, expected a 1 or 0 for each block of each projection: c_attn=1,0,1; or just "
+                "1,0,1 if target_modules is a list of names"
             )
         blocks.update(dict.fromkeys(keys, tuple(value is True for value in values)))
     return blocks
@@ -612,7 +619,7 @@ def _expression_fault(name: str, expression: str) -> str | None:
             warnings.simplefilter("ignore")
             re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{name} is {expression[:80]!r}, which is not a regular expression: {error}"
+        return f"{name} is {expression[:80]!r}, which is not a valid regular expression: {error}"
     return None
 
 

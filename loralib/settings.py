@@ -104,7 +104,7 @@ def settings_class(config: type[Config]) -> type[Config]:
     def __init__(self: Any, *args: Any, **values: Any) -> None:
         known = _spellings(config)
         if unknown := [f"{name}.{did_you_mean(name, known)}" for name in values if name not in known]:
-            raise ConfigError(list_faults(f"{config.__name__} has no such settings", unknown))
+            raise ConfigError(list_faults(f"{config.__name__} does not have these settings", unknown))
         init(self, *args, **canonical(config, values))
 
     cast(Any, config).__init__ = __init__
@@ -123,7 +123,7 @@ def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
         key = names.get(name, name)
         if key in renamed:
             both = " and ".join(other for other in values if names.get(other) == key)
-            raise ConfigError(f"{both} are the same setting, expected one of them")
+            raise ConfigError(f"{both} are two names for the same setting: give only one of them")
         renamed[key] = value
     return renamed
 

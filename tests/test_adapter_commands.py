@@ -331,7 +331,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("convert", "FILE", "out", "--lora_dim", "4"), "needs --rank, --lora_alpha and --target_modules"),
     (
         ("convert", "FILE", "o", "--lora_dim", "4", "--lora_alpha", "4", "--target_modules", "q", "--enable_lora", "2"),
-        "expected as many of 1 and 0 as each projection has blocks",
+        "expected a 1 or 0 for each block of each projection",
     ),
 ]
 

@@ -296,7 +296,7 @@ def test_beside_an_adapter_of_peft() -> None:
         ({"target_parameters": ["a.b"]}, "leave target_parameters out"),
         ({"alora_invocation_tokens": [3]}, "leave it out for plain LoRA"),
         ({"ensure_weight_tying": True}, "leave it out"),
-        ({"layer_replication": [(0, 1)]}, "repeat them in the model before"),
+        ({"layer_replication": [(0, 1)]}, "repeat them in the model first"),
         ({"init_lora_weights": "gaussian"}, "leave it out for the default start"),
     ],
 )
@@ -308,7 +308,7 @@ def test_what_pefts_settings_ask_for_and_is_not_trained_leads_out(more: dict[str
 
 def test_other_settings_are_no_config() -> None:
     for other in (peft.PromptTuningConfig(num_virtual_tokens=3), {"r": 3}, None):
-        with pytest.raises(ConfigError, match=r"expected loralib\.LoraConfig"):
+        with pytest.raises(ConfigError, match=r"expected a loralib\.LoraConfig"):
             lora.inject(llama(), other)  # type: ignore[arg-type]
 
 

@@ -103,9 +103,9 @@ def test_a_second_spelling_is_a_flag_a_key_and_an_argument(tmp_path: Path) -> No
 
 def test_two_spellings_of_one_setting_contradict_each_other(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("lora_dim = 5\nrank = 4\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="lora_dim and rank are the same setting"):
+    with pytest.raises(ConfigError, match="lora_dim and rank are two names for the same setting"):
         parsed(TrainConfig, "--config", str(tmp_path / "run.toml"))
-    with pytest.raises(ConfigError, match="rank and lora_dim are the same setting"):
+    with pytest.raises(ConfigError, match="rank and lora_dim are two names for the same setting"):
         TrainConfig(rank=4, lora_dim=5)
 
 
@@ -194,11 +194,11 @@ def test_every_setting_refuses_another_type(config: Any) -> None:
             {"lora_alpha": 0, "rank": 0},
             ["lora_alpha is 0, expected a number", "rank is 0, expected"],
         ),
-        (TrainConfig, {"enable_lora": "1,0,1"}, ["c_attn=1,0,1; or 1,0,1 alone where target_modules is a list"]),
-        (TrainConfig, {"enable_lora": "qkv=1,2"}, ["enable_lora is 'qkv=1,2', expected as many of 1 and 0"]),
+        (TrainConfig, {"enable_lora": "1,0,1"}, ["c_attn=1,0,1; or just 1,0,1 if target_modules is a list"]),
+        (TrainConfig, {"enable_lora": "qkv=1,2"}, ["enable_lora is 'qkv=1,2', expected a 1 or 0 for each block"]),
         (TrainConfig, {"schedule": "linaer"}, ["expected 'linear' or 'cosine' or 'constant'. Did you mean 'linear'?"]),
         (Sampling, {"top_p": 0, "min_p": 2.0}, ["top_p is 0, expected a number above 0 and at most 1", "min_p is"]),
-        (Sampling, {"max_new_tokens": "5", "stop": [""]}, ["max_new_tokens is '5', expected a whole num", "not empty"]),
+        (Sampling, {"max_new_tokens": "5", "stop": [""]}, ["max_new_tokens is '5', expected a whole num", "non-empty strings"]),
         (
             InferenceConfig,
             {"samples": 0, "adapter": ()},

@@ -430,7 +430,7 @@ def test_wrong_settings_are_named_all_at_once(llama: Any) -> None:
         generate(llama, LETTERS, ["HELLO"], temperature=-1, top_p=0, stop="")
     with pytest.raises(ConfigError, match=r"temprature.* Did you mean 'temperature'"):
         generate(llama, LETTERS, ["HELLO"], temprature=1)
-    with pytest.raises(ConfigError, match=r"min_new_tokens is 9, more than max_new_tokens, 5"):
+    with pytest.raises(ConfigError, match=r"min_new_tokens is 9, expected at most max_new_tokens, which is 5"):
         Sampling(min_new_tokens=9, max_new_tokens=5)
     with pytest.raises(ConfigError, match=r"(?s)temperature has no effect in beam search.*stop has no effect"):
         Sampling(num_beams=3, temperature=1, stop="x")

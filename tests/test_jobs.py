@@ -587,7 +587,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         ({"loralib": {"task": "classify"}}, 400, "loralib train --task classify"),
         ({"loralib": {"rnak": 8}}, 400, "Did you mean 'rank'?"),
         ({"loralib": {"rank": -1, "lora_dropout": 2}}, 400, "lora_dropout is 2"),
-        ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are the same setting"),
+        ({"loralib": {"lora_dim": 1, "rank": 2}}, 400, "are two names for the same setting"),
         ({"loralib": {"columns": {"prompt": "\ud800"}}}, 400, "cannot be written"),
     ],
 )  # fmt: skip

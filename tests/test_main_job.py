@@ -356,7 +356,7 @@ def test_a_rank_below_one(run: Run, tmp_path: Path, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["-1", str(2**63)])
 def test_a_seed_that_no_generator_takes(run: Run, value: str) -> None:
-    refused(run("run_training", *TINY, "--seed", value), f"seed is {value}", "from 0 to below")
+    refused(run("run_training", *TINY, "--seed", value), f"seed is {value}", "of at least 0 and below")
 
 
 def test_an_output_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> None:

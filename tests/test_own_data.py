@@ -130,7 +130,7 @@ def test_factors_that_were_cast_train_in_fp32(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_misspelt_setting_is_told_what_it_may_mean() -> None:
     with pytest.raises(
-        errors.ConfigError, match=r"TrainConfig has no such settings:\n  num_epoch. Did you mean 'num_ep"
+        errors.ConfigError, match=r"TrainConfig does not have these settings:\n  num_epoch. Did you mean 'num_ep"
     ):
         lora.TrainConfig(num_epoch=3)  # type: ignore[call-arg]
     with pytest.raises(errors.ConfigError, match=r"lora_alhpa. Did you mean 'lora_alpha'"):

@@ -155,7 +155,7 @@ def test_a_kind_that_is_not_there_is_named():
 
 
 def test_shards_of_a_quantised_base_are_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match=r"quantize is 'nf4' and shard is on(.|\n)*Leave shard out"):
+    with pytest.raises(ConfigError, match=r"quantize is 'nf4' and shard is on(.|\n)*Leave out shard"):
         lora.TrainConfig(train_data="a.txt", quantize="nf4", shard=True)
 
 

@@ -74,7 +74,7 @@ def build_base(
         if value < 1
     ]
     if not 0 <= seed < 2**63:
-        faults.append(f"seed is {seed}, expected a whole number from 0 to below 2**63")
+        faults.append(f"seed is {seed}, expected a whole number of at least 0 and below 2**63")
     if faults:
         raise ConfigError(list_faults(f"{kind} cannot be built", faults))
     build, default_dtype = MADE_UP_BASES[kind]

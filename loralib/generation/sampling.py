@@ -82,36 +82,44 @@ class Sampling:
     min_new_tokens: int = setting(0, "minimum number of tokens before the text may end", "length", at_least=0)
     stop: str | Sequence[str] = setting(
         (),
-        "text that ends the generation and is left out; may be repeated",
+        "text at which generation stops, which is left out of the result; may be repeated",
         "length",
         several="repeat",
-        expected="strings that are not empty (an empty one would stop at once)",
+        expected="non-empty strings (an empty one would stop at once)",
     )
     temperature: float = setting(
         0.0, "0: the most likely token; 1: sample from the model's probabilities", "sampling", at_least=0
     )
-    top_k: int = setting(0, "sample among this many most likely tokens; 0: all", "sampling", at_least=0)
+    top_k: int = setting(0, "sample from this many most likely tokens; 0: all", "sampling", at_least=0)
     top_p: float = setting(
-        1.0, "sample among the most likely tokens that together have this probability", "sampling", above=0, at_most=1
+        1.0, "sample from the most likely tokens that together have this probability", "sampling", above=0, at_most=1
     )
     min_p: float = setting(
-        0.0, "sample among tokens with this share of the top token's probability", "sampling", at_least=0, at_most=1
+        0.0,
+        "sample from tokens with at least this fraction of the top token's probability",
+        "sampling",
+        at_least=0,
+        at_most=1,
     )
     repetition_penalty: float = setting(
-        1.0, "above 1: makes tokens that were already generated less likely", "sampling", above=0
+        1.0, "above 1: makes tokens that have already been generated less likely", "sampling", above=0
     )
     no_repeat_ngram_size: int = setting(
-        0, "generate no sequence of this many tokens twice; 0: off", "sampling", at_least=0
+        0, "never generate the same sequence of this many tokens twice; 0: off", "sampling", at_least=0
     )
     presence_penalty: float = setting(
-        0.0, "subtracted from the logits of tokens that were already generated", "sampling", at_least=-2, at_most=2
+        0.0, "subtracted from the logits of tokens that have already been generated", "sampling", at_least=-2, at_most=2
     )
     frequency_penalty: float = setting(
-        0.0, "subtracted once for each time that a token was already generated", "sampling", at_least=-2, at_most=2
+        0.0,
+        "subtracted from a token's logit once for each time it has already been generated",
+        "sampling",
+        at_least=-2,
+        at_most=2,
     )
     logit_bias: Mapping[int, float] = setting(
         {},
-        "added to the logits of some tokens, by id; 100 all but forces one, -100 bans it",
+        "added to the logits of tokens, by id; 100 all but forces a token, -100 bans it",
         "sampling",
         several="pairs",
         at_least=-100,
@@ -126,7 +134,7 @@ class Sampling:
     )
     logprobs: int | None = setting(
         None,
-        "return the log-probability of each token, and of this many of the likeliest in its place",
+        "return the log-probability of each token, and of this many of the most likely alternatives",
         "sampling",
         at_least=0,
         flag=False,
@@ -138,7 +146,7 @@ class Sampling:
     num_beams: int = setting(1, "above 1: beam search with this many beams", "beam search", at_least=1)
     length_penalty: float = setting(
         1.0,
-        "scores are log-probability / length ** length_penalty; below 1: shorter",
+        "scores are log-probability / length ** length_penalty; below 1 favours shorter texts",
         "beam search",
         at_least=-100,
         at_most=100,
@@ -154,9 +162,12 @@ class Sampling:
         if not self.max_new_tokens and not self.prompt_logprobs:
             faults.append("max_new_tokens is 0, expected at least 1 (0 only with prompt_logprobs)")
         if any(token < 0 for token in self.logit_bias):
-            faults.append(f"logit_bias has the token {min(self.logit_bias)}, expected ids of at least 0")
+            faults.append(f"logit_bias has the token id {min(self.logit_bias)}, expected ids of at least 0")
         if self.min_new_tokens > self.max_new_tokens:
-            faults.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
+            faults.append(
+                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens, which is "
+                f"{self.max_new_tokens}"
+            )
         if self.num_beams > 1:
             off = {
                 "temperature": 0.0,

@@ -48,7 +48,7 @@ class TrainConfig:
     )
     train_data: str | Sequence[str] | None = setting(
         None,
-        "training files, each `path` or `path:weight`: E2E lines, .jsonl, or see data_format",
+        "training files, each `path` or `path:weight`: E2E lines, .jsonl, or any other data_format",
         _DATA,
         several="files",
         common=True,
@@ -58,8 +58,8 @@ class TrainConfig:
     )
     valid_fraction: float | None = setting(
         None,
-        "share of the training examples to validate on instead where there is no valid_data, prompts apart; 0: none; "
-        "auto: 5 %, none of fewer than 100 examples",
+        "fraction of the training examples to hold out for validation when no valid_data is given, split by prompt; "
+        "0: none; auto: 5 %, or none with fewer than 100 examples",
         _DATA,
         at_least=0,
         below=1,
@@ -67,20 +67,20 @@ class TrainConfig:
     )
     data_format: str = setting(
         "auto",
-        "format of the data files: auto goes by what they hold, with .txt for E2E lines; text is plain text",
+        "format of the data files: auto detects it from their contents and reads .txt as E2E lines; text is plain text",
         _DATA,
         FORMATS,
     )
     columns: str | Mapping[str, str] | None = setting(
         None,
-        "which fields of the data are which, as in prompt=question,completion=answer; system= leaves a field out, and "
-        "prompt={context} {question} joins several",
+        "which field of the data has which meaning, as in prompt=question,completion=answer; system= leaves a field "
+        "out, and prompt={context} {question} joins several",
         _DATA,
     )
-    as_chat: bool = setting(False, "put prompts and completions through the model's chat template", _DATA)
+    as_chat: bool = setting(False, "format prompts and completions with the model's chat template", _DATA)
     chat_template: str | None = setting(
         None,
-        "file with a chat template (Jinja) to use in place of the model's own; it is saved with the adapter",
+        "file with a chat template (Jinja) to use instead of the model's own; it is saved with the adapter",
         _DATA,
     )
     output_dir: str = setting(
@@ -88,16 +88,16 @@ class TrainConfig:
         "directory to write the adapter to",
         _DATA,
         rule=str.strip,
-        expected="the name of a directory (. is the current one)",
+        expected="the name of a directory (. for the current one)",
         common=True,
     )
     max_train_samples: int = setting(
-        0, "maximum number of training examples, drawn across prompts; 0: all", _DATA, at_least=0
+        0, "maximum number of training examples, drawn from as many prompts as possible; 0: all", _DATA, at_least=0
     )
     max_valid_samples: int = setting(200, "maximum number of validation examples; 0: all", _DATA, at_least=0)
     seq_len: int | None = setting(
         None,
-        "maximum tokens of an example; longer ones are dropped and counted; auto: what model and memory allow",
+        "maximum tokens per example; longer examples are dropped and counted; auto: as many as model and memory allow",
         _DATA,
         at_least=2,
         common=True,
@@ -105,21 +105,21 @@ class TrainConfig:
     )
     task: str = setting(
         "lm",
-        "write texts (lm), or give texts a label (classify): rows of text, text_pair and label",
+        "what the model does: lm writes text; classify labels text, from rows of text, text_pair and label",
         _DATA,
         ("lm", "classify"),
     )
     objective: str = setting(
         "clm",
-        "train on completions only (clm), on all tokens (jlm), or on preferences: pairs of a chosen and a rejected "
-        "answer (dpo, orpo)",
+        "train on completions only (clm), on all tokens (jlm), or on preferences: pairs of chosen and rejected "
+        "answers (dpo, orpo)",
         _DATA,
         OBJECTIVES,
     )
     beta: float = setting(
         _DEFAULT_BETA,
-        "with dpo, how much a change from the reference counts: lower values allow more of it; with orpo, the weight "
-        "of the odds ratio (the paper's lambda)",
+        "with dpo, how strongly the model is held to the reference: lower values let it move further; with orpo, the "
+        "weight of the odds ratio (the paper's lambda)",
         _DATA,
         above=0,
     )
@@ -131,13 +131,14 @@ class TrainConfig:
     )
     quantize: str = setting(
         "none",
-        "hold the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA); +tables: embedding and head, too, in int8",
+        "store the frozen base in fewer bits: int8, or nf4 (4 bits, QLoRA); +tables: also the embedding and head, "
+        "in int8",
         _DATA,
         ("none", *KINDS),
     )
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", _DATA)
     seed: int = setting(
-        0, "random seed", _DATA, at_least=0, below=2**63, expected="a whole number from 0 to below 2**63"
+        0, "random seed", _DATA, at_least=0, below=2**63, expected="a whole number of at least 0 and below 2**63"
     )
 
     # The size of a base model that is made up on the spot.
@@ -149,7 +150,8 @@ class TrainConfig:
     # The adapter.
     from_adapter: str | None = setting(
         None,
-        "adapter to train on from, in any format that load_adapter reads; rank and the like are its own",
+        "adapter to continue training from, in any format that load_adapter reads; it sets the rank and similar "
+        "settings",
         "adapter",
         aliases=("adapter",),
     )
@@ -158,24 +160,24 @@ class TrainConfig:
     )
     lora_alpha: float | None = setting(
         None,
-        "the update is scaled by lora_alpha / rank (default 2 * rank)",
+        "scale the update by lora_alpha / rank (default 2 * rank)",
         "adapter",
         rule=bool,
         expected="a number other than 0 (often 2 * rank)",
     )
     lora_dropout: float = setting(
-        0.0, "probability of dropping an input of the low-rank path", "adapter", at_least=0, below=1
+        0.0, "dropout probability for the inputs of the LoRA path", "adapter", at_least=0, below=1
     )
     target_modules: str | Sequence[str] = setting(
         ALL_LINEAR,
-        "modules to adapt: names separated by commas, one regular expression, or all-linear",
+        "modules to adapt: comma-separated names, a single regular expression, or all-linear",
         "adapter",
         several="names",
     )
     target_parameters: str | Sequence[str] | None = setting(
         None,
-        "weights of experts to adapt besides, where target_modules is not all-linear, which has them: names separated "
-        "by commas, as in experts.gate_up_proj,experts.down_proj",
+        "expert weights to adapt as well (all-linear already includes them): comma-separated names, as in "
+        "experts.gate_up_proj,experts.down_proj",
         "adapter",
         several="names",
     )
@@ -186,34 +188,40 @@ class TrainConfig:
     )
     modules_to_save: str | Sequence[str] | None = setting(
         None,
-        "modules to train in full and save with the adapter; with task classify, its head and what else is new anyway",
+        "modules to train in full and save with the adapter; task classify always adds the head and anything else "
+        "that is new",
         "adapter",
         several="names",
     )
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(rank) instead (rsLoRA)", "adapter")
-    use_dora: bool = setting(False, "train lengths and directions of the weights' rows apart (DoRA)", "adapter")
+    use_dora: bool = setting(
+        False, "train the magnitudes and directions of the weights' rows separately (DoRA)", "adapter"
+    )
     init_lora_weights: str = setting(
         "default",
-        "how A and B start: default (A random, B zero), pissa, pissa_niter_16 (fast) or olora (a part of the base "
+        "how A and B start: default (A random, B zero), pissa, pissa_niter_16 (fast) or olora (part of the base "
         "weight), eva (A from the data)",
         "adapter",
         rule=re.compile(r"default|pissa(_niter_[1-9]\d{0,2})?|olora|eva").fullmatch,
-        expected="default, pissa, pissa_niter_16 or another number, olora or eva",
+        expected="default, pissa, pissa_niter_16 (or any other number), olora or eva",
     )
     eva_rho: float = setting(
-        2.0, "with eva: no module gets more than this times rank; 1: each has that rank", "adapter", at_least=1
+        2.0,
+        "with eva: the highest rank of a module, as a multiple of rank; 1: all modules have that rank",
+        "adapter",
+        at_least=1,
     )
     lora_bias: bool = setting(False, "train a bias of B as well", "adapter")
     trainable_token_indices: str | Sequence[int] | Mapping[str, Sequence[int]] | None = setting(
         None,
-        "rows of the input embedding to train by themselves, such as those of new tokens: 5,6; or of several tables: "
+        "rows of the input embedding to train on their own, such as those of new tokens: 5,6; or of several tables: "
         "embed_tokens=5,6;lm_head=6",
         "adapter",
     )
     bias: str = setting("none", "biases to train as well", "adapter", ("none", "all", "lora_only"))
     target: str = setting(
         "none",
-        "the tool that will use the adapter; what it would compute wrongly is refused before training",
+        "the tool that will use the adapter; settings that it would compute wrongly are refused before training",
         "adapter",
         ("none", "peft", "vllm", "llamacpp", "mlx"),
     )
@@ -221,13 +229,11 @@ class TrainConfig:
     # The optimiser.
     num_epochs: int = setting(3, "passes over the data", "optimiser", at_least=0, common=True)
     max_steps: int = setting(0, "stop after this many updates; 0: after num_epochs", "optimiser", at_least=0)
-    batch_size: int = setting(
-        8, "examples per step, of all processes together where there are several", "optimiser", at_least=1, common=True
-    )
-    grad_accum: int = setting(1, "steps whose gradients add up to one update", "optimiser", at_least=1)
+    batch_size: int = setting(8, "examples per step, summed over all processes", "optimiser", at_least=1, common=True)
+    grad_accum: int = setting(1, "steps whose gradients are accumulated into one update", "optimiser", at_least=1)
     lr: float | None = setting(
         None,
-        "peak learning rate; auto: by the model's width, lora_alpha and the trained tokens of an update",
+        "peak learning rate; auto: chosen from the model's width, lora_alpha and the trained tokens per update",
         "optimiser",
         above=0,
         common=True,
@@ -241,23 +247,25 @@ class TrainConfig:
     )
     warmup_steps: int | None = setting(
         None,
-        "updates over which the learning rate rises; auto: 5 % of them, at most 100",
+        "updates over which the learning rate rises; auto: 5 % of all updates, at most 100",
         "optimiser",
         at_least=0,
         auto=True,
     )
     weight_decay: float = setting(0.0, "decoupled weight decay of the adapter", "optimiser", at_least=0)
-    beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient", "optimiser", at_least=0, below=1)
-    beta2: float = setting(0.999, "AdamW's decay rate of the mean squared gradient", "optimiser", at_least=0, below=1)
+    beta1: float = setting(0.9, "AdamW's decay rate for the mean gradient", "optimiser", at_least=0, below=1)
+    beta2: float = setting(0.999, "AdamW's decay rate for the mean squared gradient", "optimiser", at_least=0, below=1)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", "optimiser", above=0)
     correct_bias: bool = setting(
-        True, "correct AdamW's moments for starting at zero (always on with --arithmetic standard)", "optimiser"
+        True,
+        "correct the bias of AdamW's moments, which start at zero (always on with --arithmetic standard)",
+        "optimiser",
     )
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0: never", "optimiser", at_least=0)
     label_smoothing: float = setting(
         0.0,
-        "share of the target probability spread over the vocabulary; with dpo, the share of pairs taken to be labelled "
-        "the wrong way round, below 0.5",
+        "fraction of the target probability spread over the vocabulary; with dpo, the fraction of pairs assumed to "
+        "have their labels swapped, below 0.5",
         "optimiser",
         at_least=0,
         below=1,
@@ -274,46 +282,49 @@ class TrainConfig:
     packing: bool = setting(
         True, "pack the examples of a step into one row without padding, each attending only to itself", "engine"
     )
-    share_prompts: bool = setting(True, "compute a prompt once for the examples of a step that share it", "engine")
-    max_siblings: int = setting(1, "maximum examples of one prompt drawn into a step together", "engine", at_least=1)
-    shuffle: bool = setting(True, "draw the examples in a new order each epoch", "engine")
+    share_prompts: bool = setting(
+        True, "reuse the computation of a prompt that several examples in a step share", "engine"
+    )
+    max_siblings: int = setting(
+        1, "maximum number of examples with the same prompt to draw into a step together", "engine", at_least=1
+    )
+    shuffle: bool = setting(True, "shuffle the examples in each epoch", "engine")
     shard: bool = setting(
         False,
-        "under torchrun, spread the base model over the processes (FSDP2), so that each holds its share: for models "
-        "that do not fit into one GPU",
+        "under torchrun, shard the base model across the processes (FSDP2): for models that do not fit on one GPU",
         "engine",
     )
     compile: str = setting(
         "auto",
-        "compile decoder blocks by torch.compile; auto: on a GPU (CUDA or ROCm) where triton is installed",
+        "compile decoder blocks with torch.compile; auto: on a GPU (CUDA or ROCm) if triton is installed",
         "engine",
         ("auto", "on", "off"),
     )
-    gradient_checkpointing: bool = setting(False, "use less memory at the cost of a third more time", "engine")
+    gradient_checkpointing: bool = setting(False, "use less memory at the cost of about a third more time", "engine")
 
     # Validation, checkpoints and logs.
     eval_steps: int = setting(0, "validate every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
     best_metric: str = setting(
         "loss",
-        "with task classify, what the best adapter is best in on the validation data: loss, accuracy, f1 (of two "
-        "labels), macro_f1, matthews, or of numbers pearson",
+        "with task classify, the validation metric that selects the best adapter: loss, accuracy, f1 (for two "
+        "labels), macro_f1, matthews, or pearson (for numbers)",
         _LOGS,
         ("loss", *METRICS),
     )
     early_stopping: int = setting(
-        0, "stop after this many validations without a lower loss; 0: never", _LOGS, at_least=0
+        0, "stop after this many validations in a row without a lower loss; 0: never", _LOGS, at_least=0
     )
     save_steps: int = setting(0, "checkpoint every this many updates; 0: at the end of each epoch", _LOGS, at_least=0)
     keep_checkpoints: int = setting(
         0,
-        "number of recent checkpoints to keep when the run is over (until then, at least two)",
+        "number of recent checkpoints to keep after the run (during it, at least two are kept)",
         _LOGS,
         at_least=0,
     )
     resume: bool = setting(
-        False, "continue from the last checkpoint in output_dir; start where there is none", _LOGS, common=True
+        False, "continue from the last checkpoint in output_dir, or start if there is none", _LOGS, common=True
     )
-    overwrite: bool = setting(False, "discard the run in output_dir, finished or not", _LOGS)
+    overwrite: bool = setting(False, "discard any earlier run in output_dir, finished or not", _LOGS)
     report_to: str = setting("none", "also log to this tool", _LOGS, ("none", "tensorboard"))
 
     def __post_init__(self) -> None:
@@ -323,11 +334,12 @@ class TrainConfig:
         faults = []
         if self.shard and self.quantize != "none":
             faults.append(
-                f"quantize is {self.quantize!r} and shard is on, expected one of them: shards have 16 or 32 bits. "
-                "Leave shard out (in 4 bits each process holds a quarter of the base's bytes), or leave quantize out"
+                f"quantize is {self.quantize!r} and shard is on, expected only one of them: shards hold 16 or 32 "
+                "bits. Leave out shard (in 4 bits each process needs only a quarter of the base's bytes), or leave "
+                "out quantize"
             )
         if self.num_epochs == 0 and self.max_steps == 0:
-            faults.append("num_epochs and max_steps are both 0, expected one of them to be positive")
+            faults.append("num_epochs and max_steps are both 0, expected at least one of them to be positive")
         faults += self._objective_faults() + self._task_faults()
         for parse in (self._blocks, self._token_indices):
             try:
@@ -336,8 +348,8 @@ class TrainConfig:
                 faults.append(str(error))
         if self.init_lora_weights != "default" and self.from_adapter is not None:
             faults.append(
-                f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, and from_adapter names one to "
-                "train on from; leave one of them out"
+                f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, but from_adapter names one to "
+                "continue from: leave one of them out"
             )
         with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
             faults += contradictions(self.lora_config(), trained=False)
@@ -345,44 +357,46 @@ class TrainConfig:
 
     def _task_faults(self) -> list[str]:
         if self.task != "classify":
-            spare = f"best_metric is {self.best_metric!r}, which is for task classify: leave it out"
+            spare = f"best_metric is {self.best_metric!r}, which applies only to task classify: leave it out"
             return [spare] if self.best_metric != "loss" else []
         others = {
             "objective": (
                 "clm",
-                f"objective is {self.objective!r}, and task classify has its own: leave it out",
+                f"objective is {self.objective!r}, but task classify has its own: leave it out",
             ),
-            "arithmetic": ("standard", "arithmetic is 'paper', which has no task classify: leave it out"),
-            "shard": (False, "shard is on, which is for task lm: leave it out; torchrun without it is right"),
-            "as_chat": (False, "as_chat is on, and task classify takes texts as they are: leave it out"),
-            "chat_template": (None, "chat_template is given, and task classify takes texts as they are: leave it out"),
-            "max_siblings": (1, f"max_siblings is {self.max_siblings}, which is for task lm: leave it out"),
-            "compile": ("auto", f"compile is {self.compile!r}, which is for task lm: leave it at auto"),
+            "arithmetic": ("standard", "arithmetic is 'paper', which does not support task classify: leave it out"),
+            "shard": (False, "shard is on, which applies only to task lm: leave it out; torchrun works without it"),
+            "as_chat": (False, "as_chat is on, but task classify takes texts as they are: leave it out"),
+            "chat_template": (None, "chat_template is given, but task classify takes texts as they are: leave it out"),
+            "max_siblings": (1, f"max_siblings is {self.max_siblings}, which applies only to task lm: leave it out"),
+            "compile": ("auto", f"compile is {self.compile!r}, which applies only to task lm: leave it at auto"),
         }
         faults = [text for name, (usual, text) in others.items() if getattr(self, name) != usual]
         if self.init_lora_weights == "eva":
-            faults.append("init_lora_weights is 'eva', which is for task lm: use pissa, olora or default")
+            faults.append("init_lora_weights is 'eva', which applies only to task lm: use pissa, olora or default")
         if self.data_format in ("e2e", "text", "dart", "webnlg"):
             faults.append(f"data_format is {self.data_format!r}, which has no labels: use jsonl, csv, parquet or arrow")
         if self.target in ("vllm", "llamacpp", "mlx"):
-            faults.append(f"target is {self.target!r}, which takes no adapter with a head: use peft or none")
+            faults.append(f"target is {self.target!r}, which does not support adapters with a head: use peft or none")
         return faults
 
     def _objective_faults(self) -> list[str]:
         name, smoothing = self.objective, self.label_smoothing
         if name not in PREFERENCES:
-            spare = f"beta is {self.beta!r}, which {name} has no use for: leave it out, or give objective dpo or orpo"
+            spare = f"beta is {self.beta!r}, which {name} does not use: leave it out, or set objective to dpo or orpo"
             return [spare] if self.beta != _DEFAULT_BETA else []
         faults = []
         if self.arithmetic == "paper":
-            faults.append(f"arithmetic is 'paper', which has no {name}: leave it out, or give objective clm or jlm")
+            faults.append(
+                f"arithmetic is 'paper', which does not support {name}: leave it out, or set objective to clm or jlm"
+            )
         if name == "dpo" and smoothing >= 0.5:
             faults.append(
-                f"label_smoothing is {smoothing!r}, expected less than 0.5 with dpo: from there on, the rejected "
+                f"label_smoothing is {smoothing!r}, expected less than 0.5 with dpo: from 0.5 on, the rejected "
                 "answers would be preferred"
             )
         if name == "orpo" and smoothing:
-            faults.append(f"label_smoothing is {smoothing!r}, which orpo has no use for: leave it out, or use dpo")
+            faults.append(f"label_smoothing is {smoothing!r}, which orpo does not use: leave it out, or use dpo")
         return faults
 
     @property
@@ -393,7 +407,9 @@ class TrainConfig:
             ConfigError: it is left to the program, which has not seen a model yet.
         """
         if self.lr is None:
-            raise ConfigError("lr is auto, which a run replaces by a number once it has seen the model; give one here")
+            raise ConfigError(
+                "lr is auto, which a run replaces with a number once it has seen the model; give a number here"
+            )
         return self.lr
 
     @property
