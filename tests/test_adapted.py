@@ -104,7 +104,7 @@ def test_template_and_end_token_of_training_are_those_of_use(
     assert "differs from the base's in: chat template\n" in capsys.readouterr().err
     assert main(["generate", "Hi", "--model", str(base), "--adapter", str(adapter), "--max_new_tokens", "6"]) == 0
     out, err = capsys.readouterr()
-    assert "each prompt is a user's turn (--raw" in err
+    assert "each prompt is treated as a user's turn (--raw" in err
     model, tokenizer = load_adapted(str(adapter), model=str(base), device="cpu")
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True

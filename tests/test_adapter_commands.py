@@ -92,7 +92,7 @@ def test_inspect(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_inspect_verify(adapter: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", adapter, "--verify", base, "--prompt", "one two") == 0
     shown = capsys.readouterr().out
-    assert "Nothing is wrong." in shown
+    assert "All checks passed." in shown
     assert "this is the base that the adapter was trained on" in shown
     model = fresh(base)
     lora.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -139,7 +139,7 @@ def test_convert_without_the_base_where_it_is_not_needed(adapter: str, tmp_path:
     assert run("convert", adapter, tmp_path / "a", "--target", "vllm", "--rank", 2, "--dtype", "bf16") == 0
     shown = capsys.readouterr().out
     assert "Loading" not in shown
-    assert "base model was not examined (give --model MODEL)" in shown
+    assert "base model was not checked for layers that share weights (give --model MODEL" in shown
     assert "off by" in shown
     assert "rounding to bf16" in shown
     config = lora.read_adapter(tmp_path / "a").config
@@ -190,7 +190,7 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     assert run("merge", adapter, tmp_path / "m", "--dtype", "fp32", "--max_shard_size", "10KB") == 0
     shown = capsys.readouterr().out
     assert "rounding explains it" in shown
-    assert "equal, bit for bit" in shown
+    assert "identical, bit for bit" in shown
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
 
@@ -240,15 +240,15 @@ def test_nothing_is_written_over_what_it_was_made_from(adapter: str, base: Path,
     assert run("merge", adapter, base, "--model", base) == 2
     assert "is the base model itself" in capsys.readouterr().err
     assert run("merge", adapter, adapter, "--model", base) == 2
-    assert "is what the result is made from" in capsys.readouterr().err
+    assert "is an input of this command and would be overwritten" in capsys.readouterr().err
     alias = tmp_path / "alias"
     alias.symlink_to(adapter, target_is_directory=True)
     for target in ("peft", "mlx", "vllm"):
         for output in (adapter, alias, f"{adapter}/."):
             assert run("convert", adapter, output, "--target", target, "--model", base) == 2
-            assert "is what the result is made from" in capsys.readouterr().err
+            assert "is an input of this command and would be overwritten" in capsys.readouterr().err
     assert run("combine", adapter, adapter, "-o", alias) == 2
-    assert "is what the result is made from" in capsys.readouterr().err
+    assert "is an input of this command and would be overwritten" in capsys.readouterr().err
     assert run("convert", f"{adapter}/adapter_config.json", adapter) == 2
     assert "is part of the adapter in" in capsys.readouterr().err
     assert run("convert", adapter, f"{adapter}/adapter_model.safetensors", "--target", "microsoft") == 2
@@ -323,8 +323,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("combine", "ADAPTER", "-o", ""), "the output is ''"),
     (("combine", "ADAPTER", "-o", "out", "--energy", "2"), "energy is 2"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--method", "ties"), "density is None"),
-    (("combine", "ADAPTER", "-o", "out", "--subtract"), "take two adapters"),
-    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--energy", "0.5"), "resizes one adapter"),
+    (("combine", "ADAPTER", "-o", "out", "--subtract"), "need exactly two adapters"),
+    (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--energy", "0.5"), "resizes a single adapter"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1"), "2 adapters and 1 weights"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1,x"), "'1,x' was given, expected numbers"),
     (("convert", "FILE", "out"), "--lora_dim, --lora_alpha, --target_modules"),
@@ -360,13 +360,16 @@ def test_help_teaches(command: str, capsys: Any) -> None:
 
 def test_export_base(base: Path, adapter: str, tmp_path: Path, capsys: Any) -> None:
     assert run("export-base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0
-    assert "equal, bit for bit" in capsys.readouterr().out
+    assert "identical, bit for bit" in capsys.readouterr().out
     X = torch.tensor([[5, 9, 20, 33]])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     with torch.no_grad():
         assert torch.equal(theirs(X).logits, fresh(base)(X).logits)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").eos_token == "<end>"
-    for output, expected in ((base, "is what the result is made from"), (adapter, "holds an adapter")):
+    for output, expected in (
+        (base, "is an input of this command and would be overwritten"),
+        (adapter, "holds an adapter"),
+    ):
         assert run("export-base", output, "--model", base) == 2
         assert expected in capsys.readouterr().err
 

@@ -73,7 +73,7 @@ def test_commands(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     first, again, *others = out.splitlines()
     assert first == again == others[0]
     assert len(others) == 1
-    for words in ("there is no question yet", "(new conversation)", "/exit    leave", "Did you mean '/reset'"):
+    for words in ("nothing has been asked yet", "(new conversation)", "/exit    leave", "Did you mean '/reset'"):
         assert words in err
 
 
@@ -153,7 +153,7 @@ def test_ctrl_c_at_the_prompt_and_the_end_of_a_terminals_input(
     assert main(["chat", "--model", str(tiny), "--max_new_tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out.strip()
-    assert "(/exit leaves)" in err
+    assert "(/exit quits)" in err
 
 
 def test_a_console_without_unicode_and_input_that_is_none(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +183,4 @@ def test_a_model_without_a_template(
 
 def test_a_beam_search_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--model", str(tiny), "--num_beams", "3", "--temperature", "0", "--top_p", "1"]) == 2
-    assert "knows its text only at the end" in capsys.readouterr().err
+    assert "chat prints text as it is generated, which beam search cannot do" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_what_most_people_need_stands_first_in_help() -> None:
     add_fields(parser, Trip)
     shown = parser.format_help()
     assert shown.startswith(
-        "usage: trip [options] goal\n\nWalks.\n\npositional arguments:\n  goal\n\nthe flags most people"
+        "usage: trip [options] goal\n\nWalks.\n\npositional arguments:\n  goal\n\nmost commonly used flags"
     )
     places = [shown.index(text) for text in ("--length X", "(default 12)", "--shoes TEXT", "--map_dir DIR", "--help")]
     assert places == sorted(places)
@@ -198,7 +198,11 @@ def test_every_setting_refuses_another_type(config: Any) -> None:
         (TrainConfig, {"enable_lora": "qkv=1,2"}, ["enable_lora is 'qkv=1,2', expected a 1 or 0 for each block"]),
         (TrainConfig, {"schedule": "linaer"}, ["expected 'linear' or 'cosine' or 'constant'. Did you mean 'linear'?"]),
         (Sampling, {"top_p": 0, "min_p": 2.0}, ["top_p is 0, expected a number above 0 and at most 1", "min_p is"]),
-        (Sampling, {"max_new_tokens": "5", "stop": [""]}, ["max_new_tokens is '5', expected a whole num", "non-empty strings"]),
+        (
+            Sampling,
+            {"max_new_tokens": "5", "stop": [""]},
+            ["max_new_tokens is '5', expected a whole num", "non-empty strings"],
+        ),
         (
             InferenceConfig,
             {"samples": 0, "adapter": ()},

@@ -165,7 +165,7 @@ def test_mistakes_exit_with_2_before_a_model_is_loaded(
     assert run("preview", tmp_path / "b.txt") == 2
     assert "does not exist" in capsys.readouterr().err
     assert run("convert", tmp_path / "a.txt", tmp_path / "out.jsonl", "--add_bos") == 2
-    assert "need --vocab" in capsys.readouterr().err
+    assert "give --vocab" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

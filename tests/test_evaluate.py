@@ -316,7 +316,7 @@ def test_texts_and_a_model_are_scored_together(write: Write, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "there is nothing to score: give HYP, a file with one text per line, or --perplexity"),
+        ([], "there is nothing to score: give HYP, a file with one text per line, or use --perplexity"),
         (["texts.txt", "--adapter", "x", "--model", "y"], "--model needs --perplexity\n  --adapter needs --perplexity"),
         ([*TINY, "--subset", "seen", "--metrics", "BLEU"], "--subset needs HYP\n  --metrics needs HYP"),
         ([*TINY, "--adapter", "nowhere"], "nowhere"),

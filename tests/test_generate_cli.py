@@ -253,7 +253,7 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
         (["x", "--adapter", str(tmp_path), *TINY, *output], "holds no adapter"),
         (["x", "--adapter", str(tmp_path / "adapter"), "--model", str(tiny), *output], "c_attn"),
         (["x", *TINY, "--temperature", "-1", *output], "temperature"),
-        (["x", *TINY, "--merge", *output], "--merge needs an --adapter"),
+        (["x", *TINY, "--merge", *output], "--merge needs an adapter"),
         (["x", "", *TINY, *output], "prompt 2 is empty"),
         (["x " * 2000, *TINY, *output], "tokens"),
     ):
@@ -411,8 +411,8 @@ def test_what_it_refuses_of_adapters_by_name(
     cases = [
         (["x", *named(two, tiny), "--adapter", "plain"], "plain: expected NAME=ADAPTER"),
         (["x", *named(two, tiny), "--adapter", f"calm={two['bold']}"], "calm: used twice"),
-        (["x", *named(two, tiny), "--adapter", f"base={two['bold']}"], "base: not a name"),
-        (["x", *named(two, tiny), "--merge"], "--merge takes one adapter"),
+        (["x", *named(two, tiny), "--adapter", f"base={two['bold']}"], "base: not a valid name"),
+        (["x", *named(two, tiny), "--merge"], "--merge takes a single adapter"),
         (["x", *named(two, tiny), "--adapter_column", "style"], "--adapter_column needs --input"),
         ([*named(two, tiny), *column, "style"], "blod. Did you mean 'bold'?"),
         ([*named(two, tiny), *column, "stile"], "no record of"),

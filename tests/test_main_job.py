@@ -400,7 +400,7 @@ def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
     refused(run("run_inference", "--adapter", "nowhere"), "does not exist")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     refused(run("run_inference", "--adapter", "notes.txt"), "notes.txt is not an adapter; expected a directory")
-    refused(run("run_inference", "--adapter", ""), "expected the directory of an adapter, or several")
+    refused(run("run_inference", "--adapter", ""), "expected the directories of one or more adapters")
 
 
 def test_a_checkpoint_that_does_not_say_its_settings(run: Run, tiny_adapter: Path) -> None:

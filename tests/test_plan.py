@@ -126,7 +126,7 @@ def test_the_command_is_one(name: str, llama: str, plan: Callable[..., Any]) -> 
 def test_nothing_fits(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", llama, "--gpus", "1", "--gpu_memory", "8"]) == 1
     out = capsys.readouterr().out
-    assert "Nothing fits. What helps: " in out
+    assert "Nothing fits. What would help: " in out
     assert "add --quantize nf4" in out
 
 
@@ -144,8 +144,8 @@ def test_all_faults_are_told_at_once(llama: str, capsys: pytest.CaptureFixture[s
     assert main(["plan", "--model", llama, *words]) == 2
     err = capsys.readouterr().err
     for part in (
-        "gpu_memory is 80, but there are no GPUs",
-        "nodes is 2, but there are no GPUs",
+        "gpu_memory is 80, but no GPUs are planned for",
+        "nodes is 2, but no GPUs are planned for",
         "rank is 0",
         "requests is 0",
     ):

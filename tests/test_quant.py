@@ -493,6 +493,6 @@ def test_merging_into_rounded_weights_says_how_far_off_they_are(base, tmp_path, 
     for name, ours in merged.named_parameters():
         assert torch.allclose(ours.float(), dense(theirs[name]).float(), atol=1e-2), name
     assert main(["merge", out, str(tmp_path / "again")]) == 0
-    assert "--quantize nf4 merges into just those weights" in capsys.readouterr().out
+    assert "--quantize nf4 merges into exactly those weights" in capsys.readouterr().out
     assert main(["merge", out, str(tmp_path / "again"), "--requantize"]) == 2
-    assert "rounding would take it back" in capsys.readouterr().err
+    assert "rounding would undo it" in capsys.readouterr().err

@@ -653,7 +653,7 @@ def test_perplexity_of_two_processes_is_that_of_one(folder: Path, capsys: pytest
         (["train", "--device", "cuda", "--train_data", "DATA"], "start as many processes as there are GPUs"),
         (["train", "--device", "cuda:1", "--train_data", "DATA"], "on which 2 processes cannot train at once"),
         (["train", "--train_data", "nowhere.txt"], "nowhere.txt"),
-        (["inspect", "."], "loralib inspect: this command runs in one process, and 2 were started"),
+        (["inspect", "."], "loralib inspect: this command runs in a single process, but 2 were started"),
     ],
 )
 def test_a_users_mistake_is_told_once_and_ends_all_with_2(

@@ -340,6 +340,6 @@ def test_the_command_takes_lists_from_flags_and_files(tmp_path: Path, capsys: py
     assert "8 runs: 8 in one" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--rank", "0,x"])
-    assert "'0,x' was given, expected whole numbers with commas between them" in capsys.readouterr().err
+    assert "'0,x' was given, expected whole numbers separated by commas" in capsys.readouterr().err
     assert main([*command, "--rank=-1,0"]) == 2
     assert "rank is -1" in capsys.readouterr().err

@@ -23,34 +23,34 @@ __all__ = ["COMMANDS", "add_fields", "from_args", "main", "parser_of", "run_comm
 COMMANDS = {
     "train": "train an adapter",
     "sweep": "train many adapters at once, to find the best settings",
-    "plan": "say what fits into memory, and with which command",
-    "generate": "generate text with a model and an adapter",
-    "predict": "give texts the labels that a classifier has learned",
+    "plan": "work out what fits in memory and which command to run",
+    "generate": "generate text with a model and its adapters",
+    "predict": "classify texts with a trained classifier",
     "chat": "chat with a model in the terminal",
     "evaluate": "score texts against references",
     "reproduce": "train, generate and score as in the LoRA paper",
     "data": "preview, convert and download data",
-    "inspect": "examine and verify an adapter",
+    "inspect": "inspect and verify an adapter",
     "convert": "convert an adapter to another format",
-    "merge": "write base model and adapter as one model",
+    "merge": "merge an adapter into its base model",
     "combine": "combine several adapters into one",
-    "completion": "let the Tab key complete commands and flags",
-    "export-base": "write a base model for tools without a hub",
-    "serve": "serve a model and its adapters over HTTP, with a page",
-    "verify": "ask a running server whether it computes an adapter as it should",
+    "completion": "set up tab completion for commands and flags",
+    "export-base": "save a base model in a directory for other tools",
+    "serve": "serve a model and its adapters over HTTP, with a web page",
+    "verify": "check whether a running server applies an adapter correctly",
 }
 
 _HELP = f"""\
 usage: loralib COMMAND [options]
 
-Train LoRA adapters for language models, and use them.
+Train and use LoRA adapters for language models.
 
 {table([(f"  {name}", about) for name, about in COMMANDS.items()])}
 
-  loralib train --train_data mine.jsonl                train on a file of yours
-  loralib chat --adapter lora_model                    talk to the result
+  loralib train --train_data mine.jsonl                train on your own file
+  loralib chat --adapter lora_model                    chat with the result
 
-Each command explains its flags: loralib COMMAND --help"""
+For the flags of a command: loralib COMMAND --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +140,7 @@ def _beside_others(module: Any, name: str) -> Iterator[None]:
     with joined() as ranks:
         if ranks.size > 1 and not getattr(module, "JOINS_RANKS", False):
             raise ConfigError(
-                f"this command runs in one process, and {ranks.size} were started: call it without torchrun"
+                f"this command runs in a single process, but {ranks.size} were started: run it without torchrun"
             )
         yield
 

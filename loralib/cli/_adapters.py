@@ -42,10 +42,10 @@ class Output(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         if namespace.output is not None:
-            raise argparse.ArgumentError(self, f"{values!r} is a second output, expected one")
+            raise argparse.ArgumentError(self, f"{values!r} is a second output, expected only one")
         if not values.strip():
             raise argparse.ArgumentError(
-                self, f"the output is {values!r}, expected a name (. is the current directory)"
+                self, f"the output is {values!r}, expected a name (. for the current directory)"
             )
         namespace.output = values
         for action in parser._actions:
@@ -73,10 +73,10 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = 
     """
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(
-        "--initial_adapter", metavar="DIR", help="the adapter as saved before training (CorDA, randomised PiSSA)"
+        "--initial_adapter", metavar="DIR", help="the adapter as it was saved before training (CorDA, randomised PiSSA)"
     )
     if output is not None:
-        parser.add_argument("output", action=Output, metavar="OUTPUT", help=f"{output}; or give it as -o OUTPUT")
+        parser.add_argument("output", action=Output, metavar="OUTPUT", help=f"{output}; can also be given as -o OUTPUT")
         parser.add_argument("-o", "--output", action=Output, metavar="OUTPUT", help=argparse.SUPPRESS)
     add_checkpoint_arguments(parser, makes_rank)
 
@@ -86,13 +86,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, makes_rank: bool) 
     add_flag(parser, "--model", "--base", help="base model: a name or path (default: the one named in the adapter)")
     group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not store its settings")
     names = ("--lora_dim",) if makes_rank else ("--rank", "--lora_dim")
-    text = "rank r it was trained with" + (" (or --rank, where the result keeps the rank)" if makes_rank else "")
+    text = "rank r that it was trained with" + (" (or --rank, if the result keeps the rank)" if makes_rank else "")
     add_flag(group, *names, dest="lora_dim", type=int, metavar="N", help=text)
-    group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha it was trained with")
+    group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha that it was trained with")
     add_list(group, "--target_modules", metavar="NAMES", help="adapted modules, as in q_proj,v_proj")
     text = "adapted blocks of fused projections, as in c_attn=1,0,1 (q and v of GPT-2)"
     group.add_argument("--enable_lora", metavar="BLOCKS", help=text)
-    add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were trained in full")
+    add_list(group, "--modules_to_save", metavar="NAMES", help="modules in it that were fully trained")
 
 
 def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = False) -> None:
@@ -106,7 +106,7 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
     add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
-    add_quantize(parser, "hold the base's weights in fewer bits")
+    add_quantize(parser, "store the base's weights in fewer bits")
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
@@ -136,7 +136,7 @@ def output_held(output: str, *inputs: str | None, is_directory: bool = True, wha
     target = Path(output)
     for source in map(Path, filter(None, inputs)):
         if _is_same(source, target):
-            raise OutputError(f"{output} is what the result is made from, and would be overwritten; {_ELSEWHERE}")
+            raise OutputError(f"{output} is an input of this command and would be overwritten; {_ELSEWHERE}")
         for file, folder in ((source, target), (target, source)):
             if file.name in _FILES and _is_same(file.parent, folder):
                 raise OutputError(
@@ -145,7 +145,8 @@ def output_held(output: str, *inputs: str | None, is_directory: bool = True, wha
     other, loader = (("config.json", "a model"), (CONFIG_FILE, "an adapter"))[what == "model"]
     if is_directory and (target / other).exists():
         raise OutputError(
-            f"{output} holds {loader}; from_pretrained would load model and adapter together. Choose another directory."
+            f"{output} contains {loader}; from_pretrained would load model and adapter together. Choose another "
+            "directory."
         )
     with hold_output(target, is_directory=is_directory):
         yield
@@ -166,13 +167,13 @@ def _is_same(first: Path, second: Path) -> bool:
 def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
     """Adds the flags that say how to read training data, as `loralib train` has them."""
     add_format(parser, help, *FORMATS[1:], default=default)
-    text = "which fields are which, as in prompt=question,completion=answer; `system=` leaves a field out"
+    text = "which field has which meaning, as in prompt=question,completion=answer; `system=` leaves a field out"
     parser.add_argument("--columns", metavar="MAP", help=text)
 
 
 def add_as_chat(parser: argparse._ActionsContainer) -> None:
     """Adds ``--as_chat``."""
-    text = "put prompts and completions through the model's chat template"
+    text = "format prompts and completions with the model's chat template"
     parser.add_argument("--as_chat", action="store_true", help=text)
 
 

@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 _METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME", "pairs": "N=X"}
 # The heading of the flags that stand first in --help: those of settings declared with `common`.
-_COMMON: Final = "the flags most people need"
+_COMMON: Final = "most commonly used flags"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
 
 
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             hint = did_you_mean(str(value), known)
-            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(known)}.{hint}")
+            raise argparse.ArgumentError(action, f"{value!r} was given, expected one of {', '.join(known)}.{hint}")
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:
@@ -162,7 +162,7 @@ def _each(kind: Any) -> Callable[[str], list[Any]]:
         return [None if each == AUTO else _truth(each) if kind is bool else kind(each) for each in _comma_list(word)]
 
     words = {bool: "true, false, or both", int: "whole numbers", float: "numbers"}
-    split.expected = f"{words.get(kind, 'words')} with commas between them"  # type: ignore[attr-defined]
+    split.expected = f"{words.get(kind, 'words')} separated by commas"  # type: ignore[attr-defined]
     return split
 
 

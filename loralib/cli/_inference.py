@@ -35,17 +35,17 @@ class InferenceConfig:
 
     adapter: str | Sequence[str] = setting(
         "lora_model",
-        "directory of the adapter; give several to see switching between tasks",
+        "directory of the adapter; give several to see switching between adapters",
         "inference",
         several="files",
         rule=bool,
-        expected="the directory of an adapter, or several",
+        expected="the directories of one or more adapters",
     )
     model: str | None = setting(None, "base model (default: the one named in the adapter)", "inference")
     prompt: str | None = setting(None, "generate text for this prompt instead of the test data", "inference")
-    test_data: str | None = setting(None, "E2E file with meaning representations to write out", "inference")
-    samples: int = setting(3, "number of meaning representations to write out", "inference", at_least=1)
-    max_new_tokens: int = setting(60, "maximum number of tokens to generate for each", "inference", at_least=1)
+    test_data: str | None = setting(None, "E2E file with meaning representations to turn into text", "inference")
+    samples: int = setting(3, "number of meaning representations to turn into text", "inference", at_least=1)
+    max_new_tokens: int = setting(60, "maximum number of tokens to generate per text", "inference", at_least=1)
     no_merge: bool = setting(False, "skip merging", "inference")
     seed: int = setting(0, "random seed for choosing meaning representations", "inference")
     dtype: str = setting("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
@@ -72,7 +72,7 @@ def run_inference(config: InferenceConfig) -> None:
     model.eval()
     prompts = [_prompt(directories[0], example) for example in examples]
     if any(prompt.messages for prompt in prompts):
-        say("The adapter was trained on chats: each prompt is a user's turn")
+        say("The adapter was trained on chats: each prompt is treated as a user's turn")
     base_tokenizer, tokenizer = tokenizer, _tokenizer_for(directories[0], model, tokenizer)
     _show_statistics(model, tokenizer, first, examples)
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
@@ -80,7 +80,7 @@ def run_inference(config: InferenceConfig) -> None:
         adapted = _show_texts(model, tokenizer, examples, ids, config)
     else:
         adapted = []
-        say("\nThis network sees one token at a time, without attention: it predicts, but writes no text.")
+        say("\nThis network sees one token at a time, without attention: it predicts tokens but cannot write text.")
     if not config.no_merge:
         _show_merging(model, tokenizer, examples, ids, adapted, config)
     if len(adapters) > 1:
@@ -101,7 +101,7 @@ def _examples(config: InferenceConfig) -> list[Example]:
     if config.prompt is not None:
         return [Example.of(config.prompt if config.prompt.endswith("\n") else config.prompt + "\n", "")]
     if config.test_data is None:
-        raise ConfigError("there is nothing to generate text for: give --prompt TEXT or --test_data FILE")
+        raise ConfigError("there is nothing to generate from: give --prompt TEXT or --test_data FILE")
     return draw(group_by_prompt(read_examples(config.test_data)), config.samples, config.seed, lambda e: e.prompt)
 
 
@@ -115,7 +115,7 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
         ("lora_alpha", f"{settings.lora_alpha:g}"),
         ("adapted modules", len(adapter.modules)),
         ("tensors", len(adapter.tensors)),
-        ("base model", settings.base_model_name_or_path or "not named"),
+        ("base model", settings.base_model_name_or_path or "unknown"),
     ]
     say(table(rows, ("adapter", "")))
     ids = _batch(tokenizer, examples)
@@ -150,14 +150,14 @@ def _show_texts(
     say()
     ended = [sum(result.finish_reason == "stop" for result in results) for results in (base, adapted)]
     say(
-        f"Ended by itself within {config.max_new_tokens} tokens: "
+        f"Stopped on their own within {config.max_new_tokens} tokens: "
         f"base {ended[0]}, adapted {ended[1]}, of {len(examples)}"
     )
     meanings = [example.prompt for example in examples]
     if all(parse_meaning(meaning) for meaning in meanings):
         left_out = [slot_error_rate(meanings, [result.text for result in results]) for results in (base, adapted)]
-        say(f"Values of the meaning left out: base {left_out[0].errors}, adapted {left_out[1].errors}, "
-            f"of {left_out[0].slots}")  # fmt: skip
+        errors = f"base {left_out[0].errors}, adapted {left_out[1].errors}, of {left_out[0].slots}"
+        say(f"Values of the meaning representations left out: {errors}")
     return [result.text for result in adapted]
 
 
@@ -184,7 +184,7 @@ def _show_merging(
     verdict = "they agree" if difference <= tolerance else "THEY DIFFER: report this"
     say()
     say(f"Merged W + scaling * B A into every layer in {duration(took)}.")
-    say(f"Logits, merged against unmerged: largest difference {difference:.2g}, tolerance {tolerance:.2g}: {verdict}.")
+    say(f"Logits, merged vs. unmerged: largest difference {difference:.2g}, tolerance {tolerance:.2g}: {verdict}.")
     if adapted:
         texts = [result.text for result in generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)]
         same = sum(a == b for a, b in zip(adapted, texts, strict=True))

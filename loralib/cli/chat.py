@@ -3,9 +3,9 @@
   loralib chat --adapter lora_model
   loralib chat --model ./my-model --system "Answer in one sentence." --temperature 0
 
-Turns are formatted with the model's chat template, or with --plain as simple text for a model without one.  When the
+Turns are formatted with the model's chat template, or, with --plain, as simple text for a model without one.  When the
 conversation outgrows the model's context, its oldest turns are dropped, with a message.  Ctrl-C stops an answer; /exit
-or the end of the input leaves.  Lines may be piped in: each gets an answer.
+or the end of the input quits.  Lines may also be piped in; each gets an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ._flags import add_fields, from_args
 _DEFAULTS: Final = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9}
 _COMMANDS: Final = {
     "/reset": "start a new conversation",
-    "/retry": "answer the last question again",
+    "/retry": "answer the last message again",
     "/help": "show these commands",
     "/exit": "leave",
 }
@@ -43,8 +43,10 @@ Turn = dict[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the system prompt, and a flag for every setting of `Sampling`."""
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system prompt: what the model is told first")
-    parser.add_argument("--plain", action="store_true", help="format turns as 'User: ...' without a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt: instructions given to the model first")
+    parser.add_argument(
+        "--plain", action="store_true", help="format turns as 'User: ...' instead of with a chat template"
+    )
     add_fields(parser, Sampling, _DEFAULTS)
 
 
@@ -53,13 +55,13 @@ def run(args: argparse.Namespace) -> None:
     sampling = from_args(Sampling, args, _DEFAULTS)
     if sampling.num_beams > 1:
         raise ConfigError(
-            "beam search knows its text only at the end, but chat prints as it goes; leave out --num_beams, or use "
-            "loralib generate"
+            "--num_beams was given, but chat prints text as it is generated, which beam search cannot do; leave it "
+            "out, or use loralib generate"
         )
     model, tokenizer = load_on(ALONE, args, merged=True)
     if not args.plain and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so this is not a chat model. "
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so the model is not a chat model. "
             "Choose an instruct model, add --plain to format turns as simple text, or use loralib generate."
         )
     if not args.plain:
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.suppress(AttributeError, OSError):  # the stream may have been replaced, or already read from
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if watched:
-        say("Ctrl-C stops an answer, /help shows commands, /exit leaves.", file=sys.stderr)
+        say("Ctrl-C stops an answer, /help lists commands, /exit quits.", file=sys.stderr)
     while True:
         try:
             line = _read_line(watched)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 return
             _react(conversation, line)
         except KeyboardInterrupt:
-            say("\n(/exit leaves)", file=sys.stderr)
+            say("\n(/exit quits)", file=sys.stderr)
 
 
 def _react(conversation: Conversation, line: str) -> None:
@@ -91,12 +93,13 @@ def _react(conversation: Conversation, line: str) -> None:
     elif line == "/retry":
         question = conversation.take_back()
         if question is None:
-            say("(there is no question yet)", file=sys.stderr)
+            say("(nothing has been asked yet)", file=sys.stderr)
         else:
             conversation.answer(question)
     elif line.startswith("/"):
         say(
-            f"There is no command {line.split()[0]!r}.{did_you_mean(line, _COMMANDS)} /help shows all.", file=sys.stderr
+            f"There is no command {line.split()[0]!r}.{did_you_mean(line, _COMMANDS)} /help lists them all.",
+            file=sys.stderr,
         )
     elif line:
         conversation.answer(line)
@@ -180,7 +183,8 @@ class Conversation:
             ids = self._ids(turns)
         if limit is not None and len(ids) > limit:
             raise DataError(
-                f"That has {len(ids):,} tokens, but the model's context has {limit:,}. It was ignored; use fewer words."
+                f"That message has {len(ids):,} tokens, but the model's context has {limit:,}. It was ignored; use "
+                "fewer words."
             )
         if dropped:
             say(
@@ -198,5 +202,5 @@ class Conversation:
         try:
             text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs that raise errors of their own
-            raise DataError(f"The model's chat template rejects this: {error}") from None
+            raise DataError(f"The model's chat template rejects this conversation: {error}") from None
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has the start token

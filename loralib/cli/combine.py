@@ -5,7 +5,7 @@ loralib combine tuned unwanted -o without --subtract
 loralib combine start end -o between --interpolate 0.25
 loralib combine big -o small --rank 4
 
-The command prints how far the result is from the exact one.
+The command prints how far the result is from the exact result.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=tuple(METHODS),
-        help="default: svd with --rank, else cat. " + "; ".join(f"{name}: {about}" for name, about in METHODS.items()),
+        help="default: svd with --rank, otherwise cat. "
+        + "; ".join(f"{name}: {about}" for name, about in METHODS.items()),
     )
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the result, for the methods that reduce it")
-    parser.add_argument("--density", type=float, metavar="X", help="share of values to keep (TIES, DARE, pruning)")
+    parser.add_argument("--density", type=float, metavar="X", help="fraction of values to keep (TIES, DARE, pruning)")
     parser.add_argument(
         "--majority_sign", default="total", choices=("total", "frequency"), help="how TIES elects signs"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of what DARE drops")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for what DARE drops")
     special = parser.add_mutually_exclusive_group()
     special.add_argument("--subtract", action="store_true", help="the first adapter minus the second")
     special.add_argument("--interpolate", type=float, metavar="T", help="(1 - T) * first + T * second")
-    special.add_argument("--energy", type=float, metavar="X", help="one adapter: keep this share of its squared norm")
+    special.add_argument(
+        "--energy", type=float, metavar="X", help="for a single adapter: keep this fraction of its squared norm"
+    )
 
 
 def _numbers(word: str) -> list[float]:
@@ -58,7 +61,9 @@ def _combine(args: argparse.Namespace) -> None:
     adapters = [read_with_base(path, args, lambda _: False)[0] for path in args.adapters]
     two = args.subtract or args.interpolate is not None
     if two and (len(adapters) != 2 or args.weights or args.method):
-        raise ConfigError("--subtract and --interpolate take two adapters, and neither --weights nor --method")
+        raise ConfigError(
+            "--subtract and --interpolate need exactly two adapters, and allow neither --weights nor --method"
+        )
     if args.subtract:  # negation in task arithmetic, arXiv:2212.04089
         args.weights = [1.0, -1.0]
     elif args.interpolate is not None:  # outside of 0 to 1 it extrapolates
@@ -66,7 +71,7 @@ def _combine(args: argparse.Namespace) -> None:
     if len(adapters) == 1 and not args.weights and (args.rank is not None or args.energy is not None):
         result = resize(adapters[0], args.rank, energy=args.energy)
     elif args.energy is not None:
-        raise ConfigError("--energy resizes one adapter; give --rank for several")
+        raise ConfigError("--energy resizes a single adapter; for several, give --rank")
     else:
         method = args.method or ("svd" if args.rank is not None else "cat")
         result = combine(
@@ -82,7 +87,7 @@ def _combine(args: argparse.Namespace) -> None:
     config = result.adapter.config
     ranks = {config.rank_of(name) for name in result.adapter.modules}
     said = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-    exact = "exact" if result.error == 0 else f"off by {result.error:.2%} of the exact result"
+    exact = "exact" if result.error == 0 else f"differs from the exact result by {result.error:.2%}"
     if 0 < result.error < 1:
         exact += f" ({result.energy:.2%} of the squared norm kept)" if len(adapters) == 1 else ""
     say(f"{counted(len(result.adapter.modules), 'module')} of {said} written to {args.output}: {exact}")

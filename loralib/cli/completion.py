@@ -5,7 +5,7 @@
   fish        loralib completion fish > ~/.config/fish/completions/loralib.fish
   PowerShell  loralib completion powershell >> $PROFILE
 
-It holds for shells opened afterwards.  Print it again after an update, which may bring new flags.
+It takes effect in newly opened shells.  Print it again after an update, which may add flags.
 """
 
 from __future__ import annotations

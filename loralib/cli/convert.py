@@ -1,12 +1,12 @@
-"""Convert an adapter to a form that another tool computes correctly, and check what was written.
+"""Convert an adapter to a form that another tool applies correctly, and check what was written.
 
 loralib convert lora_model portable --target vllm
 loralib convert lora_model lora.gguf --target llamacpp --model smollm2-135m
 loralib convert GPT2_M.bin adapter --lora_dim 4 --lora_alpha 32 --target_modules c_attn --enable_lora c_attn=1,0,1
 
-Other tools silently ignore some settings of an adapter: rsLoRA, alphas of single modules, PiSSA's initialisation.  The
-result has none of those: the scaling is part of the weights, and all modules have one rank.  What cannot be expressed
-this way, or would not load there, is refused with the reason.
+Other tools silently ignore some settings of an adapter: rsLoRA, per-module alphas, PiSSA's initialisation.  The result
+needs none of them: the scaling is part of the weights, and all modules have the same rank.  Whatever cannot be
+expressed this way, or would not load in the tool, is refused with the reason.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_wi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the output, and the tool it is for."""
-    add_adapter_arguments(parser, "directory to write, or a file for llamacpp and microsoft", makes_rank=True)
+    add_adapter_arguments(parser, "directory to write (for llamacpp and microsoft: file)", makes_rank=True)
     parser.add_argument(
         "--target",
         default="peft",
         choices=("peft", "vllm", "llamacpp", "mlx", "microsoft"),
-        help="the tool that will use the result (default peft); microsoft: the flat file of its loralib, unchanged",
+        help="the tool that will use the result (default peft); microsoft: a flat file for Microsoft's loralib, "
+        "unchanged",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the result; its error is printed")
@@ -75,9 +76,9 @@ def _convert(args: argparse.Namespace) -> None:
     for note in portable.notes:
         say(f"  {note}")
     if model is None and args.target != "peft":
-        say("  the base model was not examined (give --model MODEL): layers that share weights were not detected")
-    exact = "exact" if portable.error == 0 else f"off by {portable.error:.2%} of the update"
-    rounded = f", rounding to {args.dtype} moves an update by up to {moved:.2%}" if moved else ""
+        say("  the base model was not checked for layers that share weights (give --model MODEL to check it)")
+    exact = "exact" if portable.error == 0 else f"differs from the update by {portable.error:.2%}"
+    rounded = f", rounding to {args.dtype} changes an update by up to {moved:.2%}" if moved else ""
     written = f"{counted(len(portable.adapter.modules), 'module')} written to {args.output}"
     say(f"{written}, read back and compared: {exact}{rounded}")
     _tell_how_to_run(args, portable.adapter, model, tokenizer)
@@ -95,6 +96,6 @@ def _tell_how_to_run(args: argparse.Namespace, adapter: Adapter, model: nn.Modul
         say(indent(modelfile(args.output, tokenizer if own is None else own).rstrip(), "  "))
     if base is not None and base in HUB_NAMES:
         say(
-            f"\nThe adapter was trained on {base}, a copy of {HUB_NAMES[base]} with the precision of 4 bits:\n"
-            "expect small differences there. `loralib export-base DIR` writes the copy itself."
+            f"\nThe adapter was trained on {base}, a copy of {HUB_NAMES[base]} with 4-bit precision:\nexpect small "
+            "differences on the original. `loralib export-base DIR` writes the copy itself."
         )

@@ -49,38 +49,40 @@ def run(args: argparse.Namespace) -> None:
 def _add_preview(actions: Any) -> None:
     preview = actions.add_parser(
         "preview",
-        help="show which tokens would be trained, and which examples would be dropped and why",
-        description="Shows examples as the model will see them: token by token, trained tokens in green (in brackets "
-        "where there is no colour). Nothing is trained. Start here when a model learns the wrong thing.",
+        help="show which tokens would be trained on, and which examples would be dropped and why",
+        description="Shows examples as the model will see them, token by token, with trained tokens in green (or in "
+        "brackets, without colour). Nothing is trained. Start here if a model learns the wrong thing.",
         epilog="example: loralib data preview train.txt chats.jsonl:0.5 --seq_len 128",
     )
     preview.add_argument(
         "paths",
         nargs="+",
         metavar="PATH[:WEIGHT]",
-        help="files of examples in any format that training takes, folders of texts, or hub ids; a weight of 2 uses a "
-        "file's examples twice per epoch, 0.5 a random half of them",
+        help="files of examples in any format that training accepts, folders of texts, or hub ids; a weight of 2 uses "
+        "a file's examples twice per epoch, 0.5 uses a random half of them",
     )
     preview.add_argument(
         "--model", default="smollm2-135m", help="model whose tokenizer is used (default: smollm2-135m)"
     )
-    add_reading(preview, "format of the files; auto recognises all but plain text in .txt files")
+    add_reading(preview, "format of the files; auto recognises every format except plain text in .txt files")
     add_as_chat(preview)
     preview.add_argument(
         "--seq_len",
         type=int,
-        help="maximum tokens of an example; longer ones are dropped, never truncated (default: no limit)",
+        help="maximum tokens per example; longer examples are dropped, never truncated (default: no limit)",
     )
     preview.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        help="clm trains on completions only, jlm on every token, dpo and orpo on pairs of a chosen and a rejected "
-        "completion (default: what the data are for, clm or dpo)",
+        help="clm trains on completions only, jlm on every token, dpo and orpo on pairs of chosen and rejected "
+        "completions (default: clm or dpo, depending on the data)",
     )
     preview.add_argument(
         "--max_samples", type=int, help="draw this many examples, from as many prompts as possible; 0: all"
     )
-    preview.add_argument("--seed", type=int, default=0, help="random seed of the draw (default: 0, as in training)")
+    preview.add_argument(
+        "--seed", type=int, default=0, help="random seed for drawing examples (default: 0, as in training)"
+    )
     preview.add_argument("--count", type=int, default=5, help="number of examples to show (default: 5)")
     preview.add_argument(
         "--color",
@@ -183,11 +185,13 @@ def _add_convert(actions: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     if (args.add_bos or args.add_eos) and not args.vocab:
-        raise ConfigError("--add_bos and --add_eos add token ids, so they need --vocab, GPT-2's vocabulary.")
+        raise ConfigError("--add_bos and --add_eos add token ids, so they need GPT-2's vocabulary: give --vocab.")
     _refuse_loss([args.input], [args.output])
     format = guess_format(args.input) if args.data_format == "auto" else args.data_format
     if format not in ("e2e", "jsonl", "dart", "webnlg"):
-        raise ConfigError(f"{args.input} is {format}, expected E2E, DART, WebNLG or JSONL that this command wrote.")
+        raise ConfigError(
+            f"{args.input} is {format}, expected E2E, DART, WebNLG or a JSONL file that this command wrote."
+        )
     rows = convert.read_formatted(args.input) if format == "jsonl" else read_rows(args.input, format)
     if args.vocab:
         encoded = convert.encode_rows(rows, convert.load_bpe(args.vocab), add_bos=args.add_bos, add_eos=args.add_eos)
@@ -210,24 +214,24 @@ def _add_decode(actions: Any) -> None:
     decode = actions.add_parser(
         "decode",
         help="convert predicted GPT-2 token ids to text, and the references to the official scorers' layout",
-        description="Converts the ids that a beam search wrote to one text per line, and the references of the same "
-        "inputs to the scorers' layout: one file with blank lines for E2E, a directory with reference0, reference1, "
-        "... for DART and WebNLG.",
+        description="Converts the token ids that a beam search wrote to one text per line, and the references for the "
+        "same inputs to the scorers' layout: one file with blank lines for E2E, a directory with "
+        "reference0, reference1, ... for DART and WebNLG.",
     )
     decode.add_argument("--vocab", required=True, help="a directory with GPT-2's vocab.json and merges.txt")
     decode.add_argument("--sample_file", required=True, help="JSONL with id and predict")
-    decode.add_argument("--input_file", required=True, help="the JSONL from loralib data convert that was decoded")
+    decode.add_argument("--input_file", required=True, help="the JSONL file from loralib data convert that was decoded")
     decode.add_argument("--output_pred_file", required=True, help="file for the predictions, one per line")
-    decode.add_argument("--output_ref_file", required=True, help="file for the references; a directory unless e2e")
+    decode.add_argument("--output_ref_file", required=True, help="file for the references; a directory, except for e2e")
     decode.add_argument("--ref_type", default="e2e", choices=("e2e", "webnlg", "dart"), help="layout of references")
-    decode.add_argument("--ref_num", type=int, default=4, help="number of reference files, unless e2e (default: 4)")
+    decode.add_argument("--ref_num", type=int, default=4, help="number of reference files, except for e2e (default: 4)")
     decode.add_argument("--tokenize", action="store_true", help="put spaces around punctuation")
     decode.add_argument("--lower", action="store_true", help="convert to lower case")
     decode.add_argument(
         "--filter",
         default="all",
         choices=("all", "seen", "unseen"),
-        help="WebNLG: only categories seen, or unseen, in training",
+        help="WebNLG: keep only categories seen, or unseen, in training",
     )
 
 

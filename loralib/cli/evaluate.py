@@ -5,7 +5,7 @@ loralib evaluate data/e2e/test.txt texts.jsonl --json
 loralib evaluate webnlg/references texts.txt --source webnlg/test.json
 loralib evaluate data/e2e/test.txt --perplexity --adapter lora_model
 
---perplexity scores a model: how well it predicts the texts of REF, a data file, each after its prompt.
+--perplexity scores a model by how well it predicts the texts of REF, a data file, each after its prompt.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         metavar="FILE",
-        help="the data file that the texts were generated from, unless REF is one: it has the meaning representations "
-        "(for slot errors) and WebNLG's categories (for seen and unseen)",
+        help="the data file that the texts were generated from, unless REF is that file: it has the meaning "
+        "representations (for slot errors) and WebNLG's categories (for seen and unseen)",
     )
     parser.add_argument(
         "--subset",
         default="all",
-        help="all, seen or unseen: score only these WebNLG categories (default: all, and each of the other two as well "
-        "if categories are known)",
+        help="all, seen or unseen: score only these WebNLG categories (default: all, plus seen and unseen if the "
+        "categories are known)",
     )
     add_list(
         parser,
         "--metrics",
         metavar="NAMES",
-        help="scores to compute: BLEU,NIST,METEOR,ROUGE_L,CIDEr,TER,chrF,SER (default: all that are possible; TER "
-        "takes the longest, METEOR needs Java)",
+        help="scores to compute: BLEU,NIST,METEOR,ROUGE_L,CIDEr,TER,chrF,SER (default: all available ones; TER is the "
+        "slowest, METEOR needs Java)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     model = parser.add_argument_group("perplexity")
@@ -105,7 +105,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses flags that would have no effect."""
     if args.hypothesis is None and not args.perplexity:
         raise ConfigError(
-            "there is nothing to score: give HYP, a file with one text per line, or --perplexity to score a model."
+            "there is nothing to score: give HYP, a file with one text per line, or use --perplexity to score a model."
         )
     if args.perplexity and args.hypothesis is None:
         without = {"layout": "auto", "source": None, "subset": "all", "metrics": None}
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
         faults = [f"--{name} needs --perplexity" for name in names if getattr(args, name) and not args.perplexity]
     if faults:
         raise ConfigError(
-            list_faults("these flags would have no effect", faults, "Leave them out, or give what they need.")
+            list_faults("these flags would have no effect", faults, "Leave them out, or add what they need.")
         )
 
 
@@ -131,7 +131,7 @@ def _perplexity_table(done: Perplexity) -> str:
     rows = [[name, f"{score.value:.4f}", "lower", score.signature] for name, score in done.scores.items()]
     numbers = f"{done.texts:,} texts, {done.tokens:,} tokens, {done.words:,} words, loss {done.loss:.4f} nats per token"
     left = f"; left out: {done.dropped:,} longer than the model's context, or empty" if done.dropped else ""
-    return f"{numbers}{left}\n\n" + table(rows, ["metric", "score", "better", "how it was made"])
+    return f"{numbers}{left}\n\n" + table(rows, ["metric", "score", "better", "signature"])
 
 
 def _about_empty(done: Evaluation) -> str:
@@ -141,7 +141,7 @@ def _about_empty(done: Evaluation) -> str:
 
 def _table(done: Evaluation) -> str:
     parts = {"all": done, **done.subsets} if done.subsets else {"score": done}
-    header = ["metric", *parts, "better", "how it was made"]
+    header = ["metric", *parts, "better", "signature"]
     rows = [
         [
             name,

@@ -3,8 +3,8 @@
 loralib export-base base
 loralib export-base base --model scratch --dtype fp32
 
-The default base comes in a package, as a copy of SmolLM2-135M-Instruct with the precision of 4 bits.  PEFT, vLLM and
-others find it neither there nor on the hub; they load it from such a directory.
+The default base comes in a package, as a copy of SmolLM2-135M-Instruct with 4-bit precision.  PEFT, vLLM and other
+tools cannot load it from there or from the hub; they can load it from such a directory.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
         differ = [name for name, tensor in ours.items() if name not in theirs or not tensor.equal(theirs[name])]
         if differ:
             raise BaseModelError(
-                f"{args.output} was written, but from_pretrained loads other weights for {', '.join(differ[:4])}; "
-                "do not use it, and report this"
+                f"{args.output} was written, but from_pretrained loads different weights for {', '.join(differ[:4])}; "
+                "do not use it, and please report this"
             )
-        say(f"{len(files)} files written to {args.output}, loaded again and compared: equal, bit for bit")
-        say(f"Adapters find it where their base is named: --model {args.output}, or the path in another tool")
+        say(f"{len(files)} files written to {args.output}, reloaded and compared: identical, bit for bit")
+        say(f"To use it as an adapter's base: --model {args.output}, or this path in another tool")
 
 
 _CARD = """---
@@ -57,6 +57,6 @@ license: apache-2.0
 
 # {ours}
 
-A copy of {original} that was made from a 4-bit file: its weights keep the precision of 4 bits, so it is a little worse
-than the original. Adapters that loralib trains on {ours} were trained on these weights.
+A copy of {original} that was made from a 4-bit file: its weights have only 4-bit precision, so it is slightly worse
+than the original. Adapters that loralib trains on {ours} are trained on these weights.
 """

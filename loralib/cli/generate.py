@@ -6,16 +6,16 @@
   loralib generate --input test.jsonl --adapter calm=out/calm --adapter bold=out/bold --adapter_column style
   echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
-Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E's with or
-without a text after ``||``, and whatever training takes.  An adapter that was trained on chats gets each prompt as a
-user's turn, in its chat template.
-Adapters by name (NAME=ADAPTER) share one base in memory.  Each prompt is continued with each of them, side by side; or
-with --adapter_column, which names a field of the records in --input, with the one that its record names there, and with
-the base alone where that is empty or "base".
+Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E lines with or
+without a text after ``||``, or any format that training accepts.  An adapter that was trained on chats gets each prompt
+as a user's turn, in its chat template.
+Named adapters (NAME=ADAPTER) share one base in memory.  Each prompt is continued with each of them, side by side; or,
+with --adapter_column, which names a field of the records in --input, with the adapter that its record names there, and
+with the base alone if that field is empty or "base".
 With --output, every text becomes a JSON line that records its settings; a run that was killed continues after the last
 complete line, provided that prompts and settings are the same.
 
-A seed gives the same samples with any --batch_size in --dtype fp32; bf16 rounds differently for each number of prompts.
+In --dtype fp32, a seed gives the same samples with any --batch_size; in bf16, rounding depends on the batch size.
 """
 
 from __future__ import annotations
@@ -55,21 +55,31 @@ _DECISIVE: Final = ("adapter*.*", "chat_template*", "tokenizer*")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prompts, the model, and a flag for every setting of `Sampling`."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue (default: standard input)")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text to continue (default: read from standard input)"
+    )
     parser.add_argument("--input", metavar="FILE", help="a file of prompts; each distinct prompt is used once")
     add_reading(parser, "format of the file")
-    parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line each")
+    parser.add_argument("-o", "--output", metavar="FILE.jsonl", help="file for the texts, one JSON line per text")
     add_model_arguments(parser, several=True)
     parser.add_argument(
-        "--adapter_column", metavar="FIELD", help="the field of --input that names each prompt's adapter"
+        "--adapter_column", metavar="FIELD", help="field of the records in --input that names each prompt's adapter"
     )
     chat = parser.add_mutually_exclusive_group()
-    chat.add_argument("--as_chat", action="store_true", help="put prompts through the chat template, as a user's turn")
+    chat.add_argument("--as_chat", action="store_true", help="format prompts with the chat template, as a user's turn")
     chat.add_argument(
         "--raw", action="store_true", help="continue prompts as they are, even where the adapter was trained on chats"
     )
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
-    add_flag(parser, "--batch_size", "--batch", type=int, default=32, metavar="N", help="prompts at once (default 32)")
+    add_flag(
+        parser,
+        "--batch_size",
+        "--batch",
+        type=int,
+        default=32,
+        metavar="N",
+        help="prompts to process at once (default 32)",
+    )
     add_fields(parser, Sampling)
 
 
@@ -81,9 +91,9 @@ def run(args: argparse.Namespace) -> None:
     _sort_adapters(args)
     if args.merge and args.adapter is None:
         raise ConfigError(
-            "--merge takes one adapter, and these share a base"
+            "--merge takes a single adapter, but several were given: leave out --merge, or give one adapter"
             if args.adapters
-            else "--merge needs an --adapter to merge"
+            else "--merge needs an adapter to merge: give --adapter DIR"
         )
     with joined() as ranks:
         if args.adapters:
@@ -119,10 +129,10 @@ def _load(args: argparse.Namespace, prompts: Sequence[Example], ranks: Ranks) ->
 
 def _prompts(args: argparse.Namespace) -> list[Example]:
     if args.columns and args.input is None:
-        raise ConfigError("--columns names fields of a file: give --input FILE")
+        raise ConfigError("--columns names fields of a file, but no file is given: add --input FILE")
     if args.input is not None:
         if args.prompts:
-            raise ConfigError("give prompts or --input FILE, not both")
+            raise ConfigError("prompts and --input are both given: leave one of them out")
         return read_prompts(args.input, args.data_format, columns=args.columns)
     if args.prompts:
         faults = [f"prompt {number} is empty" for number, prompt in enumerate(args.prompts, 1) if not prompt.strip()]
@@ -133,12 +143,12 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
         ]
         if faults:
             raise DataError(
-                list_faults("these prompts cannot be continued", faults, "Write some text, or leave them out.")
+                list_faults("these prompts cannot be continued", faults, "Give them some text, or leave them out.")
             )
         return [Example.of(as_prompt(prompt), "") for prompt in args.prompts]
     prompts = [Example.of(as_prompt(line), "") for line in _standard_input() if line.strip()]
     if not prompts:
-        raise DataError("no prompt given: write it after the command, give --input FILE, or pipe lines in")
+        raise DataError("no prompt given: write one after the command, give --input FILE, or pipe in lines of text")
     return prompts
 
 
@@ -153,7 +163,10 @@ def _as_turns(args: argparse.Namespace, prompts: list[Example], adapter: str | N
             )
         return prompts
     if not args.as_chat:
-        say("The adapter was trained on chats: each prompt is a user's turn (--raw switches that off)", file=sys.stderr)
+        say(
+            "The adapter was trained on chats: each prompt is treated as a user's turn (--raw turns this off)",
+            file=sys.stderr,
+        )
     return [prompt if prompt.messages else chat_of(prompt) for prompt in prompts]
 
 
@@ -170,15 +183,15 @@ def _sort_adapters(args: argparse.Namespace) -> None:
     named = [pair for pair in given if "=" in pair and not Path(pair).exists()]
     pairs = [(name.strip(), path) for name, _, path in (pair.partition("=") for pair in named)]
     names = [name for name, _ in pairs]
-    faults = [f"{pair}: expected NAME=ADAPTER, as there are several" for pair in given if pair not in named]
+    faults = [f"{pair}: expected NAME=ADAPTER, since several adapters are given" for pair in given if pair not in named]
     faults = faults if len(given) > 1 else []
     faults += [f"{name}: used twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    faults += [f"{name or path}: not a name" for name, path in pairs if name in ("", "base") or not path]
+    faults += [f"{name or path}: not a valid name" for name, path in pairs if name in ("", "base") or not path]
     if faults:
-        raise ConfigError(list_faults("these adapters cannot be told apart", faults, "Give each a name of its own."))
+        raise ConfigError(list_faults("these adapters cannot be told apart", faults, "Give each one a different name."))
     args.adapters, args.adapter = dict(pairs), given[0] if given and not named else None
     if args.adapter_column and not (args.adapters and args.input):
-        raise ConfigError("--adapter_column needs --input FILE, and adapters by name: --adapter NAME=ADAPTER")
+        raise ConfigError("--adapter_column needs --input FILE and named adapters: --adapter NAME=ADAPTER")
 
 
 def _run_named(args: argparse.Namespace, sampling: Sampling, ranks: Ranks) -> None:
@@ -222,8 +235,8 @@ def _tasks(args: argparse.Namespace) -> list[tuple[Example, str | None]]:
         unknown = dict.fromkeys(name for _, name in pairs if name not in ("base", *args.adapters))
         if unknown:
             faults = [f"{name}.{did_you_mean(name, args.adapters)}" for name in unknown]
-            fix = f"Given: {', '.join(args.adapters)}; base is the base alone."
-            raise DataError(list_faults(f"{args.input} names adapters that are not given", faults, fix))
+            fix = f"Given: {', '.join(args.adapters)}; base means the base model alone."
+            raise DataError(list_faults(f"{args.input} names adapters that were not given", faults, fix))
     turns = {name: iter(_as_turns(args, [p for p, n in pairs if n == name], args.adapters.get(name)))
              for name in dict.fromkeys(name for _, name in pairs)}  # fmt: skip
     return [(next(turns[name]), None if name == "base" else name) for _, name in pairs]
@@ -324,7 +337,7 @@ def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any, 
     settings = made_with(args, sampling)
     done = ranks.first(lambda: resume(Path(args.output), [example.prompt for example in prompts], settings))
     if done:
-        say(f"{args.output} has {done} of {counted(len(prompts), 'text')} already; continuing after them")
+        say(f"{args.output} already has {done} of {counted(len(prompts), 'text')}; continuing from there")
     if done == len(prompts):
         return
     model, tokenizer, rows = _load(args, prompts, ranks)
@@ -382,14 +395,14 @@ def resume(
     def check(lines: list[dict[str, Any]]) -> None:
         earlier = [(line["prompt"], line["made_with"]) for line in lines]
         if [prompt for prompt, _ in earlier] != list(prompts[: len(earlier)]):
-            raise OutputError(f"{path} holds texts for other prompts; remove it or choose another --output")
+            raise OutputError(f"{path} contains texts for other prompts; remove it or choose another --output")
         if adapters is not None and [line.get("adapter") for line in lines] != list(adapters[: len(lines)]):
-            raise OutputError(f"{path} holds texts of other adapters; remove it or choose another --output")
+            raise OutputError(f"{path} contains texts from other adapters; remove it or choose another --output")
         other = next((made for _, made in earlier if made != settings), None)
         if other is not None:
             names = [name for name in {**other, **settings} if other.get(name) != settings.get(name)]
             faults = [f"{n}: {other.get(n, 'the default')} there, {settings.get(n, 'the default')} now" for n in names]
-            heading = f"{path} holds texts made with other settings"
+            heading = f"{path} contains texts made with other settings"
             raise OutputError(list_faults(heading, faults, "Remove it or choose another --output."))
 
     return len(resume_lines(path, "prompt", check, "--output"))

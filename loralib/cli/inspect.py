@@ -1,11 +1,11 @@
-"""Examine an adapter: its settings, what it learned, and which tools can use it; and verify it on its base model.
+"""Inspect an adapter: its settings, what it learned, and which tools can use it; and verify it on its base model.
 
 loralib inspect lora_model
 loralib inspect lora_model --plot norms.png --layers
 loralib inspect lora_model --verify smollm2-135m --prompt "name : Alimentum | area : riverside"
 
---verify loads the base model, compares the logits of adapter, merged model and exports, and explains each problem and
-its fix; the exit code is 1 if there is one.
+--verify loads the base model, compares the logits of the adapter, the merged model and the exports, and explains each
+problem and its fix; the exit code is 1 if it finds any.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter and what to show of it."""
     add_adapter_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="list every module")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map of the norms of all updates")
-    parser.add_argument("--verify", metavar="MODEL", help="load this base model and run every check")
+    parser.add_argument("--plot", metavar="FILE.png", help="save a heat map of the norms of all updates")
+    parser.add_argument("--verify", metavar="MODEL", help="load this base model and run all checks")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="for --verify: a prompt as in training; may be repeated"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="for --verify: a prompt like those in training; may be repeated",
     )
 
 
@@ -51,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
             say(result)
     wrong = sum(result.level == "fault" for result in results)
     if args.verify:
-        say(f"\n{wrong} of {counted(len(results), 'check')} failed." if wrong else "\nNothing is wrong.")
+        say(f"\n{wrong} of {counted(len(results), 'check')} failed." if wrong else "\nAll checks passed.")
     return 1 if wrong else 0

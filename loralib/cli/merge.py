@@ -1,11 +1,11 @@
-"""Merge an adapter into its base model, and write a model that transformers' from_pretrained loads by itself.
+"""Merge an adapter into its base model, and write a model that transformers' from_pretrained loads on its own.
 
 loralib merge lora_model merged
 loralib merge lora_model merged --model ./my-model --dtype fp32
 
-The arithmetic is fp32 and rounds once, to --dtype.  Each merged weight is compared with the base's and the adapter's
-file; the effect on the logits of a few prompts is shown beside what rounding alone would cause; and the written model
-is loaded again and compared before the command reports success.  A tokenizer beside the adapter goes along.
+The arithmetic is fp32 and rounds once, to --dtype.  Each merged weight is checked against the files of the base and the
+adapter; the effect on the logits of a few prompts is shown next to what rounding alone would cause; and the written
+model is reloaded and compared before the command reports success.  A tokenizer saved with the adapter is copied too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser, "directory of the merged model")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="dtype of the merged weights (default bf16)")
     parser.add_argument(
-        "--max_shard_size", default="5GB", metavar="SIZE", help="size at which the weights are split (default 5GB)"
+        "--max_shard_size", default="5GB", metavar="SIZE", help="maximum size of each weight file (default 5GB)"
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="compare logits on this; may be repeated")
-    add_quantize(parser, "merge into the base's weights as a run with --quantize had them")
-    parser.add_argument("--requantize", action="store_true", help="refused, with the reason")
     parser.add_argument(
-        "--allow_base_mismatch", action="store_true", help="merge even if the base's weights differ from training"
+        "--prompt", action="append", metavar="TEXT", help="compare logits on this text; may be repeated"
+    )
+    add_quantize(parser, "merge into the base's weights as quantised during a run with --quantize")
+    parser.add_argument("--requantize", action="store_true", help="not supported; prints the reason")
+    parser.add_argument(
+        "--allow_base_mismatch",
+        action="store_true",
+        help="merge even if the base's weights differ from those in training",
     )
 
 
@@ -45,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     """Merges, writes the model, loads it again and compares."""
     if args.requantize:
         raise ConfigError(
-            "--requantize: a merged weight is not brought back to 4 or 8 bits. The steps between two levels are larger "
-            "than most of what an adapter adds, so that rounding would take it back. Serve the merged model as it is "
-            "written; or keep base and adapter apart, as `loralib generate --adapter DIR --quantize nf4` does."
+            "--requantize: merged weights cannot be quantised again to 4 or 8 bits. The steps between two levels are "
+            "larger than most of what an adapter adds, so rounding would undo it. Serve the merged model as written; "
+            "or keep base and adapter separate, as `loralib generate --adapter DIR --quantize nf4` does."
         )
     with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
         _merge(args)
@@ -70,9 +74,9 @@ def _merge(args: argparse.Namespace) -> None:
     make_dense(model)  # a base that others quantised
     if args.quantize != "none":
         error = round_model(model, args.quantize)
-        say(f"The base's linears have the values of {args.quantize}, off by {error:.2%} of the weights' norm")
+        say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")
     elif held := adapter.metadata.get(QUANTIZE):
-        say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into just those weights")
+        say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into exactly those weights")
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(
@@ -91,7 +95,7 @@ def _merge(args: argparse.Namespace) -> None:
     differ = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
     if differ:
         raise MergeError(
-            f"{args.output} was written, but from_pretrained loads other weights for {', '.join(differ[:4])}; "
-            "do not use it, and report this"
+            f"{args.output} was written, but from_pretrained loads different weights for {', '.join(differ[:4])}; do "
+            "not use it, and please report this"
         )
-    say(f"{counted(len(files), 'file')} written to {args.output}, loaded again and compared: equal, bit for bit")
+    say(f"{counted(len(files), 'file')} written to {args.output}, reloaded and compared: identical, bit for bit")

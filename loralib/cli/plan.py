@@ -1,11 +1,11 @@
-"""Say what fits into memory before anything is loaded, and with which command.
+"""Work out what fits in memory, before anything is loaded, and which command to run.
 
   loralib plan --model gpt2 --batch_size 8 --seq_len 512
   loralib plan --model meta-llama/Llama-3.1-8B --gpus 8 --gpu_memory 80
   loralib plan --model ./my-model --gpus 1 --gpu_memory 24 --serve --requests 64 --context 4096
 
-The model is known from its config.json alone.  Without --gpus it is this machine's memory that counts.  The exit code
-is 0 if something fits, and 1 if nothing does.
+Only the model's config.json is needed.  Without --gpus, the plan is for this machine's memory.  The exit code is 0 if
+something fits, and 1 if nothing does.
 """
 
 from __future__ import annotations
@@ -58,9 +58,16 @@ class PlanConfig:
     model: str = _as_in_training("model")
     dtype: str = _as_in_training("dtype")
     quantize: str = _as_in_training("quantize")
-    gpus: int | None = setting(None, "GPUs of a machine; none: its CPU", _MACHINES, at_least=1, at_most=64, common=True)
+    gpus: int | None = setting(
+        None, "GPUs per machine; none: use the CPU", _MACHINES, at_least=1, at_most=64, common=True
+    )
     gpu_memory: float | None = setting(
-        None, "GB of each GPU; default: that of this machine's", _MACHINES, above=0, at_most=2048, common=True
+        None,
+        "memory of each GPU in GB; default: that of this machine's GPU",
+        _MACHINES,
+        above=0,
+        at_most=2048,
+        common=True,
     )
     nodes: int = setting(1, "machines", _MACHINES, at_least=1, at_most=100_000)
     batch_size: int = _as_in_training("batch_size")
@@ -69,9 +76,9 @@ class PlanConfig:
     target_modules: str | Sequence[str] = _as_in_training("target_modules")
     gradient_checkpointing: bool = _as_in_training("gradient_checkpointing")
     serve: bool = setting(False, "plan for `loralib serve` instead of training", _SERVING)
-    requests: int = setting(8, "requests that are answered at the same time", _SERVING, at_least=1, at_most=1_000_000)
+    requests: int = setting(8, "number of requests answered at the same time", _SERVING, at_least=1, at_most=1_000_000)
     context: int = setting(
-        4096, "tokens of each, prompt and answer together", _SERVING, at_least=1, at_most=100_000_000
+        4096, "tokens per request, prompt and answer together", _SERVING, at_least=1, at_most=100_000_000
     )
 
     def __post_init__(self) -> None:
@@ -81,14 +88,16 @@ class PlanConfig:
         faults = []
         if self.gpus is None:
             faults += [
-                f"{name} is {value:g}, but there are no GPUs to plan for: give --gpus N"
+                f"{name} is {value:g}, but no GPUs are planned for: give --gpus N"
                 for name, value in {"gpu_memory": self.gpu_memory, "nodes": self.nodes}.items()
                 if value not in (None, 1)
             ]
         elif self.gpu_memory is None and not torch.cuda.is_available():
-            faults.append("gpus is given, but not gpu_memory, and there is no GPU here to ask: give --gpu_memory GB")
+            faults.append(
+                "gpus is given without gpu_memory, and this machine has no GPU to read it from: give --gpu_memory GB"
+            )
         if self.serve and self.nodes > 1:
-            faults.append(f"nodes is {self.nodes}, but `loralib serve` runs in one process: leave --nodes out")
+            faults.append(f"nodes is {self.nodes}, but `loralib serve` runs in one process: leave out --nodes")
         return faults
 
     @property
@@ -264,7 +273,7 @@ def _facts(
 
 _TITLES: Final = {
     "weights": "frozen weights",
-    "gathered": "gathered meanwhile",
+    "gathered": "gathered weights",
     "copies": "prepacked copies",
     "adapter": "adapter",
     "gradients": "its gradients",
@@ -279,17 +288,17 @@ _TITLES: Final = {
 def _what(model: Any, config: PlanConfig) -> str:
     """Returns what is planned for, in a sentence."""
     if config.serve:
-        return f"Serving {counted(config.requests, 'request')} at once of {count(config.context)} tokens each."
+        return f"Serving {counted(config.requests, 'request')} at once, with {count(config.context)} tokens each."
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = "GPU" if config.gpus else "machine"
     text = (
-        f"Training {count(trained)} numbers in {counted(len(adapted_layers(model)), 'module')}, "
-        f"{counted(config.batch_size, 'example')} of {count(_length(model, config))} tokens a step"
+        f"Training {count(trained)} parameters in {counted(len(adapted_layers(model)), 'module')}, "
+        f"{counted(config.batch_size, 'example')} of {count(_length(model, config))} tokens per step"
     )
     if config.processes > 1:
         text += f", on {counted(config.processes, where)}"
         if config.batch_size < config.processes:
-            text += f" (of which {count(config.processes - config.batch_size)} get none: raise --batch_size)"
+            text += f" ({count(config.processes - config.batch_size)} of them get no examples: raise --batch_size)"
     return f"{text}."
 
 
@@ -299,8 +308,8 @@ def _advice(config: PlanConfig) -> str:
         return "Lower --requests or --context, or use a GPU with more memory."
     fixes = ["lower --seq_len"] if config.seq_len is None or config.seq_len > 256 else []
     fixes += ["add --quantize nf4"] if config.quantize == "none" else []
-    fixes += ["more --gpus or --nodes, between which the weights are shared"]
-    return f"What helps: {', '.join(fixes)}."
+    fixes += ["use more --gpus or --nodes, across which the weights are sharded"]
+    return f"What would help: {', '.join(fixes)}."
 
 
 def _text(
@@ -317,12 +326,12 @@ def _text(
         rows.append(["memory", *(size(room) for _ in choices)])
         rows.append(["fits", *("yes" if each.fits else "no" for each in choices)])
     if any(each.sent for each in choices):
-        rows.append(["sent for an update", *(size(each.sent) for each in choices)])
+        rows.append(["sent per update", *(size(each.sent) for each in choices)])
     lines = [
         f"{config.model}: {parameters / 1e9:.2f} billion parameters in {counted(len(decoder_blocks(model)), 'block')}",
         _what(model, config),
         "",
-        table(rows, ["bytes of a process", *(each.name for each in choices)]),
+        table(rows, ["per process", *(each.name for each in choices)]),
         "",
     ]
     if best is None:

@@ -1,11 +1,11 @@
-"""Give texts the labels that a classifier's adapter has learned, with their probabilities.
+"""Classify texts with the labels that a classifier's adapter has learned, and show their probabilities.
 
   loralib predict --adapter lora_model "What a lovely film."
   loralib predict --adapter lora_model --data test.jsonl
   loralib predict --adapter lora_model --data texts.txt --output labels.jsonl
 
-A file holds rows of text (and text_pair), as for training, or in a .txt one text a line.  Where it has labels, metrics
-follow.  The output has a line of JSON for each text: its label, and how probable each label is.
+A file holds rows of text (and text_pair), as for training, or, if it is a .txt, one text per line.  If it has labels,
+metrics are shown too.  The output has one JSON line per text: its label and the probability of each label.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_flag(parser, "--data", "--input", metavar="FILE", help="file of texts: .jsonl, .csv, .tsv, ..., or .txt")
     add_reading(parser, "format of the file")
-    add_flag(parser, "--output", "-o", metavar="FILE", help="write a line of JSON for each text here; - is the console")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="texts at once (default 16)")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON in place of the table")
+    add_flag(
+        parser, "--output", "-o", metavar="FILE", help="file for the results, one JSON line per text; - for the console"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="texts to process at once (default 16)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
     faults = [
         fault
         for fault, wrong in {
-            "no classifier is given: --adapter DIR (or --model, if merged)": args.adapter is None
+            "no classifier given: give --adapter DIR (or --model, for a merged one)": args.adapter is None
             and args.model is None,
-            "no text is given: one or more TEXT, or --data FILE": not args.text and args.data is None,
-            "texts and --data are given, expected one of them": bool(args.text) and args.data is not None,
+            "no text given: give one or more TEXT, or --data FILE": not args.text and args.data is None,
+            "texts and --data are both given, expected only one of them": bool(args.text) and args.data is not None,
             f"--batch_size is {args.batch_size}, expected at least 1": args.batch_size < 1,
         }.items()
         if wrong
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
     if args.adapter is not None:
         model, tokenizer = load_adapted_classifier(args.adapter, args.model, **options)
     elif own_classes(args.model) is None:
-        raise BaseModelError(f"{args.model} has no head for classes: give --adapter, or a model that classifies texts")
+        raise BaseModelError(
+            f"{args.model} has no classification head: give --adapter, or a model that classifies texts"
+        )
     else:
         model, tokenizer = load_classifier(args.model, **options)
     results = predict(model, tokenizer, examples, batch_size=args.batch_size)

@@ -4,8 +4,8 @@ loralib reproduce e2e
 loralib reproduce e2e --data data/e2e --model gpt2-medium
 loralib reproduce webnlg --model gpt2-large --output_dir webnlg_large --set train.num_epochs=1
 
-Run it again to continue after an interruption: stages whose results have the same settings and data are skipped, and
-after a change only the stages that depend on it run again.
+Run it again to continue after an interruption: stages whose settings and data have not changed are skipped, and after a
+change only the stages that depend on it run again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="directory with the published training, validation and test files (default: data/NAME; for e2e also the "
+        help="directory with the published training, validation and test files (default: data/NAME; for e2e, also the "
         "sample in examples/NLG/data/e2e)",
     )
     parser.add_argument(
         "--recipe",
         metavar="FILE.toml",
-        help="how to train and decode: a file, or the name of a recipe of loralib's (default: the one for data set and "
-        "model, else smollm2-135m)",
+        help="how to train and decode: a file, or the name of a built-in recipe (default: the one for this data set "
+        "and model, else smollm2-135m)",
     )
     parser.add_argument(
         "--set",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", metavar="DIR", help="directory for all results (default: reproduced/NAME-MODEL)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed of training (default: the recipe's)")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed for training (default: the recipe's)")
     parser.add_argument(
         "--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="dtype of the base model (default: the recipe's)"
     )

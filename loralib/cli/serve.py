@@ -1,9 +1,9 @@
-"""Serve a base model and any number of adapters over OpenAI's HTTP API, with a page for people.
+"""Serve a base model and any number of adapters over OpenAI's HTTP API, with a web page.
 
   loralib serve --adapter restaurants=lora_model
   loralib serve --model ./my-model --adapters ./adapters --port 8080
 
-Clients choose an adapter as the model of a request.  Ctrl-C lets running requests finish, and ends.
+Clients choose an adapter as the model of a request.  Ctrl-C lets running requests finish, then stops the server.
 """
 
 from __future__ import annotations
@@ -45,15 +45,18 @@ def run(args: argparse.Namespace) -> None:
         raise MissingDependencyError(f"loralib serve needs {error.name}: pip install 'loralib[serve]'") from error
     with _listening(config) as listener:  # before the model is loaded: a port that is taken shows at once
         if not is_loopback(config.host) and not config.api_key:
-            say(f"warning: {config.host} is reachable from elsewhere, and anybody may use this server: it has no "
-                "--api_key", file=sys.stderr)  # fmt: skip
+            say(
+                f"warning: {config.host} is reachable from other machines, and anyone can use this server: "
+                "it has no --api_key",
+                file=sys.stderr,
+            )
         server = start(config)
         try:
             say(_greeting(server, listener.getsockname()[1]))
             _serve(create_app(server), server, listener)
         finally:
             server.close()
-    say("The server has ended.")
+    say("The server has stopped.")
 
 
 @contextlib.contextmanager
@@ -68,7 +71,7 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
     except OSError as error:
         raise ConfigError(
             f"cannot listen on port {config.port} of {config.host}: {error.strerror or error}. Choose another --port, "
-            "or end the program that uses it."
+            "or stop the program that uses it."
         ) from error
     with listener:
         yield listener
@@ -155,4 +158,4 @@ def _greeting(server: Server, port: int) -> str:
     body = json.dumps({"model": names[0] if names else server.name, "prompt": "Hello", "max_tokens": 20})
     key = ' -H "Authorization: Bearer $KEY"' if config.api_key else ""
     example = f"curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-    return f"{table(rows)}\n\n{example}\n\nCtrl-C ends the server."
+    return f"{table(rows)}\n\n{example}\n\nCtrl-C stops the server."

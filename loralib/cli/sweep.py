@@ -1,10 +1,10 @@
-"""Train many adapters at once, to find the best settings: all runs share one base and its passes.
+"""Train many adapters at once, to find the best settings: all runs share one base model and its passes.
 
 loralib sweep --train_data train.txt --lr 1e-4,3e-4,1e-3 --rank 8,32
 loralib sweep --train_data train.txt --target_modules "all-linear;q_proj,v_proj" --seed 0,1,2
 loralib sweep --config sweep.toml --resume
 
-Settings of the adapter, the optimiser and the run take lists, and each combination is a run.
+Settings of the adapter, the optimiser and the run take lists of values, and each combination is a run.
 """
 
 from __future__ import annotations

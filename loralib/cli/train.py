@@ -1,4 +1,4 @@
-"""Train a LoRA adapter: the base model stays frozen, and only two thin matrices per layer learn.
+"""Train a LoRA adapter: the base model stays frozen, and only two thin matrices per layer are trained.
 
 loralib train --train_data train.txt --valid_data valid.txt
 loralib train --train_data chat.jsonl --model ./my-model --rank 8 --num_epochs 3
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop_with_stdin",
         action="store_true",
-        help="for programs that start runs: save and end, as after SIGTERM, when standard input ends, as it does when "
-        "that program is gone; and wait where an earlier run in output_dir is still saving",
+        help="for programs that start runs: save and stop, as on SIGTERM, when standard input closes, as it does when "
+        "that program exits; and wait if an earlier run in output_dir is still saving",
     )
 
 

@@ -1,14 +1,14 @@
-"""Ask a running server whether it computes an adapter as it should.
+"""Check whether a running server applies an adapter correctly.
 
   loralib verify http://localhost:8000 --adapter lora_model
   loralib verify http://localhost:8080 --adapter lora_model --model 0
   loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
 
-The server is asked for log-probabilities of texts with the adapter and with the base alone; the same are computed here.
-It may be loralib's own, vLLM, SGLang, llama.cpp's, Ollama, or another with OpenAI's API.  --model is the adapter's name
-there, for llama.cpp its number.
+The server is asked for the log-probabilities of texts with the adapter and with the base alone, which are then compared
+with those computed locally.  It can be loralib's own server, vLLM, SGLang, llama.cpp, Ollama, or any other with
+OpenAI's API.  --model is the adapter's name on the server; for llama.cpp, its number.
 
-The exit code is 0 if it acts as it should, 1 if not, and 2 if that could not be told.
+The exit code is 0 if the adapter works as it should, 1 if it does not, and 2 if that could not be determined.
 """
 
 from __future__ import annotations
@@ -51,21 +51,27 @@ _TEXTS: Final = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the server, the adapter, and what both are called there."""
-    parser.add_argument("url", metavar="URL", help="address of the server, as in http://localhost:8000")
+    parser.add_argument("url", metavar="URL", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--adapter", required=True, metavar="ADAPTER", help=ADAPTER_HELP)
-    parser.add_argument("--model", metavar="NAME", help="what the server calls the adapter (default: the only one)")
-    parser.add_argument("--base_model", metavar="NAME", help="what the server calls the base (default: as it says)")
-    add_flag(parser, "--reference", metavar="MODEL", help="base model to compute with here (default: the adapter's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="what to compute in here (default fp32)")
+    parser.add_argument("--model", metavar="NAME", help="the server's name for the adapter (default: the only one)")
+    parser.add_argument(
+        "--base_model", metavar="NAME", help="the server's name for the base (default: the one it reports)"
+    )
+    add_flag(parser, "--reference", metavar="MODEL", help="base model to compute with locally (default: the adapter's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the local computation (default fp32)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cpu)", default="cpu")
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a text as in training; may be repeated (default: a few of all)",
+        help="a text like those in training; may be repeated (default: a few texts of various kinds)",
     )
-    parser.add_argument("--api_key", metavar="KEY", help="the server's key (default: LORALIB_API_KEY)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for an answer (default 120)")
+    parser.add_argument(
+        "--api_key", metavar="KEY", help="the server's API key (default: the environment variable LORALIB_API_KEY)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for an answer (default 120)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,10 +89,15 @@ def run(args: argparse.Namespace) -> int:
     base = server.ask(rows, adapted=False) if server.base is not None else None
     with Reference.of(model, adapter) as reference:
         verdict = judge(reference, adapted, base)
-    asked = [("adapter", server.adapter or "none is loaded there"), ("base", server.base or "not asked (--base_model)")]
+    asked = [
+        ("adapter", server.adapter or "none is loaded on the server"),
+        ("base", server.base or "not asked (--base_model)"),
+    ]
     say(f"\n{table([*asked, *_figures(verdict)])}\n\n{verdict.text[0].upper()}{verdict.text[1:]}.")
     if verdict.positions < _FEW:
-        say(f"note: {counted(verdict.positions, 'place')} in texts tell little; give more with --prompt")
+        say(
+            f"note: {counted(verdict.positions, 'position')} in texts are too few to tell much; give more with --prompt"
+        )
     return verdict.exit_code
 
 
@@ -106,7 +117,7 @@ def _rows(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise DataError("the texts of --prompt have fewer than two tokens each; give longer ones")
+        raise DataError("the texts given with --prompt have fewer than two tokens each; give longer ones")
     return rows
 
 
@@ -114,16 +125,16 @@ def _figures(verdict: Verdict) -> list[tuple[str, str]]:
     """Returns a verdict's figures as rows of a table."""
 
     def nats(value: float) -> str:
-        return f"{value:.4g} nats a token"
+        return f"{value:.4g} nats per token"
 
     rows = [
-        ("compared", f"{counted(verdict.values, 'value')} at {counted(verdict.positions, 'place')} in texts"),
+        ("compared", f"{counted(verdict.values, 'value')} at {counted(verdict.positions, 'position')} in texts"),
         ("from the adapter", nats(verdict.from_adapter)),
         ("from the base", nats(verdict.from_base)),
-        ("effect here", nats(verdict.effect)),
+        ("local effect", nats(verdict.effect)),
     ]
     if verdict.base_error is not None:
         rows.append(("base from base", nats(verdict.base_error)))
     if verdict.scale is not None and verdict.scale_error is not None:
-        rows.append(("best scale", f"{verdict.scale:.3g}, where {nats(verdict.scale_error)} remain"))
+        rows.append(("best scale", f"{verdict.scale:.3g}, with {nats(verdict.scale_error)} remaining"))
     return rows
