@@ -177,9 +177,9 @@ def require_room(model: nn.Module, name: str, processes: int, free: float | None
     needed = budget.weights + budget.gathered + budget.head
     if free is not None and needed > free:
         raise BaseModelError(
-            f"each of {processes:,} processes needs {size(needed)} for its share of {name} and for what is "
-            f"gathered of it, and has {size(free)}. Start more of them, or choose a smaller model; "
-            f"`loralib plan --model {name} --gpus N --gpu_memory GB` says what fits."
+            f"each of {processes:,} processes needs {size(needed)} for its share of {name} and for the weights "
+            f"gathered from the others, but has {size(free)}. Start more processes, or choose a smaller model; "
+            f"`loralib plan --model {name} --gpus N --gpu_memory GB` shows what fits."
         )
 
 
@@ -208,7 +208,7 @@ def cache_per_token(model: nn.Module) -> float:
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     width = getattr(config, "hidden_size", None)
     if not (heads and layers and width):
-        raise UnsupportedModelError(f"the config of {type(model).__name__} does not say how large keys and values are")
+        raise UnsupportedModelError(f"the config of {type(model).__name__} does not state the size of keys and values")
     each = getattr(config, "head_dim", None) or width // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     return float(2 * layers * shared * each * _itemsize(model))

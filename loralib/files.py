@@ -186,7 +186,7 @@ def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir"
         OutputError: the name is empty, the directory cannot be written, or another run is using it.
     """
     if not os.fspath(directory):
-        raise OutputError("output_dir is '', expected the name of a directory (. is the current one).")
+        raise OutputError("output_dir is '', expected the name of a directory (. for the current one).")
     path = Path(os.path.expanduser(directory)).absolute()
     with _removed_if_empty(path), _locked(path / _LOCK, path, f"output directory {path}", flag):
         yield path
@@ -321,15 +321,15 @@ def _why_not_written(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"cannot write {path}: the disk is full. Free some space, or write to another disk."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot write {path}: {reason}. Choose a directory that you may write to."
+        return f"cannot write {path}: {reason}. Choose a directory that you can write to."
     length = len(os.path.abspath(path))
     if error.errno == errno.ENAMETOOLONG or (os.name == "nt" and error.errno == errno.ENOENT and length >= _MAX_PATH):
         return (
-            f"cannot write {path}: its path of {length} characters is too long. Choose a directory nearer to the root"
+            f"cannot write {path}: its path of {length} characters is too long. Choose a directory closer to the root"
             + (", or allow long paths in Windows (LongPathsEnabled)." if os.name == "nt" else ".")
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"cannot write {path}: a file is in the way where a directory is needed. Choose another directory."
+        return f"cannot write {path}: there is a file where a directory is needed. Choose another directory."
     return f"cannot write {path}: {reason}."
 
 

@@ -71,7 +71,7 @@ def fetch(
     """
     parts = _parts(name)
     if parts is None:
-        raise error(f"{name!r} cannot be an id on the hub (such as owner/name). {advice}")
+        raise error(f"{name!r} is not a valid id on the hub (such as owner/name). {advice}")
     with contextlib.suppress(KeyError):
         return _known[name, what]
     _known[name, what] = path = _fetch(name, *parts, choose, cached, error, what, advice)
@@ -104,15 +104,16 @@ def _fetch(
         return Path(download(etag_timeout=_TIMEOUT)) / folder
     except hub.errors.GatedRepoError as fault:
         raise error(
-            f"{name!r} is on the hub, but its owners ask for consent: accept the terms on its page, then "
-            "`hf auth login`."
+            f"{name!r} is on the hub, but access is restricted: accept the terms on its page, then run `hf auth login`."
         ) from fault
     except hub.errors.RevisionNotFoundError as fault:
-        raise error(f"{repo!r} is on the hub, but has no revision {revision!r}; look at its page.") from fault
+        raise error(
+            f"{repo!r} is on the hub, but has no revision {revision!r}; its page lists the revisions."
+        ) from fault
     except hub.errors.RepositoryNotFoundError as fault:
         raise error(
-            f"there is no directory {name!r} here, and no public {what} of that name on the hub. {advice} "
-            "For a private one, `hf auth login` first."
+            f"there is no local directory {name!r}, and no public {what} of that name on the hub. {advice} For a "
+            "private one, run `hf auth login` first."
         ) from fault
     except LoraError:
         raise
@@ -123,7 +124,7 @@ def _fetch(
             options: dict[str, Any] = {"local_files_only": True, "allow_patterns": patterns, "ignore_patterns": ignored}
             return Path(hub.snapshot_download(repo, revision=revision, **options)) / folder
         raise error(
-            f"{name!r} is not a directory here, and could not be downloaded from the hub at {hub.constants.ENDPOINT} "
+            f"{name!r} is not a local directory, and could not be downloaded from the hub at {hub.constants.ENDPOINT} "
             f"({first_line(fault)}). {advice}"
         ) from fault
 

@@ -275,14 +275,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "folder").mkdir()
     for words, expected in (
-        (("merge", adapter, tmp_path / "file"), "a file is in the way"),
-        (("merge", adapter, tmp_path / "file" / "below"), "a file is in the way"),
-        (("convert", adapter, tmp_path / "file"), "a file is in the way"),
+        (("merge", adapter, tmp_path / "file"), "there is a file where a directory is needed"),
+        (("merge", adapter, tmp_path / "file" / "below"), "there is a file where a directory is needed"),
+        (("convert", adapter, tmp_path / "file"), "there is a file where a directory is needed"),
         (
             ("convert", adapter, tmp_path / "folder", "--target", "llamacpp"),
             "is a directory, expected the name of a file",
         ),
-        (("combine", adapter, "-o", tmp_path / "file"), "a file is in the way"),
+        (("combine", adapter, "-o", tmp_path / "file"), "there is a file where a directory is needed"),
         (("convert", adapter, tmp_path / ("x" * 300)), "of"),
     ):
         assert run(*words) == 2, words

@@ -559,9 +559,9 @@ def write(path: Path, table: Sequence[dict[str, Any]]) -> Path:
     ("train", "valid", "parts"),
     [
         ([{"text": "a", "stars": 1}], None, ["'stars'", "--columns label=FIELD"]),
-        ([{"text": " ", "label": 1}, {"text": "a", "label": [1]}], None, ["text is empty", "one label a row"]),
+        ([{"text": " ", "label": 1}, {"text": "a", "label": [1]}], None, ["text is empty", "only one label"]),
         ([{"text": "a", "label": 1}] * 2, None, ["all 2 training examples have the label '1'"]),
-        ([{"text": "a", "label": 0.5}, {"text": "b", "label": "good"}], None, ["several kinds", "0.5", "'good'"]),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": "good"}], None, ["different kinds", "0.5", "'good'"]),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
             [{"text": "c", "label": "z"}, {"text": "c", "label": "w"}],

@@ -194,7 +194,7 @@ def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
     assert f"{path}:1: " not in message
     assert "Did you mean 'prompt'?" in message
     assert "messages[0].content is null" in message
-    assert "completion is text with half a character" in message
+    assert "completion is text with half of a character" in message
     assert "messages[0].role is 'Assistant'. Did you mean 'assistant'?" in message
     assert "a.jsonl:12: messages[0].content: a tool call is \"{'id': 1}\", expected an object with 'name'" in message
     assert "a.jsonl:13: 'messages' has no turn with role 'assistant' to train on" in message
@@ -332,7 +332,7 @@ def test_sources_and_their_weights(tmp_path: Path) -> None:
     for wrong in ("0", "-1", "inf", "nan"):
         with pytest.raises(DataError, match="not a positive number"):
             parse_source(f"train.txt:{wrong}")
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(DataError, match="no data given"):
         read_sources([])
 
 
@@ -478,11 +478,11 @@ def test_chat_without_end_token_gets_one_after_each_answer() -> None:
 def test_chats_that_cannot_be_written() -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:1: the model's tokenizer has no chat template"):
         tokenize(TALK, make_tokenizer())
-    with pytest.raises(DataError, match="rewrites what comes before turn 3"):
+    with pytest.raises(DataError, match="rewrites the text before turn 3"):
         tokenize(TALK, make_tokenizer(template=REWRITES))
     with pytest.raises(DataError, match=r"omits or rewrites turn 1 \(system\)"):
         tokenize(TALK, make_tokenizer(template=DEAF))
-    with pytest.raises(DataError, match="does not begin turn 3 as it begins an answer in generation"):
+    with pytest.raises(DataError, match="begins turn 3 differently from an answer in generation"):
         tokenize(TALK, make_tokenizer(template=BEGINS))
     with pytest.raises(DataError, match=r"omits or rewrites turn 3 \(assistant\)"):
         tokenize(

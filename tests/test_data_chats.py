@@ -240,7 +240,9 @@ def test_thoughts_are_trained_where_generation_writes_them() -> None:
     (joint,) = encode([Example(messages=turns, source="a:1")], tokenizer, None, "jlm").examples
     assert tokenizer.decode(joint.ids) == rows[2][0]
     plain = make_tokenizer(SHAPES["chatml"].template, "<|im_end|>")
-    with pytest.raises(DataError, match="a:1: the model's chat template does not write 'reasoning_content' of turn 2"):
+    with pytest.raises(
+        DataError, match="a:1: the model's chat template does not include 'reasoning_content' of turn 2"
+    ):
         rows_of(Example(messages=turns, source="a:1"), plain)
 
 
@@ -276,16 +278,16 @@ def test_arguments_go_as_text_to_a_template_that_takes_text() -> None:
 
 def test_what_a_template_does_not_write_is_refused() -> None:
     tokenizer = make_tokenizer(SHAPES["chatml"].template, "<|im_end|>")
-    with pytest.raises(DataError, match=r"a:1: .* does not write 'tool_calls' of turn 2, so it would be left out"):
+    with pytest.raises(DataError, match=r"a:1: .* does not include 'tool_calls' of turn 2, so it would be left out"):
         encode([Example(messages=CALLS, source="a:1")], tokenizer, None)
     seen = (*CALLS[:1], CALLS[1]._replace(trained=False), *CALLS[2:])
-    with pytest.raises(DataError, match="does not write 'tool_calls' of turn 2"):
+    with pytest.raises(DataError, match="does not include 'tool_calls' of turn 2"):
         encode([Example(messages=seen, source="a:1")], tokenizer, None)
-    with pytest.raises(DataError, match="does not write 'tools'"):
+    with pytest.raises(DataError, match="does not include 'tools'"):
         encode([Example(messages=chat("Hi", "Ho").messages, fields={"tools": TOOLS}, source="a:1")], tokenizer, None)
     for name in ("context", "images", "documents"):
         talk = (Turn("user", "Hi", True, {name: ["x"]}), Turn("assistant", "Ho"))
-        with pytest.raises(DataError, match=f"does not write '{name}' of turn 1"):
+        with pytest.raises(DataError, match=f"does not include '{name}' of turn 1"):
             encode([Example(messages=talk, source="a:1")], tokenizer, None)
     deaf = SHAPES["chatml"].template.replace("in messages", "in messages if m.role != 'tool'")
     with pytest.raises(DataError, match=r"omits or rewrites turn 2 \(tool\)"):
@@ -336,7 +338,7 @@ def test_a_prompt_is_a_chat_up_to_its_last_answer() -> None:
     example = chat("Hi", "Ho", "And?", "Hu")
     expected = chatml(list(example.messages[:3]))
     assert tokenizer.decode(prompt_ids(example, tokenizer)) == expected
-    with pytest.raises(DataError, match="nothing to continue"):
+    with pytest.raises(DataError, match="nothing to answer"):
         prompt_ids(Example(messages=(("assistant", "Ho"),)), tokenizer)  # type: ignore[arg-type]
 
 

@@ -112,7 +112,7 @@ def test_every_value_in_python_gives_the_same_examples() -> None:
         (source,) = read_sources(value)
         assert [(example.prompt, example.completion) for example in source.examples] == PAIRS
     assert len(read_sources([dataset, RECORDS])) == 2
-    with pytest.raises(DataError, match=r"splits 'test', and no 'train'. Give one: data\['test'\]"):
+    with pytest.raises(DataError, match=r"splits 'test', but no 'train'. Give one of them: data\['test'\]"):
         read_sources(datasets.DatasetDict(test=dataset))
     with pytest.raises(DataError, match="stream of examples"):
         read_sources(dataset.to_iterable_dataset())
@@ -147,7 +147,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert asked == [("owner/chats",), ("owner/chats", "small")]
     with pytest.raises(DataError, match=r"has the splits train, test, not 'tset'. Did you mean 'test'"):
         read_examples("owner/chats@tset")
-    with pytest.raises(DataError, match="neither a file here nor a data set that the hub gives: no such data set"):
+    with pytest.raises(DataError, match="neither a local file nor a data set that the hub provides: no such data set"):
         read_examples("owner/other")
     (tmp_path / "owner").mkdir()
     with pytest.raises(DataError, match="does not exist"):
@@ -159,7 +159,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match=r"a\.parquet needs pyarrow: pip install 'loralib\[data\]'"):
         read_examples(write(tmp_path / "a.parquet", FILES["a.parquet"]))
-    with pytest.raises(MissingDependencyError, match=r"owner/name is not a file here.*loralib\[data\]"):
+    with pytest.raises(MissingDependencyError, match=r"owner/name is not a local file.*loralib\[data\]"):
         read_examples("owner/name")
 
 
@@ -171,7 +171,7 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
     (source,) = read_sources(tmp_path)
     assert [example.completion for example in source.examples] == ["Once\nupon a time.", "# A page"]
     assert source.notes[0].endswith("a folder of plain texts, 2 files")
-    assert source.notes[1].endswith("left out, since they are no texts (.txt, .md): 1 files")
+    assert source.notes[1].endswith("left out, since they are not texts (.txt, .md): 1 files")
     write(tmp_path / "train.txt", "a||b\n")
     with pytest.raises(DataError, match=r"train\.txt in it has a line with `\|\|`"):
         read_sources(tmp_path)
@@ -206,7 +206,7 @@ def test_alpaca_becomes_its_published_prompt(tmp_path: Path) -> None:
     assert [example.completion for example in source.examples] == ["2", "Hi!", "Hi!"]
     assert source.notes == (
         f"{path}: Alpaca (instruction, input, output) (2) and Alpaca (instruction, output) (1), 3 examples",
-        f"{path}: left out, since it is no part of the text: text (in 1 of 3), id (in 1 of 3)",
+        f"{path}: left out, since it is not part of the text: text (in 1 of 3), id (in 1 of 3)",
     )
     chats = read_examples(path, as_chat=True)
     assert turns(chats[0]) == [("user", "Add.\n1+1"), ("assistant", "2")]
@@ -326,13 +326,13 @@ def test_preference_data_can_be_trained_on_by_the_advice(tmp_path: Path, record:
 def test_fields_of_turns_are_named(tmp_path: Path) -> None:
     turn = {"role": "user", "content": "Hi", "mood": "good", "name": None}
     (source,) = read_sources([{"messages": [turn, CHAT["messages"][1]]}, CHAT])
-    assert source.notes[1:] == ("data: left out of turns unless the chat template writes it: mood (in 1 of 2)",)
+    assert source.notes[1:] == ("data: left out of turns unless the chat template includes it: mood (in 1 of 2)",)
 
 
 def test_turns_after_the_last_answer_are_counted(tmp_path: Path) -> None:
     thanks = {"messages": [*CHAT["messages"], {"role": "user", "content": "Thanks!"}]}
     (source,) = read_sources([thanks, CHAT])
-    assert source.notes[1:] == ("data: left out, since no trained answer follows: the last turns in 1 of 2 chats",)
+    assert source.notes[1:] == ("data: left out, since no trained answer follows them: the last turns in 1 of 2 chats",)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(records))
     (source,) = read_sources(path)
     assert source.notes[1] == (
-        f"{path}: left out, since it is no part of the text: prompt (in 1 of 2), id (in 2 of 2), source (in 1 of 2)"
+        f"{path}: left out, since it is not part of the text: prompt (in 1 of 2), id (in 2 of 2), source (in 1 of 2)"
     )
 
 
@@ -361,8 +361,8 @@ def test_other_fields_are_named_and_said_twice_is_said(tmp_path: Path) -> None:
         ({"content": [{"type": "image", "url": "x"}]}, r"content\[0\] is of type 'image', expected text"),
         ({"content": 5}, "content is a number"),
         ({"content": "x", "weight": 0.5}, "weight is 0.5, expected true or false"),
-        ({"role": "user", "content": "x", "train": True}, "only turns of the assistant are trained"),
-        ({"content": "", "tool_calls": "no json"}, "not JSON"),
+        ({"role": "user", "content": "x", "train": True}, "only the assistant's turns are trained on"),
+        ({"content": "", "tool_calls": "no json"}, "not valid JSON"),
         ({"role": "function_call"}, "content is missing"),
     ],
 )
@@ -399,7 +399,7 @@ def test_columns_that_name_nothing(tmp_path: Path) -> None:
     assert "prompt=qestion: no record has 'qestion'. Did you mean 'question'?" in message
     assert "tools=: no record has 'tools'" in message
     assert "The columns are 'question', 'answer'" in message
-    assert "'promt' is none of" in refused(tmp_path, "a.jsonl", record, columns={"promt": "question"})
+    assert "'promt' is not one of" in refused(tmp_path, "a.jsonl", record, columns={"promt": "question"})
     assert "'question' has no `=`" in refused(tmp_path, "a.jsonl", record, columns="question")
     assert "has no columns" in refused(tmp_path, "a.txt", "a||b", columns="prompt=a")
     path = write(tmp_path / "b.jsonl", "\n".join([json.dumps({"q": "x", "a": "y"}), json.dumps({"a": "y"})]))
@@ -414,7 +414,7 @@ def test_as_chat(tmp_path: Path) -> None:
         ("user", "a"),
         ("assistant", "b"),
     ]
-    with pytest.raises(DataError, match="no prompt and completion that as_chat"):
+    with pytest.raises(DataError, match="no prompt and completion that as_chat could turn into a chat"):
         one(tmp_path, {"text": "x"}, as_chat=True)
     assert turns(read_prompts(write(tmp_path / "p.jsonl", '{"prompt": "x"}'), as_chat=True)[0]) == [("user", "x")]
 
@@ -432,25 +432,25 @@ BROKEN: dict[str, tuple[bytes | str, str]] = {
     "sheet.csv": (b"PK\x03\x04rest", "is a ZIP archive"),
     "ragged.csv": ("prompt,completion\na,b\na,b,c\na\n", "ragged.csv:3: 3 fields, expected 2 (prompt, completion)"),
     "quote.csv": ('prompt,completion\na,b\n"c,d\ne,f\n', "quote.csv:3: not a row of CSV: a quote is not closed"),
-    "twice.csv": ("prompt,prompt\na,b\n", "twice.csv:1: 'prompt' names two columns"),
+    "twice.csv": ("prompt,prompt\na,b\n", "twice.csv:1: 'prompt' is the name of two columns"),
     "nameless.csv": ("prompt,\na,b\n", "nameless.csv:1: column 2 has no name"),
     "index.csv": (",prompt,completion\nx,a,b\n", "index.csv:1: column 1 has no name"),
     "wrapped.json": (
         '{"data": [{"prompt": "a", "completion": "b"}]}',
-        "'data' holds a list of records: give a file with",
+        "'data' contains a list of records: give a file with",
     ),
     "missing.csv": ("prompt,other\na,b\n", "missing.csv:2: found 'prompt', 'other'"),
-    "rowless.csv": ("prompt,completion\n", "holds no examples"),
-    "empty.csv": ("\n", "is empty, expected rows under a first row of names"),
+    "rowless.csv": ("prompt,completion\n", "contains no examples"),
+    "empty.csv": ("\n", "is empty, expected rows below a header row"),
     "utf16.csv": ("prompt,completion\na,b".encode("utf-16"), "is UTF-16"),
     "latin.csv": ("prompt,completion\na,caf\xe9".encode("latin-1"), "latin.csv:2: byte 0xe9"),
     "binary.jsonl": (b"\x00\xff\xfe\x00", "is a binary file"),
     "cut.json": (FILES["a.json"][:-40], "the file is cut off"),
     "one-line.json": (json.dumps(RECORDS)[:-20], "the file is cut off"),
     "comma.json": ('[\n{"text": "a"},\n{"text" "a"}\n]', "comma.json:3: not JSON"),
-    "none.json": ("[]", "holds no examples"),
-    "number.json": ("5", "number.json:1: found a number where an object was expected"),
-    "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}', "half.jsonl:2: text is text with half a character"),
+    "none.json": ("[]", "contains no examples"),
+    "number.json": ("5", "number.json:1: found a number, expected an object"),
+    "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}', "half.jsonl:2: text is text with half of a character"),
     "keyless.jsonl": ('{"prompt": "a"}', "'prompt' has no completion, response, output or answer"),
     "preference.jsonl": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "--columns completion=chosen,rejected="),
     "answers.jsonl": ('{"prompt": "a", "answer": "b", "response": "c"}', "found 'response' and 'answer', expected one"),
@@ -531,7 +531,7 @@ def test_nothing_to_train_on_shows_the_first_example() -> None:
         encode(examples, Letters(), 5)
     message = str(caught.value)
     assert "no example of a.jsonl is left (dropped 2 examples: 1 empty completion, 1 longer than seq_len)" in message
-    assert "The first, a.jsonl:1 (longer than seq_len, 20 tokens):" in message
+    assert "The first is a.jsonl:1 (longer than seq_len, 20 tokens):" in message
     assert "not trained: 'A question'" in message
     assert "\n  trained: 'An answer" in message
     with pytest.raises(DataError, match=r"(?s)a.jsonl:2 \(empty completion\).*not trained: 'B'.*trained: ' '"):

@@ -65,8 +65,8 @@ def test_values_json_cannot_hold_leave_the_old_file(tmp_path: Path) -> None:
     ("number", "expected"),
     [
         (errno.ENOSPC, "the disk is full. Free some space"),
-        (errno.EACCES, "Choose a directory that you may write to"),
-        (errno.EROFS, "Choose a directory that you may write to"),
+        (errno.EACCES, "Choose a directory that you can write to"),
+        (errno.EROFS, "Choose a directory that you can write to"),
         (errno.EIO, "cannot write"),
     ],
 )
@@ -84,11 +84,14 @@ def test_what_goes_wrong_is_said_with_the_fix(tmp_path: Path, number: int, expec
 def test_files_and_directories_in_the_way(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="a file is in the way"):
+    with pytest.raises(OutputError, match="there is a file where a directory is needed"):
         write_text(tmp_path / "file" / "b", "x")
     with pytest.raises(OutputError, match="directory"):
         write_text(tmp_path / "folder", "x")
-    with pytest.raises(OutputError, match="a file is in the way"), hold_directory(tmp_path / "file"):
+    with (
+        pytest.raises(OutputError, match="there is a file where a directory is needed"),
+        hold_directory(tmp_path / "file"),
+    ):
         pass
     with pytest.raises(OutputError):
         remove_file(tmp_path / "folder")
@@ -255,7 +258,7 @@ def test_a_lock_that_passes_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "a").read_text(encoding="utf-8") == "x"
     assert len(calls) == 4
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "never yours")))
-    with pytest.raises(OutputError, match="Choose a directory that you may write to"):
+    with pytest.raises(OutputError, match="Choose a directory that you can write to"):
         write_text(tmp_path / "b", "x")
 
 

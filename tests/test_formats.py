@@ -140,7 +140,7 @@ def test_a_run_killed_between_tensors_and_config_leaves_no_mixture(
 
 def test_directories_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(OutputError, match="a file is in the way"):
+    with pytest.raises(OutputError, match="there is a file where a directory is needed"):
         lora.save_adapter(trained(), tmp_path / "file")
     with pytest.raises(LoraError, match="holds no adapter"):
         lora.save_adapter(net(), tmp_path / "new")

@@ -121,10 +121,10 @@ def test_a_revision_and_a_folder_of_a_repository(tmp_path: Path, serve: Callable
 
 def test_what_is_not_there_is_told(tmp_path: Path, serve: Callable[..., Fake]) -> None:
     serve()
-    with pytest.raises(AdapterError, match=r"no directory 'some/one' here, and no public adapter of that name"):
+    with pytest.raises(AdapterError, match=r"no local directory 'some/one', and no public adapter of that name"):
         locate_adapter("some/one")
     serve(reachable=False)
-    with pytest.raises(AdapterError, match=r"'some/one' is not a directory here, .*hub.*the network is unreachable"):
+    with pytest.raises(AdapterError, match=r"'some/one' is not a local directory, .*hub.*the network is unreachable"):
         locate_adapter("some/one")
     with pytest.raises(AdapterError, match="does not exist"):  # no id: the hub is not asked
         lora.read_adapter("./some/one")

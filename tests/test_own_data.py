@@ -72,7 +72,7 @@ def test_examples_may_be_as_long_as_the_model_allows(tmp_path: Path, capsys: pyt
     assert "Loaded 9 of 10 training examples (dropped 1 example: 1 longer than seq_len)" in told
     assert "Sequence length: 64 tokens (the model's context); the longest example has 70" in told
     assert "WARNING: 1 of 10 examples (10 %) are longer than 64 tokens" in told
-    with pytest.raises(errors.ConfigError, match=r"only 64 positions: lower --seq_len to 64 at most"):
+    with pytest.raises(errors.ConfigError, match=r"only 64 positions: lower --seq_len to at most 64"):
         train(settings(tmp_path, seq_len=65), rows)
 
 
@@ -97,7 +97,7 @@ def test_memory_bounds_the_length_too(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = [row(number) for number in range(8)] + [row(9, 80)]
     made = plan.make_plan(tiny_model(128), rows, None, None, settings(tmp_path), told.append)
     assert made.config.seq_len == 8
-    assert any(line.startswith("Sequence length: 64 tokens (memory, with 8 examples a step)") for line in told)
+    assert any(line.startswith("Sequence length: 64 tokens (memory, with 8 examples per step)") for line in told)
 
 
 def test_ids_that_the_embedding_lacks_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_ids_that_the_embedding_lacks_are_refused_before_anything_is_computed(tm
 def test_the_learning_rate_is_chosen_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(settings(tmp_path, lr="auto", batch_size=4))
     said = capsys.readouterr().out
-    tokens = float(re.search(r"([\d,]+) trained tokens an update", said).group(1))  # type: ignore[union-attr]
+    tokens = float(re.search(r"([\d,]+) trained tokens per update", said).group(1))  # type: ignore[union-attr]
     rate, reason = automatic_learning_rate(0, 16, 4.0, tokens)
-    assert f"Learning rate: {rate:g}, B 4 times that ({reason})" in said
+    assert f"Learning rate: {rate:g}, 4 times that for B ({reason})" in said
     assert read_toml(tmp_path / "run" / "run.toml", "run.toml")["lr"] == rate
-    assert "does not say it" in automatic_learning_rate(10_000, None, 4.0, 4)[1]
+    assert "does not state it" in automatic_learning_rate(10_000, None, 4.0, 4)[1]
 
 
 def test_factors_that_were_cast_train_in_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ def test_training_goes_on_from_an_adapter(base: str, tmp_path: Path, capsys: pyt
     ]
     assert main(again) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "Training on from first" in told
+    assert "Continuing from first" in told
     assert f"Loading {base} ..." in told
     assert read_adapter(tmp_path / "second").config.r == 2
     assert main([*again, "--rank", "8"]) == 2

@@ -151,7 +151,7 @@ def test_all_faults_are_told_at_once(llama: str, capsys: pytest.CaptureFixture[s
     ):
         assert part in err or part.startswith(("gpu_memory", "nodes")), err
     assert main(["plan", "--model", "./nowhere"]) == 2
-    assert "there is no directory './nowhere'" in capsys.readouterr().err
+    assert "there is no local directory './nowhere'" in capsys.readouterr().err
 
 
 # What a step keeps.

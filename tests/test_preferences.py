@@ -353,9 +353,10 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(errors.DataError) as caught:
         read_sources(str(path), objective="dpo")
     words = [
-        "equal, so there is nothing to prefer", "chosen has no answer", "found 'prompt', 'chosen', expected",
-        "chosen is text, and rejected is a list", "do not begin alike", "rejected: 'messages' has no turn with role",
-        "equal, so", "chosen is a number", "nobody says the prompt, 'Something else?'",
+        "identical, so there is nothing to prefer", "chosen has no answer", "found 'prompt', 'chosen', expected",
+        "chosen is text, and rejected is a list", "do not have the same beginning",
+        "rejected: 'messages' has no turn with role", "identical, so", "chosen is a number",
+        "the prompt does not occur in it: 'Something else?'",
     ]  # fmt: skip
     lines = str(caught.value).splitlines()
     for number, word in enumerate(words, 2):
@@ -371,7 +372,7 @@ def test_data_for_another_objective_are_refused_with_the_fix(tokenizer: Any) -> 
     one = Example.of("a", "b", "here:1")
     with pytest.raises(errors.DataError, match=r"1 of 1 examples \(the first: here:1\) have no rejected answer"):
         read_sources([one], objective="orpo")
-    with pytest.raises(errors.DataError, match=r"would learn the chosen one alone\. Train with --objective dpo"):
+    with pytest.raises(errors.DataError, match=r"would learn only the chosen one\. Train with --objective dpo"):
         read_sources([dataclasses.replace(one, rejected=Example.of("a", "c"))])
     with pytest.raises(errors.DataError, match="have no rejected answer, unlike the first"):
         read_sources([dataclasses.replace(one, rejected=Example.of("a", "c")), one], objective=None)

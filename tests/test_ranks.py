@@ -478,7 +478,7 @@ def test_an_error_of_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
         ("settings", ["lr: 0.001 on rank 0, 0.004 on rank 1", "lora_alpha: None on rank 0, 3 on rank 1"]),
         ("versions", ["version of torch: ", "'1.0' on rank 1"]),
         ("base", ["base model: '"]),
-        ("directory", ["is not on rank 1 what it is on rank 0", "all machines share"]),
+        ("directory", ["is not the same directory on rank 1 as on rank 0", "all machines share"]),
     ],
 )
 def test_ranks_that_do_not_agree_are_told_apart(fault: str, words: list[str], tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_an_unfinished_run_needs_resume_whatever_the_number_of_processes(tmp_pat
     together(2, lambda rank: run(rank, True))
     for error in together(3, lambda rank: run(rank, False)):
         assert isinstance(error, errors.TrainingError)
-        assert "holds a run of 2 processes that stopped after 0 updates. Add --resume" in str(error)
+        assert "contains a run of 2 processes that stopped after 0 updates. Add --resume" in str(error)
 
 
 def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -541,14 +541,14 @@ def test_what_shard_cannot_do_is_said_before_anything_is_loaded(tmp_path: Path) 
 
 def test_shard_in_fp16_is_refused(tmp_path: Path) -> None:
     for error in together(2, lambda rank: train(settings(tmp_path, shard=True), tiny_model().half())):
-        assert "shard does not go with fp16" in str(error)
+        assert "shard is on and dtype is fp16" in str(error)
 
 
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
         ({"WORLD_SIZE": "2"}, "RANK and MASTER_ADDR and MASTER_PORT"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT must be set"),
     ],
 )
 def test_half_of_a_launcher_is_an_error(
@@ -651,7 +651,7 @@ def test_perplexity_of_two_processes_is_that_of_one(folder: Path, capsys: pytest
     [
         (["train", "--sharded"], "unknown arguments"),
         (["train", "--device", "cuda", "--train_data", "DATA"], "start as many processes as there are GPUs"),
-        (["train", "--device", "cuda:1", "--train_data", "DATA"], "on which 2 processes cannot train at once"),
+        (["train", "--device", "cuda:1", "--train_data", "DATA"], "which 2 processes cannot share"),
         (["train", "--train_data", "nowhere.txt"], "nowhere.txt"),
         (["inspect", "."], "loralib inspect: this command runs in a single process, but 2 were started"),
     ],
@@ -719,6 +719,6 @@ def test_torchrun_shows_a_users_mistake_once(folder: Path, tmp_path: Path) -> No
     _, err = process.communicate(timeout=240)
     ours = [line for line in err.splitlines() if line.startswith("loralib train:")]
     assert len(ours) == 1, err
-    assert "there is no directory './nowhere'" in ours[0]
+    assert "there is no local directory './nowhere'" in ours[0]
     assert err.count("exitcode  : 2") == 2, "both ranks end with 2"
     assert not (tmp_path / "run").exists()

@@ -315,9 +315,9 @@ def opt():  # its forward reaches into the body
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (bloom, "move by .* when another one changes"),
-        (gpt_neo, "move by .* when another one changes"),
-        (forgets_positions, "off by .* from its loss alone"),
+        (bloom, "change by .* when another example changes"),
+        (gpt_neo, "change by .* when another example changes"),
+        (forgets_positions, "differs by .* from its loss on its own"),
         (opt, "not built like transformers' causal language models"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_so(make, reason):
 def test_a_leak_between_examples_is_found():
     step = make_step(built(lambda: Leaks(transformers.LlamaConfig(**_LLAMA))))
     assert not step.packing
-    assert "when another one changes" in step.note
+    assert "when another example changes" in step.note
 
 
 class Recurrent(nn.Module):

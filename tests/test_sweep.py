@@ -211,7 +211,7 @@ def test_variants_that_cannot_share_follow_one_after_the_other(
     result = sweep(tmp_path / "sweep", configs, verbose=True)
     by_itself = alone(tmp_path / "alone", configs[1])
     assert result.runs[1].result.losses == by_itself.losses
-    assert "use_dora-true trains by itself: DoRA scales what the base computes" in capsys.readouterr().out
+    assert "use_dora-true trains on its own: DoRA rescales the base's output" in capsys.readouterr().out
 
 
 def test_what_cannot_share_a_pass_is_seen_in_the_model() -> None:
@@ -236,7 +236,7 @@ def test_a_run_that_diverges_is_dropped_and_the_others_do_not_notice(
 
 
 def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
-    with pytest.raises(errors.TrainingError, match="no run came to an end"):
+    with pytest.raises(errors.TrainingError, match="no run finished"):
         sweep(tmp_path / "sweep", [RUNS[0].replace(lr=1e30), RUNS[0].replace(lr=1e31)])
 
 
@@ -315,7 +315,7 @@ def test_more_runs_than_memory_are_refused_with_the_number_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many, "free_on", lambda _: 450_000.0)
-    with pytest.raises(errors.ConfigError, match=r"3 runs need more memory .* at most 1 of them"):
+    with pytest.raises(errors.ConfigError, match=r"3 runs need more memory .* sweeps of at most 1"):
         sweep(tmp_path / "sweep", [RUNS[0].replace(seed=seed) for seed in range(3)])
 
 
@@ -337,7 +337,7 @@ def test_the_command_takes_lists_from_flags_and_files(tmp_path: Path, capsys: py
     command = ["sweep", "--config", str(config), "--train_data", str(data), "--output_dir", str(tmp_path / "sweep")]
     assert main([*command, "--rank", "2,4", "--use_rslora", "true,false", "--valid_fraction", "0"]) == 0
     assert len(list((tmp_path / "sweep").glob("*rank-*/adapter_config.json"))) == 8
-    assert "8 runs: 8 in one" in capsys.readouterr().out
+    assert "8 runs: 8 trained together" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--rank", "0,x"])
     assert "'0,x' was given, expected whole numbers separated by commas" in capsys.readouterr().err

@@ -314,7 +314,7 @@ def test_a_run_says_what_it_trains_and_where_the_result_is(tmp_path: Path, capsy
     for number, first_line in enumerate(
         (
             "LoRA on all-linear (14 modules): r=4, lora_alpha=8",
-            "The network has an adapter already; --rank and --target_modules do not apply.",
+            "The network already has an adapter; --rank and --target_modules do not apply.",
         )
     ):
         lora.train(model, copying_examples(), settings(tmp_path / str(number), num_epochs=1))
@@ -422,7 +422,7 @@ def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.
     told = f"Stopped early, after update {result.steps} of 160: the last 2 validations were no better"
     out = capsys.readouterr().out
     assert told in out
-    assert f"The best adapter is that of update {result.best[0]} " in out
+    assert f"The best adapter is the one from update {result.best[0]} " in out
     assert result.best == min(((step, loss) for step, loss in result.valid_losses if step), key=lambda pair: pair[1])
     assert f"{min(losses):.4f} after update {result.best[0]}: the adapter in `best`" in (
         result.output_dir / "README.md"
@@ -572,7 +572,9 @@ def test_memory_that_runs_out_is_a_message(tmp_path: Path) -> None:
     model.model.layers[0].mlp.register_forward_hook(
         lambda *_: torch.empty(2**60) if len(checkpoint_files(tmp_path / "run" / "checkpoints")) == 2 else None
     )
-    with pytest.raises(errors.TrainingError, match=r"memory ran out. The checkpoint of update 2 is intact.*batch_size"):
+    with pytest.raises(
+        errors.TrainingError, match=r"memory ran out. The checkpoint from update 2 is intact.*batch_size"
+    ):
         train(config, model)
 
 
@@ -705,7 +707,7 @@ def test_an_unfinished_run_is_not_buried_by_mistake(tmp_path: Path) -> None:
     unfinished = checkpoint_files(directory)
     for path in unfinished[1:]:
         path.unlink()
-    with pytest.raises(errors.TrainingError, match=r"holds a run that stopped after 7 updates. Add --resume"):
+    with pytest.raises(errors.TrainingError, match=r"contains a run that stopped after 7 updates. Add --resume"):
         train(config)
     with pytest.raises(errors.TrainingError, match=r"(?s)other settings.*lr: 0.005 then, 0.01 now"):
         train(config.replace(resume=True, lr=0.01))
@@ -760,7 +762,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     files[-1].write_bytes({"cut": content[:1000], "flipped": content, "emptied": b""}[damage])
     valid = copying_examples(6, seed=1)
     lora.train(tiny_model(), copying_examples(), config.replace(resume=True), valid_data=valid)
-    assert re.search(r"WARNING: .*step-00000008.*; going back to step-00000007", capsys.readouterr().out)
+    assert re.search(r"WARNING: .*step-00000008.*; falling back to step-00000007", capsys.readouterr().out)
     assert kept(Path(config.output_dir)) == whole
 
 
@@ -783,7 +785,7 @@ def test_a_checkpoint_without_a_checksum_is_called_what_it_is(tmp_path: Path) ->
     (last,) = checkpoint_files(train(config).output_dir / "checkpoints")
     tensors, about = read_safetensors(last)
     write_safetensors(last, tensors, {"loralib.checkpoint": about["loralib.checkpoint"]})
-    with pytest.raises(errors.FormatError, match="written by an early loralib without a checksum"):
+    with pytest.raises(errors.FormatError, match="written without a checksum by an early loralib"):
         train(config.replace(resume=True))
 
 
@@ -856,7 +858,7 @@ def test_a_log_that_was_cut_is_gone_on_with_and_said(tmp_path: Path, capsys: pyt
     lora.train(
         tiny_model(), copying_examples(), config.replace(resume=True), valid_data=copying_examples(6, seed=1)
     )  # fmt: skip
-    assert "lacks lines of the resumed run" in capsys.readouterr().out
+    assert "is missing lines of the resumed run" in capsys.readouterr().out
     assert [event["step"] for event in read_metrics(log)] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
 
 

@@ -213,7 +213,7 @@ def test_a_variant_that_the_model_s_own_adapter_is_not_is_refused(tmp_path: Path
     model = llama()
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["q_proj"]))
     config = lora.TrainConfig(output_dir=str(tmp_path), use_dora=True, lr=0.01, trainable_token_indices="3")
-    with pytest.raises(lora.LoraError, match=r"(?s)has an adapter already.*use_dora is True.*trainable_token_indices"):
+    with pytest.raises(lora.LoraError, match=r"(?s)already has an adapter.*use_dora is True.*trainable_token_indices"):
         lora.train(model, examples(), config, verbose=False)
 
 

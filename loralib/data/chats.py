@@ -67,7 +67,7 @@ class ChatTemplate:
         """Renders the turns before a chat's last answer, and how the template begins that answer."""
         turns = self._checked(example)[: example.last_answer]
         if not turns:
-            raise DataError(f"{example.source}: there is no turn before the answer, so there is nothing to continue.")
+            raise DataError(f"{example.source}: there is no turn before the answer, so there is nothing to answer.")
         text = self._render(example, turns, begin=True)
         self._refuse_omitted(example, turns, text)
         return text
@@ -134,7 +134,9 @@ class ChatTemplate:
         if found:
             return answer[:end]
         if not self.tokenizer.eos_token:
-            raise DataError(f"{source}: neither the chat template nor the tokenizer has an end token. Set eos_token.")
+            raise DataError(
+                f"{source}: neither the chat template nor the tokenizer has an end token. Set tokenizer.eos_token."
+            )
         after = answer.rfind(content) + len(content)
         said = answer.rstrip() if answer[after:].strip() or not content else answer[:after]
         return said + str(self.tokenizer.eos_token)
@@ -208,21 +210,21 @@ def _without_blanks(text: str) -> str:
 _TURN_ENDS: Final = ("im_end", "end", "eot_id", "end_of_turn", "eot", "endoftext", "return", "call")
 _NO_TEMPLATE: Final = (
     "the model's tokenizer has no chat template, so a chat cannot be written as text. Choose an instruct model, give "
-    "prompt and completion, or bring a template: --chat_template FILE in training, chat_template.jinja in the model's "
-    "directory for all commands."
+    "prompt and completion, or supply a template: --chat_template FILE for training, chat_template.jinja in the "
+    "model's directory for all commands."
 )
 _OMITTED: Final = (
     "the model's chat template omits or rewrites turn {0} ({1}). Remove the turn, or give prompt and completion."
 )
 _LOST: Final = (
-    "the model's chat template does not write {0}, so it would be left out of training. Remove it, or write it into "
-    "the content as the model should."
+    "the model's chat template does not include {0}, so it would be left out of training. Remove it, or put it into "
+    "the content in the form that the model should write."
 )
 _REWRITTEN: Final = (
-    "the model's chat template rewrites what comes before turn {0} once it is answered, so the text to train on cannot "
-    "be located. Give prompt and completion."
+    "the model's chat template rewrites the text before turn {0} once that turn is added, so the text to train on "
+    "cannot be located. Give prompt and completion."
 )
 _OTHER_START: Final = (
-    "the model's chat template does not begin turn {0} as it begins an answer in generation, so the model would learn "
-    "something other than what it is asked for later. Give prompt and completion instead."
+    "the model's chat template begins turn {0} differently from an answer in generation, so the model would be "
+    "trained on something other than what it is asked for later. Give prompt and completion instead."
 )

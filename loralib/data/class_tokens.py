@@ -67,7 +67,11 @@ def encode_classes(examples: Sequence[Example], tokenizer: Any, limit: int | Non
         rows.append(ClassRow(tuple(ids[:end]), (False,) * end, label, tuple(kinds[:end])))
     if faults:
         raise DataError(list_faults("there is nothing to classify", faults, "Remove these rows."))
-    notes = (f"{len(longer):,} of {len(rows):,} texts are longer than {limit:,} tokens and are cut",) if longer else ()
+    notes = (
+        (f"{len(longer):,} of {len(rows):,} texts are longer than {limit:,} tokens and are truncated",)
+        if longer
+        else ()
+    )
     return Encoded(rows, list(examples), [], lengths, len(rows), limit, notes)
 
 

@@ -20,7 +20,7 @@ __all__ = ["CLASSES", "Labels", "class_example"]
 
 CLASSES: Final = "text and label (and text_pair, where two texts are compared)"
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-_FIX: Final = "Correct these labels, or leave these rows out."
+_FIX: Final = "Correct these labels, or remove these rows."
 
 
 def class_example(
@@ -42,7 +42,7 @@ def class_example(
         there = ", ".join(map(repr, record)) or "nothing"
         near = "".join(did_you_mean(name, list(record)) for name in missing)
         flag = ",".join([*(f"{name}={field}" for name, field in columns.items()), *(f"{n}=FIELD" for n in missing)])
-        raise DataError(f"found {there}, expected {' and '.join(wanted)}.{near} Name other fields: --columns {flag}")
+        raise DataError(f"found {there}, expected {' and '.join(wanted)}.{near} To use other fields: --columns {flag}")
     text, pair = text_of(record, "text"), None
     if record.get("text_pair") is not None:
         pair = text_of(record, "text_pair")
@@ -63,7 +63,7 @@ def _label(value: Any) -> str | float:
             raise DataError(f"label is {value}, expected a class or a number")
         return value
     if not isinstance(value, str):
-        more = "; one label a row is learned, not several" if isinstance(value, (list, dict)) else ""
+        more = "; each row can have only one label" if isinstance(value, (list, dict)) else ""
         raise DataError(f"label is {kind_of(value)}, expected a class (text or a whole number) or a number{more}")
     if not value.strip():
         raise DataError("label is empty, expected a class (text or a whole number) or a number")
@@ -113,7 +113,7 @@ class Labels:
         if self.are_numbers:
             value = _number(label)
             if value is None:
-                raise DataError(f"{label!r} is no number")
+                raise DataError(f"{label!r} is not a number")
             return value
         name = _name(label)
         if name in self.names:
@@ -144,9 +144,9 @@ class Labels:
             if len(names) == 1:
                 raise DataError(
                     f"all {len(labels):,} training examples have the label {found.names[0]!r}, so there is nothing to "
-                    "learn. Add examples of another one."
+                    "learn. Add examples with another label."
                 )
-        found.check(valid, "validation", " of which the training data have no example")
+        found.check(valid, "validation", " that do not occur in the training data")
         return found
 
     def check(self, examples: Sequence[Example], kind: str, why: str = "") -> None:
@@ -161,8 +161,8 @@ class Labels:
                 unknown[name] = (unknown[name][0], unknown[name][1] + 1)
         if unknown:
             faults = [f"{text} ({count:,} example{'s' * (count != 1)})" for text, count in unknown.values()]
-            known = "numbers are predicted" if self.are_numbers else f"The labels are {', '.join(self.names[:20])}."
-            raise DataError(list_faults(f"the {kind} data have labels{why}", faults, f"{known} {_FIX}"))
+            known = "Numbers are predicted." if self.are_numbers else f"The labels are {', '.join(self.names[:20])}."
+            raise DataError(list_faults(f"the {kind} data has labels{why}", faults, f"{known} {_FIX}"))
 
     def fit_into(self, head: Labels, checkpoint: str) -> Labels:
         """Returns the labels of a head that a checkpoint has already, which these must be among.
@@ -185,10 +185,11 @@ class Labels:
         wants = missing or (["numbers to predict"] if self.are_numbers else list(self.names))
         raise ConfigError(
             list_faults(
-                f"the head of {checkpoint} has {has}, and the data have {len(self.names) or 'no'} classes; it lacks",
+                f"the head of {checkpoint} has {has}, but the data has {len(self.names) or 'no'} classes; the head "
+                "lacks",
                 wants,
-                "Give the model from before its classification (without a head, which is then made for these labels), "
-                "or data with its labels.",
+                "Give the model as it was before it became a classifier (without a head; one is then made for these "
+                "labels), or data with the head's labels.",
             )
         )
 
@@ -204,4 +205,4 @@ def _mixed(examples: Sequence[Example]) -> str:
             kinds[kind] += 1
             first.setdefault(kind, f"the first {example.label!r}: {example.source}")
     faults = [f"{kind}: {count:,} ({first[kind]})" for kind, count in kinds.items()]
-    return list_faults("the labels are of several kinds", faults, "Give all of them as text, or all as numbers.")
+    return list_faults("the labels are of different kinds", faults, "Give them all as text, or all as numbers.")

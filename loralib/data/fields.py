@@ -51,8 +51,8 @@ MATTERS: Final = {
 }
 FLAGS: Final = ("weight", "train", "training", "trained", "loss", "label", "mask")
 COLUMNS_FIX: Final = (
-    "Write what a field means, and its name: prompt=question,completion=answer; `system=` leaves a field out, and "
-    "`prompt={context} {question}` joins several."
+    "Give the meaning of each field and its name: prompt=question,completion=answer; `system=` leaves a field out, "
+    "and `prompt={context} {question}` joins several."
 )
 
 
@@ -92,12 +92,12 @@ def parse_columns(columns: str | Mapping[str, str | None] | None) -> dict[str, s
             raise DataError(list_faults(f"columns {columns!r} cannot be read", faults, COLUMNS_FIX))
         columns = {name.strip(): spec.replace("\\n", "\n").strip(" ") for name, _, spec in parts}
     faults = [
-        f"{name!r} is none of {', '.join(_MEANINGS)}.{did_you_mean(name, _MEANINGS)}"
+        f"{name!r} is not one of {', '.join(_MEANINGS)}.{did_you_mean(name, _MEANINGS)}"
         for name, spec in columns.items()
         if spec and name not in _MEANINGS
     ]
     if faults:
-        raise DataError(list_faults("columns has unknown names", faults, COLUMNS_FIX))
+        raise DataError(list_faults("columns has unknown meanings", faults, COLUMNS_FIX))
     return {name: spec or "" for name, spec in columns.items()}
 
 
@@ -154,7 +154,7 @@ def kind_of(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",
-        str: "text with half a character (a lone surrogate)" if not is_text(value) else "text",
+        str: "text with half of a character (a lone surrogate)" if not is_text(value) else "text",
         bool: "true or false",
         type(None): "null",
         bytes: "bytes",
@@ -171,4 +171,4 @@ def json_of(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise DataError(f"{name} is text that is not JSON, expected a list: {shown(value)}") from None
+        raise DataError(f"{name} is text that is not valid JSON, expected a list: {shown(value)}") from None

@@ -63,7 +63,10 @@ def _unpacked(path: Path, raw: bytes) -> bytes:
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} is a broken gzip archive: {error}. Copy or download it again.") from None
     if len(content) > most:
-        raise DataError(f"{path} unpacks to more than {_RATIO} times its size, unlike text. Unpack it and look.")
+        raise DataError(
+            f"{path} unpacks to more than {_RATIO} times its size, which text does not. Unpack it and check its "
+            "contents."
+        )
     return content
 
 

@@ -57,7 +57,9 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
     answers = [_value(record, name) for name in ("chosen", "rejected")]
     kinds = [kind_of(answer) for answer in answers]
     if kinds[0] != kinds[1] or not isinstance(answers[0], (str, list)):
-        raise DataError(f"chosen is {kinds[0]}, and rejected is {kinds[1]}; expected text twice, or lists of turns")
+        raise DataError(
+            f"chosen is {kinds[0]}, and rejected is {kinds[1]}; expected both to be text, or both to be lists of turns"
+        )
     left = {"chosen", "rejected", *ANSWERS, *CHATS}
     base = {name: value for name, value in record.items() if name not in left}
     used = {"chosen", "rejected", *(name for name in CHATS if name in names and record[name] == record["chosen"])}
@@ -66,7 +68,7 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
         return _of_chats(base, answers, question, used)
     if question is None:
         prompt, *answers = _without_prompt(*answers)
-        base, shape = {**base, "prompt": prompt}, "preferences (chosen and rejected, which begin alike)"
+        base, shape = {**base, "prompt": prompt}, "preferences (chosen and rejected, with the same beginning)"
         first, second = ({**base, "completion": answer} for answer in answers)
         return TwoRecords(first, second, shape, used, {"prompt"})
     first, second = ({**base, "completion": answer} for answer in answers)
@@ -97,8 +99,8 @@ def _of_chats(base: dict[str, Any], answers: Sequence[Any], question: str | None
         said = [turn.get("content", turn.get("value")) for turn in answers[0] if isinstance(turn, Mapping)]
         if not isinstance(asked, str) or asked.strip() not in [str(text).strip() for text in said]:
             raise DataError(
-                f"chosen is a whole conversation, in which nobody says the {question}, {shown(str(asked), 60)}. "
-                f"Leave that out: --columns {question}="
+                f"chosen is a whole conversation, but the {question} does not occur in it: {shown(str(asked), 60)}. "
+                f"Leave it out: --columns {question}="
             )
         used = {*used, question}
     first, second = ({**rest, "messages": answer} for answer in answers)
@@ -117,7 +119,7 @@ def _without_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
         at -= 1
     at -= at > 0 and chosen[at - 1] == " "  # tokenizers keep a blank with the word after it
     if not chosen[:at].strip():
-        raise DataError("there is no prompt, and chosen and rejected do not begin alike. Add a prompt")
+        raise DataError("there is no prompt, and chosen and rejected do not have the same beginning. Add a prompt")
     return chosen[:at], chosen[at:], rejected[at:]
 
 
@@ -134,7 +136,7 @@ def one_example(chosen: Example, rejected: Example) -> Example:
     else:
         equal = chosen.completion.strip() == rejected.completion.strip()
     if equal:
-        raise DataError("chosen and rejected are equal, so there is nothing to prefer")
+        raise DataError("chosen and rejected are identical, so there is nothing to prefer")
     for name, example in (("chosen", chosen), ("rejected", rejected)):
         calls = any(turn.fields.get("tool_calls") for turn in example.messages if turn.trained)
         if not calls and not any(text.strip() for text in example.trained_texts):

@@ -66,7 +66,7 @@ Columns = str | Mapping[str, str | None] | None
 _EXPECTED: Final = {
     "e2e": "lines of the form `meaning representation||text`",
     "jsonl": f"one JSON object per line (or a JSON list of objects) with {RECORDS}",
-    "csv": f"rows under a first row of names, with columns {RECORDS}",
+    "csv": f"rows below a header row, with columns {RECORDS}",
     "parquet": f"a Parquet file with columns {RECORDS}",
     "arrow": f"an Arrow file with columns {RECORDS}",
     "text": "text",
@@ -118,13 +118,13 @@ def read_sources(
     if not isinstance(data, Sequence):
         raise DataError(f"{name} is of type {type(data).__name__}, expected {_DATA}")
     if not data:
-        raise DataError(f"{name} is empty: no data file given. Give at least one path, or {_DATA}.")
+        raise DataError(f"{name} is empty: no data given. Give at least one path, or {_DATA}.")
     wrong = [
         item for item in data if not (isinstance(item, (str, Path, Source)) or is_table(item) or _are_examples(item))
     ]
     if wrong:
         kinds = " and ".join(sorted({type(item).__name__ for item in data}))
-        raise DataError(f"{name} holds {kinds}, expected {_DATA}")
+        raise DataError(f"{name} contains {kinds}, expected {_DATA}")
     names = [name if len(data) == 1 else f"{name}[{index}]" for index in range(len(data))]
     sources = [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
     for source, item, name in zip(sources, data, names, strict=True):
@@ -141,7 +141,7 @@ def _require_objective(source: Source, name: str, objective: str | None) -> None
     if objective == CLASSIFY:
         if bare := [example for example in source.examples if example.label is None]:
             of_all = f"{len(bare):,} of {len(source.examples):,} examples"
-            raise DataError(f"{name}: {of_all} have no label (Example.label).")
+            raise DataError(f"{name}: {of_all} have no label. Set Example.label.")
         return
     wants = source.examples[0].rejected is not None if objective is None else objective in PREFERENCES
     wrong = [example for example in source.examples if (example.rejected is not None) != wants]
@@ -150,21 +150,23 @@ def _require_objective(source: Source, name: str, objective: str | None) -> None
     place = f" (the first: {wrong[0].source})" if wrong[0].source else ""
     where = f"{name}: {len(wrong):,} of {len(source.examples):,} examples{place} have"
     if objective is None:
-        raise DataError(f"{where} {'no' if wants else 'a'} rejected answer, unlike the first. Give files of one kind.")
+        raise DataError(
+            f"{where} {'no' if wants else 'a'} rejected answer, unlike the first. Give files of the same kind."
+        )
     if wants:
         raise DataError(
-            f"{where} no rejected answer, which objective {objective} learns from. Give records with "
-            f"{PREFERENCE_FORMS}, or train with --objective clm."
+            f"{where} no rejected answer, which objective {objective} needs. Give records with {PREFERENCE_FORMS}, or "
+            "train with --objective clm."
         )
     raise DataError(
-        f"{where} a chosen and a rejected answer, of which objective {objective} would learn the chosen one alone. "
+        f"{where} a chosen and a rejected answer, of which objective {objective} would learn only the chosen one. "
         "Train with --objective dpo or orpo, or make examples without `rejected`."
     )
 
 
 _DATA: Final = (
     "Example values, the path of a file or of a folder of texts, a hub id, a list of dicts, a datasets.Dataset, or a "
-    "pandas frame"
+    "pandas DataFrame"
 )
 
 
@@ -286,7 +288,7 @@ def read_prompts_with(
     format = _guess(path, raw) if format == "auto" else format
     if format not in _ROWS:
         raise DataError(
-            f"{path} is read as {format}, which has no fields such as {field!r}. Give JSON lines or a table."
+            f"{path} is read as {format}, which has no fields such as {field!r}. Give a JSON Lines file or a table."
         )
     rows = list(_ROWS[format](raw, path))
     found = [record.get(field) if isinstance(record, Mapping) else None for _, record in rows]
@@ -296,7 +298,7 @@ def read_prompts_with(
         if value is not None and not isinstance(value, str)
     ]
     if faults:
-        raise DataError(list_faults(f"{path} has values of {field!r} that are no text", faults, "Fix these records."))
+        raise DataError(list_faults(f"{path} has values of {field!r} that are not text", faults, "Fix these records."))
     if all(value is None for value in found):
         known = dict.fromkeys(str(name) for _, record in rows if isinstance(record, Mapping) for name in record)
         raise DataError(f"no record of {path} has the field {field!r}.{did_you_mean(field, known)}")
@@ -339,7 +341,9 @@ def _guess(path: Path, raw: bytes) -> str:
     if is_parquet(raw) or is_arrow(raw):
         return "parquet" if is_parquet(raw) else "arrow"
     if suffix in (".parquet", ".arrow"):
-        raise DataError(f"{path} is not {_KINDS[suffix]} file: it begins with {raw[:8]!r}. Download or save it again.")
+        raise DataError(
+            f"{path} is not {_KINDS[suffix]} file: it begins with {raw[:8]!r}. Download it or save it again."
+        )
     if suffix in (".csv", ".tsv"):
         return "e2e" if {"mr", "ref"} <= set(columns_of_csv(decoded(path, raw), path)) else "csv"
     if suffix == ".json":
@@ -414,7 +418,7 @@ def _read(path: str | Path, format: str, how: How) -> Source:
 def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tuple[str, ...]]:
     """Reads a file whose examples are not records."""
     if how.columns:
-        raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or give data_format.")
+        raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or set data_format.")
     if how.classes:
         raise DataError(
             f"{path} is read as {format}, which has no labels. Give .jsonl, .csv, .tsv, .parquet or .arrow with "
@@ -429,7 +433,8 @@ def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tu
     if how.as_chat:
         if format == "text":
             raise DataError(
-                f"{path} is plain text: there is no prompt and completion that as_chat could make a chat of."
+                f"{path} is plain text, without prompts and completions that as_chat could turn into chats. Leave "
+                "out as_chat."
             )
         examples = [chat_of(example) for example in examples]
     name = _NAMES.get(format, format) + (", as chats" if how.as_chat else "")
@@ -446,7 +451,7 @@ _NAMES: Final = {
 
 def _some(examples: list[Example], name: object, expected: str) -> list[Example]:
     if not examples:
-        raise DataError(f"{name} holds no examples, expected {expected}.")
+        raise DataError(f"{name} contains no examples, expected {expected}.")
     return examples
 
 
@@ -460,14 +465,15 @@ def _read_folder(path: Path, format: str) -> Source:
     others = [file for file in texts if format == "auto" and _has_examples(file)]
     if others:
         raise DataError(
-            f"{path} is a directory, and {others[0].name} in it has a line with `||` or JSON, so it is no plain text. "
-            "Name the files to train on; for plain text all the same choose the format 'text' (--data_format text)."
+            f"{path} is a directory, and {others[0].name} in it has a line with `||` or JSON, so it is not plain "
+            "text. Name the files to train on; to read it as plain text anyway, choose the format 'text' "
+            "(--data_format text)."
         )
     if format not in ("auto", "text"):
-        raise DataError(f"{path} is a directory, which is read as plain texts. Name a file in it.")
+        raise DataError(f"{path} is a directory, which is read as plain text. Name a file in it.")
     examples = [example for file in texts for example in _read_plain(file)]
     rest = len(files) - len(texts)
-    left = [f"{path}: left out, since they are no texts (.txt, .md): {rest:,} files"] if rest else []
+    left = [f"{path}: left out, since they are not texts (.txt, .md): {rest:,} files"] if rest else []
     return Source(examples, 1.0, (f"{path}: a folder of plain texts, {len(texts):,} files", *left))
 
 
@@ -531,7 +537,7 @@ def parse_source(text: str) -> tuple[Path, float]:
     if weight is None or Path(text).exists():
         return Path(text), 1.0
     if not 0 < weight < float("inf"):
-        raise DataError(f"weight {tail} of {path} is not a positive number. Give for instance {path}:0.5.")
+        raise DataError(f"weight {tail} of {path} is not a positive number. Give, for instance, {path}:0.5.")
     return Path(path), weight
 
 
@@ -551,7 +557,7 @@ def _read_e2e(path: Path) -> list[Example]:
     if faults:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
-            fix += " For a file of plain text choose the format 'text' (--data_format text)."
+            fix += " For a file of plain text, choose the format 'text' (--data_format text)."
         heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
         raise DataError(list_faults(heading, faults, fix))
     return examples
@@ -581,7 +587,7 @@ def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", _record(line)
 
 
-_DEEP: Final = "JSON nested too deeply, or with a number of thousands of digits"
+_DEEP: Final = "JSON nested too deeply, or a number with thousands of digits"
 
 
 class _TwiceError(ValueError):
@@ -593,7 +599,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _TwiceError(f"an object has the key {twice!r} {names.count(twice)} times, expected once")
+        raise _TwiceError(f"an object has the key {twice!r} {names.count(twice)} times, expected it once")
     return value
 
 

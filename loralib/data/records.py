@@ -92,7 +92,7 @@ class Account:
     def example(self, record: Any, where: str) -> Example:
         """Makes an example of a record; raises DataError if it has another form."""
         if not isinstance(record, Mapping):
-            raise DataError(f"found {kind_of(record)} where an object was expected")
+            raise DataError(f"found {kind_of(record)}, expected an object")
         self.records += 1
         self.columns |= dict.fromkeys(map(str, record))
         record = mapped(record, self.how.columns)
@@ -123,18 +123,21 @@ class Account:
         if faults and self.records:
             there = ", ".join(map(repr, self.columns))
             fix = f"The columns are {there}. {COLUMNS_FIX}"
-            raise DataError(list_faults(f"columns does not fit {self.name}", faults, fix))
+            raise DataError(list_faults(f"columns does not match {self.name}", faults, fix))
 
     def check_fields(self) -> None:
         """Refuses fields that would change what the model should see and that would be lost."""
         faults = [
-            f"{name!r} in {len(places):,} of {self.records:,} records (the first: {places[0]}) is no part of {shape}."
-            f"{_remedy(name, question, self.how)}"
+            f"{name!r} in {len(places):,} of {self.records:,} records (the first: {places[0]}) is not part of "
+            f"{shape}.{_remedy(name, question, self.how)}"
             for (name, shape, question), places in self.refused.items()
         ]
         if faults:
             names = dict.fromkeys(name for name, _, _ in self.refused)
-            fix = f"To train without, leave out by name: {flag_of(self.how.columns, dict.fromkeys(names, ''))}"
+            fix = (
+                "To train without them, leave them out explicitly: "
+                f"{flag_of(self.how.columns, dict.fromkeys(names, ''))}"
+            )
             raise DataError(list_faults(f"{self.name} has fields that would be left out of training", faults, fix))
 
     def notes(self) -> tuple[str, ...]:
@@ -147,13 +150,13 @@ class Account:
         notes = [f"{self.name}: {kinds}, {self.records:,} example{'s' * (self.records != 1)}"]
         if self.unused:
             listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.unused.items())
-            notes.append(f"{self.name}: left out, since it is no part of the text: {listed}")
+            notes.append(f"{self.name}: left out, since it is not part of the text: {listed}")
         if self.turn_fields:
             listed = ", ".join(f"{name} (in {count:,} of {self.records:,})" for name, count in self.turn_fields.items())
-            notes.append(f"{self.name}: left out of turns unless the chat template writes it: {listed}")
+            notes.append(f"{self.name}: left out of turns unless the chat template includes it: {listed}")
         if self.open_ended:
             count = f"in {self.open_ended:,} of {self.records:,} chats"
-            notes.append(f"{self.name}: left out, since no trained answer follows: the last turns {count}")
+            notes.append(f"{self.name}: left out, since no trained answer follows them: the last turns {count}")
         return tuple(notes)
 
 
@@ -172,13 +175,13 @@ def _is_said(value: Any, texts: list[str]) -> bool:
 
 def _remedy(name: str, question: str, how: How) -> str:
     if name in ("chosen", "rejected"):
-        return " This is preference data, which --objective dpo or orpo learns from."
+        return " This is preference data, for --objective dpo or orpo."
     if name in (*SYSTEM, "history", *PASSED) and question and not how.as_chat:
-        return " --as_chat makes a chat of it, which has a place for it."
+        return " --as_chat turns it into a chat, which has a place for it."
     if question and name in (*QUESTIONS, "document", "passage"):
         parts = (question, name) if name == "input" else (name, question)
         joined = "\n".join(f"{{{part}}}" for part in parts)
-        return f" To make it a part of the {question}: {flag_of(how.columns, {question: joined})}"
+        return f" To make it part of the {question}: {flag_of(how.columns, {question: joined})}"
     return ""
 
 
@@ -216,9 +219,9 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
         learn = "--objective dpo (or orpo) learns from both answers"
         more = f" This is preference data: {learn}; to train on the chosen ones: {flag_of(how.columns, flag)}"
     elif wrapper := next((key for key, value in record.items() if _holds_records(value)), None):
-        more = f" {wrapper!r} holds a list of records: give a file with that list alone."
+        more = f" {wrapper!r} contains a list of records: give a file with only that list."
     elif record:
-        more += " Name other fields with --columns."
+        more += " To use other fields, name them with --columns."
     expected = "prompt or messages" if how.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
 
@@ -231,7 +234,9 @@ def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, 
     if two is None:
         keys = ", ".join(map(repr, record)) or "nothing"
         near = "".join(did_you_mean(key, ("chosen", "rejected")) for key in record)
-        raise DataError(f"found {keys}, expected {PREFERENCE_FORMS}.{near} Name other fields with --columns.")
+        raise DataError(
+            f"found {keys}, expected {PREFERENCE_FORMS}.{near} To use other fields, name them with --columns."
+        )
     plain, sides, used = how._replace(preferences=False), list[Example](), set[str]()
     for name, side in (("chosen", two.chosen), ("rejected", two.rejected)):
         try:
@@ -272,7 +277,7 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
         if turns[0].role != "system":
             turns = [Turn("system", record[system]), *turns]
         elif turns[0].content.strip() != record[system].strip():
-            raise DataError(f"{system!r} and the first turn of {key!r} are two system prompts. Remove one")
+            raise DataError(f"{system!r} and the first turn of {key!r} are both system prompts. Remove one")
     if how.prompts and turns[-1].role != "assistant":  # the answer that is wanted comes after the last turn
         turns = [turn._replace(trained=False) for turn in turns]
     if not how.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
@@ -328,7 +333,7 @@ def _plain(record: dict[str, Any], names: set[str], where: str, how: How) -> tup
     if "text" not in names:
         return None
     if how.as_chat:
-        raise DataError("'text' has no prompt and completion that as_chat could make a chat of")
+        raise DataError("'text' has no prompt and completion that as_chat could turn into a chat. Leave out as_chat")
     return Example(((text_of(record, "text"), True),), (), where), "text", {"text"}
 
 
@@ -336,7 +341,7 @@ def _history(value: Any) -> list[Turn]:
     if value in (None, "", []):
         return []
     if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        raise DataError(f"history is {kind_of(value)}, expected a list of pairs of a question and its answer")
+        raise DataError(f"history is {kind_of(value)}, expected a list of pairs of question and answer")
     names = [{"question": question, "answer": answer} for question, answer in value]
     turns = [[Turn("user", text_of(pair, "question")), Turn("assistant", text_of(pair, "answer"))] for pair in names]
     return [turn for pair in turns for turn in pair]

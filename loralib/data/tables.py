@@ -50,13 +50,13 @@ def rows_of_csv(text: str, path: Path) -> Rows:
     if names[0] == "":
         rows = list(rows)  # type: ignore[assignment]
         if not all(row[0] == str(number) for number, (_, row) in enumerate(rows) if row):
-            raise DataError(f"{path}:1: column 1 has no name. Write names for all columns into the first row.")
+            raise DataError(f"{path}:1: column 1 has no name. Name all columns in the first row.")
         names[0] = "row number"  # as pandas writes it
     for line, row in rows:
         if isinstance(row, Fault):
             yield f"{path}:{line}", row
         elif len(row) != len(names):
-            hint = " Is a text with a separator not in quotes?" if len(row) > len(names) else ""
+            hint = " Is a text that contains a separator missing its quotes?" if len(row) > len(names) else ""
             count = f"{len(row)} field{'s' * (len(row) != 1)}"
             yield f"{path}:{line}", Fault(f"{count}, expected {len(names)} ({', '.join(names)}).{hint}")
         else:
@@ -91,11 +91,13 @@ def _checked_names(path: Path, line: int, row: Any) -> list[str]:
     names = [name.strip() for name in row]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}:{line}: {', '.join(map(repr, twice))} names two columns. Rename one in the first row.")
+        raise DataError(
+            f"{path}:{line}: {', '.join(map(repr, twice))} is the name of two columns. Rename one in the first row."
+        )
     nameless = [number for number, name in enumerate(names, 1) if not name and number > 1]
     if nameless:
         listed = ", ".join(map(str, nameless))
-        raise DataError(f"{path}:{line}: column {listed} has no name. Write names for all columns into the first row.")
+        raise DataError(f"{path}:{line}: column {listed} has no name. Name all columns in the first row.")
     return names
 
 
@@ -138,7 +140,9 @@ def rows_of_arrow(raw: bytes, path: Path) -> Rows:
         for batch in batches:
             size += batch.nbytes
             if size > most:
-                raise DataError(f"{path} unpacks to more than 200 times its size, unlike text. Look at what it holds.")
+                raise DataError(
+                    f"{path} unpacks to more than 200 times its size, which text does not. Check its contents."
+                )
             for row in batch.to_pylist():
                 yield f"{path}[{number}]", {key: without_nulls(cell) for key, cell in row.items()}
                 number += 1
@@ -177,11 +181,12 @@ def rows_of_table(value: Any, name: str = "data") -> Rows:
             if "train" not in value:
                 listed = ", ".join(map(repr, value))
                 raise DataError(
-                    f"{name} has the splits {listed}, and no 'train'. Give one: data[{next(iter(value), '')!r}]."
+                    f"{name} has the splits {listed}, but no 'train'. Give one of them: "
+                    f"data[{next(iter(value), '')!r}]."
                 )
             value = value["train"]
         if not hasattr(value, "__len__"):
-            raise DataError(f"{name} is a stream of examples. Give a part of it: list(data.take(1000)).")
+            raise DataError(f"{name} is a stream of examples. Give part of it: list(data.take(1000)).")
         rows = _rows_of_dataset(value)
     elif _library(value) == "pandas":
         rows = ({key: _plain(item) for key, item in row.items()} for row in value.to_dict("records"))
@@ -242,7 +247,7 @@ def hub_rows(name: str) -> Rows:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            f"{name} is not a file here; reading it from the hub needs datasets: pip install 'loralib[data]'"
+            f"{name} is not a local file; reading it from the hub needs datasets: pip install 'loralib[data]'"
         ) from error
     id_and_subset, _, split = name.partition("@")
     owner, rest, *subset = id_and_subset.split("/")
@@ -250,7 +255,7 @@ def hub_rows(name: str) -> Rows:
         loaded = datasets.load_dataset(f"{owner}/{rest}", *subset)
     except Exception as error:  # of the hub's client, of the network, of whatever reads the files
         raise DataError(
-            f"{name} is neither a file here nor a data set that the hub gives: {first_line(error)}. Give "
+            f"{name} is neither a local file nor a data set that the hub provides: {first_line(error)}. Give "
             "owner/name, owner/name/subset, or either with @split, for instance @train."
         ) from None
     split = split or "train"

@@ -397,7 +397,7 @@ def _pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
         if not all(both):
             faults.append(f"{chosen.source}: {'rejected' if both[0] else 'chosen'} is empty")
         elif max(map(len, both)) > 1:
-            faults.append(f"{chosen.source}: the chat template needs a row for each answer; keep the last answer alone")
+            faults.append(f"{chosen.source}: the chat template needs a row for each answer; keep only the last answer")
         elif both[0] == both[1]:
             faults.append(f"{chosen.source}: chosen and rejected have the same tokens, so there is nothing to prefer")
         else:
@@ -410,7 +410,7 @@ def _pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
 
 def _checked(seq_len: int | None) -> int | None:
     if seq_len is not None and seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to see and one to predict.")
+        raise ConfigError(f"seq_len is {seq_len}, expected at least 2: one token to read and one to predict.")
     return seq_len
 
 
@@ -420,7 +420,7 @@ def _limited(whole: Encoded, seq_len: int | None, tokenizer: Tokenizer) -> Encod
     if encoded.examples:
         return encoded
     if not encoded.out:
-        raise DataError("no example of the data is left (there were none).")
+        raise DataError("no example of the data is left (there were none). Give at least one.")
     example, reason, tokens = encoded.out[0]
     fix = f" The shortest has {min(whole.lengths):,} tokens: raise seq_len to at least that." if whole.lengths else ""
     pieces = [(example.prompt, False), (example.completion, True)]
@@ -432,7 +432,9 @@ def _limited(whole: Encoded, seq_len: int | None, tokenizer: Tokenizer) -> Encod
     listed = [f"{'trained' if trained else 'not trained'}: {shown(text, 300)}" for text, trained in pieces[:6]]
     where = _SOURCE_END.sub("", example.source) or "the data"
     size = f", {tokens:,} tokens" if tokens else ""
-    heading = f"no example of {where} is left ({encoded.drop_note}).{fix} The first, {example.source} ({reason}{size})"
+    heading = (
+        f"no example of {where} is left ({encoded.drop_note}).{fix} The first is {example.source} ({reason}{size})"
+    )
     raise DataError(list_faults(heading, listed))
 
 
@@ -446,7 +448,7 @@ def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> 
     """
     rows = _rows(example, ChatTemplate(tokenizer))
     if len(rows) > 1:
-        raise DataError(f"{example.source}: this chat needs {len(rows)} rows, one for each answer. Use encode.")
+        raise DataError(f"{example.source}: this chat needs {len(rows)} rows, one for each answer. Use encode instead.")
     ids = _ids_in_place(rows[0], _ids_of(rows, tokenizer), tokenizer)
     return _join(example, rows[0], ids, _start_ids(tokenizer), _end_id(tokenizer), objective)
 
@@ -592,7 +594,7 @@ def _started(ids: list[int], start: list[int]) -> list[int]:
 
 def _end_id(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token, so a completion cannot be ended. Set tokenizer.eos_token.")
+        raise DataError("the tokenizer has no end token, so completions cannot be ended. Set tokenizer.eos_token.")
     return int(tokenizer.eos_token_id)
 
 

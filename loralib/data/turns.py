@@ -61,7 +61,7 @@ def _flag(fields: dict[str, Any], role: str, where: str) -> bool:
         if value not in (0, 1):
             raise DataError(f"{where}.{name} is {value!r}, expected true or false (or 1 or 0)")
         if role != "assistant" and value and name != "weight":
-            raise DataError(f"{where}.{name} is true, but only turns of the assistant are trained")
+            raise DataError(f"{where}.{name} is true, but only the assistant's turns are trained on")
         trained = trained and bool(value)
     return trained
 

@@ -71,8 +71,9 @@ def prepare_classifier(model: nn.Module, config: TrainConfig, tokenizer: Any, da
     if settings.pad_token_id is None:
         if tokenizer is None or tokenizer.pad_token_id is None:
             raise ConfigError(
-                f"the config of the {type(model).__name__} has no pad_token_id, by which the last token of a text is "
-                "found, and no tokenizer tells it. Set tokenizer.pad_token = tokenizer.eos_token, and pass tokenizer=."
+                f"the config of the {type(model).__name__} has no pad_token_id, which is needed to find the last "
+                "token of a text, and no tokenizer provides it. Set tokenizer.pad_token = tokenizer.eos_token, and "
+                "pass tokenizer=."
             )
         settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if is_tokens(data):
@@ -109,7 +110,7 @@ def _require_metric(config: TrainConfig, labels: Labels) -> None:
     fitting = ["loss", *(name for name in of_them if name != "f1" or len(labels.names) == 2)]
     if config.best_metric not in fitting:
         what = "numbers" if labels.are_numbers else f"{len(labels.names)} labels"
-        raise ConfigError(f"best_metric is {config.best_metric!r}, expected for {what} one of {', '.join(fitting)}")
+        raise ConfigError(f"best_metric is {config.best_metric!r}, expected one of {', '.join(fitting)} for {what}")
 
 
 class ClassificationStep:

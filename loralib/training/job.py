@@ -38,7 +38,7 @@ def run_job(config: TrainConfig) -> TrainResult:
     from .trainer import finished, run_in
 
     if config.train_data is None:
-        raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
+        raise ConfigError("no training data given: add --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
         # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.

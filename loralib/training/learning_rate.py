@@ -40,7 +40,7 @@ def automatic_learning_rate(
     >>> automatic_learning_rate(135_000_000, 576, 32.0, 90)
     (0.0016, 'width 576, lora_alpha 32, 90 trained tokens an update')
     >>> automatic_learning_rate(135_000_000, None, 32.0, 90)[1].partition(";")[0]
-    'taking a width of 877, since the model does not say it, from 135,000,000 parameters'
+    'assuming a width of 877, estimated from 135,000,000 parameters, since the model does not state it'
     """
     width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
     rate = _RATE * math.sqrt(min(max(1, trained_tokens), _MOST_TOKENS)) * (_WIDTH / width) ** 0.78
@@ -49,6 +49,9 @@ def automatic_learning_rate(
         rate /= 10
     seen = f"width {width:,},"
     if hidden_size is None:
-        seen = f"taking a width of {width:,}, since the model does not say it, from {parameters:,} parameters;"
-    reason = f"{seen} lora_alpha {alpha:g}, {trained_tokens:,.0f} trained tokens an update"
-    return float(f"{rate:.2g}"), reason + (", a tenth for dpo" if objective == "dpo" else "")
+        seen = (
+            f"assuming a width of {width:,}, estimated from {parameters:,} parameters, since the model does not state "
+            "it;"
+        )
+    reason = f"{seen} lora_alpha {alpha:g}, {trained_tokens:,.0f} trained tokens per update"
+    return float(f"{rate:.2g}"), reason + (", divided by ten for dpo" if objective == "dpo" else "")

@@ -90,7 +90,7 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
     ['lr-0.0001', 'lr-0.0003']
     """
     if not configs:
-        raise ConfigError("there are no runs: give at least one TrainConfig")
+        raise ConfigError("no runs are given, expected at least one TrainConfig")
     values = [config.to_dict() for config in configs]
     differ = [name for name in values[0] if any(each[name] != values[0][name] for each in values)]
     faults = [
@@ -99,20 +99,20 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
     if faults:
         raise ConfigError(
             list_faults(
-                "these settings differ, and all runs of a sweep share them",
+                "these settings differ, but all runs of a sweep must share them",
                 faults,
-                "Make a sweep of its own for each value.",
+                "Run a separate sweep for each value.",
             )
         )
     faults = list(dict.fromkeys(fault for config in configs for fault in _trains_the_base(config)))
     if faults:
         fix = "Train such runs one by one, with `loralib train`."
-        raise ConfigError(list_faults("a sweep cannot train what its runs share, the base", faults, fix))
+        raise ConfigError(list_faults("a sweep cannot train the base model, which all its runs share", faults, fix))
     names = ["_".join(f"{name}-{_shown(each[name])}" for name in differ) or "run" for each in values]
     if max(map(len, names)) > _LONGEST and len(set(names)) == len(names):
         return [f"run-{number}" for number in range(1, len(names) + 1)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(list_faults("these runs are there more than once", twice, "Give each setting once."))
+        raise ConfigError(list_faults("these runs occur more than once", twice, "List each value only once."))
     return names
 
 
@@ -145,13 +145,15 @@ def train_all(
     """Trains all runs; see `loralib.train_many`."""
     with joined() as ranks:
         if ranks.size > 1:
-            raise ConfigError("a sweep runs in one process, and several were started: call it without torchrun")
+            raise ConfigError("a sweep runs in a single process, but several were started: run it without torchrun")
     names = run_names(configs)
     model = adapted_model(model)
     if adapted_layers(model):
-        raise ConfigError("the model has an adapter already, and a sweep gives each run its own: lora.remove(model)")
+        raise ConfigError(
+            "the model already has an adapter, but a sweep gives each run its own: call lora.remove(model) first"
+        )
     if is_spread(model) or configs[0].shard:
-        raise ConfigError("a sweep holds the base in one process: leave shard out")
+        raise ConfigError("shard is on, but a sweep keeps the whole base in one process: leave it out")
     with hold_directory(output_dir) as path, ExitStack() as stack:
         sweep = _Sweep(path, model, data, tokenizer, valid_data, Reporter(verbose))
         sweep.add(names, configs, stack)
@@ -191,8 +193,8 @@ class _Sweep:
         known = read_record_of(self.path) if configs[0].resume else {}
         if known and set(known) != set(names):
             raise ConfigError(
-                f"{self.path} holds a sweep of other runs ({', '.join(sorted(known))}): resume it with its own "
-                "settings, or choose another --output_dir"
+                f"{self.path} contains a sweep with different runs ({', '.join(sorted(known))}): resume it with its "
+                "own settings, or choose another --output_dir"
             )
         for name, config in zip(names, configs, strict=True):
             config = config.replace(output_dir=str(self.path / name))
@@ -220,9 +222,9 @@ class _Sweep:
 
     def _tell(self, together: Sequence[_Run], apart: Sequence[_Run]) -> None:
         say = self.reporter.say
-        say(f"{counted(len(self.runs), 'run')}: {len(together)} in one, {len(apart)} one after the other")
+        say(f"{counted(len(self.runs), 'run')}: {len(together)} trained together, {len(apart)} one by one")
         for run in apart:
-            say(f"  {run.name} trains by itself: {run.why_alone}")
+            say(f"  {run.name} trains on its own: {run.why_alone}")
 
     def write(self) -> list[Outcome]:
         """Writes down what has become of each run so far, and returns it."""
@@ -253,7 +255,7 @@ class _Sweep:
     def drop(self, run: _Run, error: Exception) -> None:
         """Gives a run up, and says why."""
         run.dropped = first_line(error).partition(". ")[0]
-        self.reporter.say(f"Dropped {run.name}: {run.dropped}. The other runs go on.")
+        self.reporter.say(f"Dropped {run.name}: {run.dropped}. The other runs continue.")
 
     def _plan(self, run: _Run) -> Plan:
         data, tokenizer, valid_data = self._given
@@ -298,7 +300,7 @@ class _Sweep:
                     stack.enter_context(
                         gradient_checkpointing(self.model) if config.gradient_checkpointing else nullcontext()
                     )
-                    stack.enter_context(explain_out_of_memory(lambda: "Make a sweep of fewer runs at once."))
+                    stack.enter_context(explain_out_of_memory(lambda: "Put fewer runs into one sweep."))
                     _Together(self, twins, plans, given, stop).train()
             finally:
                 for name, p in self.model.named_parameters():
@@ -315,15 +317,15 @@ class _Sweep:
             adapt(twin, plan, Reporter(False), eva_starts)
             if why := why_not_shared(twin):
                 run.why_alone = why
-                self.reporter.say(f"  {run.name} trains by itself: {why}")
+                self.reporter.say(f"  {run.name} trains on its own: {why}")
                 apart.append(run)
                 continue
             needed += _BYTES * sum(p.numel() for p in twin.parameters() if p.requires_grad)
             if free is not None and needed > _ROOM * free:
                 raise ConfigError(
-                    f"{counted(len(plans), 'run')} need more memory than there is: the adapters of the first "
-                    f"{len(twins) + 1} take about {size(needed)} with their optimisers, and {size(free)} are free. "
-                    f"Make sweeps of at most {max(1, len(twins))} of them"
+                    f"{counted(len(plans), 'run')} need more memory than is free: the adapters of the first "
+                    f"{len(twins) + 1} take about {size(needed)} with their optimisers, but only {size(free)} is "
+                    f"free. Split the runs into sweeps of at most {max(1, len(twins))}"
                 )
             twins[run] = twin
         return twins, apart
@@ -346,7 +348,7 @@ class _Sweep:
         self.reporter.say(sweep_table(result))
         if best is None:
             raise TrainingError(
-                list_faults("no run came to an end", [f"{o.name}: {o.dropped}" for o in outcomes], "Lower --lr.")
+                list_faults("no run finished", [f"{o.name}: {o.dropped}" for o in outcomes], "Lower --lr.")
             )
         self.reporter.say(f"Best: {best.name} (loss {best.loss:.4f}); its adapter: {self.path / 'best'}")
         return result
@@ -379,12 +381,12 @@ def twin_of(model: nn.Module) -> nn.Module:
 def _why_alone(config: TrainConfig) -> str:
     """Returns why a run of these settings cannot share passes, or ""."""
     reasons = {
-        "DoRA scales what the base computes": config.use_dora,
+        "DoRA rescales the base's output": config.use_dora,
         f"init_lora_weights {config.init_lora_weights} changes the base": config.init_lora_weights
         not in ("default", "eva"),
-        "lora_bias adds to what the base computes": config.lora_bias,
-        "rows of a table are trained": config.trainable_token_indices is not None,
-        "dropout draws random numbers, which are the run's own": config.lora_dropout > 0,
+        "lora_bias adds to the base's output": config.lora_bias,
+        "rows of an embedding or head are trained": config.trainable_token_indices is not None,
+        "dropout draws random numbers that are specific to the run": config.lora_dropout > 0,
         f"its objective is {config.objective}": config.objective not in OBJECTIVES,
     }
     return next((why for why, holds in reasons.items() if holds), "")
@@ -397,9 +399,9 @@ def _why_apart(model: nn.Module) -> str:
     if drops or getattr(config, "attention_dropout", None):
         return "the base has dropout, which draws random numbers"
     if computes_in_half(model):
-        return "in fp16 each pass has a scale of its own"
+        return "in fp16 each pass has its own loss scale"
     if rope_limit(model) is not None:
-        return "positions depend on the longest row of a pass"
+        return "positions depend on the longest row in a pass"
     return ""
 
 

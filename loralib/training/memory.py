@@ -43,7 +43,7 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     enable = getattr(model, f"{kind}_checkpointing_enable", None)
     disable = getattr(model, f"{kind}_checkpointing_disable", None)
     if not callable(enable) or not callable(disable):
-        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not offer it; leave it out")
+        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     was_on = bool(getattr(model, f"is_{kind}_checkpointing", False))
     enable({"use_reentrant": False})  # the reentrant kind trains nothing below a frozen embedding
     try:

@@ -140,8 +140,8 @@ def automatic_settings(
             config.loraplus_lr_ratio,
             config.objective,
         )
-        b = "" if config.loraplus_lr_ratio == 1 else f", B {config.loraplus_lr_ratio:g} times that"
-        say(f"Learning rate: {lr:g}{b} ({reason}); --lr sets another")
+        b = "" if config.loraplus_lr_ratio == 1 else f", {config.loraplus_lr_ratio:g} times that for B"
+        say(f"Learning rate: {lr:g}{b} ({reason}); --lr changes it")
         config = config.replace(lr=lr)
     if config.warmup_steps is None:
         updates = config.max_steps or config.num_epochs * updates_per_epoch(config, len(examples))
@@ -172,7 +172,7 @@ def length_limit(model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) ->
         if last is not None and config.seq_len > last:
             raise ConfigError(
                 f"seq_len is {count(config.seq_len)}, but the model has only {count(last)} positions: lower --seq_len "
-                f"to {count(last)} at most, or leave it out"
+                f"to at most {count(last)}, or leave it out"
             )
         return config.seq_len, "seq_len"
     context = context_length(model)
@@ -180,7 +180,7 @@ def length_limit(model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) ->
         context = min(context, last)
     fits = _fits_in_memory(model, config, ranks)
     if fits is not None and (context is None or fits < context):
-        return fits, f"memory, with {counted(config.batch_size, 'example')} a step"
+        return fits, f"memory, with {counted(config.batch_size, 'example')} per step"
     return context, "the model's context"
 
 
@@ -215,9 +215,9 @@ def _tell(
         if encoded.seq_len is not None and encoded.seq_len != limit:
             limit, why = encoded.seq_len, "plain text is cut into windows"
         longest = max(encoded.lengths)
-        bound = "" if limit is None else f", within {count(limit)} ({why})"
+        bound = "" if limit is None else f"; the limit is {count(limit)} ({why})"
         if limit is None or longest <= limit:
-            say(f"Sequence length: up to {count(longest)} tokens, the longest example{bound}")
+            say(f"Sequence length: up to {count(longest)} tokens (the longest example){bound}")
         else:
             say(f"Sequence length: {count(limit)} tokens ({why}); the longest example has {count(longest)}")
     if encoded.length_warning:
@@ -227,8 +227,8 @@ def _tell(
         there = f" ({size(free)} free now)" if free is not None else ""
         fix = "" if why == "seq_len" else " Lower --batch_size and raise --grad_accum, or add --gradient_checkpointing."
         if why == "the model's context":
-            fix = " The model cannot: shorten them, or choose another."
-        say(f"WARNING: {encoded.length_warning} That takes about {size(needed)} a step{there}.{fix}")
+            fix = " The model cannot take more: shorten the examples, or choose another model."
+        say(f"WARNING: {encoded.length_warning} That takes about {size(needed)} per step{there}.{fix}")
 
 
 def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
@@ -255,7 +255,7 @@ def _encoded(
         )
         if any(type(item) is not wants for item in data):
             found = " and ".join(sorted({type(item).__name__ for item in data}))
-            raise DataError(f"{kind} data holds {found}, expected {wants.__name__} for objective {config.objective}")
+            raise DataError(f"{kind} data contains {found}, expected {wants.__name__} for objective {config.objective}")
         return _limited_tokens(data, limit, max_samples, config.seed, kind)
     sources = read_sources(data, **how_to_read(config), name=f"{kind} data")
     if tokenizer is None:
@@ -320,7 +320,7 @@ def _split(
         wanted = min(wanted, config.max_valid_samples)
     if not wanted:
         if config.valid_fraction is None:
-            say("Validation: none, of so few examples; give --valid_data, or --valid_fraction")
+            say("Validation: none, since there are so few examples; give --valid_data or --valid_fraction to have some")
         return rows, [], share
     keys = [_group(text, row) for text, row in zip(encoded.texts, rows, strict=True)]
     train, valid = split_off(rows, keys, wanted, config.seed)
@@ -330,10 +330,10 @@ def _split(
         train = [*train, *compress(valid, rare)]
         valid = [row for row, is_rare in zip(valid, rare, strict=True) if not is_rare]
     if not valid:
-        say("Validation: none, since too many examples share one prompt to set some apart; give --valid_data")
+        say("Validation: none, since too many examples share a prompt to hold some out; give --valid_data to have some")
         return rows, [], 0.0
     say(
-        f"Validation: {count(len(valid))} of the {count(len(rows))} examples, whose prompts are in no training example "
+        f"Validation: {count(len(valid))} of the {count(len(rows))} examples, none of whose prompts occur in training "
         "(--valid_fraction 0 trains on all)"
     )
     return train, valid, share

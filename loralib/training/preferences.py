@@ -130,8 +130,8 @@ class PreferenceStep(Step):
         sizes = [{max(len(row) - 1, limit) for row in pair.rows} for pair in batch]
         if any(len(each) > 1 for each in sizes):
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} turns positions in another way beyond {limit:,} tokens, so the two "
-                f"answers of a pair cannot be computed together there: give --seq_len {limit:,}"
+                f"{type(self._model).__name__} encodes positions differently beyond {limit:,} tokens, so the two "
+                f"answers of a longer pair cannot be computed together: give --seq_len {limit:,}"
             )
         groups: dict[int, list[TokenExample]] = {}
         for pair, (size,) in zip(batch, sizes, strict=True):

@@ -65,8 +65,8 @@ class Ranks:
     def mesh(self, device: str) -> Any:
         """Returns all ranks as a DeviceMesh of one dimension, over which FSDP2 spreads weights."""
         raise ConfigError(
-            "shard spreads the base model over several processes, and this is one: start it with "
-            "`torchrun --nproc_per_node N -m loralib train --shard ...`, or leave --shard out"
+            "shard spreads the base model over several processes, but there is only one: start it with `torchrun "
+            "--nproc_per_node N -m loralib train --shard ...`, or leave out --shard"
         )
 
     def sum(self, numbers: Tensor) -> Tensor:
@@ -142,13 +142,13 @@ class _Group(Ranks):
         if name == "cuda":
             if local >= torch.cuda.device_count():
                 raise ConfigError(
-                    f"there are more processes on this machine than GPUs, {torch.cuda.device_count()}: start as many "
+                    f"this machine has more processes than GPUs ({torch.cuda.device_count()}): start as many "
                     "processes as there are GPUs (--nproc_per_node gpu), or use --device cpu"
                 )
             torch.cuda.set_device(local)
             return f"cuda:{local}"
         if name.startswith("cuda:"):
-            raise ConfigError(f"device is {name!r}, on which {self.size} processes cannot train at once; give cuda")
+            raise ConfigError(f"device is {name!r}, which {self.size} processes cannot share for training; use cuda")
         return name
 
     def mesh(self, device: str) -> Any:
@@ -233,7 +233,7 @@ class _Group(Ranks):
                 here, there = theirs[0].get(name, "absent"), theirs[others[0]].get(name, "absent")
                 faults.append(f"{name}: {here!r} on rank 0, {there!r} on {where}")
         if faults:
-            fix = "Give all processes the same command, the same files and the same environment."
+            fix = "Start all processes with the same command, the same files and the same environment."
             raise ConfigError(list_faults("the processes of this run do not agree", faults, fix))
 
     @contextmanager
@@ -259,7 +259,7 @@ class _Group(Ranks):
             if self.store.check(["failed"]):
                 return _unpacked(json.loads(self.store.get("failed")))
         lost = TrainingError(
-            f"another process of this run has died, or cannot be reached any more ({first_line(error)}). The last "
+            f"another process of this run has died or can no longer be reached ({first_line(error)}). The last "
             "checkpoint is intact: run the same command with --resume to continue."
         )
         self._has_lost = True
@@ -395,15 +395,17 @@ def _start_group() -> _Group:
     dist: Any = torch.distributed
     if missing := [name for name in _NEEDED if name not in os.environ]:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} is not set: start the processes "
-            "with torchrun, or set all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so {' and '.join(missing)} must be set too: start the "
+            "processes with torchrun, or set all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
     if not dist.is_available() or not dist.is_gloo_available():
-        raise ConfigError("this build of PyTorch cannot train in several processes: it has no gloo. Use one process.")
+        raise ConfigError(
+            "this build of PyTorch cannot train in several processes, because it lacks gloo. Use one process."
+        )
     if torch.cuda.is_available() and not dist.is_nccl_available():
         raise ConfigError(
-            "this build of PyTorch has no NCCL, by which processes on GPUs talk: install one that has it (on Linux), "
-            "use one process, or hide the GPUs (CUDA_VISIBLE_DEVICES=) and use --device cpu"
+            "this build of PyTorch lacks NCCL, which processes on GPUs need to communicate: install one that has it "
+            "(on Linux), use one process, or hide the GPUs (CUDA_VISIBLE_DEVICES=) and use --device cpu"
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:

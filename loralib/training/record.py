@@ -42,9 +42,9 @@ RUN_FILE = "run.toml"
 RECORD = "record"  # the table that holds what is no setting
 _NOT_SETTINGS = frozenset(("resume", "overwrite"))  # how a run was started does not tell what it computes
 _HEADING = """\
-# Settings of a training run, those that were left to the program with the values it chose.
+# Settings of a training run; those left to the program have the values that it chose.
 # To repeat it: loralib train --config run.toml
-# The table [record] says what was given, on which data and with which versions; it is not read as settings.
+# The table [record] lists what was given, which data and which versions were used; it is not read as settings.
 """
 
 

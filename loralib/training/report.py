@@ -62,7 +62,7 @@ class Reporter:
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
         """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
         if report is None:
-            has = "is built from LoRA layers of its own" if injection_of(model) is None else "has an adapter already"
+            has = "is built with its own LoRA layers" if injection_of(model) is None else "already has an adapter"
             self.say(f"The network {has}; --rank and --target_modules do not apply.")
         else:
             matched = ", ".join(
@@ -143,7 +143,9 @@ class Reporter:
         self._say_file("Adapter", directory / "adapter_model.safetensors")
         if result.best is not None and result.best[0] != result.valid_losses[-1][0]:
             step, loss = result.best
-            self.say(f"The best adapter is that of update {step} (validation loss {loss:.4f}): {directory / 'best'}")
+            self.say(
+                f"The best adapter is the one from update {step} (validation loss {loss:.4f}): {directory / 'best'}"
+            )
         if (directory / "pytorch_model.bin").exists():  # not of every variant
             self._say_file("Checkpoint for Microsoft's loralib", directory / "pytorch_model.bin")
         if (directory / "loss.png").exists():
@@ -156,8 +158,8 @@ class Reporter:
         self.say(f"Validation loss {first:.4f} -> {last:.4f} ({self._share(last, first)})")
         if last > 0.98 * first:
             self.say(
-                "WARNING: it hardly improved. A frozen base can only lend what it knows, and a random one (scratch, "
-                "run-demo) knows nothing. Use a pretrained --model, raise --lr, or train longer."
+                "WARNING: it hardly improved. A frozen base can only contribute what it knows, and a random one "
+                "(scratch, run-demo) knows nothing. Use a pretrained --model, raise --lr, or train longer."
             )
 
     def _share(self, loss: float, first: float) -> str:
@@ -196,7 +198,7 @@ class Metrics:
             self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
             there = self._file.seek(0, os.SEEK_END)
             if there < keep:  # someone cut it: its last line may be half a line
-                self.note = f"{self.path} lacks lines of the resumed run: it has {there:,} of {keep:,} bytes"
+                self.note = f"{self.path} is missing lines of the resumed run: it has {there:,} of {keep:,} bytes"
                 self._file.seek(0)
                 keep = self._file.read().rfind(b"\n") + 1
             self._file.truncate(keep)
@@ -262,7 +264,9 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}. Free some space, then run again with --resume."
+            ) from error
 
 
 class NoMetrics:
@@ -464,7 +468,7 @@ def write_card(
     original = ""
     if name in HUB_NAMES:
         original = (
-            f" {name} is a copy of {HUB_NAMES[name]} with the precision of 4 bits: expect small differences there."
+            f" {name} is a copy of {HUB_NAMES[name]} with 4-bit precision: expect small differences on the original."
         )
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     write_text(
@@ -492,14 +496,14 @@ model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
 print(lora.load_adapter(model, "."))
 ```
 
-PEFT loads the same directory: `PeftModel.from_pretrained(model, ".")`.{original}
+PEFT can load the same directory: `PeftModel.from_pretrained(model, ".")`.{original}
 
 All settings, the hashes of the data and the versions are in `run.toml`; `loralib train --config run.toml` repeats the
 run.
 
 ## What was learned
 
-Size of the update (Frobenius norm), and as a share of the base weight's; the ten largest of {len(norms)} layers.
+Size of the update (Frobenius norm), also as a share of the base weight's norm; the ten largest of {len(norms)} layers.
 
 | layer | update | share |
 |---|---:|---:|
@@ -519,9 +523,9 @@ def _facts(config: TrainConfig, progress: Progress, data: Sequence[Mapping[str, 
         counts
         | ({"data files": ", ".join(files)} if files else {})
         | {
-            "longest example": f"{config.seq_len:,} tokens at most",
+            "longest example": f"at most {config.seq_len:,} tokens",
             "updates": f"{progress.step:,} of {counted(config.batch_size * config.grad_accum, 'example')}",
-            "learning rate": f"{config.peak_lr:g}, B {config.loraplus_lr_ratio:g} times that (LoRA+); "
+            "learning rate": f"{config.peak_lr:g}, {config.loraplus_lr_ratio:g} times that for B (LoRA+); "
             f"{config.schedule}, after {counted(config.warmup_steps or 0, 'update')} of warm-up",
             "training loss, by epoch": ", ".join(f"{loss:.4f}" for loss in progress.train_losses),
             "seed": str(config.seed),
@@ -529,7 +533,7 @@ def _facts(config: TrainConfig, progress: Progress, data: Sequence[Mapping[str, 
         }
     )
     if config.from_adapter is not None:
-        facts["trained on from"] = f"`{config.from_adapter}`"
+        facts["continued from"] = f"`{config.from_adapter}`"
     if progress.valid_losses:
         first, last = progress.valid_losses[0][1], progress.valid_losses[-1][1]
         facts["validation loss"] = f"{first:.4f} before, {last:.4f} after ({last / first:.0%})"

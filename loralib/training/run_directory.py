@@ -210,7 +210,7 @@ class Checkpoint:
         shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (self.parameters, parameters)]
         if faults := _differences(*shapes):
             raise TrainingError(
-                list_faults(f"{path} belongs to a model with another adapter", faults, "Inject the original one.")
+                list_faults(f"{path} belongs to a model with a different adapter", faults, "Inject the original one.")
             )
 
 
@@ -227,16 +227,17 @@ def require_same_settings(
     if not faults:
         return
     differ = {name for name in then if then[name] != now.get(name)}
-    advice = "Resume with the original settings, or start anew with --overwrite or another --output_dir."
+    advice = "Resume with the original settings, or start over with --overwrite or another --output_dir."
     if differ <= _LENGTHS:
         if then.get("schedule") == "constant" and _is_longer(then, now) and not is_over:
             return
         advice = (
-            f"The learning rate falls towards the end of a run ({then.get('schedule')}), so a longer one is another "
-            "run. Finish it with the original settings; then train on from its adapter, with --from_adapter DIR and "
-            "another --output_dir. (With --schedule constant and --keep_checkpoints 1 from the start, a run can go on.)"
+            f"The learning rate falls towards the end of a run ({then.get('schedule')}), so a longer run is a "
+            "different one. Finish it with the original settings; then continue from its adapter, with --from_adapter "
+            "DIR and another --output_dir. (With --schedule constant and --keep_checkpoints 1 from the start, a run "
+            "can be extended.)"
         )
-    raise TrainingError(list_faults(f"{path} belongs to a run with other settings", faults, advice))
+    raise TrainingError(list_faults(f"{path} belongs to a run with different settings", faults, advice))
 
 
 def _is_longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -307,12 +308,14 @@ def last_checkpoint(
             continue
         if tell is not None:
             for fault in faults:
-                tell(f"{fault}; going back to {path.name}")
+                tell(f"{fault}; falling back to {path.name}")
         return checkpoint, path
     if faults:
         raise FormatError(
             list_faults(
-                f"no checkpoint in {directory} can be read", faults, "Start anew with --overwrite, or restore one."
+                f"no checkpoint in {directory} can be read",
+                faults,
+                "Start over with --overwrite, or restore a checkpoint.",
             )
         )
     return None
@@ -366,7 +369,7 @@ def _read(path: Path) -> Checkpoint:
     if _STATE not in metadata:
         raise FormatError(f"{path} is not a checkpoint of a training run")
     if _DIGEST not in metadata:
-        raise FormatError(f"{path} was written by an early loralib without a checksum, so damage would go unnoticed")
+        raise FormatError(f"{path} was written without a checksum by an early loralib, so damage would go unnoticed")
     if metadata[_DIGEST] != _digest(metadata[_STATE], tensors):
         raise FormatError(f"{path} is damaged: its content does not match its checksum")
     parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "initial": {}, "rng": {}}
@@ -403,8 +406,8 @@ def hold_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunDirectory]:
             ranks.first(lambda: remove_file(mark))
             if blind:
                 raise ConfigError(
-                    f"output_dir {path} is not on rank {', '.join(map(str, blind))} what it is on rank 0: choose a "
-                    "directory on a disk that all machines share"
+                    f"output_dir {path} is not the same directory on rank {', '.join(map(str, blind))} as on rank 0: "
+                    "choose a directory on a disk that all machines share"
                 )
         yield RunDirectory(path, config, tidy=ranks.is_first)
 
@@ -455,9 +458,9 @@ class RunDirectory:
             last = None if discards else last_checkpoint(self.checkpoints)
             if last is not None and not last[0].progress.finished and not self.config.resume:
                 raise TrainingError(
-                    f"{self.path} holds a run{last[0].progress.of_ranks} that stopped after "
-                    f"{counted(last[0].progress.step, 'update')}. Add --resume to continue it, in any number of "
-                    "processes, --overwrite to discard it, or choose another --output_dir."
+                    f"{self.path} contains a run{last[0].progress.of_ranks} that stopped after "
+                    f"{counted(last[0].progress.step, 'update')}. Add --resume to continue it, with any number of "
+                    "processes, add --overwrite to discard it, or choose another --output_dir."
                 )
             self._then = last[0].settings if last is not None and self.config.resume else {}
         return self._then
@@ -500,7 +503,7 @@ class RunDirectory:
                 last[0].require_same(settings, parameters, last[1])
                 return last[0]
         if not self.config.overwrite and (aside := self._move_aside()):
-            say(f"An earlier run's files here were moved to {aside}")
+            say(f"The files of an earlier run were moved to {aside}")
         self._remove_checkpoints()
         return None
 
@@ -609,15 +612,15 @@ class RunDirectory:
         """Returns the error for a loss or gradient that went wrong: what is saved, and what to try."""
         if progress.step == 0:
             return TrainingError(
-                f"{fault}: the model itself produces it, nothing has been trained yet. Try --dtype fp32, and look at "
-                "its weights."
+                f"{fault}: the model itself produces this, since nothing has been trained yet. Try --dtype fp32, and "
+                "check the model's weights."
             )
         best = progress.best_validation()
-        saved = f" {self.best} holds the adapter of update {best[0]}." if best else ""
+        saved = f" {self.best} contains the adapter from update {best[0]}." if best else ""
         lr, ratio = self.config.peak_lr, self.config.loraplus_lr_ratio
         return TrainingError(
             f"{fault}. {self._saved()}{saved} Lower --lr (now {lr:g}) or --loraplus_lr_ratio (now {ratio:g}), raise "
-            "--warmup_steps, or try --dtype fp32; then start anew with --overwrite."
+            "--warmup_steps, or try --dtype fp32; then start over with --overwrite."
         )
 
     def less_memory(self) -> str:
@@ -634,8 +637,8 @@ class RunDirectory:
         except (OSError, AdapterError):
             last = None
         if last is None:
-            return "There is no checkpoint yet."
-        return f"The checkpoint of update {last[0].progress.step} is intact ({last[1]})."
+            return "No checkpoint has been written yet."
+        return f"The checkpoint from update {last[0].progress.step} is intact ({last[1]})."
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,14 +97,14 @@ def spread(model: nn.Module, ranks: Ranks) -> None:
         ConfigError: there is one process, or a weight is trained that is spread already.
     """
     if computes_in_half(model):  # it repeats passes that overflow, as each rank finds necessary
-        raise ConfigError("shard does not go with fp16: give dtype bf16, or fp32")
+        raise ConfigError("shard is on and dtype is fp16, which do not work together: set dtype to bf16 or fp32")
     if not is_spread(model):
         with _hidden([(module, name, p) for module in model.modules() for name, p in module._parameters.items()
                       if p is not None and p.requires_grad]):  # fmt: skip
             shard(model, ranks.mesh(str(device_of(model))))
     apart = [name for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
     if apart:
-        fix = "Train the factors alone (bias none, no modules_to_save), and let train() spread the weights."
+        fix = "Train only the factors (bias none, no modules_to_save), and let train() spread the weights."
         raise ConfigError(list_faults("these trained tensors are spread over processes", apart, fix, most=8))
 
 
@@ -139,10 +139,10 @@ def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:
     if faults:
         raise ConfigError(
             list_faults(
-                f"{config.from_adapter} has a shape of its own, which training keeps",
+                f"training keeps the shape of {config.from_adapter}, but these settings differ from it",
                 faults,
-                "Leave these settings out. For another rank: `loralib combine ADAPTER=1 NEW --rank N`, then train on "
-                "from NEW; for all else, train a new adapter.",
+                "Leave these settings out. For another rank, run `loralib combine ADAPTER=1 NEW --rank N` and "
+                "continue from NEW; for anything else, train a new adapter.",
             )
         )
     return adapter
@@ -187,7 +187,7 @@ def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
     if faults:
         raise ConfigError(
             list_faults(
-                f"the {type(model).__name__} has an adapter already, of another kind",
+                f"the {type(model).__name__} already has an adapter, with different settings",
                 faults,
                 "Leave these settings out, or pass a model without an adapter.",
             )
@@ -257,5 +257,5 @@ def full_precision(model: nn.Module) -> list[str]:
     kinds = " and ".join(sorted({kind for kind, _ in cast}))
     return [
         f"{counted(len(cast), 'trained tensor')} of the adapter had been cast to {kinds}, in which most updates would "
-        "be lost; training takes them back to float32"
+        "be lost; training converts them back to float32"
     ]

@@ -263,12 +263,12 @@ class Step:
             changed = self._packed_logits([*examples[:number], ids[:-3] + some(3), *examples[number + 1 :]])
             moved = max(float((changed[other] - packed[other]).abs().max()) for other in others)
             if not moved <= tolerance * size:
-                return f"in a packed row, the logits of one example move by {moved:.2g} when another one changes"
+                return f"in a packed row, the logits of one example change by {moved:.2g} when another example changes"
         for ids, ours, theirs in zip(examples, packed, single, strict=True):
             targets = torch.tensor(some(len(ids)), device=theirs.device)
             apart = float((_losses(ours, targets) - _losses(theirs, targets)).abs().mean())
             if not apart <= tolerance * max(size, 1.0):
-                return f"in a packed row, the loss of an example is off by {apart:.2g} from its loss alone"
+                return f"in a packed row, the loss of an example differs by {apart:.2g} from its loss on its own"
         return ""
 
     def _packed_logits(self, examples: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -314,11 +314,13 @@ def make_step(
         UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
-        raise ConfigError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to below 1 (0.1 is usual)")
+        raise ConfigError(
+            f"label_smoothing is {label_smoothing!r}, expected a number of at least 0 and below 1 (0.1 is usual)"
+        )
     if chunk_tokens is None:
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (256 is the default)")
+        raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (default 256)")
     with keep_freed_memory(lean=True):  # where it is tried, weights in fewer bits are made dense one by one
         step = kind(
             model,
@@ -330,7 +332,7 @@ def make_step(
         )
     if compiles and not step.compiles:
         why = why_not_compiled(step._forward.device) or f"batches are padded: {step.note or 'packing is off'}"
-        raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles where that works")
+        raise ConfigError(f"compile is on, but {why}; leave it at auto, which compiles wherever that works")
     return step
 
 

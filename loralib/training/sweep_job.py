@@ -44,7 +44,9 @@ def configs_of(values: Mapping[str, Any]) -> list[TrainConfig]:
             faults[str(error)] = None
     if faults:
         raise ConfigError(
-            list_faults("some runs of the sweep cannot be", list(faults)) if len(faults) > 1 else next(iter(faults))
+            list_faults("some runs of the sweep have invalid settings", list(faults))
+            if len(faults) > 1
+            else next(iter(faults))
         )
     return configs
 
@@ -65,7 +67,7 @@ def run_sweep(configs: list[TrainConfig]) -> SweepResult:
 
     config = configs[0]
     if config.train_data is None:
-        raise ConfigError("no training data given: --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
+        raise ConfigError("no training data given: add --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     run_names(configs)  # what can be wrong without a model shows before one is loaded
     sources, valid_sources, _ = read_data(config)
     Reporter().say(f"Loading {base_for(config)} ...")

@@ -148,12 +148,10 @@ def run_in(
     ranks: Ranks,
 ) -> TrainResult:
     """Trains an adapter in a directory that is held for it (see `hold_run`)."""
-    refuse_process_groups(model, "which train() does not: it trains in one process. Pass the model that is inside")
+    refuse_process_groups(model, "which train() does not support: it trains in one process. Pass the model inside it")
     model = adapted_model(model)
     if not all(layer.enabled for _, layer in adapted_layers(model)):
-        raise TargetError(
-            "the adapter is disabled, so nothing of it would learn; train after the `with disabled()` block"
-        )
+        raise TargetError("the adapter is disabled, so it would learn nothing; train after the `with disabled()` block")
     plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
     given, config = config, plan.config
     with ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
@@ -214,7 +212,7 @@ def _refuse_unvalidated(config: TrainConfig) -> None:
     idle = {"early_stopping": 0, "eval_steps": 0, "best_metric": "loss"}
     for name in [name for name, usual in idle.items() if getattr(config, name) != usual][:1]:
         raise ConfigError(
-            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave {name} out"
+            f"{name} is {getattr(config, name)}, but there is no validation data: give some, or leave out {name}"
         )
 
 
@@ -226,9 +224,9 @@ def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStart
         lora = lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new])
     if config.from_adapter is not None:
         if adapted_layers(model):
-            raise ConfigError("the model has an adapter already: leave out from_adapter, or pass a model without one")
+            raise ConfigError("the model already has an adapter: leave out from_adapter, or pass a model without one")
         report = apply_adapter(model, adapter_to_train_on(config, model))
-        reporter.say(f"Training on from {config.from_adapter}: {report}")
+        reporter.say(f"Continuing from {config.from_adapter}: {report}")
     elif not adapted_layers(model):
         if config.target != "none":
             check_portable(lora, model, config.target)
@@ -417,7 +415,7 @@ class Trainer:
         key["adapter"] = hash_tensors(self.initial)
         known = self.ranks.first(lambda: self.directory.read_reference(key))
         if known is None:
-            self.reporter.say(f"Computing the reference of {counted(len(pairs), 'pair')} ...")
+            self.reporter.say(f"Computing the reference for {counted(len(pairs), 'pair')} ...")
             with disabled(self.model) if self.reporter.from_base else holding(self.parameters, self.initial):
                 known = reference_of(
                     self.step,
@@ -447,13 +445,13 @@ class Trainer:
         config, say = self.config, self.reporter.say
         if self.ranks.size > 1:
             held = "each holds its share of the base" if is_spread(self.model) else "each holds the base"
-            say(f"{self.ranks.size} processes train together: {held}, and computes its part of every update.")
+            say(f"{self.ranks.size} processes train together: {held} and computes its share of every update.")
         if self.step.note:
             say(f"Batches are padded: {self.step.note}.")
         if self.metrics.note:
             say(f"WARNING: {self.metrics.note}.")
         if not reaches_peak(config, self.total):
-            say(f"WARNING: --warmup_steps {config.warmup_steps} outlasts the run: --lr is never reached.")
+            say(f"WARNING: --warmup_steps {config.warmup_steps} is longer than the run: --lr is never reached.")
         tokens = max(map(len, self.examples)) * examples_at_once(config, self.ranks)
         self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
@@ -495,7 +493,7 @@ class Trainer:
             self.reporter.say(
                 f"Stopped early, after update {progress.step:,} of {self.total:,}: the last "
                 + ("validation was" if progress.bad == 1 else f"{progress.bad:,} validations were")
-                + " no better than the best before."
+                + " no better than the best one before."
             )
 
     def _update(self, batches: list[list[TokenExample]]) -> Generator[Need, Any, None]:
@@ -750,12 +748,12 @@ def check_gradients(model: nn.Module) -> str:
             list_faults(
                 f"{len(faults)} of {counted(len(layers), 'adapted layer')} would learn nothing",
                 faults,
-                "Leave them out of target_modules, or find what keeps the gradient from them (a detach(), no_grad(), "
-                "a frozen path).",
+                "Leave them out of target_modules, or find out what keeps the gradient from reaching them (a "
+                "detach(), no_grad(), a frozen path).",
             )
         )
     return (
-        list_faults(f"{len(idle)} of {counted(len(layers), 'adapted layer')} never ran and will not learn", idle)
+        list_faults(f"{len(idle)} of {counted(len(layers), 'adapted layer')} never ran and will learn nothing", idle)
         if idle
         else ""
     )
