@@ -141,13 +141,13 @@ class ApplyReport:
     def __str__(self) -> str:
         bases = {
             "checked": "base model checked",
-            "quantized": "base model checked, but held in other bits than in training: expect small differences",
-            "unknown": "base model not checked: the adapter does not say which one it belongs to",
+            "quantized": "base model checked, but in a different precision than in training: expect small differences",
+            "unknown": "base model not checked: the adapter does not record which one it belongs to",
             "copy": "trained on a copy of this base model, one of the two in 4 bits: expect small differences",
-            "other": "trained on a base model with other values, as allowed",
+            "other": "trained on a base model with different values, as allowed",
         }
-        carried = f"; in place of the base's: {', '.join(self.carried)}" if self.carried else ""
-        ignored = f"; the base's own stay in use: {', '.join(self.ignored)}" if self.ignored else ""
+        carried = f"; replacing the base's: {', '.join(self.carried)}" if self.carried else ""
+        ignored = f"; keeping the base's own: {', '.join(self.ignored)}" if self.ignored else ""
         total = self.applied + len(self.ignored)
         return f"{self.applied} of {total} tensors applied ({bases[self.base]}{carried}{ignored})"
 
@@ -166,9 +166,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     refuse_peft(model)
     layers = adapted_layers(model)
     if not layers:
-        raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
+        raise TargetError(f"{type(model).__name__} holds no adapter; add one with inject() or load_adapter()")
     if layers[0][0] == "":
-        raise AdapterError(f"a {type(model).__name__} on its own has no name to save it under; put it into a model")
+        raise AdapterError(f"a {type(model).__name__} on its own has no name to be saved under; put it into a model")
     with gathered(wrapped):
         return _taken(model, layers)
 
@@ -220,10 +220,10 @@ def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], i
     if others:
         raise AdapterError(
             list_faults(
-                "these parameters train besides the adapter, which has no place for them",
+                "these parameters are trained in addition to the adapter, which cannot store them",
                 others,
-                "Freeze them (requires_grad_(False)); or name their modules in modules_to_save when you inject. What "
-                "they have learned is saved by torch.save(model.state_dict(), path).",
+                "Freeze them (requires_grad_(False)); or name their modules in modules_to_save when you inject. To "
+                "save what they have learned: torch.save(model.state_dict(), path).",
                 most=8,
             )
         )
@@ -254,7 +254,9 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     if not layers or (record is not None and record.config != adapter.config):
         refuse_process_groups(wrapped, WRAP_LATER)
     if is_spread(wrapped) and layers:
-        raise TargetError("the model is spread over processes (FSDP, ZeRO); put the adapter on first, then shard it")
+        raise TargetError(
+            "the model is spread over processes (FSDP, ZeRO); add the adapter first, then shard the model"
+        )
     for name, layer in layers:
         with _named_errors(name):
             layer.check_stored()
@@ -287,7 +289,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
     carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
     if carried:
         raise AdapterError(
-            list_faults("the adapter brings tables of its own along", list(carried), "Load it by itself.")
+            list_faults("the adapter has its own embedding or head", list(carried), "Load it on its own.")
         )
     _check_base(model, adapter, allow_base_mismatch)
 
@@ -295,7 +297,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
 def _as_trained(adapter: Adapter) -> Adapter:
     """Returns an adapter without what only mattered before its training: how its factors were initialised."""
     if not adapter.modules:
-        raise AdapterError("the adapter holds no LoRA tensors (names that end in lora_A and lora_B); copy it again")
+        raise AdapterError("the adapter contains no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     if adapter.config.changes_base:
         return adapter
     return replace(adapter, config=adapter.config.replace(init_lora_weights=True))
@@ -451,7 +453,7 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
             tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = A, B
         ranks[module], alphas[module] = r, alpha
     if faults:
-        raise AdapterError(list_faults("the fused blocks in the file's metadata do not fit its tensors", faults))
+        raise AdapterError(list_faults("the fused blocks in the file's metadata do not match its tensors", faults))
     metadata = {key: value for key, value in adapter.metadata.items() if key != BLOCKS}
     return Adapter(with_ranks(fused, ranks, alphas), tensors, metadata)
 
@@ -495,9 +497,9 @@ def _check_matching(setting: str, patterns: Collection[str], modules: Sequence[s
     if matching_steps(patterns, modules) > _MAX_STEPS:
         raise AdapterError(
             list_faults(
-                f"matching the expressions of {setting} with {len(modules):,} modules may take forever",
+                f"matching the expressions in {setting} with {len(modules):,} modules could take forever",
                 [key[:80] for key in patterns if not is_plain_name(key)],
-                f"Write names of modules or their endings into {setting} instead.",
+                f"Use names of modules or their endings in {setting} instead.",
             )
         )
 
@@ -543,7 +545,7 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
     if unsaved:
         raise AdapterError(
             list_faults(
-                "these parameters train, and an adapter has no place for them",
+                "these parameters are trained, but an adapter cannot store them",
                 unsaved,
                 "Freeze them with mark_only_lora_as_trainable(model), or save the whole model with torch.save.",
             )
@@ -574,7 +576,7 @@ def _check_tensors(
             kind = "misshapen  " if name in expected else "other base "
             faults.append(f"{kind} {name} {shape}, expected {wanted}")
             if is_table and len(shape) == 2 and shape[1:] == wanted[1:]:
-                faults[-1] += f" (tokens were added: model.resize_token_embeddings({shape[0]}) first)"
+                faults[-1] += f" (tokens were added: call model.resize_token_embeddings({shape[0]}) first)"
         elif not tensor.is_floating_point() and (name not in base or base[name].is_floating_point()):
             faults.append(f"not a float {name} of {tensor.dtype}")
         elif not all_finite(tensor):
@@ -592,8 +594,8 @@ def _check_tensors(
             list_faults(
                 f"the adapter does not fit {type(model).__name__}: {len(faults)} of {len(expected)} tensors are wrong",
                 faults,
-                "Load it into the base model it was trained on; check r and target_modules, "
-                "and name what was trained in full in modules_to_save (of adapter_config.json, for a directory).",
+                "Load it into the base model it was trained on; check r and target_modules, and list the modules "
+                "trained in full in modules_to_save (for a directory, in adapter_config.json).",
             )
         )
     return carried, tuple(ignored)
@@ -666,20 +668,20 @@ def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str
     load = f"Load the base it was trained on{f' ({named})' if named else ''}."
     if found == "shapes":
         raise BaseMismatchError(
-            f"the adapter was trained on a base model with other parameters than this {type(model).__name__} "
+            f"the adapter was trained on a base model with different parameters than this {type(model).__name__} "
             f"(fingerprint {theirs}). {load}"
         )
     allow = "To use this one anyway: allow_base_mismatch=True in Python, --allow_base_mismatch of `loralib merge`."
     if found == "rows":
         rows = theirs.rpartition(":")[2]
         raise BaseMismatchError(
-            f"the adapter was trained on a base model with {rows} rows in its tables of tokens, and this "
-            f"{type(model).__name__} has {table_rows(model)}. {load} If tokens were added to it: "
-            f"model.resize_token_embeddings({rows}), with the values that they had. {allow}"
+            f"the adapter was trained on a base model with {rows} rows in its embedding, but this "
+            f"{type(model).__name__} has {table_rows(model)}. {load} If tokens were added to it: call "
+            f"model.resize_token_embeddings({rows}) and restore their values. {allow}"
         )
     in_fp16 = any(p.dtype == torch.float16 for p in model.parameters())
     rounded = " This one is in fp16, which rounds small values: load it in bf16 or fp32 to compare." * in_fp16
     raise BaseMismatchError(
-        "the adapter was trained on a base model of the same shapes with other values "
-        f"(fingerprint {theirs}; rows of added tokens count too). {load}{rounded} {allow}"
+        f"the adapter was trained on a base model with the same shapes but different values (fingerprint {theirs}; "
+        f"rows of added tokens count too). {load}{rounded} {allow}"
     )

@@ -41,7 +41,8 @@ def mixed_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> list[str]
             faults.append(
                 f"{target.name}: enable_lora takes {len(blocks)} equal blocks for query, key and value, but "
                 f"{type(model).__name__} arranges its outputs by head, or in unequal parts: the values are "
-                f"{', '.join(f'{share:.0%}' for share in shares)} of the blocks. Adapt it whole, without enable_lora"
+                f"{', '.join(f'{share:.0%}' for share in shares)} of the blocks. Adapt the whole module, without "
+                "enable_lora"
             )
     return faults
 

@@ -50,17 +50,17 @@ Loss: TypeAlias = tuple[float, float]  # norms of the difference and of the exac
 METHODS: Mapping[str, str] = {
     "cat": "the exact weighted sum; the ranks add up",
     "svd": "the best approximation of that sum of a given rank",
-    "linear": "the weighted sum of A and of B on their own: fast but rough, since it also multiplies one adapter's B "
+    "linear": "the weighted sums of A and of B separately: fast but rough, since it also multiplies one adapter's B "
     "with another's A (task arithmetic, arXiv:2212.04089)",
-    "ties": "keep the largest values, elect a sign, average the values that have it (TIES, arXiv:2306.01708), on the "
-    "factors",
-    "dare_linear": "drop values at random and rescale the others (DARE, arXiv:2311.03099), then sum, on the factors",
-    "dare_ties": "DARE's dropping with TIES's signs, on the factors",
-    "magnitude_prune": "keep the largest values, then sum, on the factors",
-    "ties_svd": "TIES on whole updates, cut to a rank",
-    "dare_linear_svd": "DARE on whole updates, cut to a rank",
-    "dare_ties_svd": "DARE with TIES's signs on whole updates, cut to a rank",
-    "magnitude_prune_svd": "keep the largest values of whole updates, sum, cut to a rank",
+    "ties": "keep the largest values, elect a sign, average the values that have it (TIES, arXiv:2306.01708), applied "
+    "to the factors",
+    "dare_linear": "drop values at random, rescale the others and sum (DARE, arXiv:2311.03099), applied to the factors",
+    "dare_ties": "DARE's dropping with TIES's signs, applied to the factors",
+    "magnitude_prune": "keep the largest values, then sum, applied to the factors",
+    "ties_svd": "TIES applied to whole updates, then reduced to a given rank",
+    "dare_linear_svd": "DARE applied to whole updates, then reduced to a given rank",
+    "dare_ties_svd": "DARE with TIES's signs applied to whole updates, then reduced to a given rank",
+    "magnitude_prune_svd": "keep the largest values of whole updates, sum them, then reduce to a given rank",
 }
 
 
@@ -151,13 +151,13 @@ def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
         experts = adapter.holds_experts(module)
         together = A.dim() == B.dim() == 3 and len(A) == len(B) if experts else _belong_together(A, B)
         if not together:
-            faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not belong together"))
+            faults.append((module, f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not match each other"))
             continue
         r, blocks = adapter.config.rank_of(module), adapter.config.blocks_of(module)
         expected = r if blocks is None else r * sum(blocks)
         if A.shape[int(experts)] != expected or B.shape[1 + int(experts)] != r:
             rank = f"r = {r}" if blocks is None else f"r = {r} with {sum(blocks)} blocks"
-            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have the rank of {rank}"))
+            faults.append((module, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not have rank {rank}"))
         elif blocks is not None and B.shape[0] % sum(blocks):
             faults.append((module, f"B {tuple(B.shape)} does not divide into {sum(blocks)} blocks"))
     for name, tensor in adapter.tensors.items():
@@ -195,7 +195,7 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
     if more:
         raise AdapterError(
             list_faults(
-                "the adapter is not a plain sum of base weight and low-rank update",
+                "the adapter is not simply a low-rank update added to the base weights",
                 more,
                 f"{way_out(adapter)}.",
             )
@@ -359,11 +359,11 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
     0.64
     """
     if (r is None) == (energy is None):
-        raise ConfigError("give either r or energy: the new rank, or the share of the squared norm to keep")
+        raise ConfigError("give exactly one of r and energy: the new rank, or the fraction of the squared norm to keep")
     if r is not None and r < 1:
         raise ConfigError(f"r is {r}, expected a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy is {energy}, expected a share above 0 up to 1")
+        raise ConfigError(f"energy is {energy}, expected a fraction above 0 and at most 1")
     results, losses = {}, {}
     for module, update in updates_of(adapter).items():
         U, S, Vh = update.svd()
@@ -382,8 +382,8 @@ def depends_on_base(adapter: Adapter) -> bool:
 def way_out(adapter: Adapter) -> str:
     """Says what makes something that every part of the program takes of an adapter that is more than low-rank."""
     if adapter.config.lora_bias or adapter.config.trainable_token_indices:
-        return "`loralib merge ADAPTER DIR` makes a model of it, and one adapter by itself is computed as it is"
-    return "`loralib convert ADAPTER DIR --target peft --model MODEL` makes a plain one of it"
+        return "`loralib merge ADAPTER DIR` turns it into a model, and a single adapter can be used as it is"
+    return "`loralib convert ADAPTER DIR --target peft --model MODEL` turns it into a plain one"
 
 
 def more_than_low_rank(adapter: Adapter) -> list[str]:
@@ -397,7 +397,7 @@ def more_than_low_rank(adapter: Adapter) -> list[str]:
     if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
         faults.append("lora_bias: B has a bias")
     if config.trainable_token_indices or any(name.endswith(f".{ROWS}") for name in adapter.tensors):
-        faults.append("trainable_token_indices: it replaces rows of tables of tokens")
+        faults.append("trainable_token_indices: it replaces rows of an embedding or head")
     return faults
 
 
@@ -413,14 +413,16 @@ def _check_arguments(
     if method not in METHODS:
         faults.append(f"method is {method!r}, expected one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
     if not adapters or len(adapters) != len(weights):
-        faults.append(f"there are {len(adapters)} adapters and {len(weights)} weights, expected one for each")
+        faults.append(
+            f"there are {len(adapters)} adapters and {len(weights)} weights, expected one weight for each adapter"
+        )
     if not all(math.isfinite(weight) for weight in weights):
         faults.append(f"weights are {list(weights)}, expected finite numbers")
     if r is not None and (not method.endswith("svd") or r < 1):
         faults.append(f"r is {r}, expected at least 1, and only for methods that end in svd")
     drops = method.removesuffix("_svd") in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
     if drops and (density is None or not 0 < density <= 1):
-        faults.append(f"density is {density}, expected the share of values to keep, above 0 up to 1")
+        faults.append(f"density is {density}, expected the fraction of values to keep, above 0 and at most 1")
     if density is not None and not drops:
         faults.append(f"density is {density}, but {method} drops no values")
     if majority_sign not in ("total", "frequency"):
@@ -440,7 +442,7 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
     if rest:
         raise AdapterError(
             list_faults(
-                "only low-rank updates can be combined, but there are modules or biases trained in full",
+                "only low-rank updates can be combined, but some modules or biases were trained in full",
                 rest,
                 "Merge such adapters into their base instead (`loralib merge`).",
             )
@@ -517,7 +519,7 @@ class _Merger:
         ranks = sorted({update.r for update in updates})
         if len(ranks) > 1:
             raise ConfigError(
-                f"{module} has the ranks {ranks} in these adapters, and {self.method} needs equal ones; use cat or svd"
+                f"{module} has the ranks {ranks} in these adapters, and {self.method} needs equal ranks; use cat or svd"
             )
         scales = [update.scaling * weight for update, weight in zip(updates, weights, strict=True)]
         roots = [math.sqrt(abs(scale)) for scale in scales]

@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 WRAP_LATER = (
-    "which would not synchronise an adapter that comes later between processes: put it on the model first, then wrap it"
+    "which would not synchronise an adapter added later between processes: add the adapter first, then wrap the model"
 )
 _RECORD = "_loralib"  # where an injected model keeps its Injection
 
@@ -175,7 +175,8 @@ def inject(
     refuse_peft(model)
     if injection_of(model) is not None:
         raise TargetError(
-            f"{type(model).__name__} holds an adapter already; remove(model) first, or let load_adapter() replace it"
+            f"{type(model).__name__} already holds an adapter; call remove(model) first, or let load_adapter() "
+            "replace it"
         )
     by_hand = [name for name, _ in adapted_layers(model)]
     if by_hand:
@@ -190,7 +191,7 @@ def inject(
     if config.init_lora_weights != "eva":
         if batches is not None or eva is not None:
             raise ConfigError(
-                f"batches are for init_lora_weights 'eva', and it is {config.init_lora_weights!r}; leave them out"
+                f"batches are only for init_lora_weights 'eva', but it is {config.init_lora_weights!r}; leave them out"
             )
         return inject_targets(model, config, targets)
     return _inject_eva(model, config, targets, eva or _eva_start(model, config, targets, batches))
@@ -207,8 +208,8 @@ def _eva_start(
 ) -> EvaStart:
     if batches is None:
         raise ConfigError(
-            "init_lora_weights is 'eva', which starts from data: pass inject(model, config, batches), or let train() "
-            "do it; without data there is 'pissa'"
+            "init_lora_weights is 'eva', which starts from data: call inject(model, config, batches), or let train() "
+            "do it; without data, use 'pissa'"
         )
     return eva_start(model, _linears(targets), batches, config)
 
@@ -247,9 +248,10 @@ def refuse_peft(model: nn.Module) -> None:
     if theirs:
         where = f"its part {theirs[0]!r}" if theirs[0] else "it"
         raise TargetError(
-            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which is not trained or saved with "
-            "loralib's. Merge it (model = model.merge_and_unload()) or take it off (model = model.unload()) first; "
-            "to go on from it here: model.save_pretrained(DIR), then load_adapter(base, DIR)"
+            f"{type(model).__name__} holds an adapter of PEFT ({where} is PEFT's), which would not be trained or "
+            "saved with loralib's. Merge it (model = model.merge_and_unload()) or remove it (model = "
+            "model.unload()) first; to continue from it in loralib: model.save_pretrained(DIR), then "
+            "load_adapter(base, DIR)"
         )
 
 
@@ -295,16 +297,16 @@ def remove(model: nn.Module) -> None:
     spread, model = is_spread(model), adapted_model(model)
     record = injection_of(model)
     if record is None:
-        raise TargetError(f"{type(model).__name__} holds no adapter; inject() or load_adapter() puts one on")
+        raise TargetError(f"{type(model).__name__} holds no adapter; add one with inject() or load_adapter()")
     layers = [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer)]
     if spread:
         raise TargetError(
-            "the model is spread over processes (FSDP, ZeRO), which would keep what is removed; load it anew"
+            "the model is spread over processes (FSDP, ZeRO), which would keep what is removed; reload it instead"
         )
     wrapped = [name for name, layer in layers if "_halves" not in type(layer).__dict__ and layer.r > 0]
     if wrapped:
         raise TargetError(
-            f"{', '.join(wrapped)}: torch.nn.utils.parametrize has changed the class since inject(); "
+            f"{', '.join(wrapped)}: torch.nn.utils.parametrize has changed the class since inject(); call "
             "remove_parametrizations() first"
         )
     _swap_tensors(model, _originals(model, record))
@@ -325,11 +327,11 @@ def merge(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     if not layers:
-        raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; inject() or load_adapter() first")
+        raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; call inject() or load_adapter() first")
     if is_spread(model):
         raise MergeError(
-            "the model is spread over processes (FSDP, ZeRO), which go on with their own copies of the weights; "
-            "save_adapter(), and merge in one process: load the base, load_adapter(), merge()"
+            "the model is spread over processes (FSDP, ZeRO), which would continue with their own copies of the "
+            "weights; call save_adapter(), and merge in one process: load the base, load_adapter(), merge()"
         )
     faults = []
     try:
@@ -416,7 +418,7 @@ def adapted_model(model: nn.Module) -> nn.Module:
             if _RECORD in part.__dict__:
                 raise TargetError(
                     f"{type(model).__name__} holds no adapter itself; its part {name!r} ({type(part).__name__}) does, "
-                    f"and its names are the adapter's: pass model.get_submodule({name!r})"
+                    f"so pass model.get_submodule({name!r})"
                 )
         return model
     gone = [name for name in record.layers if not isinstance(modules.get(name), LoRALayer)]
@@ -424,7 +426,7 @@ def adapted_model(model: nn.Module) -> nn.Module:
         kinds = ", ".join(f"{name} is {_kind(modules.get(name))}" for name in gone[:3])
         raise TargetError(
             f"{len(gone)} of {len(record.layers)} adapted modules were replaced or wrapped after inject(): {kinds}. "
-            "Undo that first: names in the model are the adapter's"
+            "Undo that first: the adapter uses the names in the model"
         )
     return model
 
@@ -644,15 +646,15 @@ def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
 def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig) -> tuple[str, ...]:
     """Returns notes for the user: on tied weights, and on training in full in half precision."""
     notes = [
-        f"{name} shares its weight with {twins}: the update acts in {name} alone (as in PEFT), and merging gives it a "
-        "weight of its own"
+        f"{name} shares its weight with {twins}: the update acts only in {name} (as in PEFT), and merging gives it "
+        "its own weight"
         for name, twins in tied_modules(model, targets).items()
     ]
     attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:
         notes.append(
-            f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which an "
-            "adapter exchanged with it must not forget; here it is applied once"
+            f"{attention[0]}: PEFT up to 0.21 applies the update of out_proj twice (huggingface/peft#3774), which "
+            "matters if you exchange adapters with it; loralib applies it once"
         )
     parts = {} if hasattr(type(model), "base_model_prefix") else named_modules(model)
     whole = next((name for name, part in parts.items() if hasattr(type(part), "base_model_prefix")), None)
@@ -663,15 +665,15 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
         )
     if head := unsaved_head(model, config):
         notes.append(
-            f"the weights of {head} are not saved with the adapter: where they are new, and random, set task_type "
+            f"the weights of {head} are not saved with the adapter: if they are new and random, set task_type "
             f"({', '.join(map(repr, HEADS))}) or modules_to_save=[{head!r}]"
         )
     in_full = fully_trained_tensors(model, config, [(target.name, target.module) for target in targets])
     half = [name for name, t in in_full.items() if t.dtype in (torch.bfloat16, torch.float16)]
     if half:
         notes.append(
-            f"{len(half)} tensors ({half[0]}, ...) train in full in {in_full[half[0]].dtype}, where small updates are "
-            "lost: load the base model in fp32 to train them well"
+            f"{len(half)} tensors ({half[0]}, ...) are trained in full in {in_full[half[0]].dtype}, in which small "
+            "updates are lost: load the base model in fp32 to train them well"
         )
     return tuple(notes)
 
@@ -707,11 +709,12 @@ def _save_pretrained(
     from .formats.trainer import is_trainer_checkpoint, save_trained_weights
 
     if push_to_hub:
-        raise TargetError("push_to_hub is not done for an adapter; save it, and upload the directory")
+        raise TargetError("push_to_hub does not work for adapters; save the adapter, and upload the directory")
     if any(layer.merged for _, layer in adapted_layers(model)):
         raise TargetError(
-            "the adapter is merged, and save_pretrained would save it, not the merged weights. For a merged model: "
-            "`loralib merge ADAPTER DIR`; for the adapter: lora.save_adapter(model, DIR), or unmerge(model) first"
+            "the adapter is merged, but save_pretrained would save the adapter, not the merged weights. For a merged "
+            "model: `loralib merge ADAPTER DIR`; for the adapter: lora.save_adapter(model, DIR), or unmerge(model) "
+            "first"
         )
     if is_main_process:
         save_adapter(model, save_directory)
@@ -726,8 +729,8 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any
         replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
         if isinstance(table, LoRALayer) or replaced:
             raise TargetError(
-                "the token embeddings (or the head) are adapted or trained, and resizing them would break the adapter: "
-                "remove(model), resize, then inject() again"
+                "the token embeddings (or the head) are adapted or trained, and resizing them would break the "
+                "adapter: call remove(model), resize, then inject() again"
             )
     resized = type(model).resize_token_embeddings(model, *args, **kwargs)  # type: ignore[attr-defined]
     for new in (input_table(model), output_head(model)):

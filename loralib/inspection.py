@@ -118,8 +118,8 @@ class Inspection:
         kinds += [f"init_lora_weights={config.init_lora_weights!r}"] if config.init_lora_weights is not True else []
         kinds += ["fused blocks"] if config.enable_lora else []
         facts = [
-            ("base model", config.base_model_name_or_path or "not named"),
-            ("base fingerprint", self.adapter.metadata.get(BASE, "none: any base of these shapes is accepted")),
+            ("base model", config.base_model_name_or_path or "unknown"),
+            ("base fingerprint", self.adapter.metadata.get(BASE, "none: any base with these shapes is accepted")),
             ("r", _with_exceptions(config.r, config.rank_pattern)),
             ("lora_alpha", _with_exceptions(config.lora_alpha, config.alpha_pattern)),
             ("target_modules", targets if isinstance(targets, str) else ", ".join(targets or ())),
@@ -243,7 +243,7 @@ def verify(
         The results in the order of the checks.
     """
     if injection_of(model) is not None:
-        raise TargetError("verify needs the plain base model; remove(model) first")
+        raise TargetError("verify needs the plain base model; call remove(model) first")
     if not prompts:
         raise ConfigError("verify needs at least one prompt")
     checks = list(inspect_adapter(adapter).checks)
@@ -297,11 +297,11 @@ def _summary(name: str, update: Update) -> ModuleSummary:
 def _check_learned(modules: Sequence[ModuleSummary]) -> list[CheckResult]:
     zero = [module.name for module in modules if module.norm == 0]
     if modules and len(zero) == len(modules):
-        fix = "train it: the learning rate may have been 0, or no gradient reached the adapter"
+        fix = "train it again: the learning rate may have been 0, or no gradient reached the adapter"
         return [CheckResult("fault", "nothing was learned: every update is zero", fix)]
     if zero:
         names = ", ".join(zero[:4]) + (" ..." if len(zero) > 4 else "")
-        fix = "they took no part in training (or a conversion added them); leave them out to save memory"
+        fix = "they were not used in training (or were added by a conversion); leave them out to save memory"
         return [CheckResult("warning", f"{len(zero)} of {len(modules)} modules learned nothing: {names}", fix)]
     return []
 
@@ -310,7 +310,7 @@ def _check_scaling(adapter: Adapter) -> list[CheckResult]:
     """Warns where another tool would compute another update."""
     config = adapter.config
     checks = []
-    fix = "loralib convert --target llamacpp (or vllm, mlx, peft) puts the scaling into B"
+    fix = "loralib convert --target llamacpp (or vllm, mlx, peft) moves the scaling into B"
     if config.use_rslora:
         right, wrong = scaling_of(config.r, config.lora_alpha, True), scaling_of(config.r, config.lora_alpha)
         text = f"use_rslora: llama.cpp's own converter would scale by {wrong:.4g} instead of {right:.4g}"
@@ -320,7 +320,7 @@ def _check_scaling(adapter: Adapter) -> list[CheckResult]:
         checks.append(CheckResult("warning", text, fix))
     if config.changes_base:
         text = (
-            f"init_lora_weights {config.init_lora_weights!r}: tools that do not repeat the initialisation would add "
+            f"init_lora_weights {config.init_lora_weights!r}: tools that do not repeat this initialisation would add "
             "the adapter to the wrong base weights"
         )
         checks.append(CheckResult("warning", text, "loralib convert --target peft --model MODEL makes it plain LoRA"))
@@ -336,12 +336,12 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     for target in ("vllm", "llamacpp", "mlx"):
         convert = f"after loralib convert --target {target} --model MODEL"
         if full_training:
-            uses[target] = f"no: {' and '.join(full_training)} are not loaded there; merge it (loralib merge)"
+            uses[target] = f"no: {' and '.join(full_training)} are not loaded by it; merge the adapter (loralib merge)"
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
-            uses[target] = f"no: {what} is not loaded there; merge it (loralib merge)"
+            uses[target] = f"no: {what} is not loaded by it; merge the adapter (loralib merge)"
         elif adapter.expert_weights and target != "vllm":
-            uses[target] = "no: adapters of experts are not written for it; merge it (loralib merge)"
+            uses[target] = "no: adapters of experts cannot be written for it; merge the adapter (loralib merge)"
         elif special:
             uses[target] = f"{convert} ({special} becomes plain LoRA)"
         elif target == "vllm" and not (config.alpha_pattern or config.enable_lora or adapter.expert_weights):
@@ -369,13 +369,17 @@ def _check_base(model: nn.Module, adapter: Adapter) -> CheckResult:
     name = adapter.config.base_model_name_or_path
     fix = f"load the base it was trained on{f' ({name})' if name else ''}"
     if found == "unknown":
-        return CheckResult("warning", "the adapter does not say which base it was trained on: not checked", fix)
+        return CheckResult("warning", "the adapter does not record which base it was trained on: not checked", fix)
     if found in ("shapes", "rows"):
-        return CheckResult("fault", f"wrong base: {type(model).__name__} has other parameters than its base", fix)
+        return CheckResult(
+            "fault", f"wrong base: {type(model).__name__} has different parameters than the adapter's base", fix
+        )
     if found == "values":
-        return CheckResult("fault", "wrong base: the parameters have the same shapes and other values", fix)
+        return CheckResult("fault", "wrong base: the parameters have the same shapes but different values", fix)
     if found == "copy":
-        return CheckResult("warning", "the adapter was trained on a copy of this base, one of the two in 4 bits", fix)
+        return CheckResult(
+            "warning", "the adapter was trained on a copy of this base; one of the two is in 4 bits", fix
+        )
     return CheckResult("ok", "this is the base that the adapter was trained on")
 
 
@@ -396,7 +400,7 @@ def _adapted(model: nn.Module, adapter: Adapter, initial: Adapter | None = None)
 
 def _check_effect(change: float) -> CheckResult:
     if change == 0:
-        fix = "train it, or check that target_modules name layers that the model runs"
+        fix = "train it, or check that target_modules names layers that the model uses"
         return CheckResult("fault", "the adapter changes no logit on these prompts", fix)
     return CheckResult("ok", f"the adapter moves logits by up to {change:.3g}")
 
@@ -428,16 +432,16 @@ def _check_export(
 def _check_ends(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> CheckResult:
     if getattr(tokenizer, "eos_token_id", None) is None:
         fix = "give the tokenizer an end token (eos_token) that training and generation both use"
-        return CheckResult("fault", "the tokenizer has no end token: nothing can ever end", fix)
+        return CheckResult("fault", "the tokenizer has no end token: no text can ever end", fix)
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     results = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens)
     ended = sum(result.finish_reason == "stop" for result in results)
-    text = f"{ended} of {len(results)} continuations end by themselves within {max_new_tokens} tokens"
+    text = f"{ended} of {len(results)} continuations end on their own within {max_new_tokens} tokens"
     if ended:
         return CheckResult("ok", text)
     fix = (
         "end token missing: if texts should end, train on completions that end with it, and check with `loralib data "
-        "preview` that --seq_len does not cut it off; or give prompts like those of the training data"
+        "preview` that --seq_len does not cut it off; or give prompts like those in the training data"
     )
     return CheckResult("warning", text, fix)
 
@@ -446,4 +450,6 @@ def _check_difference(what: str, gap: float, bound: float) -> CheckResult:
     text = f"{what}: logits differ by {gap:.2g} from base plus adapter"
     if gap <= bound:
         return CheckResult("ok", text)
-    return CheckResult("fault", f"{text}, expected at most {bound:.2g}", "use the adapter unmerged, and report this")
+    return CheckResult(
+        "fault", f"{text}, expected at most {bound:.2g}", "use the adapter unmerged, and please report this"
+    )

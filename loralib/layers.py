@@ -138,7 +138,7 @@ class LoRALayer(nn.Module):
         shapes = self.tensor_shapes(self.r)
         if any(is_sharded(p) and p.dim() < len(shapes[name]) for name, p in self.trained_tensors().items()):
             raise AdapterError(
-                "its tensors are spread over processes; gather them around the call, on every process: "
+                "its tensors are spread over processes; gather them for the duration of the call, on every process: "
                 "FSDP.summon_full_params(model), or deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
 
@@ -234,7 +234,7 @@ class LoRALayer(nn.Module):
         if not self.enabled:
             raise MergeError("the adapter is disabled and was not merged; merge after the `with disabled()` block")
         if any(self._parameters.get(name) is None for name in self.weight_names):
-            raise MergeError("its weight is computed (pruned or parametrized since); undo that before merging")
+            raise MergeError("its weight is computed (pruned or parametrized since inject()); undo that before merging")
         if any(is_sharded(self.base_weight_of(name)) for name in self.weight_names):
             raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
@@ -368,7 +368,7 @@ def _summed_weight(name: str) -> property:
     def read(self: LoRALinear) -> Tensor:
         base = self._parameters.get(name)
         if base is None:  # as hasattr() expects it
-            raise AttributeError(f"{type(self).__name__} has no {name} at the moment")
+            raise AttributeError(f"{type(self).__name__} currently has no {name}")
         if is_sharded(base):
             raise UnsupportedModelError(_NOT_SHARDED.format(type(self).__name__))
         return add_delta(dense(base), self.delta_weight()) if self._active else base
@@ -498,8 +498,8 @@ class LoRAFoldedConv(LoRALayer):
         conv = cast(nn.Conv2d, self)
         if conv.groups != 1:
             raise AdapterError(
-                f"a convolution in {conv.groups} groups has no portable form; "
-                "save it with torch.save(loralib.lora_state_dict(model), path)"
+                f"a convolution with {conv.groups} groups has no portable form; save it with "
+                "torch.save(loralib.lora_state_dict(model), path)"
             )
         A, B = self.lora_A.detach(), self.lora_B.detach()
         return {"lora_A": self._unfolded(A), "lora_B": B.reshape(conv.out_channels, -1, *(1 for _ in conv.kernel_size))}
@@ -510,7 +510,7 @@ class LoRAFoldedConv(LoRALayer):
             rows, columns = self.lora_A.shape
             narrow = A.flatten(1)[:rows, :columns]
             if not torch.equal(self._unfolded(narrow), A):
-                raise AdapterError("not of Microsoft's folded form; put this adapter on a plain model instead")
+                raise AdapterError("not in Microsoft's folded form; load this adapter into a plain model instead")
             A, B = narrow, B.reshape(self.lora_B.shape)
         return {"lora_A": A, "lora_B": B}
 
@@ -635,8 +635,8 @@ class MergedLinear(Linear):
         blocks = tuple(bool(on) for on in enable_lora)
         if not blocks or out_features % len(blocks):
             raise BlockError(
-                f"enable_lora has {len(blocks)} blocks, which does not divide out_features {out_features}; "
-                "give one boolean for each equal block of the output"
+                f"enable_lora has {len(blocks)} blocks, which does not divide out_features {out_features}; give one "
+                "boolean for each of the output's equal blocks"
             )
         self.enable_lora = list(blocks)
         self.blocks = blocks

@@ -197,10 +197,10 @@ def fully_trained_tensors(
             tensors |= {f"{name}.{key}": tensor for key, tensor in named_tensors(module).items()}
     held = {name: kind for name, tensor in tensors.items() if (kind := getattr(tensor, "KIND", None)) is not None}
     if held:
-        faults = [f"{name} is held in {kind}" for name, kind in held.items()]
+        faults = [f"{name} is stored in {kind}" for name, kind in held.items()]
         raise TargetError(
             list_faults(
-                "weights in fewer bits cannot be trained themselves",
+                "quantised weights cannot be trained themselves",
                 faults,
                 "Leave them out of modules_to_save, and adapt them; or load the base without quantize.",
             )
@@ -277,11 +277,11 @@ def _token_rows_fault(
 ) -> str:
     """Returns why single rows of a table cannot be trained, or ""."""
     if not isinstance(module, (nn.Embedding, nn.Linear)):
-        return f"{base_class(module).__name__} is no table of tokens; name an embedding or a head"
+        return f"{base_class(module).__name__} is not an embedding or a head; name one of these"
     if name in adapted:
-        return "target_modules adapts all of it; leave it out of one of the two"
+        return "target_modules already adapts all of it; leave it out of one of the two"
     if config.saved_part(f"{name}.weight"):
-        return "modules_to_save trains all of it; leave it out of one of the two"
+        return "modules_to_save already trains all of it; leave it out of one of the two"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rescales the rows of this table; they cannot be trained one by one"
     try:
@@ -290,7 +290,7 @@ def _token_rows_fault(
         return str(error)
     rows = cast(Tensor, module._parameters["weight"]).shape[0]
     outside = [index for index in indices if not 0 <= index < rows]
-    return f"there are no rows {outside[:5]}, the table has {rows} (from 0 on)" if outside else ""
+    return f"there are no rows {outside[:5]}, the table has {rows} (counted from 0)" if outside else ""
 
 
 # Matching names.
@@ -370,7 +370,7 @@ def _unused_entry_faults(
         hints = "".join(_similar_names(model, entry, modules) for entry in entries)
         if isinstance(config.target_modules, str) and "," in config.target_modules:
             names = [name.strip() for name in config.target_modules.split(",")]
-            hints = f" A text is one regular expression; several names are a list: {names}."
+            hints = f" A string is one regular expression; to give several names, use a list: {names}."
         faults.append(f"target_modules {entries} match nothing{after}.{hints} {_suggestion(model)}")
     unsaved = [entry for entry in config.modules_to_save or () if not any(name.endswith(entry) for name in modules)]
     there = [*modules, *(f"{n}.{leaf}" for n, m in modules.items() if holds_experts(n, m) for leaf in m._parameters)]
@@ -403,15 +403,17 @@ def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
 def _suggestion(model: nn.Module) -> str:
     """Names what could be adapted, with counts, and something to try."""
     if _is_linear(model):
-        return "It is a layer itself: inject() adapts what is inside a model, as nn.Sequential(layer)."
+        return (
+            "It is a layer itself, but inject() adapts the layers inside a model: wrap it, as in nn.Sequential(layer)."
+        )
     head = output_head(model)
     endings = (name.rpartition(".")[2] for name, m in _modules(model).items() if m is not head and _is_linear(m))
     if not (counts := Counter(endings)):
-        return "The model has no linear-like module."
+        return "The model has no linear-like modules."
     listing = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
     holders = {name: module for name, module in _modules(model).items() if holds_experts(name, module)}
     experts = ", ".join(_known_experts(holders))
-    beside = f" Weights of experts, for target_parameters: {experts}." if experts else ""
+    beside = f" Expert weights, for target_parameters: {experts}." if experts else ""
     return f"Linear-like modules: {listing}. Try target_modules=[{next(iter(counts))!r}] or 'all-linear'.{beside}"
 
 
@@ -478,10 +480,11 @@ def _experts_target(
     for weight in weights:
         _refuse_bypassed(module, weight.name, changes)
         if config.blocks_of(f"{name}.{weight.name}") is not None:
-            raise TargetError(f"enable_lora is for linear layers, and {weight.name} holds weights of experts")
+            raise TargetError(f"enable_lora is for linear layers, but {weight.name} holds expert weights")
     if config.init_lora_weights == "eva" and not trained:
         raise TargetError(
-            "init_lora_weights 'eva' is not for the experts of a mixture; leave it out, or add them to exclude_modules"
+            "init_lora_weights 'eva' does not support the experts of a mixture; leave it out, or add them to "
+            "exclude_modules"
         )
     target = TargetModule(
         name=name,
@@ -549,7 +552,7 @@ def _is_router(module: nn.Module) -> bool:
 def _no_expert_weight(known: Sequence[str]) -> str:
     if known:
         return f"only the experts' {' and '.join(known)} can be adapted"
-    return "it is no weight of experts; name the module that holds it in target_modules, or in modules_to_save"
+    return "it is not an expert weight; name the module that holds it in target_modules or modules_to_save"
 
 
 def _known_experts(holders: Mapping[str, nn.Module]) -> list[str]:
@@ -564,7 +567,7 @@ def _known_experts(holders: Mapping[str, nn.Module]) -> list[str]:
 def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
     if known := _known_experts(holders):
         return f" The experts of this model: {', '.join(known)}."
-    return " The model holds no experts in parameters; leave target_parameters out."
+    return " The model holds no experts as parameters; leave out target_parameters."
 
 
 def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:
@@ -623,7 +626,7 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     base = base_class(module)
     if isinstance(module, nn.MultiheadAttention):
         if not module._qkv_same_embed_dim:
-            raise TargetError("attention with kdim or vdim of its own keeps three weights and cannot be adapted")
+            raise TargetError("attention with its own kdim or vdim has three separate weights and cannot be adapted")
         _refuse_own_forward(base, nn.MultiheadAttention)
         if config.lora_dropout:
             raise TargetError(
@@ -651,13 +654,13 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
         _refuse_own_forward(base, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         if module.groups != 1:
             raise TargetError(
-                f"a convolution in {module.groups} groups has no low-rank update that can be merged; "
-                "build it with loralib.Conv2d instead"
+                f"a convolution with {module.groups} groups has no low-rank update that can be merged; build it with "
+                "loralib.Conv2d instead"
             )
         return LoRAConv
     if holds_experts(name, module):
         weights = [f"{name.rpartition('.')[2]}.{leaf}" for leaf in expert_weights(module)]
-        raise TargetError(f"it holds weights of experts, which are parameters: target_parameters={weights}")
+        raise TargetError(f"it holds expert weights, which are parameters: use target_parameters={weights}")
     inside = dict.fromkeys(
         n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and _is_linear(m)
     )
@@ -680,7 +683,7 @@ def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module])
 
 def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
     if base.forward not in [kind.forward for kind in kinds]:
-        raise TargetError(f"{base.__name__} has a forward of its own, which an update could not be added to safely")
+        raise TargetError(f"{base.__name__} has its own forward, to which an update cannot be added safely")
 
 
 def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
@@ -710,12 +713,14 @@ def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
 def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None:
     """Refuses a module where switching the class would silently do nothing, or cannot be done."""
     if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
-        raise TargetError(f"it has parameters of these names already ({', '.join(names)}): another LoRA's?")
+        raise TargetError(
+            f"it already has parameters with these names ({', '.join(names)}): is there another LoRA on it?"
+        )
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     generates = type(bound).__module__ == "loralib.engine.placement"  # which stands below this module: not imported
     if bound is not None and not is_own_forward(module, bound) and (changes or not generates):
         if generates:
-            raise TargetError("the model is generating or being trained at the moment; adapt it when that has ended")
+            raise TargetError("the model is currently generating or being trained; adapt it after that has ended")
         raise TargetError(
             "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
         )
@@ -724,15 +729,16 @@ def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None
     weight = module._parameters.get(weight_name)
     if weight is None:
         raise TargetError(
-            "its weight is computed by a hook (weight_norm? pruning?), not held as a parameter; remove that first"
+            "its weight is computed by a hook (weight_norm? pruning?), instead of being a parameter; remove the "
+            "hook first"
         )
     if not may_adapt(weight):
-        raise TargetError("its weight is spread over processes already (FSDP, ZeRO); inject first, then shard")
+        raise TargetError("its weight is already spread over processes (FSDP, ZeRO); inject first, then shard")
     if isinstance(weight, UninitializedParameter):
         raise TargetError("it is lazy and has no size yet; run the model once before injecting")
     if not (base := dense(weight)).is_floating_point() or type(base.data) is not Tensor:
         kind = f"{type(base.data).__name__} of {base.dtype}"
-        raise TargetError(f"its weight is quantised or of a special kind ({kind}), expected a floating-point tensor")
+        raise TargetError(f"its weight is quantised or of a special type ({kind}), expected a floating-point tensor")
     if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError("its weight is offloaded by accelerate; load the model without offloading this layer")
 

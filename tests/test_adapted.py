@@ -169,7 +169,7 @@ def test_another_tools_adapter_with_more_tokens_resizes_the_table(
     ours, own = load_adapted(str(tmp_path), model=str(base), dtype="fp32", device="cpu")
     assert len(own) == len(tokenizer)
     said = "".join(capsys.readouterr())
-    assert f"have {len(tokenizer)} rows now, as in the adapter, and not {len(tokenizer) - 2} as in the base" in said
+    assert f"have {len(tokenizer)} rows, as in the adapter, instead of {len(tokenizer) - 2}, as in the base" in said
     ids = torch.tensor([[5, 6, len(tokenizer) - 1]])
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
 

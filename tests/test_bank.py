@@ -269,7 +269,7 @@ def test_an_adapter_of_another_base_is_refused():
     torch.manual_seed(1)
     other = llama()
     torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
-    with pytest.raises(lora.LoraError, match="other values"):
+    with pytest.raises(lora.LoraError, match="different values"):
         lora.Bank(other).load("a", value)
 
 

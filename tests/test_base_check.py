@@ -179,7 +179,7 @@ def test_tables_that_peft_saves_after_resizing_are_put_in_place(target: list[str
     report = lora.load_adapter(model, tmp_path / "theirs")
     assert torch.equal(logits(model, ADDED), want)
     assert set(report.carried) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert "in place of the base's: " in str(report)
+    assert "replacing the base's: " in str(report)
     # They stay with the adapter.
     lora.save_adapter(model, tmp_path / "again")
     loaded = peft.PeftModel.from_pretrained(grown(3, tie_word_embeddings=True), tmp_path / "again").eval()
@@ -198,7 +198,7 @@ def test_tables_that_peft_saves_after_resizing_are_put_in_place(target: list[str
 
 def test_tables_of_another_size_are_refused_with_the_way_out(tmp_path: Path) -> None:
     in_peft(grown(1)).save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.raises(AdapterError, match=r"tokens were added: model.resize_token_embeddings\(68\) first"):
+    with pytest.raises(AdapterError, match=r"tokens were added: call model.resize_token_embeddings\(68\) first"):
         lora.load_adapter(llama(), tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_beside_an_adapter_of_peft() -> None:
 @pytest.mark.parametrize(
     ("more", "way"),
     [
-        ({"target_parameters": ["a.b"]}, "leave target_parameters out"),
+        ({"target_parameters": ["a.b"]}, "leave out target_parameters"),
         ({"alora_invocation_tokens": [3]}, "leave it out for plain LoRA"),
         ({"ensure_weight_tying": True}, "leave it out"),
         ({"layer_replication": [(0, 1)]}, "repeat them in the model first"),
@@ -328,7 +328,7 @@ def test_empty_texts_are_none_as_in_peft() -> None:
 
 
 def test_names_in_one_text_are_told_to_be_a_list() -> None:
-    with pytest.raises(TargetError, match=r"several names are a list: \['q_proj', 'v_proj'\]"):
+    with pytest.raises(TargetError, match=r"to give several names, use a list: \['q_proj', 'v_proj'\]"):
         lora.inject(llama(), lora.LoraConfig(target_modules="q_proj, v_proj"))
 
 
@@ -422,7 +422,7 @@ def test_a_base_that_trained_in_fp16_is_itself_in_other_dtypes(tmp_path: Path) -
     other = llama()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    with pytest.raises(BaseMismatchError, match="other values"):
+    with pytest.raises(BaseMismatchError, match="different values"):
         lora.load_adapter(other, tmp_path)
     lora.inject(other, lora.LoraConfig(r=2, target_modules=["q_proj"]))
     lora.save_adapter(other, tmp_path)

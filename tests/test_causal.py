@@ -84,7 +84,7 @@ def test_everything_that_takes_a_causal_model_refuses_others(tmp_path: Path) -> 
             lambda model=model: generate(model, None, [[3, 4]]),
             lambda model=model: beam_search(model, [[3, 4]]),
         ):
-            with pytest.raises(UnsupportedModelError, match="loop of your own"):
+            with pytest.raises(UnsupportedModelError, match="your own loop"):
                 call()
         assert list(model.state_dict()) == before  # no adapter was left in it
     assert not (tmp_path / "o").exists()
@@ -198,5 +198,5 @@ def test_positions_end_where_the_model_does(config: Any, limit: int | None) -> N
     if limit is not None:
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 3))
-        with pytest.raises(DataError, match="prompt 1 has 33 tokens, the model's context has 32"):
+        with pytest.raises(DataError, match="prompt 1 has 33 tokens, but the model's context has 32"):
             generate(model, None, [[3] * 33])

@@ -598,7 +598,7 @@ def test_predict_refuses_what_is_no_classifier(tmp_path: Path, capsys: pytest.Ca
     model = C.LlamaForCausalLM(C.LlamaConfig(**SIZES))
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["q_proj"]))
     lora.save_adapter(model, tmp_path)
-    assert "no classifier" in told(["predict", "--adapter", str(tmp_path), "a text"], capsys)
+    assert "not a classifier" in told(["predict", "--adapter", str(tmp_path), "a text"], capsys)
     text = told(["predict", "--batch_size", "0"], capsys)
     assert "no classifier given" in text
     assert "no text given" in text
@@ -609,9 +609,9 @@ def test_a_classifier_writes_no_texts(run: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_models_without_a_form_for_classification_are_refused() -> None:
-    with pytest.raises(BaseModelError, match="no form for classification"):
+    with pytest.raises(BaseModelError, match="cannot be used for classification"):
         load_classifier("run-demo", ["a", "b"])
-    with pytest.raises(ConfigError, match="no classifier of texts"):
+    with pytest.raises(ConfigError, match="not a text classifier"):
         class_names(C.LlamaForCausalLM(C.LlamaConfig(**SIZES)))
 
 

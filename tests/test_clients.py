@@ -393,7 +393,7 @@ def test_peft_starts_become_plain(case: str, target: str, gguf_base: Callable[[s
 def test_dora_becomes_plain_with_a_stated_error(tmp_path: Path) -> None:
     expected = trained_in_peft("llama", tmp_path / "dora", target_modules=["q_proj", "up_proj"], use_dora=True)
     base, adapter = base_of("llama"), read_adapter(tmp_path / "dora")
-    with pytest.raises(AdapterError, match=r"full rank.*rank 4 would be off by .*%.*loralib merge"):
+    with pytest.raises(AdapterError, match=r"full rank.*rank 4 would differ from it by .*%.*loralib merge"):
         make_portable(adapter, "peft", base)
     with pytest.raises(AdapterError, match="give --model"):
         make_portable(adapter, "peft")

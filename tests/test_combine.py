@@ -245,7 +245,7 @@ def test_adapters_that_cannot_be_combined(base: Small) -> None:
     with pytest.raises(BaseMismatchError, match="different base models"):
         combine([adapter, other], [1, 1], "cat")
     uneven = trained(base, 1, target_modules=["wide"], r=2)[1]
-    with pytest.raises(ConfigError, match="equal ones; use cat or svd"):
+    with pytest.raises(ConfigError, match="equal ranks; use cat or svd"):
         combine([adapter, uneven], [1, 1], "linear")
     bigger = Adapter(
         adapter.config.replace(r=1),
@@ -254,9 +254,9 @@ def test_adapters_that_cannot_be_combined(base: Small) -> None:
     with pytest.raises(AdapterError, match="different sizes"):
         combine([adapter, bigger], [1, 1], "cat")
     for odd in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}):
-        with pytest.raises(AdapterError, match="not a plain sum"):
+        with pytest.raises(AdapterError, match="not simply a low-rank update added to the base weights"):
             combine([Adapter(adapter.config.replace(**odd), adapter.tensors)], [1], "cat")
-    with pytest.raises(ConfigError, match="either r or energy"):
+    with pytest.raises(ConfigError, match="exactly one of r and energy"):
         resize(adapter)
     with pytest.raises(ConfigError, match="energy is 0"):
         resize(adapter, energy=0.0)

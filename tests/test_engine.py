@@ -163,9 +163,9 @@ def test_a_model_cannot_generate_while_it_is_trained_nor_the_other_way_round() -
     model = adapted()
     step = make_step(model)
     with step:
-        with pytest.raises(BusyModelError, match="LlamaForCausalLM is being trained already"):
+        with pytest.raises(BusyModelError, match="LlamaForCausalLM is already being trained"):
             written(model)
-        with pytest.raises(BusyModelError, match="being trained already and cannot be used for inference"):
+        with pytest.raises(BusyModelError, match="already being trained and cannot be used for inference"):
             make_step(model)
         step.loss(examples(0))  # its own measuring is part of the run
     generator = Generator(model, Letters())
@@ -182,7 +182,7 @@ def test_a_model_is_not_adapted_while_it_generates() -> None:
     generator = Generator(model, Letters())
     generator.add([5, 6, 7])
     generator.step()
-    with pytest.raises(TargetError, match="generating or being trained at the moment; adapt it when that has ended"):
+    with pytest.raises(TargetError, match="currently generating or being trained; adapt it after that has ended"):
         lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
     generator.close()
     assert lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear")).targets

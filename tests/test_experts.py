@@ -329,7 +329,8 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
     save_file(tensors | {key: tensors[key][:-1].clone()}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match=r"gate_up_proj: A \(15, 16\) and B \(24, 16\) are not of experts of rank 4"):
+    message = r"gate_up_proj: A \(15, 16\) and B \(24, 16\) are not factors of experts of rank 4"
+    with pytest.raises(FormatError, match=message):
         lora.load_adapter(model_of(), tmp_path)
     del tensors[key]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -374,7 +375,7 @@ BOTH_OF_LAYER = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 def test_vllm_needs_the_base_and_others_refuse_by_name() -> None:
     adapter = adapter_of(adapted(target_modules=None, target_parameters=BOTH))
     with pytest.raises(
-        AdapterError, match="vLLM reads the adapters of experts by the names in checkpoints; give the b"
+        AdapterError, match="vLLM identifies adapters of experts by their names in checkpoints; give the b"
     ):
         make_portable(adapter, "vllm")
     with pytest.raises(AdapterError, match="MLX does not adapt MixtralExperts"):
@@ -479,13 +480,14 @@ def test_inspect_says_which_experts_learned_nothing() -> None:
          r"target_parameters \['experts.gate_proj'\] match nothing. The experts of this model: experts.gate_up_proj, "
          "experts.down_proj"),
         ({"target_parameters": ["layers.7.mlp.experts.down_proj"]}, "match nothing"),
-        ({"target_parameters": ["q_proj.weight"]}, "no weight of experts; name the module that holds it in target_mod"),
+        ({"target_parameters": ["q_proj.weight"]}, "not an expert weight; name the module that holds it in target_mod"),
         ({"target_parameters": ["gate.weight"], "lora_dropout": 0.1}, "lora_dropout 0.1 cannot act inside a router"),
-        ({"target_parameters": BOTH, "r": 13}, r"r is 13 for down_proj, of .* 16 x 12.*rank_pattern={'down_proj': 12}"),
-        ({"target_parameters": BOTH, "use_dora": True}, "use_dora is not for the experts of a mixture"),
-        ({"target_parameters": BOTH, "lora_bias": True}, "lora_bias is not for the experts"),
-        ({"target_parameters": BOTH, "init_lora_weights": "pissa"}, "'pissa' is not for the experts"),
-        ({"target_parameters": BOTH, "init_lora_weights": "eva"}, "'eva' is not for the experts"),
+        ({"target_parameters": BOTH, "r": 13},
+         r"r is 13 for down_proj, but .* only 16 x 12.*rank_pattern={'down_proj': 12}"),
+        ({"target_parameters": BOTH, "use_dora": True}, "use_dora does not support the experts of a mixture"),
+        ({"target_parameters": BOTH, "lora_bias": True}, "lora_bias does not support the experts"),
+        ({"target_parameters": BOTH, "init_lora_weights": "pissa"}, "'pissa' does not support the experts"),
+        ({"target_parameters": BOTH, "init_lora_weights": "eva"}, "'eva' does not support the experts"),
         ({"target_parameters": BOTH, "enable_lora": {"gate_up_proj": [True, False]}}, "enable_lora is for linear"),
         ({"target_parameters": BOTH, "modules_to_save": ["mlp"]}, "which modules_to_save trains in full"),
         ({"target_modules": ["experts"]}, r"target_parameters=\['experts.gate_up_proj', 'experts.down_proj'\]"),
@@ -517,7 +519,7 @@ def test_an_architecture_that_computes_otherwise_is_refused_by_name() -> None:
         **SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, intermediate_size_mlp=12
     )
     model = hf.Llama4ForCausalLM(config)
-    with pytest.raises(TargetError, match="Llama4TextExperts computes its experts in a way of its own"):
+    with pytest.raises(TargetError, match="Llama4TextExperts computes its experts in its own way"):
         lora.inject(model, lora.LoraConfig(target_modules="all-linear"))
     assert lora.inject(
         model, lora.LoraConfig(target_modules="all-linear", exclude_modules=["experts", "router"])

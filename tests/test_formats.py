@@ -62,7 +62,7 @@ def refused(path: Path, error: type[LoraError] = LoraError, **more: Any) -> str:
 
 
 def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="on the meta device, without values"):
+    with pytest.raises(AdapterError, match="on the meta device and have no values"):
         lora.save_adapter(trained().to("meta"), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -135,14 +135,14 @@ def test_a_run_killed_between_tensors_and_config_leaves_no_mixture(
             patch.setattr(module, step, killed)
             with pytest.raises(KeyboardInterrupt):
                 lora.save_adapter(trained(seed=3, config=CONFIG.replace(lora_alpha=32)), saved)
-        assert "holds no adapter: adapter_config.json missing" in refused(saved, AdapterError)
+        assert "contains no adapter: adapter_config.json missing" in refused(saved, AdapterError)
 
 
 def test_directories_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(OutputError, match="there is a file where a directory is needed"):
         lora.save_adapter(trained(), tmp_path / "file")
-    with pytest.raises(LoraError, match="holds no adapter"):
+    with pytest.raises(LoraError, match="Sequential holds no adapter"):
         lora.save_adapter(net(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -150,7 +150,7 @@ def test_directories_that_cannot_be_written(tmp_path: Path) -> None:
 def test_directories_that_hold_no_adapter(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere", AdapterError)
     message = refused(tmp_path, AdapterError)
-    assert "holds no adapter: adapter_config.json and adapter_model.safetensors missing" in message
+    assert "contains no adapter: adapter_config.json and adapter_model.safetensors missing" in message
     assert "Give the directory that training or save_adapter() wrote" in message
 
 
@@ -317,9 +317,9 @@ def test_a_checkpoint_needs_settings_and_lora_tensors(tmp_path: Path) -> None:
     assert "config=LoraConfig(r=..." in refused(path, AdapterError)
     assert "misshapen" in refused(path, AdapterError, config=CONFIG.replace(r=4))
     checkpoint(path, net().state_dict())
-    assert "holds no LoRA tensors" in refused(path, FormatError, config=CONFIG)
+    assert "contains no LoRA tensors" in refused(path, FormatError, config=CONFIG)
     checkpoint(path, [torch.zeros(2)])
-    assert "holds list, expected a mapping" in refused(path, FormatError, config=CONFIG)
+    assert "contains list, expected a mapping" in refused(path, FormatError, config=CONFIG)
 
 
 def test_a_trained_head_has_to_be_named(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_file_that_memory_has_no_room_for_is_not_read(tmp_path: Path, monkeypa
     path = tmp_path / "adapter.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     monkeypatch.setattr(tensors, "free_memory", lambda: 50.0)
-    with pytest.raises(AdapterError, match="104 bytes, more than there is memory for"):
+    with pytest.raises(AdapterError, match="104 bytes, which is more than fits in memory"):
         tensors.read_bytes(path, lambda data: pytest.fail("it was read"))
 
 
@@ -394,9 +394,9 @@ FOREIGN = {
     "lycoris": (["lora_unet_mid.hada_w1_a"], "LyCORIS"),
     "PEFT": (
         ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"],
-        "beside its adapter_config.json",
+        "next to its adapter_config.json",
     ),
-    "a model": (["0.weight", "0.bias"], "it holds no LoRA tensors"),
+    "a model": (["0.weight", "0.bias"], "it contains no LoRA tensors"),
 }
 
 

@@ -101,15 +101,30 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
         "vllm",
         lambda: tiny("Qwen2"),
         {"target_modules": ["embed_tokens", "q_proj"]},
-        "model.embed_tokens: vLLM loads no",
+        "model.embed_tokens: vLLM does not load",
     ),
-    ("vllm", lambda: tiny("Qwen2"), {"target_modules": ["lm_head"]}, "lm_head: vLLM loads no adapters of the head of"),
-    ("vllm", lambda: tiny("Mistral"), {"target_modules": ["embed_tokens"]}, "of embeddings of MistralForCausalLM"),
-    ("vllm", lambda: tiny("Olmo2"), {"target_modules": ["lm_head"]}, "of the head of Olmo2ForCausalLM"),
+    (
+        "vllm",
+        lambda: tiny("Qwen2"),
+        {"target_modules": ["lm_head"]},
+        "lm_head: vLLM does not load adapters for the head of",
+    ),
+    (
+        "vllm",
+        lambda: tiny("Mistral"),
+        {"target_modules": ["embed_tokens"]},
+        "adapters for embeddings of MistralForCausalLM",
+    ),
+    ("vllm", lambda: tiny("Olmo2"), {"target_modules": ["lm_head"]}, "adapters for the head of Olmo2ForCausalLM"),
     ("vllm", llama, {"modules_to_save": ["norm"]}, "only the head of a classifier"),
     ("vllm", llama, {"modules_to_save": ["lm_head", "norm"]}, "only the head of a classifier"),
     ("llamacpp", lambda: classifier("Llama"), {"modules_to_save": ["score"]}, r"modules_to_save \['score'\]"),
-    ("llamacpp", gpt2, {"target_modules": ["wpe", "c_attn"]}, "transformer.wpe: llama.cpp applies no adapters there"),
+    (
+        "llamacpp",
+        gpt2,
+        {"target_modules": ["wpe", "c_attn"]},
+        "transformer.wpe: llama.cpp does not apply adapters to this module",
+    ),
     ("llamacpp", gpt2, {"target_modules": ["wte"]}, "transformer.wte shares its weight with lm_head"),
     ("peft", llama, {"lora_bias": True}, "lora_bias"),
 ]
@@ -191,7 +206,7 @@ def test_vllm_is_told_its_rank() -> None:
         LoraConfig(r=600, lora_alpha=600, target_modules=["q_proj"]),
         {"q_proj.lora_A": torch.ones(600, 2), "q_proj.lora_B": torch.ones(2, 600)},
     )
-    with pytest.raises(AdapterError, match="up to 512, and this adapter has 600"):
+    with pytest.raises(AdapterError, match="up to 512, but this adapter has rank 600"):
         make_portable(wide, "vllm")
     assert make_portable(wide, "vllm", r=8).error < 1e-6
 
@@ -234,7 +249,7 @@ def test_notes_say_what_was_done() -> None:
         base, target_modules=["c_attn", "c_fc"], enable_lora={"c_attn": [True, False, True]}, rank_pattern={"c_fc": 1}
     )
     notes = " ".join(make_portable(adapter, "peft", base).notes)
-    for said in ("fused blocks are written out", "scaling is in B", "rank 4 now, the smaller ones padded"):
+    for said in ("fused blocks are written", "scaling is now part of B", "rank 4 now, the smaller ones padded"):
         assert said in notes
     plain = Adapter(
         LoraConfig(r=2, lora_alpha=2, target_modules=["q"]),
@@ -275,7 +290,7 @@ def test_what_was_written_is_compared(tmp_path: Path, monkeypatch: pytest.Monkey
         return Adapter(read.config, {**read.tensors, name: read.tensors[name] * (1 + 1e-6)}, read.metadata)
 
     monkeypatch.setattr(module, "read_peft", bad_read)
-    with pytest.raises(AdapterError, match=r"(?s)read back, is not what was written.*lora_[AB] differs"):
+    with pytest.raises(AdapterError, match=r"(?s)does not read back as it was written.*lora_[AB] differs"):
         export(make_portable(adapter_on(llama()), "peft"), "peft", tmp_path)
 
 
@@ -328,11 +343,11 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     write_gguf(adapter_on(base), tmp_path / "a.gguf", base)
     with pytest.raises(AdapterError, match="give the base model"):
         read_adapter(tmp_path / "a.gguf")
-    with pytest.raises(AdapterError, match="architecture 'llama', and the base model GPT2LMHeadModel is 'gpt2'"):
+    with pytest.raises(AdapterError, match="architecture 'llama', but the base model GPT2LMHeadModel is 'gpt2'"):
         read_gguf(tmp_path / "a.gguf", gpt2())
     with pytest.raises(AdapterError, match=r"(?s)does not fit the base model.*blk\.1\.attn_q"):
         read_gguf(tmp_path / "a.gguf", llama(num_hidden_layers=1))
-    with pytest.raises(AdapterError, match="scaling is not one alpha"):
+    with pytest.raises(AdapterError, match="scaling is not the same alpha"):
         write_gguf(adapter_on(base, use_rslora=True), tmp_path / "b.gguf", base)
     model = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(model, "llama")
@@ -340,7 +355,7 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(FormatError, match="no LoRA adapter"):
+    with pytest.raises(FormatError, match="not a LoRA adapter"):
         read_gguf(model, base)
     assert "position_embd" not in gguf_names(gpt2()).values()
 
@@ -385,7 +400,7 @@ def test_mlx_adapters_from_mlx_lm(tmp_path: Path) -> None:
     assert dora.config.use_dora
     assert dora.tensors["model.layers.0.self_attn.q_proj.lora_magnitude_vector"].shape == (16,)
     for change, expected in (
-        ({"fine_tune_type": "full"}, "fine_tune_type 'full'"),
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full'"),
         ({"lora_parameters": {"rank": 2}}, "scale is None"),
         ({"lora_parameters": 3}, "no lora_parameters"),
     ):

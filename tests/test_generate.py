@@ -438,9 +438,9 @@ def test_wrong_settings_are_named_all_at_once(llama: Any) -> None:
         beam_search(llama, PROMPTS, num_beams=0)
     with pytest.raises(DataError, match="expected a list"):
         generate(llama, LETTERS, "HELLO")
-    with pytest.raises(ConfigError, match="2 settings for 5 prompts"):
+    with pytest.raises(ConfigError, match="2 entries for 5 prompts"):
         list(stream(llama, LETTERS, PROMPTS, [Sampling(), Sampling()]))
-    with pytest.raises(ConfigError, match="beam search has no stream"):
+    with pytest.raises(ConfigError, match="beam search cannot stream"):
         Generator(llama, LETTERS).add("HELLO", Sampling(num_beams=2))
 
 
@@ -734,7 +734,7 @@ def test_one_beam_is_greedy(llama: Any) -> None:
 def test_prompts_of_other_kinds_are_refused_and_never_taken_for_texts() -> None:
     model, tokenizer = make(MODELS["llama"]), SimpleNamespace(eos_token_id=END)
     encoding = transformers.BatchEncoding({"input_ids": [[5, 6]], "attention_mask": [[1, 1]]})
-    with pytest.raises(DataError, match=r"give its \['input_ids'\]"):
+    with pytest.raises(DataError, match=r"pass its \['input_ids'\]"):
         generate(model, tokenizer, encoding, max_new_tokens=2)
     turn = {"role": "user", "content": "Hi"}
     for prompts in ([turn], [[turn]]):

@@ -250,7 +250,7 @@ def test_what_it_refuses(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixtu
         (["--input", str(tmp_path / "none.txt"), *TINY, *output], "none.txt"),
         (["--input", str(tmp_path / "text.jsonl"), *TINY, *output], "text.jsonl:1 has no prompt"),
         (["--input", str(tmp_path / "long.jsonl"), "--model", str(tiny), "--batch", "1", *output], "prompt 3 has 50"),
-        (["x", "--adapter", str(tmp_path), *TINY, *output], "holds no adapter"),
+        (["x", "--adapter", str(tmp_path), *TINY, *output], "contains no adapter"),
         (["x", "--adapter", str(tmp_path / "adapter"), "--model", str(tiny), *output], "c_attn"),
         (["x", *TINY, "--temperature", "-1", *output], "temperature"),
         (["x", *TINY, "--merge", *output], "--merge needs an adapter"),

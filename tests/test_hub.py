@@ -115,7 +115,7 @@ def test_a_revision_and_a_folder_of_a_repository(tmp_path: Path, serve: Callable
     assert torch.equal(model(X), trained(X))
     with pytest.raises(AdapterError, match="no revision 'v3'"):
         locate_adapter("someone/loras/french@v3")
-    with pytest.raises(AdapterError, match="There are adapters in its folders: someone/loras/french"):
+    with pytest.raises(AdapterError, match="There are adapters in its subfolders: someone/loras/french"):
         locate_adapter("someone/loras")
 
 
@@ -147,6 +147,6 @@ def test_the_name_that_the_default_base_has_on_the_hub(
 ) -> None:
     serve(reachable=False)
     model, tokenizer = load_base("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="fp32", device="cpu")
-    assert "the precision of 4 bits, is loaded instead" in capsys.readouterr().err
+    assert "4-bit precision, is loaded instead" in capsys.readouterr().err
     assert model.name_or_path == tokenizer.name_or_path == "smollm2-135m"
     assert torch.equal(model.lm_head.weight, smollm2[0].lm_head.weight)

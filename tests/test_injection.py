@@ -255,7 +255,7 @@ def test_a_pattern_that_matches_nothing() -> None:
     assert "'mlp.up_proj'" in message
     assert "Did you mean" in fault(llama(), "q_porj")
     assert "match nothing (after exclude_modules" in fault(llama(), ["q_proj"], exclude_modules=["q_proj"])
-    assert "no linear-like module" in fault(nn.Sequential(nn.ReLU()), "all-linear")
+    assert "no linear-like modules" in fault(nn.Sequential(nn.ReLU()), "all-linear")
     assert "It is a layer itself" in fault(nn.Linear(4, 4), "all-linear")
     assert "target_modules is not given" in fault(Net(), None)
 
@@ -303,7 +303,7 @@ def test_a_second_injection_is_refused() -> None:
     model = Net()
     lora.inject(model, config(["up"]))
     before = snapshot(model)
-    with pytest.raises(TargetError, match="holds an adapter already; remove"):
+    with pytest.raises(TargetError, match="already holds an adapter; call remove"):
         lora.inject(model, config(["down"]))
     assert_same(snapshot(model), before)
     outer = nn.Sequential(model)
@@ -374,7 +374,7 @@ def test_the_report_speaks_of_ties_and_half_precision() -> None:
     assert any("transformer.wte shares its weight with lm_head" in note for note in report.notes)
     assert not lora.inject(gpt2(), config(["c_attn"])).notes
     report = lora.inject(llama().to(torch.bfloat16), config(["q_proj"], modules_to_save=["lm_head"]))
-    assert any("lm_head.weight, ...) train in full in torch.bfloat16" in note for note in report.notes)
+    assert any("lm_head.weight, ...) are trained in full in torch.bfloat16" in note for note in report.notes)
 
 
 # Taking it back, merging, switching off.

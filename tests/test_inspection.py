@@ -184,14 +184,16 @@ def test_verify_names_the_wrong_base(base: Any) -> None:
     )
     adapter = trained(base)
     strange = Adapter(adapter.config, adapter.tensors)
-    assert "does not say which base" in told(verify(base, Characters(), strange, PROMPTS, max_new_tokens=2), "warning")
+    assert "does not record which base" in told(
+        verify(base, Characters(), strange, PROMPTS, max_new_tokens=2), "warning"
+    )
     small = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=48, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )
     )
     wrong = told(verify(small, Characters(), adapter, PROMPTS), "fault")
-    assert "wrong base: LlamaForCausalLM has other parameters" in wrong
+    assert "wrong base: LlamaForCausalLM has different parameters" in wrong
     assert "misshapen" in wrong or "missing" in wrong or "unexpected" in wrong
 
 

@@ -389,14 +389,14 @@ def test_a_value_that_looks_like_a_flag_stays_as_it_is(run: Run, tiny_adapter: P
 
 def test_what_the_declared_tool_could_not_compute_is_refused_before_training(run: Run, tmp_path: Path) -> None:
     tied_head = ("--target_modules", "wte,c_attn", "--target", "llamacpp")
-    refused(run("run_training", *TINY, *tied_head), "llama.cpp would compute this adapter wrongly", "wte")
+    refused(run("run_training", *TINY, *tied_head), "llama.cpp would apply this adapter incorrectly", "wte")
     assert not (tmp_path / "lora_model").exists()
     assert run("run_training", *TINY, "--target", "llamacpp", "--num_epochs", "1")[0] == 0
 
 
 def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    refused(run("run_inference", "--adapter", "nothing"), "nothing", "holds no adapter", "adapter_config.json")
+    refused(run("run_inference", "--adapter", "nothing"), "nothing", "contains no adapter", "adapter_config.json")
     refused(run("run_inference", "--adapter", "nowhere"), "does not exist")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     refused(run("run_inference", "--adapter", "notes.txt"), "notes.txt is not an adapter; expected a directory")
@@ -405,7 +405,7 @@ def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_say_its_settings(run: Run, tiny_adapter: Path) -> None:
     result = run("run_inference", "--adapter", str(tiny_adapter / "pytorch_model.bin"))
-    refused(result, "holds no settings", "`loralib convert` with --lora_dim")
+    refused(result, "contains no settings", "`loralib convert` with --lora_dim")
 
 
 def test_an_adapter_for_another_base(run: Run, tiny_adapter: Path) -> None:
@@ -418,7 +418,7 @@ def test_one_of_several_adapters_for_another_base(run: Run, tiny_adapter: Path, 
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
     lora.save_adapter(model, tmp_path / "other")
     result = run("run_inference", "--adapter", str(tiny_adapter), "other", "--prompt", "name : X")
-    refused(result, "other: the adapter was trained on a base model of the same shapes with other values")
+    refused(result, "other: the adapter was trained on a base model with the same shapes but different values")
     assert [line.partition(" ")[0] for line in result[1].splitlines()] == ["Loading"]
 
 

@@ -83,8 +83,8 @@ def write(directory, method="gptq", form="gptq", bits=4, act_order=False, size=6
         ("gptq", "gptq", 4, False, 64, "GPTQ: 7 weights kept in 4 bits"),
         ("gptq", "gptq_v2", 4, False, 64, "GPTQ: 7 weights kept in 4 bits"),
         ("gptq", "gptq", 4, False, 96, "GPTQ: 7 weights kept in 4 bits"),
-        ("gptq", "gptq", 4, True, 64, "GPTQ: 7 weights made dense"),
-        ("gptq", "gptq", 8, False, 64, "GPTQ: 7 weights made dense"),
+        ("gptq", "gptq", 4, True, 64, "GPTQ: 7 weights dequantised"),
+        ("gptq", "gptq", 8, False, 64, "GPTQ: 7 weights dequantised"),
         ("awq", "gemm", 4, False, 64, "AWQ: 7 weights kept in 4 bits"),
     ],
 )
@@ -131,9 +131,9 @@ def test_packed_numbers_may_be_brought_into_other_bits(tmp_path, smollm2):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bits": 3}, "was quantised by gptq to 3 bits as 'gptq', which is not read here"),
-        ({"quant_method": "awq", "version": "gemv"}, "by awq to 4 bits as 'gemv', which is not read here"),
-        ({"bits": 8}, "does not fit together"),
+        ({"bits": 3}, "was quantised by gptq to 3 bits as 'gptq', which loralib does not read"),
+        ({"quant_method": "awq", "version": "gemv"}, "by awq to 4 bits as 'gemv', which loralib does not read"),
+        ({"bits": 8}, "do not match each other"),
     ],
 )
 def test_what_is_packed_otherwise_is_refused_with_the_way_out(changes, said, tmp_path, smollm2):
@@ -147,5 +147,5 @@ def test_a_missing_part_is_named(tmp_path, smollm2):
     state = load_file(tmp_path / "model.safetensors")
     del state["model.layers.0.mlp.up_proj.scales"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"model.layers.0.mlp.up_proj: what is packed there.*scales"):
+    with pytest.raises(BaseModelError, match=r"model.layers.0.mlp.up_proj: its packed tensors.*scales"):
         lora.load_base(tmp_path)

@@ -438,11 +438,11 @@ LONG = Sampling(max_new_tokens=400, min_new_tokens=400)
 def test_what_can_never_fit_is_refused_with_numbers(bank: Bank) -> None:
     service = Service(bank, TOKENIZER, cache_tokens=64)
     listener: Callable[[Any], None] = print
-    with pytest.raises(DataError, match=r"prompt has 60 tokens and up to 10 may follow, and there is room for 64"):
+    with pytest.raises(DataError, match=r"prompt has 60 tokens and up to 10 may follow, but there is room for 64"):
         service.submit(text(0, 60), Sampling(max_new_tokens=10), listener=listener)
     with pytest.raises(AdapterError, match=r"frist\. Did you mean 'first'"):
         service.submit(text(0, 6), Sampling(), "frist", listener=listener)
-    with pytest.raises(ConfigError, match="logit_bias has the tokens 999, and this model's end at 256"):
+    with pytest.raises(ConfigError, match="logit_bias has the token ids 999, but this model's end at 256"):
         service.submit(text(0, 6), Sampling(logit_bias={999: 1}), listener=listener)
     assert len(ids_of(list(service.stream(text(0, 60), Sampling(max_new_tokens=5, min_new_tokens=5))))) == 5
     service.close()
@@ -452,7 +452,7 @@ def test_too_many_are_refused_and_others_go_on(bank: Bank) -> None:
     service = Service(bank, TOKENIZER, max_requests=1, max_waiting=2)
     held = Held(service)
     asked = [ask(service, text(number, 4), Sampling(max_new_tokens=3)) for number in range(3)]
-    with pytest.raises(BusyServerError, match="3 requests are running or waiting already, and no more than 2"):
+    with pytest.raises(BusyServerError, match="3 requests are already running or waiting, and at most 2"):
         ask(service, text(9, 4), Sampling())
     assert (service.stats().waiting, service.stats().running) == (3, 0)
     held.release()
@@ -543,7 +543,7 @@ def test_logits_that_are_no_numbers_end_a_request(bank: Bank, service: Service) 
         held = Held(service)
         (_, bad), (_, good) = ask(service, [5, 7, 8], LONG), ask(service, [5, 6], Sampling(max_new_tokens=1))
         held.release()
-        assert "logits that are no numbers after 3 tokens" in str(rest(bad)[-1])
+        assert "logits that are not numbers after 3 tokens" in str(rest(bad)[-1])
         rest(good)
     finally:
         with torch.no_grad():
@@ -707,7 +707,7 @@ def test_a_schema_needs_a_tokenizer_that_can_be_read(bank: Bank) -> None:
         def decode(self, ids: Any, **_: Any) -> str:
             return " ".join(map(str, ids))
 
-    with pytest.raises(ConfigError, match="needs a tokenizer of the tokenizers library, and this is a Letters"):
+    with pytest.raises(ConfigError, match="needs a tokenizer from the tokenizers library, but this is a Letters"):
         generate(bank, Letters(), [[1, 2]], json_schema="{}")
 
 

@@ -130,7 +130,7 @@ def test_what_cannot_be_read_apart_is_read_whole(
         return [key for key, value in state.items() if not torch.equal(value.full_tensor(), want[key])]
 
     assert together(faults) == [[]] * SIZE
-    note = f"each process reads all of {path} before it keeps its share, since lm_head.weight is not in its files"
+    note = f"each process reads all of {path} before keeping its share, since lm_head.weight is missing from its files"
     assert capfd.readouterr().err.count(note) == 1
 
 

@@ -283,7 +283,7 @@ def test_data_of_another_kind_is_refused_and_what_is_dropped_is_said(
     tmp_path: Path, smollm2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(tmp_path, num_epochs=1, seq_len=64)
-    with pytest.raises(errors.DataError, match="training data holds TokenExample and dict, expected Example"):
+    with pytest.raises(errors.DataError, match="training data contains TokenExample and dict, expected Example"):
         lora.train(tiny_model(), [copying_examples()[0], {"prompt": "a", "completion": "b"}], config)  # type: ignore[list-item]
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -340,7 +340,7 @@ def test_what_the_declared_tool_could_not_compute_is_refused_before_anything_cha
     model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = True
     config = settings(tmp_path, target_modules="embed_tokens,q_proj", target="llamacpp")
-    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp would compute this adapter wrongly.*embed_tokens"):
+    with pytest.raises(errors.AdapterError, match=r"(?s)llama.cpp would apply this adapter incorrectly.*embed_tokens"):
         train(config, model)
     assert not any("lora_" in name for name, _ in model.named_parameters())
     assert not list(tmp_path.iterdir())
@@ -536,7 +536,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
         return gradient if len(calls) < 4 else gradient * math.nan
 
     model.model.layers[0].mlp.up_proj.lora_B.register_hook(spoil)
-    with pytest.raises(errors.TrainingError, match=r"gradient became nan at update 4.*of update 3 is intact"):
+    with pytest.raises(errors.TrainingError, match=r"gradient became nan at update 4.*from update 3 is intact"):
         lora.train(model, copying_examples(), config, verbose=False)
     assert all(bool(p.isfinite().all()) for p in saved_parameters(tmp_path / "run"))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -709,7 +709,7 @@ def test_an_unfinished_run_is_not_buried_by_mistake(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(errors.TrainingError, match=r"contains a run that stopped after 7 updates. Add --resume"):
         train(config)
-    with pytest.raises(errors.TrainingError, match=r"(?s)other settings.*lr: 0.005 then, 0.01 now"):
+    with pytest.raises(errors.TrainingError, match=r"(?s)different settings.*lr: 0.005 then, 0.01 now"):
         train(config.replace(resume=True, lr=0.01))
     assert train(config.replace(overwrite=True)).steps == 8
 
@@ -725,7 +725,7 @@ def test_the_same_flags_start_a_run_and_end_it(tmp_path: Path, capsys: pytest.Ca
     assert (again.steps, again.losses, again.best) == (4, [], first.best)
     assert kept(first.output_dir) == whole
     assert adapted_layers(model), "the model has its adapter all the same"
-    with pytest.raises(errors.TrainingError, match=r"(?s)other settings.*lr: 0.005 then, 0.01 now"):
+    with pytest.raises(errors.TrainingError, match=r"(?s)different settings.*lr: 0.005 then, 0.01 now"):
         train(config.replace(lr=0.01))
 
 
@@ -828,7 +828,7 @@ def test_another_base_or_adapter_is_not_gone_on_with(tmp_path: Path) -> None:
     other = tiny_model()
     lora.inject(other, lora.LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(
-        errors.TrainingError, match=r"(?s)another adapter.*q_proj.lora_A: \(4, 16\) then, \(2, 16\) now"
+        errors.TrainingError, match=r"(?s)a different adapter.*q_proj.lora_A: \(4, 16\) then, \(2, 16\) now"
     ):
         train(config.replace(resume=True), other)
     with pytest.raises(errors.TrainingError, match="validation data: "):

@@ -183,21 +183,33 @@ def test_tied_tables_stay_one_when_their_rows_are_merged() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias do not go together"),
-        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora and init_lora_weights 'pissa' do not go together"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias do not work together"),
+        (
+            {"use_dora": True, "init_lora_weights": "pissa"},
+            "use_dora and init_lora_weights 'pissa' do not work together",
+        ),
         ({"lora_bias": True, "bias": "all"}, "lora_bias and bias 'all'.*leave one of them out"),
         ({"init_lora_weights": "olora", "enable_lora": {"q_proj": [True, False]}}, "enable_lora and init_lora_weights"),
-        ({"init_lora_weights": "pissa", "r": 17}, "start from r directions of the weight, which has 16.*rank_pattern"),
-        ({"init_lora_weights": "pissa", "target_modules": ["embed_tokens"]}, "is not for an embedding"),
-        ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias is not for an embedding"),
+        (
+            {"init_lora_weights": "pissa", "r": 17},
+            "start from r directions of the weight, which has only 16.*rank_pattern",
+        ),
+        ({"init_lora_weights": "pissa", "target_modules": ["embed_tokens"]}, "does not support an embedding"),
+        ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias does not support an embedding"),
         ({"init_lora_weights": "eva"}, "starts from data"),
-        ({"init_lora_weights": "corda"}, "'corda' is another start than loralib's.*'pissa'"),
+        ({"init_lora_weights": "corda"}, "'corda' is not one of the starts that loralib has.*'pissa'"),
         ({"trainable_token_indices": [40]}, r"no rows \[40\], the table has 40"),
         ({"trainable_token_indices": [4, 4]}, "expected each row once"),
         ({"trainable_token_indices": {"wte": [4]}}, r"trainable_token_indices\['wte'\] matches nothing"),
-        ({"trainable_token_indices": {"norm": [4]}}, "is no table of tokens"),
-        ({"trainable_token_indices": [4], "target_modules": ["embed_tokens"]}, "target_modules adapts all of it"),
-        ({"trainable_token_indices": [4], "modules_to_save": ["embed_tokens"]}, "modules_to_save trains all of it"),
+        ({"trainable_token_indices": {"norm": [4]}}, "is not an embedding or a head"),
+        (
+            {"trainable_token_indices": [4], "target_modules": ["embed_tokens"]},
+            "target_modules already adapts all of it",
+        ),
+        (
+            {"trainable_token_indices": [4], "modules_to_save": ["embed_tokens"]},
+            "modules_to_save already trains all of it",
+        ),
         ({"eva_config": {"rho": 0.5}}, "rho 0.5, expected at least 1"),
     ],
 )

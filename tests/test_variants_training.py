@@ -260,7 +260,7 @@ def test_eva_takes_no_padding_and_tells_when_data_is_too_little() -> None:
         torch.testing.assert_close((one.lora_A @ other.lora_A.T).abs(), torch.eye(2), atol=1e-4, rtol=0)
     with pytest.raises(lora.LoraError, match="fewer inputs than r"):
         lora.inject(llama(), config, [ids[:1, :1]])
-    with pytest.raises(lora.LoraError, match="batches are for init_lora_weights 'eva'"):
+    with pytest.raises(lora.LoraError, match="batches are only for init_lora_weights 'eva'"):
         lora.inject(llama(), lora.LoraConfig(target_modules=["q_proj"]), [ids])
 
 

@@ -60,7 +60,9 @@ def common_base(adapters: Iterable[tuple[str, str | Path]], name: str | None = N
             bases.setdefault(base, []).append(called)
     if len(bases) > 1:
         faults = [f"{base}: {', '.join(names)}" for base, names in sorted(bases.items())]
-        raise ConfigError(list_faults("the adapters were trained on several bases", faults, "Choose one with --model."))
+        raise ConfigError(
+            list_faults("the adapters were trained on different bases", faults, "Choose one with --model.")
+        )
     return next(iter(bases), DEFAULT_BASE)
 
 
@@ -104,7 +106,7 @@ def load_adapted(
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
     if value is not None and value.config.task_type == "SEQ_CLS":
         raise AdapterError(
-            f"{adapter} is a classifier, which gives texts labels and writes none: `loralib predict --adapter "
+            f"{adapter} is a classifier, which labels texts and does not write any: use `loralib predict --adapter "
             f"{adapter}` (loralib.load_adapted_classifier and loralib.predict in Python)"
         )
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
@@ -128,7 +130,7 @@ def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
     other += ["vocabulary"] if len(own) != len(tokenizer) else []
     if other:
         say(
-            f"The tokenizer saved with {adapter} is used; it differs from the base's in: {', '.join(other)}",
+            f"Using the tokenizer saved with {adapter}; it differs from the base's in: {', '.join(other)}",
             file=sys.stderr,
         )
     return own
@@ -141,7 +143,7 @@ def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
         ConfigError: it cannot be read, or writes no chat.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
-        raise ConfigError(f"chat_template is {str(file)!r}, which needs a tokenizer of transformers")
+        raise ConfigError(f"chat_template is {str(file)!r}, which needs a transformers tokenizer")
     own, chat = copy.copy(tokenizer), [{"role": "user", "content": "Hi"}]
     try:
         own.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
@@ -149,7 +151,7 @@ def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat_template {file} cannot be read: {error}") from error
     except Exception as error:  # Jinja's own, and the template's
-        raise ConfigError(f"--chat_template {file} cannot write a chat: {error}") from error
+        raise ConfigError(f"--chat_template {file} cannot format a chat: {error}") from error
     return own
 
 

@@ -130,8 +130,8 @@ def load_adapted_classifier(adapter: str, model: str | None = None, **options: A
     if value is None or not is_classifier(value):
         task = value.config.task_type if value is not None else None
         raise AdapterError(
-            f"{adapter} is no classifier (its task_type is {task!r}, expected {TASK!r}). `loralib train --task "
-            "classify` trains one; for an adapter that writes texts there is `loralib generate`."
+            f"{adapter} is not a classifier (its task_type is {task!r}, expected {TASK!r}). `loralib train --task "
+            "classify` trains one; for an adapter that writes text, use `loralib generate`."
         )
     base, tokenizer = load_classifier(base_of(value, model), labels_in(value), **options)
     value = with_present_names(value, base)
@@ -152,8 +152,8 @@ def labels_in(adapter: Adapter) -> tuple[str, ...]:
     heads = [tensor for name, tensor in adapter.tensors.items() if name in _LAST]
     if not heads:
         raise AdapterError(
-            f"the adapter has no head ({', '.join(_LAST)}), so nothing says what its classes are. Save it with the "
-            f"head in modules_to_save (PEFT does so with task_type {TASK!r})."
+            f"the adapter has no head ({', '.join(_LAST)}), so its classes are unknown. Save it with the head in "
+            f"modules_to_save (PEFT does so with task_type {TASK!r})."
         )
     count = heads[0].shape[0]
     return tuple(f"LABEL_{number}" for number in range(count)) if count > 1 else ()
@@ -171,7 +171,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     config: Any = getattr(model, "config", None)
     if not type(model).__name__.endswith("ForSequenceClassification") or not hasattr(config, "id2label"):
         raise ConfigError(
-            f"{type(model).__name__} is no classifier of texts. Load it with loralib.load_classifier, or transformers' "
+            f"{type(model).__name__} is not a text classifier. Load it with loralib.load_classifier, or transformers' "
             "AutoModelForSequenceClassification."
         )
     names = _named_in(config)
@@ -229,7 +229,7 @@ def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.devi
     base = build_base(name, dtype, device, seed, *sizes)
     classes = import_transformers().AutoModelForSequenceClassification
     if type(base.config) not in classes._model_mapping:
-        raise BaseModelError(f"{name} has no form for classification. Use scratch-encoder, or a pretrained --model.")
+        raise BaseModelError(f"{name} cannot be used for classification. Use scratch-encoder, or a pretrained --model.")
     config = base.config.__class__.from_dict({**base.config.to_dict(), **settings})
     config.name_or_path = base.config.name_or_path
     model = classes.from_config(config)
@@ -257,15 +257,15 @@ def _read(
             )
     except Exception as error:
         raise BaseModelError(
-            f"{name!r} cannot be read as a classifier of texts: {first_line(error)}. Choose a model that transformers "
-            "has in that form (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "
+            f"{name!r} cannot be loaded as a text classifier: {first_line(error)}. Choose a model that transformers "
+            "supports as one (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "
             "Qwen."
         ) from error
     new = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."
     lost = [key for key in new if key.startswith(body) and "pooler" not in key]
     if lost:
-        heading = f"the weights of {name!r} lack {len(lost)} of {type(model).__name__}'s tensors"
+        heading = f"{len(lost)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"
         raise BaseModelError(list_faults(heading, lost, "Download the model again, or use a complete one."))
     if quantize is not None:
         finish_reading(model)

@@ -43,7 +43,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if chosen.type in available and not available[chosen.type]():
         raise ConfigError(f"device is {str(device)!r}, but PyTorch finds no such device here. Use --device cpu.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {str(device)!r}, but there are only {torch.cuda.device_count()} CUDA devices.")
+        raise ConfigError(
+            f"device is {str(device)!r}, but there are only {torch.cuda.device_count()} CUDA devices. Use a lower "
+            "number."
+        )
     return chosen
 
 

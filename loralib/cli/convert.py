@@ -77,7 +77,7 @@ def _convert(args: argparse.Namespace) -> None:
         say(f"  {note}")
     if model is None and args.target != "peft":
         say("  the base model was not checked for layers that share weights (give --model MODEL to check it)")
-    exact = "exact" if portable.error == 0 else f"differs from the update by {portable.error:.2%}"
+    exact = "exact" if portable.error == 0 else f"off by {portable.error:.2%} of the update"
     rounded = f", rounding to {args.dtype} changes an update by up to {moved:.2%}" if moved else ""
     written = f"{counted(len(portable.adapter.modules), 'module')} written to {args.output}"
     say(f"{written}, read back and compared: {exact}{rounded}")

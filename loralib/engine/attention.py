@@ -196,12 +196,12 @@ def _refuse_unknown(
     if query.shape[0] != 1 or query.shape[2] != layout.tokens:
         raise UnsupportedModelError(f"{name} does not compute the row of tokens that it was given")
     if attention_mask is not None:
-        raise UnsupportedModelError(f"{name} makes an attention mask of its own")
+        raise UnsupportedModelError(f"{name} makes its own attention mask")
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise UnsupportedModelError(f"{name} is not causal")
     unknown = sorted(key for key, value in others.items() if value is not None and key not in _HARMLESS)
     if unknown:
-        raise UnsupportedModelError(f"{name} passes {', '.join(unknown)} to its attention, which is not known here")
+        raise UnsupportedModelError(f"{name} passes {', '.join(unknown)} to its attention, which loralib does not know")
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
         raise UnsupportedModelError(f"{name} counts tokens from the beginning of the row")
     config = getattr(module, "config", None)
@@ -214,7 +214,7 @@ def _refuse_unknown(
     else:
         slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     if slides != (sliding_window is not None):
-        raise UnsupportedModelError(f"{name} does not say how far its sliding window reaches")
+        raise UnsupportedModelError(f"{name} does not state the size of its sliding window")
 
 
 # A training batch as one row.

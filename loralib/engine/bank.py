@@ -143,8 +143,8 @@ class Bank:
         model = unwrapped(model)
         if adapted_layers(model):
             raise AdapterError(
-                f"this {type(model).__name__} holds an adapter, and a bank works over a plain base. "
-                "Call lora.remove(model) first, and load the adapter into the bank by its name."
+                f"this {type(model).__name__} holds an adapter, but a bank needs a plain base. Call "
+                "lora.remove(model) first, and load the adapter into the bank by its name."
             )
         self.model, self._max_bytes = model, max_bytes
         self._modules = {name: module for name, module in model.named_modules() if _takes_rows(module)}
@@ -353,7 +353,7 @@ class Bank:
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._slots and not replace:
-            raise AdapterError(f"there is an adapter called {name!r} already; unload it first, or pass replace=True")
+            raise AdapterError(f"there is already an adapter called {name!r}; unload it first, or pass replace=True")
 
     def _forget(self, name: str) -> None:
         slot = self._slots.pop(name, None)
@@ -372,7 +372,9 @@ class Bank:
         plain = expand_blocks(adapter)
         if more := more_than_low_rank(adapter):
             raise AdapterError(
-                list_faults("a bank holds low-rank updates, and this adapter has more", more, f"{way_out(adapter)}.")
+                list_faults(
+                    "a bank holds low-rank updates only, but this adapter has more", more, f"{way_out(adapter)}."
+                )
             )
         faults = [f"{key}: trained in full" for key in plain.tensors if "lora_" not in key.rpartition(".")[2]]
         others = [name for name in plain.modules if name not in self._modules]
@@ -383,9 +385,9 @@ class Bank:
         if faults:
             raise AdapterError(
                 list_faults(
-                    "a bank holds low-rank updates of linears and embeddings, and this adapter has more",
+                    "a bank holds low-rank updates of linear layers and embeddings only, but this adapter has more",
                     faults,
-                    "Load it by itself with lora.load_adapter(model, ...).",
+                    "Load it on its own with lora.load_adapter(model, ...).",
                 )
             )
         factors = {}
@@ -409,8 +411,8 @@ class Bank:
                 changed = plain_logits(self.model, ids)
         if torch.equal(without, changed):
             raise AdapterError(
-                f"the adapter {slot.name!r} changes no logit of this {type(self.model).__name__}: it was not trained, "
-                "or its updates are too small to be seen. Train it, or leave it out."
+                f"the adapter {slot.name!r} changes no logit of this {type(self.model).__name__}: it was not "
+                "trained, or its updates are too small to matter. Train it, or leave it out."
             )
 
     def _keep(self, slot: Slot) -> None:
@@ -541,8 +543,8 @@ def _mixed(
     flat = y.view(-1, y.shape[-1])
     if len(flat) != runs[-1].stop:
         raise UnsupportedModelError(
-            f"{name} computes {len(flat)} rows where the pass has {runs[-1].stop}, so that rows cannot choose adapters "
-            "there. Load such an adapter by itself with lora.load_adapter(model, ...)."
+            f"{name} computes {len(flat)} rows, but the pass has {runs[-1].stop}, so rows cannot choose adapters "
+            "there. Load such an adapter on its own with lora.load_adapter(model, ...)."
         )
     looks_up = isinstance(module, nn.Embedding)
     inputs = x.reshape(-1) if looks_up else x.reshape(-1, x.shape[-1])

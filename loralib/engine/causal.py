@@ -25,7 +25,7 @@ _CAUSAL: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 # Tokens that are tried, of which the second half changes.
 _TOKENS: Final = 16
 _OWN_LOOP: Final = (
-    "`inject` and `save_adapter` take it all the same: train it in a loop of your own, or by transformers' Trainer, "
+    "`inject` and `save_adapter` accept it nevertheless: train it in your own loop, or with transformers' Trainer, "
     "with the loss that it is made for"
 )
 # Modules by which a decoder reads an encoder that is not there.
@@ -48,24 +48,24 @@ def require_causal(model: nn.Module) -> None:
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{name} is a sequence-to-sequence model, which reads one text and writes another; training and generation "
-            f"here are for causal language models. {_OWN_LOOP} (its `labels` argument), and write texts with its own "
-            "`model.generate`."
+            f"{name} is a sequence-to-sequence model, which reads one text and writes another; loralib's training and "
+            f"generation are for causal language models. {_OWN_LOOP} (its `labels` argument), and write texts with "
+            "its own `model.generate`."
         )
     if any(path.endswith(_CROSS_ATTENTION) for path, _ in model.named_modules()):
         raise UnsupportedModelError(
             f"{name} is the decoder of a sequence-to-sequence model, and the encoder that it attends to is missing. "
-            "Choose a causal language model; or load it whole (AutoModelForSeq2SeqLM). "
-            f"{_OWN_LOOP} (its `labels` argument)."
+            f"Choose a causal language model; or load the whole model (AutoModelForSeq2SeqLM). {_OWN_LOOP} (its "
+            "`labels` argument)."
         )
     with Hold(model, (), "inference"), evaluating(model.modules()):
         sees = _sees_later_tokens(model)
     if sees:
         decoder = " A BERT that is meant as a decoder needs is_decoder=True in its config when it is loaded."
         raise UnsupportedModelError(
-            f"{name} is not causal: its logits for a token move when later tokens change, so it would read what it is "
-            f"asked to predict. Choose a causal language model. {_OWN_LOOP}, as of masked tokens or classes."
-            + (decoder if hasattr(getattr(model, "config", None), "is_decoder") else "")
+            f"{name} is not causal: its logits for a token change when later tokens change, so it would see what it "
+            f"is asked to predict. Choose a causal language model. {_OWN_LOOP}, such as that for masked tokens or "
+            "classes." + (decoder if hasattr(getattr(model, "config", None), "is_decoder") else "")
         )
     _CAUSAL.add(model)
 

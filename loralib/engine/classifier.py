@@ -69,7 +69,7 @@ class ClassifierForward(Forward):
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} returns {type(output).__name__}, expected an object whose logits have "
-                "the shape (texts, classes)"
+                "shape (texts, classes)"
             )
         return logits
 

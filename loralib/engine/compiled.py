@@ -55,7 +55,7 @@ class CompiledBlocks:
                 self.enabled = False
                 cause = getattr(error, "inner_exception", error)  # of the compiler behind it
                 warnings.warn(
-                    f"torch.compile fails on {type(block).__name__}, and training goes on without it, more slowly "
+                    f"torch.compile fails on {type(block).__name__}, so training continues without it, more slowly "
                     f"({type(cause).__name__}: {first_line(cause)})",
                     stacklevel=2,
                 )

@@ -96,8 +96,8 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise UnsupportedModelError(
-            f"the model returns {type(output).__name__}, expected logits of shape (batch, tokens, vocabulary), "
-            "or an object that holds them as `logits`"
+            f"the model returns {type(output).__name__}, expected logits of shape (batch, tokens, vocabulary), or an "
+            "object with them as `logits`"
         )
     return logits
 

@@ -208,8 +208,8 @@ class Hold:
             if "training" in (self._use, other._use) and not self._modules.isdisjoint(other._modules):
                 words = {"training": "being trained", "inference": "generating or being evaluated"}
                 raise BusyModelError(
-                    f"this {type(model).__name__} is {words[other._use]} already and cannot be used for {self._use} "
-                    "meanwhile. Wait for that to end (close or finish a Generator), or use a copy of the model."
+                    f"this {type(model).__name__} is already {words[other._use]} and cannot be used for {self._use} "
+                    "at the same time. Wait for that to end (close or finish a Generator), or use a copy of the model."
                 )
 
     def _place(self, module: nn.Module, name: str, value: Any) -> None:

@@ -39,13 +39,13 @@ def why_not_shared(model: nn.Module) -> str:
     head = output_head(model)
     in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
     if any(p.requires_grad and id(p) not in in_layers for p in model.parameters()):
-        return "weights of the base are trained, too"
+        return "weights of the base are trained too"
     for name, layer in layers:
         plain = has_factors(layer) and type(layer).factors is LoRALinear.factors and is_frozen(layer)
         if not plain or layer.output_scale() is not None or layer.output_shift() is not None:
-            return f"{name} is more than a linear layer with plain LoRA"
+            return f"{name} is not just a linear layer with plain LoRA"
         if layer.lora_dropout:
-            return "dropout draws random numbers, which are the run's own"
+            return "dropout draws random numbers that are specific to the run"
         if layer is head:
             return f"{name}, the head, is adapted"
     return ""
@@ -183,7 +183,7 @@ class _RowGroup(LinearGroup[nn.Module]):
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != sum(self._rows):
             raise UnsupportedModelError(
-                f"{self._names[number]} computes {len(flat)} rows where the pass has {sum(self._rows)}, so that runs "
-                "cannot be told apart there. Leave it out of target_modules, or train the runs one after the other."
+                f"{self._names[number]} computes {len(flat)} rows, but the pass has {sum(self._rows)}, so runs cannot "
+                "be told apart there. Leave it out of target_modules, or train the runs one by one."
             )
         return flat

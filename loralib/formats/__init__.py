@@ -104,8 +104,8 @@ def read_adapter(
         if model is None:
             kind = "GGUF" if gguf else "MLX"
             raise AdapterError(
-                f"{path} is {kind}, which has its own names for modules; give the base model (model=... in Python), or "
-                "make it a directory that every command reads: `loralib convert` with --model"
+                f"{path} is {kind}, which has its own names for modules; give the base model (model=... in Python), "
+                "or convert it to a directory that every command reads: `loralib convert` with --model"
             )
         return read_gguf(path, model) if gguf else read_mlx(path, model)
     if not path.is_file():
@@ -115,9 +115,9 @@ def read_adapter(
         raise FormatError(f"{path} is {foreign[0]}. {foreign[1]}")
     if config is None and _is_checkpoint(path):
         raise AdapterError(
-            f"{path} is a checkpoint of Microsoft's loralib, which holds no settings; give "
-            "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python, or make it a directory that every "
-            "command reads: `loralib convert` with --lora_dim, --lora_alpha, --target_modules"
+            f"{path} is a checkpoint of Microsoft's loralib, which contains no settings; give "
+            "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python, or convert it to a directory "
+            "that every command reads: `loralib convert` with --lora_dim, --lora_alpha, --target_modules"
         )
     if config is None:
         raise AdapterError(
@@ -170,11 +170,11 @@ def _needed_files(name: str, files: list[str]) -> list[str]:
     """
     tensors = next((file for file in (PEFT_FILE, PEFT_PICKLE, MLX_FILE) if file in files), None)
     if CONFIG_FILE not in files or tensors is None:
-        kind = "a model, not an adapter; give it as --model" if "config.json" in files else "no adapter"
+        kind = "a model, not an adapter; give it as --model" if "config.json" in files else "not an adapter"
         below = sorted({file.rpartition("/")[0] for file in files if file.endswith(f"/{CONFIG_FILE}")})
-        hint = f" There are adapters in its folders: {name}/{below[0]}" if below else ""
+        hint = f" There are adapters in its subfolders: {name}/{below[0]}" if below else ""
         raise AdapterError(
-            f"{name} on the hub is {kind}: expected {CONFIG_FILE} and {PEFT_FILE}, it holds "
+            f"{name} on the hub is {kind}: expected {CONFIG_FILE} and {PEFT_FILE}, but it contains "
             f"{', '.join(files[:10]) or 'nothing'}.{hint}"
         )
     return [CONFIG_FILE, tensors, *(file for file in files if file in TOKENIZER_FILES)]

@@ -89,13 +89,15 @@ def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[s
         names = _names_of(path, config.target_parameters)
         depths = [(depth, half) for depth in reversed(range(len(names))) for half in "AB"]
         if sorted(places) != sorted(depths):
-            faults.append(f"{path}: factors for {' and '.join(names)} are not complete")
+            faults.append(f"{path}: factors for {' and '.join(names)} are incomplete")
             continue
         for place, name in enumerate(names):
             A, B = (rest.pop(places[len(names) - 1 - place, half]) for half in "AB")
             ours |= _stacked(f"{path}.{name}", A, B, config, faults)
     if faults:
-        raise FormatError(list_faults("the factors of experts do not fit together", faults, "Copy the adapter again."))
+        raise FormatError(
+            list_faults("the factors of experts do not match each other", faults, "Copy the adapter again.")
+        )
     return ours, rest
 
 
@@ -103,10 +105,10 @@ def _stacked(module: str, A: Tensor, B: Tensor, config: LoraConfig, faults: list
     """Returns A (experts, r, in) and B (experts, out, r) of PEFT's factors; adds to `faults`."""
     patterns = config.rank_pattern
     if not all(map(is_plain_name, patterns)) and matching_steps(patterns, [module]) > _MAX_STEPS:
-        raise AdapterError("matching the expressions of rank_pattern may take forever; write names of modules there")
+        raise AdapterError("matching the expressions in rank_pattern could take forever; use names of modules instead")
     r = config.rank_of(module)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] % r or A.shape[0] != B.shape[1]:
-        faults.append(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not of experts of rank {r}")
+        faults.append(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not factors of experts of rank {r}")
         return {}
     return {
         f"{module}.lora_experts_A": A.view(-1, r, A.shape[1]),
@@ -180,7 +182,7 @@ def apart(adapter: Adapter, model: nn.Module) -> Adapter:
     chosen = {name.rpartition(".")[0] for name in adapter.expert_weights}
     if unknown := [name for name in adapter.expert_weights if name not in known]:
         faults += [name for name in unknown if not any(name in fault for fault in faults)]
-        what = f"it is not known how checkpoints of {type(model).__name__} name its experts one by one"
+        what = f"loralib does not know how checkpoints of {type(model).__name__} name individual experts"
         raise AdapterError(list_faults(what, faults, "`loralib merge` writes the merged model instead."))
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if ".lora_experts_" not in name}
     leaves = list[str]()
@@ -291,7 +293,7 @@ def _projections(model: nn.Module) -> tuple[list[_Projection], list[str]]:
             name = f"{path}.{leaf}"
             parts = next((parts for rule in rules if (parts := _parts_of(name, rule, rules))), ())
             if not parts:
-                faults.append(f"{name}: transformers' checkpoints of it hold all experts in one tensor")
+                faults.append(f"{name}: in transformers' checkpoints, one tensor holds all its experts")
                 continue
             found.append(_projection(model, name, parts))
     return found, faults

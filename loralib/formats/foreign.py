@@ -11,10 +11,13 @@ from .tensors import read_pickle, read_safetensors
 
 __all__ = ["describe", "names_in"]
 
-_DIFFUSION = "loralib adapts language models and other PyTorch modules; in diffusers: pipeline.load_lora_weights(FILE)."
+_DIFFUSION = (
+    "loralib adapts language models and other PyTorch modules; to use it in diffusers: "
+    "pipeline.load_lora_weights(FILE)."
+)
 # What is recognised, in this order: a pattern of one of the names, what the file is, and what to do with it.
 _KINDS: tuple[tuple[str, str, str], ...] = (
-    (r"hada_w[12]|lokr_w[12]|oft_blocks|\.diff$", "an adapter of LyCORIS (LoHa, LoKr and others)", _DIFFUSION),
+    (r"hada_w[12]|lokr_w[12]|oft_blocks|\.diff$", "a LyCORIS adapter (LoHa, LoKr or similar)", _DIFFUSION),
     (
         r"^lora_(unet|te\d?|transformer|prior)_|\.lora_(down|up)\.",
         "an adapter in kohya's format, for images",
@@ -28,7 +31,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (
         r"^base_model\.model\.|\.lora_[AB](\.default)?\.weight$",
         "the tensors of a PEFT adapter without its settings",
-        "Put it into a directory as adapter_model.safetensors (or .bin), beside its adapter_config.json.",
+        "Put it into a directory as adapter_model.safetensors (or .bin), next to its adapter_config.json.",
     ),
     (
         r"^(blk\.\d+|token_embd|output)\..*\.lora_[ab]$",
@@ -38,7 +41,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (
         r"\.lora_[ab]$",
         "the tensors of an MLX adapter without its settings",
-        "Put it into a directory as adapters.safetensors, beside its adapter_config.json.",
+        "Put it into a directory as adapters.safetensors, next to its adapter_config.json.",
     ),
 )
 _OURS = re.compile(r"lora_(embedding_)?[AB]$")
@@ -55,14 +58,14 @@ def describe(names: Collection[str]) -> tuple[str, str] | None:
     >>> describe(["h.0.attn.c_attn.lora_A", "h.0.attn.c_attn.lora_B"]) is None
     True
     >>> describe(["h.0.attn.c_attn.weight"])[0]
-    'no adapter: it holds no LoRA tensors (names that end in lora_A or lora_B)'
+    'not an adapter: it contains no LoRA tensors (names that end in lora_A or lora_B)'
     """
     for pattern, what, advice in _KINDS:
         if any(re.search(pattern, name) for name in names if isinstance(name, str)):
             return what, advice
     if not any(_OURS.search(name) for name in names if isinstance(name, str)):
-        what = "no adapter: it holds no LoRA tensors (names that end in lora_A or lora_B)"
-        return what, "Give the adapter that was trained; a base model goes to --model."
+        what = "not an adapter: it contains no LoRA tensors (names that end in lora_A or lora_B)"
+        return what, "Give a trained adapter; a base model belongs in --model."
     return None
 
 

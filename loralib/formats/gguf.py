@@ -106,9 +106,11 @@ def write_gguf(
     import gguf
 
     config = adapter.config
-    faults = [f"{name}: llama.cpp applies no adapters there" for name in adapter.modules if name not in names]
+    faults = [
+        f"{name}: llama.cpp does not apply adapters to this module" for name in adapter.modules if name not in names
+    ]
     if config.use_rslora or config.alpha_pattern or config.enable_lora:
-        faults.append("the scaling is not one alpha divided by the rank of each module")
+        faults.append("the scaling is not the same alpha divided by each module's rank")
     faults += more_than_low_rank(adapter)
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written as GGUF", faults, "Make it portable first."))
@@ -157,7 +159,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
     fields, stored = read_bytes(path, parse_gguf)
     kind = {key: fields.get(key) for key in (_TYPE, _ADAPTER)}
     if kind != {_TYPE: "adapter", _ADAPTER: "lora"}:
-        raise FormatError(f"{path} is a GGUF file, but no LoRA adapter: it says {kind}")
+        raise FormatError(f"{path} is a GGUF file, but not a LoRA adapter: its kind is {kind}")
     alpha = fields.get(_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise FormatError(f"{path}: {_ALPHA} is {alpha!r}, expected a finite number")
@@ -165,7 +167,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
     architecture = _ARCHITECTURES[model.config.model_type]  # type: ignore[union-attr,index]
     if fields.get(_ARCHITECTURE) != architecture:
         raise AdapterError(
-            f"{path} is an adapter for the architecture {fields.get(_ARCHITECTURE)!r}, and the base model "
+            f"{path} is an adapter for the architecture {fields.get(_ARCHITECTURE)!r}, but the base model "
             f"{type(model).__name__} is {architecture!r}; give the base model that it was trained on"
         )
     tensors: dict[str, Tensor] = {}
@@ -186,9 +188,9 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
         # To llama.cpp, no alpha means a scaling of 1.
         ranks[name], alphas[name] = A.shape[0], alpha or float(A.shape[0])
     if faults or not tensors:
-        raise AdapterError(list_faults(f"{path} does not fit the base model", faults or ["it holds no tensors"]))
+        raise AdapterError(list_faults(f"{path} does not fit the base model", faults or ["it contains no tensors"]))
     if any(rank < 1 for rank in ranks.values()):
-        raise FormatError(f"{path} holds empty tensors")
+        raise FormatError(f"{path} contains empty tensors")
     config = with_ranks(LoraConfig(target_modules=list(ranks), task_type="CAUSAL_LM"), ranks, alphas)
     base = fields.get(BASE)
     return Adapter(config, tensors, {BASE: base} if isinstance(base, str) else {})
@@ -268,7 +270,7 @@ def gguf_header(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, GGU
             raise FormatError(f"the tensor {name!r} occurs twice")
         axes = reader.number("<I")
         if axes > 4:
-            raise FormatError(f"{name}: {axes} axes, expected at most 4")
+            raise FormatError(f"{name} has {axes} axes, expected at most 4")
         shape = tuple(reader.number("<Q") for _ in range(axes))[::-1]
         infos[name] = shape, reader.number("<I"), reader.number("<Q")
     check_names([*fields, *infos])
@@ -287,7 +289,7 @@ def _spans(
     for name, (shape, kind, offset) in infos.items():
         begin, size = start + offset, _size(name, shape, kind)
         if offset % alignment or begin + size > file_size:
-            raise FormatError(f"{name}: {size:,} bytes at {begin:,} do not fit a file of {file_size:,} bytes")
+            raise FormatError(f"{name}: {size:,} bytes at {begin:,} do not fit into a file of {file_size:,} bytes")
         spans.append((begin, begin + size, name))
     # Before anything is copied: a thousand names for the same bytes would take a thousand times the file's size.
     for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(span for span in spans if span[0] < span[1])):
@@ -305,7 +307,9 @@ class _Reader:
     def take(self, size: int) -> memoryview:
         left = len(self.data) - self.position
         if size > left:
-            raise FormatError(f"the file ends early: {size:,} bytes are announced at {self.position:,}, {left:,} left")
+            raise FormatError(
+                f"the file ends early: expected {size:,} bytes at {self.position:,}, but {left:,} are left"
+            )
         self.position += size
         return self.data[self.position - size : self.position]
 
@@ -326,7 +330,7 @@ class _Reader:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
-            raise FormatError(f"a field of type {kind} at {self.position:,}, which GGUF does not have")
+            raise FormatError(f"a field at {self.position:,} has type {kind}, which GGUF does not define")
         inner, count = self.number("<I"), self.number("<Q")
         if inner in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[inner]))
@@ -334,7 +338,7 @@ class _Reader:
             for _ in range(count):  # each takes bytes of the file, so that the count cannot run away
                 self.string()
         else:
-            raise FormatError(f"a list of type {inner} at {self.position:,}, expected a list of numbers or texts")
+            raise FormatError(f"a list at {self.position:,} has type {inner}, expected a list of numbers or texts")
         return None
 
 
@@ -345,9 +349,9 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
     try:
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
-        raise FormatError(f"{name}: tensors of type {kind} are not known") from error
+        raise FormatError(f"{name}: unknown tensor type {kind}") from error
     if not shape or max(shape) >= 2**40 or shape[-1] % block:
-        raise FormatError(f"{name}: shape {shape} is too large, or does not divide into blocks of {block}")
+        raise FormatError(f"{name}: shape {shape} is too large, or not divisible into blocks of {block}")
     return math.prod(shape) // block * block_bytes
 
 
@@ -364,4 +368,4 @@ def _tensor(data: memoryview, shape: tuple[int, ...], kind: int) -> Tensor:
     try:
         return torch.from_numpy(gguf.quants.dequantize(packed, kind).reshape(shape).copy())
     except NotImplementedError as error:
-        raise FormatError(f"tensors of the type {kind.name} cannot be read") from error
+        raise FormatError(f"tensors of type {kind.name} cannot be read") from error

@@ -22,7 +22,9 @@ def biases_of_B(adapter: Adapter) -> dict[str, Tensor]:
     """Returns what the biases of B add to the outputs of modules, in fp32."""
     modules = [name.removesuffix(BIAS) for name in adapter.tensors if name.endswith(BIAS)]
     if modules and depends_on_base(adapter):
-        raise AdapterError("lora_bias together with DoRA or another base: PEFT defines no such adapter; copy it again")
+        raise AdapterError(
+            "lora_bias together with DoRA or a changed base: PEFT defines no such adapter; copy it again"
+        )
     return {name: update_of(adapter, name).scaling * adapter.tensors[name + BIAS].float() for name in modules}
 
 
@@ -43,7 +45,7 @@ def fields_for(model: nn.Module, biases: Mapping[str, Tensor]) -> dict[str, list
             (f for f, leaves in _BIAS_FIELDS.items() if leaf in leaves and getattr(config, f, None) is False), None
         )
         if field is None:
-            faults.append(f"{name}: {type(model).__name__} has no bias there, and no setting for one")
+            faults.append(f"{name}: {type(model).__name__} has no bias in this module, and no setting to add one")
         else:
             needed[field] = [each for each in modules if each.rpartition(".")[2] in _BIAS_FIELDS[field]]
     if faults:
@@ -51,7 +53,7 @@ def fields_for(model: nn.Module, biases: Mapping[str, Tensor]) -> dict[str, list
             list_faults(
                 "biases of B (lora_bias) cannot be merged",
                 faults,
-                "Without merging, PEFT computes such an adapter: PeftModel.from_pretrained(base, DIRECTORY).",
+                "PEFT can apply such an adapter without merging: PeftModel.from_pretrained(base, DIRECTORY).",
             )
         )
     return needed

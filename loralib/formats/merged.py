@@ -58,7 +58,7 @@ class MergeReport:
         return self.mean_difference <= 3 * self.expected_mean + 1e-5
 
     def __str__(self) -> str:
-        verdict = "rounding explains it" if self.as_expected else "MORE than rounding explains"
+        verdict = "explained by rounding" if self.as_expected else "MORE than rounding would explain"
         return (
             f"{self.modules} modules merged in fp32, equal to base and file, then cast to "
             f"{str(self.dtype).removeprefix('torch.')}\n"
@@ -90,7 +90,7 @@ def merge_into(
             or a bias has no place in the model. The model stays as it was.
     """
     if injection_of(model) is not None:
-        raise TargetError(f"{type(model).__name__} holds an adapter already; merge into the plain base model")
+        raise TargetError(f"{type(model).__name__} already holds an adapter; merge into the plain base model")
     biases = biases_of_B(adapter)
     fields = fields_for(model, biases)
     with _applied(model, adapter, allow_base_mismatch) as report:
@@ -171,7 +171,9 @@ def merge_and_compare(
     if faults:
         raise MergeError(
             list_faults(
-                f"merged weights do not fit {dtype}: they would be infinite", faults, "Use --dtype bf16 or fp32."
+                f"merged weights are out of range for {dtype}: they would be infinite",
+                faults,
+                "Use --dtype bf16 or fp32.",
             )
         )
     signed = logit_difference(unrounded, prompt_logits(model, inputs))
@@ -208,8 +210,8 @@ def save_merged(
         )
     if (directory / "adapter_config.json").exists():
         raise OutputError(
-            f"{directory} holds an adapter, which from_pretrained would load on top of the merged model; "
-            "choose another directory"
+            f"{directory} contains an adapter, which from_pretrained would load on top of the merged model; choose "
+            "another directory"
         )
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -263,7 +265,9 @@ def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None)
             where = "the base weight" if not torch.isfinite(weight).all() else "the adapter"
             faults.append(f"{name}: {where} holds NaN or infinite values, or their sum is too large for {weight.dtype}")
     if faults:
-        raise MergeError(list_faults("nothing was merged", faults, "Train again, or load another adapter or base."))
+        raise MergeError(
+            list_faults("nothing was merged", faults, "Train the adapter again, or load another adapter or base.")
+        )
     return merged
 
 
@@ -295,7 +299,7 @@ def _check_against_file(
         key = next((f"{name}.{leaf}" for leaf in ("weight", "in_proj_weight") if f"{name}.{leaf}" in merged), None)
         used |= {key or name}
         if key is None:
-            faults.append(f"{name}: its update is in no weight")
+            faults.append(f"{name}: its update is not in any weight")
             continue
         layer = model.get_submodule(name)
         base = to_stored_layout(layer, brought[key]) if key in brought else base_matrix(model, name)
@@ -304,7 +308,7 @@ def _check_against_file(
         delta = full_delta(plain, name, base, initial)
         weight = to_stored_layout(layer, merged[key].flatten(1))
         if not _is_rounding(weight, base.float() + delta.to(base.device)):
-            faults.append(f"{key}: is not the base weight and the adapter's update")
+            faults.append(f"{key}: is not the base weight plus the adapter's update")
     state = model.state_dict()
     for name, tensor in plain.tensors.items():
         if _LOW_RANK.search(name) or name in used or name in ignored:
@@ -319,20 +323,20 @@ def _check_against_file(
             faults.append(f"{name}: is not the adapter's")
     if faults:
         advice = "Nothing was merged. Please report this, with the adapter's settings and the model's name."
-        raise MergeError(list_faults("merged weights are not what the adapter's file says", faults, advice))
+        raise MergeError(list_faults("the merged weights do not match the adapter's file", faults, advice))
 
 
 def _experts_faults(model: nn.Module, adapter: Adapter, name: str, merged: Mapping[str, Tensor]) -> list[str]:
     """Compares the merged weights of experts, one by one, with the base's and their updates."""
     if name not in merged:
-        return [f"{name}: its update is in no weight"]
+        return [f"{name}: its update is not in any weight"]
     base, weights = dense(tensor_at(model, name)).detach(), merged[name]
     for weight, total, update in zip(base, weights, updates_in(adapter, name).values(), strict=True):
         delta = delta_weight(update.A, update.B, update.scaling).to(weight.device)
         # Of the two layouts only one gives the sums, unless the update is zero.
         fits = [form for form in (delta, delta.T) if form.shape == weight.shape]
         if not any(_is_rounding(total, weight.float() + form) for form in fits):
-            return [f"{name}: is not the base weight and the adapter's updates"]
+            return [f"{name}: is not the base weight plus the adapter's updates"]
     return []
 
 

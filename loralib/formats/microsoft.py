@@ -40,10 +40,10 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
     if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
         state = state["model_state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise FormatError(f"{path} holds {type(state).__name__}, expected a mapping of names to tensors")
+        raise FormatError(f"{path} contains {type(state).__name__}, expected a mapping from names to tensors")
     tensors = {_from_microsoft(name, state): value for name, value in state.items() if _is_needed(name, value, state)}
     if not any(name.endswith(("lora_A", "lora_B")) for name in tensors):
-        raise FormatError(f"{path} holds no LoRA tensors (names that end in lora_A or lora_B)")
+        raise FormatError(f"{path} contains no LoRA tensors (names that end in lora_A or lora_B)")
     return Adapter(config, tensors)
 
 
@@ -69,7 +69,7 @@ def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         AdapterError: the adapter has tensors that the form does not have.
     """
     if extra := beyond_microsoft(adapter):
-        raise AdapterError(list_faults("Microsoft's form cannot hold", extra, "Write a PEFT directory instead."))
+        raise AdapterError(list_faults("Microsoft's format cannot hold", extra, "Write a PEFT directory instead."))
     write_pickle(path, {name.replace(".lora_embedding_", ".lora_"): t for name, t in adapter.tensors.items()})
 
 

@@ -69,9 +69,9 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     """
     check_sound(adapter)
     names, config = mlx_names(model), adapter.config
-    faults = [f"{name}: mlx-lm applies no adapters there" for name in adapter.modules if name not in names]
+    faults = [f"{name}: mlx-lm does not apply adapters to this module" for name in adapter.modules if name not in names]
     if config.rank_pattern or config.alpha_pattern or config.enable_lora:
-        faults.append("it does not have one rank and one scale for all modules")
+        faults.append("it does not have the same rank and scale for all modules")
     faults += more_than_low_rank(adapter)
     if faults:
         raise AdapterError(list_faults("the adapter cannot be written for MLX", faults, "Make it portable first."))
@@ -120,7 +120,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
     for name, tensor in stored.items():
         module, leaf = modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]
         if module is None or leaf not in (*leaves, "m") or tensor.dim() != (1 if leaf == "m" else 2):
-            faults.append(f"{name} {tuple(tensor.shape)}: no such adapter tensor of {type(model).__name__}")
+            faults.append(f"{name} {tuple(tensor.shape)}: {type(model).__name__} has no such adapter tensor")
         elif leaf == "m":
             tensors[f"{module}.lora_magnitude_vector"] = tensor
         else:
@@ -129,9 +129,11 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
             tensors[f"{module}.{key}{leaves[leaf]}"] = tensor.T.contiguous()
             ranks[module] = tensor.shape[1] if leaf == "lora_a" else tensor.shape[0]
     if faults or not ranks:
-        raise AdapterError(list_faults(f"{directory} does not fit the base model", faults or ["it holds no tensors"]))
+        raise AdapterError(
+            list_faults(f"{directory} does not fit the base model", faults or ["it contains no tensors"])
+        )
     if any(rank < 1 for rank in ranks.values()):
-        raise FormatError(f"{directory / MLX_FILE} holds empty tensors")
+        raise FormatError(f"{directory / MLX_FILE} contains empty tensors")
     config = LoraConfig(
         target_modules=list(ranks), use_dora=dora, task_type="CAUSAL_LM", base_model_name_or_path=base_name
     )
@@ -154,7 +156,7 @@ def parse_settings(data: bytes) -> tuple[bool, float, str | None]:
         raise FormatError("it has no lora_parameters, which mlx-lm always writes")
     kind, scale, name = settings.get("fine_tune_type", "lora"), parameters.get("scale"), settings.get("model")
     if kind not in ("lora", "dora"):
-        raise FormatError(f"it says fine_tune_type {kind!r}, expected 'lora' or 'dora'")
+        raise FormatError(f"its fine_tune_type is {kind!r}, expected 'lora' or 'dora'")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < abs(scale) < 1e30:
         raise FormatError(f"scale is {scale!r}, expected a finite number other than 0")
     return kind == "dora", float(scale), name if isinstance(name, str) else None

@@ -48,10 +48,10 @@ def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
         raise AdapterError(
             list_faults(
                 f"the adapter was made for an older transformers, in which the experts of {type(model).__name__} were "
-                "modules; now one tensor holds all of them, and it is not known how",
+                "modules; now one tensor holds all of them, in an unknown layout",
                 experts,
-                "PEFT merges it: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(DIR). "
-                "Then give that directory as the base model.",
+                "PEFT can merge it: PeftModel.from_pretrained(base, "
+                "ADAPTER).merge_and_unload().save_pretrained(DIR). Then use that directory as the base model.",
                 most=4,
             )
         )

@@ -64,7 +64,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     adapter, model = adapter_of(model), unwrapped(model)
     if absent := [name for name, tensor in adapter.tensors.items() if tensor.is_meta]:
         fix = "Load the model without offloading, or save before its layers are offloaded."
-        raise AdapterError(list_faults("these tensors are on the meta device, without values", absent, fix))
+        raise AdapterError(list_faults("these tensors are on the meta device and have no values", absent, fix))
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     # A path in the hub's cache means nothing on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
@@ -95,13 +95,15 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     directory = Path(directory)
     missing = [name for name in (CONFIG_FILE, PEFT_FILE) if not (directory / name).is_file()]
     if CONFIG_FILE in missing or (missing and not (directory / PEFT_PICKLE).is_file()):
-        fault = "does not exist" if not directory.exists() else f"holds no adapter: {' and '.join(missing)} missing"
+        fault = "does not exist" if not directory.exists() else f"contains no adapter: {' and '.join(missing)} missing"
         if (directory / _DIFFUSERS).is_file():
-            fault = f"holds an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
+            fault = f"contains an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
         raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
     if not isinstance(settings, dict):
-        raise FormatError(f"{directory / CONFIG_FILE} holds {type(settings).__name__}, expected an object of settings")
+        raise FormatError(
+            f"{directory / CONFIG_FILE} contains {type(settings).__name__}, expected an object with settings"
+        )
     config = LoraConfig.from_dict(settings)
     name, revision = config.base_model_name_or_path or "", settings.get("revision")
     if isinstance(revision, str) and revision and "@" not in name and is_hub_id(versioned := f"{name}@{revision}"):
@@ -110,7 +112,7 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     if PEFT_FILE in missing:
         tensors = read_pickle(directory / PEFT_PICKLE)
         if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise FormatError(f"{directory / PEFT_PICKLE} holds no mapping of names to tensors")
+            raise FormatError(f"{directory / PEFT_PICKLE} does not contain a mapping from names to tensors")
     else:
         tensors, metadata = read_safetensors(directory / PEFT_FILE)
     metadata.pop("format", None)
@@ -121,7 +123,7 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         try:
             blocks = parse_json(metadata[BLOCKS])
         except FormatError as error:
-            raise FormatError(f"{directory / PEFT_FILE}: metadata {BLOCKS!r} holds {error}") from error
+            raise FormatError(f"{directory / PEFT_FILE}: metadata {BLOCKS!r} contains {error}") from error
         others = ("lora_embedding_A", "lora_experts_A")
         fused = [name for name in adapter.modules if not any(f"{name}.{key}" in adapter.tensors for key in others)]
         lone = [name for name in fused if not {f"{name}.lora_A", f"{name}.lora_B"} <= set(adapter.tensors)]
@@ -198,7 +200,7 @@ def _with_our_names(tensors: Mapping[str, Tensor], config: LoraConfig, directory
     return named
 
 
-_TWICE = "{} holds a tensor under an old and a new name; copy the adapter again"
+_TWICE = "{} contains a tensor under both an old and a new name; copy the adapter again"
 
 
 def _shortened(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:

@@ -79,9 +79,9 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     """
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
-    faults = ["lora_bias: a portable adapter has no bias of B"] if config.lora_bias else []
+    faults = ["lora_bias: a portable adapter cannot have a bias of B"] if config.lora_bias else []
     if config.trainable_token_indices:
-        faults.append("trainable_token_indices: a portable adapter has no rows of tables")
+        faults.append("trainable_token_indices: a portable adapter cannot have trained rows of embeddings or heads")
     if target != "peft":
         if target == "vllm":
             faults += vllm.head_faults(config, model)
@@ -96,7 +96,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
             faults += _module_faults(plain, model, target)
     if faults:
         title = TARGETS[target]
-        raise AdapterError(list_faults(f"{title} would compute this adapter wrongly", faults, _MERGE))
+        raise AdapterError(list_faults(f"{title} would apply this adapter incorrectly", faults, _MERGE))
 
 
 def make_portable(
@@ -131,21 +131,22 @@ def make_portable(
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:
-        notes.append("fused blocks are written out with a block-diagonal B (exact)")
+        notes.append("fused blocks are written with a block-diagonal B (exact)")
     plain, error, why = _as_plain(source, model, r, max_error, initial)
     notes += why
     config = plain.config
     if config.use_rslora or config.lora_alpha != config.r or config.alpha_pattern or config.rank_pattern:
-        notes.append("the scaling is in B now, and lora_alpha = r (exact)")
+        notes.append("the scaling is now part of B, and lora_alpha = r (exact)")
     updates = updates_of(plain)
     rank = max(update.r for update in updates.values())
     if any(update.r != rank for update in updates.values()):
-        notes.append(f"all modules have rank {rank} now, the smaller ones padded with zeros (exact)")
+        notes.append(f"all modules now have rank {rank}, the smaller ones padded with zeros (exact)")
     if target == "vllm":
         limit = next((limit for limit in vllm.accepted_ranks if limit >= rank), None)
         if limit is None:
             raise AdapterError(
-                f"vLLM accepts ranks up to {vllm.accepted_ranks[-1]}, and this adapter has {rank}; give a smaller r"
+                f"vLLM accepts ranks up to {vllm.accepted_ranks[-1]}, but this adapter has rank {rank}; give a "
+                "smaller r"
             )
         notes.append(f"start vLLM with --enable-lora --max-lora-rank {limit}")
     result = with_updates(plain, {name: update.plain(rank) for name, update in updates.items()})
@@ -208,7 +209,7 @@ def export(
     faults = _differences(written, back)
     if faults:
         raise AdapterError(
-            list_faults(f"{path}, read back, is not what was written", faults, "Is the disk failing? Try another one.")
+            list_faults(f"{path} does not read back as it was written", faults, "Is the disk failing? Try another one.")
         )
     return 0.0 if dtype is None else _rounding(portable.adapter, written)
 
@@ -264,15 +265,17 @@ def _as_plain(
     config = adapter.config
     dora = any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
     if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
-        raise AdapterError(f"lora_bias: a portable adapter has no bias of B. {_MERGE}")
+        raise AdapterError(f"lora_bias: a portable adapter cannot have a bias of B. {_MERGE}")
     if config.use_dora != dora:
-        held = "holds no lora_magnitude_vector" if config.use_dora else "holds lora_magnitude_vector"
+        held = "contains no lora_magnitude_vector" if config.use_dora else "contains lora_magnitude_vector"
         raise AdapterError(f"use_dora is {config.use_dora}, but the adapter {held}; copy it again")
     notes = []
     if dora or (config.changes_base and initial is None):
         if model is None:
             kind = "DoRA" if dora else f"init_lora_weights {config.init_lora_weights!r}"
-            raise AdapterError(f"{kind} needs the weights of the base model to become plain LoRA; give --model MODEL")
+            raise AdapterError(
+                f"converting {kind} to plain LoRA needs the weights of the base model; give --model MODEL"
+            )
         if dora:
             return _nearest(adapter, model, r, max_error, initial)
     if config.changes_base:
@@ -289,7 +292,11 @@ def _as_plain(
     if r is None:
         return adapter, 0.0, notes
     resized = resize(adapter, r)
-    return resized.adapter, resized.error, [*notes, f"the rank is {r} now, off by {resized.error:.2%} of the update"]
+    return (
+        resized.adapter,
+        resized.error,
+        [*notes, f"the rank is now {r}, off by {resized.error:.2%} of the update"],
+    )
 
 
 def _nearest(
@@ -311,13 +318,17 @@ def _nearest(
     rank = r or next((k for k in range(1, largest + 1) if errors[k] <= max_error), None)
     if rank is None:
         raise AdapterError(
-            f"DoRA's update has full rank: plain LoRA of rank {own} would be off by {errors[own]:.1%} of it, of rank "
-            f"{largest} by {errors[largest]:.1%}, and the limit is {max_error:.1%}. If that is good enough, choose a "
-            f"rank (--rank). {_MERGE}"
+            f"DoRA's update has full rank: plain LoRA of rank {own} would differ from it by {errors[own]:.1%}, of "
+            f"rank {largest} by {errors[largest]:.1%}, but the limit is {max_error:.1%}. If that is good enough, "
+            f"choose a rank (--rank). {_MERGE}"
         )
     result = with_updates(adapter, {name: balanced_factors(U, S, Vh, rank) for name, (U, S, Vh) in parts.items()})
     result = replace(result, config=result.config.replace(use_dora=False, init_lora_weights=True))
-    return result, errors[rank], [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"]
+    return (
+        result,
+        errors[rank],
+        [f"DoRA became plain LoRA of rank {rank}, off by {errors[rank]:.2%} of the update"],
+    )
 
 
 def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initial: Adapter | None) -> Update:
@@ -326,15 +337,17 @@ def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initia
     update = update_of(adapter, module)
     if initial is not None:
         if f"{module}.lora_A" not in initial.tensors:
-            raise AdapterError(f"the initial adapter has no factors for {module}; give the one saved before training")
+            raise AdapterError(
+                f"the initial adapter has no factors for {module}; give the adapter that was saved before training"
+            )
         return update_of(initial, module)
     if weight is not None and kind == "pissa":
         return Update(*pissa_factors(weight, update.r, update.scaling), update.scaling)
     if weight is not None and kind == "olora":
         return Update(*olora_factors(weight, update.r), update.scaling)
     reasons = {
-        "loftq": "LoftQ belongs to a base that it quantised itself; no plain LoRA fits the original base.",
-        "pissa": "it was initialised with random numbers, and the values cannot be computed again exactly.",
+        "loftq": "LoftQ belongs to a base that it quantised itself; no plain LoRA matches the original base.",
+        "pissa": "it was initialised with random numbers, and the values cannot be reproduced exactly.",
         "corda": "it was initialised from data.",
     }
     reason = next(text for name, text in reasons.items() if kind.startswith(name))
@@ -367,11 +380,11 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
         elif name in shared:
             faults.append(
-                f"{name} shares its weight with {shared[name]}; {title} keeps one table for both, and the update would "
-                "act in both or fail"
+                f"{name} shares its weight with {shared[name]}; {title} keeps one copy for both, so the update would "
+                "act on both or fail"
             )
         elif names is not None and name not in names:
-            faults.append(f"{name}: {title} applies no adapters there")
+            faults.append(f"{name}: {title} does not apply adapters to this module")
     return faults
 
 

@@ -96,7 +96,7 @@ def _parse_header(data: bytes, size: int) -> dict[str, Any]:
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if max(ends, default=0) != size - 8 - length:
         raise FormatError(
-            f"its header announces {max(ends, default=0):,} bytes of data, and there are {size - 8 - length:,}"
+            f"its header declares {max(ends, default=0):,} bytes of data, but there are {size - 8 - length:,}"
         )
     return header
 
@@ -201,7 +201,7 @@ def read_bytes(
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
-        raise AdapterError(f"{path} has {size:,} bytes, more than there is memory for") from error
+        raise AdapterError(f"{path} has {size:,} bytes, which is more than fits in memory") from error
     return parsed(data, parse, path)
 
 
@@ -217,8 +217,8 @@ def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
         raise FormatError(f"{name} was not loaded: {error}. Ask for a safetensors file.") from error
     except Exception as error:
         raise FormatError(
-            f"{name} cannot be read: {first_line(error)}. The file is truncated, corrupt or of another kind; "
-            "copy it again from its source."
+            f"{name} cannot be read: {first_line(error)}. The file is truncated, corrupt or not of this kind; copy it "
+            "again from its source."
         ) from error
 
 
@@ -238,8 +238,8 @@ def write_directory(
     for other in (MLX_FILE,) if file == PEFT_FILE else (PEFT_FILE, PEFT_PICKLE):
         if (directory / other).exists():
             raise OutputError(
-                f"{directory} holds an adapter in another format ({other}), whose {CONFIG_FILE} would be overwritten; "
-                "choose another directory"
+                f"{directory} contains an adapter in another format ({other}), whose {CONFIG_FILE} would be "
+                "overwritten; choose another directory"
             )
     # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
     remove_file(directory / CONFIG_FILE)
@@ -310,7 +310,7 @@ def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-_CODE = "it holds objects besides tensors, which loading would run as code"
+_CODE = "it contains objects other than tensors, which would run as code when loaded"
 # The globals that torch.save refers to for tensors and plain values.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
@@ -336,14 +336,14 @@ def _programs(data: bytes) -> Iterator[IO[bytes]]:
         if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries):
             raise FormatError("it is compressed, which torch.save does not do")
         if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):
-            raise FormatError("it holds a folder, which torch.save does not write")
+            raise FormatError("it contains a folder, which torch.save does not write")
         if sum(entry.file_size for entry in entries) > len(data):
             raise FormatError("its entries claim to be larger than the file")
         if broken := archive.testzip():
             raise FormatError(f"the checksum of {broken[:80]!r} is wrong")
         programs = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(programs) != 1:
-            raise FormatError(f"it holds {len(programs)} entries named data.pkl, expected one")
+            raise FormatError(f"it contains {len(programs)} entries named data.pkl, expected one")
         yield io.BytesIO(archive.read(programs[0]))
 
 
@@ -390,4 +390,4 @@ def _check_storage(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise FormatError(f"{name[:80]} is a tensor of layout {tensor.layout} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise FormatError(f"{name[:80]} {tuple(tensor.shape)} is larger than what the file stores for it")
+        raise FormatError(f"{name[:80]} {tuple(tensor.shape)} is larger than the data stored for it")

@@ -61,7 +61,7 @@ def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> l
         leaf = name.rpartition(".")[2]
         if leaf not in accepted and (isinstance(module, nn.Embedding) or module is head):
             which = "embeddings" if isinstance(module, nn.Embedding) else "the head"
-            faults.append(f"{name}: vLLM loads no adapters of {which} of {type(model).__name__}")
+            faults.append(f"{name}: vLLM does not load adapters for {which} of {type(model).__name__}")
     return faults
 
 
@@ -75,16 +75,16 @@ def head_faults(config: LoraConfig, model: nn.Module | None) -> list[str]:
     names = list(config.modules_to_save or ())
     if any(name not in _HEADS for name in names) or len(names) > 1:
         return [
-            f"modules_to_save {names}: of modules trained in full vLLM loads only the head of a classifier, called "
-            f"{' or '.join(_HEADS)}"
+            f"modules_to_save {names}: of the modules trained in full, vLLM loads only the head of a classifier, "
+            f"called {' or '.join(_HEADS)}"
         ]
     if model is None or not names:
         return []
     heads = [(name, module) for name, module in model.named_modules() if config.saves(name)]
     is_classifier = type(model).__name__.endswith("Classification")
     return [
-        f"{name} is {'no classifier' if not is_classifier else type(module).__name__}: of modules trained in full vLLM "
-        "loads only the head of a classifier, one linear layer"
+        f"{name} is {'not a classifier' if not is_classifier else type(module).__name__}: of the modules trained in "
+        "full, vLLM loads only the head of a classifier, if it is a single linear layer"
         for name, module in heads
         if not is_classifier or name != names[0] or not isinstance(module, nn.Linear)
     ]
@@ -97,11 +97,11 @@ def tensor_faults(names: Iterable[str]) -> list[str]:
         names: of the tensors.
 
     >>> tensor_faults(["model.layers.0.q_proj.lora_A", "score.weight", "classifier.dense.weight"])
-    ['classifier.dense.weight: of modules trained in full vLLM loads only score or classifier, one linear layer']
+    ['classifier.dense.weight: of the modules trained in full, vLLM loads only a linear score or classifier']
     """
     in_full = [name.split(".") for name in names if ".lora_" not in name]
     return [
-        f"{'.'.join(parts)}: of modules trained in full vLLM loads only score or classifier, one linear layer"
+        f"{'.'.join(parts)}: of the modules trained in full, vLLM loads only a linear score or classifier"
         for parts in in_full
         if parts[-2:-1] not in (["score"], ["classifier"])
     ]
@@ -129,11 +129,11 @@ def with_experts(adapter: Adapter, model: nn.Module | None) -> tuple[Adapter, st
     """
     if model is None:
         raise AdapterError(
-            "vLLM reads the adapters of experts by the names in checkpoints; give the base model (--model)"
+            "vLLM identifies adapters of experts by their names in checkpoints; give the base model (--model)"
         )
     if type(model).__name__ not in _EXPERTS_IN_ONE:
-        return experts.apart(adapter, model), "each expert has modules of its own now, as vLLM reads them (exact)"
-    return experts.with_both(adapter, model), "the experts stay in one tensor, as vLLM reads them for this model"
+        return experts.apart(adapter, model), "each expert now has its own modules, as vLLM expects (exact)"
+    return experts.with_both(adapter, model), "the experts stay in one tensor, as vLLM expects for this model"
 
 
 def _kind_of(model: nn.Module) -> str:

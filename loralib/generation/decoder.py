@@ -689,7 +689,7 @@ def _why_not_cached(model: nn.Module) -> str:
         apart = float((got - expected).square().mean().sqrt() / expected.std())
         # All tokens together: in bf16 those of one step are up to 0.15 apart by rounding alone, all of them 0.08.
         if not apart < max(1e-3, 16 * torch.finfo(embeddings.weight.dtype).eps):
-            return f"{type(model).__name__} computes other logits with the cache (off by {apart:.1%})"
+            return f"{type(model).__name__} computes different logits with the cache (off by {apart:.1%})"
     except BusyModelError:
         raise
     except UnsupportedModelError as error:

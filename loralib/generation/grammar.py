@@ -48,7 +48,9 @@ class Constraint:
             ConfigError: the grammar cannot go on.
         """
         if not self._matcher.consume_token(token):
-            raise ConfigError(f"json_schema is too much to follow: {first_line(Exception(self._matcher.get_error()))}")
+            raise ConfigError(
+                f"json_schema is too complex to follow: {first_line(Exception(self._matcher.get_error()))}"
+            )
 
 
 class Grammars:
@@ -96,7 +98,7 @@ class Grammars:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
             if backend is None:
                 raise ConfigError(
-                    f"json_schema needs a tokenizer of the tokenizers library, and this is a "
+                    "json_schema needs a tokenizer from the tokenizers library, but this is a "
                     f"{type(self._tokenizer).__name__}"
                 )
             about = json.loads(backend.to_str())

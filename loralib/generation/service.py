@@ -231,8 +231,8 @@ class Service:
         self._refuse_if_closing()
         if len(self._listeners) >= self._most:
             raise BusyServerError(
-                f"{len(self._listeners)} requests are running or waiting already, and no more than {self._max_waiting} "
-                "may wait. Try again later."
+                f"{len(self._listeners)} requests are already running or waiting, and at most {self._max_waiting} may "
+                "wait. Try again later."
             )
 
     def _refuse_if_closing(self) -> None:

@@ -208,7 +208,7 @@ class Generator:
         """Returns what `add` adds, checked; this disturbs no other thread's `step`."""
         own = sampling or Sampling()
         if own.num_beams > 1:
-            raise ConfigError("a beam search has no stream of tokens. Call `generate` or `beam_search`.")
+            raise ConfigError("beam search cannot stream tokens. Call `generate` or `beam_search`.")
         [ids] = encode_prompts(self._model, self._tokenizer, [prompt])
         _check_adapters(self._bank, [adapter])
         _check_bias(self._model, own)
@@ -216,8 +216,8 @@ class Generator:
         room = self._cache_tokens
         if room is not None and not self._decoder.has_room(len(ids), limit):
             raise DataError(
-                f"the prompt has {len(ids):,} tokens and up to {limit:,} may follow, and there is room for {room:,} in "
-                "all (cache_tokens). Shorten the prompt, or ask for fewer with max_new_tokens."
+                f"the prompt has {len(ids):,} tokens and up to {limit:,} may follow, but there is room for {room:,} "
+                "in all (cache_tokens). Shorten the prompt, or ask for fewer tokens with max_new_tokens."
             )
         constraint = None if own.json_schema is None else self._grammars.follow(own.json_schema)
         text = TextStream(self._tokenizer, own.stop)
@@ -327,12 +327,12 @@ class Generator:
         if token == NOTHING_LEFT:
             raise ConfigError(
                 f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. "
-                "Compare json_schema, no_repeat_ngram_size and min_new_tokens."
+                "Check json_schema, no_repeat_ngram_size and min_new_tokens."
             )
         if token == NO_NUMBER:
             raise UnsupportedModelError(
-                f"the model computed logits that are no numbers after {len(request.ids) + len(request.generated)} "
-                "tokens: its weights or the adapter's are damaged, or its dtype is too narrow (try fp32)"
+                f"the model computed logits that are not numbers after {len(request.ids) + len(request.generated)} "
+                "tokens: its weights or the adapter's are damaged, or its dtype has too little range (try fp32)"
             )
         if token in self._ends:
             return self._piece(request, request.text.finish(), (), "stop")
@@ -417,7 +417,7 @@ def _check_bias(model: nn.Module, own: Sampling) -> None:
     unknown = sorted(token for token in own.logit_bias if size is not None and token >= size)
     if size is not None and unknown:
         raise ConfigError(
-            f"logit_bias has the tokens {', '.join(map(str, unknown[:8]))}, and this model's end at {size - 1:,}"
+            f"logit_bias has the token ids {', '.join(map(str, unknown[:8]))}, but this model's end at {size - 1:,}"
         )
 
 
@@ -470,8 +470,8 @@ def _check_adapters(bank: Bank | None, names: Sequence[str | None]) -> None:
         bank.check(names)
     elif any(name is not None for name in names):
         raise ConfigError(
-            "adapters by name need a bank: bank = lora.Bank(model), bank.load(name, directory), and the bank in the "
-            "model's place"
+            "named adapters need a bank: bank = lora.Bank(model), bank.load(name, directory), then pass the bank "
+            "instead of the model"
         )
 
 
@@ -485,7 +485,9 @@ def _searched(
     """Yields one piece per prompt: a beam search knows its result only at the end."""
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
-        raise ConfigError("in a beam search all prompts need the same settings. Call it once for each group of them.")
+        raise ConfigError(
+            "in a beam search, all prompts need the same settings. Call it once for each group of prompts."
+        )
     ends = frozenset(end_tokens(bank_and_base(model)[1], tokenizer))
     for number, best in search(model, prompts, own, ends, adapters=adapters):
         ids = best.ids[: len(best.ids) - best.ended]
@@ -524,7 +526,9 @@ def generate(
         known = [spec.name for spec in dataclasses.fields(Sampling)]
         faults = [f"{name}.{did_you_mean(name, known)}" for name in settings if name not in known]
         if faults:
-            raise ConfigError(list_faults("generation has no such settings", faults, f"Known: {', '.join(known)}."))
+            raise ConfigError(
+                list_faults("generation does not have these settings", faults, f"Known: {', '.join(known)}.")
+            )
         sampling = replace(sampling or Sampling(), **settings)
     rows = encode_prompts(bank_and_base(model)[1], tokenizer, prompts)
     pieces: list[list[Piece]] = [[] for _ in rows]
@@ -553,15 +557,17 @@ def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) 
         DataError: some have no tokens, or too many for the model; all of them at once.
     """
     if isinstance(prompts, str):
-        raise DataError(f"prompts is one text, {prompts[:40]!r}; expected a list of them. Write [{prompts[:10]!r}...].")
+        raise DataError(
+            f"prompts is a single text, {prompts[:40]!r}; expected a list of texts. Write [{prompts[:10]!r}...]."
+        )
     if isinstance(prompts, Mapping):
         raise DataError(
-            "prompts is what a tokenizer returns, a mapping; expected texts, or a list of token ids for each: give its "
-            "['input_ids'], without padding"
+            "prompts is a mapping, as a tokenizer returns it; expected texts, or a list of token ids for each: pass "
+            "its ['input_ids'], without padding"
         )
     chats = [f"prompt {number}" for number, prompt in enumerate(prompts, 1) if _holds_turns(prompt)]
     if chats:
-        fix = "Give tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for each."
+        fix = "Pass tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for each."
         raise DataError(list_faults("these prompts are chats, expected texts or token ids", chats, fix))
     rows = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     check_prompts(model, rows)
@@ -579,6 +585,6 @@ def _settings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> lis
         return [replace(every, seed=every.seed + number) for number in range(count)]
     if len(sampling) != count:
         raise ConfigError(
-            f"sampling has {len(sampling)} settings for {count} prompts; give one per prompt, or one for all"
+            f"sampling has {len(sampling)} entries for {count} prompts; give one per prompt, or one for all"
         )
     return list(sampling)

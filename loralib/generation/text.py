@@ -118,7 +118,7 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
         if not ids:
             faults.append(f"prompt {number} has no tokens")
         elif limit is not None and len(ids) > limit:
-            faults.append(f"prompt {number} has {len(ids):,} tokens, the model's context has {limit:,}")
+            faults.append(f"prompt {number} has {len(ids):,} tokens, but the model's context has {limit:,}")
     if faults:
         raise DataError(list_faults("the model cannot continue these prompts", faults, "Shorten or remove them."))
     require_ids_in_table(model, prompts)

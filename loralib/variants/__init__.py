@@ -85,15 +85,15 @@ def mixin_for(plain: type[LoRALayer], config: LoraConfig) -> type[LoRALayer]:
         variants[f"init_lora_weights {config.init_lora_weights!r}"] = _STARTED
     for setting, mixins in variants.items():
         if plain not in mixins:
-            raise TargetError(f"{setting} is not for {_KINDS[plain]}; leave this module out, or the setting")
+            raise TargetError(f"{setting} does not support {_KINDS[plain]}; leave out this module or the setting")
         plain = mixins[plain]
     return plain
 
 
 _CONVERT: Final = (
-    "make a plain one of it with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
+    "convert it to a plain adapter with `loralib convert DIRECTORY PLAIN --target peft --base BASE`, and load that"
 )
-_MERGE: Final = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that has it"
+_MERGE: Final = "`loralib merge DIRECTORY MERGED --base BASE` writes a model that includes it"
 _KNOWN_STARTS: Final = "True, 'pissa', 'pissa_niter_N', 'olora' or 'eva'"
 
 
@@ -108,11 +108,11 @@ def contradictions(config: LoraConfig, trained: bool) -> list[str]:
     name = str(start).lower()
     known = start in (True, "kaiming") or re.fullmatch(r"pissa(_niter_[1-9]\d{0,2})?|olora|eva", name)
     if trained and config.changes_base and name not in ("pissa", "olora"):
-        faults.append(f"init_lora_weights = {start!r} cannot be computed again from the base; {_CONVERT}")
+        faults.append(f"init_lora_weights = {start!r} cannot be recomputed from the base; {_CONVERT}")
     elif not trained and not known:
         faults.append(
-            f"init_lora_weights = {start!r} is another start than loralib's ({_KNOWN_STARTS}); leave it out for the "
-            "default start"
+            f"init_lora_weights = {start!r} is not one of the starts that loralib has ({_KNOWN_STARTS}); leave it out "
+            "for the default start"
         )
     special = known and start not in (True, "kaiming") and (config.changes_base or not trained)
     pairs = {
@@ -124,4 +124,4 @@ def contradictions(config: LoraConfig, trained: bool) -> list[str]:
         and config.bias != "none",
     }
     way = (_MERGE if config.lora_bias else _CONVERT) if trained else "leave one of them out"
-    return faults + [f"{pair} do not go together; {way}" for pair, both in pairs.items() if both]
+    return faults + [f"{pair} do not work together; {way}" for pair, both in pairs.items() if both]

@@ -77,7 +77,9 @@ def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[
     few = [target.name for target in targets if len(inputs.of(target.name).directions) < target.r]
     if few:
         raise ConfigError(
-            list_faults("init_lora_weights 'eva': fewer inputs than r were seen by", few, "Pass more data, or lower r.")
+            list_faults(
+                "init_lora_weights 'eva': these modules saw fewer inputs than r", few, "Pass more data, or lower r."
+            )
         )
     ranks = _shared_out(targets, inputs, most)
     chosen = [target for target in targets if ranks[target.name]]

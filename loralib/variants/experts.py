@@ -121,8 +121,8 @@ class LoRAExperts(LoRALayer):
             what = " and ".join(f"{r} for {name}" for name, r in above.items())
             sizes = " and ".join("{2} x {1}".format(*self._sizes(name)) for name in above)
             raise TargetError(
-                f"r is {what}, of which an expert's weight is {sizes}, so that such a rank adds nothing; lower r, or "
-                f"give it another one: rank_pattern={ ({name: limits[name] for name in above}) }"
+                f"r is {what}, but an expert's weight there is only {sizes}, so a rank this high adds nothing; lower "
+                f"r, or give it another one: rank_pattern={ ({name: limits[name] for name in above}) }"
             )
 
     @torch.no_grad()
@@ -269,10 +269,10 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     names = tuple(name for name, p in module._parameters.items() if name in EXPERT_WEIGHTS and p is not None)
     shapes = [cast(Tensor, module._parameters[name]).shape for name in names]
     if len(names) != 2 or names[1] != _OUTER or any(len(shape) != 3 for shape in shapes):
-        known = f"{' or '.join(_INNER)} and {_OUTER} of three dimensions"
-        raise TargetError(f"{base.__name__} lays its experts out in a way that is not known here, expected {known}")
+        known = f"{' or '.join(_INNER)} and {_OUTER}, with three dimensions"
+        raise TargetError(f"{base.__name__} lays out its experts in a way that loralib does not know, expected {known}")
     if shapes[0][0] != shapes[1][0] or not _computes_experts(module, base):
-        raise TargetError(f"{base.__name__} computes its experts in a way of its own, to which no update can be added")
+        raise TargetError(f"{base.__name__} computes its experts in its own way, to which no update can be added")
     return names
 
 

@@ -55,8 +55,8 @@ class StartedLinear(LoRALinear):
     def check_rank(self, r: int) -> None:
         if r > (limit := min(self._sizes())):
             raise TargetError(
-                f"PiSSA and OLoRA (init_lora_weights) start from r directions of the weight, which has {limit}, and r "
-                f"is {r}; lower it, or give this module another r in rank_pattern"
+                f"PiSSA and OLoRA (init_lora_weights) start from r directions of the weight, which has only {limit}, "
+                f"but r is {r}; lower it, or give this module another r in rank_pattern"
             )
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class _TokenRows(LoRALayer):
         self.lora_token_rows.copy_(weight[indices])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("rows of a table are no low-rank update")
+        raise NotImplementedError("trained rows of an embedding or head are not a low-rank update")
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         return matrix
