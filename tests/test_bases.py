@@ -413,7 +413,7 @@ def test_missing_weights_are_named_not_made_up(copy: Path) -> None:
 def test_truncated_files_are_told(copy: Path, file: str) -> None:
     content = (copy / file).read_bytes()
     (copy / file).write_bytes(content[: len(content) // 2])
-    assert "cannot be loaded" in refused(copy)
+    assert ("cannot be read" if file == "tokenizer.json" else "cannot be loaded") in refused(copy)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -506,7 +506,7 @@ def test_long_texts_are_cut_and_that_is_said(words: Any) -> None:
     (source,) = read_sources([{"text": "good " * 30, "label": 1}], objective="classify")
     encoded = encode_classes(source.examples, words, 8, Labels(("0", "1")))
     assert [len(row) for row in encoded.examples] == [8]
-    assert "1 of 1 texts are longer than 8 tokens and are cut" in encoded.notes
+    assert "1 of 1 texts are longer than 8 tokens and are truncated" in encoded.notes
 
 
 @pytest.mark.parametrize(

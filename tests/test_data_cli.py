@@ -247,7 +247,7 @@ def test_predictions_that_do_not_belong(tmp_path: Path, vocabulary: Path) -> Non
     rows = [Row("a", "x"), Row("b", "y")]
     with pytest.raises(DataError) as caught:
         decode_predictions(rows, [Prediction(0, [1]), Prediction(2, [1]), Prediction(1, [99])], bpe)
-    assert "id 2: the input has rows 0 to 1" in str(caught.value)
+    assert "id 2: the input only has rows 0 to 1" in str(caught.value)
     assert "id 1: token 99" in str(caught.value)
     with pytest.raises(DataError, match="no prediction for these contexts:\n  'b'"):
         decode_predictions(rows, [Prediction(0, [1])], bpe)

@@ -171,7 +171,7 @@ def test_a_model_cannot_generate_while_it_is_trained_nor_the_other_way_round() -
     generator = Generator(model, Letters())
     generator.add([5, 6, 7])
     generator.step()
-    with pytest.raises(BusyModelError, match=r"generating or being evaluated already.*close or finish a Generator"):
+    with pytest.raises(BusyModelError, match=r"already generating or being evaluated.*close or finish a Generator"):
         step.forward_backward(examples(0), loss_scale=1.0)
     generator.close()
     assert step.forward_backward(examples(0), loss_scale=1.0).trained_tokens == 20

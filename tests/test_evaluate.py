@@ -225,13 +225,13 @@ def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixtu
     ("reference", "texts", "flags", "message"),
     [
         ("a\n\nb\n", "x\n", [], "references for 2 inputs, but"),
-        ("a\nb\n\nc\n", "x\ny\nz\n", [], "one for each reference: write one text for each input"),
-        ("a\n\nb\n", "x\ny\n\n", [], "Blank lines at the end: 1, and each counts as a text"),
+        ("a\nb\n\nc\n", "x\ny\nz\n", [], "one per reference: write one text per input"),
+        ("a\n\nb\n", "x\ny\n\n", [], "Blank lines at the end: 1; each one counts as a text"),
         ("a\n\n\nb\n", "x\ny\nz\n", [], "references.txt:3: a blank line where a reference was expected"),
         ("a\n\nb\n", "\n\n", [], "texts.txt is empty"),
         ("", "x\n", [], "references.txt is empty"),
         ("a\n", "x\n", ["--layout", "grops"], "there is no layout 'grops'. Did you mean 'groups'?"),
-        ("a\n", "x\n", ["--layout", "directory"], "holds no files reference0, reference1"),
+        ("a\n", "x\n", ["--layout", "directory"], "contains no files reference0, reference1"),
         ("a\n", "x\n", ["--layout", "data"], "no `||`"),
         ("a\n", "x\n", ["--subset", "seem"], "there is no subset 'seem'. Did you mean 'seen' or 'unseen'?"),
         ("a\n", "x\n", ["--subset", "seen"], "cannot tell which inputs are seen"),
@@ -262,7 +262,7 @@ def test_directories_that_do_not_fit(write: Write, hypothesis: Path) -> None:
     write("refs/seen-reference0", "a\nb\nc\n")
     with pytest.raises(DataError, match="two files number 0"):
         read_texts(folder, hypothesis)
-    with pytest.raises(DataError, match="holds no files reference0"):
+    with pytest.raises(DataError, match="contains no files reference0"):
         read_texts(write("other/x.txt", "a").parent, hypothesis)
 
 

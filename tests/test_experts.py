@@ -334,7 +334,7 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         lora.load_adapter(model_of(), tmp_path)
     del tensors[key]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match=r"mlp.experts: factors for gate_up_proj and down_proj are not complete"):
+    with pytest.raises(FormatError, match=r"mlp.experts: factors for gate_up_proj and down_proj are incomplete"):
         lora.load_adapter(model_of(), tmp_path)
 
 

@@ -249,7 +249,7 @@ def test_notes_say_what_was_done() -> None:
         base, target_modules=["c_attn", "c_fc"], enable_lora={"c_attn": [True, False, True]}, rank_pattern={"c_fc": 1}
     )
     notes = " ".join(make_portable(adapter, "peft", base).notes)
-    for said in ("fused blocks are written", "scaling is now part of B", "rank 4 now, the smaller ones padded"):
+    for said in ("fused blocks are written", "scaling is now part of B", "now have rank 4, the smaller ones padded"):
         assert said in notes
     plain = Adapter(
         LoraConfig(r=2, lora_alpha=2, target_modules=["q"]),

@@ -127,7 +127,7 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
             extra_body={"loralib": {"rank": 2, "dtype": "fp32"}},
         )
         assert job.status == "validating_files"
-        with pytest.raises(openai.ConflictError, match=f"used by {job.id}"):
+        with pytest.raises(openai.ConflictError, match=f"in use by {job.id}"):
             client.files.delete(file.id)
         assert server.jobs.wait(job.id, PATIENCE).status == "succeeded"
         job = client.fine_tuning.jobs.retrieve(job.id)
@@ -246,7 +246,7 @@ def test_a_process_that_is_killed_is_started_again_while_it_gets_further(
         eventually(lambda number=number: len(processes) == number + 1)
         processes[-1].end(137)
     assert jobs.wait(job.id, PATIENCE).status == "failed"
-    assert "killed (signal 9) 3 times without getting further" in jobs.get(job.id).error["message"]  # type: ignore[index]
+    assert "killed (signal 9) 3 times without making progress" in jobs.get(job.id).error["message"]  # type: ignore[index]
     assert [step for step, _ in jobs.progress(job.id).train] == [1, 2, 3, 4, 5]
     jobs.resume(job.id)  # once there is more memory
     eventually(lambda: len(processes) == 9)
@@ -349,7 +349,7 @@ def test_an_adapter_that_cannot_be_loaded_is_said_and_kept(tmp_path: Path, proce
         assert jobs.wait(job.id, PATIENCE).status == "succeeded"
         warnings = [event.message for event in jobs.events(job.id) if event.level == "warn"]
         assert warnings == [
-            f"The adapter is in {job.id}/run, and could not be loaded: ValueError: {job.id}/run changes nothing"
+            f"The adapter is in {job.id}/run, but could not be loaded: ValueError: {job.id}/run changes nothing"
         ]
 
 
@@ -411,7 +411,7 @@ def test_an_upload_says_at_once_how_it_is_read(jobs: Jobs) -> None:
     assert client.files.retrieve(good.id) == good
     assert client.files.delete(bad.id).deleted
     packed = sent("many.jsonl.gz", gzip.compress(b" " * (65 << 20)))
-    assert packed.loralib["notes"] == ["many.jsonl.gz: more than 67 MB, which only a job reads"]
+    assert packed.loralib["notes"] == ["many.jsonl.gz: larger than 67 MB, so it is read only when a job runs"]
     client.files.delete(packed.id)
     with pytest.raises(openai.NotFoundError, match="there is no file"):
         client.files.retrieve(bad.id)
@@ -447,14 +447,14 @@ def part(name: str, content: str, file: str = "") -> str:
         (part("file", "{}", "a") + "--x--\r\n", 400, "no purpose"),
         (part("purpose", "fine-tune") + "--x--\r\n", 400, "no file"),
         (part("purpose", "fine-tune") + part("file", "", "a") + "--x--\r\n", 400, "the file is empty"),
-        (part("purpose", "fine-tune") + part("file", "{}", "a"), 400, "broke off"),
+        (part("purpose", "fine-tune") + part("file", "{}", "a"), 400, "ended prematurely"),
         (part("purpose", "assistants") + part("file", "{}", "a") + "--x--\r\n", 400, "expected 'fine-tune'"),
         (part("purpose", "fine-tune") + part("flie", "{}") + "--x--\r\n", 400, "Did you mean 'file'?"),
         (part("file", "{}", "a") + part("file", "{}", "a") + "--x--\r\n", 400, "file twice"),
         (part("purpose", "f" * 5000) + "--x--\r\n", 400, "too long"),
         (part("purpose", "fine-tune") + part("file", "y" * 20_000, "a") + "--x--\r\n", 413, "larger than the 0.0 MB"),
         ("nonsense", 400, "cannot be read"),
-        ("", 400, "broke off"),
+        ("", 400, "ended prematurely"),
     ],
 )
 def test_an_upload_that_is_wrong_leaves_nothing(tmp_path: Path, jobs: Jobs, body: str, status: int, words: str) -> None:
@@ -573,12 +573,12 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         ({"traning_file": "x"}, 400, "traning_file"),
         ({"hyperparameters": {"n_epoch": 3}}, 400, "n_epoch"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs"),
-        ({"hyperparameters": {}, "method": {"type": "supervised"}}, 400, "give one of them"),
+        ({"hyperparameters": {}, "method": {"type": "supervised"}}, 400, "give only one of them"),
         ({"hyperparameters": {"learning_rate_multiplier": 2}, "loralib": {"lr": 1e-3}}, 400, "lr is given as well"),
-        ({"hyperparameters": {"n_epochs": 3}, "loralib": {"num_epochs": 3}}, 400, "given twice"),
+        ({"hyperparameters": {"n_epochs": 3}, "loralib": {"num_epochs": 3}}, 400, "given both"),
         ({"method": {"type": "reinforcement"}}, 400, "method.type"),
         ({"method": {"type": "dpo", "supervised": {}}}, 400, "method.supervised is given"),
-        ({"method": {"type": "dpo"}, "loralib": {"objective": "orpo"}}, 400, "given twice"),
+        ({"method": {"type": "dpo"}, "loralib": {"objective": "orpo"}}, 400, "given both"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, "beta"),
         ({"loralib": {"objective": "dpo", "label_smoothing": 0.6}}, 400, "less than 0.5 with dpo"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),

@@ -451,7 +451,8 @@ def test_a_hostile_pickle_runs_nothing(run: Run, tiny_adapter: Path, tmp_path: P
     (directory / "adapter_model.safetensors").unlink()
     torch.save({"a.lora_A": Hostile()}, directory / "adapter_model.bin", pickle_module=pickle)
     result = run("run_inference", "--adapter", "hostile")
-    refused(result, "adapter_model.bin was not loaded", "would run as code (", "mkdir). Ask for a safetensors file.")
+    words = ("would run as code when loaded (", "mkdir). Ask for a safetensors file.")
+    refused(result, "adapter_model.bin was not loaded", *words)
     assert not (tmp_path / "broken_into").exists()
 
 

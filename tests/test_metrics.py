@@ -147,7 +147,7 @@ def test_every_score_says_how_it_was_made(name: str) -> None:
     ("references", "hypotheses", "message"),
     [
         ([["a"]], ["a", "b"], "2 hypotheses, but references for 1"),
-        ([["a"], []], ["a", "b"], "hypothesis 2 has none"),
+        ([["a"], []], ["a", "b"], "hypothesis 2 has no reference"),
         ([["a"], ["b"]], ["", " "], "all 2 hypotheses are empty"),
         ([], [], "there are no hypotheses"),
     ],

@@ -128,7 +128,7 @@ def train(page: Any, name: str, settings: dict[str, str]) -> None:
     page.locator("input[type=file]").set_input_files(
         {"name": f"{name}.jsonl", "mimeType": "application/jsonl", "buffer": EXAMPLES.encode()}
     )
-    page.get_by_text("48 of 48 examples are trained on").wait_for()
+    page.get_by_text("48 of 48 examples are used for training").wait_for()
     for label, value in settings.items():
         page.get_by_label(label, exact=True).fill(value)
         page.get_by_label(label, exact=True).press("Tab")
@@ -164,7 +164,7 @@ def trained(browser: Any, site: SimpleNamespace, tmp_path_factory: pytest.TempPa
         page.locator("input[type=file]:focus").wait_for()
         page.keyboard.press("Space")
     chooser.value.set_files(file)
-    page.get_by_text("48 of 48 examples are trained on").wait_for()
+    page.get_by_text("48 of 48 examples are used for training").wait_for()
     for label, value in STEPS.items():
         tab_to(page, label)
         page.keyboard.press("Control+a")
@@ -201,16 +201,16 @@ def trained(browser: Any, site: SimpleNamespace, tmp_path_factory: pytest.TempPa
 def ask(page: Any, prompt: str, tokens: int = 6) -> list[str]:
     """Generates, and returns what each panel shows once all are done."""
     page.get_by_role("textbox", name=re.compile("^(Prompt|Message)$")).fill(prompt)
-    if not page.get_by_label("Tokens at most").is_visible():
+    if not page.get_by_label("Maximum tokens").is_visible():
         page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("Tokens at most").fill(str(tokens))
+    page.get_by_label("Maximum tokens").fill(str(tokens))
     page.get_by_role("button", name="Generate").click()
     return answers(page)
 
 
 def answers(page: Any) -> list[str]:
     """Waits until all panels are done; returns what they show."""
-    done = page.locator(".panel:has(.output[aria-busy=false]):has(.status:has-text(' a second'))")
+    done = page.locator(".panel:has(.output[aria-busy=false]):has(.status:has-text(' per second'))")
     api.expect(done).to_have_count(page.locator(".panel").count(), timeout=30_000)
     return page.locator(".output").all_inner_texts()
 
@@ -220,7 +220,7 @@ def test_the_keyboard_alone_makes_an_adapter_of_a_file_and_compares_it(trained: 
     assert "step 24 of 24" in trained.told
     assert re.search(r"training: from [\d.]+ at step 1 to [\d.]+ at step 24", trained.chart)
     assert trained.name.startswith("ft:")
-    assert "Training is done" in trained.said  # what a screen reader says
+    assert "Training has finished" in trained.said  # what a screen reader says
     assert trained.panels == ["", trained.name]  # the base, and the new adapter beside it
     assert trained.answers[0] != trained.answers[1]
     assert trained.without == [trained.answers[0]] * 2
@@ -243,7 +243,7 @@ def test_a_file_can_be_dropped(visit: Callable[..., Any], place: str) -> None:
     page = visit("#train")
     drop(page, place, name="dropped.jsonl", content=EXAMPLES)
     page.get_by_text("dropped.jsonl: 48 examples, read as").wait_for()
-    page.get_by_text("48 of 48 examples are trained on").wait_for()
+    page.get_by_text("48 of 48 examples are used for training").wait_for()
     pieces = page.locator(".tokens").first
     assert pieces.inner_text().replace("\u23ce", "").startswith("Number 0 is 0 when squared")
     assert "".join(pieces.locator(".trained").all_inner_texts()).startswith(" 0 when squared")
@@ -254,15 +254,15 @@ def test_a_file_of_preferences_is_for_dpo(visit: Callable[..., Any]) -> None:
     page = visit("#train")
     row = '{"prompt": "Number 7 is", "chosen": " 49.", "rejected": " one of many."}\n'
     drop(page, ".drop", name="preferred.jsonl", content=row)
-    page.get_by_text("1 of 1 examples are trained on").wait_for()
-    assert page.get_by_label("What is trained").input_value() == "dpo"
+    page.get_by_text("1 of 1 examples are used for training").wait_for()
+    assert page.get_by_label("What to train").input_value() == "dpo"
     pieces = page.locator(".tokens").first
     shown = "".join(pieces.locator(".trained").all_inner_texts())
     assert " 49." in shown
     assert " one of many." in shown
     drop(page, ".drop", name="dropped.jsonl", content=EXAMPLES)
-    page.get_by_text("48 of 48 examples are trained on").wait_for()
-    assert page.get_by_label("What is trained").input_value() == "clm"
+    page.get_by_text("48 of 48 examples are used for training").wait_for()
+    assert page.get_by_label("What to train").input_value() == "clm"
 
 
 def test_panels_write_what_the_model_does(
@@ -315,7 +315,7 @@ def test_a_chat_keeps_its_turns_and_a_stop_stops(
     assert first.locator(".turn").count() == 4
     page.get_by_role("button", name="New conversation").click()
     page.get_by_role("textbox", name="Message", exact=True).fill("Go on")
-    page.get_by_label("Tokens at most").fill("200")
+    page.get_by_label("Maximum tokens").fill("200")
     # A model so small writes 200 tokens while a browser looks for a button.
     step = Generator.step
     monkeypatch.setattr(Generator, "step", lambda generator: time.sleep(0.02) or step(generator))
@@ -348,8 +348,8 @@ def test_an_error_stands_in_full_where_it_arose(visit: Callable[..., Any], train
 
 def test_faults_of_settings_are_told_before_the_start(visit: Callable[..., Any], trained: SimpleNamespace) -> None:
     page = visit("#train", expects="400 (Bad Request)")
-    page.get_by_label("Or a file from before").select_option(label="squares.jsonl")
-    page.get_by_text("48 of 48 examples are trained on").wait_for()
+    page.get_by_label("Or a file uploaded earlier").select_option(label="squares.jsonl")
+    page.get_by_text("48 of 48 examples are used for training").wait_for()
     page.get_by_label("Learning rate", exact=True).fill("fast")
     page.get_by_label("Learning rate", exact=True).press("Tab")
     page.get_by_role("alert").get_by_text("'fast'").wait_for()
@@ -376,15 +376,15 @@ def stopped(browser: Any, site: SimpleNamespace, trained: SimpleNamespace) -> Si
         return int(found[1].replace(",", ""))
 
     result = SimpleNamespace(started=step())
-    page.get_by_role("button", name="Stop, to go on later").click()
+    page.get_by_role("button", name="Pause, to resume later").click()
     page.locator(".badge.paused").wait_for()
     result.paused = step()
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     page.locator(".badge.queued, .badge.running, .badge.validating_files").first.wait_for()
     result.further = step(after=result.paused)
     page.get_by_role("button", name="Cancel for good").click()
     page.locator(".badge.cancelled").wait_for()
-    result.can_go_on = page.get_by_role("button", name="Go on").is_visible()
+    result.can_go_on = page.get_by_role("button", name="Resume").is_visible()
     result.job = page.url.rpartition("/")[2]
     page.close()
     return result
@@ -566,7 +566,7 @@ def test_the_keyboard_alone_gets_everywhere_in_order(visit: Callable[..., Any], 
         )
     assert order == [
         "Skip to content", "loralib", "Compare", "Train", "Runs", "Adapters", "Language", "Theme", "Plain text",
-        "Prompt", "Prompts from its data", "Generate", "Settings", "Model", "Remove panel 1",
+        "Prompt", "Prompts from its training data", "Generate", "Settings", "Model", "Remove panel 1",
         "Answer of panel 1", "Model", "Remove panel 2", "Scale", "Answer of panel 2",
     ]  # fmt: skip
 

@@ -89,7 +89,7 @@ def made(printed: str) -> dict[str, str]:
     """What became of each stage: the first word after its name."""
     stages = ("data", "base", "train", "decode", "perplexity", "scores", "report")
     lines = [line for line in printed.splitlines() if line.startswith(stages)]
-    told = {"...": "made", ": done already": "kept", ": once more": "again", ": going on": "resumed"}
+    told = {"...": "made", ": already done": "kept", ": running again": "again", ": continuing": "resumed"}
     return {
         stage: next(word for sign, word in told.items() if sign in line)
         for line in lines
@@ -146,14 +146,14 @@ def test_all_faults_of_a_recipe_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(path))
     for words in (
-        "from is no key of a recipe. Did you mean 'form'?",
-        "num_beams is no key of a recipe. Did you mean 'decode.num_beams'?",
+        "from is not a key of a recipe. Did you mean 'form'?",
+        "num_beams is not a key of a recipe. Did you mean 'decode.num_beams'?",
         "max_inputs is -1, expected 0 (all) or a number of inputs",
         "train.lora_dmi is not a setting. Did you mean 'lora_dim'",
         "train.lr is 'fast', expected a number",
         "train.model is given by the command",
         "decode.num_beams is True, expected a whole number",
-        "published.BLUE is no metric. Did you mean 'BLEU'?",
+        "published.BLUE is not a metric. Did you mean 'BLEU'?",
     ):
         assert words in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_all_faults_of_a_recipe_at_once(tmp_path: Path) -> None:
         ("e2e-gpt2-medum", [], "Did you mean 'e2e-gpt2-medium'"),
         ("none.toml", [], "none.toml does not exist"),
         ("smollm2-135m", ["train.lr"], "not of the form key=value"),
-        ("smollm2-135m", ["form.x=1"], "form is no table"),
+        ("smollm2-135m", ["form.x=1"], "form is not a table"),
         ("smollm2-135m", ["form=papr"], "form is 'papr', expected 'lines' or 'paper'. Did you mean 'paper'?"),
         ("smollm2-135m", ["train.lr=-1", "decode.top_p=2"], r"(?s)lr is -1.*top_p is 2"),
         ("smollm2-135m", ["train=3"], "expected a table"),
@@ -200,9 +200,11 @@ def test_files_are_found_by_their_published_names(tmp_path: Path, dataset: str, 
 
 def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"neither --data DIR.*data/e2e nor examples.*`loralib data e2e data/e2e`"):
+    with pytest.raises(
+        DataError, match=r"--data DIR was not given.*no data/e2e or examples.*`loralib data e2e data/e2e`"
+    ):
         find_files("e2e")
-    with pytest.raises(DataError, match=r"nope is no directory.*Yale-LILY"):
+    with pytest.raises(DataError, match=r"nope is not a directory.*Yale-LILY"):
         find_files("dart", "nope")
     for name in ("train.txt", "train2.txt", "test.txt"):
         (tmp_path / name).touch()
@@ -346,7 +348,7 @@ def test_the_report_s_scores_are_those_of_loralib_evaluate(finished: Path, capsy
 @pytest.mark.usefixtures("out")
 def test_only_what_depends_on_a_change_is_made_again(run: Run, data: Path) -> None:
     printed = run("decode.num_beams=3")
-    assert "decode: once more, since decode.num_beams was 2 and is 3" in printed
+    assert "decode: running again, since decode.num_beams was 2 and is 3" in printed
     again = made(printed)
     assert {name: again[name] for name in ("data", "base", "train", "decode", "perplexity")} == {
         "data": "kept",
@@ -357,14 +359,14 @@ def test_only_what_depends_on_a_change_is_made_again(run: Run, data: Path) -> No
     }
     # What is only kept and shown does not count.
     printed = run("train.lr=1e-3", "decode.num_beams=3", "train.save_steps=2")
-    assert "train: once more, since train.lr was 0.0001 and is 0.001" in printed
+    assert "train: running again, since train.lr was 0.0001 and is 0.001" in printed
     again = made(printed)
     assert (again["base"], again["train"], again["decode"], again["perplexity"]) == ("kept", *["again"] * 3)
     assert "save_steps" not in printed
     with (data / "valid.txt").open("a", encoding="utf-8") as file:
         file.write("name : Zz | food : Thai||Zz serves Thai food .\n")
     printed = run("train.lr=1e-3", "decode.num_beams=3")
-    assert "train: once more, since files.valid changed" in printed
+    assert "train: running again, since files.valid changed" in printed
     assert made(printed)["base"] == "kept"
 
 
@@ -372,7 +374,7 @@ def test_a_result_that_was_changed_or_went_is_made_again(run: Run, out: Path) ->
     (out / "texts.txt").write_text("mine\n" * 4, encoding="utf-8")
     (out / "stages" / "perplexity.json").write_text("{", encoding="utf-8")
     printed = run()
-    assert "decode: once more, since texts.txt changed or went" in printed
+    assert "decode: running again, since texts.txt changed or went missing" in printed
     assert made(printed)["perplexity"] == "made"
     (out / "adapter" / "adapter_model.safetensors").unlink()
     assert made(run())["train"] == "again"
@@ -434,7 +436,7 @@ def test_a_model_that_is_made_here_is_another_one_with_another_seed(
     for seed in ("0", "1"):
         with pytest.raises(Killed):
             main([*words, "--seed", seed])
-    assert "base: once more, since model.seed was 0 and is 1" in capsys.readouterr().out
+    assert "base: running again, since model.seed was 0 and is 1" in capsys.readouterr().out
 
 
 def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +458,7 @@ def test_an_interrupted_training_says_how_to_go_on(run: Run, monkeypatch: pytest
 def test_nothing_of_others_is_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
-    assert "holds other things (notes.txt), and nothing is overwritten" in run(code=2)
+    assert "contains other files (notes.txt), which are not overwritten" in run(code=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
@@ -479,7 +481,7 @@ def test_a_prompt_longer_than_the_context(run: Run, data: Path) -> None:
 @pytest.mark.usefixtures("out")
 def test_a_model_that_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "one_line", lambda text, form: "")
-    assert "wrote nothing for any of 4 inputs: it ends at once" in run("decode.num_beams=3", code=2)
+    assert "wrote nothing for any of 4 inputs: it stops at once" in run("decode.num_beams=3", code=2)
 
 
 def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ WRONG = {
     "wrong type": ("completions", {"temperature": "hot"}, 400, "temperature", "valid number"),
     "out of range": ("completions", {"top_p": 2}, 400, "top_p", "less than or equal to 1"),
     "not finite": ("completions", {"temperature": 1e999}, 400, "temperature", "finite"),
-    "too many tokens": ("completions", {"max_tokens": 201}, 400, "max_tokens", "allows 200"),
+    "too many tokens": ("completions", {"max_tokens": 201}, 400, "max_tokens", "allows at most 200"),
     "no tokens": ("chat/completions", {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     "too many texts": ("completions", {"n": 33}, 400, "n", "--max_choices"),
     "too long": ("completions", {"prompt": "word " * 400}, 400, None, "context"),
@@ -308,7 +308,7 @@ WRONG = {
     "bias without id": ("completions", {"logit_bias": {"the": 1}}, 400, "logit_bias", "pattern"),
     "bias of no token": ("completions", {"logit_bias": {"99999999": 1}}, 400, None, "99999999"),
     "options without a stream": ("completions", {"stream_options": {"include_usage": True}}, 400, "stream_options", ""),
-    "tools": ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools", "calls no tools"),
+    "tools": ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools", "does not call tools"),
     "no messages": ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
     "an image": ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
                  "messages", "image_url"),
@@ -670,7 +670,7 @@ def test_all_faults_show_at_the_start(places: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"x")
     with pytest.raises(lora.LoraError, match=r"(?s)sub/broken.*void.*changes no logit"):
         start(ServeConfig(adapters=str(tmp_path / "all"), dtype="fp32", state_dir=str(tmp_path / "state")))
-    with pytest.raises(lora.LoraError, match="no directory"):
+    with pytest.raises(lora.LoraError, match="not a directory"):
         start(ServeConfig(model=base, adapters=str(tmp_path / "none")))
     with pytest.raises(lora.LoraError, match=r"(?s)port.*adapter is 'x'.*allow_origin is '\*'"):
         ServeConfig(port=-1, adapter="x", allow_origin="*")

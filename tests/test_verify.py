@@ -264,7 +264,7 @@ def test_every_kind_of_server_is_asked_in_its_way(kind: str) -> None:
         (lambda: with_adapter(ADAPTER, -1), "scaled", "scaling is -1 of what it should be, as if it were subtracted"),
         (lambda: with_adapter(ADAPTER, 2), "scaled", "as if it were applied twice or as if its scaling were applied"),
         (lambda: with_adapter(ADAPTER, 0.5), "scaled", "as if lora_alpha / r were left out"),
-        (lambda: with_adapter(drawn(2)), "other", "another adapter has this name"),
+        (lambda: with_adapter(drawn(2)), "other", "a different adapter has this name"),
         (lambda: permuted("gguf"), "partly", "its q and k rows are in the wrong order (lora_B was twice permuted"),
         (
             lambda: permuted("transformers"),
@@ -272,7 +272,11 @@ def test_every_kind_of_server_is_asked_in_its_way(kind: str) -> None:
             "its q and k rows are in the wrong order (lora_B was not permuted",
         ),
         (lambda: with_adapter(ADAPTER, keep=lambda n: "attn" in n), "partly", "only its part in the attention"),
-        (lambda: with_adapter(ADAPTER, keep=lambda n: "q_proj" not in n), "partly", "all but its part in q_proj"),
+        (
+            lambda: with_adapter(ADAPTER, keep=lambda n: "q_proj" not in n),
+            "partly",
+            "everything except its part in q_proj",
+        ),
     ],
     ids=["none", "4 times", "-1", "twice", "alpha", "another", "permuted", "unpermuted", "attention", "without q"],
 )
@@ -308,11 +312,11 @@ def test_ignored_rslora_is_named() -> None:
             module.scaling *= module.r**-0.5
     with serving(fake("echo", wrong)) as address:
         verdict = judged(address, adapter=ranks)
-    assert (verdict.kind, verdict.text) == ("partly", "acts differently: its use_rslora is ignored")
+    assert (verdict.kind, verdict.text) == ("partly", "works differently: its use_rslora is ignored")
 
 
 @pytest.mark.parametrize(
-    ("times", "said"), [(1, "or the name is wrong"), (2, "comes on top of that again")], ids=["once", "twice"]
+    ("times", "said"), [(1, "or the name is wrong"), (2, "is then added once more")], ids=["once", "twice"]
 )
 def test_a_base_with_the_adapter_in_it_is_found(times: int, said: str) -> None:
     once, more = fake("echo", with_adapter(ADAPTER)), fake("echo", with_adapter(ADAPTER, times))
@@ -405,7 +409,7 @@ def test_an_adapter_that_changes_too_little_cannot_be_told() -> None:
         (
             lambda path, body: {"data": [{"id": "base"}, {"id": "mine"}]} if path == "/v1/models" else
             {"choices": [{}]} if path == "/v1/completions" else None,
-            "no log-probabilities that can be used",
+            "no usable log-probabilities",
         ),
     ],
     ids=["no paths", "a web page", "no list", "a key", "a redirect", "no scores"],
@@ -523,10 +527,10 @@ def test_our_own_server_is_judged_by_the_command(
     monkeypatch.setenv("LORALIB_API_KEY", "secret")
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "Acts as it should." in shown
+    assert "Works as it should." in shown
     assert "base from base" in shown
     # Another adapter of the same base, where `mine` is what the server has.
     assert main([*command[:3], str(folder / "other"), *command[4:], "--model", "mine"]) == 1
-    assert "another adapter" in capsys.readouterr().out
+    assert "a different adapter" in capsys.readouterr().out
     assert main([*command, "--model", "base", "--base_model", "base"]) == 1
     assert "Has no effect" in capsys.readouterr().out

@@ -99,8 +99,8 @@ def load_bpe(directory: str | Path) -> Tokenizer:
     pair = next(((vocab, merges) for vocab, merges in pairs if vocab.is_file() and merges.is_file()), None)
     if pair is None:
         raise DataError(
-            f"{directory} has neither vocab.json and merges.txt nor encoder.json and vocab.bpe. "
-            "Give the directory of GPT-2's vocabulary, for instance a copy of gpt2 from the hub."
+            f"{directory} has neither vocab.json and merges.txt nor encoder.json and vocab.bpe. Give the directory "
+            "with GPT-2's vocabulary, for instance a copy of gpt2 from the hub."
         )
     try:
         tokenizer = Tokenizer(models.BPE.from_file(*map(str, pair)))
@@ -224,9 +224,9 @@ def decode_predictions(
     for prediction in predictions:
         unknown = [token for token in prediction.predict if token >= bpe.get_vocab_size()]
         if not 0 <= prediction.id < len(rows):
-            faults.append(f"id {prediction.id}: the input has rows 0 to {len(rows) - 1}")
+            faults.append(f"id {prediction.id}: the input only has rows 0 to {len(rows) - 1}")
         elif unknown:
-            faults.append(f"id {prediction.id}: token {unknown[0]} of a vocabulary of {bpe.get_vocab_size()}")
+            faults.append(f"id {prediction.id}: token {unknown[0]} in a vocabulary of {bpe.get_vocab_size()}")
         else:
             ids[rows[prediction.id].context] = prediction.predict
     if faults:

@@ -56,7 +56,7 @@ class Texts:
             return self
         if not self.seen:
             raise DataError(
-                f"cannot tell which inputs are {name}. Give WebNLG's data file as REF, or in addition as --source."
+                f"cannot tell which inputs are {name}. Give WebNLG's data file as REF, or additionally as --source."
             )
         chosen = [index for index, seen in enumerate(self.seen) if seen == (name == "seen")]
         if not chosen:
@@ -132,8 +132,8 @@ def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
             scores[_SLOT_ERRORS] = Score(_SLOT_ERRORS, errors.value, errors.signature, higher_is_better=False)
         elif metrics:
             raise DataError(
-                "slot errors need meaning representations (`name : X | food : Y | ...`). "
-                "Give E2E's data file as REF, or in addition as --source."
+                "slot errors need meaning representations (`name : X | food : Y | ...`). Give E2E's data file as REF, "
+                "or additionally as --source."
             )
     empty = tuple(number for number, text in enumerate(texts.hypotheses, 1) if not text.strip())
     subsets = {}
@@ -289,8 +289,8 @@ def _read_directory(path: Path) -> list[list[str]]:
     if not files:
         names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
         raise DataError(
-            f"{path} holds no files reference0, reference1, ... (it has: {', '.join(names) or 'nothing'}). "
-            "Give the directory with these files, or choose another --layout."
+            f"{path} contains no files reference0, reference1, ... (it has: {', '.join(names) or 'nothing'}). Give "
+            "the directory with these files, or choose another --layout."
         )
     columns = {file: read_lines(file, "one reference per line") for file in files}
     if len({len(lines) for lines in columns.values()}) > 1:
@@ -335,7 +335,7 @@ def _read_records(path: Path, format: str) -> list[Row]:
             return read_formatted(path)
     examples = read_examples(path, format)
     if not all(example.prompt for example in examples):
-        raise DataError(f"{path} has texts without prompts, expected prompts and the texts that are their references.")
+        raise DataError(f"{path} has texts without prompts, expected prompts with the texts that are their references.")
     return [Row(example.prompt.strip(), example.completion) for example in examples]
 
 
@@ -345,7 +345,7 @@ def _why_not_as_many(
     message = f"{reference} has references for {len(references)} inputs, but {hypothesis} has {len(hypotheses)} texts."
     blank = next((index for index, text in enumerate(reversed(hypotheses)) if text), len(hypotheses))
     if len(hypotheses) == sum(map(len, references)):
-        return f"{message} That is one for each reference: write one text for each input."
+        return f"{message} That is one per reference: write one text per input."
     if len(hypotheses) - blank <= len(references) < len(hypotheses):
-        return f"{message} Blank lines at the end: {blank}, and each counts as a text: remove the extra ones."
-    return f"{message} Write one text per line for each input, in the same order."
+        return f"{message} Blank lines at the end: {blank}; each one counts as a text, so remove the extra ones."
+    return f"{message} Write one text per input, one per line, in the same order."

@@ -89,8 +89,8 @@ def fetch_e2e(directory: str | Path, *, source: str = SOURCE, overwrite: bool = 
 
 def _fetch(source: str, file: _File) -> bytes:
     by_hand = (
-        f"Check the network and its proxy (HTTPS_PROXY), or get {', '.join(f.name for f in _FILES.values())} "
-        "in another way and pass their directory as --source."
+        f"Check the network and its proxy (HTTPS_PROXY), or get {', '.join(f.name for f in _FILES.values())} some "
+        "other way and pass their directory as --source."
     )
     if not source.startswith(("https://", "http://")):
         try:

@@ -110,7 +110,7 @@ def read_e2e_csv(text: str, path: str) -> list[Row]:
 def _read_dart(path: Path) -> list[Row]:
     entries = _read_json(path)
     if not isinstance(entries, list):
-        raise DataError(f"{path} is not DART's JSON: expected a list of entries at the top.")
+        raise DataError(f"{path} is not DART's JSON: expected a list of entries at the top level.")
 
     def rows(entry: Any) -> Iterator[Row]:
         context = " | ".join(
@@ -129,7 +129,7 @@ def _read_webnlg(path: Path) -> list[Row]:
     value = _read_json(path)
     entries = value.get("entries") if isinstance(value, dict) else None
     if not isinstance(entries, list):
-        raise DataError(f"{path} is not WebNLG's JSON: expected an object with a list 'entries' at the top.")
+        raise DataError(f"{path} is not WebNLG's JSON: expected an object with a list 'entries' at the top level.")
 
     def rows(numbered: Any) -> Iterator[Row]:
         (entry,) = numbered.values()
@@ -189,7 +189,7 @@ def _read_json(path: Path) -> Any:
     except DataError:
         raise
     except (RecursionError, ValueError):
-        what = "JSON nested too deeply, or with a number of thousands of digits"
+        what = "JSON nested too deeply, or a number with thousands of digits"
         raise DataError(f"{path}: {what}. Download or save the file again.") from None
 
 

@@ -18,7 +18,7 @@ __all__ = ["router"]
 router = APIRouter()
 _STARTED = int(time.time())
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Scale = Annotated[float, Field(ge=-1000, le=1000, description="a factor for its updates; 1: as trained")]
+Scale = Annotated[float, Field(ge=-1000, le=1000, description="factor by which its updates are scaled; 1: as trained")]
 
 
 class AdapterRequest(Body):
@@ -26,7 +26,7 @@ class AdapterRequest(Body):
 
     name: Name
     path: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
-        None, description="a directory below --adapters; default: the one of that name"
+        None, description="a directory below --adapters; default: the one with that name"
     )
     scale: Scale = 1.0
     pin: bool = Field(False, description="always keep it in memory")

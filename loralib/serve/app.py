@@ -46,7 +46,7 @@ def create_app(server: Server) -> FastAPI:
         if server.is_closing:
             return JSONResponse({"status": "shutting down"}, 503)
         if not server.service.is_alive:
-            return JSONResponse({"status": "the model's thread has ended; start the server again"}, 503)
+            return JSONResponse({"status": "the model's thread has stopped; restart the server"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

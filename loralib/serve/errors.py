@@ -72,21 +72,21 @@ class ErrorAnswer(BaseModel):
 
 
 _ABOUT: Final = {
-    400: "The request is wrong, or cannot be met; the message says what to change.",
+    400: "The request is invalid or cannot be fulfilled; the message says what to change.",
     401: "The API key is missing or wrong.",
-    403: "The request came from a page of another origin, or what it asks is not allowed here.",
+    403: "The request came from a page of another origin, or what it asks for is not allowed.",
     404: "There is no such model, adapter, file or job.",
     408: "The body did not arrive in time.",
-    409: "It is there already, or in the wrong state.",
+    409: "It already exists, or is in the wrong state.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    421: "The server is not known by this name.",
+    421: "The server is not known by this host name.",
     422: "The adapter cannot be used with this base.",
-    429: "Too many requests wait.",
-    500: "An error of the server.",
-    501: "An optional package of the server is missing.",
+    429: "Too many requests are waiting.",
+    500: "Internal server error.",
+    501: "The server lacks an optional package.",
     503: "The server is shutting down, or the model is in use.",
-    504: "It took longer than a request may take.",
+    504: "The request took longer than the server allows.",
     507: "The server's disk is full.",
 }
 # For the OpenAPI schema: any route may answer so.
@@ -120,7 +120,7 @@ def fault_of(error: BaseException) -> Fault:
     >>> fault_of(BusyServerError("256 requests are waiting")).status
     429
     >>> fault_of(ZeroDivisionError("secret")).message
-    'the server made an error; its log says more'
+    'the server encountered an error; see its log'
     """
     if isinstance(error, RequestError):
         return Fault(error.status, str(error), error.code, error.param, _retry(error.status))
@@ -141,7 +141,7 @@ def fault_of(error: BaseException) -> Fault:
             if kind is DataError and "context" in str(error):
                 code = "context_length_exceeded"
             return Fault(status, str(error), code, None, _retry(status))
-    return Fault(500, "the server made an error; its log says more")
+    return Fault(500, "the server encountered an error; see its log")
 
 
 def body_of(fault: Fault) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _message(each: Mapping[str, Any]) -> str:
     if each["type"] == "missing":
         return "it is missing"
     if each["type"] == "extra_forbidden":
-        return "there is no such field here"
+        return "there is no such field"
     text = str(each["msg"]).removeprefix("Value error, ")
     value = each.get("input")
     shown = f" (it is {value!r:.60})" if isinstance(value, (bool, int, float, str)) else ""

@@ -43,7 +43,7 @@ NOT_SETTABLE: Final = frozenset(
     "model task modules_to_save train_data valid_data output_dir from_adapter adapter resume overwrite "
     "report_to device shard hidden_dim num_layers chat_template".split()
 )
-_HEADS: Final = "is not for jobs, whose adapters are served, and these have no heads"
+_HEADS: Final = "is not available for jobs, because their adapters are served and served adapters have no heads"
 _NOT_SERVED: Final = {
     "task": f"task {_HEADS}: classifiers are trained by `loralib train --task classify`",
     "modules_to_save": f"modules_to_save {_HEADS}",
@@ -248,7 +248,7 @@ class Jobs:
         """
         settings = self._as_served(settings)  # and kept: the next server may hold its base in other bits
         if not self._max_jobs:
-            raise RequestError("this server runs no training jobs (--max_jobs 0)", 403, "jobs_are_off")
+            raise RequestError("this server does not run training jobs (--max_jobs 0)", 403, "jobs_are_off")
         self.files.get(training_file, "training_file")
         if validation_file is not None:
             self.files.get(validation_file, "validation_file")
@@ -258,7 +258,7 @@ class Jobs:
                 param="suffix",
             )
         if learning_rate_multiplier is not None and ("lr" in settings or self._base is None):
-            why = "lr is given as well" if "lr" in settings else "the base model is not in memory here"
+            why = "lr is given as well" if "lr" in settings else "the base model is not in memory"
             raise RequestError(
                 f"learning_rate_multiplier is {learning_rate_multiplier:g}, but {why}", param="hyperparameters"
             )
@@ -268,7 +268,7 @@ class Jobs:
             is_over = "status IN ('succeeded', 'failed', 'cancelled')"
             if database.execute(f"SELECT COUNT(*) FROM jobs WHERE NOT {is_over}").fetchone()[0] >= _MOST_OPEN:
                 raise RequestError(
-                    f"{_MOST_OPEN} jobs wait already; try again when some are over", 429, "too_many_jobs"
+                    f"{_MOST_OPEN} jobs are already waiting; try again when some have finished", 429, "too_many_jobs"
                 )
             database.execute(
                 "INSERT INTO jobs (id, status, wanted, suffix, training_file, validation_file, settings, asked, "
@@ -323,7 +323,7 @@ class Jobs:
         """
         with self._state.transaction() as database:
             self._require(job_id, ("paused", "failed"), "resumed")
-            self._set(database, job_id, "validating_files", "The job goes on", error=None, finished=None, wanted="")
+            self._set(database, job_id, "validating_files", "The job continues", error=None, finished=None, wanted="")
         self._deaths.pop(job_id, None)
         self._wake.set()
         return self.get(job_id)
@@ -388,7 +388,7 @@ class Jobs:
             RequestError: there is no such file, a setting is invalid, or the data cannot be trained on.
         """
         if self._base is None:
-            raise RequestError("the base model is not in memory here, so nothing can be previewed")
+            raise RequestError("the base model is not in memory, so nothing can be previewed")
         config = self._config("preview", self._as_served(settings), training_file, validation_file)
         try:
             return make_preview(config, *self._base, public=self._public, speed=self._speed())
@@ -486,7 +486,7 @@ class Jobs:
                 if wanted is not None:
                     self._set(database, row["id"], wanted, f"The job was {wanted}", wanted="")
                 elif row["status"] == "running":
-                    again = "The server was started again; the job goes on from its last checkpoint"
+                    again = "The server was restarted; the job continues from its last checkpoint"
                     self._set(database, row["id"], "queued", again)
         for job in reversed(self.list()):
             if job.status == "succeeded":
@@ -663,14 +663,14 @@ class Jobs:
         deaths = 0 if running.last_step > running.began else self._deaths.get(job.id, 0) + 1
         self._deaths[job.id] = deaths
         if deaths < _MOST_DEATHS:
-            self._set(database, job.id, "queued", f"The training process was killed (signal {signal}); it starts again")
+            self._set(database, job.id, "queued", f"The training process was killed (signal {signal}); restarting it")
             return
         self._fail(
             database,
             job.id,
             "training_killed",
-            f"the training process was killed (signal {signal}) {deaths} times without getting further. Perhaps memory "
-            "ran out: lower batch_size or seq_len, or set gradient_checkpointing; then create a new job.",
+            f"the training process was killed (signal {signal}) {deaths} times without making progress. It may have "
+            "run out of memory: lower batch_size or seq_len, or set gradient_checkpointing; then create a new job.",
         )
 
     def _end(self) -> None:
@@ -701,7 +701,7 @@ class Jobs:
         except Exception as error:
             why = error if isinstance(error, LoraError) else f"{type(error).__name__}: {error}"
             with self._state.transaction() as database:
-                words = self._public(f"The adapter is in {job.run}, and could not be loaded: {why}")
+                words = self._public(f"The adapter is in {job.run}, but could not be loaded: {why}")
                 self._say(database, job.id, words, "warn")
 
     # --- rows -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Metrics:
         )
         self._rate = Histogram(
             "loralib_tokens_per_second",
-            "Tokens a second of one request, after the first",
+            "Tokens per second of one request, after the first token",
             registry=self._registry,
             buckets=_RATES,
         )
@@ -53,20 +53,20 @@ class Metrics:
         stats = self._stats()
         count, in_memory, size = self._adapters()
         gauges = {
-            "running_requests": ("Requests that are computed together", stats.running),
-            "waiting_requests": ("Requests that wait for a place", stats.waiting),
-            "cache_used_tokens": ("Tokens whose keys and values are kept or promised", stats.used_tokens),
-            "cache_tokens": ("Tokens whose keys and values can be kept", stats.cache_tokens or 0),
+            "running_requests": ("Requests being computed together", stats.running),
+            "waiting_requests": ("Requests waiting for a free place", stats.waiting),
+            "cache_used_tokens": ("Tokens whose keys and values are stored or reserved", stats.used_tokens),
+            "cache_tokens": ("Tokens whose keys and values can be stored", stats.cache_tokens or 0),
             "adapters": ("Adapters that requests can choose", count),
             "adapters_in_memory": ("Adapters whose factors are in memory", in_memory),
-            "adapter_bytes": ("Memory of adapters", size),
+            "adapter_bytes": ("Memory used by adapters", size),
         }
         for name, (about, value) in gauges.items():
             yield GaugeMetricFamily(f"loralib_{name}", about, value=value)
         counters = {
-            "prompt_tokens": ("Tokens of prompts", stats.prompt_tokens),
-            "generated_tokens": ("Tokens that were generated", stats.generated_tokens),
-            "reused_tokens": ("Tokens of prompts that were not computed again", stats.reused_tokens),
+            "prompt_tokens": ("Prompt tokens", stats.prompt_tokens),
+            "generated_tokens": ("Generated tokens", stats.generated_tokens),
+            "reused_tokens": ("Prompt tokens that did not have to be recomputed", stats.reused_tokens),
         }
         for name, (about, value) in counters.items():
             yield CounterMetricFamily(f"loralib_{name}", about, value=value)

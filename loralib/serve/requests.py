@@ -24,27 +24,27 @@ __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "sampling_of"]
 # OpenAI's and vLLM's fields that this server cannot honour, and what to do instead.
 _REFUSED: Final = {
     "audio": "this server generates text only",
-    "best_of": "ask for n texts and choose among them",
-    "functions": "this server calls no functions; response_format gives JSON of a shape of yours",
-    "function_call": "this server calls no functions",
-    "tools": "this server calls no tools; response_format gives JSON of a shape of yours",
-    "tool_choice": "this server calls no tools",
-    "suffix": "this server continues texts, it does not fill gaps",
+    "best_of": "request n texts and choose among them",
+    "functions": "this server does not call functions; use response_format for JSON of a given shape",
+    "function_call": "this server does not call functions",
+    "tools": "this server does not call tools; use response_format for JSON of a given shape",
+    "tool_choice": "this server does not call tools",
+    "suffix": "this server continues texts, but does not fill gaps",
     "prediction": "this server does not decode speculatively",
     "reasoning_effort": "this server has no such setting",
     "verbosity": "this server has no such setting",
-    "web_search_options": "this server searches nothing",
+    "web_search_options": "this server does not search the web",
     "modalities": "this server generates text only",
-    "use_beam_search": "beam search has no stream; loralib generate --num_beams has it",
-    "length_penalty": "it belongs to beam search; loralib generate has it",
+    "use_beam_search": "the server has no beam search; use loralib generate --num_beams",
+    "length_penalty": "it belongs to beam search; use loralib generate",
     "prompt_logprobs": "use echo with logprobs on /v1/completions",
     "guided_json": "use response_format",
     "guided_regex": "use response_format",
     "guided_choice": "use response_format",
     "structured_outputs": "use response_format",
-    "chat_template": "the server has one (--chat_template)",
-    "chat_template_kwargs": "the template gets the messages alone",
-    "lora": "name the adapter as the model",
+    "chat_template": "the server sets it (--chat_template)",
+    "chat_template_kwargs": "the template receives only the messages",
+    "lora": "give the adapter's name as the model",
 }
 _WITHOUT_EFFECT: Final = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -121,7 +121,7 @@ class TextRequest(Body):
     min_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-    return_tokens_as_token_ids: bool | None = Field(None, description="name tokens in logprobs as token_id:7")
+    return_tokens_as_token_ids: bool | None = Field(None, description="write tokens in logprobs as token_id:7")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -145,7 +145,7 @@ class TextRequest(Body):
             if name in fields:
                 continue
             why = _REFUSED.get(name)
-            words = f"{name} is not supported: {why}" if why else f"there is no field {name[:80]!r} here."
+            words = f"{name} is not supported: {why}" if why else f"there is no field {name[:80]!r}."
             raise RequestError(words if why else words + did_you_mean(name, fields), 400, "unknown_field", name[:80])
         return known
 
@@ -202,7 +202,7 @@ class ChatMessage(Body):
         unknown = [name for name in kept if name not in cls.model_fields]
         if unknown:
             raise RequestError(
-                f"messages: {unknown[0][:80]} is not supported in a message; it has a role and a content",
+                f"messages: {unknown[0][:80]} is not supported in a message, which has a role and content",
                 param="messages",
             )
         content = kept.get("content")
@@ -254,17 +254,19 @@ def sampling_of(body: CompletionRequest | ChatRequest, most_tokens: int) -> Samp
     wanted, field = body.max_tokens, "max_tokens"
     if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
         if wanted not in (None, body.max_completion_tokens):
-            raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+            raise RequestError("max_tokens and max_completion_tokens differ; give only one of them", param="max_tokens")
         wanted, field = body.max_completion_tokens, "max_completion_tokens"
     if wanted is not None and wanted > most_tokens:
-        raise RequestError(f"{field} is {wanted}, and this server allows {most_tokens} (--max_tokens)", param=field)
+        raise RequestError(
+            f"{field} is {wanted}, but this server allows at most {most_tokens} (--max_tokens)", param=field
+        )
     tokens = (most_tokens if chat else min(16, most_tokens)) if wanted is None else wanted
     echoes = isinstance(body, CompletionRequest) and bool(body.echo)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is given, but stream is not true", param="stream_options")
     least = tokens if body.ignore_eos else body.min_tokens or 0
     if least > tokens:
-        raise RequestError(f"min_tokens is {least}, more than the {tokens} of {field}", param="min_tokens")
+        raise RequestError(f"min_tokens is {least}, expected at most {field}, which is {tokens}", param="min_tokens")
     temperature = 1.0 if body.temperature is None else body.temperature
     return Sampling(
         max_new_tokens=tokens,

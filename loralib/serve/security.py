@@ -120,7 +120,9 @@ class Guard:
         if changes and not self._is_own(headers, host):
             origin = headers.get("origin") or "another site"
             return Fault(
-                403, f"pages of {origin[:100]} may not use this server (--allow_origin permits one)", "foreign_origin"
+                403,
+                f"pages from {origin[:100]} may not use this server (--allow_origin permits an origin)",
+                "foreign_origin",
             )
         # A browser asks without a key whether it may send one.
         asks_first = scope.get("method") == "OPTIONS" and "access-control-request-method" in headers

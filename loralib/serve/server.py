@@ -124,7 +124,7 @@ def start(config: ServeConfig) -> Server:
             faults.append(f"{called} ({source}): {error}".replace("\n", "\n    "))
     if faults:
         raise AdapterError(
-            list_faults("these adapters cannot be served", faults, "Mend them, or take them out; nothing was started.")
+            list_faults("these adapters cannot be served", faults, "Fix or remove them; nothing was started.")
         )
     service = Service(
         bank,
@@ -157,7 +157,9 @@ def _root(config: ServeConfig) -> Path | None:
         return None
     root = Path(config.adapters).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"--adapters is {config.adapters!r}, which is no directory; create it, or leave it out")
+        raise ConfigError(
+            f"--adapters is {config.adapters!r}, which is not a directory; create it, or leave out --adapters"
+        )
     return root.resolve()
 
 
@@ -176,7 +178,7 @@ def _wanted(config: ServeConfig, root: Path | None) -> list[tuple[str, Path]]:
     names = [name for name, _ in (*named, *found)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            list_faults("names of adapters are taken twice", twice, "Give them others: --adapter NAME=DIR")
+            list_faults("adapters have the same name", twice, "Give them different names: --adapter NAME=DIR")
         )
     return [*named, *found]
 

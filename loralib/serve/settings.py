@@ -26,41 +26,50 @@ class ServeConfig:
     adapter: Sequence[str] = setting((), "an adapter to load, as NAME=DIR; may be repeated", "model",
                                      several="repeat", common=True)  # fmt: skip
     adapters: str | None = setting(
-        None, "directory of adapters: each is loaded, and only from here more can be loaded while it runs", "model",
+        None, "directory of adapters: all are loaded, and it is the only place to load more from at run time", "model",
         common=True,
     )  # fmt: skip
     dtype: str | None = setting(None, "fp32, bf16 or fp16 (default: bf16 where it is fast)", "model")
     device: str | None = setting(None, "cpu, cuda, mps, ... (default: the fastest available)", "model")
-    quantize: str = setting("none", "hold the base's weights in fewer bits: int8 or nf4", "model",
+    quantize: str = setting("none", "store the base's weights in fewer bits: int8 or nf4", "model",
                             ("none", *KINDS))  # fmt: skip
     chat_template: str | None = setting(None, "file with a chat template (Jinja), for a base without one", "model")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from elsewhere", "network", common=True)
+    host: str = setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines", "network", common=True
+    )
     port: int = setting(8000, "port to listen on; 0: any that is free", "network", at_least=0, at_most=65535,
                         common=True)  # fmt: skip
     api_key: Sequence[str] = setting((), "a key that clients must send; may be repeated", "network", several="repeat",
-                                     expected="keys that are not empty")  # fmt: skip
+                                     expected="non-empty keys")  # fmt: skip
     allow_origin: Sequence[str] = setting(
         (), "an origin such as https://example.com whose pages may use the server; may be repeated", "network",
         several="repeat", expected="origins such as https://example.com",
     )  # fmt: skip
-    state_dir: str = setting("loralib-serve", "where uploaded files, jobs and their adapters are kept", "jobs",
+    state_dir: str = setting("loralib-serve", "directory for uploaded files, jobs and their adapters", "jobs",
                              common=True)  # fmt: skip
-    page: bool = setting(True, "serve the page for people at /", "network")
-    max_requests: int = setting(64, "requests that are computed together; others wait", "limits", at_least=1)
-    max_waiting: int = setting(256, "requests that may wait; more are refused with 429", "limits", at_least=0)
-    max_tokens: int = setting(4096, "most new tokens a request may ask for", "limits", at_least=1)
-    max_choices: int = setting(32, "most texts a request may ask for: prompts times n", "limits", at_least=1)
-    max_seconds: float = setting(600.0, "most seconds a request may take", "limits", above=0)
-    grace_seconds: float = setting(30.0, "seconds that running requests may take to end when the server is stopped",
+    page: bool = setting(True, "serve the web page at /", "network")
+    max_requests: int = setting(64, "number of requests computed together; others wait", "limits", at_least=1)
+    max_waiting: int = setting(
+        256, "number of requests that may wait; any more are refused with 429", "limits", at_least=0
+    )
+    max_tokens: int = setting(4096, "maximum number of new tokens that a request may ask for", "limits", at_least=1)
+    max_choices: int = setting(
+        32, "maximum number of texts that a request may ask for: prompts times n", "limits", at_least=1
+    )
+    max_seconds: float = setting(600.0, "maximum seconds that a request may take", "limits", above=0)
+    grace_seconds: float = setting(30.0, "seconds that running requests have to finish when the server is stopped",
                                    "limits", at_least=0)  # fmt: skip
-    max_body_mb: float = setting(8.0, "largest request body in MB, but for uploads", "limits", above=0)
+    max_body_mb: float = setting(8.0, "largest request body in MB, except for uploads", "limits", above=0)
     max_upload_mb: float = setting(512.0, "largest uploaded file in MB", "limits", above=0)
-    max_jobs: int = setting(1, "training jobs that run at once; others wait", "limits", at_least=0)
+    max_jobs: int = setting(1, "number of training jobs that run at once; others wait", "limits", at_least=0)
     adapter_memory_mb: float | None = setting(
-        None, "memory for adapters; the least recently used wait on disk", "limits", above=0
+        None, "memory for adapters; the least recently used are kept on disk", "limits", above=0
     )
     cache_tokens: int | None = setting(
-        None, "tokens whose keys and values are kept (default: by free memory)", "limits", at_least=1
+        None,
+        "number of tokens whose keys and values are cached (default: according to free memory)",
+        "limits",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ class Shelf:
                 param="name",
             )
         if name == self._base:
-            raise RequestError(f"{name!r} is what the base is called; choose another name", 409, "name_taken", "name")
+            raise RequestError(f"{name!r} is the name of the base; choose another name", 409, "name_taken", "name")
         with self._reserved(name, replace):
             adapter = read_adapter(source, model=self._bank.model)
             own, ends = self._tokenizer_of(source)
@@ -203,7 +203,7 @@ class Shelf:
         """Keeps a name for one thread: two of them cannot load it at once."""
         with self._lock:
             if name in self._busy or (name in self._infos and not replace):
-                state = "is being loaded or unloaded" if name in self._busy else "is loaded already; unload it first"
+                state = "is being loaded or unloaded" if name in self._busy else "is already loaded; unload it first"
                 raise RequestError(f"the adapter {name!r} {state}", 409, "name_taken", "name")
             self._busy.add(name)
         try:
@@ -268,7 +268,7 @@ def directory_below(root: Path | None, name: str) -> Path:
     """
     if root is None:
         raise RequestError(
-            "this server loads no adapters at run time; start it with --adapters DIR", 403, "no_adapters"
+            "this server does not load adapters while running; start it with --adapters DIR", 403, "no_adapters"
         )
     root = root.resolve()
     windows = PureWindowsPath(name)
@@ -290,7 +290,7 @@ def directory_below(root: Path | None, name: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # too long, or links in a circle
         outside, exists = False, False
     if outside:
-        raise RequestError(f"{name[:200]!r} leads out of --adapters", 403, "outside_adapters", "path")
+        raise RequestError(f"{name[:200]!r} leads outside --adapters", 403, "outside_adapters", "path")
     if not exists:
         known = [found.relative_to(root).as_posix() for found in adapter_directories(root)]
         near = did_you_mean(name, known)

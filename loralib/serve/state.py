@@ -102,8 +102,8 @@ class State:
         if version > _VERSION:
             connection.close()
             raise OutputError(
-                f"{path} was written by a newer loralib (version {version} of its tables, expected {_VERSION} at most)."
-                " Use that one, or another --state_dir."
+                f"{path} was written by a newer loralib (its tables have version {version}, expected at most "
+                f"{_VERSION}). Use that loralib, or another --state_dir."
             )
         return connection
 

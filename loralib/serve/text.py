@@ -102,7 +102,9 @@ def chat_prompt(server: Server, messages: Sequence[dict[str, str]], adapter: str
 def _check_count(server: Server, count: int) -> None:
     most = server.config.max_choices
     if count > most:
-        raise RequestError(f"{count} texts are asked for, and this server allows {most} (--max_choices)", param="n")
+        raise RequestError(
+            f"{count} texts are requested, but this server allows at most {most} (--max_choices)", param="n"
+        )
 
 
 def _run(

@@ -67,7 +67,7 @@ class _Form:
     def __init__(self, content_type: str, begin: Callable[[], Upload]) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or b"boundary" not in options:
-            raise RequestError("expected a form (multipart/form-data) with file and purpose", param="file")
+            raise RequestError("expected a form (multipart/form-data) with the fields file and purpose", param="file")
         self._begin = begin
         self.upload: Upload | None = None
         self.name, self.is_whole = "", False
@@ -107,7 +107,7 @@ class _Form:
             RequestError: a part is missing, or the body broke off.
         """
         if not self.is_whole:
-            raise RequestError("the upload broke off before its end; nothing was kept", param="file")
+            raise RequestError("the upload ended prematurely; nothing was kept", param="file")
         if self.upload is None:
             raise RequestError("the form has no file", param="file")
         if "purpose" not in self.fields:
@@ -249,7 +249,7 @@ class Method(Body):
         other = "dpo" if self.type == "supervised" else "supervised"
         if getattr(self, other) is not None:
             raise RequestError(
-                f"method.type is {self.type!r}, and method.{other} is given; leave it out, or change the type",
+                f"method.type is {self.type!r}, but method.{other} is given; leave it out, or change the type",
                 param="method",
             )
         if self.type == "dpo":
@@ -282,14 +282,14 @@ def create_job(request: Request, body: JobRequest) -> dict[str, Any]:
     jobs = _jobs(request)
     if body.model != jobs.name:
         raise RequestError(
-            f"model is {body.model[:200]!r}, expected {jobs.name!r}: jobs train on the base model alone."
+            f"model is {body.model[:200]!r}, expected {jobs.name!r}: jobs can only train on the base model."
             + did_you_mean(body.model, [jobs.name]),
             404,
             "model_not_found",
             "model",
         )
     if body.hyperparameters is not None and body.method is not None:
-        raise RequestError("hyperparameters and method say the same; give one of them", param="hyperparameters")
+        raise RequestError("hyperparameters and method are both given; give only one of them", param="hyperparameters")
     given = body.hyperparameters or (body.method or Method()).chosen()
     multiplier = given.learning_rate_multiplier
     job = jobs.create(
@@ -310,7 +310,7 @@ def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> 
         values |= {"objective": "dpo", "beta": given.beta}
     settings = {name: value for name, value in values.items() if value not in ("auto", None)}
     if both := sorted(settings.keys() & own.keys()):
-        raise RequestError(f"given twice, as a hyperparameter and in loralib: {', '.join(both)}", param="loralib")
+        raise RequestError(f"given both as a hyperparameter and in loralib: {', '.join(both)}", param="loralib")
     return {**settings, **own}
 
 
@@ -337,9 +337,9 @@ def _changes(change: Callable[[Jobs, str], Job]) -> Callable[[Request, str], dic
 
 
 for _name, _change, _about in (
-    ("cancel", Jobs.cancel, "Ends a job for good."),
-    ("pause", Jobs.pause, "Ends a job's process, which saves itself first."),
-    ("resume", Jobs.resume, "Goes on from where a paused or failed job has saved itself."),
+    ("cancel", Jobs.cancel, "Cancels a job for good."),
+    ("pause", Jobs.pause, "Pauses a job: its process saves its state and stops."),
+    ("resume", Jobs.resume, "Resumes a paused or failed job from where it was saved."),
 ):
     _address = f"/v1/fine_tuning/jobs/{{fine_tuning_job_id}}/{_name}"
     router.add_api_route(_address, _changes(_change), methods=["POST"], name=f"{_name}_job", description=_about)
@@ -406,7 +406,7 @@ def _page(
     """Returns the items after one, at most `limit`."""
     names = [name(item) for item in items]
     if after is not None and after not in names:
-        raise RequestError(f"after is {after[:80]!r}, which is none of the list", 404, "not_found", "after")
+        raise RequestError(f"after is {after[:80]!r}, which is not in the list", 404, "not_found", "after")
     start = 0 if after is None else names.index(after) + 1
     return _cut(items[start:], limit, name, shape)
 

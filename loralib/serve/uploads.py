@@ -76,7 +76,7 @@ class Upload:
         self.size += len(piece)
         if self.size > self._most:
             raise RequestError(
-                f"the file is larger than the {self._most / 1e6:,.1f} MB that this server takes (--max_upload_mb)",
+                f"the file is larger than the {self._most / 1e6:,.1f} MB that this server accepts (--max_upload_mb)",
                 413,
                 "file_too_large",
                 "file",
@@ -204,7 +204,7 @@ class Files:
             ).fetchall()
             if users:
                 raise RequestError(
-                    f"{file_id} is used by {', '.join(row['id'] for row in users)}: cancel that first",
+                    f"{file_id} is in use by {', '.join(row['id'] for row in users)}: cancel that first",
                     409,
                     "file_in_use",
                 )
@@ -259,7 +259,10 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"format": None, "examples": None, "notes": [], "error": None}
     try:
         if max(size, _unpacked(path)) > _READ_AT_ONCE:
-            return {**facts, "notes": [f"{name}: more than {_READ_AT_ONCE / 1e6:,.0f} MB, which only a job reads"]}
+            return {
+                **facts,
+                "notes": [f"{name}: larger than {_READ_AT_ONCE / 1e6:,.0f} MB, so it is read only when a job runs"],
+            }
         facts["format"] = guess_format(path)
         (source,) = read_sources(path, objective=None)
         notes = [note.replace(str(path), name) for note in source.notes]

@@ -38,7 +38,7 @@ def automatic_learning_rate(
         The rate, rounded to two digits, and the reason in words.
 
     >>> automatic_learning_rate(135_000_000, 576, 32.0, 90)
-    (0.0016, 'width 576, lora_alpha 32, 90 trained tokens an update')
+    (0.0016, 'width 576, lora_alpha 32, 90 trained tokens per update')
     >>> automatic_learning_rate(135_000_000, None, 32.0, 90)[1].partition(";")[0]
     'assuming a width of 877, estimated from 135,000,000 parameters, since the model does not state it'
     """

@@ -145,7 +145,7 @@ class _Client:
         except ValueError:
             good = False
         if not good:
-            raise ConfigError(f"the address is {url!r}, expected one such as http://localhost:8000")
+            raise ConfigError(f"the address is {url!r}, expected an address such as http://localhost:8000")
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
         self._timeout = timeout
@@ -176,7 +176,7 @@ class _Client:
             raise self._refusal(path, error) from None
         except TimeoutError:
             raise UnreachableServerError(
-                f"{self.url}{path} gave no answer in {self._timeout:g} seconds; --timeout waits longer"
+                f"{self.url}{path} gave no answer within {self._timeout:g} seconds; use --timeout to wait longer"
             ) from None
         except (OSError, ValueError) as error:  # urllib and http.client raise both
             reason = getattr(error, "reason", error)
@@ -191,7 +191,7 @@ class _Client:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise _NotJson(
-                f"{self.url}{path} answers with something other than JSON ({error}); is it such a server?"
+                f"{self.url}{path} answers with something other than JSON ({error}); is it a server of this kind?"
             ) from None
 
     def _refusal(self, path: str, error: urllib.error.HTTPError) -> _Refused:
@@ -230,16 +230,14 @@ def _check_read(client: _Client, sent: Ids, read: object) -> None:
         return
     what = f"{read} tokens" if isinstance(read, int) else f"the tokens {read}"
     raise UnreachableServerError(
-        f"{client.url} read {what}, and the prompt has {len(sent)}, {list(sent)}: it tokenises differently, adds a "
+        f"{client.url} read {what}, but the prompt has {len(sent)}, {list(sent)}: it tokenises differently, adds a "
         "token such as BOS, or puts prompts into a template. So nothing can be said about the adapter; serve it with "
         "the tokenizer that it was trained with"
     )
 
 
 def _unusable(client: _Client, reasons: Sequence[str]) -> UnreachableServerError:
-    return UnreachableServerError(
-        list_faults(f"{client.url} gives no log-probabilities that can be used", list(reasons), "")
-    )
+    return UnreachableServerError(list_faults(f"{client.url} returns no usable log-probabilities", list(reasons), ""))
 
 
 # --- servers that speak OpenAI's API: loralib, vLLM, and others ------------------------------------------------------
@@ -253,7 +251,7 @@ class _OpenAI:
         listed = client.request("/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list):
-            raise UnreachableServerError(f"{client.url}/v1/models lists no models; is it such a server?")
+            raise UnreachableServerError(f"{client.url}/v1/models lists no models; is it a server of this kind?")
         self._models = {str(entry.get("id")): entry.get("parent") for entry in entries if isinstance(entry, dict)}
         self.adapter: str | None = self._known(model, "--model") if model else self._only_adapter()
         self.base: str | None = self._known(base_model, "--base_model") if base_model else self._base()
@@ -263,7 +261,7 @@ class _OpenAI:
         if name not in self._models:
             there = ", ".join(self._models) or "none"
             raise ConfigError(
-                f"{flag} is {name}, and the server has no such model.{did_you_mean(name, self._models)} It has: {there}"
+                f"{flag} is {name}, but the server has no such model.{did_you_mean(name, self._models)} It has: {there}"
             )
         return name
 
@@ -295,11 +293,11 @@ class _OpenAI:
             try:
                 if way(row, name).values:
                     return way
-                reasons.append(f"{label}: there are none in the answer")
+                reasons.append(f"{label}: the answer contains none")
             except _Refused as error:
                 reasons.append(f"{label}: {error}")
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                reasons.append(f"{label}: the answer has another shape ({error!r})")
+                reasons.append(f"{label}: the answer has an unexpected shape ({error!r})")
         raise _unusable(self._client, reasons)
 
     def _echoed(self, row: Ids, name: str) -> Observed:
@@ -315,7 +313,7 @@ class _OpenAI:
             _check_read(self._client, row, [self._vocabulary.id(token) for token in tokens[: len(row)]])
         named = [self._vocabulary.id(token) for token in tokens[: len(row)]]
         if len(named) < len(row) or any(a not in (None, b) for a, b in zip(named, row, strict=True)):
-            raise ValueError("the answer is about other tokens than the prompt's")
+            raise ValueError("the answer is about different tokens than the prompt's")
         return Observed(tuple(row), _values(row, scores))
 
     def _of_prompt(self, row: Ids, name: str) -> Observed:
@@ -374,7 +372,9 @@ class _SGLang:
 
     def __init__(self, client: _Client, info: Mapping[str, Any], model: str | None) -> None:
         if model is None:
-            raise ConfigError("what is the adapter called there? Give --model NAME, as in --lora-paths NAME=DIR")
+            raise ConfigError(
+                "the server's name for the adapter is not known: give --model NAME, as in --lora-paths NAME=DIR"
+            )
         self._client = client
         self.adapter: str | None = model.rpartition(":")[2]  # its OpenAI API says base:adapter
         self.base: str | None = str(info["model_path"])

@@ -212,7 +212,7 @@ def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Obse
         if kind is None or (error < 0.9 * figures.from_adapter and not 0.8 < scale < 1.25):
             kind, text = _by_search(reference, adapted, found, figures, scale, error)
     elif kind == "merged" and _gap(found, reference(adapted, Change(lambda _: 2.0))) <= figures.tolerance:
-        text += "; and the adapter comes on top of that again"
+        text += "; and the adapter is then added once more"
     assert kind is not None
     positions = sum(len({position for position, _, _ in each.values}) for each in adapted)
     return Verdict(
@@ -224,15 +224,17 @@ def _plainly(figures: _Figures) -> tuple[str | None, str]:
     """Judges what needs no search."""
     base, noise = figures.base_error, figures.base_error or 0.0
     if base is not None and figures.base_from_adapter is not None and base > 3 * max(_EXACT, figures.base_from_adapter):
-        text = "what is called the base acts as the adapter: its weights have the adapter merged, or the name is wrong"
+        text = "the supposed base behaves like the adapter: its weights have the adapter merged, or the name is wrong"
         return "merged", text
     if noise > max(0.3, figures.effect / 2):
-        return "base", "another base, or coarsely quantised weights: the base alone answers differently"
+        return "base", "a different base, or coarsely quantised weights: even the base alone answers differently"
     if figures.effect <= 3 * max(noise, 1e-5):
-        text = "cannot tell: the adapter changes these texts no more than the server rounds. Give --prompt TEXT as in "
+        text = (
+            "cannot tell: the adapter changes these texts no more than the server's rounding. Give --prompt TEXT as in "
+        )
         return "unclear", text + "its training data"
     if figures.from_adapter <= figures.tolerance and figures.from_adapter < figures.from_base:
-        return "right", "acts as it should"
+        return "right", "works as it should"
     if figures.from_base <= min(figures.tolerance, figures.effect / 3):
         return "none", "has no effect: the server answers as the base alone does"
     return None, ""
@@ -245,13 +247,17 @@ def _by_search(
     text = min(gaps, key=lambda each: gaps[each], default=None)
     bound = min(figures.tolerance, 0.3 * max(figures.from_base, figures.effect))
     if text is not None and gaps[text] <= bound and gaps[text] < 0.7 * error:
-        return "partly", f"acts differently: {text}"
+        return "partly", f"works differently: {text}"
     if error > bound:
-        what = "another adapter has this name" if figures.base_error is not None else "another adapter, or another base"
-        rest = f"{error:.3g} nats a token remain at the best one, {scale:.3g}"
-        return "other", f"acts differently: {what}; no scale explains the answers ({rest})"
+        what = (
+            "a different adapter has this name"
+            if figures.base_error is not None
+            else "a different adapter or a different base"
+        )
+        rest = f"the best one, {scale:.3g}, leaves {error:.3g} nats per token"
+        return "other", f"works differently: {what}; no scale explains the answers ({rest})"
     why = " or ".join(_reasons(reference, scale))
-    return "scaled", f"acts differently: its scaling is {scale:.3g} of what it should be" + (why and f", {why}")
+    return "scaled", f"works differently: its scaling is {scale:.3g} of what it should be" + (why and f", {why}")
 
 
 def _reasons(reference: Reference, scale: float) -> list[str]:
@@ -289,9 +295,9 @@ def _hypotheses(reference: Reference) -> dict[str, Change]:
             result[f"only its part in {part} explains the answers"] = Change(_among(names, part))
             if len(different) > 2:  # of two, all but one is the other
                 rest = _among(names, *(other for other in different if other != part))
-                result[f"all but its part in {part} explains the answers"] = Change(rest)
+                result[f"everything except its part in {part} explains the answers"] = Change(rest)
     if any(scaling != usual for scaling in modules.values()):
-        result["one scaling for all modules explains the answers (alpha_pattern or rank_pattern ignored)"] = Change(
+        result["one scaling for all modules explains the answers (alpha_pattern or rank_pattern is ignored)"] = Change(
             lambda name: usual / modules[name] if modules[name] else 1.0
         )
     ranks = reference.ranks

@@ -56,7 +56,7 @@ def _run(questions: Sequence[str]) -> list[float]:
     """Returns the scores of all questions, and last the one of their summed statistics."""
     java, jar = shutil.which("java"), _jar()
     if java is None:
-        raise MissingDependencyError(f"{_NEEDS}; there is no program `java` on this machine's PATH.")
+        raise MissingDependencyError(f"{_NEEDS}; there is no program `java` on the PATH.")
     command = [java, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with (
         tempfile.TemporaryFile() as complaints,  # not a pipe, which could fill up unread

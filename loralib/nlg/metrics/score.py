@@ -58,16 +58,16 @@ def check(references: References, hypotheses: Sequence[str]) -> None:
     >>> check([["a"]], ["a", "b"])
     Traceback (most recent call last):
         ...
-    loralib.errors.DataError: 2 hypotheses, but references for 1. Give one hypothesis for each group of references.
+    loralib.errors.DataError: 2 hypotheses, but references for 1. Give one hypothesis per group of references.
     """
     if len(references) != len(hypotheses):
         raise DataError(
-            f"{len(hypotheses)} hypotheses, but references for {len(references)}. "
-            "Give one hypothesis for each group of references."
+            f"{len(hypotheses)} hypotheses, but references for {len(references)}. Give one hypothesis per group of "
+            "references."
         )
     if not any(hypothesis.strip() for hypothesis in hypotheses):
         number = f"all {len(hypotheses)} hypotheses are empty" if hypotheses else "there are no hypotheses"
-        raise DataError(f"{number}, so nothing can be scored. Check what wrote them.")
-    faults = [f"hypothesis {number} has none" for number, texts in enumerate(references, 1) if not texts]
+        raise DataError(f"{number}, so nothing can be scored. Check how they were written.")
+    faults = [f"hypothesis {number} has no reference" for number, texts in enumerate(references, 1) if not texts]
     if faults:
         raise DataError(list_faults("a reference is missing", faults, "Give each hypothesis at least one reference."))

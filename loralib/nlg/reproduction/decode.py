@@ -126,10 +126,10 @@ def read_decoded(path: Path, prompts: Sequence[str]) -> dict[int, dict[str, Any]
 
     def check(records: list[dict[str, Any]]) -> None:
         if len({record["id"] for record in records}) < len(records):
-            raise ValueError("a text stands there twice")
+            raise ValueError("a text occurs twice")
         for record in records:
             number, text = record["id"], record["text"]
             if number not in range(len(prompts)) or prompts[number] != record["prompt"] or not isinstance(text, str):
-                raise ValueError(f"{number} is no text for one of the prompts")
+                raise ValueError(f"{number} is not a text for one of the prompts")
 
     return {record["id"]: record for record in resume_lines(path, "id", check, "--output_dir")}

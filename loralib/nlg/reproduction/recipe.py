@@ -34,7 +34,7 @@ class Recipe:
         ConfigError: one or more settings are invalid; the message lists all of them.
     """
 
-    name: str = setting("", "name of its file, for the reader")
+    name: str = setting("", "name of the recipe's file, for the reader")
     form: str = setting(
         "lines",
         "how a row becomes a prompt: lines (input, line end, text) or paper (input, end token, blank, text, as in the "
@@ -124,7 +124,7 @@ def load_recipe(name: str, changes: Iterable[str] = (), **given: Any) -> Recipe:
     faults += setting_faults(TrainConfig, train, "train.") + setting_faults(Sampling, decode, "decode.")
     faults += _own_faults(values) + _published_faults(published)
     if faults:
-        raise ConfigError(list_faults(f"recipe {name} has settings that cannot be", faults))
+        raise ConfigError(list_faults(f"recipe {name} has invalid settings", faults))
     figures = {"all": {key: float(published[key]) for key in SCORES if key in published}}
     figures |= {part: dict(published[part]) for part in ("seen", "unseen") if part in published}
     made: list[Any] = []
@@ -177,7 +177,9 @@ def _change(values: dict[str, Any], change: str) -> None:
     for name in tables:
         place = place.setdefault(name, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {change!r}: {name} is no table of the recipe. Its tables are train and decode.")
+            raise ConfigError(
+                f"--set {change!r}: {name} is not a table of the recipe. Its tables are train and decode."
+            )
     place[last] = value
 
 
@@ -197,7 +199,7 @@ def _own_faults(values: Mapping[str, Any]) -> list[str]:
         if name not in known:
             inside = [key for key in everywhere if key.endswith(f".{name}")]
             near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else did_you_mean(name, known)
-            faults.append(f"{name} is no key of a recipe.{near}")
+            faults.append(f"{name} is not a key of a recipe.{near}")
     own = ("form", "max_inputs")
     return faults + setting_faults(Recipe, {name: values[name] for name in own if name in values})
 
@@ -207,10 +209,10 @@ def _published_faults(published: Mapping[str, Any], where: str = "published.") -
     for name, value in published.items():
         known = [*SCORES, *(("seen", "unseen", "source", "note") if where == "published." else ())]
         if name not in known:
-            faults.append(f"{where}{name} is no metric.{did_you_mean(name, known)}")
+            faults.append(f"{where}{name} is not a metric.{did_you_mean(name, known)}")
         elif name in ("seen", "unseen"):
             good = isinstance(value, dict)
-            faults += _published_faults(value, f"{where}{name}.") if good else [f"{where}{name} is no table"]
+            faults += _published_faults(value, f"{where}{name}.") if good else [f"{where}{name} is not a table"]
         elif name in ("source", "note"):
             faults += [] if isinstance(value, str) else [f"{where}{name} is {value!r}, expected text"]
         elif not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -64,12 +64,12 @@ def find_files(dataset: str, directory: str | Path | None = None) -> Files:
         usual = [Path("data") / dataset, *([_SAMPLE] if dataset == "e2e" else [])]
         found = next((path for path in usual if path.is_dir()), None)
         if found is None:
-            places = " nor ".join(path.as_posix() for path in usual)
-            raise DataError(f"there is no data: neither --data DIR was given, nor is there {places} here. {get}")
+            places = " or ".join(path.as_posix() for path in usual)
+            raise DataError(f"there is no data: --data DIR was not given, and there is no {places} here. {get}")
         directory = found
     directory = Path(directory).expanduser()
     if not directory.is_dir():
-        raise DataError(f"--data {directory} is no directory. {get}")
+        raise DataError(f"--data {directory} is not a directory. {get}")
     there = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES[dataset])
     files: dict[str, Path] = {}
     faults = []
@@ -88,7 +88,7 @@ def find_files(dataset: str, directory: str | Path | None = None) -> Files:
     if faults:
         listed = ", ".join(path.name for path in there[:8]) or "no such files"
         heading = f"{directory} (it has: {listed}) lacks one file for each part of {dataset}"
-        raise DataError(list_faults(heading, faults, f"Leave one file a part there. {get}"))
+        raise DataError(list_faults(heading, faults, f"Put exactly one file per part there. {get}"))
     return Files(**files)
 
 

@@ -36,7 +36,7 @@ class Stages:
         others = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
         if others and not self.records.is_dir():
             raise OutputError(
-                f"{directory} holds other things ({', '.join(sorted(others)[:5])}), and nothing is overwritten. "
+                f"{directory} contains other files ({', '.join(sorted(others)[:5])}), which are not overwritten. "
                 "Choose another --output_dir."
             )
 
@@ -64,14 +64,14 @@ class Stages:
                     file for file, hashed in record["outputs"].items() if digest(self.directory / file) != hashed
                 ]
                 if not changed and set(record["outputs"]) == set(outputs):
-                    say(f"{name}: done already ({duration(record['seconds'])})")
+                    say(f"{name}: already done ({duration(record['seconds'])})")
                     return dict(record["result"])
-                say(f"{name}: once more, since {', '.join(changed or outputs)} changed or went")
+                say(f"{name}: running again, since {', '.join(changed or outputs)} changed or went missing")
             else:
                 unfinished = True
-                say(f"{name}: going on")
+                say(f"{name}: continuing")
         elif record is not None:
-            say(f"{name}: once more, since {'; '.join(difference(record['inputs'], inputs))}")
+            say(f"{name}: running again, since {'; '.join(difference(record['inputs'], inputs))}")
         else:
             say(f"{name} ...")
         spent = record["seconds"] if record is not None and unfinished else 0.0

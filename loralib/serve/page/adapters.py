@@ -58,8 +58,8 @@ def source(server: Server, name: str) -> Source:
     known = sources(server)
     if name not in known:
         raise RequestError(
-            f"there is no adapter {name[:200]!r} here.{did_you_mean(name, known)} "
-            f"Known: {', '.join(sorted(known)) or 'none'}.",
+            f"there is no adapter {name[:200]!r}.{did_you_mean(name, known)} Known: "
+            f"{', '.join(sorted(known)) or 'none'}.",
             404,
             "adapter_not_found",
             "name",

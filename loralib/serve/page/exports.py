@@ -112,7 +112,7 @@ class Exports:
         """
         if export_id not in self._all:
             raise RequestError(
-                f"there is no export {export_id[:80]!r}; the last {_KEPT} are kept, until the server ends",
+                f"there is no export {export_id[:80]!r}; only the last {_KEPT} are kept, until the server stops",
                 404,
                 "export_not_found",
                 "id",
