@@ -6,7 +6,7 @@
     print(lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")))
     result = lora.train(model, "train.txt", lora.TrainConfig(output_dir="lora_model"), tokenizer=tokenizer)
 
-The layers and helpers are Microsoft's loralib, drop-in; whatever is heavier than torch is imported when first used.
+The layers and helpers are drop-in replacements for Microsoft's loralib; anything heavier than torch is imported lazily.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ __all__ = [
     "unmerge",
 ]
 
-# Where the lazy names live (PEP 562): importing loralib costs about as much as importing torch.
+# Where the lazy names live (PEP 562): importing loralib should cost little more than importing torch.
 _LAZY = {
     "adapter": ("Adapter", "ApplyReport", "adapter_of", "apply_adapter"),
     "bases": ("load_base",),
@@ -99,7 +99,7 @@ _LAZY = {
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
 
-if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any misspelt name because of it
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

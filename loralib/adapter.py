@@ -1,9 +1,9 @@
-"""An adapter as a value: settings and tensors, taken from a model or put on one.
+"""An adapter as a value: settings and tensors, taken from a model or applied to one.
 
-A tensor's name is its module's followed by ``.lora_A`` or ``.lora_B`` (``.lora_embedding_A`` or ``_B`` for embeddings,
-as in PEFT), or whatever else a layer trains; modules and biases trained in full keep their parameters' names.  The
-weights of experts that are one parameter count as a module each, with factors ``.lora_experts_A`` (experts, r, in) and
-``.lora_experts_B`` (experts, out, r).
+A tensor's name is its module's name followed by ``.lora_A`` or ``.lora_B`` (``.lora_embedding_A`` or ``_B`` for
+embeddings, as in PEFT), or by the name of whatever else the layer trains; modules and biases that are trained in full
+keep their parameters' names.  Expert weights that are stored as one parameter count as a module each, with the factors
+``.lora_experts_A`` (experts, r, in) and ``.lora_experts_B`` (experts, out, r).
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
-LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; without any, it predicts a number
+LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; an empty list: it predicts a number
 BASE = "loralib.base"  # metadata: fingerprint of the base model
-QUANTIZE = "loralib.quantize"  # metadata: the bits in which it was held during training, unless as usual
+QUANTIZE = "loralib.quantize"  # metadata: how the base was quantised during training; absent if it was not
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
 _KINDS = ("lora_embedding_", "lora_experts_", "lora_")
 _FACTORS = tuple(f".{kind}{half}" for kind in _KINDS for half in "AB")
-_MAX_STEPS = 1e9  # by the bound of `matching_steps`, which is a few seconds
+_MAX_STEPS = 1e9  # upper limit for `matching_steps`; corresponds to a few seconds
 
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """A trained adapter, apart from any model.
+    """A trained adapter, independent of any model.
 
     Attributes:
         config: its settings.
@@ -73,40 +73,40 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The names of the modules that have low-rank factors, and of the weights of experts that have them."""
+        """The names of the modules, and of the expert weights, that have low-rank factors."""
         return tuple(dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.endswith(_FACTORS)))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The modules to target, which are all but those that come with another."""
+        """The modules to name in target_modules; those that are adapted along with another module are left out."""
         parameters = set(self.target_parameters)
         modules = (name for name in self.modules if not {name, f"{name}.weight"} & parameters)
         return tuple(dict.fromkeys(map(self.target_of, modules)))
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
-        """The parameters to target: weights of experts, and of routers, which the settings name."""
+        """The parameters to name in target_parameters: expert weights, and router weights that the settings name."""
         chosen = self.config.target_parameters
         names = (name if self.holds_experts(name) else f"{name}.weight" for name in self.modules)
         return tuple(name for name in names if self.holds_experts(name) or matches(chosen, name))
 
     @property
     def expert_weights(self) -> tuple[str, ...]:
-        """The weights of experts that have low-rank factors."""
+        """The expert weights that have low-rank factors."""
         return tuple(filter(self.holds_experts, self.modules))
 
     def holds_experts(self, module: str) -> bool:
-        """Whether a name of `modules` is that of a parameter which holds a weight of all experts of a layer."""
+        """Whether a name in `modules` is that of a parameter that stacks the weights of all experts of a layer."""
         return any(f"{module}.lora_experts_{half}" in self.tensors for half in "AB")
 
     def target_of(self, module: str) -> str:
-        """Returns the module to target for a module: the out_proj of an nn.MultiheadAttention comes with it."""
+        """Returns the module to target for a module: for the out_proj of an nn.MultiheadAttention, the attention."""
         attention = module.removesuffix(".out_proj")
         return attention if f"{attention}.lora_A" in self.tensors else module
 
     def factor_keys(self, module: str) -> tuple[str, str]:
-        """Returns the names of a module's A and B; embeddings have names of their own, as in PEFT, and experts too."""
-        places = ((half, kind) for half in "AB" for kind in _KINDS)  # half of a pair may be missing
+        """Returns the tensor names of a module's A and B; embeddings (as in PEFT) and experts have their own."""
+        places = ((half, kind) for half in "AB" for kind in _KINDS)  # one of the two may be missing
         kind = next((kind for half, kind in places if f"{module}.{kind}{half}" in self.tensors), "lora_")
         return f"{module}.{kind}A", f"{module}.{kind}B"
 
@@ -121,15 +121,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What putting an adapter on a model did.
+    """The result of applying an adapter to a model.
 
     Attributes:
-        applied: how many tensors were copied.
-        base: 'checked', 'quantized' (the same, held in other bits than in training), 'unknown' (the adapter does not
-            say which base it belongs to), 'copy' (one is a quantised copy of the other) or 'other' (as allowed).
-        inject: what was adapted; None where the layers were there already.
-        carried: tables of the base that the adapter brings along with other values, and which were put in their places.
-        ignored: other tensors of the base that the adapter holds with other values, as allowed.
+        applied: number of tensors copied.
+        base: 'checked', 'quantized' (the same, but quantised differently than in training), 'unknown' (the adapter does
+            not name its base), 'copy' (one is a quantised copy of the other) or 'other' (a mismatch was allowed).
+        inject: what was adapted; None if the layers were already there.
+        carried: token tables that the adapter ships with other values than the base's; they replaced the base's.
+        ignored: other base tensors that the adapter holds with other values, which was allowed.
     """
 
     applied: int
@@ -160,7 +160,7 @@ def adapter_of(model: nn.Module) -> Adapter:
 
     Raises:
         TargetError: the model holds no adapter.
-        AdapterError: a layer's update cannot be expressed in the adapter's form.
+        AdapterError: a layer's update cannot be expressed in the adapter format.
     """
     wrapped, model = model, adapted_model(model)
     refuse_peft(model)
@@ -186,7 +186,7 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
     if record is not None:
         in_full |= {name: tensor_at(model, name) for name in record.carried}
         _refuse_unsaved(model, layers, in_full)
-    # What trains in a model built by hand has no original left: nothing says which base it started from.
+    # A model built by hand keeps no originals of the tensors it trains: nothing tells which base it started from.
     known_base = record is not None or not in_full
     return Adapter(
         config=config,
@@ -205,7 +205,7 @@ def _held_in(model: nn.Module) -> dict[str, str]:
 
 
 def _labels_of(model: nn.Module, config: LoraConfig) -> dict[str, str]:
-    """Returns what a classifier's logits stand for, which PEFT's settings have no place for."""
+    """Returns the labels of a classifier's logits, for which PEFT's settings have no field."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if config.task_type != "SEQ_CLS" or not isinstance(names, dict):
         return {}
@@ -213,7 +213,7 @@ def _labels_of(model: nn.Module, config: LoraConfig) -> dict[str, str]:
 
 
 def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], in_full: Mapping[str, Tensor]) -> None:
-    """Refuses to leave out, without a word, what was set to train besides the adapter."""
+    """Raises if parameters besides the adapter are set to train, which saving would silently leave out."""
     ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()} | {id(t) for t in in_full.values()}
     merged = {id(layer._parameters[name]) for _, layer in layers if layer.merged for name in layer.weight_names}
     others = [n for n, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours | merged]
@@ -230,19 +230,19 @@ def _refuse_unsaved(model: nn.Module, layers: Sequence[tuple[str, LoRALayer]], i
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> ApplyReport:
-    """Puts an adapter on a model: injects the layers and copies every tensor, or changes nothing.
+    """Applies an adapter to a model: injects the layers and copies every tensor, or changes nothing.
 
     Args:
-        model: plain; or holding an adapter, which is replaced once the new one has been checked; or built from
-            loralib's layers, which take the tensors.
+        model: a plain model; one that holds an adapter, which is replaced once the new one has been checked; or one
+            built from loralib's layers, which receive the tensors.
         adapter: the adapter.
-        allow_base_mismatch: accept a base model with other values than the one that the adapter was trained on.
+        allow_base_mismatch: accept a base model whose values differ from those the adapter was trained on.
 
     Returns:
-        How many tensors were applied; all of the adapter's.
+        What was applied; see `ApplyReport`.
 
     Raises:
-        AdapterError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite; all are listed.
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
@@ -277,10 +277,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
 
 
 def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> None:
-    """Checks an adapter against a plain base model as `apply_adapter` does, and changes nothing.
+    """Checks an adapter against a plain base model as `apply_adapter` does, without changing anything.
 
     Raises:
-        AdapterError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite; all are listed.
         BaseMismatchError: the adapter was trained on another base model.
         TargetError: the adapter's target_modules do not fit the model.
     """
@@ -295,7 +295,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
 
 
 def _as_trained(adapter: Adapter) -> Adapter:
-    """Returns an adapter without what only mattered before its training: how its factors were initialised."""
+    """Returns the adapter without the setting for initialising its factors, which mattered only before training."""
     if not adapter.modules:
         raise AdapterError("the adapter contains no LoRA tensors (names that end in lora_A and lora_B); copy it again")
     if adapter.config.changes_base:
@@ -306,9 +306,9 @@ def _as_trained(adapter: Adapter) -> Adapter:
 def _expected(
     model: nn.Module, adapter: Adapter, by_hand: Sequence[tuple[str, LoRALayer]] = ()
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
-    """Returns the shapes of all tensors that an adapter must have, and the model's tensors that it trains in full.
+    """Returns the shapes of all tensors that an adapter must have, and the tensors of the model that it trains in full.
 
-    `by_hand` are the layers that a model was built from; without them, the adapter's config says what is adapted.
+    `by_hand` lists the layers that a model was built from; without them, the adapter's config says what is adapted.
     """
     adapted: Sequence[tuple[str, nn.Module]] = by_hand
     if by_hand:
@@ -322,7 +322,7 @@ def _expected(
 
 
 def _replace(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:
-    """Puts on an adapter that has been checked; whatever goes wrong, the model keeps the one it holds."""
+    """Applies an adapter that has been checked; if anything fails, the model keeps the adapter it had."""
     record = injection_of(model)
     previous = adapter_of(model) if record is not None else None
     kept = {name: tensor_at(model, name) for name in record.carried} if record is not None else {}
@@ -337,10 +337,10 @@ def _replace(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) 
 
 
 def _put_on(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -> InjectReport | None:
-    """Injects an adapter that has been checked, in place of the one that the model holds."""
+    """Injects an adapter that has been checked, replacing the one that the model holds."""
     record, report = injection_of(model), None
     if record is not None and record.config == adapter.config and not (carried or record.carried):
-        unmerge(model)  # the same layers with other values: copying is enough
+        unmerge(model)  # the layers stay the same and only their values change: copying is enough
     else:
         if record is not None:
             remove(model)
@@ -351,12 +351,12 @@ def _put_on(model: nn.Module, adapter: Adapter, carried: Mapping[str, Tensor]) -
 
 
 def _shapes_of(layers: Sequence[tuple[str, LoRALayer]], adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that an adapter's tensors must have for layers that a model was built from."""
+    """Returns the shapes that an adapter's tensors must have to fit the layers that a model was built from."""
     expected = dict[str, tuple[int, ...]]()
     for name, layer in layers:
         keys = layer.tensor_keys()
         shapes = {f"{name}.{keys[leaf]}": tuple(tensor.shape) for leaf, tensor in layer.trained_tensors().items()}
-        # lora_state_dict writes Microsoft's folded convolutions as they are.
+        # lora_state_dict writes Microsoft's folded convolutions in their own layout.
         if any(key in adapter.tensors and adapter.tensors[key].shape != shape for key, shape in shapes.items()):
             with _named_errors(name):
                 shapes = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.to_adapter().items()}
@@ -384,7 +384,7 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 @contextlib.contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Puts the layer's name before its errors."""
+    """Prefixes errors with the layer's name."""
     try:
         yield
     except AdapterError as error:
@@ -392,11 +392,11 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def expand_blocks(adapter: Adapter) -> Adapter:
-    """Returns the same adapter with its fused blocks written out as plain low-rank updates.
+    """Returns the same adapter with its fused blocks expanded to plain low-rank updates.
 
-    A module of rank r with k of n blocks enabled is exactly a plain one of rank r * k with a block-diagonal B and
-    lora_alpha * k (under rsLoRA lora_alpha * sqrt(k)).  The metadata says which blocks, so that `narrow_blocks` can
-    restore them.
+    A module of rank r with k of n blocks enabled equals a plain module of rank r * k with a block-diagonal B and
+    lora_alpha * k (lora_alpha * sqrt(k) with rsLoRA).  The metadata records which blocks were enabled, so that
+    `narrow_blocks` can restore them.
     """
     config = adapter.config
     if not config.enable_lora:
@@ -420,10 +420,10 @@ def expand_blocks(adapter: Adapter) -> Adapter:
 
 
 def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
-    """Undoes `expand_blocks`: the inverse for every adapter that it made.
+    """Undoes `expand_blocks`, for every adapter that it made.
 
     Raises:
-        AdapterError: a B that should be block-diagonal is not, or a rank does not divide.
+        AdapterError: a B that should be block-diagonal is not, or a rank is not divisible by the number of blocks.
     """
     enable_lora = LoraConfig(enable_lora=enable_lora).enable_lora
     _check_matching(BLOCKS, enable_lora, adapter.modules)
@@ -459,13 +459,13 @@ def narrow_blocks(adapter: Adapter, enable_lora: Mapping[str, Any]) -> Adapter:
 
 
 def without_expressions(adapter: Adapter) -> Adapter:
-    """Returns an adapter from a file with the names of its modules in place of the file's regular expressions.
+    """Returns an adapter read from a file with module names in place of the file's regular expressions.
 
-    A file's tensors say which modules are adapted and with which r, so its expressions for these are never matched,
-    however long that would take.  Those of alpha_pattern are matched once, with the modules that have tensors.
+    The tensors tell which modules are adapted and with which r, so the file's expressions for these are never matched:
+    that could take forever.  Those in alpha_pattern are matched once, against the modules that have tensors.
 
     Raises:
-        AdapterError: alpha_pattern holds expressions that could take forever to match.
+        AdapterError: alpha_pattern contains expressions that could take forever to match.
     """
     config, modules = adapter.config, adapter.modules
     _check_matching("alpha_pattern", config.alpha_pattern, modules)
@@ -473,7 +473,7 @@ def without_expressions(adapter: Adapter) -> Adapter:
         ranks = dict.fromkeys(modules, config.r)
         for module in modules:
             A = adapter.tensors.get(adapter.factor_keys(module)[0])
-            # A rank that no setting explains stays a fault.
+            # A rank that no setting explains is reported later.
             if A is None or A.dim() == 0:
                 continue
             r = A.shape[1] if adapter.holds_experts(module) and A.dim() > 1 else A.shape[0]
@@ -487,13 +487,13 @@ def without_expressions(adapter: Adapter) -> Adapter:
         or isinstance(exclude, str)
         or not all(map(is_plain_name, layers))
     ):
-        # An expression, since entries of a list also match as endings of other names.
+        # A regular expression, because list entries also match as endings of other names.
         config = config.targeting("|".join(map(re.escape, adapter.target_modules)) or None)
     return replace(adapter, config=config)
 
 
 def _check_matching(setting: str, patterns: Collection[str], modules: Sequence[str]) -> None:
-    """Refuses expressions of a file that could take forever to match the modules that the file names."""
+    """Refuses a file's expressions if they could take forever to match against the modules that it names."""
     if matching_steps(patterns, modules) > _MAX_STEPS:
         raise AdapterError(
             list_faults(
@@ -508,12 +508,12 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
     """Returns the settings of a model that was built from loralib's layers.
 
     Raises:
-        AdapterError: something trains that an adapter has no place for.
+        AdapterError: a parameter trains that cannot be stored in an adapter.
     """
     ranks, alphas, blocks = dict[str, int](), dict[str, float](), dict[str, tuple[bool, ...]]()
     for name, layer in layers:
         factor = layer._base_shape[2:].numel() if isinstance(layer, LoRAFoldedConv) else 1  # see to_adapter
-        plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # not so under rsLoRA
+        plain = layer.scaling == scaling_of(layer.r, layer.lora_alpha)  # false with rsLoRA
         ranks[name] = layer.r * factor
         alphas[name] = (layer.lora_alpha if plain else layer.scaling * layer.r) * factor
         if isinstance(layer, LoRALinear) and layer.blocks is not None:
@@ -530,7 +530,7 @@ def _config_of(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> LoraCon
 
 
 def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[str, list[str]]:
-    """Returns `bias` and `modules_to_save` for what trains besides the layers' own tensors."""
+    """Returns `bias` and `modules_to_save` for the parameters that train besides the layers' own tensors."""
     ours = {id(p) for _, layer in layers for p in layer.trained_tensors().values()}
     trained = {name for name, p in named_parameters(model).items() if p.requires_grad and id(p) not in ours}
     bias = "none"
@@ -556,11 +556,11 @@ def _trained_besides(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> t
 def _check_tensors(
     model: nn.Module, adapter: Adapter, expected: Mapping[str, tuple[int, ...]], allow_mismatch: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Checks an adapter's tensors against those expected.
+    """Checks an adapter's tensors against the expected ones.
 
     Returns:
-        The tables of tokens that differ from the base's, which PEFT saves where tokens were added; and the names of
-        other tensors of the base that differ, if that is allowed.
+        The token tables that differ from the base's, which PEFT saves if tokens were added; and the names of other base
+        tensors that differ, if that is allowed.
     """
     faults = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in adapter.tensors]
     record = injection_of(model)
@@ -582,7 +582,7 @@ def _check_tensors(
         elif not all_finite(tensor):
             faults.append(f"not finite  {name} holds NaN or infinite values")
         elif name not in expected and not _same_values(base[name], tensor):
-            # Some files also hold base weights (PEFT's embeddings, Microsoft's whole models).
+            # Some files also hold base weights (PEFT saves embeddings, Microsoft whole models).
             if is_table:
                 carried[name] = tensor
             elif allow_mismatch:
@@ -602,7 +602,7 @@ def _check_tensors(
 
 
 def _under_tied_names(model: nn.Module, carried: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Returns the tables of a base that is replaced under all names of their parameters: a tied head follows."""
+    """Returns replaced tables of the base under all names of their parameters, so that a tied head changes too."""
     record, parameters = injection_of(model), named_parameters(model)
     parameters |= cast("dict[str, nn.Parameter]", record.originals if record is not None else {})
     followed = dict[str, Tensor]()
@@ -613,22 +613,22 @@ def _under_tied_names(model: nn.Module, carried: Mapping[str, Tensor], expected:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite takes no 8-bit floats."""
+    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite does not support 8-bit floats."""
     return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are one, apart from the dtypes in which they were stored."""
+    """Whether two tensors hold the same values, apart from rounding to the dtype of either."""
     ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
     return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(theirs.to(ours.dtype), ours)
 
 
 def compare_base(model: nn.Module, adapter: Adapter) -> str:
-    """Compares the base that an adapter stands on with a model.
+    """Compares a model with the base that an adapter was trained on.
 
     Returns:
-        'checked' (the same), 'unknown' (the adapter does not say), 'shapes' (other parameters), 'rows' (fewer tokens
-        than there were), 'copy' (by its name one is a quantised copy of the other) or 'values'.
+        'checked' (the same), 'unknown' (the adapter does not say), 'shapes' (other parameters), 'rows' (fewer token
+        rows than in training), 'copy' (judging by name, one is a quantised copy of the other) or 'values'.
     """
     theirs = adapter.metadata.get(BASE)
     if theirs is None:
@@ -636,15 +636,15 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
     shapes, _, values = theirs.partition(":")
     count = values.partition(":")[2]
     rows = int(count) if count.isdecimal() else 0
-    # What the adapter brings along was left out when it was saved; not so in files of earlier versions, nor where a
-    # table came along that is this base's own.
+    # What the adapter ships is left out of the fingerprint when it is saved, except in files of earlier versions, or if
+    # it ships an unchanged table of the base.
     found = set[str]()
     for left_out in (adapter.tensors.keys(), (), None):
         ours = first_fingerprint(model) if left_out is None else fingerprint(model, left_out, rows)
         if ours == theirs:
             return "checked"
         found.add(ours.partition(":")[0])
-    # It was trained in fp16, perhaps, where the smallest values are rounded.
+    # It may have been trained in fp16, which rounds the smallest values.
     if any(fingerprint(model, left_out, rows, in_fp16=True) == theirs for left_out in (adapter.tensors.keys(), ())):
         return "checked"
     if shapes not in found:
@@ -656,7 +656,7 @@ def compare_base(model: nn.Module, adapter: Adapter) -> str:
 
 
 def _check_base(model: nn.Module, adapter: Adapter, allow_mismatch: bool) -> str:
-    """Compares fingerprints and returns the value of `ApplyReport.base`."""
+    """Compares fingerprints and returns the value for `ApplyReport.base`."""
     found = compare_base(model, adapter)
     if found == "checked" and adapter.metadata.get(QUANTIZE, "none") != quantization_of(model):
         return "quantized"

@@ -1,4 +1,4 @@
-"""glibc's allocator: whether memory that is freed stays with the process."""
+"""glibc's allocator: whether freed memory stays with the process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 __all__ = ["keep_freed_memory"]
 
-# Parameters of glibc's mallopt(3).  Setting either ends glibc's own adjustment of both, so a run leaves them where that
-# would have ended up: blocks of up to 32 MiB come from the heap, of which 64 MiB may lie idle at its end.
+# Parameters of glibc's mallopt(3).  Setting either one turns off glibc's dynamic adjustment of both, so afterwards both
+# are set to where it would have ended up: blocks of up to 32 MiB come from the heap, at whose end 64 MiB may stay free.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MMAP_USUAL, _TRIM_USUAL, _MMAP_LEAN = 32 << 20, 64 << 20, 1 << 20
 
-_leans: list[bool] = []  # of the contexts that are open, one inside another
+_leans: list[bool] = []  # `lean` of each open context, innermost last
 
 
 @contextmanager
@@ -24,12 +24,12 @@ def keep_freed_memory(lean: bool = False) -> Iterator[None]:
     """Keeps memory that the process frees for its next step, instead of returning it to the system.
 
     A step frees large tensors that the next one allocates again.  glibc returns such blocks to the system, which hands
-    them out again page by page, each cleared first.  An allocator that the environment configures is left alone.
+    them out again page by page, clearing each.  Allocators configured in the environment are left alone.
 
     Args:
-        lean: return large blocks after all, where memory matters more than time, as while many tensors are made and
-            freed once.  Before glibc 2.38 a freed block has no room for an aligned one of its own size, so that kept
-            memory is full of holes.
+        lean: return large blocks after all, while memory matters more than time (many tensors are created once).
+            Before glibc 2.38, a freed block has no room for an aligned one of its own size, so memory that is kept
+            becomes fragmented.
     """
     libc = _glibc()
     if libc is None:
@@ -46,17 +46,17 @@ def keep_freed_memory(lean: bool = False) -> Iterator[None]:
 
 
 def _set_up(libc: Any) -> None:
-    """Does as the innermost context says, or as usual."""
+    """Applies the settings of the innermost open context, or glibc's usual ones if none is open."""
     lean = _leans[-1] if _leans else None
     libc.mallopt(_TRIM_THRESHOLD, -1 if lean is False else _TRIM_USUAL)
     if lean:
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_LEAN)
-    elif lean is None or not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions refuse so much
+    elif lean is None or not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):  # older versions reject such a large threshold
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_USUAL)
 
 
 def _glibc() -> Any:
-    """The C library if it is glibc with default settings; other allocators keep memory, or have no such setting."""
+    """The C library if it is glibc with default settings; other allocators keep memory, or lack these settings."""
     if not sys.platform.startswith("linux"):
         return None
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):

@@ -1,9 +1,9 @@
-"""Whether the equal blocks of a fused projection, which `enable_lora` chooses from, are what the model makes of them.
+"""Checks that the equal blocks of a fused projection, from which `enable_lora` chooses, match how the model splits it.
 
-GPT-2's projection holds query, key and value one after the other.  GPT-NeoX, BLOOM and Falcon hold them head by head,
-and with grouped queries they are not equally large: a third of such outputs is no query, key or value, but a part of
-each.  The model itself tells: attention to a single token passes its values on, whatever query and key are, so that the
-outputs which change anything then are the values.
+GPT-2's projection holds query, key and value one after the other.  GPT-NeoX, BLOOM and Falcon interleave them by head,
+and with grouped-query attention they differ in size: a third of such outputs is not the query, key or value but a part
+of each.  The model itself can tell: attention over a single token returns the value unchanged, whatever query and key
+are, so the outputs of the projection that affect the result are the values.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .targets import TargetModule
 
 __all__ = ["mixed_blocks"]
 
-_TEXTS = 8  # of one token each
+_TEXTS = 8  # sequences, each of one token
 
 
 def mixed_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> list[str]:
-    """Finds fused projections of which some blocks are to be adapted, and whose equal blocks the model cuts through.
+    """Finds partly adapted fused projections whose equal blocks do not match how the model splits them.
 
-    A model that takes no ``input_ids`` cannot be asked, and counts as right.
+    Models that do not accept ``input_ids`` cannot be tested and are assumed to match.
 
     Returns:
-        One sentence for each.
+        One sentence for each mismatch.
     """
     partial = [target for target in targets if target.blocks is not None and not all(target.blocks)]
     if not partial or not hasattr(model, "config"):
@@ -48,7 +48,7 @@ def mixed_blocks(model: nn.Module, targets: Sequence[TargetModule]) -> list[str]
 
 
 def _used_outputs(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor | None]:
-    """Returns for each module which of its outputs (out,) change what the model makes of single tokens."""
+    """Returns, for each module, a mask of its outputs (out,) that affect the model's result on single tokens."""
     leaves: dict[nn.Module, Tensor] = {}
 
     def cut(module: nn.Module, _: object, output: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _used_outputs(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor
             result: Tensor = model(input_ids=ids)[0]
             loss = result.float().pow(2).sum()
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    except Exception:  # it wants other inputs, or has no values (on "meta")
+    except Exception:  # the model needs other inputs, or has no values (on "meta")
         return [None] * len(modules)
     finally:
         for hook in hooks:
@@ -79,7 +79,7 @@ def _above_noise(gradient: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Sets modules to evaluation without telling them, since some merge then."""
+    """Puts modules in evaluation mode without calling eval(), on which some would merge."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:

@@ -1,8 +1,8 @@
-"""What training and serving a model need in memory, from its modules alone: they may have no weights yet.
+"""The memory that training and serving need, computed from the modules alone, which may have no weights yet.
 
-One formula serves `loralib plan`, which knows a model from its config.json, and runs, which know the model itself.
-Weights and optimiser are counted; what a step keeps for the backward pass follows from how the engine computes a block,
-and how well it does is measured in benchmarks/plan.json.
+`loralib plan`, which knows a model only by its config.json, and runs, which have the model itself, share one formula.
+Weights and optimizer state are counted exactly; what a step keeps for the backward pass is derived from how the engine
+computes a block.  benchmarks/plan.json records how accurate the estimates are.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ __all__ = [
 ]
 
 _FP32: Final = 4
-BYTES_PER_TRAINED: Final = 5 * _FP32  # the number, its value at the start, its gradient, AdamW's two moments
-_CHUNK: Final = 256  # positions whose logits exist at once (see `head_loss`)
-# Allocators leave holes between blocks, which come and go in other orders: measured 1.12 (SmolLM2) to 1.37 (GPT-2) with
-# glibc 2.36.  With gradient checkpointing large blocks are given back (see `keep_freed_memory`), and leave none.
+BYTES_PER_TRAINED: Final = 5 * _FP32  # the parameter, its initial value, its gradient, AdamW's two moments
+_CHUNK: Final = 256  # number of positions whose logits exist at the same time (see `head_loss`)
+# Fragmentation: blocks are not freed in the order they were allocated.  Measured: 1.12 (SmolLM2) to 1.37 (GPT-2) with
+# glibc 2.36.  With gradient checkpointing, large blocks are returned to the system (see `keep_freed_memory`).
 _HOLES: Final = 1.2
-_PROGRAM: Final = 420 << 20  # bytes of Python, PyTorch, transformers and all else that is imported
+_PROGRAM: Final = 420 << 20  # memory of Python, PyTorch, transformers and all other imports
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that one process needs.
+    """Memory that one process needs, in bytes.
 
     Attributes:
-        weights: of the frozen base: all, or a process's share of them.
-        gathered: whole tensors that exist while they are computed with, beside the shares.
-        copies: of weights in the processor's own order.
-        adapter: the trained numbers, and their values at the start.
-        gradients: of the trained numbers; over several processes, also the flat buffer that is summed.
+        weights: the frozen base: all of it, or this process's shard.
+        gathered: full tensors that exist temporarily for computation, besides the shards.
+        copies: weights prepacked into the CPU's preferred layout.
+        adapter: the trained parameters, and their initial values.
+        gradients: of the trained parameters; with several processes, also the flat buffer that is all-reduced.
         optimizer: the two moments of AdamW.
-        activations: what the backward pass needs of the forward pass.
-        head: logits of a chunk of positions, and their gradients.
-        cache: keys and values of the tokens of all requests.
-        program: what is imported.
+        activations: what the forward pass keeps for the backward pass.
+        head: logits for one chunk of positions, and their gradients.
+        cache: keys and values for the tokens of all requests.
+        program: imported code.
     """
 
     weights: float = 0.0
@@ -77,11 +77,11 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """The sum of all."""
+        """The sum of all items."""
         return sum(self.rows().values())
 
     def rows(self) -> dict[str, float]:
-        """Returns each item by name."""
+        """Returns the items by name."""
         return {spec.name: getattr(self, spec.name) for spec in fields(self)}
 
 
@@ -96,24 +96,24 @@ def training_budget(
     adapted: bool | None = None,
     device: str | None = None,
 ) -> Budget:
-    """Returns what training an adapter needs on one process.
+    """Returns the memory that one process needs to train an adapter.
 
     Args:
         model: with its adapter, on any device, the meta device included.
-        tokens: that a step computes on this process.
-        checkpointing: whether activations are computed again in the backward pass.
-        processes: how many take part.
-        sharded: whether the base's weights are spread over them.
-        quantize: "none", "int8" or "nf4": how the linears of the blocks are stored.
-        adapted: count each linear of the blocks as adapted, or none; default: those that are.
-        device: the kind of device that the model will be on; default: the one where it is.
+        tokens: number of tokens that a step processes on this process.
+        checkpointing: whether activations are recomputed in the backward pass.
+        processes: number of processes.
+        sharded: whether the base's weights are sharded across them.
+        quantize: "none", "int8" or "nf4": how the linear layers of the blocks are stored.
+        adapted: whether to count all linear layers of the blocks as adapted, or none; default: those that are.
+        device: the type of device that the model will be on; default: the one it is on.
     """
     blocks = decoder_blocks(model) or [model]
     layers: Container[nn.Module] = {layer for _, layer in adapted_layers(model)} if adapted is None else ()
     trained = sum(p.numel() for p in model.parameters() if adapted is None and p.requires_grad)
     kept = [_kept_per_token(block, layers, bool(adapted)) for block in blocks]
     head = _logits(model, _CHUNK)
-    if checkpointing:  # a block at a time is computed again, when the logits are gone
+    if checkpointing:  # blocks are recomputed one at a time, after the logits have been freed
         again = max(0.0, tokens * max(kept, default=0.0) - head)
         activations = tokens * len(blocks) * _width(model) * _itemsize(model) + again
     else:
@@ -132,19 +132,19 @@ def training_budget(
 
 
 def traffic(model: nn.Module, processes: int, *, sharded: bool = False, batches: int = 1) -> dict[str, float]:
-    """Returns the bytes that each process sends for an update.
+    """Returns the number of bytes that each process sends per update.
 
-    Of a ring of N processes, each sends (N - 1) / N of what is gathered, and twice that of what is reduced.
+    In a ring of N processes, each sends (N - 1) / N of what is gathered, and twice that of what is reduced.
 
     Args:
         model: with its adapter, on any device.
         processes: N.
-        sharded: whether the base's weights are spread over them.
-        batches: whose gradients add up to an update.
+        sharded: whether the base's weights are sharded across them.
+        batches: number of batches whose gradients are accumulated per update.
 
     Returns:
-        ``reduced``, for the adapter's gradients, once an update in fp32; and ``gathered``, for the base's weights: for
-        each batch the blocks forward and backward, and once what is outside of them.
+        ``reduced``: the adapter's gradients, once per update in fp32; and ``gathered``: the base's weights, which for
+        each batch are the blocks twice (forward and backward) and everything else once.
     """
     sent = (processes - 1) / processes
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -157,21 +157,21 @@ def traffic(model: nn.Module, processes: int, *, sharded: bool = False, batches:
 
 
 def free_on(device: torch.device) -> float | None:
-    """Returns the bytes that are free on a device, or on this machine for one that shares its memory; None: unknown."""
+    """Returns the free bytes of a device, or of this machine if the device shares its memory; None: unknown."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def require_room(model: nn.Module, name: str, processes: int, free: float | None) -> None:
-    """Checks that a process has room for its share of a base and what is gathered of it, before anything is loaded.
+    """Checks, before anything is loaded, that a process has room for its shard of a base and what it gathers.
 
     Args:
         model: the base, without weights.
-        name: of the base.
-        processes: over which it is to be spread.
-        free: bytes that this process may take; None: not known.
+        name: the name of the base.
+        processes: number of processes to shard it across.
+        free: bytes that this process may use; None: unknown.
 
     Raises:
-        BaseModelError: it has not.
+        BaseModelError: there is not enough room.
     """
     budget = training_budget(model, 0, processes=processes, sharded=True, adapted=False)
     needed = budget.weights + budget.gathered + budget.head
@@ -184,16 +184,16 @@ def require_room(model: nn.Module, name: str, processes: int, free: float | None
 
 
 def serving_budget(model: nn.Module, requests: int, context: int, *, quantize: str = "none") -> Budget:
-    """Returns what serving needs, with so many requests at once of so many tokens each, prompt and answer together.
+    """Returns the memory that serving a number of concurrent requests needs.
 
     Args:
         model: see `training_budget`.
-        requests: that are answered at the same time.
-        context: tokens of each.
+        requests: number of requests answered at the same time.
+        context: tokens per request, prompt and answer together.
         quantize: see `training_budget`.
 
     Raises:
-        UnsupportedModelError: its config does not say how large keys and values are.
+        UnsupportedModelError: the model's config does not tell the size of keys and values.
     """
     return Budget(
         **_base(model, 1, quantize),
@@ -203,7 +203,7 @@ def serving_budget(model: nn.Module, requests: int, context: int, *, quantize: s
 
 
 def cache_per_token(model: nn.Module) -> float:
-    """Returns the bytes of keys and values that a token has in all layers."""
+    """Returns the bytes of the keys and values of one token, over all layers."""
     config = text_config(model)
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     width = getattr(config, "hidden_size", None)
@@ -218,7 +218,7 @@ def cache_per_token(model: nn.Module) -> float:
 
 
 def _base(model: nn.Module, shares: int, quantize: str) -> dict[str, float]:
-    """Returns the items that hold the base's weights."""
+    """Returns the budget items for the base's weights."""
     blocks = decoder_blocks(model) or [model]
     inside = {id(p) for block in blocks for p in block.parameters()}
     sizes = [_stored(block, quantize) for block in blocks]
@@ -230,12 +230,12 @@ def _base(model: nn.Module, shares: int, quantize: str) -> dict[str, float]:
         shapes = [] if quantize == "none" else [shape for block in blocks for _, shape in _matrices(block)]
         dense = max(map(math.prod, shapes), default=0)  # one at a time
         return {"weights": whole, "gathered": float(dense * _itemsize(model))}
-    # A block exists twice for a moment: as it arrives, and as its tensors.
+    # A block briefly exists twice: as the gathered buffer, and as its tensors.
     return {"weights": whole / shares, "gathered": 2 * max(sizes, default=0.0) + outside}
 
 
 def _frozen(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the parameters of the base: all that an adapter does not bring along."""
+    """Yields the parameters of the base, without those that belong to the adapter."""
     own = {
         id(p) for layer in module.modules() if isinstance(layer, LoRALayer) for p in layer.trained_tensors().values()
     }
@@ -268,13 +268,13 @@ def _copies(model: nn.Module) -> float:
     for weight in _linears(model):
         if isinstance(weight, QuantizedWeight):
             continue
-        like = torch.empty(weight.shape, dtype=weight.dtype)  # takes no memory before it is written
+        like = torch.empty(weight.shape, dtype=weight.dtype)  # torch.empty takes no memory until it is written to
         size += 2 * like.nbytes if can_prepack(like) and kernels_for(like) is None else 0
     return float(size) if size <= MAX_PREPACKED_BYTES else 0.0
 
 
 def _linears(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the weight of each linear in a module."""
+    """Yields the weight of each linear layer in a module."""
     return (_weight(child) for child in module.modules() if _shape(child) is not None)
 
 
@@ -283,7 +283,7 @@ def _weight(module: nn.Module) -> Any:
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
-    """Returns outputs and inputs of a linear, adapted or not; None for another module."""
+    """Returns the number of outputs and inputs of a linear layer, adapted or not; None for other modules."""
     weight = _weight(module)
     if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
@@ -295,11 +295,11 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _kept_per_token(block: nn.Module, layers: Container[nn.Module], all_adapted: bool) -> float:
-    """Returns the bytes that a block keeps of a token for the backward pass, computed as the engine does.
+    """Returns the bytes that a block keeps per token for the backward pass, computed as the engine computes it.
 
-    They are the inputs of adapted linears, once where several read the same (q, k and v, a gate and its up projection);
-    the outputs that attention and activation functions compute with, which are those of all linears but the last of
-    their module; the inputs of norms; and what LoRA's A makes of the inputs.  For experts see `kept_per_token`.
+    These are the inputs of adapted linear layers, counted once if several share them (q, k and v; a gate and its up
+    projection); the outputs needed by attention and activation functions, which are those of all linear layers but the
+    last of their module; the inputs of norms; and A's outputs.  For experts, see `kept_per_token`.
     """
     numbers = 0
     for name, parent in block.named_modules():
@@ -311,7 +311,7 @@ def _kept_per_token(block: nn.Module, layers: Container[nn.Module], all_adapted:
         for place, (child, (outputs, inputs)) in enumerate(linears):
             last = place == len(linears) - 1 and place > 0
             adapted = all_adapted or child in layers
-            attended = last and "attention" in type(parent).__name__.lower()  # attention itself keeps its result
+            attended = last and "attention" in type(parent).__name__.lower()  # attention keeps its own result anyway
             if (adapted or attended) and (last or inputs not in read):
                 numbers += inputs
             read |= {inputs} if adapted and not last else set()
@@ -321,11 +321,11 @@ def _kept_per_token(block: nn.Module, layers: Container[nn.Module], all_adapted:
 
 
 def _normed(parent: nn.Module, name: str, module: nn.Module) -> int:
-    """Returns how many numbers of a token a norm reads; 0 for another module."""
+    """Returns the number of values per token that a norm reads; 0 for other modules."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or "norm" not in type(module).__name__.lower():
         return 0
-    of_heads = _shape(getattr(parent, f"{name[0]}_proj", parent))  # q_norm and k_norm have the width of a head
+    of_heads = _shape(getattr(parent, f"{name[0]}_proj", parent))  # q_norm's and k_norm's weights are one head wide
     return weight.shape[0] if of_heads is None else of_heads[0]
 
 
@@ -335,7 +335,7 @@ def _width(model: nn.Module) -> int:
 
 
 def _logits(model: nn.Module, rows: int) -> float:
-    """Returns the bytes of so many rows of logits and gradients: in the weights' dtype, and in fp32."""
+    """Returns the bytes of `rows` rows of logits and gradients, in the weights' dtype and in fp32."""
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
     return float(rows * vocabulary * 8)
 

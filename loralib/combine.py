@@ -1,8 +1,8 @@
 """Arithmetic on adapters: sums, differences, mixtures and other ranks, all pure functions on `Adapter`.
 
-An adapter's update of a module is ``scaling * B A``.  Sums of such updates are low-rank too: exactly, with the factors
-side by side (`cat`), or approximately, with the largest singular values of that (`svd`).  The other methods are the
-published heuristics, in the form that PEFT's ``add_weighted_adapter`` gives them.
+An adapter's update of a module is ``scaling * B A``.  The sum of such updates is low-rank too: exactly, by stacking the
+factors (`cat`), or approximately, by keeping the largest singular values of that (`svd`).  The other methods are
+published heuristics, as implemented by PEFT's ``add_weighted_adapter``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
-Loss: TypeAlias = tuple[float, float]  # norms of the difference and of the exact update
+Loss: TypeAlias = tuple[float, float]  # Frobenius norms of the error and of the exact update
 
-# What `combine` can do, and what each is good for.
+# The methods of `combine`, and what each is good for.
 METHODS: Mapping[str, str] = {
     "cat": "the exact weighted sum; the ranks add up",
     "svd": "the best approximation of that sum of a given rank",
@@ -66,10 +66,10 @@ METHODS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Update:
-    """The low-rank update of one module as matrices, whatever kind of layer it is: ``scaling * B A``.
+    """The low-rank update of one module as matrices, regardless of the type of layer: ``scaling * B A``.
 
     Attributes:
-        A: (r, in); a convolution's input channels and kernel are one axis.
+        A: (r, in); a convolution's input channels and kernel are flattened into one axis.
         B: (out, r).
         scaling: see `loralib.delta.scaling_of`.
     """
@@ -85,7 +85,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Size of the update, (out, in)."""
+        """Shape of the update, (out, in)."""
         return self.B.shape[0], self.A.shape[1]
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,13 +93,13 @@ class Update:
         return product_svd(self.A, self.B, self.scaling)
 
     def norm(self) -> float:
-        """Returns the Frobenius norm, from the factors' Gram matrices."""
+        """Returns the Frobenius norm, computed from the factors' Gram matrices."""
         A, B = self.A.double(), self.B.double()
         squared = torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)
         return abs(self.scaling) * float(squared.sqrt())
 
     def __add__(self, other: Update) -> Update:
-        """Returns the exact sum, of rank r + r, with scaling 1."""
+        """Returns the exact sum, whose rank is the sum of the two ranks, with scaling 1."""
         (A, B), (other_A, other_B) = self.plain(), other.plain()
         return Update(torch.cat([A, other_A]), torch.cat([B, other_B], dim=1), 1.0)
 
@@ -107,20 +107,20 @@ class Update:
         return Update(self.A, self.B, self.scaling * weight)
 
     def plain(self, r: int | None = None) -> FactorPair:
-        """Returns A and B in fp32 with the scaling in B, filled up with zeros to a larger rank."""
+        """Returns A and B in fp32 with the scaling folded into B, zero-padded to a larger rank if r is given."""
         missing = 0 if r is None else r - self.r
         return F.pad(self.A.float(), (0, 0, 0, missing)), F.pad(self.B.float() * self.scaling, (0, missing))
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What combining adapters gave.
+    """The result of combining adapters.
 
     Attributes:
         adapter: the result, with lora_alpha = r, so that its updates are plain B A.
-        error: how far its updates are from the exact ones, ``||result - exact|| / ||exact||`` over all modules
-            (Frobenius norm).  Exact is the weighted sum of the updates; for methods that end in ``_svd``, the merged
-            updates before the cut.  0 where nothing but rounding is lost.
+        error: relative error of its updates, ``||result - exact|| / ||exact||`` over all modules (Frobenius norm).
+            Exact means the weighted sum of the updates or, for methods that end in ``_svd``, the merged updates before
+            truncation.  0 if nothing but rounding is lost.
         errors: the same for each module.
     """
 
@@ -130,17 +130,17 @@ class Combination:
 
     @property
     def energy(self) -> float:
-        """The share of the squared norm that is kept, for results that are best approximations."""
+        """The share of the squared norm that is kept, for results that are best low-rank approximations."""
         return 1 - self.error**2
 
 
 def faults_of(adapter: Adapter) -> list[str]:
-    """Lists what is wrong with an adapter's tensors, as far as can be told without a model."""
+    """Lists what is wrong with an adapter's tensors, as far as this can be told without a model."""
     return [f"{place}: {fault}" if place else fault for place, fault in located_faults(adapter)]
 
 
 def located_faults(adapter: Adapter) -> list[tuple[str, str]]:
-    """Lists the faults with the name of the module or tensor that each is about."""
+    """Lists the faults, each with the name of the module or tensor that it concerns."""
     faults = []
     for module in adapter.modules:
         keys = adapter.factor_keys(module)
@@ -185,10 +185,10 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
     """Returns the update of each module.
 
     Args:
-        adapter: fused blocks are written out (`loralib.adapter.expand_blocks`).
+        adapter: with fused blocks expanded (`loralib.adapter.expand_blocks`).
 
     Raises:
-        AdapterError: factors are missing, misshapen or not finite, or the update is more than B A.
+        AdapterError: factors are missing, of the wrong shape or not finite, or the update is more than B A.
     """
     check_sound(adapter)
     more = more_than_low_rank(adapter)
@@ -205,15 +205,15 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
 
 
 def update_of(adapter: Adapter, module: str) -> Update:
-    """Returns the low-rank part of what an adapter without fused blocks does to a module."""
+    """Returns the low-rank part of an adapter's update of a module, for adapters without fused blocks."""
     A, B = factors(adapter, module)
     return Update(A.flatten(1), B.flatten(1), _scaling(adapter, module))
 
 
 def updates_in(adapter: Adapter, module: str) -> dict[str, Update]:
-    """Returns the low-rank part of what an adapter without fused blocks does to a module, by name.
+    """Returns the low-rank part of an adapter's update of a module by name, for adapters without fused blocks.
 
-    A weight of experts has one update for each, named ``module[0]``, ``module[1]`` and so on.
+    An expert weight has one update per expert, named ``module[0]``, ``module[1]`` and so on.
     """
     if not adapter.holds_experts(module):
         return {module: update_of(adapter, module)}
@@ -227,7 +227,7 @@ def _scaling(adapter: Adapter, module: str) -> float:
 
 
 def _belong_together(A: Tensor, B: Tensor) -> bool:
-    """Whether A (r, in) and B (out, r) are factors of one update, or those of a convolution are."""
+    """Whether A (r, in) and B (out, r), or those of a convolution, are factors of one update."""
     return A.dim() > 1 and A.dim() == B.dim() and (A.dim() == 2 or B[:1, :1].numel() == 1)
 
 
@@ -238,12 +238,12 @@ def factors(adapter: Adapter, module: str) -> FactorPair:
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter:
-    """Returns an adapter with other factors, A (r, in) and B (out, r), and lora_alpha = r, so that its update is B A.
+    """Returns an adapter with new factors, A (r, in) and B (out, r), and lora_alpha = r, so that its update is B A.
 
     Args:
-        adapter: says what kind of layer each module is, and all settings but ranks and alphas.
-        updates: new factors; modules that are not named are left out.  What is trained in full stays.  The experts of
-            one weight get the largest rank among them, filled up with zeros.
+        adapter: supplies the layer type of each module, and all settings except ranks and alphas.
+        updates: new factors; modules not named here are dropped.  Parameters trained in full stay.  The experts of one
+            weight all get the largest rank among them, padded with zeros.
     """
     updates, stacks = _stacked(adapter, updates)
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if not _is_factor(name)}
@@ -262,7 +262,7 @@ def with_updates(adapter: Adapter, updates: Mapping[str, FactorPair]) -> Adapter
 def _stacked(
     adapter: Adapter, updates: Mapping[str, FactorPair]
 ) -> tuple[dict[str, FactorPair], dict[str, dict[str, Tensor]]]:
-    """Returns the factors of modules; and those of experts (see `updates_in`) as "A" and "B" of each weight."""
+    """Returns the factors of modules; and, per expert weight (see `updates_in`), those of experts as "A" and "B"."""
     rest, experts = dict(updates), dict[str, dict[int, FactorPair]]()
     for name in updates:
         module, _, number = name.removesuffix("]").rpartition("[")
@@ -286,15 +286,15 @@ def combine(
     majority_sign: str = "total",
     seed: int = 0,
 ) -> Combination:
-    """Makes one adapter of several of the same base model.
+    """Combines several adapters of the same base model into one.
 
     Args:
-        adapters: a module that some of them lack counts as not updated there.
+        adapters: if some of them lack a module, they count as not updating it.
         weights: one for each adapter; may be negative.
         method: one of `METHODS`.
         r: for methods that end in svd: the rank of the result; default: the largest among the adapters.
-        density: for the methods that drop values: the share that is kept, above 0 up to 1.
-        majority_sign: for TIES: "total" (the sign of the sum) or "frequency" (the sign of most).
+        density: for methods that drop values: the share to keep, above 0 and up to 1.
+        majority_sign: for TIES: "total" (the sign of the sum) or "frequency" (the more frequent sign).
         seed: for DARE.
 
     Returns:
@@ -303,7 +303,7 @@ def combine(
     Raises:
         AdapterError: an adapter is damaged, or has parts that are not low-rank updates.
         BaseMismatchError: the adapters belong to different base models.
-        ConfigError: an argument has a value that it cannot have, or ranks differ where they must not.
+        ConfigError: an argument is out of range, or ranks differ where they must be equal.
 
     >>> one = Adapter(LoraConfig(r=1, lora_alpha=2, target_modules=["q"]),
     ...               {"q.lora_A": torch.ones(1, 2), "q.lora_B": torch.ones(2, 1)})
@@ -316,7 +316,7 @@ def combine(
     updates_by_adapter = [updates_of(adapter) for adapter in adapters]
     template = _template(adapters)
     if len(adapters) == 1 and method != "svd":
-        method = "cat"  # one adapter is only scaled
+        method = "cat"  # a single adapter is only scaled
     rank = r or max(update.r for updates in updates_by_adapter for update in updates.values())
     merger = _Merger(method.removesuffix("_svd"), density or 1.0, majority_sign, torch.Generator().manual_seed(seed))
     results: dict[str, FactorPair] = {}
@@ -340,18 +340,18 @@ def combine(
 
 
 def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Combination:
-    """Returns the nearest adapter of another rank, with the largest singular values of each update.
+    """Returns the best approximation of an adapter by one of another rank, truncating the SVD of each update.
 
     Args:
-        adapter: any plain one.
-        r: the new rank of all modules; a larger one than before adds zeros.
-        energy: instead of r: the share of each update's squared norm to keep; ranks then differ between modules.
+        adapter: any plain LoRA adapter.
+        r: the new rank of all modules; a rank larger than before pads with zeros.
+        energy: instead of r: the share of each update's squared norm to keep; ranks may then differ between modules.
 
     Returns:
         The adapter; `Combination.energy` is the share of the squared norm that was kept.
 
     Raises:
-        ConfigError: neither or both of r and energy are given, or are out of range.
+        ConfigError: neither or both of r and energy are given, or one is out of range.
 
     >>> two = Adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q"]),
     ...               {"q.lora_A": torch.eye(2), "q.lora_B": torch.diag(torch.tensor([3.0, 4.0]))})
@@ -375,12 +375,12 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
 
 
 def depends_on_base(adapter: Adapter) -> bool:
-    """Whether the update depends on the base weights (DoRA, PiSSA and similar), so that layers cannot just add it."""
+    """Whether the update depends on the base weights (DoRA, PiSSA and similar), so that layers cannot simply add it."""
     return adapter.config.changes_base or any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
 
 
 def way_out(adapter: Adapter) -> str:
-    """Says what makes something that every part of the program takes of an adapter that is more than low-rank."""
+    """Returns advice on how to convert an adapter that is more than low-rank into something every command accepts."""
     if adapter.config.lora_bias or adapter.config.trainable_token_indices:
         return "`loralib merge ADAPTER DIR` turns it into a model, and a single adapter can be used as it is"
     return "`loralib convert ADAPTER DIR --target peft --model MODEL` turns it into a plain one"
@@ -432,7 +432,7 @@ def _check_arguments(
 
 
 def _template(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns an adapter with the modules of all adapters and the settings that they share."""
+    """Returns an adapter with the modules of all adapters and the settings that they have in common."""
     rest = [
         f"{name} (adapter {number})"
         for number, adapter in enumerate(adapters, 1)
@@ -460,7 +460,7 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
         plain = expand_blocks(adapter)
         for module in plain.modules:
             A, B = factors(plain, module)
-            rank = 1 if plain.holds_experts(module) else 0  # where A has its rank; B has it one later
+            rank = 1 if plain.holds_experts(module) else 0  # the axis of A that holds the rank; in B it is the next one
             shape = (
                 (*A.shape[:rank], *A.shape[rank + 1 :]),
                 (*B.shape[: rank + 1], *B.shape[rank + 2 :]),
@@ -495,7 +495,7 @@ def _rank_for(S: Tensor, energy: float) -> int:
 
 
 def _cut(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[FactorPair, Loss]:
-    """Returns the best factors of rank r, and the norms of the difference and of the exact update."""
+    """Returns the best factors of rank r, and the norms of the error and of the exact update."""
     return balanced_factors(U, S, Vh, r), (float(S[r:].norm()), float(S.norm()))
 
 
@@ -507,7 +507,7 @@ def _combination(adapter: Adapter, losses: Mapping[str, Loss]) -> Combination:
 
 @dataclass(frozen=True)
 class _Merger:
-    """Merges tensors of one shape by a method of `METHODS` (without ``_svd``)."""
+    """Merges tensors of equal shape by one of `METHODS` (without ``_svd``)."""
 
     method: str
     density: float
@@ -515,7 +515,7 @@ class _Merger:
     generator: torch.Generator
 
     def merge_factors(self, module: str, updates: Sequence[Update], weights: Sequence[float]) -> FactorPair:
-        """Merges all A and all B; each gets the square root of weight times scaling, A its sign."""
+        """Merges all A and all B; each is weighted by sqrt(weight * scaling), with the sign on A."""
         ranks = sorted({update.r for update in updates})
         if len(ranks) > 1:
             raise ConfigError(
@@ -532,13 +532,13 @@ class _Merger:
         weighted = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *(1 for _ in tensors[0].shape))
         if not self.method.endswith("ties"):
             return weighted.sum(0)
-        # TIES, section 3: the sign with more mass wins; the mean is over those that have it.
+        # TIES, section 3: the sign with the larger total wins; the mean is taken over the values that have it.
         votes = stack.sum(0) if self.majority_sign == "total" else stack.sign().sum(0)
         agrees = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
     def _sparse(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with only `density` of its values: random ones for DARE, else the largest."""
+        """Returns a tensor with only a share `density` of its values: random ones for DARE, otherwise the largest."""
         if self.density == 1:
             return tensor
         if self.method.startswith("dare"):

@@ -1,4 +1,4 @@
-"""What an adapter is: `LoraConfig`, with PEFT's field names, meanings and defaults."""
+"""The settings of an adapter: `LoraConfig`, with PEFT's field names, meanings and defaults."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 
-# Our own names of bases, and the originals on the hub that these are quantised copies of, which other tools know.
+# Our names of bases, mapped to the Hub models that they are quantised copies of, which other tools know.
 HUB_NAMES: Final[Mapping[str, str]] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
-# Keys other tools write into adapter_config.json that change nothing about what the adapter computes.
+# Keys in adapter_config.json, written by other tools, that do not affect what the adapter computes.
 _HARMLESS = frozenset(
     """auto_mapping corda_config eva_config inference_mode loftq_config lora_ga_config megatron_config megatron_core
     peft_type peft_version qalora_group_size revision runtime_config velora_config""".split()
@@ -52,7 +52,7 @@ _LISTS: Final = (
 )
 _MAX_RANK: Final = 1_000_000  # wider than any layer
 _MAX_ENTRIES: Final = 20_000
-_MAX_KEY: Final = 1000  # characters of a key in a file
+_MAX_KEY: Final = 1000  # maximum length of a key in a file, in characters
 
 
 @settings_class
@@ -155,18 +155,18 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in _LISTS:
             value = getattr(self, name)
-            if isinstance(value, (set, frozenset)):  # a set has no order of its own
+            if isinstance(value, (set, frozenset)):  # sets have no order
                 value = sorted(value)
             if name != "target_modules" and value in ("", [""], ("",)):
-                value = []  # PEFT takes an empty text for none
+                value = []  # PEFT treats an empty string as none
             if name == "target_modules" and value in ([ALL_LINEAR], (ALL_LINEAR,)):
-                value = ALL_LINEAR  # settings in YAML and flags make a list of it
+                value = ALL_LINEAR  # settings from YAML and flags arrive as a list
                 object.__setattr__(self, name, value)
             if isinstance(value, (list, tuple)):
-                # PEFT writes empty lists for what is not used; without a target there is nothing to adapt, though.
+                # PEFT writes empty lists for unused settings; without a target, however, there is nothing to adapt.
                 object.__setattr__(self, name, tuple(value) if value or name == "target_modules" else None)
         if self.target_parameters and self.target_modules == ():
-            object.__setattr__(self, "target_modules", None)  # PEFT's way to say: these parameters alone
+            object.__setattr__(self, "target_modules", None)  # PEFT's way of saying: only these parameters
         rows = self.trainable_token_indices
         if isinstance(rows, (list, tuple, Mapping)):
             rows = {key: _tuple(item) for key, item in rows.items()} if isinstance(rows, Mapping) else tuple(rows)
@@ -180,7 +180,7 @@ class LoraConfig:
         check(self, "the adapter", self._faults)
 
     def _faults(self) -> list[str]:
-        """Finds texts that would garble a terminal, lists that are too long, and invalid regular expressions."""
+        """Finds strings that would garble a terminal, lists that are too long, and invalid regular expressions."""
         values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         texts = {
             name: (value,) if isinstance(value, str) else value
@@ -217,7 +217,7 @@ class LoraConfig:
         return faults + [fault for name, text in expressions if (fault := _expression_fault(name, text))]
 
     def __repr__(self) -> str:
-        """Shows what differs from the defaults.
+        """Shows the settings that differ from the defaults.
 
         >>> LoraConfig(r=4, target_modules=["q_proj"])
         LoraConfig(r=4, target_modules=('q_proj',))
@@ -227,41 +227,41 @@ class LoraConfig:
         return f"LoraConfig({', '.join(f'{name}={_short(value)}' for name, value in chosen.items())})"
 
     def rank_of(self, name: str) -> int:
-        """Returns r for the module of that dotted name."""
+        """Returns r for the module with this dotted name."""
         key = _first_match_of_layer(self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, name: str) -> float:
-        """Returns lora_alpha for the module of that dotted name."""
+        """Returns lora_alpha for the module with this dotted name."""
         key = _first_match_of_layer(self.alpha_pattern, name)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def blocks_of(self, name: str) -> tuple[bool, ...] | None:
-        """Returns which output blocks of the module are adapted, or None for a plain (not fused) one."""
+        """Returns which output blocks of the module are adapted; None if it is plain (not fused)."""
         key = first_match(self.enable_lora, name)
         return None if key is None else tuple(self.enable_lora[key])
 
     def saves(self, name: str) -> bool:
-        """Whether modules_to_save holds the module: any name that ends so, with or without a dot (PEFT's rule)."""
+        """Whether a module is in modules_to_save: its name ends with an entry, with or without a dot (PEFT's rule)."""
         return any(name.endswith(entry) for entry in self.modules_to_save or ())
 
     def saved_part(self, name: str) -> str:
-        """Returns the module of modules_to_save that a parameter is in, the outermost; "" for none."""
+        """Returns the outermost module in modules_to_save that contains the parameter; "" if there is none."""
         parts = name.split(".")
         modules = (".".join(parts[:count]) for count in range(1, len(parts)))
         return next((module for module in modules if self.saves(module)), "")
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start belongs to another base weight than the model's (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+        """Whether the initialisation changes the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
 
-        The other starts only choose A and B: once trained, they are all alike.
+        Other initialisations only choose A and B; once trained, such adapters do not differ.
         """
         start = self.init_lora_weights
         return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
     def with_start(self) -> LoraConfig:
-        """Returns the settings of the plain adapter of twice the rank that holds what a changed base started from."""
+        """Returns the settings of the equivalent plain adapter, of twice the rank, which includes the base's change."""
         factor = math.sqrt(2) if self.use_rslora else 2
         return self.replace(
             r=2 * self.r,
@@ -272,17 +272,17 @@ class LoraConfig:
         )
 
     def replace(self, **changes: Any) -> LoraConfig:
-        """Returns a copy with other values."""
+        """Returns a copy with some values replaced."""
         return dataclasses.replace(self, **changes)
 
     def targeting(self, modules: str | Sequence[str] | None) -> LoraConfig:
-        """Returns a copy that adapts these modules, without the settings that would narrow the choice."""
+        """Returns a copy that adapts exactly these modules, without the settings that would narrow the selection."""
         return self.replace(target_modules=modules, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what adapter_config.json holds: PEFT's keys, and only such that old versions of PEFT know.
+        """Returns the content of adapter_config.json, using only keys that old versions of PEFT know.
 
-        `enable_lora` is left out (PEFT knows no fused blocks); fields newer than PEFT 0.5 only appear when set.
+        `enable_lora` is left out (PEFT has no fused blocks); fields newer than PEFT 0.5 appear only if they are set.
 
         >>> LoraConfig(r=4, target_modules=["q_proj"]).to_dict()["target_modules"]
         ['q_proj']
@@ -296,7 +296,7 @@ class LoraConfig:
                 continue
             values[spec.name] = _list(value)
         if self.target_parameters and self.target_modules is None:
-            values["target_modules"] = []  # PEFT would choose some
+            values["target_modules"] = []  # otherwise PEFT would choose some
         values["lora_alpha"] = _whole(self.lora_alpha)
         values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in self.alpha_pattern.items()}
         values["inference_mode"] = True
@@ -307,10 +307,10 @@ class LoraConfig:
         """Reads the content of an adapter_config.json.
 
         Args:
-            values: PEFT's keys.  Keys that change nothing about the result are passed over.
+            values: PEFT's keys.  Keys that do not affect the result are ignored.
 
         Raises:
-            AdapterError: not a LoRA adapter, or it uses a feature that would be lost silently.
+            AdapterError: this is not a LoRA adapter, or it uses a feature that would be lost silently.
             ConfigError: a value is out of range.
         """
         kind = values.get("peft_type", "LORA")
@@ -331,10 +331,10 @@ class LoraConfig:
 
     @classmethod
     def of(cls, config: LoraConfig | Any) -> LoraConfig:
-        """Returns a config for training; one of `peft.LoraConfig` is taken over field by field.
+        """Returns a config for training; a `peft.LoraConfig` is converted field by field.
 
         Raises:
-            ConfigError: it is something else, or uses what loralib does not train; lists all of it with the way out.
+            ConfigError: it is something else, or uses features that loralib does not train; lists each with a way out.
         """
         if isinstance(config, cls):
             return config
@@ -358,13 +358,13 @@ class LoraConfig:
             eva = chosen["eva_config"]
             eva = eva if isinstance(eva, Mapping) else vars(eva)
             chosen["eva_config"] = {key: eva[key] for key in ("rho", "tau", "use_label_mask") if key in eva}
-        if "task_type" in chosen:  # PEFT's is an enumeration of texts
+        if "task_type" in chosen:  # PEFT uses a string enum
             chosen["task_type"] = str(getattr(chosen["task_type"], "value", chosen["task_type"]))
         return cls(**chosen)
 
 
 def _unknown_fields(known: type, values: Mapping[str, Any], ways: Mapping[str, str]) -> list[str]:
-    """Describes fields that say something which would be lost, each with the way out where there is one."""
+    """Describes unknown fields whose meaning would be lost, each with a way out if there is one."""
     names = {spec.name for spec in dataclasses.fields(known)}
     return [
         f"{key} = {str(value)[:80]!r}" + (f": {ways[key]}" if key in ways else did_you_mean(key, names))
@@ -377,7 +377,7 @@ _MERGE_IN_PEFT: Final = (
     "PEFT can merge what it trained into the base's weights: peft.PeftModel.from_pretrained(base, "
     "directory).merge_and_unload().save_pretrained(merged); then use `merged` as the base model, without an adapter."
 )
-# What can be done instead of a field of PEFT's: when an adapter is read that has it, and when one is to be trained.
+# What to do instead of using one of PEFT's fields: when reading an adapter that has it, and when training one.
 _READING: Final = {
     "alora_invocation_tokens": "an activated LoRA acts only after these tokens and cannot be merged; PEFT can run it",
     "ensure_weight_tying": "the tied embedding and head share one update; merge it with PEFT as described below",
@@ -398,7 +398,7 @@ def _defaults() -> LoraConfig:
 
 
 def _short(value: Any) -> str:
-    """Shows a value, and of many entries how many there are."""
+    """Formats a value; for a large collection, only the number of entries."""
     many = isinstance(value, (tuple, dict)) and len(value) > _MOST_SHOWN
     return f"<{len(value)} entries>" if many else repr(value)
 
@@ -407,7 +407,7 @@ _MOST_SHOWN: Final = 12
 
 
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """Returns the config with the ranks and alphas of modules by full name: the commonest as r, others as patterns."""
+    """Returns a config with these ranks and alphas by full module name; the most common become r and lora_alpha."""
     if not ranks:
         return config.replace(rank_pattern={}, alpha_pattern={})
     r = Counter(ranks.values()).most_common(1)[0][0]
@@ -418,7 +418,7 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str
 
 
 def as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns a pattern for the values that are not the default; its keys are name endings where they suffice."""
+    """Returns a pattern for the values that differ from the default; keys are name endings where these suffice."""
     by_ending: dict[str, set[Any]] = {}
     endings = set[str]()
     for name, value in values.items():
@@ -427,13 +427,13 @@ def as_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         endings.update(".".join(parts[i:]) for i in range(1, len(parts)))
     pattern: dict[str, Any] = {}
     for name, value in values.items():
-        # An attention's value is that of its out_proj too.
+        # The value for an attention also applies to its out_proj.
         if value == default or (name.endswith(".out_proj") and values.get(name.removesuffix(".out_proj")) == value):
             continue
         ending = name.rpartition(".")[2]
         if len(by_ending[ending]) == 1:
             key = _literal(ending)
-        else:  # "^" for a name that is an ending of others, as "0" is of "block.0"
+        else:  # "^" marks a name that is also an ending of others, as "0" is of "block.0"
             key = f"^{_literal(name)}" if name in endings else _literal(name)
         pattern[key] = value
     return pattern
@@ -444,10 +444,10 @@ def _literal(name: str) -> str:
 
 
 def parse_target_modules(text: str) -> str | list[str]:
-    """Reads target_modules as the command line and TOML files write it.
+    """Parses target_modules as written on the command line and in TOML files.
 
     Args:
-        text: names separated by commas, ``all-linear``, or one regular expression for whole names.
+        text: names separated by commas, ``all-linear``, or one regular expression that matches whole names.
 
     Returns:
         What `LoraConfig` takes: a list of names, or the text itself.
@@ -463,16 +463,16 @@ def parse_target_modules(text: str) -> str | list[str]:
 
 
 def parse_token_indices(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    """Reads trainable_token_indices as the command line and TOML files write it.
+    """Parses trainable_token_indices as written on the command line and in TOML files.
 
     Args:
-        text: numbers of rows, as ``5,6``; or with the names of tables, as ``embed_tokens=5,6;lm_head=6``.
+        text: row numbers, as in ``5,6``; or with names of tables, as in ``embed_tokens=5,6;lm_head=6``.
 
     Returns:
         What `LoraConfig` takes.
 
     Raises:
-        ConfigError: the text is of another form.
+        ConfigError: the text has another form.
 
     >>> parse_token_indices("5,6"), parse_token_indices("wte=5;lm_head=5,6")
     ((5, 6), {'wte': (5,), 'lm_head': (5, 6)})
@@ -491,17 +491,18 @@ def parse_token_indices(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...
 
 
 def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[str, tuple[bool, ...]]:
-    """Reads enable_lora as the command line and TOML files write it.
+    """Parses enable_lora as written on the command line and in TOML files.
 
     Args:
-        text: the blocks of each fused projection, as ``c_attn=1,0,1;other=1,1,0``; ``1,0,1`` alone is for all targets.
+        text: the blocks of each fused projection, as in ``c_attn=1,0,1;other=1,1,0``; ``1,0,1`` alone is for all
+            targets.
         targets: the target modules.
 
     Returns:
         What `LoraConfig` takes.
 
     Raises:
-        ConfigError: the text is of another form.
+        ConfigError: the text has another form.
 
     >>> parse_enable_lora("c_attn=1,0,1", None)
     {'c_attn': (True, False, True)}
@@ -524,19 +525,19 @@ def parse_enable_lora(text: str, targets: str | Sequence[str] | None) -> dict[st
 
 _FLAGS: Final = {"1": True, "0": False, "true": True, "false": False}
 
-# Fields that PEFT learned after 0.5: written only when they say something.
+# Fields that PEFT added after 0.5: written only if they are set.
 _NEWER = frozenset(
     {"use_rslora", "use_dora", "lora_bias", "exclude_modules", "target_parameters", "trainable_token_indices"}
 )
 
 
 def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
-    """Tells which entry of a list of names, or whether a regular expression, fits a dotted module name.
+    """Tells which entry of a list of names, or whether a regular expression, matches a dotted module name.
 
-    A list entry fits exactly or as an ending after a dot; a string is an expression for the whole name (PEFT's rule).
+    A list entry matches a whole name or an ending after a dot; a string must match the whole name (PEFT's rule).
 
     Returns:
-        The entry that fits, or None.
+        The matching entry, or None.
 
     >>> matches(["c_attn", "mlp.c_proj"], "h.0.mlp.c_proj")
     'mlp.c_proj'
@@ -554,7 +555,7 @@ def matches(pattern: str | Sequence[str] | None, name: str) -> str | None:
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """Returns the first key K for which ``(.*\\.)?(K)$`` fits a dotted module name (PEFT's rule), or None.
+    """Returns the first key K for which ``(.*\\.)?(K)$`` matches a dotted module name (PEFT's rule), or None.
 
     >>> first_match({"layers.1.q_proj": 4, "q_proj": 8}, "model.layers.1.q_proj")
     'layers.1.q_proj'
@@ -569,26 +570,26 @@ def first_match(patterns: Iterable[str], name: str) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _by_kind(keys: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[int, re.Pattern[str]]]]:
-    """Returns the places of names, which are looked up, and those of expressions, which are run one by one."""
+    """Returns the positions of plain names, for lookup, and those of regular expressions, to be tried one by one."""
     plain = {key: number for number, key in enumerate(keys) if is_plain_name(key)}
     return plain, [(n, re.compile(rf"(.*\.)?({key})$")) for n, key in enumerate(keys) if key not in plain]
 
 
 def _first_match_of_layer(patterns: Mapping[str, Any], name: str) -> str | None:
-    """As `first_match`; the out_proj of an nn.MultiheadAttention takes what is said of the attention (PEFT's rule)."""
+    """Like `first_match`; the out_proj of an nn.MultiheadAttention falls back to the attention's key (PEFT's rule)."""
     key = first_match(patterns, name)
     return first_match(patterns, name.removesuffix(".out_proj")) if key is None else key
 
 
 def is_plain_name(key: str) -> bool:
-    """Whether a pattern is just a dotted name, which is compared and not run as a regular expression."""
+    """Whether a pattern is a plain dotted name, which is compared instead of being used as a regular expression."""
     return re.fullmatch(r"[\w.-]+", key) is not None
 
 
 def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
-    """Bounds how many steps `first_match` takes, for patterns and names that come from a file.
+    """Returns an upper bound for the steps that `first_match` takes on patterns and names read from a file.
 
-    A regular expression tries every way to share a name between its repeats, for every choice of alternatives.
+    A regular expression may try every way to split a name between its repeats, for every choice of alternatives.
 
     >>> matching_steps(["q_proj", r"layers\\.[01]\\..*_proj"], ["layers.0.q_proj"])
     49.0
@@ -602,7 +603,7 @@ def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
         if is_plain_name(pattern):
             total += 1
             continue
-        # Escapes and sets stand for one letter each: repeats, groups and alternatives are left.
+        # Escapes and sets match a single character each; only repeats, groups and alternatives multiply the steps.
         bare = re.sub(r"\\.|\[\^?(?:\\.|.)(?:\\.|[^]\\])*\]", "x", pattern[:_MAX_KEY]).replace("(?:", "(")
         repeats, groups = len(re.findall(r"[*+?{]+", bare)), bare.count("(") + 1
         if len(pattern) > _MAX_KEY or repeats > 9 or groups > 9 or re.search(r"\)[*+{]|\(\?", bare):
@@ -612,7 +613,7 @@ def matching_steps(patterns: Iterable[str], names: Sequence[str]) -> float:
 
 
 def _expression_fault(name: str, expression: str) -> str | None:
-    if is_plain_name(expression):  # thousands of modules may be named one by one
+    if is_plain_name(expression):  # skips compiling: thousands of modules may be listed by name
         return None
     try:
         with warnings.catch_warnings():
@@ -628,7 +629,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _list(value: Any) -> Any:
-    """Returns a value as JSON holds it."""
+    """Returns a value in the form that JSON stores."""
     if isinstance(value, Mapping):
         return {key: _list(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -639,5 +640,5 @@ def _is_off(value: object) -> bool:
 
 
 def _whole(value: float) -> float:
-    """Returns 16 for 16.0: readers of adapter_config.json want an integer where there is one."""
+    """Turns 16.0 into 16: readers of adapter_config.json expect an integer where possible."""
     return int(value) if float(value).is_integer() else value

@@ -1,4 +1,4 @@
-"""Console output: text that any console can show, tables, progress bars, and numbers in readable form."""
+"""Console output: text that any console can show, tables, progress bars, and readable numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "table",
 ]
 
-# Shown instead on a console that lacks these characters; all others become "?".
+# Replacements for consoles that lack these characters; any other missing character becomes "?".
 _PLAIN = str.maketrans(
     {
         "→": "->",
@@ -54,11 +54,11 @@ _PLAIN = str.maketrans(
 
 
 def ensure_safe() -> None:
-    """Makes reading and printing safe in the whole program, on any console and through any pipe.
+    """Makes reading and printing safe for the whole program, on any console and through any pipe.
 
-    A console keeps its encoding, and what it cannot show becomes "?".  Files and pipes are UTF-8 in both directions,
-    whatever the console's code page: no letter is lost, and what one command writes another one reads.  On standard
-    input a byte-order mark is skipped.  A program calls this once, when it starts; a library uses `say` instead.
+    A console keeps its encoding, and characters it cannot show become "?".  Files and pipes are UTF-8 both ways,
+    whatever the console's code page, so nothing is lost and one command can read what another writes.  A byte-order
+    mark on standard input is skipped.  Programs call this once, at startup; libraries use `say` instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if _is_redirected(stream):
@@ -70,7 +70,7 @@ def ensure_safe() -> None:
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """Replaces every character that an encoding lacks by the nearest one that it has.
+    """Replaces every character that an encoding lacks with its closest equivalent.
 
     >>> printable("r → 16, 40 €, 语", "cp1252")
     'r -> 16, 40 €, ?'
@@ -88,12 +88,12 @@ def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints like `print`, unbuffered, on any console.
 
     Args:
-        parts: what to print, separated by blanks.
+        parts: what to print, separated by spaces.
         file: the stream; default: the current stdout.
         end: printed after the last part.
     """
     stream = sys.stdout if file is None else file
-    if stream is not None and not _MUTED:  # a program started without a console has no stream
+    if stream is not None and not _MUTED:  # a program started without a console has no stdout
         text = " ".join(str(part) for part in parts) + end
         with _bars_cleared():
             print(printable(text, getattr(stream, "encoding", None)), file=stream, end="", flush=True)
@@ -101,7 +101,7 @@ def say(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Keeps this process from printing and drawing bars: one of several that do the same, of which another one does."""
+    """Silences printing and progress bars in this process, for when another process prints the same things."""
     _MUTED.append(None)
     try:
         yield
@@ -109,18 +109,18 @@ def muted() -> Iterator[None]:
         _MUTED.pop()
 
 
-_MUTED: Final[list[None]] = []  # once for each reason
+_MUTED: Final[list[None]] = []  # one entry per open `muted` context
 
 
 @contextlib.contextmanager
 def _bars_cleared() -> Iterator[None]:
-    """Takes progress bars off the terminal while something else is printed there, and draws them again below it."""
+    """Removes progress bars from the terminal while other text is printed, then redraws them below it."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     bars = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable and bar.fp.isatty()]
     for bar in bars:
         with contextlib.suppress(OSError):
             bar.clear()
-            bar.fp.flush()  # tqdm leaves the last carriage return in the buffer: the text would begin mid-line
+            bar.fp.flush()  # tqdm leaves the last carriage return in the buffer; text would start mid-line
     try:
         yield
     finally:
@@ -139,7 +139,7 @@ def progress(
 ) -> Any:
     """Returns a tqdm progress bar: over an iterable, or advanced by ``update(n)``.
 
-    The bar appears on stderr if that is a terminal; in ASCII where the terminal has no block characters.
+    The bar appears on stderr if that is a terminal; in ASCII if the terminal cannot show block characters.
 
     Args:
         iterable: what to iterate over, or None.
@@ -171,14 +171,14 @@ def progress(
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[object] = ()) -> str:
-    """Formats rows in columns: numbers flush right, everything else flush left.
+    """Formats rows as columns: numbers right-aligned, everything else left-aligned.
 
     Args:
-        rows: cells; whole numbers get thousands separators, anything else is formatted by `str`.
-        header: titles of the columns, underlined.
+        rows: cells; integers get thousands separators, anything else is formatted by `str`.
+        header: underlined column titles.
 
     Returns:
-        The lines, without a final line end.
+        The lines, without a final newline.
 
     >>> print(table([["trainable", 1062160], ["frozen", 86689873]], header=["parameters", "number"]))
     parameters      number
@@ -221,7 +221,7 @@ def parameter_table(parameters: Iterable[Any]) -> str:
 
 
 def count(number: int) -> str:
-    """Formats a whole number with thousands separators.
+    """Formats an integer with thousands separators.
 
     >>> count(1062160)
     '1,062,160'
@@ -230,7 +230,7 @@ def count(number: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Formats a number of things, one or several.
+    """Formats a number with a noun, in the singular or plural.
 
     >>> counted(1, "update"), counted(1200, "update"), counted(2, "entry")
     ('1 update', '1,200 updates', '2 entries')
@@ -241,7 +241,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """Formats a share in percent with two decimals.
+    """Formats a ratio as a percentage with two decimals.
 
     >>> percent(1062160, 87752033)
     '1.21%'
@@ -250,7 +250,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(bytes: float) -> str:
-    """Formats a number of bytes; a MB is 2**20 bytes, as in Windows' Explorer and PyTorch's messages.
+    """Formats a number of bytes; 1 MB is 2**20 bytes, as in Windows Explorer and PyTorch's messages.
 
     >>> size(4_257_218)
     '4.06 MB'
@@ -258,14 +258,14 @@ def size(bytes: float) -> str:
     '640 bytes'
     """
     units = ["bytes", "KB", "MB", "GB", "TB"]
-    while abs(bytes) >= 1000 and len(units) > 1:  # not 1024: four digits before the point are hard to read
+    while abs(bytes) >= 1000 and len(units) > 1:  # not 1024: four digits before the decimal point are hard to read
         bytes /= 1024
         units.pop(0)
     return f"{bytes:.0f} bytes" if units[0] == "bytes" else f"{bytes:.2f} {units[0]}"
 
 
 def duration(seconds: float) -> str:
-    """Formats a time span in a readable precision.
+    """Formats a time span with readable precision.
 
     >>> [duration(s) for s in (0.0123, 2.5, 75, 7325)]
     ['12 ms', '2.5 s', '1 min 15 s', '2 h 02 min']
@@ -280,13 +280,13 @@ def duration(seconds: float) -> str:
 
 
 def _is_redirected(stream: Any) -> bool:
-    """Tells whether a standard stream is a file or a pipe; one that was replaced by something else is neither."""
+    """Tells whether a standard stream is a file or a pipe; False if the stream was replaced by another object."""
     return hasattr(stream, "reconfigure") and not stream.closed and not stream.isatty()
 
 
 def _reconfigure(stream: Any, **settings: str) -> None:
-    if hasattr(stream, "reconfigure"):  # absent when the stream has been replaced, or is None
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or has been read from already
+    if hasattr(stream, "reconfigure"):  # absent if the stream was replaced, or is None
+        with contextlib.suppress(OSError, ValueError):  # closed, or already read from
             stream.reconfigure(**settings)
 
 
@@ -303,6 +303,6 @@ def _cell(value: object) -> str:
 
 
 def _all_numbers(cells: Iterable[str]) -> bool:
-    """Tells whether every cell begins with a number ("4.06 MB" does), or is empty or a dash, but not all of them."""
+    """Tells whether some cells are neither empty nor a dash, and all of these begin with a number ("4.06 MB" does)."""
     present = [cell for cell in cells if cell not in ("", "-")]
     return bool(present) and all(cell.lstrip("+-")[:1].isdigit() for cell in present)

@@ -1,10 +1,10 @@
-"""Every LoRA formula, once: forward, merging, export and serving all call these.
+"""Every LoRA formula, in one place: forward, merging, export and serving all call these functions.
 
 Hu et al. 2021 (arXiv:2106.09685), section 4.1: a frozen weight W is updated by a product of two thin matrices,
 
     h = W x + scaling * B A x,        scaling = lora_alpha / r,
 
-with A (r, in) and B (out, r).  Shape letters: r rank, k enabled blocks, n blocks.
+with A (r, in) and B (out, r).  Letters in shapes: r is the rank, k the number of enabled blocks, n that of all blocks.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = [
     "stored_bytes",
 ]
 
-_ROWS_AT_ONCE: Final = 128  # while products of two activations are summed up
+_ROWS_AT_ONCE: Final = 128  # chunk size for summing products of two activations
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """Returns the factor of the low-rank update.
+    """Returns the scaling factor of the low-rank update.
 
     Args:
         r: the rank; 0 (a layer without adapter) gives 0.
@@ -63,7 +63,7 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Computes ``scaling * B A x`` for rows x, in the dtype of x.
 
-    A and B may be kept in a wider dtype than x (fp32 factors on a bf16 base); they are cast, being small, not x.
+    A and B may have a wider dtype than x (fp32 factors on a bf16 base); it is they that are cast, as they are small.
 
     Args:
         x: (..., in).
@@ -77,19 +77,19 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     >>> low_rank(torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1), 0.5).tolist()
     [[1.5, 1.5, 1.5, 1.5], [1.5, 1.5, 1.5, 1.5]]
     """
-    # The scaling goes onto the r-wide middle: r numbers a row instead of `out`.
+    # Scaling is applied to the r-wide intermediate: r multiplications per row instead of `out`.
     return F.linear(F.linear(x, A.to(x.dtype)) * scaling, B.to(x.dtype))
 
 
 def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], biases: Tensor | None = None) -> Tensor:
-    """Computes ``W[e] x + b[e]`` for rows that come in groups, the first of which are those of weight 0.
+    """Computes ``W[e] x + b[e]`` for rows sorted by group e: first those of group 0, and so on.
 
-    No weight is copied, and none is touched that has no rows: what is kept for the backward pass are the rows.
+    No weight is copied, and weights of empty groups are never touched.  Only the rows are kept for the backward pass.
 
     Args:
         x: (S, in), sorted by group.
-        weights: (E, out, in), one for each group.
-        counts: how many rows each of the E groups has.  Rows after the last group belong to none, and become zeros.
+        weights: (E, out, in), one per group.
+        counts: number of rows in each of the E groups.  Rows beyond the last group belong to none, and yield zeros.
         biases: (E, out).
 
     Returns:
@@ -116,7 +116,7 @@ def grouped_product(x: Tensor, counts: Sequence[int], width: int, product: Calla
         (S, width), in the dtype of x.
     """
     rest = len(x) - sum(counts)
-    # One split: each slice of its own would get a gradient of the size of x.
+    # One split: slicing would give every slice a gradient of the size of x.
     rows = x.split([*counts, rest])
     products = [product(number, rows[number]) for number, count in enumerate(counts) if count]
     if rest or not products:
@@ -142,45 +142,45 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 def dense(weight: Tensor) -> Tensor:
     """Returns a base weight as an ordinary floating-point tensor, in the shape that its layer computes with.
 
-    Whatever reads a base weight's values or shape goes through here, so that another kind of storage is a line here.
-    One that is spread over processes (FSDP2) is put together, in which every process must take part; one that is held
-    in fewer bits (`loralib.bases.quant`) is made dense.
+    All code that reads a base weight's values or shape calls this, so that another kind of storage needs support only
+    here.  A sharded weight (FSDP2) is gathered, in which every process must take part; a quantised weight
+    (`loralib.bases.quant`) is dequantised.
     """
     whole = getattr(weight, "full_tensor", None) or getattr(weight, "dense", None)
     return weight if whole is None else cast(Tensor, whole())
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Returns the bytes that a base weight takes."""
+    """Returns the number of bytes in which a base weight is stored."""
     return int(getattr(weight, "stored_bytes", weight.nbytes))
 
 
 def state_of(weight: Tensor) -> tuple[Any, ...]:
-    """Returns what differs once a weight holds other values, unless they were written behind its version counter."""
-    held: Tensor = getattr(weight, "codes", weight)  # one that is held in fewer bits has no place of its own
+    """Returns a key that changes when a weight's values change, unless they are written past its version counter."""
+    held: Tensor = getattr(weight, "codes", weight)  # a quantised weight has no memory of its own
     version = None if weight.is_inference() else weight._version
     return held.data_ptr(), version, weight.dtype, weight.shape, weight.stride()
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
-    """Computes ``W + delta`` in at least fp32 and rounds once, to the dtype of W.
+    """Computes ``W + delta`` in at least fp32 and rounds once, to W's dtype.
 
     Args:
         weight: W, of any floating dtype.
-        delta: of the same shape, as `delta_weight` makes it.
+        delta: same shape, as returned by `delta_weight`.
     """
     wide = torch.promote_types(weight.dtype, delta.dtype)
     return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
 
 def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:
-    """Spreads the B of a fused projection so that it is a plain low-rank update of rank r * k.
+    """Expands the B of a fused projection so that it becomes a plain low-rank update of rank r * k.
 
-    Microsoft's MergedLinear adapts k of n equal output blocks, each with r rows of A and its own B block.  With B laid
-    out block-diagonally, and zero rows where a block is not adapted, the same numbers are one plain product B A.
+    Microsoft's MergedLinear adapts k of n equal output blocks, each with its own r rows of A and block of B.  With B
+    laid out block-diagonally, and zero rows for blocks that are not adapted, this is one plain product B A.
 
     Args:
-        B: (k * out / n, r), the enabled blocks below one another.
+        B: (k * out / n, r), the enabled blocks stacked.
         blocks: n booleans, k of them True.
 
     Returns:
@@ -196,7 +196,7 @@ def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:
 
 
 def diagonal_blocks(B: Tensor, blocks: Sequence[bool]) -> Tensor:
-    """Undoes `block_diagonal_B`, of which it keeps the blocks on the diagonal.
+    """Undoes `block_diagonal_B` by extracting the blocks on the diagonal.
 
     >>> diagonal_blocks(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), [True, False, True]).tolist()
     [[1.0], [2.0]]
@@ -209,7 +209,7 @@ def diagonal_blocks(B: Tensor, blocks: Sequence[bool]) -> Tensor:
 def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the singular value decomposition of ``scaling * B A`` without forming the product.
 
-    With thin QR factors B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the r x r matrix R_B R_A^T.
+    After thin QR factorisations B = Q_B R_B and A^T = Q_A R_A, only the r x r matrix R_B R_A^T has to be decomposed.
 
     Args:
         A: (r, in).
@@ -217,7 +217,7 @@ def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Ten
         scaling: see `scaling_of`.
 
     Returns:
-        U (out, k), S (k,) in falling order and Vh (k, in) with k = min(r, in, out), in fp64.
+        U (out, k), S (k,) in descending order and Vh (k, in) with k = min(r, in, out), in fp64.
 
     >>> U, S, Vh = product_svd(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]]), 0.5)
     >>> S.tolist()
@@ -230,16 +230,16 @@ def product_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Ten
 
 
 def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Returns the best factors of rank r of a matrix (Eckart and Young 1936), each with half of the singular values.
+    """Returns a matrix's best factors of rank r (Eckart and Young 1936), singular values split evenly between them.
 
     Args:
         U: (out, k).
-        S: (k,), in falling order.
+        S: (k,), in descending order.
         Vh: (k, in).
         r: the rank of the result; zeros are added if it exceeds k.
 
     Returns:
-        A (r, in) and B (out, r), in fp32, with ``B A`` nearest to ``U diag(S) Vh``.
+        A (r, in) and B (out, r), in fp32, with ``B A`` closest to ``U diag(S) Vh``.
     """
     root = S[:r].sqrt()
     A, B = root[:, None] * Vh[:r], U[:, :r] * root
@@ -249,7 +249,7 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, 
 
 
 def effective_rank(S: Tensor) -> float:
-    """Returns how many singular values carry a matrix: exp of the entropy of their shares (Roy and Vetterli 2007).
+    """Returns the effective rank: exp of the entropy of the normalised singular values (Roy and Vetterli 2007).
 
     >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6), effective_rank(torch.zeros(3))
     (2.0, 0.0)
@@ -262,13 +262,13 @@ def effective_rank(S: Tensor) -> float:
 
 
 def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """Computes ``m (W + delta) / ||W + delta||``, row by row: DoRA's weight (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+    """Computes DoRA's weight, ``m (W + delta) / ||W + delta||`` row by row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
-    The norm counts as a constant in the backward pass (section 4.3 of the paper).
+    The norm is treated as a constant in the backward pass (section 4.3 of the paper).
 
     Args:
         weight: W (out, in).
-        delta: (out, in), as `delta_weight` makes it.
+        delta: (out, in), as returned by `delta_weight`.
         magnitude: m (out,).
 
     Returns:
@@ -281,13 +281,13 @@ def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def dora_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Computes ``||W + scaling B A||``, row by row, without a matrix of W's size.
+    """Computes ``||W + scaling B A||`` row by row, without creating a matrix of W's size.
 
         ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) b^T + s^2 b (A A^T) b^T    for rows w of W and b of B
 
     Args:
-        weight: W (out, in), in any floating dtype.
-        squares: ``||w||^2`` of each row (out,), in at least fp32 (`row_squares`).
+        weight: W (out, in), of any floating dtype.
+        squares: ``||w||^2`` of each row (out,), in at least fp32 (see `row_squares`).
         A: (r, in).
         B: (out, r).
         scaling: see `scaling_of`.
@@ -301,28 +301,28 @@ def dora_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: f
 
 
 def _not_zero(norms: Tensor) -> Tensor:
-    """Norms to divide by: a row of zeros stays one."""
+    """Replaces zero norms, so that dividing by them leaves zero rows zero."""
     return norms.clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def row_squares(weight: Tensor) -> Tensor:
     """Returns the squared norm of each row of W (out, in), in at least fp32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # A few rows at a time: a wide copy of a large table would double its memory.
+    # A few rows at a time: a copy of a large table in a wider dtype would double its memory.
     return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(max(1, 2**22 // weight.shape[1]))])
 
 
 def scale_outputs(
     y: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, channels: int = 0, in_place: bool = False
 ) -> Tensor:
-    """Computes ``scale * (y - bias) + bias``, rounded as y is: a scale near 1 is never rounded to bf16 itself.
+    """Computes ``scale * (y - bias) + bias`` in y's dtype, without rounding a scale near 1 to bf16 itself.
 
     Args:
-        y: (..., out), or with `channels` (..., out, *size).
-        scale: (out,); None: 1.
-        bias: (out,), if y holds one.
-        channels: how many dimensions follow that of the outputs.
-        in_place: whether the result takes the place of y, which nothing else may need then.
+        y: (..., out), or (..., out, *size) with `channels`.
+        scale: (out,); None means 1.
+        bias: (out,), if y includes one.
+        channels: number of dimensions after the output dimension.
+        in_place: whether the result may overwrite y, which nothing else may need then.
 
     >>> scale_outputs(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
     [[5.0, 5.0]]
@@ -333,7 +333,7 @@ def scale_outputs(
 
 
 class _ScaledOutputs(torch.autograd.Function):
-    """See `scale_outputs`.  What is kept for the backward pass is the result, which its readers often keep as well."""
+    """See `scale_outputs`.  Only the result is kept for the backward pass; whoever reads it often keeps it anyway."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, bias: Tensor | None, channels: int, in_place: bool) -> Tensor:
@@ -361,7 +361,7 @@ class _ScaledOutputs(torch.autograd.Function):
                 total = (gradient * scaled).sum(others, dtype=scale.dtype)
             else:
                 total = _dots(gradient, scaled, scale.dtype)
-            of_scale = torch.where(scale == 0, 0, total / scale)  # a row of zeros stays one
+            of_scale = torch.where(scale == 0, 0, total / scale)  # zero rows stay zero
         if ctx.needs_input_grad[2]:
             of_bias = ((1 - scale) * gradient.sum(others, dtype=scale.dtype)).to(bias.dtype)
         of_y = torch.addcmul(gradient, gradient, (scale - 1).to(gradient.dtype).view(shape))
@@ -371,7 +371,7 @@ class _ScaledOutputs(torch.autograd.Function):
 def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the sums of ``one * other`` (..., out) over all but the last dimension; (out,) in a wider dtype.
 
-    A few rows at a time stay in the cache, and their wide copies small.
+    Works on a few rows at a time, so that they stay in the cache and their copies in a wider dtype stay small.
     """
     total = one.new_zeros(one.shape[-1], dtype=dtype)
     pairs = zip(*(each.reshape(-1, each.shape[-1]).split(_ROWS_AT_ONCE) for each in (one, other)), strict=True)
@@ -381,16 +381,16 @@ def _dots(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the factors that PiSSA starts from, the r largest singular values of W (Meng 2024, arXiv:2404.02948).
+    """Returns the initial factors of PiSSA: the top r singular components of W (Meng 2024, arXiv:2404.02948).
 
-    While PiSSA trains, the base is W - scaling B0 A0; so against W itself the update is scaling (B A - B0 A0), which is
+    While PiSSA trains, the base is W - scaling B0 A0; relative to W, the update is scaling (B A - B0 A0), of rank 2 r.
     a plain one of rank 2 r.
 
     Args:
         weight: W (out, in).
         r: the rank.
         scaling: see `scaling_of`.
-        niter: approximate, with random numbers and this many subspace iterations (Halko et al. 2009): much faster.
+        niter: if given, use a randomised SVD with this many subspace iterations (Halko et al. 2009): much faster.
 
     Returns:
         A0 (r, in) and B0 (out, r), in fp32, with ``scaling * B0 A0`` the best approximation of W of rank r.
@@ -404,9 +404,9 @@ def pissa_factors(weight: Tensor, r: int, scaling: float, niter: int | None = No
 
 
 def olora_factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Returns the factors that OLoRA starts from: the QR decomposition of W, cut (Büyükakyüz 2024, arXiv:2406.01775).
+    """Returns the initial factors of OLoRA: the truncated QR decomposition of W (Büyükakyüz 2024, arXiv:2406.01775).
 
-    As with PiSSA, the base is W - scaling B0 A0 while it trains.
+    As with PiSSA, the base is W - scaling B0 A0 during training.
 
     Args:
         weight: W (out, in).

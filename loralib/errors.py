@@ -1,4 +1,4 @@
-"""Every error loralib raises on purpose.
+"""Every error that loralib raises on purpose.
 
     LoraError
     ├── ConfigError (ValueError)             a setting has a value it cannot have
@@ -20,8 +20,8 @@
     ├── OutputError (OSError)                a result cannot be written
     └── MissingDependencyError (ImportError) an optional package is not installed
 
-Each is also a builtin exception, so ``except ValueError`` keeps working for callers who do not know
-this module.  The command line prints the message of a `LoraError` without a traceback and exits with 2.
+Each is also a builtin exception, so ``except ValueError`` keeps working for callers who do not know this module.  The
+command line prints the message of a `LoraError` without a traceback and exits with code 2.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LoraError(Exception):
     """Base class of every error that loralib raises on purpose.
 
     Attributes:
-        is_told_elsewhere: whether it is another process, of several that work together, that tells the user.
+        is_told_elsewhere: whether another one of several cooperating processes reports it to the user.
     """
 
     is_told_elsewhere = False
@@ -74,7 +74,7 @@ class BiasModeError(ConfigError, NotImplementedError):
 
 
 class TargetError(LoraError, ValueError):
-    """A module that should be adapted is not there, or cannot be adapted."""
+    """A module that should be adapted does not exist, or cannot be adapted."""
 
 
 class AdapterError(LoraError, ValueError):
@@ -82,19 +82,19 @@ class AdapterError(LoraError, ValueError):
 
 
 class FormatError(AdapterError):
-    """A file is not what it claims to be: truncated, corrupt, hostile or of another kind."""
+    """A file is not what it claims to be: truncated, corrupt, malicious or of another type."""
 
 
 class BaseMismatchError(AdapterError):
-    """An adapter was trained on another base model than the one it is loaded into."""
+    """An adapter was trained on a base model other than the one it is loaded into."""
 
 
 class MergeError(LoraError, RuntimeError):
-    """Adapter and base weights cannot be merged, or are in the wrong state for what was asked."""
+    """Adapter and base weights cannot be merged, or are in the wrong state for the request."""
 
 
 class DataError(LoraError, ValueError):
-    """A data file, or a line in it, is not what its reader expects."""
+    """A data file, or a line in it, is not what the reader expects."""
 
 
 class BaseModelError(LoraError, OSError):
@@ -102,18 +102,18 @@ class BaseModelError(LoraError, OSError):
 
 
 class TrainingError(LoraError, RuntimeError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or continue."""
 
 
 class NothingLearnedError(TrainingError):
-    """An adapted layer gets no gradient, or the adapter ends as it began."""
+    """An adapted layer receives no gradient, or the adapter is unchanged after training."""
 
 
 class InterruptedRunError(TrainingError):
-    """A signal stopped a run, which saved itself first.
+    """A signal stopped a run, which saved its state first.
 
     Attributes:
-        exit_code: what a program ends with: 128 + the number of the signal.
+        exit_code: the exit code for the program: 128 + the signal number.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -122,27 +122,27 @@ class InterruptedRunError(TrainingError):
 
 
 class BusyModelError(LoraError, RuntimeError):
-    """A model is in use in another way at the moment: it cannot generate while it is trained."""
+    """A model is currently in use for something else: it cannot generate while it is being trained."""
 
 
 class BusyServerError(LoraError, RuntimeError):
-    """A server has as many requests as it takes, or is shutting down; the same request may be taken in later."""
+    """A server has reached its limit of requests, or is shutting down; the same request may be accepted later."""
 
 
 class UnreachableServerError(LoraError, OSError):
-    """Another server cannot be asked: it is not there, refuses, or says nothing that can be used."""
+    """Another server cannot be used: it is unreachable, refuses, or returns nothing usable."""
 
 
 class UnsupportedModelError(LoraError, RuntimeError):
-    """A model computes something in a way that is not known here; training and generation have slower ways for it."""
+    """A model computes something in an unknown way; training and generation have slower fallbacks for it."""
 
 
 class OutputError(LoraError, OSError):
-    """A result cannot be written where it should go."""
+    """A result cannot be written to its destination."""
 
 
 class MissingDependencyError(LoraError, ImportError):
-    """An optional package is needed and not installed; the message says what to install."""
+    """An optional package is required but not installed; the message says what to install."""
 
 
 def list_faults(heading: str, faults: Sequence[str], fix: str = "", most: int = 20) -> str:
@@ -150,12 +150,12 @@ def list_faults(heading: str, faults: Sequence[str], fix: str = "", most: int = 
 
     Args:
         heading: what is wrong, without a final colon.
-        faults: one line each.
+        faults: one line per fault.
         fix: what to do about it.
-        most: how many faults are spelled out; the rest is counted.
+        most: maximum number of faults to list; the rest are only counted.
 
     Returns:
-        ``heading``, one indented line a fault, and the fix.
+        ``heading``, one indented line per fault, and the fix.
 
     >>> print(list_faults("2 tensors do not fit", ["a: (1,), expected (2,)", "b: missing"], "Use another base."))
     2 tensors do not fit:
@@ -172,7 +172,7 @@ def list_faults(heading: str, faults: Sequence[str], fix: str = "", most: int = 
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the nearest known words, or an empty string.
+    """Returns " Did you mean 'x'?" with the closest known words, or an empty string.
 
     >>> did_you_mean("lora_dropuot", ["lora_dropout", "lora_alpha"])
     " Did you mean 'lora_dropout'?"
@@ -184,5 +184,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's error, without a full stop; its type where it says nothing."""
+    """Returns the first line of another library's error, without a period; if it has no message, its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(". ")

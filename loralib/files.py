@@ -1,4 +1,4 @@
-"""Files that are written atomically or line by line, locks that keep out a second run, free memory, the cache."""
+"""Atomic and line-by-line writing of files, locks against concurrent runs, free memory, and the cache directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _LOCK = ".loralib.lock"
-_MAX_PATH = 248  # characters, for a directory on Windows where long paths are not allowed; 259 for a file
+_MAX_PATH = 248  # maximum length of a directory's path on Windows without long paths; for a file it is 259
 
 
 def write_whole(
@@ -41,8 +41,8 @@ def write_whole(
 
     Args:
         path: the file to write; its directory is created if needed.
-        write: called with the path of a temporary file in the same directory; writes the content.
-        check: called with the same path once the content is synced; if it raises, the old file stays.
+        write: called with the path of a temporary file in the same directory, to which it writes the content.
+        check: called with the same path once the content is synced; if it raises, the old file is kept.
 
     Raises:
         OutputError: the directory or file cannot be written (read-only, disk full, path is a directory).
@@ -61,18 +61,18 @@ def write_whole(
                 os.fsync(file.fileno())
             if check is not None:
                 check(temporary)
-            # mkstemp makes files private to the user; give the mode an ordinary open() would have given.
+            # mkstemp makes files private to the user; restore the mode that an ordinary open() would have set.
             with contextlib.suppress(OSError):
                 temporary.chmod(0o666 & ~_umask())
             _patiently(lambda: os.replace(temporary, path))
         finally:
-            with contextlib.suppress(OSError):  # where it has become the file, it is gone
+            with contextlib.suppress(OSError):  # already renamed, if everything went well
                 temporary.unlink()
         _sync_directory(path.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text with "\\n" line ends, atomically (see `write_whole`)."""
+    """Writes UTF-8 text with "\\n" line endings, atomically (see `write_whole`)."""
     write_whole(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
@@ -93,13 +93,13 @@ def remove_file(path: str | os.PathLike[str]) -> None:
 
 
 def _patiently(action: Callable[[], object], waits: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0)) -> None:
-    """Does something to a file, again where Windows says that another process has it open.
+    """Does something to a file, and retries while Windows reports that another process has it open.
 
-    Virus scanners and indexers open each new file for a moment.
+    Virus scanners and indexers briefly open each new file.
 
     Args:
-        action: raises PermissionError while the file is locked.
-        waits: seconds before each new attempt.
+        action: raises PermissionError while the file is in use.
+        waits: seconds before each retry.
     """
     for wait in (*waits, None):
         try:
@@ -111,20 +111,20 @@ def _patiently(action: Callable[[], object], waits: Sequence[float] = (0.01, 0.0
             time.sleep(wait)
 
 
-_PASSING = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
+_PASSING = (5, 32, 33)  # temporary errors on Windows: access denied, sharing violation, lock violation
 
 
 def resume_lines(
     path: Path, first: str, check: Callable[[list[dict[str, Any]]], object], flag: str
 ) -> list[dict[str, Any]]:
-    """Reads the JSON lines that an interrupted run appended, and cuts off a last line that is incomplete.
+    """Reads the JSON lines that an interrupted run appended, and truncates an incomplete last line.
 
     Args:
         path: the file; it need not exist.
-        first: the first key of each line.
-        check: called with the records before anything is cut; if it raises, the file stays as it is. KeyError,
-            TypeError and ValueError mean that another program wrote the file.
-        flag: the command-line flag that names the file, for error messages.
+        first: the first key in each line.
+        check: called with the records before truncation; if it raises, the file stays unchanged. KeyError, TypeError
+            and ValueError mean that another program wrote the file.
+        flag: the command-line flag for the file, for error messages.
 
     Returns:
         The records of the complete lines.
@@ -149,21 +149,21 @@ def resume_lines(
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Callable[[], object]) -> None:
-    """Appends records as lines of JSON, one at a time; each is synced before `written` is called.
+    """Appends records as JSON lines, one at a time; each is synced before `written` is called.
 
     Raises:
         OutputError: the file cannot be written.
     """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: closing the file does not retry a line that could not be written.
+        # Unbuffered, so that closing the file does not retry a line that could not be written.
         file = path.open("ab", buffering=0)
     with file:
         for record in records:
             line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
             with write_errors(path, " Run the same command again to continue."):
                 done = file.write(line)
-                if done < len(line):  # the disk had room for a part; writing the rest raises the reason
+                if done < len(line):  # the disk had room for only a part; writing the rest raises the reason
                     file.write(line[done:])
                 os.fsync(file.fileno())
             written()
@@ -171,13 +171,13 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], written: Call
 
 @contextlib.contextmanager
 def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir") -> Iterator[Path]:
-    """Creates a directory and locks it: a second run is refused at once while the first one is alive.
+    """Creates a directory and locks it: a second run is refused immediately while the first one is running.
 
-    The operating system holds the lock, so a killed run leaves none behind.  What stays empty goes away again.
+    The operating system holds the lock, so a killed run leaves none behind.  Directories that stay empty are removed.
 
     Args:
         directory: the directory to create and lock.
-        flag: the command-line flag that names it, for error messages.
+        flag: the command-line flag for the directory, for error messages.
 
     Yields:
         The directory as an absolute path.
@@ -198,8 +198,8 @@ def hold_file(path: str | os.PathLike[str], flag: str, *, wait: bool = False) ->
 
     Args:
         path: the file; its directory is created if needed.
-        flag: the command-line flag that names the file, for error messages.
-        wait: until no other run is using it.
+        flag: the command-line flag for the file, for error messages.
+        wait: whether to wait until no other run is using the file.
 
     Raises:
         OutputError: its directory cannot be written, or another run is using the file.
@@ -211,11 +211,11 @@ def hold_file(path: str | os.PathLike[str], flag: str, *, wait: bool = False) ->
 
 @contextlib.contextmanager
 def hold_output(path: str | os.PathLike[str], *, is_directory: bool) -> Iterator[None]:
-    """Makes sure that a result can be written before it is computed, and keeps other runs away from it meanwhile.
+    """Checks that a result can be written before it is computed, and keeps other runs away from its path meanwhile.
 
     Args:
         path: what will be written.
-        is_directory: whether it is a directory; else it is a file.
+        is_directory: whether it is a directory instead of a file.
 
     Raises:
         OutputError: it cannot be written, or another run or program is using it.
@@ -229,26 +229,26 @@ def hold_output(path: str | os.PathLike[str], *, is_directory: bool) -> Iterator
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory, expected the name of a file", str(path))
         if path.exists():
-            _patiently(lambda: path.open("r+b").close())  # Windows replaces no file that is open elsewhere
+            _patiently(lambda: path.open("r+b").close())  # Windows cannot replace a file that is open elsewhere
     with _removed_if_empty(path.parent), hold_file(path, "OUTPUT"):
         yield
 
 
 @contextlib.contextmanager
 def _removed_if_empty(path: Path) -> Iterator[None]:
-    """Removes a directory, and those above it, that are not there yet and stay empty: nothing was written after all."""
+    """Removes those of a directory and its parents that did not exist before, if they are still empty at the end."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         yield
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError, ValueError):  # it is in use, or its name is none
+            with contextlib.suppress(OSError, ValueError):  # in use, or not a valid name
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(lock_file: Path, path: Path, what: str, flag: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file that stands for `path`, and removes it in the end."""
+    """Holds the lock file for `path`, and removes it at the end."""
     from filelock import FileLock, Timeout  # torch requires it
 
     lock = FileLock(lock_file)
@@ -261,23 +261,23 @@ def _locked(lock_file: Path, path: Path, what: str, flag: str, *, wait: bool = F
         ) from error
     except OSError as error:
         raise OutputError(_why_not_written(path, error)) from error
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # NUL character in the name
         raise OutputError(f"{str(path)!r} cannot be the name of a directory or file: {error}.") from error
     try:
         yield
     finally:
         try:
-            if os.name != "nt":  # there filelock removes the file itself
-                remove_file(lock_file)  # while it is locked: nobody can lock it between the two
+            if os.name != "nt":  # on Windows, filelock removes the file itself
+                remove_file(lock_file)  # while it is still locked: nobody can lock it in between
         finally:
             lock.release()
 
 
 def _last_record(rest: bytes, first: str) -> list[Any]:
-    """Returns the record in a last line that lacks at most its line end; none if more is missing.
+    """Returns the record in a last line that lacks only its line ending; an empty list if more is missing.
 
     Raises:
-        ValueError: `append_lines` would not have begun a line like this.
+        ValueError: `append_lines` cannot have written the beginning of this line.
     """
     start = f'{{"{first}": '.encode()
     if not rest.startswith(start[: len(rest)]):
@@ -290,7 +290,7 @@ def _last_record(rest: bytes, first: str) -> list[Any]:
 
 @contextlib.contextmanager
 def write_errors(path: Path, advice: str = "") -> Iterator[None]:
-    """Turns errors of the file system into OutputErrors that say what to do; `advice` is added to that."""
+    """Turns file system errors into OutputErrors that say what to do; `advice` is appended."""
     try:
         yield
     except OutputError:
@@ -306,7 +306,7 @@ def _umask() -> int:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes a rename survive a power cut; Windows has no such call and needs none."""
+    """Makes a rename survive a power failure; Windows has no such call and does not need one."""
     if os.name == "nt":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -334,9 +334,9 @@ def _why_not_written(path: Path, error: OSError) -> str:
 
 
 def free_memory() -> float | None:
-    """Returns how many bytes can be allocated without swapping, or None where psutil is not installed.
+    """Returns how many bytes can be allocated without swapping, or None if psutil is not installed.
 
-    A container's memory limit counts too.
+    A container's memory limit is taken into account.
     """
     try:
         import psutil
@@ -346,7 +346,7 @@ def free_memory() -> float | None:
 
 
 def _left_of_limit(groups: Path) -> float:
-    """Returns what a container's memory limit leaves (Linux control groups, version 2 or 1); infinity without one."""
+    """Returns the memory left within a container's limit (Linux cgroups, version 2 or 1); infinity without one."""
     for limit_file, usage_file in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -355,14 +355,14 @@ def _left_of_limit(groups: Path) -> float:
             limit, usage = (groups / limit_file).read_text("ascii"), (groups / usage_file).read_text("ascii")
             lines = (groups / limit_file).with_name("memory.stat").read_text("ascii").splitlines()
             file_cache = float(dict(line.split() for line in lines).get("inactive_file", 0))  # freed on demand
-            return max(0.0, float(limit) - float(usage) + file_cache)  # "max" is not a number: there is no limit
+            return max(0.0, float(limit) - float(usage) + file_cache)  # float() rejects "max": there is no limit
         except (OSError, ValueError):
             continue
     return float("inf")
 
 
 def cache_directory() -> Path:
-    """Returns the directory for files that are made once: LORALIB_CACHE, else the system's cache directory."""
+    """Returns the directory for cached files: LORALIB_CACHE, or else the system's cache directory."""
     chosen = os.environ.get("LORALIB_CACHE")
     if chosen:
         return Path(chosen).expanduser()

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: from the id of a base model or an adapter to a directory that holds its files."""
+"""The Hugging Face Hub: from the id of a base model or an adapter to a local directory with its files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .errors import LoraError, MissingDependencyError, first_line
 
 __all__ = ["fetch", "is_hub_id"]
 
-_TIMEOUT = 10  # seconds until the hub must have answered
+_TIMEOUT = 10  # seconds to wait for the Hub
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?"
 )
 
 
 def is_hub_id(name: str) -> bool:
-    """Tells whether a name can be that of a repository: ``name``, ``owner/name``, ``owner/name@revision``.
+    """Tells whether a name is a possible repository id: ``name``, ``owner/name``, ``owner/name@revision``.
 
     >>> is_hub_id("gpt2"), is_hub_id("someone/my-lora@v2"), is_hub_id("someone/loras/french"), is_hub_id("../gpt2")
     (True, True, True, False)
@@ -31,7 +31,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _parts(name: str) -> tuple[str, str, str | None] | None:
-    """Returns repository, folder in it and revision of a name; None for what cannot be one.
+    """Returns the repository, folder and revision in a name; None if it is not a valid id.
 
     >>> _parts("someone/loras/french@v2")
     ('someone/loras', 'french', 'v2')
@@ -51,23 +51,23 @@ def fetch(
     what: str,
     advice: str,
 ) -> Path:
-    """Downloads files of a repository into the hub's own cache, where they are not there yet.
+    """Downloads files of a repository into the Hub's own cache, unless they are there already.
 
     Args:
         name: an id; see `is_hub_id`.
-        choose: called with the names of all files below the folder; returns those that are needed, or raises a
+        choose: called with the names of all files in the folder; returns those that are needed, or raises a
             `LoraError`.
-        cached: patterns of the files that must be in the cache where the hub cannot be asked.
-        error: the class of errors to raise.
-        what: what should be there, for messages.
-        advice: what else the user can do, a sentence.
+        cached: patterns for the files to look for in the cache if the Hub cannot be reached.
+        error: the error class to raise.
+        what: what should be found there, for messages.
+        advice: a sentence saying what else the user can do.
 
     Returns:
-        The directory that holds the files.
+        The directory that contains the files.
 
     Raises:
-        LoraError: there is no such repository, it needs consent, or the hub cannot be reached.
-        MissingDependencyError: the hub's client is not installed.
+        LoraError: there is no such repository, its owners require consent, or the Hub cannot be reached.
+        MissingDependencyError: huggingface_hub is not installed.
     """
     parts = _parts(name)
     if parts is None:
@@ -78,7 +78,7 @@ def fetch(
     return path
 
 
-_known: dict[tuple[str, str], Path] = {}  # a command asks for an adapter more than once
+_known: dict[tuple[str, str], Path] = {}  # because a command may request the same adapter several times
 
 
 def _fetch(
@@ -117,10 +117,10 @@ def _fetch(
         ) from fault
     except LoraError:
         raise
-    except Exception as fault:  # the hub's client, what it is built on, and the disk share no base class
+    except Exception as fault:  # errors of the Hub's client, HTTP library and disk share no base class
         patterns = [prefix + pattern for pattern in cached]
         ignored = [f"{prefix}*/*"]
-        with contextlib.suppress(Exception):  # downloaded earlier
+        with contextlib.suppress(Exception):  # it may have been downloaded earlier
             options: dict[str, Any] = {"local_files_only": True, "allow_patterns": patterns, "ignore_patterns": ignored}
             return Path(hub.snapshot_download(repo, revision=revision, **options)) / folder
         raise error(

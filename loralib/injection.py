@@ -1,7 +1,7 @@
-"""Adapts the layers of any model in place, and takes it all back.
+"""Adapts the layers of any model in place, and undoes it.
 
 `inject` asks `loralib.targets.match_modules` which modules to adapt, then switches their classes: the base weights stay
-the same Parameters under the same names, so that `remove` can give back the model bit for bit.
+the same Parameters under the same names, so that `remove` can restore the model bit for bit.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ __all__ = [
 WRAP_LATER = (
     "which would not synchronise an adapter added later between processes: add the adapter first, then wrap the model"
 )
-_RECORD = "_loralib"  # where an injected model keeps its Injection
+_RECORD = "_loralib"  # attribute of an injected model that holds its Injection
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,11 +82,11 @@ class InjectReport:
 
     Attributes:
         model: class name of the model.
-        patterns: how many modules each pattern matched.
+        patterns: number of modules that each pattern matched.
         targets: the names of the adapted modules.
         trainable, total: numbers of parameters.
         adapter_bytes: size of the trained tensors, in bytes.
-        notes: surprises to know about, one sentence each.
+        notes: anything unexpected that the user should know, one sentence each.
     """
 
     model: str
@@ -99,7 +99,7 @@ class InjectReport:
 
     @property
     def frozen(self) -> int:
-        """How many parameters do not train."""
+        """The number of parameters that are not trained."""
         return self.total - self.trainable
 
     def __repr__(self) -> str:
@@ -125,14 +125,14 @@ class InjectReport:
 
 @dataclass
 class Injection:
-    """What an injected model remembers: its settings and all that `remove` needs.
+    """The record kept on an injected model: its settings and everything that `remove` needs.
 
     Attributes:
-        config: what was injected.
-        trainable: requires_grad of each parameter before.
-        originals: tensors of the base that are trained in full; copies of them train in their place.
+        config: the settings that were injected.
+        trainable: requires_grad of each parameter before the injection.
+        originals: tensors of the base that are trained in full; copies of them are trained in their place.
         layers: the names of the adapted modules.
-        carried: which of the originals have made place for a tensor that the adapter brings along, untrained.
+        carried: which of the originals were replaced by a tensor that the adapter ships untrained.
     """
 
     config: LoraConfig
@@ -145,23 +145,24 @@ class Injection:
 def inject(
     model: nn.Module, config: LoraConfig, batches: Iterable[Any] | None = None, eva: EvaStart | None = None
 ) -> InjectReport:
-    """Adapts a model in place and freezes all but the adapter.
+    """Adapts a model in place and freezes everything but the adapter.
 
     Args:
         model: any torch.nn or transformers model.  Linear, Embedding, Conv1d/2d/3d, nn.MultiheadAttention and
             transformers' Conv1D can be adapted.
-        config: which modules, with which rank; see `loralib.LoraConfig`.  One of `peft.LoraConfig` is taken too.  With
-            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained as well, as PEFT does.
-        batches: for ``init_lora_weights="eva"``: some of the data, each what the model is called with: a tensor, or a
-            dictionary of keyword arguments, of which "attention_mask" and "labels" say what counts, as in PEFT.
-        eva: instead of batches, what `loralib.injection.eva_start_for` made of them, for several models with one base.
+        config: which modules to adapt and with which rank; see `loralib.LoraConfig`.  May be a `peft.LoraConfig`.  With
+            task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the model's head is trained too, as in PEFT.
+        batches: for ``init_lora_weights="eva"``: some of the data, each batch as the model is called with it: a tensor,
+            or keyword arguments, of which "attention_mask" and "labels" select the tokens that count, as in PEFT.
+        eva: instead of batches, a result of `loralib.injection.eva_start_for`, to share among models with the same
+            base.
 
     Returns:
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
-        TargetError: a pattern matches nothing, a module cannot be adapted, or the model holds an adapter already.
-        ConfigError: PEFT's config asks for what is not trained here; or batches are missing, or of no use.
+        TargetError: a pattern matches nothing, a module cannot be adapted, or the model already holds an adapter.
+        ConfigError: PEFT's config uses features that are not trained here; or batches are missing or unusable.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject(model, LoraConfig(r=2, target_modules=["0"])).targets
@@ -198,7 +199,7 @@ def inject(
 
 
 def eva_start_for(model: nn.Module, config: LoraConfig, batches: Iterable[Any]) -> EvaStart:
-    """Returns the start that `inject` would make of these batches with a config of EVA's."""
+    """Returns the EVA initialisation that `inject` would compute from these batches, for a config that uses EVA."""
     config = with_head(model, config)
     return _eva_start(model, config, match_modules(model, config), batches)
 
@@ -219,7 +220,7 @@ def _linears(targets: Sequence[TargetModule]) -> list[TargetModule]:
 
 
 def _inject_eva(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], start: EvaStart) -> InjectReport:
-    """Adapts a model with EVA's ranks and starts; see `loralib.variants.eva`."""
+    """Adapts a model with the ranks and initial factors chosen by EVA; see `loralib.variants.eva`."""
     linears = _linears(targets)
     left = [target.name for target in targets if target not in linears or target.name in start.A]
     ranks = {target.name: target.r for target in targets} | {name: len(A) for name, A in start.A.items()}
@@ -239,10 +240,10 @@ def _inject_eva(model: nn.Module, config: LoraConfig, targets: Sequence[TargetMo
 
 
 def refuse_peft(model: nn.Module) -> None:
-    """Refuses models that hold an adapter of PEFT, which would train beside ours and not be saved with it.
+    """Refuses models that hold a PEFT adapter, which would train alongside ours but not be saved with it.
 
     Raises:
-        TargetError: there is one.
+        TargetError: the model holds one.
     """
     theirs = [name for name, m in named_modules(model).items() if type(m).__module__.partition(".")[0] == "peft"]
     if theirs:
@@ -258,13 +259,13 @@ def refuse_peft(model: nn.Module) -> None:
 def inject_targets(
     model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], carried: Mapping[str, Tensor] | None = None
 ) -> InjectReport:
-    """Adapts modules of a model that holds no adapter: the half of `inject` that changes it.
+    """Adapts modules of a model that holds no adapter: the part of `inject` that changes the model.
 
     Args:
         model: as in `inject`.
         config: as in `inject`.
         targets: what `loralib.targets.match_modules` returned for them.
-        carried: tensors by name that take the base's places as they are, without being trained.
+        carried: untrained tensors by name that replace those of the base.
     """
     notes = _notes(model, targets, config)
     trainable = {name: p.requires_grad for name, p in named_parameters(model).items()}
@@ -283,16 +284,16 @@ def inject_targets(
         _guard_methods(model)
         return _report(model, targets, notes)
     except BaseException:
-        if not is_spread(model):  # which is of no use any more: see `remove`
+        if not is_spread(model):  # a failed injection leaves it unusable anyway; see `remove`
             remove(model)
         raise
 
 
 def remove(model: nn.Module) -> None:
-    """Takes the adapter off again: the model is bit for bit what it was before `inject`.
+    """Removes the adapter: the model is restored bit for bit to what it was before `inject`.
 
     Raises:
-        TargetError: the model holds no adapter that `inject` made, or what was put on top of it must come off first.
+        TargetError: the model holds no adapter made by `inject`, or something applied on top must be removed first.
     """
     spread, model = is_spread(model), adapted_model(model)
     record = injection_of(model)
@@ -319,10 +320,10 @@ def remove(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every LoRA layer into its base weight (fp32 arithmetic); see `LoRALayer.merge`.
+    """Merges every LoRA layer into its base weight (in fp32 arithmetic); see `LoRALayer.merge`.
 
     Raises:
-        MergeError: adapters hold NaN or infinite values, or are switched off by `disabled`; nothing stays merged.
+        MergeError: the adapter holds NaN or infinite values, or is switched off by `disabled`; nothing is left merged.
         TargetError: the model has no LoRA layer.
     """
     layers = adapted_layers(model)
@@ -348,14 +349,14 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts every base weight back, bit for bit."""
+    """Restores every base weight, bit for bit."""
     for _, layer in adapted_layers(model):
         layer.unmerge()
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Lets the model compute as its base inside a ``with`` block, whether it is merged or not.
+    """Makes the model compute like its base inside a ``with`` block, whether it is merged or not.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> x = torch.ones(1, 4); before = model(x)
@@ -392,27 +393,27 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """Returns the LoRA layers of a model that have an adapter, with their names."""
+    """Returns a model's LoRA layers with rank above 0, with their names."""
     return [(name, m) for name, m in named_modules(model).items() if isinstance(m, LoRALayer) and m.r > 0]
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """Returns what `inject` left on the model, or None."""
+    """Returns the record that `inject` left on the model, or None."""
     return cast("Injection | None", unwrapped(model).__dict__.get(_RECORD))
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
-    """Returns the model that holds an adapter, or may hold one, without its wrappers.
+    """Returns the model that holds an adapter, or could hold one, without its wrappers.
 
     Raises:
-        TargetError: only a part of the model holds an adapter, so that names in it are not the adapter's; or modules
-            that `inject` adapted are no longer in their places.
+        TargetError: only a part of the model holds an adapter, so that the model's names differ from the adapter's; or
+            modules that `inject` adapted have been replaced.
     """
     model = unwrapped(model)
     record = injection_of(model)
     modules = named_modules(model)
     if record is None:
-        # A model of transformers may have the adapter in its body: then its own names count.
+        # A transformers model may have the adapter in its body; its own names apply then.
         whole = hasattr(type(model), "base_model_prefix")
         for name, part in () if whole else modules.items():
             if _RECORD in part.__dict__:
@@ -438,17 +439,17 @@ def _kind(module: nn.Module | None) -> str:
 def fingerprint(
     model: nn.Module, left_out: Collection[str] = (), rows: int | None = None, *, in_fp16: bool = False
 ) -> str:
-    """Returns a short text that tells base models apart by what an adapter stands on: ``shapes:values``.
+    """Returns a short string that identifies a base model to an adapter, in the form ``shapes:values``.
 
     The first part hashes parameter names and shapes, the second strided samples of the values rounded to bf16, so that
-    the same base has the same fingerprint in fp32 and in bf16.  Of the tables of tokens, which may be padded later, the
-    first rows count, with samples from the last of these; where there are tables, a third part says how many rows.
+    a base has the same fingerprint in fp32 and in bf16.  Token tables may be padded later: only their first `rows` rows
+    count, with extra samples from the last of these, and a third part of the fingerprint gives the number of rows.
 
     Args:
-        model: with or without an adapter, whose own parameters do not count.
-        left_out: names of parameters that the adapter brings along.
-        rows: how many rows of the tables count; default: all.
-        in_fp16: as if the model had been loaded in fp16, which has fewer of the smallest numbers than bf16.
+        model: with or without an adapter, whose own parameters are ignored.
+        left_out: names of parameters that the adapter ships.
+        rows: how many rows of the token tables to include; default: all.
+        in_fp16: compute it as if the model had been loaded in fp16, which has fewer small numbers than bf16.
     """
     record = injection_of(model)
     originals: Mapping[str, Tensor] = record.originals if record is not None else {}
@@ -456,7 +457,7 @@ def fingerprint(
     rows = table_rows(model) if rows is None else rows
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
-    # By name: undoing a pruning changes the order of a module's parameters.
+    # Sorted by name, because undoing a pruning changes the order of a module's parameters.
     for name, parameter in sorted(_base_parameters(model, originals), key=operator.itemgetter(0)):
         if name in left_out or id(parameter) in seen:
             continue
@@ -473,7 +474,7 @@ def fingerprint(
 
 
 def first_fingerprint(model: nn.Module) -> str:
-    """Returns the fingerprint, ``shapes:values``, in files from before what an adapter brings along was left out."""
+    """Returns the old form of the fingerprint, ``shapes:values``, which included what an adapter ships."""
     record = injection_of(model)
     shapes, values = hashlib.sha256(), hashlib.sha256()
     seen = set[int]()
@@ -488,7 +489,7 @@ def first_fingerprint(model: nn.Module) -> str:
 
 
 def quantization_of(model: nn.Module) -> str:
-    """Returns how a base's weights are held in fewer bits (see `loralib.load_base`); "none" if they are not."""
+    """Returns how a base's weights are quantised (see `loralib.load_base`); "none" if they are not."""
     kinds = {weight.KIND for _, weight in _base_parameters(model, {}) if getattr(weight, "ROUNDED", False)}  # type: ignore[attr-defined]
     return "+".join(sorted(kinds)) or "none"
 
@@ -497,11 +498,11 @@ _LAST_ROWS = 16
 
 
 def samples_of(weight: Tensor, count: int = 64) -> Tensor:
-    """Returns numbers from all over a weight, by which fingerprints know it; one in fewer bits keeps those it had.
+    """Returns samples from all over a weight, for fingerprints; quantised weights keep those of the original.
 
     Args:
         weight: of any shape.
-        count: how many, at most.
+        count: maximum number of samples.
     """
     kept = getattr(weight, "samples", None)
     if kept is not None:
@@ -511,7 +512,7 @@ def samples_of(weight: Tensor, count: int = 64) -> Tensor:
 
 
 def samples_of_table(table: Tensor, rows: int | None = None) -> Tensor:
-    """Returns numbers from the first `rows` of a table of tokens, and from the last of these; see `samples_of`."""
+    """Returns samples from the first `rows` rows of a table, and more from the last of them; see `samples_of`."""
     kept = getattr(table, "samples", None)
     if kept is not None and rows in (None, len(table)):
         return cast(Tensor, kept)
@@ -525,7 +526,7 @@ def _update(digest: Any, samples: Tensor, *, in_fp16: bool = False) -> None:
 
 
 def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the base's parameters by name, whatever the adapter has put in their places."""
+    """Yields the base's parameters by name, even if the adapter has replaced them."""
     for path, module in named_modules(model, remove_duplicate=False).items():
         own = module.trained_tensors() if isinstance(module, LoRALayer) else {}
         for leaf, parameter in module._parameters.items():
@@ -537,14 +538,14 @@ def _base_parameters(model: nn.Module, originals: Mapping[str, Tensor]) -> Itera
 
 
 def token_tables(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the embedding and the head of a model of transformers, whose rows belong to tokens, by name."""
+    """Returns a transformers model's embedding and head by name, i.e. the tables that have a row per token."""
     inner = unwrapped(model)
     ids = {id(unwrapped(table)) for table in (input_table(inner), output_head(inner)) if table is not None}
     return {name: m for name, m in named_modules(model, remove_duplicate=False).items() if id(m) in ids}
 
 
 def table_rows(model: nn.Module) -> int:
-    """Returns how many rows a model's tables of tokens have; 0 where it has none."""
+    """Returns the number of rows in a model's token tables; 0 if it has none."""
     weights = [table._parameters.get("weight") for table in token_tables(model).values()]
     return max((weight.shape[0] for weight in weights if weight is not None), default=0)
 
@@ -563,7 +564,7 @@ def _adapt(target: TargetModule, config: LoraConfig) -> None:
 
 def _restore(layer: LoRALayer) -> None:
     halves = type(layer).__dict__.get("_halves")
-    if halves is None:  # built from loralib's layers, with r = 0
+    if halves is None:  # a layer of loralib's own, with r = 0
         return
     layer.unmerge()
     for name in layer.trained_tensors():
@@ -578,7 +579,7 @@ def _restore(layer: LoRALayer) -> None:
 
 
 def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Makes a module another class's, and renews what accelerate's hooks keep: the forward, bound to the instance."""
+    """Changes a module's class, and rebinds the forward that accelerate's hooks store on the instance."""
     for name in ("forward", "_old_forward"):
         if is_own_forward(module, module.__dict__.get(name)):
             module.__dict__[name] = cls.forward.__get__(module)
@@ -589,7 +590,7 @@ def _switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Puts parameters and buffers in their places and returns what was there."""
+    """Replaces parameters and buffers and returns the previous ones."""
     before = {name: tensor_at(model, name) for name in tensors}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -598,18 +599,18 @@ def _swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """Returns a parameter or buffer by its name in the model without wrappers."""
+    """Returns a parameter or buffer by its name in the unwrapped model."""
     path, _, leaf = name.rpartition(".")
     module = submodule(model, path)
     return cast(Tensor, module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf])
 
 
 def _trainable_copies(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Returns copies that train, so that a weight tied to an original keeps the base's values.
+    """Returns trainable copies, so that a weight tied to an original keeps the base's values.
 
-    Each module of modules_to_save gets its own, as in PEFT: a head and an embedding that were one part ways.
+    Each module in modules_to_save gets its own copy, as in PEFT: a tied head and embedding are separated.
     """
-    copies = dict[tuple[str, int], Tensor]()  # names of one tensor share one copy
+    copies = dict[tuple[str, int], Tensor]()  # names that share a tensor share one copy
     for name, tensor in tensors.items():
         key = (config.saved_part(name), id(tensor))
         if key not in copies:
@@ -621,7 +622,7 @@ def _trainable_copies(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict
 
 
 def _carried(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what an adapter brings along as the model holds it; equal tensors under tied names stay one."""
+    """Returns the tensors that an adapter ships, in the model's dtypes; equal tensors under tied names stay one."""
     found, ours = dict[int, list[tuple[Tensor, Tensor]]](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         old = tensor_at(model, name)
@@ -636,7 +637,7 @@ def _carried(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
-    """Returns the tensors that were set aside, moved and cast as the model has been meanwhile."""
+    """Returns the originals that were set aside, on the device and in the dtype that the model has by now."""
     for name, original in record.originals.items():
         copy = tensor_at(model, name)
         original.data = original.data.to(copy.device, copy.dtype)
@@ -644,7 +645,7 @@ def _originals(model: nn.Module, record: Injection) -> Mapping[str, Tensor]:
 
 
 def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig) -> tuple[str, ...]:
-    """Returns notes for the user: on tied weights, and on training in full in half precision."""
+    """Returns notes for the user, for example on tied weights or on full training in half precision."""
     notes = [
         f"{name} shares its weight with {twins}: the update acts only in {name} (as in PEFT), and merging gives it "
         "its own weight"
@@ -691,7 +692,7 @@ def _report(model: nn.Module, targets: Sequence[TargetModule], notes: tuple[str,
     )
 
 
-# transformers' own methods that would go wrong on an adapted model.
+# Methods of transformers that would go wrong on an adapted model.
 
 
 def _guard_methods(model: nn.Module) -> None:
@@ -704,8 +705,8 @@ def _guard_methods(model: nn.Module) -> None:
 def _save_pretrained(
     model: nn.Module, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
-    """Saves the adapter, as PEFT's models do; transformers' own would write factors that from_pretrained drops."""
-    from .formats.peft import save_adapter  # the formats stand below this module: imported at call time
+    """Saves the adapter, as PEFT's models do; transformers would write factors that from_pretrained then drops."""
+    from .formats.peft import save_adapter  # late import: the formats come later in the import order
     from .formats.trainer import is_trainer_checkpoint, save_trained_weights
 
     if push_to_hub:
@@ -723,7 +724,7 @@ def _save_pretrained(
 
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Resizes embeddings that the adapter leaves alone: it would not survive those that it adapts."""
+    """Resizes token embeddings unless they are adapted: the adapter would not survive that."""
     record = injection_of(model)
     for name, table in token_tables(model).items():
         replaced = record is not None and any(key.rpartition(".")[0] == name for key in record.originals)
@@ -735,5 +736,5 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> Any
     resized = type(model).resize_token_embeddings(model, *args, **kwargs)  # type: ignore[attr-defined]
     for new in (input_table(model), output_head(model)):
         if new is not None:
-            new.requires_grad_(False)  # they come trainable
+            new.requires_grad_(False)  # new embeddings are trainable
     return resized

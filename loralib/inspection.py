@@ -1,7 +1,7 @@
-"""What an adapter is, what it does to its base model, and what is wrong with it.
+"""Tells what an adapter is, what it does to its base model, and what is wrong with it.
 
-`inspect_adapter` looks at the adapter alone; `verify` applies it to its base model and compares it with the merged and
-the exported model.  Norms and singular values are computed from the factors, without forming the update.
+`inspect_adapter` looks at the adapter alone; `verify` applies it to its base model and compares the result with the
+merged and the exported model.  Norms and singular values are computed from the factors, without forming the update.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .injection import injection_of, merge, remove, unmerge
 
 __all__ = ["CheckResult", "Inspection", "ModuleSummary", "inspect_adapter", "plot", "verify"]
 
-_MAX_FAULTS = 20  # that are listed one by one
+_MAX_FAULTS = 20  # maximum number of faults listed individually
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CheckResult:
 
     Attributes:
         level: "ok", "warning" (works, with a limitation) or "fault" (does not work as it should).
-        text: the result.
+        text: the finding.
         fix: what to do about it.
     """
 
@@ -63,11 +63,11 @@ class ModuleSummary:
 
     Attributes:
         name: its dotted name.
-        shape: of the update, (out, in).
+        shape: shape of the update, (out, in).
         r: rank of the factors.
-        scaling: factor of the update.
+        scaling: scaling factor of the update.
         norm: Frobenius norm of the update.
-        singular_values: of the update, in descending order.
+        singular_values: singular values of the update, in descending order.
         effective_rank: see `loralib.delta.effective_rank`.
     """
 
@@ -81,13 +81,13 @@ class ModuleSummary:
 
     @property
     def kind(self) -> str:
-        """The part of the name that all layers share, such as self_attn.q_proj."""
+        """The part of the name that is the same in all layers, such as self_attn.q_proj."""
         of_all_experts = re.sub(r"\[\d+\]$", "", self.name)
         return re.split(r"\.\d+\.", of_all_experts, maxsplit=1)[-1]
 
     @property
     def layer(self) -> int | None:
-        """The number of the layer that the module is in."""
+        """The number of the layer that contains the module."""
         number = re.search(r"\.(\d+)\.", self.name)
         return int(number[1]) if number else None
 
@@ -99,8 +99,8 @@ class Inspection:
     Attributes:
         adapter: the adapter.
         modules: its modules that have valid factors.
-        uses: for each of `loralib.formats.portable.TARGETS`, whether and how the adapter can be used there.
-        checks: what is wrong with it, as far as can be told without the base model.
+        uses: for each tool, whether and how the adapter can be used there.
+        checks: what is wrong with it, as far as this can be told without the base model.
     """
 
     adapter: Adapter
@@ -141,7 +141,7 @@ class Inspection:
         return "\n\n".join(parts)
 
     def by_layer(self) -> str:
-        """Returns a table of all modules."""
+        """Returns a table of all modules by layer."""
         rows = [
             (v.name, v.r, f"{v.scaling:g}", f"{v.norm:.4g}", f"{max(v.singular_values, default=0):.4g}", _ranks([v]))
             for v in self.modules
@@ -167,7 +167,7 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
     """Describes an adapter without its base model.
 
     Args:
-        adapter: of any kind, even a damaged one.
+        adapter: any adapter, even a damaged one.
 
     Returns:
         The description; `Inspection.checks` says what is wrong.
@@ -183,11 +183,11 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
 
 
 def plot(inspection: Inspection, path: str | os.PathLike[str]) -> None:
-    """Draws a heat map of the updates' norms: a row for each kind of module, a column for each layer.
+    """Draws a heat map of the updates' norms, with a row per kind of module and a column per layer.
 
     Args:
-        inspection: what `inspect_adapter` returned.
-        path: the PNG file.
+        inspection: result of `inspect_adapter`.
+        path: the PNG file to write.
 
     Raises:
         AdapterError: there is nothing to draw.
@@ -202,7 +202,7 @@ def plot(inspection: Inspection, path: str | os.PathLike[str]) -> None:
         raise AdapterError("the adapter has no valid factors to draw")
     modules = inspection.modules
     kinds = list(dict.fromkeys(module.kind for module in modules))
-    numbers = sorted({-1 if module.layer is None else module.layer for module in modules})  # -1: in no layer
+    numbers = sorted({-1 if module.layer is None else module.layer for module in modules})  # -1: outside of all layers
     grid = torch.full((len(kinds), len(numbers)), torch.nan)
     for module in modules:
         column = numbers.index(-1 if module.layer is None else module.layer)
@@ -229,15 +229,15 @@ def verify(
     initial: Adapter | None = None,
     max_new_tokens: int = 64,
 ) -> list[CheckResult]:
-    """Applies an adapter to its base model and runs every check.
+    """Applies an adapter to its base model and runs all checks.
 
     Args:
-        model: the base model, preferably in fp32; it is left as it was.
+        model: the base model, preferably in fp32; it is left unchanged.
         tokenizer: its tokenizer.
-        adapter: of any kind.
+        adapter: any adapter.
         prompts: texts like those that the adapter was trained on.
         initial: see `loralib.formats.portable.make_portable`.
-        max_new_tokens: how many tokens a continuation may have before it counts as not ending.
+        max_new_tokens: length in tokens after which a continuation counts as not ending.
 
     Returns:
         The results in the order of the checks.
@@ -276,7 +276,7 @@ def verify(
 
 def _summaries(adapter: Adapter, faulty: bool) -> tuple[ModuleSummary, ...]:
     """Returns a summary of the low-rank part of each module with valid factors."""
-    if adapter.config.enable_lora and faulty:  # fused blocks cannot be expanded
+    if adapter.config.enable_lora and faulty:  # in this case fused blocks cannot be expanded
         return ()
     broken = {place for place, _ in located_faults(adapter)}
     broken |= {name.rpartition(".")[0] for name in broken}
@@ -307,7 +307,7 @@ def _check_learned(modules: Sequence[ModuleSummary]) -> list[CheckResult]:
 
 
 def _check_scaling(adapter: Adapter) -> list[CheckResult]:
-    """Warns where another tool would compute another update."""
+    """Warns if another tool would compute a different update."""
     config = adapter.config
     checks = []
     fix = "loralib convert --target llamacpp (or vllm, mlx, peft) moves the scaling into B"
@@ -385,7 +385,7 @@ def _check_base(model: nn.Module, adapter: Adapter) -> CheckResult:
 
 @contextmanager
 def _adapted(model: nn.Module, adapter: Adapter, initial: Adapter | None = None) -> Iterator[nn.Module]:
-    """Yields the model with the adapter applied; or a merged copy, for adapters that layers cannot compute."""
+    """Yields the model with the adapter applied; or a merged copy, if layers cannot compute this adapter."""
     if depends_on_base(adapter):
         merged = copy.deepcopy(model)
         merge_into(merged, adapter, initial=initial, allow_base_mismatch=True)

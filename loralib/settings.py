@@ -1,6 +1,6 @@
-"""Settings: a dataclass field declares its type, range, help text and spellings once.
+"""Settings: a dataclass field declares its type, range, help text and aliases once.
 
-The same declaration checks a value given in Python, makes the command-line flag, reads the TOML key, and fills
+The same declaration checks values given in Python, creates the command-line flag, reads the TOML key, and fills
 ``help()`` and the tables in the docs.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
-AUTO: Final = "auto"  # how a value is given that the program is to choose
+AUTO: Final = "auto"  # the value that lets the program choose
 
 
 def setting(
@@ -54,26 +54,27 @@ def setting(
     auto: bool = False,
     flag: bool = True,
 ) -> Any:
-    """Declares a setting as a dataclass field; its annotation says which types of value it takes.
+    """Declares a setting as a dataclass field; its annotation determines the allowed types.
 
     Args:
         default: the default value.
         help: the help text.
         group: the heading of its flag in ``--help`` and in the docs.
-        choices: the only values allowed; None allows any.
+        choices: the only allowed values; None allows any.
         several: how its flag takes several values. "names": ``--x a,b`` or ``--x a b``. "files": the same, but a comma
-            in the name of an existing file does not split it. "repeat": ``--x a --x b``. "pairs", of a mapping from
-            whole numbers to numbers: ``--x 5=1.5 7=-2``. None: one value.
+            in the name of an existing file does not split it. "repeat": ``--x a --x b``. "pairs", for a mapping of
+            integers to numbers: ``--x 5=1.5 7=-2``. None: one value.
         at_least: lower bound, inclusive. Bounds and `rule` apply to each value of a mapping.
         above: lower bound, exclusive.
         at_most: upper bound, inclusive.
         below: upper bound, exclusive.
-        rule: a further test that a value of the right type must pass.
-        expected: describes valid values in error messages; by default made from type, bounds and choices.
-        aliases: second spellings of its name, accepted as a flag, a TOML key and an argument in Python.
-        common: most people need it: its flag stands first in ``--help``.
-        auto: None, its default, lets the program choose a value; ``auto`` says so as a flag, in TOML and in Python.
-        flag: whether it has a flag; without one it is for Python alone.
+        rule: an additional test that a value of the right type must pass.
+        expected: describes valid values in error messages; by default derived from type, bounds and choices.
+        aliases: alternative names, accepted as flags, TOML keys and Python arguments.
+        common: whether most users need it: its flag is then listed first in ``--help``.
+        auto: whether None, the default, lets the program choose a value; ``auto`` requests this in flags, TOML and
+            Python.
+        flag: whether it has a flag; without one it can be set only in Python.
 
     >>> @dataclasses.dataclass
     ... class Bath:
@@ -92,7 +93,7 @@ def setting(
 def settings_class(config: type[Config]) -> type[Config]:
     """Decorates a dataclass of settings.
 
-    ``help()`` lists its fields; ``__init__`` takes their second spellings, and suggests what an unknown one may mean.
+    ``help()`` lists its fields; ``__init__`` accepts aliases and suggests names for unknown arguments.
     """
     specs = dataclasses.fields(cast(Any, config))
     listed = "".join(f"\n        {spec.name}: {spec.metadata['help']}." for spec in specs if "help" in spec.metadata)
@@ -112,10 +113,10 @@ def settings_class(config: type[Config]) -> type[Config]:
 
 
 def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values under the fields' own names instead of their second spellings.
+    """Returns the values under the fields' own names instead of aliases.
 
     Raises:
-        ConfigError: a setting is given in both spellings.
+        ConfigError: a setting is given under two names.
     """
     names = _spellings(config)
     renamed: dict[str, Any] = {}
@@ -129,10 +130,10 @@ def canonical(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) -> None:
-    """Checks a settings dataclass, from its ``__post_init__``; a path object in it becomes text, "auto" None.
+    """Checks a settings dataclass, from its ``__post_init__``; path objects become strings, and "auto" becomes None.
 
-    `what` says whose settings these are.  `rules` finds faults in how fields go together; it is called when each value
-    is of its type.
+    `what` says whose settings these are.  `rules` finds combinations of fields that are invalid; it is called only if
+    every value has the right type.
 
     Raises:
         ConfigError: one or more settings are invalid; the message lists all of them.
@@ -156,7 +157,7 @@ def check(config: Any, what: str, rules: Callable[[], Iterable[str]] = tuple) ->
 def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> list[str]:
     """Lists what is wrong with values for a settings dataclass: unknown names, wrong types, values out of range.
 
-    The values are by name, as a TOML table has them; `where` goes before each name in a message.
+    The values are given by name, as in a TOML table; `where` is put before each name in a message.
 
     >>> from loralib.config import LoraConfig
     >>> print(*setting_faults(LoraConfig, {"lora_alhpa": 16, "use_dora": "yes"}), sep="\\n")
@@ -174,7 +175,7 @@ def setting_faults(config: type, values: Mapping[str, Any], where: str = "") -> 
 
 
 def settings_schema(config: type, without: Container[str] = ()) -> dict[str, Any]:
-    """Returns the JSON schema of a table of settings, as an API takes them; `without` names those that it has not.
+    """Returns the JSON schema of a table of settings for an API; `without` names settings to leave out.
 
     >>> from loralib.config import LoraConfig
     >>> settings_schema(LoraConfig)["properties"]["r"]["minimum"]
@@ -218,7 +219,7 @@ def _schema_of(kind: Any) -> dict[str, Any]:
 
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:
-    """Reads a TOML file, which messages call by a name, for instance ``--config run.toml``.
+    """Reads a TOML file; messages refer to it by `name`, for instance ``--config run.toml``.
 
     Raises:
         ConfigError: the file cannot be read, or is not valid TOML.
@@ -263,7 +264,7 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def _spellings(config: type) -> dict[str, str]:
-    """Maps each accepted name to its field."""
+    """Maps each accepted name, including aliases, to its field."""
     specs = dataclasses.fields(config)
     return {name: spec.name for spec in specs for name in (spec.name, *spec.metadata.get("aliases", ()))}
 
@@ -277,7 +278,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type: a bool is no number, a float is finite, and items of a list of texts have text."""
+    """Whether a value fits a type: a bool is not a number, a float must be finite, strings in lists are not empty."""
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is types.UnionType:
         return any(_fits(value, part) for part in parts)
@@ -290,7 +291,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
-        return isinstance(value, (int, float)) and abs(value) < 1e300  # room for a product before it overflows
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # leaves room for a product before it overflows
     return isinstance(value, kind)
 
 
@@ -326,7 +327,7 @@ def _bounds(about: Mapping[str, Any]) -> list[tuple[str, Callable[[Any, Any], bo
 
 
 def _description(hint: Any, about: Mapping[str, Any]) -> str:
-    """Says in words which values are valid, as "a whole number of at least 1"."""
+    """Describes the valid values in words, such as "a whole number of at least 1"."""
     kinds = " or ".join(_name_of(kind) for kind in kinds_of(hint) if kind is not types.NoneType)
     numbers = f"{kinds} {' and '.join(f'{words} {about[name]:,}' for name, _, words in _bounds(about))}".rstrip()
     return f"{numbers}, or {AUTO}" if about.get("auto") else numbers
@@ -343,7 +344,7 @@ _PLURALS = {bool: "booleans", int: "whole numbers", float: "numbers", str: "stri
 
 
 def _name_of(kind: Any, plural: bool = False) -> str:
-    """Returns what a type is called in messages.
+    """Returns the name that messages use for a type.
 
     >>> _name_of(Mapping[str, Sequence[bool]])
     'a table of lists of booleans'

@@ -1,6 +1,6 @@
-"""Which modules a config adapts, what each becomes, and every reason why not.  The model is only read.
+"""Decides which modules a config adapts and what each becomes, and reports why others cannot be.  Only reads the model.
 
-`match_modules` is the way in; `loralib.injection` carries out what it returns.
+`match_modules` is the entry point; `loralib.injection` carries out what it returns.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class TargetModule:
     Attributes:
         name: its dotted name in the model.
         module: the module itself.
-        mixin: the LoRA class that is put over the module's own.
+        mixin: the LoRA class to combine with the module's own class.
         r, lora_alpha: its rank and alpha.
         pattern: the entry of target_modules that matched it.
         blocks: which equal blocks of a fused projection are adapted; None for a plain layer.
-        token_indices: which rows of a table are trained, where it is no low-rank update.
-        tied: whether these rows are another table's.
-        weights: which weights are adapted, where the module holds those of experts.
+        token_indices: which rows of a token table are trained, if these are trained instead of a low-rank update.
+        tied: whether these rows belong to another table, to which this one is tied.
+        weights: which expert weights are adapted, if the module holds any.
     """
 
     name: str
@@ -76,7 +76,7 @@ class TargetModule:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the layer is told before it makes its tensors."""
+        """Attributes to set on the layer before it creates its tensors."""
         if issubclass(self.mixin, LoRALinear):
             return {"fan_in_fan_out": is_conv1d(self.module), "blocks": self.blocks}
         if self.weights:
@@ -84,13 +84,13 @@ class TargetModule:
         return {"token_indices": self.token_indices, "tied": self.tied} if self.token_indices else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the adapter's tensors for this module, by their names in the adapter."""
+        """Returns the shapes of this module's adapter tensors, by their names in the adapter."""
         layer = self.preview()
         shapes = layer.tensor_shapes(self.r)
         return {f"{self.name}.{key}": shapes[name] for name, key in layer.tensor_keys().items()}
 
     def preview(self) -> LoRALayer:
-        """Returns the layer that the module will be, without trained tensors, to ask it for shapes."""
+        """Returns the layer that the module will become, without trained tensors, to be asked for shapes."""
         cls = adapted_class(self.mixin, base_class(self.module))
         layer = cls.__new__(cls)
         layer.__dict__.update(self.module.__dict__, **self.attributes)
@@ -103,14 +103,14 @@ def match_modules(
     """Finds the modules that a config adapts, without touching the model.
 
     Args:
-        model: may hold an adapter that `loralib.inject` made; its base is matched.
+        model: may hold an adapter made by `loralib.inject`; then its base is matched.
         config: see `loralib.inject`.
-        trained: whether it is the config of a finished adapter, whose tensors decide: then entries may match nothing.
-            PEFT accepts such entries, and writes some itself.
-        changes: whether the model is to be changed, which one that generates cannot be.
+        trained: whether the config is that of a finished adapter.  Its tensors then decide, and entries may match
+            nothing; PEFT accepts such entries, and writes some itself.
+        changes: whether the model is going to be changed, which is impossible while it generates.
 
     Returns:
-        One entry for each module, in the model's order.
+        One entry per module, in the model's order.
 
     Raises:
         TargetError: a pattern matches nothing or a module cannot be adapted; all faults are reported together.
@@ -133,7 +133,7 @@ def match_modules(
             faults.append(f"{name}: {error}")
             continue
         if isinstance(modules[name], nn.MultiheadAttention):
-            # in_proj and out_proj belong together, as in PEFT.
+            # in_proj and out_proj are adapted together, as in PEFT.
             output = f"{name}.out_proj"
             try:
                 targets.append(_target(output, pattern, LoRAReadLinear, modules, config, changes))
@@ -148,12 +148,12 @@ def match_modules(
     return targets
 
 
-# The heads that PEFT trains in full for a task, besides the adapter.
+# The heads that PEFT trains in full for a task, in addition to the adapter.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Returns the config with the model's head in modules_to_save, if its task_type has one: PEFT's rule."""
+    """Returns the config with the model's head added to modules_to_save, if its task_type implies one (PEFT's rule)."""
     names = named_modules(model)
     heads = [head for head in HEADS.get(config.task_type or "", ()) if any(name.endswith(head) for name in names)]
     missing = [head for head in heads if not any(config.saves(name) for name in names if name.endswith(head))]
@@ -161,7 +161,7 @@ def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def unsaved_head(model: nn.Module, config: LoraConfig) -> str:
-    """Returns the name of a classifier's head that does not train in full; "" where there is none."""
+    """Returns the name of a classifier head that is not trained in full; "" if there is none."""
     if not type(model).__name__.endswith(("Classification", "ForQuestionAnswering", "ForMultipleChoice")):
         return ""
     heads = {head for names in HEADS.values() for head in names}
@@ -171,16 +171,16 @@ def unsaved_head(model: nn.Module, config: LoraConfig) -> str:
 def fully_trained_tensors(
     model: nn.Module, config: LoraConfig, adapted: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, Tensor]:
-    """Returns what a config trains besides the layers' own tensors, by name: biases and all of modules_to_save.
+    """Returns by name the tensors that a config trains besides the layers' own: biases and all of modules_to_save.
 
     Args:
         model: plain or adapted.
-        config: `bias` and `modules_to_save` count.
+        config: only `bias` and `modules_to_save` matter.
         adapted: the adapted modules with their names, for ``bias="lora_only"``.
     """
     tensors = dict[str, Tensor]()
     if config.bias == "all":
-        # PEFT leaves out in_proj_bias where it adapts the attention.
+        # PEFT does not train in_proj_bias of an attention that it adapts.
         left_out = {f"{name}.in_proj_bias" for name, module in adapted if isinstance(module, nn.MultiheadAttention)}
         left_out |= {
             f"{name}.{leaf}"
@@ -209,7 +209,7 @@ def fully_trained_tensors(
 
 
 def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, str]:
-    """Returns which other modules hold the weight of a target, by name, for those of which one does."""
+    """Returns, for each target whose weight is tied, the names of the other modules that hold it."""
     owners: dict[int, list[str]] = {}
     for name, module in named_modules(model).items():
         for parameter in module._parameters.values():
@@ -224,7 +224,7 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
 
 
 def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
-    """Refuses kinds of adapters that layers cannot compute, with what to do in place of training or loading one."""
+    """Refuses kinds of adapters that layers cannot compute, and says what to do instead of training or loading one."""
     if faults := contradictions(config, trained):
         raise TargetError(faults[0] if len(faults) == 1 else list_faults("these settings are not possible", faults))
 
@@ -232,7 +232,7 @@ def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
 def _token_rows(
     model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, adapted: Collection[str], faults: list[str]
 ) -> list[TargetModule]:
-    """Returns the tables of which single rows are trained, those that are tied to them included; adds to `faults`."""
+    """Returns the tables of which single rows are trained, including tables tied to them; appends to `faults`."""
     chosen = config.trainable_token_indices
     if not chosen:
         return []
@@ -275,7 +275,7 @@ def _token_rows(
 def _token_rows_fault(
     name: str, module: nn.Module, indices: tuple[int, ...], config: LoraConfig, adapted: Collection[str]
 ) -> str:
-    """Returns why single rows of a table cannot be trained, or ""."""
+    """Returns why single rows of a table cannot be trained; "" if they can."""
     if not isinstance(module, (nn.Embedding, nn.Linear)):
         return f"{base_class(module).__name__} is not an embedding or a head; name one of these"
     if name in adapted:
@@ -301,7 +301,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
-    """Returns the entry of target_modules that matches, for each module that one does."""
+    """Returns the matching entry of target_modules for each module that has one."""
     entries = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
     if ALL_LINEAR in entries:
         left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
@@ -320,7 +320,7 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
 
 
 def _is_left_out(name: str, config: LoraConfig) -> bool:
-    """Whether exclude_modules, modules_to_save or layers_to_transform keep a module from being adapted."""
+    """Whether exclude_modules, modules_to_save or layers_to_transform exclude a module."""
     chosen = config.layers_to_transform
     return _is_excluded(name, config) or (chosen is not None and _layer_number(name, config) not in _several(chosen))
 
@@ -332,7 +332,7 @@ def _is_excluded(name: str, config: LoraConfig) -> bool:
 
 
 def _layer_number(name: str, config: LoraConfig) -> int | None:
-    """Returns which layer a module belongs to: the first number in its name, or the one after layers_pattern."""
+    """Returns the number of a module's layer: the first number in its name, or the one after layers_pattern."""
     for pattern in _several(config.layers_pattern) or (r"[^.]*",):
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
             return int(match[1])
@@ -340,7 +340,7 @@ def _layer_number(name: str, config: LoraConfig) -> int | None:
 
 
 def _several(value: Any) -> tuple[Any, ...]:
-    """Returns the value of a setting that takes one or a list."""
+    """Returns the value of a setting that takes one value or a list, as a tuple."""
     return (value,) if isinstance(value, (int, str)) else tuple(value or ())
 
 
@@ -351,9 +351,9 @@ def _unused_entry_faults(
     adapted: Sequence[str],
     config: LoraConfig,
 ) -> list[str]:
-    """Says of every entry that matches nothing what it might have meant.
+    """Reports every entry that matches nothing, with what it might have meant.
 
-    `adapted` are the names of the modules in `matched` and of the weights of experts that are adapted.
+    `adapted` holds the names of the modules in `matched` and of the expert weights that are adapted.
     """
 
     def unmatched(setting: str, names: Iterable[str]) -> list[str]:
@@ -362,7 +362,7 @@ def _unused_entry_faults(
         return [entry for entry, pattern in patterns if not any(matches(pattern, name) for name in names)]
 
     faults = []
-    # An entry also counts as used where an earlier one of the list took all its modules.
+    # An entry also counts as used if earlier entries in the list already took all its modules.
     entries = [entry for entry in unmatched("target_modules", matched) if entry != ALL_LINEAR or not adapted]
     if entries:
         narrowed = config.exclude_modules or config.modules_to_save or config.layers_to_transform is not None
@@ -388,20 +388,20 @@ def _unused_entry_faults(
 
 
 def _similar_names(model: nn.Module, entry: str, names: Iterable[str]) -> str:
-    """Returns which module names, cut to as many parts as the entry has, are like it."""
+    """Returns a hint with module names, cut to as many parts as the entry has, that are similar to it."""
     parameters = [name for name in named_parameters(model) if matches((entry,), name)]
     if any(_is_expert_weight(model, name) for name in parameters):
         return f" {entry!r} is a parameter, not a module: name it in target_parameters."
     if parameters:
         return f" {entry!r} is a parameter, not a module, and cannot be adapted."
     if any(matches((entry,), name) for name in names):
-        return ""  # it is there, and left out by another setting
+        return ""  # the name exists, but another setting excludes it
     parts = entry.count(".") + 1
     return did_you_mean(entry, dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
 
 
 def _suggestion(model: nn.Module) -> str:
-    """Names what could be adapted, with counts, and something to try."""
+    """Lists what could be adapted, with counts, and suggests a setting to try."""
     if _is_linear(model):
         return (
             "It is a layer itself, but inject() adapts the layers inside a model: wrap it, as in nn.Sequential(layer)."
@@ -421,7 +421,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
 
 
-# Experts, whose weights are parameters of three dimensions.
+# Experts, whose weights are three-dimensional parameters.
 
 
 def _experts(
@@ -432,7 +432,7 @@ def _experts(
     changes: bool,
     faults: list[str],
 ) -> list[TargetModule]:
-    """Returns the modules of experts of which weights are adapted; adds to `faults` what is not possible."""
+    """Returns the expert modules whose weights are adapted; appends what is impossible to `faults`."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
     chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
     unknown = list[str]()
@@ -507,9 +507,9 @@ def _named_parameters_of(
     trained: bool,
     faults: list[str],
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Returns which weights of which experts target_parameters names, and which routers, each with its entry.
+    """Returns which weights of which experts, and which routers, target_parameters names, each with its entry.
 
-    Adds to `faults`.
+    Appends to `faults`.
     """
     chosen, routers, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
     modules = named_modules(model) if config.target_parameters else {}
@@ -543,7 +543,7 @@ def _named_parameters_of(
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether a module is, by its class's name, a router with a weight that it reads itself, as in transformers 5."""
+    """Whether a module is a router, judging by its class name, that reads its own 2-D weight, as in transformers 5."""
     weight, kind = module._parameters.get("weight"), base_class(module)
     named = any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
     return named and weight is not None and weight.dim() == 2 and not _is_linear(module)
@@ -556,7 +556,7 @@ def _no_expert_weight(known: Sequence[str]) -> str:
 
 
 def _known_experts(holders: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the endings of the names of the experts' weights that can be adapted."""
+    """Returns the name endings of the expert weights that can be adapted."""
     known = dict[str, None]()
     for name, module in holders.items():
         with contextlib.suppress(TargetError):
@@ -587,7 +587,7 @@ def _is_expert_weight(model: nn.Module, name: str) -> bool:
         return False
 
 
-# What a module can become.  The functions below raise TargetError with the reason alone; the name is put before it.
+# What a module can become.  The functions below raise TargetError with only the reason; callers prefix the name.
 
 
 def _target(
@@ -617,7 +617,7 @@ def _target(
 
 
 def _mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> type[LoRALayer]:
-    """Returns the LoRA class for a module, in the variant that the config asks for."""
+    """Returns the LoRA class for a module, in the variant that the config selects."""
     return mixin_for(_plain_mixin_for(name, modules, config), config)
 
 
@@ -647,7 +647,7 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
             _refuse_shared_table(module, modules)
-        if not hasattr(module, "embed_scale"):  # rows are multiplied with it (Gemma, BART); see LoRAEmbedding
+        if not hasattr(module, "embed_scale"):  # scales the rows (Gemma, BART); see LoRAEmbedding
             _refuse_own_forward(base, nn.Embedding)
         return LoRAEmbedding
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -671,7 +671,7 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
 
 
 def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module]) -> None:
-    """Refuses the embedding of T5, BART and similar that is never called: others hold its weight, and are."""
+    """Refuses the shared embedding of T5, BART and similar models, which is never called; others use its weight."""
     tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding) and m is not module}
     twins = [name for name, m in tables.items() if m._parameters.get("weight") is module._parameters.get("weight")]
     if twins:
@@ -687,7 +687,7 @@ def _refuse_own_forward(base: type[nn.Module], *kinds: type[nn.Module]) -> None:
 
 
 def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
-    """Whether a class with a forward of its own computes ``W x + b`` (Falcon's does), tried on small numbers."""
+    """Whether a class with its own forward computes ``W x + b`` (as Falcon's does), tested on small tensors."""
     if base.forward is nn.Linear.forward:
         return True
     if module._modules or {*module._parameters} != {"weight", "bias"} or module._buffers:
@@ -704,20 +704,20 @@ def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
     try:
         with torch.no_grad():
             y = base.forward(probe, x)
-    except Exception:  # it needs more than an input, or sizes of its own
+    except Exception:  # it needs more than one input, or has its own sizes
         return False
     ours = nn.functional.linear(x, *probe.__dict__["_parameters"].values())
     return isinstance(y, Tensor) and y.shape == ours.shape and bool(torch.allclose(y, ours, atol=1e-5))
 
 
 def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None:
-    """Refuses a module where switching the class would silently do nothing, or cannot be done."""
+    """Refuses a module whose class cannot be switched, or where that would silently have no effect."""
     if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
         raise TargetError(
             f"it already has parameters with these names ({', '.join(names)}): is there another LoRA on it?"
         )
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    generates = type(bound).__module__ == "loralib.engine.placement"  # which stands below this module: not imported
+    generates = type(bound).__module__ == "loralib.engine.placement"  # not imported: it comes later in the import order
     if bound is not None and not is_own_forward(module, bound) and (changes or not generates):
         if generates:
             raise TargetError("the model is currently generating or being trained; adapt it after that has ended")
@@ -744,7 +744,7 @@ def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None
 
 
 def is_own_forward(module: nn.Module, bound: object) -> bool:
-    """Whether a forward kept on the instance is its class's: accelerate leaves such ones, and they can be renewed."""
+    """Whether a forward stored on the instance is its class's own: accelerate stores these, and they can be rebound."""
     return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
 
 

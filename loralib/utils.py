@@ -1,4 +1,4 @@
-"""Microsoft's two helper functions."""
+"""The two helper functions of Microsoft's loralib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["lora_state_dict", "mark_only_lora_as_trainable"]
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freezes every parameter but LoRA's own and, if asked for, biases.
+    """Freezes every parameter except LoRA's own and, on request, biases.
 
     Args:
         model: holds LoRA layers.
@@ -28,7 +28,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """Returns the entries of the state dict that an adapter consists of.
+    """Returns the entries of the state dict that make up an adapter.
 
     Args:
         model: holds LoRA layers.
@@ -44,13 +44,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def _chosen_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
-    """Returns the names of LoRA's own tensors and of the biases asked for."""
+    """Returns the names of LoRA's own tensors and of the requested biases."""
     if bias not in ("none", "all", "lora_only"):
         raise BiasModeError(f"bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
     modules, parameters = named_modules(model, remove_duplicate=False), set(named_parameters(model))
     injected = any("_halves" in type(module).__dict__ for module in modules.values())
-    # In a model of Microsoft's layers every name that holds "lora_" is LoRA's, also in a user's own module (its rule);
-    # inject() knows its tensors, and a module of the base may be called lora_head.
+    # In a model of Microsoft's layers, every name that contains "lora_" counts as LoRA's, even in a user's own module
+    # (Microsoft's rule).  After inject() the tensors are known, and a module of the base may be called lora_head.
     lora = (
         {
             f"{name}.{leaf}" if name else leaf
@@ -65,7 +65,7 @@ def _chosen_names(model: nn.Module, bias: str, adapted_only: bool) -> set[str]:
         return lora | {name for name in parameters if "bias" in name}
     if bias == "none":
         return lora
-    # Microsoft trains the bias of a LoRA layer with r=0 but does not save it.
+    # Microsoft's loralib trains the bias of a LoRA layer with r=0 but does not save it.
     return lora | {
         f"{name}.bias" if name else "bias"
         for name, module in modules.items()

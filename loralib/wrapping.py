@@ -1,7 +1,7 @@
-"""Models inside other libraries' wrappers: names and modules as the model itself has them.
+"""Models inside other libraries' wrappers: names and modules as in the unwrapped model.
 
-torch.compile, DataParallel, FSDP, accelerate and others put a module around a model or around a part of it, and a step
-of its own into every name below (``_orig_mod.``, ``module.``).  An adapter's names have none of these steps.
+torch.compile, DataParallel, FSDP, accelerate and others wrap a model, or a part of it, in a module that inserts a
+component of its own into every name below it (``_orig_mod.``, ``module.``).  An adapter's names contain none of these.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
     "writes_files",
 ]
 
-# Names that PyTorch's own wrappers give to what is inside.
+# Names that PyTorch's wrappers give to the module inside.
 _PRIVATE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Where wrappers that call it `module` come from; a user's own module of that name is a part of the model.
+# Libraries whose wrappers call it `module`; a user's own module of that name is part of the model.
 _SYNCHRONISE = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "fairscale", "lightning", "lightning_fabric", "pytorch_lightning")
 
@@ -68,14 +68,14 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def refuse_process_groups(model: nn.Module, why: str) -> None:
-    """Refuses a model that several processes train together: its wrapper keeps a list of what it synchronises.
+    """Refuses a model that several processes train together: its wrapper has fixed which parameters it synchronises.
 
     Args:
         model: with its wrappers.
-        why: goes on after "the model is inside DistributedDataParallel, ".
+        why: continues the message "the model is inside DistributedDataParallel, ".
 
     Raises:
-        TargetError: the model is wrapped so.
+        TargetError: the model has such a wrapper.
     """
     while (inner := _inside(model)) is not None:
         kind = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _SYNCHRONISE), None)
@@ -85,7 +85,7 @@ def refuse_process_groups(model: nn.Module, why: str) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Returns a dotted name without the steps that PyTorch's wrappers put into it.
+    """Returns a dotted name without the components inserted by PyTorch's wrappers.
 
     >>> plain_name("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
     'layers.0.q_proj'
@@ -94,7 +94,7 @@ def plain_name(name: str) -> str:
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Returns the modules inside a model by name, as ``nn.Module.named_modules`` does, without any wrappers."""
+    """Returns the modules of a model by name, like ``nn.Module.named_modules``, but without wrappers."""
     found, seen = dict[str, nn.Module](), set[int]()
 
     def walk(name: str, module: nn.Module) -> None:
@@ -112,7 +112,7 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[st
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns a model's parameters by every name that they have, without the steps of wrappers."""
+    """Returns a model's parameters under every name that they have, without the wrappers' components."""
     return {
         f"{name}.{leaf}" if name else leaf: parameter
         for name, module in named_modules(model, remove_duplicate=False).items()
@@ -122,7 +122,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and persistent buffers by name, as a state dict has them, without the steps of wrappers."""
+    """Returns parameters and persistent buffers by name, as in a state dict, without the wrappers' components."""
     return {
         f"{name}.{leaf}" if name else leaf: tensor
         for name, module in named_modules(model, remove_duplicate=False).items()
@@ -132,10 +132,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Returns the module of that name (see `named_modules`).
+    """Returns the module with this name (see `named_modules`).
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such module.
     """
     module = unwrapped(model)
     for part in name.split(".") if name else ():
@@ -144,21 +144,21 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a parameter is one process' share of a tensor: under FSDP2, FSDP1 or DeepSpeed's stage 3."""
+    """Whether a parameter is only this process's shard of a tensor: under FSDP2, FSDP1 or DeepSpeed ZeRO stage 3."""
     return hasattr(tensor, "full_tensor") or bool(getattr(tensor, "_fsdp_flattened", False)) or hasattr(tensor, "ds_id")
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether a model's parameters are spread over processes, which keep the weights that they compute with."""
+    """Whether a model's parameters are sharded across processes, whose wrappers keep references to them."""
     kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(map(is_sharded, model.parameters()))
 
 
 @contextlib.contextmanager
 def adapting_spread() -> Iterator[None]:
-    """Lets models under FSDP2 be adapted in a ``with`` block: by whom adds up the adapter's gradients over processes.
+    """Allows models under FSDP2 to be adapted in a ``with`` block, by a caller that reduces the adapter's gradients.
 
-    FSDP2 does that only for what was there when it spread the weights, so elsewhere such models are refused.
+    FSDP2 does so only for parameters that existed when it sharded the weights; elsewhere such models are refused.
     """
     token = _ADAPTS_SPREAD.set(True)
     try:
@@ -171,49 +171,49 @@ _ADAPTS_SPREAD = contextvars.ContextVar("adapting_spread", default=False)
 
 
 def may_adapt(weight: Tensor) -> bool:
-    """Whether a weight is whole; or spread by FSDP2, inside `adapting_spread`."""
+    """Whether a weight is unsharded; or sharded by FSDP2, inside `adapting_spread`."""
     return not is_sharded(weight) or (_ADAPTS_SPREAD.get() and hasattr(weight, "full_tensor"))
 
 
 def input_table(model: nn.Module) -> nn.Module | None:
-    """Returns the module that looks tokens up, in a model of transformers; None where there is none."""
+    """Returns the token embedding of a transformers model; None if there is none."""
     return _asked(model, "get_input_embeddings")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Returns the module that makes the logits, in a model of transformers; None where there is none."""
+    """Returns the module that computes the logits of a transformers model; None if there is none."""
     return _asked(model, "get_output_embeddings")
 
 
 def _asked(model: nn.Module, method: str) -> nn.Module | None:
     try:
         found = getattr(model, method)()
-    except (AttributeError, NotImplementedError, TypeError):  # not of transformers, or without such a module
+    except (AttributeError, NotImplementedError, TypeError):  # not a transformers model, or no such module
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks that a model is a stack of: the members of the list of modules that holds most parameters.
+    """Returns the blocks that a model stacks: the members of the ModuleList that holds the most parameters.
 
     >>> model = nn.ModuleDict({"table": nn.Embedding(9, 4), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
     >>> len(decoder_blocks(model))
     3
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    # Of lists within lists the outer one comes first, which max() keeps.
+    # With nested lists the outer one comes first, which max() keeps on a tie.
     largest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=None)
     return [] if largest is None else list(largest)
 
 
 def writes_files(model: nn.Module) -> bool:
-    """Whether this process writes what all have: under FSDP, where all must help to gather it, the first one does."""
+    """Whether this process writes files for all: under FSDP, where every process helps to gather, only rank 0 does."""
     return not is_spread(model) or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Holds the whole parameters of a model under FSDP1 inside a ``with`` block; every process must take part."""
+    """Provides the full parameters of a model under FSDP1 in a ``with`` block; every process must take part."""
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if fsdp is None or not any(isinstance(module, fsdp) for module in model.modules()):
         yield
