@@ -1,7 +1,7 @@
 """The memory that training and serving need, computed from the modules alone, which may have no weights yet.
 
 `loralib plan`, which knows a model only by its config.json, and runs, which have the model itself, share one formula.
-Weights and optimizer state are counted exactly; what a step keeps for the backward pass is derived from how the engine
+Weights and optimiser state are counted exactly; what a step keeps for the backward pass is derived from how the engine
 computes a block.  benchmarks/plan.json records how accurate the estimates are.
 """
 

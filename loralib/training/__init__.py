@@ -1,4 +1,4 @@
-"""Training: `TrainConfig` says how, `train` does it."""
+"""Training: `TrainConfig` holds the settings, `train` carries them out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(
     valid_data: Data | None = None,
     verbose: bool = True,
 ) -> TrainResult:
-    """Trains the adapter of a model and saves it in ``config.output_dir``.
+    """Trains a model's adapter and saves it in ``config.output_dir``.
 
     Signal handlers and random generators belong to the whole process, so calls from several threads take turns.
 
@@ -34,20 +34,20 @@ def train(
         model: a causal language model.  If it has no adapter, it gets the one that `config` describes.
         data: training files, examples, or token examples.
         config: the settings; see `TrainConfig`.
-        tokenizer: required if data are files or text.
+        tokenizer: required if the data are files or text.
         valid_data: like `data`; the loss on it is measured before, during and after training.
-        verbose: print what is trained, progress and results.
+        verbose: whether to print what is trained, progress and results.
 
     Returns:
         Losses, speed, and where the adapter is.
 
     Raises:
-        NothingLearnedError: no gradient reaches an adapted layer, or the adapter ends as it began.
-        TrainingError: the loss is not finite or explodes, memory runs out, or an unfinished run is in the way.
-        InterruptedRunError: a signal, such as Ctrl-C, stopped the run, which saved itself first.
-        OutputError: output_dir cannot be written, or another run holds it.
+        NothingLearnedError: no gradient reaches an adapted layer, or the adapter is unchanged after training.
+        TrainingError: the loss is not finite or explodes, memory runs out, or output_dir holds an unfinished run.
+        InterruptedRunError: a signal, such as Ctrl-C, stopped the run, which saved its state first.
+        OutputError: output_dir cannot be written, or another run has locked it.
     """
-    from .trainer import run  # when it is called: the loop needs most of the package, `import loralib` does not
+    from .trainer import run  # imported late: the loop needs most of the package, `import loralib` does not
 
     return run(model, data, config or TrainConfig(), tokenizer, valid_data, verbose)
 
@@ -62,29 +62,29 @@ def train_many(
     output_dir: str = "lora_sweep",
     verbose: bool = True,
 ) -> SweepResult:
-    """Trains several adapters at once over one base, and tells which is best.
+    """Trains several adapters on one base at the same time, and finds the best.
 
-    Runs of plain LoRA on linear layers share the base's passes: each has its own examples, optimiser, schedule and end,
-    and the losses that it has by itself.  Other runs follow one after the other.  One that diverges is dropped, and
-    the others go on.
+    Runs of plain LoRA on linear layers share forward and backward passes of the base, but each has its own examples,
+    optimiser, schedule and end, and the same losses as on its own.  Other runs follow one after the other.  A run that
+    diverges is dropped; the others continue.
 
     Args:
-        model: a causal language model without an adapter; afterwards it is what it was.
+        model: a causal language model without an adapter; it is left unchanged.
         data: as for `train`.
-        configs: the settings of each run.  What is read and loaded is the same for all of them.
-        tokenizer: required if data are files or text.
+        configs: the settings of each run.  Data and base model must be the same for all of them.
+        tokenizer: required if the data are files or text.
         valid_data: like `data`.
-        output_dir: gets a directory for each run, called after the settings that differ; ``best``, the adapter with
+        output_dir: receives a directory for each run, named after the settings that differ; ``best``, the adapter with
             the lowest validation loss (training loss, without validation data); sweep.json and sweep.png.
-        verbose: print what happens.
+        verbose: whether to print progress and results.
 
     Returns:
-        What has become of each run, and which is best.
+        The outcome of each run, and which is best.
 
     Raises:
-        ConfigError: runs are the same, differ in what they must share, or need more memory than there is.
+        ConfigError: runs are identical, differ in what they must share, or need more memory than is available.
         TrainingError: all runs were dropped.
-        InterruptedRunError: a signal stopped the sweep, whose runs saved themselves first.
+        InterruptedRunError: a signal stopped the sweep, whose runs saved their states first.
     """
     from .many import train_all
 

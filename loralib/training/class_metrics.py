@@ -1,6 +1,6 @@
-"""How good a classifier is, from sums that can be added up over batches and processes: a table of counts, or moments.
+"""Classification metrics, computed from sums (confusion counts or moments) that add up over batches and processes.
 
-The definitions are those of GLUE and scikit-learn.
+Definitions follow GLUE and scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from torch.nn import functional as F
 
 __all__ = ["METRICS", "class_figures", "confusion", "moments", "number_figures", "spearman"]
 
-METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson")  # of all of them, more is better
+METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson")  # for all of them, higher is better
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Returns how many texts of each class were taken for each (C * C,), by class first.
+    """Returns a flattened confusion matrix (C * C,), with a row per true class.
 
     Args:
-        labels: (B,) the classes.
-        predicted: (B,) those that were predicted.
+        labels: (B,) true classes.
+        predicted: (B,) predicted classes.
         classes: C.
     """
     return F.one_hot(labels * classes + predicted, classes * classes).sum(0)
 
 
 def class_figures(counts: Sequence[float], classes: int) -> dict[str, float]:
-    """Returns accuracy, F1 and Matthews' correlation from counts of `confusion`.
+    """Returns accuracy, F1 and the Matthews correlation coefficient from counts of `confusion`.
 
-    With two classes, f1 is that of the second one, as in GLUE; macro_f1 is the mean over all classes that occur.
+    With two classes, f1 is that of the second one, as in GLUE; macro_f1 averages over all classes that occur.
 
     >>> {name: round(value, 3) for name, value in class_figures([3, 1, 2, 4], 2).items()}
     {'accuracy': 0.7, 'f1': 0.727, 'macro_f1': 0.697, 'matthews': 0.408}
     """
     total, hits = sum(counts), [counts[k * classes + k] for k in range(classes)]
-    true = [sum(counts[k * classes : (k + 1) * classes]) for k in range(classes)]  # texts of each class
-    taken = [sum(counts[k::classes]) for k in range(classes)]  # texts that were taken for each
+    true = [sum(counts[k * classes : (k + 1) * classes]) for k in range(classes)]  # number of texts of each class
+    taken = [sum(counts[k::classes]) for k in range(classes)]  # number of texts predicted as each class
     each = {k: 2 * hits[k] / (true[k] + taken[k]) for k in range(classes) if true[k] + taken[k]}
     figures = {"accuracy": sum(hits) / max(1.0, total)}
     if classes == 2:
         figures["f1"] = each.get(1, 0.0)
     figures["macro_f1"] = sum(each.values()) / max(1, len(each))
-    # Gorodkin 2004, equation 8; with two classes it is the correlation of prediction and truth (Matthews 1975).
+    # Gorodkin 2004, equation 8; for two classes it equals the correlation of prediction and truth (Matthews 1975).
     covariance = sum(hits) * total - sum(p * t for p, t in zip(taken, true, strict=True))
     spread = (total**2 - sum(p * p for p in taken)) * (total**2 - sum(t * t for t in true))
     figures["matthews"] = covariance / math.sqrt(spread) if spread > 0 else 0.0
@@ -51,20 +51,20 @@ def class_figures(counts: Sequence[float], classes: int) -> dict[str, float]:
 
 
 def moments(labels: Tensor, predicted: Tensor) -> Tensor:
-    """Returns the sums (5,) from which `number_figures` makes a correlation: x, y, x x, y y, x y."""
+    """Returns the sums (5,) from which `number_figures` computes a correlation: x, y, x x, y y, x y."""
     x, y = labels.double(), predicted.double()
     return (x.sum() * 0).new_tensor([float(each.sum()) for each in (x, y, x * x, y * y, x * y)])
 
 
 def number_figures(sums: Sequence[float], count: float) -> dict[str, float]:
-    """Returns Pearson's correlation from sums of `moments` over so many texts; 0 where one side never varies."""
+    """Returns Pearson's correlation from sums of `moments` over `count` texts; 0 if either side is constant."""
     x, y, xx, yy, xy = (each / max(1.0, count) for each in sums)
     spread = max(0.0, xx - x * x) * max(0.0, yy - y * y)
     return {"pearson": (xy - x * y) / math.sqrt(spread) if spread > 1e-24 else 0.0}
 
 
 def spearman(labels: Sequence[float], predicted: Sequence[float]) -> float:
-    """Returns Spearman's correlation: Pearson's of the ranks, where equal values share the mean of theirs.
+    """Returns Spearman's correlation: Pearson's correlation of the ranks, with ties sharing their mean rank.
 
     >>> spearman([1.0, 2.0, 3.0, 4.0], [0.1, 0.5, 0.4, 0.9])
     0.8

@@ -1,7 +1,7 @@
-"""Learning to classify texts: cross-entropy over the labels, or the squared error of a number, averaged over rows.
+"""Training text classifiers: cross-entropy over the labels, or squared error for regression, averaged over examples.
 
-Decoders are computed on packed rows, in which a beginning that texts share is there once; encoders on padded ones,
-where texts of like length go together.
+Decoders run on packed rows, in which a prefix shared by several texts appears once; encoders run on padded batches of
+texts of similar length.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .plan import how_to_read, is_tokens
 
 __all__ = ["ClassificationStep", "by_length", "labels_for", "prepare_classifier"]
 
-_LEAST_USED = 0.85  # share of a padded batch that is text; batches with less are split by length
-_FEWEST = 4  # rows that are worth a pass of their own
+_LEAST_USED = 0.85  # minimum share of text in a padded batch; batches with more padding are split by length
+_FEWEST = 4  # minimum number of rows that justifies a separate pass
 
 
 class _Padded(NamedTuple):
-    """Texts as a padded batch: ids (B, T), mask (B, T), and which text each token belongs to (B, T), if any."""
+    """Texts as a padded batch: ids (B, T), mask (B, T), and the token types (B, T), if any."""
 
     ids: Tensor
     mask: Tensor
@@ -46,12 +46,12 @@ class _Padded(NamedTuple):
 
 
 def labels_for(config: TrainConfig, train: Sequence[Source], valid: Sequence[Source] | None) -> Labels:
-    """Returns what a run's classifier tells apart, before a model is loaded.
+    """Returns the labels of a run's classifier, before a model is loaded.
 
     Raises:
-        DataError: labels are of no use, or the validation data have others.
-        ConfigError: the base has a head already, or the adapter to train on from, and they are not among its labels;
-            or best_metric is not one of such labels.
+        DataError: the labels are unusable, or the validation data have different ones.
+        ConfigError: the base, or the adapter to continue from, has a head without these labels; or best_metric does not
+            suit this kind of labels.
     """
     if config.from_adapter is not None:
         own: Sequence[str] | None = labels_in(read_adapter(config.from_adapter))
@@ -61,10 +61,10 @@ def labels_for(config: TrainConfig, train: Sequence[Source], valid: Sequence[Sou
 
 
 def prepare_classifier(model: nn.Module, config: TrainConfig, tokenizer: Any, data: Any, valid: Any) -> tuple[Any, Any]:
-    """Gives a classifier the labels of its data, and a padding token; returns the data, read.
+    """Gives a classifier the labels found in the data, and a padding token; returns the data after reading them.
 
     Raises:
-        ConfigError: it is no classifier, or its head has other labels, or nothing says what padding is.
+        ConfigError: the model is not a classifier, its head has other labels, or no padding token is known.
         DataError: see `labels_for`; or the data cannot be read.
     """
     own, settings = class_names(model), text_config(model)
@@ -117,11 +117,11 @@ class ClassificationStep:
     """Computes losses and gradients of batches for one classifier: a `loralib.training.objective.TrainingStep`.
 
     Args:
-        model: a classifier of texts, in transformers' form.
+        model: a text classifier with the interface of transformers.
         labels: its labels.
-        packing: pack texts into one row where the model is a decoder.
-        share_prompts: compute beginnings that packed texts share once.
-        label_smoothing: share of the target probability spread over the labels.
+        packing: whether to pack texts into one row, if the model is a decoder.
+        share_prompts: whether to compute a prefix that packed texts share only once.
+        label_smoothing: share of the target probability that is spread over all labels.
     """
 
     unit = "row"
@@ -160,11 +160,11 @@ class ClassificationStep:
         self._run.close()
 
     def count(self, examples: Sequence[TokenExample]) -> int:
-        """Returns over how many terms the loss of examples is averaged: the rows."""
+        """Returns the number of terms that the loss of these examples averages over: the number of examples."""
         return len(examples)
 
     def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[float]:
-        """Returns the `loss_scale` of each batch of an update: weighted by rows, however it is split."""
+        """Returns the `loss_scale` of each batch of an update: examples weigh the same, however it is split."""
         assert paper_accum is None, "TrainConfig refuses it"
         return [1 / max(1, sum(map(len, batches)))] * len(batches)
 
@@ -177,7 +177,7 @@ class ClassificationStep:
         return self._compute(batch, None, "inference")
 
     def logits(self, batch: Sequence[TokenExample]) -> Tensor:
-        """Returns the logits (B, C) of texts, in fp32, without a gradient."""
+        """Returns the logits (B, C) of texts in fp32, without computing gradients."""
         parts = by_length(batch) if not self.packing else [list(range(len(batch)))]
         with self._forward.computing("inference", gradient=False):
             rows = torch.cat([self._logits([batch[number] for number in part])[0] for part in parts])
@@ -185,23 +185,23 @@ class ClassificationStep:
         return rows[order.argsort()]
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the loss, a row's on average, and how good the predictions are."""
+        """Returns the average loss per example, and metrics of the predictions."""
         loss, rows, *rest = sums
         classes = len(self.labels.names)
         more = class_figures(rest, classes) if classes else number_figures(rest, rows)
         return {"loss": loss / max(1.0, rows), **more}
 
     def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
-        """Splits a batch into parts that go through the model one after the other: padded ones by length."""
+        """Splits a batch into the parts that go through the model one after another: padded ones by length."""
         if self.packing:
             return [list(batch)]
         return [[batch[number] for number in part] for part in by_length(batch)] or [list(batch)]
 
     def idle(self, *, backward: bool) -> None:
-        """Does nothing: a classifier is never spread over ranks."""
+        """Does nothing: the weights of a classifier are never sharded."""
 
     def unsmoothed(self) -> ClassificationStep:
-        """Returns the same step without label smoothing: of losses to compare."""
+        """Returns the same step without label smoothing, for comparable losses."""
         twin = copy.copy(self)
         twin._label_smoothing = 0.0
         return twin
@@ -240,7 +240,7 @@ class ClassificationStep:
         return made[0]
 
     def _sums(self, logits: Tensor, batch: Sequence[ClassRow]) -> tuple[Tensor, Tensor]:
-        """Returns the summed loss () with its graph, and the sums (`width`,) of `StepStats`."""
+        """Returns the summed loss () with its autograd graph, and the sums (`width`,) for `StepStats`."""
         wanted = [row.label for row in batch]
         if self.labels.are_numbers:
             targets = torch.tensor(wanted, dtype=torch.float32, device=logits.device)
@@ -254,7 +254,7 @@ class ClassificationStep:
         return loss, torch.cat([head, more.to(head)])
 
     def _logits(self, batch: Sequence[TokenExample]) -> tuple[Tensor, int]:
-        """Returns the logits (B, C) of texts in fp32, and how many tokens were computed."""
+        """Returns the logits (B, C) of texts in fp32, and the number of tokens computed."""
         if not self.packing:
             padded = self._padded(batch)
             return self._forward.classes(*padded).float(), padded.ids.numel()
@@ -266,7 +266,7 @@ class ClassificationStep:
         return forward.head(hidden[last]).float(), row.processed_tokens
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
-        # One more token, never computed: packing leaves out the last one, which is only ever predicted.
+        # Appends a dummy token: packing does not compute the last token, which is normally only a target.
         rows = [TokenExample((*text.ids, 0), (*[False] * len(text.ids), True)) for text in batch]
         return pack(rows, share=self.share_prompts if share is None else share)
 
@@ -282,7 +282,7 @@ class ClassificationStep:
         return _Padded(ids, mask, tensor(kinds, 0) if all(kinds) else None)
 
     def _why_not_packed(self) -> str:
-        """Packs three texts of random tokens; returns what goes wrong with it, or ""."""
+        """Packs three random texts; returns why the model cannot be packed, or "" if it can."""
         rng, rows = random.Random(0), table_rows(self._model) or 8
         ids = [number for number in range(rows) if number != self._forward.pad]
         start = tuple(rng.choices(ids, k=5))
@@ -294,19 +294,19 @@ class ClassificationStep:
         with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
             try:
                 packed = self._logits(batch)[0]
-            except Exception as error:  # whatever a model does that packing did not think of, padding remains
+            except Exception as error:  # a model can fail in any way on packed rows; fall back to padding
                 return f"{name} fails on a packed row: {type(error).__name__}: {error}"
             device = self._forward.device
             single = [self._forward.classes(torch.tensor([text.ids], device=device))[0].float() for text in batch]
         size = float(torch.stack(single).abs().max())
         off = float((packed - torch.stack(single)).abs().max())
-        # Rounding: a few units in the last place of the body's dtype, as in two orders of the same sums.
+        # Allows for rounding: a few units in the last place of the model's dtype, as from a different summation order.
         tolerance = max(1e-4, 16 * torch.finfo(next(self._model.parameters()).dtype).eps)
         return "" if off <= tolerance * size else f"in a packed row, the logits of {name} are off by {off:.2g}"
 
 
 def by_length(batch: Sequence[Any]) -> list[list[int]]:
-    """Splits texts into batches of like length, so that little of each is padding; returns their indices.
+    """Splits texts into batches of similar length, to limit padding; returns their indices.
 
     >>> by_length(["a" * length for length in (9, 1, 8, 1, 9, 1, 9, 1)])
     [[1, 3, 5, 7], [0, 2, 4, 6]]

@@ -23,8 +23,8 @@ from .class_metrics import METRICS
 __all__ = ["AUTOMATIC", "TrainConfig"]
 
 
-_DEFAULT_BETA = 0.1  # TRL's, for both
-_DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings of many settings
+_DEFAULT_BETA = 0.1  # TRL's default, for both DPO and ORPO
+_DATA, _MADE_UP, _LOGS = "model and data", "made-up base", "validation and checkpoints"  # headings shared by settings
 
 
 @settings_class
@@ -141,7 +141,7 @@ class TrainConfig:
         0, "random seed", _DATA, at_least=0, below=2**63, expected="a whole number of at least 0 and below 2**63"
     )
 
-    # The size of a base model that is made up on the spot.
+    # The size of a base model that is created from scratch.
     hidden_dim: int | None = setting(None, "width of --model scratch or run-demo (default 768)", _MADE_UP, at_least=1)
     num_layers: int | None = setting(
         None, "number of layers of --model scratch or run-demo (default 2)", _MADE_UP, at_least=1
@@ -351,7 +351,7 @@ class TrainConfig:
                 f"init_lora_weights {self.init_lora_weights!r} starts a new adapter, but from_adapter names one to "
                 "continue from: leave one of them out"
             )
-        with contextlib.suppress(ConfigError):  # the fields' own checks say what is wrong with them
+        with contextlib.suppress(ConfigError):  # the checks of the fields themselves report invalid values
             faults += contradictions(self.lora_config(), trained=False)
         return faults
 
@@ -401,10 +401,10 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate, once it is given or chosen.
+        """The learning rate that was given or chosen.
 
         Raises:
-            ConfigError: it is left to the program, which has not seen a model yet.
+            ConfigError: it is to be chosen automatically, for which the program has to see the model first.
         """
         if self.lr is None:
             raise ConfigError(
@@ -414,7 +414,7 @@ class TrainConfig:
 
     @property
     def alpha(self) -> float:
-        """lora_alpha, or its default."""
+        """lora_alpha, or its default value."""
         return float(2 * self.rank if self.lora_alpha is None else self.lora_alpha)
 
     def lora_config(self) -> LoraConfig:
@@ -456,7 +456,7 @@ class TrainConfig:
         return parse_token_indices(rows) if isinstance(rows, str) else rows
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """Returns a copy with other values."""
+        """Returns a copy with some values replaced."""
         return dataclasses.replace(self, **canonical(TrainConfig, changes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -465,9 +465,9 @@ class TrainConfig:
 
 
 def _names(given: str | Sequence[str] | None) -> Sequence[str] | None:
-    """Returns names that may be separated by commas."""
+    """Splits names given as one comma-separated string into a list."""
     return [name.strip() for name in given.split(",")] if isinstance(given, str) else given
 
 
-# What the program chooses where it is left open.
+# Settings that the program chooses if they are not given.
 AUTOMATIC = frozenset(spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata["auto"])

@@ -1,4 +1,4 @@
-"""From settings alone to a whole run: the data, the base model, the training."""
+"""Runs a complete training from settings alone: loads data and base model, then trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["load_examples_for", "read_data", "run_job"]
 
 
 def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: int) -> Encoded:
-    """Reads, tokenizes and draws a run's examples (see `load_examples`), at most `limit` of them; 0: all."""
+    """Reads, tokenizes and samples a run's examples (see `load_examples`), at most `limit` of them; 0: all."""
     return load_examples(
         sources,
         tokenizer,
@@ -34,14 +34,14 @@ def load_examples_for(config: TrainConfig, sources: Any, tokenizer: Any, limit: 
 
 
 def run_job(config: TrainConfig) -> TrainResult:
-    """Trains an adapter from settings alone, among them `train_data`, and prints what happens; see `train`."""
+    """Trains an adapter from settings alone, including `train_data`, and prints progress; see `train`."""
     from .trainer import finished, run_in
 
     if config.train_data is None:
         raise ConfigError("no training data given: add --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
-        # What can be wrong without a model shows before one is loaded: the data, the directory, the adapter.
+        # Checks whatever needs no model before loading one: the data, the directory, the adapter.
         sources, valid_sources, labels = ranks.together(lambda: read_data(config))
         reporter = Reporter(ranks.is_first)
         with hold_run(config, ranks) as directory:
@@ -54,7 +54,7 @@ def run_job(config: TrainConfig) -> TrainResult:
 
 
 def read_data(config: TrainConfig) -> tuple[list[Source], list[Source] | None, Labels | None]:
-    """Reads the files that a run's settings name, for training and for validation, and what labels they hold."""
+    """Reads the training and validation files named in a run's settings, and determines their labels."""
     kinds = how_to_read(config)
     valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
     train = read_sources(config.train_data, **kinds)

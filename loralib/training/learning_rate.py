@@ -1,4 +1,4 @@
-"""The learning rate of a run whose user gave none: by the model's width, the adapter's scaling and the batch."""
+"""The default learning rate, from the model's width, the adapter's scaling and the batch size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 __all__ = ["automatic_learning_rate"]
 
 _RATE, _WIDTH, _RATIO, _ALPHA = 1.7e-4, 576, 4.0, 32.0  # measured on SmolLM2-135M: docs/results/learning-rates.md
-_MOST_TOKENS = 90  # more in an update did not ask for a higher rate
+_MOST_TOKENS = 90  # beyond this many tokens per update, a higher rate did not help
 
 
 def automatic_learning_rate(
@@ -22,17 +22,17 @@ def automatic_learning_rate(
 
         lr = 1.7e-4 * sqrt(min(T, 90)) * (576 / width)^0.78 * min(2, 32 / alpha) * sqrt(4 / ratio)
 
-    The noise of a gradient falls as the root of the tokens T that it is the mean of, and Adam's best rate rises so,
-    until noise is no longer what limits it.  That it falls with the width by this power comes from published sweeps
-    over Llama shapes.  The rank r itself does not matter: r directions of scaling lora_alpha / r add up to lora_alpha.
+    Gradient noise falls with the square root of the number T of tokens averaged, and Adam's best rate rises with it
+    until noise is no longer the limit.  The exponent for the width comes from published sweeps over Llama shapes. The
+    rank r itself does not matter: r directions with scaling lora_alpha / r add up to lora_alpha.
 
     Args:
-        parameters: of the base model.
-        hidden_size: width of the model; None: unknown, and estimated from the parameters.
+        parameters: number of parameters of the base model.
+        hidden_size: width of the model; None: unknown, and estimated from the number of parameters.
         alpha: lora_alpha.
-        trained_tokens: T, those in an update, on average.
+        trained_tokens: T, the average number of trained tokens per update.
         loraplus_lr_ratio: learning rate of B divided by that of A.
-        objective: dpo learns at a tenth of that, as in published recipes (Tulu 3 takes a tenth, Zephyr less).
+        objective: "dpo" gets a tenth of the rate, as in published recipes (Tulu 3 uses a tenth, Zephyr less).
 
     Returns:
         The rate, rounded to two digits, and the reason in words.
@@ -42,7 +42,7 @@ def automatic_learning_rate(
     >>> automatic_learning_rate(135_000_000, None, 32.0, 90)[1].partition(";")[0]
     'assuming a width of 877, estimated from 135,000,000 parameters, since the model does not state it'
     """
-    width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, in the usual shapes
+    width = hidden_size or max(1, round((5 * parameters) ** (1 / 3)))  # 12 * layers * width^2, for usual shapes
     rate = _RATE * math.sqrt(min(max(1, trained_tokens), _MOST_TOKENS)) * (_WIDTH / width) ** 0.78
     rate *= min(2.0, _ALPHA / abs(alpha)) * math.sqrt(_RATIO / loraplus_lr_ratio)
     if objective == "dpo":

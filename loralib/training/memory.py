@@ -1,4 +1,4 @@
-"""Memory during a run: what it will need, what to keep, and what to say when it runs out."""
+"""Memory during a run: estimating it, saving it, and explaining when it runs out."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["explain_out_of_memory", "freeze_objects", "gradient_checkpointing", 
 
 @contextmanager
 def freeze_objects() -> Iterator[None]:
-    """Exempts the objects that exist now from Python's garbage collection.
+    """Exempts all existing objects from Python's garbage collection.
 
-    PyTorch and transformers hold half a million objects, which stay.  Walking over them took 0.2 s every 30 steps of a
-    small model.
+    PyTorch and transformers hold half a million permanent objects.  Scanning them took 0.2 s every 30 steps of a small
+    model.
     """
-    gc.collect()  # garbage would be frozen, too
+    gc.collect()  # otherwise garbage would be frozen as well
     gc.freeze()
     try:
         yield
@@ -37,7 +37,7 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     """Recomputes activations in the backward pass instead of storing them.
 
     Raises:
-        ConfigError: the model does not offer it.
+        ConfigError: the model does not support it.
     """
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5
     enable = getattr(model, f"{kind}_checkpointing_enable", None)
@@ -45,7 +45,7 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     if not callable(enable) or not callable(disable):
         raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     was_on = bool(getattr(model, f"is_{kind}_checkpointing", False))
-    enable({"use_reentrant": False})  # the reentrant kind trains nothing below a frozen embedding
+    enable({"use_reentrant": False})  # reentrant checkpointing trains nothing below a frozen embedding
     try:
         yield
     finally:
@@ -53,13 +53,13 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
             disable()
 
 
-# How allocators report it: PyTorch's on Linux and macOS, on Windows, on CUDA and MPS, cuBLAS.
+# Messages of allocators: PyTorch's on Linux and macOS, on Windows, on CUDA and MPS; cuBLAS.
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns whatever says that memory ran out into a TrainingError with advice."""
+    """Turns any error that means out of memory into a TrainingError with advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -71,10 +71,10 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
 def memory_estimate(
     model: nn.Module, tokens: int, checkpointing: bool, *, planned: bool = False
 ) -> tuple[float, float | None]:
-    """Estimates the bytes that training an adapted model needs, with so many tokens in a step (see `training_budget`).
+    """Estimates the bytes needed to train an adapted model, with this many tokens per step (see `training_budget`).
 
-    Also returns how many bytes the machine has free, None where it does not say.  `planned`: what will be needed beside
-    the model that is there, before it has an adapter; then each linear counts as adapted.
+    Also returns the free bytes on the device, or None if unknown.  With `planned`, counts what will be needed in
+    addition to a model that has no adapter yet; every linear layer then counts as adapted.
     """
     sharded = is_spread(model)
     processes = torch.distributed.get_world_size() if sharded else 1

@@ -1,7 +1,7 @@
-"""What a training loop needs of what it trains: the one place where an objective says what its loss is an average of.
+"""The interface between the training loop and what it trains; each objective defines here what its loss averages over.
 
 `Step` (language modelling) and its relatives are `TrainingStep`s.  The loop splits an update into batches, over passes
-and ranks; a step turns each into sums that may be added up, and the added sums into figures.
+and ranks; a step turns each batch into sums that can be added up, and the totals into metrics.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .shares import deal
 
 __all__ = ["StepStats", "TrainingStep", "evaluate", "evaluate_loss", "in_batches"]
 
-Example = Any  # `TokenExample`, or another with the same properties
+Example = Any  # a `TokenExample`, or another type with the same attributes
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did.
+    """The result of one step.
 
     Attributes:
-        sums: (n,) sums over the batch, on the model's device, of which `TrainingStep.figures` makes figures; the first
-            is that of the losses, in nats.
+        sums: (n,) sums over the batch, on the model's device, from which `TrainingStep.figures` computes metrics; the
+            first is the sum of the losses, in nats.
         objective: () the loss that was differentiated: the summed losses times their scale; without a scale, the sum.
-        trained_tokens: trained tokens of the batch.
-        tokens: tokens of the batch, without padding.
-        processed_tokens: tokens that the model computed (fewer where beginnings are shared, more with padding).
+        trained_tokens: number of trained tokens in the batch (examples, for a classifier).
+        tokens: number of tokens in the batch, without padding.
+        processed_tokens: number of tokens that the model computed (fewer with shared prefixes, more with padding).
     """
 
     sums: Tensor
@@ -52,12 +52,12 @@ class TrainingStep(Protocol):
     """Computes losses and gradients of batches for one model.
 
     Attributes:
-        unit: what the loss is an average over, for people: "token", "pair", ...
-        shown: which of the figures besides the loss are printed and drawn; without any, updates have none.
-        width: n, how many numbers `StepStats.sums` has.
+        unit: what the loss averages over, for display: "token", "pair", ...
+        shown: metrics besides the loss to print and plot; if empty, updates report none.
+        width: n, the length of `StepStats.sums`.
         packing: whether batches are packed.
-        share_prompts: whether common beginnings are computed once.
-        note: why batches are padded although packing was asked for, for the user; else "".
+        share_prompts: whether common prefixes are computed once.
+        note: why batches are padded although packing was requested, for the user; else "".
     """
 
     unit: str
@@ -68,20 +68,20 @@ class TrainingStep(Protocol):
     note: str
 
     def __enter__(self) -> Any:
-        """Keeps what it needs in the model's place for a whole run."""
+        """Prepares the model for a whole run."""
 
     def __exit__(self, *error: object) -> None: ...
 
     def count(self, examples: Sequence[Any]) -> int:
-        """Returns over how many terms the loss of examples is averaged: the weight of that average in another."""
+        """Returns the number of terms that the loss of these examples averages over: its weight in larger averages."""
         ...
 
     def scales(self, batches: Sequence[Sequence[Any]], *, paper_accum: int | None = None) -> Sequence[Any]:
-        """Returns the `loss_scale` of each batch of an update (hashable), so that the split does not matter."""
+        """Returns the `loss_scale` (hashable) of each batch of an update, such that the split does not matter."""
         ...
 
     def forward_backward(self, batch: Sequence[Any], *, loss_scale: Any) -> StepStats:
-        """Adds the gradient of the scaled loss of a batch to the `grad` of the trained parameters."""
+        """Adds the gradient of a batch's scaled loss to the `grad` of the trained parameters."""
         ...
 
     def loss(self, batch: Sequence[Any]) -> StepStats:
@@ -89,18 +89,18 @@ class TrainingStep(Protocol):
         ...
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the loss, under that name, and whatever else is told of it, from added `StepStats.sums`."""
+        """Returns the loss, under that name, and other metrics from the totals of `StepStats.sums`."""
         ...
 
     def passes(self, batch: Sequence[Any]) -> list[list[Any]]:
-        """Splits a batch into those parts that go through the model one after the other; usually it is one."""
+        """Splits a batch into the parts that go through the model one after another; usually just one."""
         ...
 
     def idle(self, *, backward: bool) -> None:
-        """Runs a pass whose loss counts for nothing: where weights are spread over ranks, all must run as many."""
+        """Runs a dummy pass with no effect on the loss: with sharded weights, all ranks must run equally many."""
 
     def unsmoothed(self) -> TrainingStep:
-        """Returns the same step without label smoothing: of losses to compare."""
+        """Returns the same step without label smoothing, for comparable losses."""
         ...
 
 
@@ -113,15 +113,15 @@ def evaluate(
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float] | None:
-    """Returns the figures of examples: the average loss in nats, and what else the step tells (see `figures`).
+    """Returns metrics on examples: the average loss in nats, and others that the step defines (see `figures`).
 
     Args:
         step: made for the model.
-        model: switched to eval mode meanwhile.
+        model: put in eval mode for the duration.
         examples: what to measure on.
-        max_tokens: tokens of the examples that are computed at once, at least one example's.
-        stop: asked between batches; once it returns True, on any rank, the result is None.
-        ranks: those that measure together, each a part of the examples.
+        max_tokens: maximum number of tokens to compute at once, though at least one example is.
+        stop: called between batches; once it returns True on any rank, the result is None.
+        ranks: the ranks that share the work.
     """
     batches = [part for batch in in_batches(examples, max_tokens) for part in step.passes(batch)]
     dealt = deal([sum(map(len, batch)) for batch in batches], ranks.size)
@@ -147,14 +147,14 @@ def evaluate_loss(
     max_tokens: int = 8192,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Returns the average loss of examples, in nats (see `evaluate`); of tokens, ``exp`` of it is the perplexity."""
+    """Returns the average loss in nats (see `evaluate`); if it is per token, its ``exp`` is the perplexity."""
     figures = evaluate(step, model, examples, max_tokens=max_tokens, ranks=ranks)
     assert figures is not None
     return figures["loss"]
 
 
 def in_batches(examples: Sequence[Example], max_tokens: int, limit: int = 16) -> Iterator[list[Example]]:
-    """Yields examples in batches of so many tokens at most, or of one example; those that begin alike are together."""
+    """Yields batches of at most `max_tokens` tokens (or one example), with common prefixes next to each other."""
     batch: list[Example] = []
     for example in sorted(examples, key=lambda example: example.ids):  # neighbours share their prompts
         if batch and (len(batch) == limit or sum(map(len, batch)) + len(example) > max_tokens):

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, the standard ones and the LoRA paper's own."""
+"""Optimisers and learning-rate schedules: the standard ones and those of the LoRA paper's code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["lr_factor", "make_optimizer", "parameter_groups", "reaches_peak"]
 
 
 def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
-    """Returns the learning rate of an update, numbered from 0, as a share of its peak, from 0 to 1.
+    """Returns the learning rate of an update, numbered from 0, as a fraction of its peak.
 
-    The standard schedules never waste an update on a rate of 0; the paper's warm-up starts there, and its cosine does
-    not subtract the warm-up.
+    The standard schedules never spend an update on a rate of 0; the paper's warm-up starts at 0, and its cosine does
+    not account for the warm-up.
 
     >>> [round(lr_factor(TrainConfig(warmup_steps=2), update, 6), 2) for update in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -39,20 +39,20 @@ def lr_factor(config: TrainConfig, update: int, updates: int) -> float:
 
 
 def reaches_peak(config: TrainConfig, updates: int) -> bool:
-    """Whether a run of so many updates outlasts the learning rate's warm-up."""
+    """Whether a run with this many updates reaches the peak learning rate."""
     return (config.warmup_steps or 0) <= updates * _ticks(config)
 
 
 def _ticks(config: TrainConfig) -> int:
-    """How often the schedule advances in an update: the paper's does so with every batch."""
+    """How often the schedule advances per update: the paper's code does so for every batch."""
     return config.grad_accum if config.arithmetic == "paper" else 1
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups the trained parameters, those with ``requires_grad``, by learning rate; a group's peak is under "peak".
+    """Groups the trained parameters (those with ``requires_grad``) by peak learning rate, which is stored as "peak".
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and should learn `loraplus_lr_ratio` times faster than
-    A.  An embedding's B starts random and its A at zero, so it keeps the common rate.
+    A.  For embeddings it is A that starts at zero, and B is random, so their factors keep the common rate.
     """
     layers = [] if config.loraplus_lr_ratio == 1 else adapted_layers(model)
     fast = [
@@ -72,7 +72,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes AdamW, torch's fused one or the paper's."""
+    """Creates AdamW: torch's fused version or the paper's."""
     common: dict[str, Any] = {
         "lr": config.peak_lr,
         "betas": (config.beta1, config.beta2),
@@ -87,8 +87,8 @@ def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig) -> tor
 class PaperAdamW(torch.optim.Optimizer):
     """AdamW with the arithmetic of the LoRA paper's code.
 
-    Differs from torch's: eps is added to sqrt(v) before bias correction, weight decay follows the Adam update (with the
-    scheduled rate), and bias correction can be off.  For gradient g at update t:
+    It differs from torch's: eps is added to sqrt(v) before bias correction, weight decay is applied after the Adam
+    update (with the scheduled rate), and bias correction can be disabled.  For gradient g at update t:
 
         m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
         p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)

@@ -1,4 +1,4 @@
-"""What a run decides by itself: how long examples may be, what to validate on, learning rate and warm-up."""
+"""What a run decides on its own: maximum example length, validation split, learning rate and warm-up."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ __all__ = [
     "updates_per_epoch",
 ]
 
-Data = Any  # whatever `read_sources` takes, or TokenExample values
+Data = Any  # anything that `read_sources` accepts, or TokenExample values
 
-_VALIDATE = 0.05  # share of the examples, where none is given
-_TOO_FEW = 100  # examples, of which a share would say little
-_WARM_UP, _LONGEST_WARM_UP = 0.05, 100  # share of the updates, and updates
-_WINDOW = 1024  # tokens of the windows that plain text is cut into: longer ones cost memory and teach little more
-_ROOM = 0.8  # share of the free memory that a step may take
+_VALIDATE = 0.05  # default share of the examples for validation
+_TOO_FEW = 100  # with fewer examples than this, a validation share would be too small to be meaningful
+_WARM_UP, _LONGEST_WARM_UP = 0.05, 100  # share of the updates; maximum number of updates
+_WINDOW = 1024  # window size in tokens for plain text: longer windows cost memory and teach little more
+_ROOM = 0.8  # share of the free memory that a step may use
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run trains and validates on, and with which settings.
+    """What a run trains and validates on, and its settings.
 
     Attributes:
-        config: the settings, each with a value.
+        config: the settings, with every value chosen.
         train, valid: token examples.
-        data: what the run's record says of the data (see `data_record`).
-        encoded: all of the training data, with what was left out and why.
+        data: description of the data for the run's record (see `data_record`).
+        encoded: all training data, including what was left out and why.
     """
 
     config: TrainConfig
@@ -92,17 +92,17 @@ def make_plan(
     """Turns data into token examples, and chooses the settings that were left to the program.
 
     Args:
-        model: what will be trained; it stays as it is.
-        data: whatever `loralib.train` accepts.
-        valid_data: the same; None: a part of `data` is split off.
+        model: the model to train; it is not changed.
+        data: anything that `loralib.train` accepts.
+        valid_data: the same; None: part of `data` is split off.
         tokenizer: for files and text.
         config: the settings as given.
         say: called with a line about each decision.
-        limit: the result of `length_limit`, where several processes have agreed on one.
+        limit: result of `length_limit`, if several processes have agreed on one.
 
     Raises:
-        ConfigError: text without a tokenizer.
-        DataError: no data, or data of another kind, or that the model cannot be given.
+        ConfigError: the data are text and there is no tokenizer.
+        DataError: there are no data, or they have the wrong type, or the model cannot process them.
     """
     longest, why = limit or length_limit(model, config)
     labels = Labels(class_names(model)) if config.task == CLASSIFY else None
@@ -130,7 +130,7 @@ def make_plan(
 def automatic_settings(
     model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], say: Callable[[str], None] = lambda _: None
 ) -> TrainConfig:
-    """Chooses learning rate and warm-up where they are left open; `examples` are those of an epoch."""
+    """Chooses learning rate and warm-up if they were not given; `examples` are those of one epoch."""
     if config.lr is None:
         lr, reason = automatic_learning_rate(
             sum(parameter.numel() for parameter in model.parameters()),
@@ -150,23 +150,23 @@ def automatic_settings(
 
 
 def updates_per_epoch(config: TrainConfig, examples: int) -> int:
-    """Returns how many updates an epoch of so many examples has."""
+    """Returns the number of updates in an epoch of this many examples."""
     return math.ceil(math.ceil(examples / config.batch_size) / config.grad_accum)
 
 
 def _paths(data: Any, given: Any) -> list[str | Path]:
-    """The paths among what was given as data, which may have been read already."""
+    """Returns the paths in the data argument, or those given originally, if the data have already been read."""
     items: Any = [data] if isinstance(data, (str, Path)) else data if isinstance(data, Sequence) else []
     if any(isinstance(item, Source) for item in items):
         items = [given] if isinstance(given, str) else given or []
     return [item for item in items if isinstance(item, (str, Path))]
 
 
-# How long examples may be.
+# The maximum length of examples.
 
 
 def length_limit(model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> tuple[int | None, str]:
-    """Returns how many tokens an example may have, and what sets that limit: of several ranks, the least memory."""
+    """Returns the maximum number of tokens per example, and what sets it; the rank with the least memory counts."""
     last = last_position(model)
     if config.seq_len is not None:
         if last is not None and config.seq_len > last:
@@ -185,7 +185,7 @@ def length_limit(model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) ->
 
 
 def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int | None:
-    """Returns the longest examples of which a step fits into free memory; None where nothing is known of it."""
+    """Returns the longest examples for which a step fits in free memory; None if that is unknown."""
     fixed, free = memory_estimate(model, 0, config.gradient_checkpointing, planned=True)
     if not all(ranks.gather(free is not None)) or free is None:
         return None
@@ -193,10 +193,10 @@ def _fits_in_memory(model: nn.Module, config: TrainConfig, ranks: Ranks) -> int 
         free /= ranks.local_size
     free = min(ranks.gather(free))
     examples = examples_at_once(config, ranks) * (2 if config.objective in PREFERENCES else 1)
-    many = 1 << 16  # of which each costs as much as another
+    many = 1 << 16  # enough for the cost per token to be constant
     per_token = (memory_estimate(model, many, config.gradient_checkpointing, planned=True)[0] - fixed) / many
     tokens = (_ROOM * free - fixed) / per_token if per_token else 0
-    return max(64, int(tokens / examples) // 64 * 64)  # a shorter limit would only hide that nothing fits
+    return max(64, int(tokens / examples) // 64 * 64)  # a lower limit would only hide that nothing fits
 
 
 def _tell(
@@ -232,7 +232,7 @@ def _tell(
 
 
 def examples_at_once(config: TrainConfig, ranks: Ranks) -> int:
-    """Returns how many examples go through the model at once, on each rank."""
+    """Returns how many examples go through the model at once on each rank."""
     return min(config.batch_size, math.ceil(config.batch_size * config.grad_accum / ranks.size))
 
 
@@ -248,7 +248,7 @@ def _encoded(
     kind: str,
     labels: Labels | None = None,
 ) -> Encoded:
-    """Turns whatever `loralib.train` accepts as data into token examples, at most `max_samples` of them; 0: all."""
+    """Turns any data that `loralib.train` accepts into token examples, at most `max_samples` of them; 0: all."""
     if is_tokens(data):
         wants = (
             ClassRow if config.task == CLASSIFY else PreferencePair if config.objective in PREFERENCES else TokenExample
@@ -262,7 +262,7 @@ def _encoded(
         raise ConfigError(f"{kind} data is text, which needs a tokenizer: pass tokenizer=")
     if labels is not None:
         most, draws = getattr(tokenizer, "model_max_length", None), max_samples or None
-        if isinstance(most, int) and most < 1 << 30:  # a tokenizer that does not know says 10^30
+        if isinstance(most, int) and most < 1 << 30:  # 10^30 means that the tokenizer does not know
             limit = min(limit or most, most)
         return load_classes(sources, tokenizer, limit=limit, labels=labels, max_samples=draws, seed=config.seed)
     if config.seq_len is None and all(example.is_plain for source in sources for example in source.examples):
@@ -278,12 +278,12 @@ def _encoded(
 
 
 def is_tokens(data: Any) -> bool:
-    """Whether data are token examples, which have been read and tokenized already."""
+    """Whether data are token examples, which need no reading or tokenizing."""
     return isinstance(data, Sequence) and bool(data) and all(isinstance(item, TokenExample) for item in data)
 
 
 def how_to_read(config: TrainConfig) -> dict[str, Any]:
-    """Returns a run's arguments for `read_sources`."""
+    """Returns the arguments for `read_sources` from a run's settings."""
     names = {"format": config.data_format, "columns": config.columns, "as_chat": config.as_chat}
     return {**names, "objective": CLASSIFY if config.task == CLASSIFY else config.objective}
 
@@ -310,7 +310,7 @@ def _limited_tokens(data: Sequence[TokenExample], limit: int | None, max_samples
 def _split(
     encoded: Encoded, config: TrainConfig, say: Callable[[str], None]
 ) -> tuple[list[TokenExample], list[TokenExample], float]:
-    """Splits validation data off; also returns which share was meant."""
+    """Splits off validation data; also returns the intended share."""
     rows = encoded.examples
     share = config.valid_fraction
     if share is None:
@@ -324,7 +324,7 @@ def _split(
         return rows, [], share
     keys = [_group(text, row) for text, row in zip(encoded.texts, rows, strict=True)]
     train, valid = split_off(rows, keys, wanted, config.seed)
-    if config.task == CLASSIFY:  # of a label that is rare, all examples may have been drawn
+    if config.task == CLASSIFY:  # moves back all examples of labels that the training data would otherwise lack
         learned = {row.label for row in cast("list[ClassRow]", train)}
         rare = [not isinstance(row.label, float) and row.label not in learned for row in cast("list[ClassRow]", valid)]
         train = [*train, *compress(valid, rare)]
@@ -342,7 +342,7 @@ def _split(
 def split_off(
     rows: Sequence[TokenExample], keys: Sequence[Hashable], wanted: int, seed: int
 ) -> tuple[list[TokenExample], list[TokenExample]]:
-    """Draws about `wanted` rows; rows of equal keys stay together, and some always remain.
+    """Draws about `wanted` rows; rows with equal keys stay together, and not all rows are drawn.
 
     >>> rows = [TokenExample((number,), (False,)) for number in range(6)]
     >>> train, valid = split_off(rows, "aabbcc", 2, seed=0)
@@ -363,7 +363,7 @@ def split_off(
 
 
 def _group(text: Example, row: TokenExample) -> Hashable:
-    """What examples must not share across the split: a chat's turns before its first answer, a prompt, a text."""
+    """Returns what both sides of a split must not share: a chat's turns before its first answer, a prompt, a text."""
     if text.messages:
         first = next((n for n, turn in enumerate(text.messages) if turn.role == "assistant"), 0)
         return tuple((turn.role, turn.content) for turn in text.messages[: max(1, first)])
@@ -371,5 +371,5 @@ def _group(text: Example, row: TokenExample) -> Hashable:
 
 
 def _start(row: TokenExample) -> tuple[int, ...]:
-    """The tokens before the first trained one; of a row that is trained from its start, all."""
+    """Returns the tokens before the first trained one; if the row is trained from its start, all tokens."""
     return row.prompt if len(row.prompt) > 1 else row.ids

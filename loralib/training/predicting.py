@@ -1,4 +1,4 @@
-"""Labels and probabilities from a trained classifier, and how good they are where the right ones are known."""
+"""Predicts labels and probabilities with a trained classifier, and measures them against known labels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["Prediction", "metrics_of", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier makes of a text.
+    """A classifier's prediction for one text.
 
     Attributes:
-        label: the most probable label; where it predicts numbers, the number.
-        probabilities: of each label, in the model's order; empty where it predicts numbers.
+        label: the most probable label; for regression, the predicted number.
+        probabilities: probability of each label, in the model's order; empty for regression.
     """
 
     label: str | float
@@ -43,17 +43,17 @@ def predict(
     """Classifies texts.
 
     Args:
-        model: a classifier of texts, with or without an adapter: from `loralib.load_classifier`, or transformers'
+        model: a text classifier, with or without an adapter: from `loralib.load_classifier`, or transformers'
             AutoModelForSequenceClassification.
-        tokenizer: the model's.
-        texts: each a text, or two, or an `Example`; those of more tokens than the model takes are cut.
-        batch_size: how many are computed at once.  Texts of like length go together, so the order is of no matter.
+        tokenizer: the model's tokenizer.
+        texts: each a text, a pair of texts, or an `Example`; texts longer than the model's context are truncated.
+        batch_size: how many texts to compute at once.  They are grouped by length, so their order does not matter.
 
     Returns:
-        A prediction for each, in their order.
+        One prediction per text, in the same order.
 
     Raises:
-        ConfigError: the model is no classifier of texts, or batch_size is below 1.
+        ConfigError: the model is not a text classifier, or batch_size is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
@@ -71,10 +71,10 @@ def predict(
 
 
 def metrics_of(model: nn.Module, examples: Sequence[Example], results: Sequence[Prediction]) -> dict[str, float]:
-    """Returns how good predictions are, where all examples have labels: as GLUE and scikit-learn define it.
+    """Returns the metrics of predictions if all examples have labels, as defined by GLUE and scikit-learn.
 
     Raises:
-        DataError: a label is none of the model's.
+        DataError: the model does not know a label.
     """
     labels = Labels(class_names(model))
     labels.check(examples, "given", " that the model does not have")

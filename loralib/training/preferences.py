@@ -1,8 +1,8 @@
-"""Learning from preferences: DPO and ORPO, whose losses are functions of the log-probabilities of whole answers.
+"""Preference learning: DPO and ORPO, whose losses are functions of the log-probabilities of whole answers.
 
-The rows of a pair lie in the packed row as any examples that begin alike: their prompt is computed once.  The head
-gives each token's log-probability, and the gradient with it, in one pass (`engine/loss.py`); what the objective makes
-of these is a few lines of PyTorch.
+The two rows of a pair are packed like any examples with a common prefix, so their prompt is computed once.  The head
+yields each token's log-probability, and its gradient, in a single pass (`engine/loss.py`); the rest of the objective is
+a few lines of PyTorch.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _NOTHING = PreferencePair((0, 0), (False, True), TokenExample((0, 0), (False, Tr
 
 
 def dpo_losses(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns the losses (B,) of pairs under direct preference optimisation (Rafailov et al. 2023, equation 7).
+    """Returns the losses (B,) of pairs for direct preference optimisation (Rafailov et al. 2023, equation 7).
 
         -(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)
 
     Args:
-        margins: (B,) by how much the reward of the chosen answer is above that of the rejected one; a reward is
-            ``beta * (log p of the answer - that under the reference)``.
-        label_smoothing: e, the share of pairs that are taken to be labelled the wrong way round (conservative DPO,
-            Mitchell 2023, equation 3).
+        margins: (B,) reward of the chosen answer minus that of the rejected one; a reward is ``beta * (log p of the
+            answer - that under the reference)``.
+        label_smoothing: e, the share of pairs assumed to have swapped labels (conservative DPO, Mitchell 2023, equation
+            3).
     """
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
@@ -51,28 +51,28 @@ def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Returns log(odds of chosen / odds of rejected) (B,), where odds = p / (1 - p) (Hong et al. 2024, equation 4).
 
     Args:
-        chosen: (B,) log p of the chosen answers, averaged over their tokens, as are the rejected ones.
-        rejected: (B,).
+        chosen: (B,) log p of the chosen answers, averaged over their tokens.
+        rejected: (B,), the same for the rejected answers.
     """
     return (chosen - _log_1_minus_exp(chosen)) - (rejected - _log_1_minus_exp(rejected))
 
 
 def _log_1_minus_exp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without cancellation (Maechler 2012); a p that rounds to 1 stays finite."""
+    """Returns log(1 - exp(x)) for x < 0, without cancellation (Maechler 2012); finite even if p rounds to 1."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -0.6931472
-    # Of two branches, `where` also differentiates the one that is not taken: each gets values that it can take.
+    # `where` also differentiates the branch not taken, so each branch gets only inputs that are valid for it.
     return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(x)))
 
 
 class Answers(NamedTuple):
-    """What a model makes of the answers of B pairs.
+    """Log-probabilities of the answers in B pairs.
 
     Attributes:
-        chosen, rejected: (B,) log-probabilities: sums over the tokens of each answer.
-        chosen_tokens, rejected_tokens: (B,) how many tokens these are.
-        prompts: () sum of the log-probabilities of the prompts' tokens, where they are asked for.
-        prompt_tokens: how many tokens these are.
+        chosen, rejected: (B,) log-probabilities, summed over the tokens of each answer.
+        chosen_tokens, rejected_tokens: (B,) number of these tokens.
+        prompts: () sum of the log-probabilities of the prompts' tokens, if requested.
+        prompt_tokens: number of these tokens.
     """
 
     chosen: Tensor
@@ -84,45 +84,45 @@ class Answers(NamedTuple):
 
 
 class PreferenceStep(Step):
-    """A step on `PreferencePair`s; the objectives say what the loss is.
+    """A step on `PreferencePair`s; subclasses define the loss.
 
     Args:
-        beta: how much an answer's reward counts.
+        beta: weight of an answer's reward.
         options: see `make_step`.
     """
 
     unit = "pair"
     shown: tuple[str, ...] = ("accuracy", "margin")
-    reads_prompts = False  # whether the loss is a function of the prompts' tokens, too
+    reads_prompts = False  # whether the loss also depends on the prompts' tokens
 
     def __init__(self, model: nn.Module, *, beta: float, **options: Any) -> None:
         super().__init__(model, **options)
         self.beta = beta
 
     def losses(self, answers: Answers, pairs: Sequence[PreferencePair], scale: Any) -> tuple[Tensor, Tensor]:
-        """Returns the loss (), scaled, and sums (`width`,) without a gradient; without a scale the first is any."""
+        """Returns the scaled loss (), and detached sums (`width`,); if `scale` is None, the loss is ignored."""
         raise NotImplementedError
 
     def count(self, examples: Sequence[TokenExample]) -> int:
-        """Returns how many terms the loss of examples has: the pairs."""
+        """Returns the number of terms in the loss of these examples: the number of pairs."""
         return len(examples)
 
     def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[Any]:
-        """Returns the `loss_scale` of each batch of an update: weighted by pairs, however it is split."""
+        """Returns each batch's `loss_scale` in an update, weighting every pair equally, however the update is split."""
         assert paper_accum is None, "TrainConfig refuses it"
         return [1 / max(1, sum(map(len, batches)))] * len(batches)
 
     def answers(self, batch: Sequence[PreferencePair]) -> Answers:
-        """Returns what the model makes of the answers of pairs, without a gradient."""
+        """Returns the log-probabilities of the answers in pairs, without computing gradients."""
         laid = self._lay(batch)
         with self._computing("inference", gradient=False):
             return self._answers(laid, batch)
 
     def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
-        """Splits a batch of pairs into those parts that go through the model one after the other.
+        """Splits a batch of pairs into the parts that go through the model one after another.
 
         Raises:
-            UnsupportedModelError: the rows of a pair would have to be computed apart.
+            UnsupportedModelError: the two rows of a pair would have to be computed separately.
         """
         if self._rope_limit is None:
             return [list(batch)]
@@ -139,7 +139,7 @@ class PreferenceStep(Step):
         return [groups[size] for size in sorted(groups)] or [list(batch)]
 
     def idle(self, *, backward: bool) -> None:
-        """Runs a pass whose loss counts for nothing: where weights are spread over ranks, all must run as many."""
+        """Runs a dummy pass with no effect on the loss: with sharded weights, all ranks must run equally many."""
         if backward:
             self.forward_backward([_NOTHING], loss_scale=self._nothing)
         else:
@@ -189,7 +189,7 @@ class PreferenceStep(Step):
         return self._packed(rows) if self.packing else pad(rows)
 
     def _answers(self, laid: Pack, pairs: Sequence[PreferencePair]) -> Answers:
-        # [ predictions of the answers' tokens, row by row | where asked for, of the chosen rows' prompts ]
+        # [ predictions of the answers' tokens, row by row | if needed, those of the chosen rows' prompts ]
         places, targets, owners = list[int](), list[int](), list[int]()
         rows = [row for pair in pairs for row in pair.rows]
         for number, (row, path) in enumerate(zip(rows, laid.paths, strict=True)):
@@ -214,7 +214,7 @@ class PreferenceStep(Step):
 
 
 class DPOStep(PreferenceStep):
-    """Direct preference optimisation (arXiv:2305.18290): no reward model, and the reference is computed once before."""
+    """Direct preference optimisation (arXiv:2305.18290): no reward model; the reference is computed in advance."""
 
     width = 5
 
@@ -230,22 +230,22 @@ class DPOStep(PreferenceStep):
         return loss if scale is None else loss * scale, sums
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns averages over pairs: the loss, the share ranked as they should be, and rewards."""
+        """Returns averages over pairs: the loss, the share of pairs ranked correctly, and rewards."""
         loss, *told = sums
         return {"loss": loss / max(1.0, told[0]), **_averages(told)}
 
 
 class ORPOStep(PreferenceStep):
-    """Odds-ratio preference optimisation (arXiv:2403.07691): no reference; it learns the chosen text as well.
+    """Odds-ratio preference optimisation (arXiv:2403.07691): no reference; also learns the chosen text.
 
-    The loss has two averages: over the tokens of prompts and chosen answers, and over pairs.
+    The loss combines two averages: one over the tokens of prompts and chosen answers, and one over pairs.
     """
 
     width = 7
     reads_prompts = True
 
     def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[Any]:
-        """Returns what the two parts of the loss are multiplied by in each batch of an update."""
+        """Returns the factors for the two parts of the loss in each batch of an update."""
         tokens = sum(_last_trained(pair) for batch in batches for pair in batch)
         return [(1 / max(1, tokens), 1 / max(1, sum(map(len, batches))))] * len(batches)
 
@@ -254,7 +254,7 @@ class ORPOStep(PreferenceStep):
         return 0.0, 0.0
 
     def losses(self, answers: Answers, pairs: Sequence[PreferencePair], scale: Any) -> tuple[Tensor, Tensor]:
-        """Likelihood of the chosen text, as in pretraining, and beta times the odds ratio (equations 6 and 7)."""
+        """Adds beta times the odds ratio to the usual loss on the chosen text, see equations 6 and 7 of the paper."""
         nll = -(answers.chosen.sum() + answers.prompts)
         tokens = answers.chosen_tokens.sum() + answers.prompt_tokens
         chosen, rejected = answers.chosen / answers.chosen_tokens, answers.rejected / answers.rejected_tokens
@@ -265,7 +265,7 @@ class ORPOStep(PreferenceStep):
         return nll * per_token + self.beta * ratio * per_pair, sums
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the loss, its two parts, the share of pairs ranked as they should be, and rewards."""
+        """Returns the loss, its two parts, the share of pairs ranked correctly, and rewards."""
         nll, tokens, ratio, *told = sums
         parts = {"nll": nll / max(1.0, tokens), "odds_ratio_loss": ratio / max(1.0, told[0])}
         return {"loss": parts["nll"] + self.beta * parts["odds_ratio_loss"], **_averages(told), **parts}
@@ -275,8 +275,8 @@ PREFERENCE_STEPS: Final[Mapping[str, type[PreferenceStep]]] = {"dpo": DPOStep, "
 
 
 def _told(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, ...]:
-    """What is told of pairs by their rewards (B,): how many they are, how many are ranked right, sums of rewards."""
-    right = ((chosen > rejected).float() + (chosen == rejected).float() / 2).sum()  # a tie counts as a guess
+    """Returns statistics of pairs from rewards (B,): number of pairs, number ranked correctly, sums of rewards."""
+    right = ((chosen > rejected).float() + (chosen == rejected).float() / 2).sum()  # a tie counts as half
     return torch.full_like(right, len(chosen)), right, chosen.sum(), rejected.sum()
 
 
@@ -301,18 +301,18 @@ def reference_of(
     ranks: Ranks = ALONE,
     show: bool = False,
 ) -> Tensor:
-    """Returns the log-probabilities (N, 2) of the answers of pairs, under a model as it is now, in float64.
+    """Returns the log-probabilities (N, 2) of the answers in pairs under the model in its current state, in float64.
 
-    The batches do not depend on how many ranks there are, and so neither do the numbers.
+    The batches do not depend on the number of ranks, so the results do not either.
 
     Args:
         step: made for the model.
-        model: switched to eval mode meanwhile.
-        pairs: each once.
+        model: put in eval mode for the duration.
+        pairs: without duplicates.
         max_tokens: see `evaluate`.
-        check_stop: called between batches, by all ranks equally often; may raise.
-        ranks: those that compute together.
-        show: draw a progress bar, if someone watches.
+        check_stop: called between batches, equally often on all ranks; may raise.
+        ranks: the ranks that share the work.
+        show: whether to draw a progress bar, if the output is a terminal.
     """
     numbers = {pair: number for number, pair in enumerate(pairs)}
     batches = [part for batch in in_batches(pairs, max_tokens) for part in step.passes(batch)]

@@ -1,11 +1,11 @@
-"""The processes that train together, and the only file that knows of them.
+"""The processes that train together; the only file that deals with them.
 
-torchrun starts one command several times, and tells each process its number, the rank, by environment variables.  All
-else in the package asks `Ranks`, which for a process on its own does nothing.
+torchrun starts one command several times, and gives each process its number, the rank, in environment variables.  The
+rest of the package goes through `Ranks`, whose methods are trivial for a single process.
 
-Rank 0 speaks and writes.  What it alone does or decides reaches the others by `first`, and what may fail on one of them
-is done `together`.  A rank that fails elsewhere leaves its error where the others find it, and closes its connections:
-whoever waits for it then fails with the same error, in a moment and not after a timeout.
+Rank 0 prints and writes files.  What it does or decides alone is shared with the others by `first`; actions that may
+fail on a single rank are run by `together`.  A rank that fails elsewhere publishes its error and closes its
+connections: ranks that wait for it then fail with the same error immediately instead of after a timeout.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = ["ALONE", "Ranks", "joined", "launched"]
 
 _T = TypeVar("_T")
 
-_TIMEOUT: Final = timedelta(minutes=30)  # of one rank waiting for another, as while it writes or downloads
-_PATIENCE: Final = timedelta(seconds=10)  # of a rank that ends because of an error, until rank 0 has told of it
-_TELLING: Final = 5.0  # seconds that a process takes to tell of a lost one before it obeys SIGTERM
+_TIMEOUT: Final = timedelta(minutes=30)  # for one rank waiting for another, for example during a download
+_PATIENCE: Final = timedelta(seconds=10)  # how long a failing rank waits for rank 0 to report the error
+_TELLING: Final = 5.0  # seconds to report a lost process before obeying SIGTERM
 _NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """One process on its own: the first rank of one.  `_Group` is the case of several.
+    """A single process: rank 0 of 1.  `_Group` implements several.
 
     Attributes:
         rank: the number of this process, from 0.
-        size: how many there are.
-        local_size: how many of them run on this machine.
+        size: number of processes.
+        local_size: number of processes on this machine.
     """
 
     rank: int = 0
@@ -55,66 +55,66 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     def device(self, name: str | None) -> str | None:
-        """Returns the device for this process, given the one that the settings name."""
+        """Returns the device for this process, given the one in the settings."""
         return name
 
     def mesh(self, device: str) -> Any:
-        """Returns all ranks as a DeviceMesh of one dimension, over which FSDP2 spreads weights."""
+        """Returns all ranks as a one-dimensional DeviceMesh, over which FSDP2 shards weights."""
         raise ConfigError(
             "shard spreads the base model over several processes, but there is only one: start it with `torchrun "
             "--nproc_per_node N -m loralib train --shard ...`, or leave out --shard"
         )
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Returns the sums over all ranks of some numbers."""
+        """Returns the sums of some numbers over all ranks."""
         return numbers
 
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
-        """Adds up the gradients of parameters over all ranks, and returns the sums of some numbers (k,).
+        """Sums the gradients of parameters over all ranks, and returns the sums of some numbers (k,).
 
-        All of it lies in one buffer, which is reduced at once.  A parameter that has a gradient on no rank has none
-        afterwards either.
+        Everything goes into one buffer, which is reduced at once.  A parameter without a gradient on any rank stays
+        without one.
         """
         return numbers
 
     def most(self, number: int) -> int:
-        """Returns the largest of the numbers that the ranks have."""
+        """Returns the maximum of a number over all ranks."""
         return number
 
     def gather(self, value: _T) -> list[_T]:
-        """Returns the values of all ranks, in their order, on each of them."""
+        """Returns the values of all ranks, in rank order, on every rank."""
         return [value]
 
     def first(self, action: Callable[[], _T]) -> _T:
-        """Does something on rank 0 alone, and returns its result on all; where it fails, all raise that error."""
+        """Runs an action on rank 0 only, and returns its result on all ranks; if it fails, all raise its error."""
         return action()
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """Does something on each rank; where it fails on some, all raise an error that says where."""
+        """Runs an action on every rank; if it fails on some, all raise an error that says where."""
         return action()
 
     def in_turn(self, action: Callable[[], _T]) -> _T:
-        """Does something, such as a download, on the first rank of each machine, and then on the others there."""
+        """Runs an action, such as a download, on the first rank of each machine, and then on the others there."""
         return action()
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Wraps passes in which a model that is spread over the ranks waits for them itself."""
+        """Wraps passes during which a sharded model waits for other ranks by itself."""
         yield
 
     def seed(self, seed: int, update: int) -> None:
-        """Gives each rank random numbers of its own for an update, for the masks of dropout.
+        """Seeds each rank's random numbers for an update, for dropout masks.
 
-        They follow from seed, update and rank, so that nothing of them has to be kept for a resume.  One process on its
-        own goes on with the numbers that it has.
+        The seed is derived from the run's seed, the update and the rank, so a resume needs no stored state.  A single
+        process keeps its generator's state.
         """
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
-        """Checks that facts about what is trained, and how, are the same on all ranks.
+        """Checks that facts about what is trained, and how, agree on all ranks.
 
         Raises:
             ConfigError: some differ; all are named, with their ranks.
@@ -132,7 +132,7 @@ class _Group(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.store, self._has_lost = store, False
-        # A group that somebody made for GPUs alone cannot carry what lies on the CPU.
+        # A group that someone else created for GPUs only cannot transfer CPU tensors.
         self._cpu = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.get_backend() == "nccl" else None
 
     def device(self, name: str | None) -> str | None:
@@ -162,7 +162,7 @@ class _Group(Ranks):
         return numbers
 
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
-        # [ numbers | one for each gradient that is there | all gradients, one after the other ]
+        # [ numbers | a flag for each gradient that exists | all gradients, concatenated ]
         counts = [parameter.numel() for parameter in parameters]
         wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         flat = torch.zeros(len(numbers) + len(parameters) + sum(counts), dtype=wide, device=parameters[0].device)
@@ -247,14 +247,14 @@ class _Group(Ranks):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns the failure of what ranks do together into the error of the rank that is to blame."""
+        """Turns the failure of a collective operation into the error of the rank that caused it."""
         try:
             yield
-        except RuntimeError as error:  # what PyTorch raises when a connection is closed, or nobody answers
+        except RuntimeError as error:  # raised by PyTorch when a connection is closed or a peer does not answer
             raise self.blame(error) from error
 
     def blame(self, error: BaseException) -> LoraError:
-        """Returns the error that another rank has left behind before it went; or that one is gone without a word."""
+        """Returns the error that another rank published before it exited; or one saying that a rank vanished."""
         with contextlib.suppress(Exception):
             if self.store.check(["failed"]):
                 return _unpacked(json.loads(self.store.get("failed")))
@@ -264,12 +264,12 @@ class _Group(Ranks):
         )
         self._has_lost = True
         _take_time_to_tell()
-        with contextlib.suppress(Exception):  # the first of those who find out tells of it
+        with contextlib.suppress(Exception):  # only the first to notice reports it
             lost.is_told_elsewhere = self.store.add("lost", 1) > 1
         return lost
 
     def leave(self, error: BaseException | None) -> None:
-        """Ends the group.  Where there was an error, rank 0 has the time to tell of it before its launcher ends it."""
+        """Leaves the group.  After an error, gives rank 0 time to report it before the launcher kills it."""
         atexit.register(self._end)
         if error is not None and not getattr(error, "is_told_elsewhere", False):
             with contextlib.suppress(Exception):
@@ -280,17 +280,17 @@ class _Group(Ranks):
             error.is_told_elsewhere = self._first_ends()
 
     def _first_ends(self) -> bool:
-        """Waits until rank 0 ends; returns whether it did in time."""
+        """Waits until rank 0 has exited; returns whether it did in time."""
         try:
             self.store.wait(["first ended"], _PATIENCE)
         except torch.distributed.DistNetworkError:
-            return True  # without torchrun rank 0 keeps the store, which ends with it
+            return True  # without torchrun, rank 0 hosts the store, which disappears with it
         except Exception:
             return False
         return True
 
     def _end(self) -> None:
-        """At the very end of the process, since a launcher sends SIGTERM to the others once one has ended."""
+        """Runs at the very end of the process, as a launcher sends SIGTERM to the others once one has exited."""
         with contextlib.suppress(Exception):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if self.is_first:
@@ -298,12 +298,12 @@ class _Group(Ranks):
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:
-    """Whether an error is that of a group of processes, and not of what they compute; gloo's have no class."""
+    """Whether an error comes from the process group, not the computation; gloo's errors have no class of their own."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _take_time_to_tell() -> None:
-    """Once one process is gone, a launcher sends SIGTERM to the others, which may not have told of it yet."""
+    """Delays SIGTERM, which a launcher sends to all others once one process is gone, to leave time for a report."""
 
     def end_soon(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -311,11 +311,11 @@ def _take_time_to_tell() -> None:
         timer.daemon = True
         timer.start()
 
-    with contextlib.suppress(ValueError):  # only the main thread handles signals
+    with contextlib.suppress(ValueError):  # signals can only be handled in the main thread
         signal.signal(signal.SIGTERM, end_soon)
 
 
-# Errors on their way between processes: the name of the class, the message, the exit code.
+# Errors in transit between processes: class name, message, exit code.
 
 
 def _outcome(action: Callable[[], Any]) -> tuple[Any, Any]:
@@ -339,26 +339,26 @@ def _unpacked(packed: Sequence[Any]) -> LoraError:
     return result
 
 
-# Joining.
+# Joining the group.
 
-_JOINED: Final[list[Ranks]] = []  # by this process, of which the last one counts
+_JOINED: Final[list[Ranks]] = []  # groups joined by this process; the last one is current
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Whether a launcher started this process as one of several."""
     size = os.environ.get("WORLD_SIZE", "1")
     return size.isdecimal() and int(size) > 1
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Joins the other processes that torchrun, or a launcher like it, has started with this one; alone, does nothing.
+    """Joins the other processes that torchrun, or a similar launcher, started along with this one, if there are any.
 
-    Inside another `joined`, or where a program has made a process group already, that group is used, and stays.  On all
-    ranks but the first, nothing is printed meanwhile.
+    Inside another `joined`, or if the program has already created a process group, that group is used and kept.
+    Meanwhile, only rank 0 prints.
 
     Raises:
-        ConfigError: the environment tells half of what is needed, or PyTorch lacks a backend.
+        ConfigError: the environment variables are incomplete, or PyTorch lacks a backend.
     """
     if _JOINED:
         yield _JOINED[-1]
@@ -420,7 +420,7 @@ def _start_group() -> _Group:
 
 
 def _default_store() -> Any:
-    """The store of a group that somebody else has made; None where PyTorch does not hand it out any more."""
+    """Returns the store of a group that someone else created; None if PyTorch no longer exposes it."""
     dist: Any = torch.distributed
     with contextlib.suppress(Exception):
         return dist.PrefixStore("loralib", dist.distributed_c10d._get_default_store())

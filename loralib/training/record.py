@@ -1,4 +1,4 @@
-"""run.toml: the settings that repeat a run, and a record of what it was: data, base model, versions, outcome."""
+"""run.toml: the settings that reproduce a run, and a record of it: data, base model, versions, outcome."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 RUN_FILE = "run.toml"
-RECORD = "record"  # the table that holds what is no setting
-_NOT_SETTINGS = frozenset(("resume", "overwrite"))  # how a run was started does not tell what it computes
+RECORD = "record"  # the table for everything that is not a setting
+_NOT_SETTINGS = frozenset(("resume", "overwrite"))  # how a run was started does not affect its results
 _HEADING = """\
 # Settings of a training run; those left to the program have the values that it chose.
 # To repeat it: loralib train --config run.toml
@@ -49,9 +49,9 @@ _HEADING = """\
 
 
 def write_record(directory: Path, config: TrainConfig, record: Mapping[str, Any]) -> None:
-    """Writes a run's settings, with their final values, and a table of facts about it."""
+    """Writes a run's settings, with their final values, and a table of facts about the run."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_SETTINGS}
-    if record["base"]["name"] and not is_made_up(config.model):  # the model may have been given in Python
+    if record["base"]["name"] and not is_made_up(config.model):  # the model may have been passed in Python
         settings["model"] = record["base"]["name"]
     for kind in ("train", "valid"):
         settings[f"{kind}_data"] = (
@@ -63,12 +63,12 @@ def write_record(directory: Path, config: TrainConfig, record: Mapping[str, Any]
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes settings as a TOML file for ``--config``; those that are None are left out."""
+    """Writes settings as a TOML file for ``--config``, leaving out those that are None."""
     write_text(path, "\n".join(_lines(settings)) + "\n")
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings and the facts of the run in a directory; both are empty where no run.toml can be read."""
+    """Returns the settings and the facts of the run in a directory; both are empty if there is no readable run.toml."""
     with suppress(ConfigError):
         values = read_toml(directory / RUN_FILE, RUN_FILE)
         record = values.pop(RECORD, {})
@@ -77,8 +77,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what computes."""
-    ours = sys.modules["loralib"].__version__  # which is imported by now; an import from here would look upwards
+    """Returns the versions of the software that computes."""
+    ours = sys.modules["loralib"].__version__  # already imported; importing it here would go against the import order
     found = {"python": platform.python_version(), "loralib": str(ours)}
     for name in ("torch", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -87,17 +87,17 @@ def versions() -> dict[str, str]:
 
 
 def settings_and_versions(config: TrainConfig) -> dict[str, Any]:
-    """Returns what must be the same on all ranks of a run, as far as it is known before any data are read."""
+    """Returns what must be the same on all ranks of a run, as far as it is known before data are read."""
     engine = {"LORALIB_ENGINE": os.environ.get("LORALIB_ENGINE") or "full"}
     return {**config.to_dict(), **{f"version of {name}": value for name, value in versions().items()}, **engine}
 
 
 def run_record(model: nn.Module, given: TrainConfig, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the facts about a run that are known when it starts.
+    """Returns the facts about a run that are known at its start.
 
     Args:
         model: with its adapter.
-        given: the settings as they were given.
+        given: the settings as given.
         data: see `data_record`.
     """
     defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
@@ -113,13 +113,13 @@ def run_record(model: nn.Module, given: TrainConfig, data: Sequence[Mapping[str,
 def data_record(
     kind: str, paths: Sequence[str | Path], rows: Sequence[TokenExample], given: int
 ) -> list[dict[str, Any]]:
-    """Describes data: how many examples are used of how many, a hash of their tokens, and each file with its hash.
+    """Describes data: how many of the examples are used, a hash of their tokens, and each file with its hash.
 
     Args:
         kind: "training" or "validation".
-        paths: where the data are from.
+        paths: the files of the data.
         rows: the examples that are used.
-        given: how many examples there were.
+        given: number of examples before any were left out.
     """
     facts = {"kind": kind, "examples": len(rows), "of": given, "tokens_sha256": hash_examples(rows)}
     return [facts, *({"kind": kind, **_file_record(path)} for path in paths)]
@@ -149,7 +149,7 @@ def _file_record(item: str | Path) -> dict[str, Any]:
     return facts
 
 
-# TOML, as far as settings need it: Python reads it and cannot write it.
+# A minimal TOML writer: Python can only read TOML.
 
 
 def _lines(table: Mapping[str, Any], name: str = "") -> Iterable[str]:
@@ -175,7 +175,7 @@ def _key(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    r"""Returns a value as TOML writes it.
+    r"""Formats a value as TOML.
 
     >>> _value([1e-05, True, 'a "b"'])
     '[1e-05, true, "a \\"b\\""]'

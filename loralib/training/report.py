@@ -1,4 +1,4 @@
-"""What a run shows: what it prints as it goes, metrics.jsonl, the loss curve, and the model card."""
+"""What a run shows: console output, metrics.jsonl, the loss curve, and the model card."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ __all__ = [
     "write_card",
 ]
 
-_SILENCE = 30.0  # seconds without a line where no progress bar is drawn
+_SILENCE = 30.0  # maximum seconds between lines if no progress bar is drawn
 
 
 class Reporter:
-    """Prints what happens in a run; nothing if not verbose."""
+    """Prints what happens during a run; nothing if not verbose."""
 
-    from_base = True  # whether the first validation loss is the base model's, rather than an earlier adapter's
+    from_base = True  # whether the first validation loss is that of the base model, not of an earlier adapter
 
     def __init__(self, verbose: bool = True) -> None:
         self.verbose = verbose
@@ -54,13 +54,13 @@ class Reporter:
         self._epoch = ""
 
     def say(self, *parts: object) -> None:
-        """Prints where possible: a pipe that nobody reads any more, or a full disk, ends no training."""
+        """Prints if possible: a closed pipe or a full disk does not end training."""
         if self.verbose:
             with suppress(OSError):
                 say(*parts)
 
     def adapter(self, model: nn.Module, report: InjectReport | None, config: TrainConfig) -> None:
-        """What is trained: the adapter that was injected (None: it was there already), and parameter counts."""
+        """Prints what is trained: the injected adapter (None: it was already there), and parameter counts."""
         if report is None:
             has = "is built with its own LoRA layers" if injection_of(model) is None else "already has an adapter"
             self.say(f"The network {has}; --rank and --target_modules do not apply.")
@@ -76,13 +76,13 @@ class Reporter:
         self.say()
 
     def memory(self, needed: float, free: float | None) -> None:
-        """The memory that training needs, and what is free (see `memory_estimate`)."""
+        """Prints the memory that training needs, and how much is free (see `memory_estimate`)."""
         self.say(f"Memory: about {size(needed)} needed" + (f", {size(free)} free" if free else ""))
         if free and needed > free:
             self.say("  That may not fit: lower --batch_size or --seq_len, or add --gradient_checkpointing.")
 
     def start_bar(self, done: int, total: int) -> None:
-        """Draws a progress bar until `close_bar`, if someone watches."""
+        """Shows a progress bar until `close_bar`, if the output is a terminal."""
         if self.verbose:
             self._bar = progress(total=total, description="training", unit="step")
             self._bar.update(done)
@@ -96,7 +96,7 @@ class Reporter:
         tokens_per_second: float,
         seconds_left: float,
     ) -> None:
-        """Moves the bar, or prints a line for logs now and then."""
+        """Advances the bar, or occasionally prints a line, for logs."""
         bar = self._bar
         if bar is None:
             return
@@ -108,14 +108,14 @@ class Reporter:
             self.say(f"Update {step:,} of {total:,}: {told}, {duration(seconds_left)} left")
 
     def epoch(self, number: int, loss: float, validation_follows: bool) -> None:
-        """The end of an epoch, in one line with the validation that follows."""
+        """Reports the end of an epoch, on the same line as the validation that follows."""
         self._epoch = f"Epoch {number}: average training loss {loss:.4f}"
         if not validation_follows:
             self.say(self._epoch)
             self._epoch = ""
 
     def validation(self, step: int, loss: float, first: float, figures: Mapping[str, float]) -> None:
-        """A validation loss, compared with the one before training, and what else was measured."""
+        """Reports a validation loss, compared with the one before training, and other metrics."""
         more = _listed(figures)
         if step == 0:
             base = " (the base model)" if self.from_base else ""
@@ -126,13 +126,13 @@ class Reporter:
         self._epoch = ""
 
     def close_bar(self) -> None:
-        """Ends the progress bar."""
+        """Closes the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def result(self, result: TrainResult) -> None:
-        """The outcome, and where everything is."""
+        """Prints the outcome, and where the results are."""
         directory = result.output_dir
         self.say()
         self.say(
@@ -146,7 +146,7 @@ class Reporter:
             self.say(
                 f"The best adapter is the one from update {step} (validation loss {loss:.4f}): {directory / 'best'}"
             )
-        if (directory / "pytorch_model.bin").exists():  # not of every variant
+        if (directory / "pytorch_model.bin").exists():  # not written for every variant
             self._say_file("Checkpoint for Microsoft's loralib", directory / "pytorch_model.bin")
         if (directory / "loss.png").exists():
             self.say(f"Loss curve: {directory / 'loss.png'}")
@@ -174,18 +174,18 @@ def _listed(figures: Mapping[str, float]) -> str:
 
 
 class Metrics:
-    """Appends events to metrics.jsonl, one JSON object a line, and optionally to TensorBoard.
+    """Appends events to metrics.jsonl, one JSON object per line, and optionally to TensorBoard.
 
     Args:
-        directory: holds the file.
-        progress: of the run that resumes, or a new one.  Whatever a crash left in the file after its `metrics_bytes` is
-            cut off, and what TensorBoard has of later updates is discarded.
-        updates_per_epoch: how many updates make an epoch.
-        tensorboard: also write event files under ``directory/tensorboard``.
+        directory: the directory for the file.
+        progress: that of the resumed run, or a new one.  Anything that a crash left in the file beyond `metrics_bytes`
+            is cut off, and TensorBoard events of later updates are discarded.
+        updates_per_epoch: number of updates in an epoch.
+        tensorboard: whether to also write event files to ``directory/tensorboard``.
 
     Attributes:
         path: the file.
-        note: which lines of the resumed run the file lacks, for the user; else "".
+        note: which lines of the resumed run are missing from the file, for the user; else "".
     """
 
     def __init__(self, directory: Path, progress: Progress, updates_per_epoch: int, tensorboard: bool = False) -> None:
@@ -194,10 +194,10 @@ class Metrics:
         self._updates_per_epoch = updates_per_epoch
         keep = progress.metrics_bytes
         try:
-            # Unbuffered: a line that could not be written is not tried again when the file is closed.
+            # Unbuffered, so that closing the file does not retry a line that could not be written.
             self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
             there = self._file.seek(0, os.SEEK_END)
-            if there < keep:  # someone cut it: its last line may be half a line
+            if there < keep:  # the file was truncated: its last line may be incomplete
                 self.note = f"{self.path} is missing lines of the resumed run: it has {there:,} of {keep:,} bytes"
                 self._file.seek(0)
                 keep = self._file.read().rfind(b"\n") + 1
@@ -219,7 +219,7 @@ class Metrics:
     def add(
         self, event: str, progress: Progress, loss: float, lr: float, seconds: float, more: Mapping[str, float]
     ) -> None:
-        """Appends a "train" or "valid" event: its loss, learning rate and duration, how far the run is, figures."""
+        """Appends a "train" or "valid" event: loss, learning rate, duration, progress of the run, and metrics."""
         values = {
             "event": event,
             "step": progress.step,
@@ -235,7 +235,7 @@ class Metrics:
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with self._explain_errors():
             written = self._file.write(line)
-            if written < len(line):  # the disk had room for a part; writing the rest raises the reason
+            if written < len(line):  # the disk had room for only a part; writing the rest raises the reason
                 self._file.write(line[written:])
             if self._board is not None:
                 for name, value in {"loss": loss, **more}.items():
@@ -244,7 +244,7 @@ class Metrics:
                     self._board.add_scalar("train/lr", lr, progress.step)
 
     def sync(self) -> int:
-        """Makes all lines survive a crash; returns the length of the file in bytes."""
+        """Makes sure that all lines survive a crash; returns the length of the file in bytes."""
         with self._explain_errors():
             os.fsync(self._file.fileno())
             if self._board is not None:
@@ -255,12 +255,12 @@ class Metrics:
         """Closes the file."""
         self._file.close()
         if self._board is not None:
-            with suppress(OSError):  # it writes what is left; `sync` has reported failures
+            with suppress(OSError):  # flushes the rest; `sync` has already reported failures
                 self._board.close()
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """TensorBoard's writer reports a full disk too, though only at a later call."""
+        """Explains write errors; TensorBoard's writer also reports a full disk, but only at a later call."""
         try:
             yield
         except OSError as error:
@@ -270,7 +270,7 @@ class Metrics:
 
 
 class NoMetrics:
-    """What a process has in the place of `Metrics` that writes none."""
+    """Stands in for `Metrics` in processes that do not write them."""
 
     note = ""
 
@@ -288,7 +288,7 @@ class NoMetrics:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the events of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Yields the events in a metrics.jsonl, without a last line that a crash cut short."""
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
@@ -296,15 +296,15 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path, unit: str = "token") -> bool:
-    """Draws the losses of several runs as a PNG, those on validation data where there are any.
+    """Plots the losses of several runs as a PNG, those on validation data if there are any.
 
     Args:
-        runs: the name of each, and its metrics.jsonl; one without lines is left out.
-        picture: where the PNG goes.
-        unit: what the losses are averages over.
+        runs: for each run its name and its metrics.jsonl; runs without events are left out.
+        picture: the PNG file to write.
+        unit: what the losses average over.
 
     Returns:
-        False, without one, if matplotlib is not installed.
+        False if matplotlib is not installed; then no file is written.
     """
     figure = _figure(9, 5)
     if figure is None:
@@ -324,18 +324,18 @@ def plot_runs(runs: Sequence[tuple[str, Path]], picture: Path, unit: str = "toke
     return True
 
 
-_MAX_MARKERS = 60  # with more points a line has no markers
+_MAX_MARKERS = 60  # lines with more points are drawn without markers
 
 
 def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "token", shown: Sequence[str] = ()) -> bool:
-    """Draws the losses in a metrics.jsonl as a PNG; returns False, without one, if matplotlib is not installed.
+    """Plots the losses in a metrics.jsonl as a PNG; returns False, without a file, if matplotlib is not installed.
 
     Args:
-        metrics: the file.
-        picture: where the PNG goes.
-        title: its title.
-        unit: what the losses are averages over.
-        shown: other figures to draw, each under the last.
+        metrics: the metrics.jsonl file.
+        picture: the PNG file to write.
+        title: title of the plot.
+        unit: what the losses average over.
+        shown: other metrics to plot, one panel each, below the losses.
     """
     figure = _figure(8, 4.5 + 2 * len(shown))
     if figure is None:
@@ -358,7 +358,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "token", s
 
 
 def _figure(width: float, height: float) -> Any:
-    """Returns an empty figure of a size in inches; None if matplotlib is not installed."""
+    """Returns an empty figure with a size in inches; None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -370,29 +370,29 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _open(axes: Any) -> None:
-    """Draws a grid in the place of a frame."""
+    """Draws a grid instead of a frame."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Any, picture: Path) -> None:
-    # Neither date nor version in the file: the same run draws the same bytes.
+    # No date or version in the file, so that the same run produces the same bytes.
     write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
 def _draw(axes: Any, events: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draws one figure over the updates: of training, as it is and smoothed, and of validation."""
+    """Plots one metric over the updates: for training, raw and smoothed, and for validation."""
     trained = [(e["step"], e[name]) for e in events if e["event"] == "train" and name in e]
     valid = [(e["step"], e[name]) for e in events if e["event"] == "valid" and name in e]
     if trained:
-        dot = "." if len(trained) <= _MAX_MARKERS else None  # a single update makes no line
+        dot = "." if len(trained) <= _MAX_MARKERS else None  # without a marker, a single update would be invisible
         axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, marker=dot, label="training, each update")
         axes.plot(*zip(*_smoothed(trained), strict=True), color="#2171b5", linewidth=2, label="training, smoothed")
     if valid:
         dot = "o" if len(valid) <= _MAX_MARKERS else None
         axes.plot(*zip(*valid, strict=True), color="#d94801", marker=dot, linewidth=2, label="validation")
         style: Any = {"textcoords": "offset points", "color": "#d94801"}
-        # The first losses fall steeply, right through this label.
+        # The steep curve of the first losses runs through this label.
         background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         axes.annotate(f"base {valid[0][1]:.2f}", valid[0], xytext=(8, 4), bbox=background, **style)
         if len(valid) > 1:
@@ -408,22 +408,22 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return out
 
 
-_TAGS = b"tags: [lora, loralib]"  # marks a card as ours
+_TAGS = b"tags: [lora, loralib]"  # identifies a card as ours
 
 
 def is_our_card(card: Path) -> bool:
-    """Tells whether a README.md is one that a run wrote."""
+    """Tells whether a README.md was written by a run."""
     return _TAGS in card.read_bytes()
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run has made of a model, apart from the model.
+    """What a run has learned, independent of the model.
 
     Attributes:
         base: the model's name.
         adapter: the adapter.
-        norms: of each adapted layer its name, and the norms of its update and of its base weight.
+        norms: for each adapted layer, its name and the norms of its update and of its base weight.
     """
 
     base: str
@@ -432,7 +432,7 @@ class Learned:
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Learned:
-        """Looks at a model, of that name unless it says otherwise; where it is spread over ranks, all take part."""
+        """Inspects a model, whose own name takes precedence over `name`; if it is sharded, all ranks must take part."""
         norms = [
             (at if leaf == "weight" else f"{at}.{leaf}", _norm(layer.delta_weight_of(leaf)), _norm(dense(weight)))
             for at, layer in adapted_layers(model)
@@ -451,14 +451,14 @@ def write_card(
 ) -> None:
     """Writes the README.md of an adapter: what it is, how it was trained, how to use it, what it learned.
 
-    A README.md of somebody else stays: the directory may be a project.  If there is a loss.png, the card shows it.
-    `data` is what run.toml says of it (see `data_record`).
+    A README.md that is not ours is kept: the directory may be a project.  If there is a loss.png, the card shows it.
+    `data` is the description of the data in run.toml (see `data_record`).
     """
     card = directory / "README.md"
     if card.exists() and not is_our_card(card):
         return
     name, norms = learned.base, learned.norms
-    adapter = learned.adapter.config  # what the model was injected with, which need not be what `config` says
+    adapter = learned.adapter.config  # settings that the model was injected with, which may differ from `config`
     targets = (
         adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
     )

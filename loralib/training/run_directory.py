@@ -1,6 +1,6 @@
-"""What a run keeps on disk: checkpoints, the best adapter, the results, and whether to resume what is there.
+"""What a run keeps on disk: checkpoints, the best adapter, the results; and the decision whether to resume.
 
-A checkpoint is written aside, synced, read back and only then renamed into place.
+A checkpoint is written to a temporary file, synced, read back and only then renamed into place.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
     "updates_of",
 ]
 
-# Settings that may differ when a run resumes: they change what is kept and shown, not what is computed.
+# Settings that may change on resuming: they affect what is kept and shown, not what is computed.
 _MAY_DIFFER = frozenset(
     "target output_dir resume overwrite keep_checkpoints report_to save_steps device shard train_data valid_data "
     "data_format columns as_chat chat_template compile".split()
 )
-# How the names of our temporary files begin, which a run leaves behind when it is killed while writing.
+# Prefixes of our temporary files, which a run leaves behind if it is killed while writing.
 _TEMPORARY = tuple(
     f".{name}"
     for name in (
@@ -58,14 +58,14 @@ _TEMPORARY = tuple(
         "run.toml.",
     )
 )
-# What a run leaves, which a later one in the same directory moves aside; the config last: it marks an adapter.
+# What a run leaves, and a later run in the same directory moves aside; the config comes last: it marks an adapter.
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", *TOKENIZER_FILES, "adapter_config.json")
 _LEFT = ("tensorboard", "metrics.jsonl", "loss.png", "README.md", "pytorch_model.bin", RUN_FILE, *_ADAPTER)
-_LEAST = 2  # checkpoints to keep during a run: the newest may be damaged
+_LEAST = 2  # number of checkpoints to keep during a run: the newest may be damaged
 _LENGTHS = frozenset(("num_epochs", "max_steps"))
 _STATE = "loralib.checkpoint"
-_RENAMED = {"lora_dim": "rank"}  # settings that checkpoints from before a new name hold under the old one
-_DIGEST = "loralib.sha256"  # safetensors has no checksum of its own: a flipped bit would go unnoticed
+_RENAMED = {"lora_dim": "rank"}  # settings that have been renamed since some checkpoints were written
+_DIGEST = "loralib.sha256"  # safetensors has no checksum of its own, so a flipped bit would go unnoticed
 
 
 @dataclass
@@ -75,17 +75,17 @@ class Progress:
     Attributes:
         step: updates done.
         epoch: epochs done.
-        update: updates done in the current epoch, which is the position in the data.
-        examples, tokens, trained_tokens: seen so far.
+        update: updates done in the current epoch, i.e. the position in the data.
+        examples, tokens, trained_tokens: number seen so far.
         epoch_loss, epoch_weight: weighted sum of the losses in the current epoch, and sum of the weights.
         train_losses: average training loss of each finished epoch.
-        valid_losses: ``[step, loss]`` of each validation; at step 0 it is the loss before training.  Where the best
-            adapter is not the one of the lowest loss, then what is lowest for it comes third.
-        best: the lowest of these after any update.
-        bad: validations since then.
-        metrics_bytes: length of metrics.jsonl; on resuming, whatever a crash left after it is cut off.
+        valid_losses: ``[step, loss]`` of each validation; at step 0 it is the loss before training.  If the best
+            adapter is chosen by another metric, a third number is its negated value, of which the lowest is best.
+        best: the lowest such loss (or third number) after any update.
+        bad: number of validations since then.
+        metrics_bytes: length of metrics.jsonl; on resuming, anything that a crash left beyond it is cut off.
         finished: whether the run reached its end.
-        ranks: how many processes wrote this.
+        ranks: number of processes that wrote this.
     """
 
     step: int = 0
@@ -105,7 +105,7 @@ class Progress:
     ranks: int = 1
 
     def end_epoch(self, complete: bool) -> float:
-        """Closes an epoch, which may have stopped early, and returns its average training loss."""
+        """Closes an epoch, which may have ended early, and returns its average training loss."""
         average = self.epoch_loss / max(self.epoch_weight, 1e-9)
         self.train_losses.append(average)
         self.epoch_loss = self.epoch_weight = 0.0
@@ -115,16 +115,16 @@ class Progress:
 
     @property
     def of_ranks(self) -> str:
-        """By how many processes, if several, for a sentence."""
+        """Names the number of processes, if there were several, for use in a sentence."""
         return f" of {self.ranks} processes" if self.ranks > 1 else ""
 
     def result(self) -> dict[str, Any]:
-        """Returns how the run ended, without what only its checkpoints need."""
+        """Returns the outcome of the run, without what only its checkpoints need."""
         passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad", "ranks")
         return {name: value for name, value in asdict(self).items() if name not in passing}
 
     def add_validation(self, loss: float, score: float | None = None) -> bool:
-        """Records a validation loss; returns whether it, or a score, is the lowest one after any update."""
+        """Records a validation loss; returns whether it, or `score` if given, is the lowest so far after any update."""
         self.valid_losses.append([self.step, loss] if score is None else [self.step, loss, score])
         if self.step == 0:
             return False
@@ -134,17 +134,17 @@ class Progress:
         return is_best
 
     def is_due(self, every: int, last_step: int) -> bool:
-        """Whether something happens now that happens every so many updates (0: at the end of each epoch)."""
+        """Whether an action that runs every `every` updates (0: at the end of each epoch) is due."""
         return self.step == last_step or (self.step % every == 0 if every else self.update == 0)
 
     def owes_validation(self, every: int, last_step: int) -> bool:
-        """Whether no validation was done yet, or a signal came before that of the last update."""
+        """Whether the initial validation is missing, or a signal prevented the one after the last update."""
         if not self.valid_losses:
             return self.step == 0
         return self.valid_losses[-1][0] < self.step and self.is_due(every, last_step)
 
     def best_validation(self) -> tuple[int, float] | None:
-        """(step, loss) of the earliest lowest validation loss after any update, or None.
+        """Returns (step, loss) of the best validation after any update, the earliest on a tie; None if there is none.
 
         >>> Progress(valid_losses=[[0, 1.0], [4, 2.0], [8, 1.5], [12, 1.5]]).best_validation()
         (8, 1.5)
@@ -155,11 +155,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to continue as if it had never stopped.
+    """Everything that a run needs to continue as if it had never stopped.
 
     Attributes:
-        progress: how far it came.
-        settings: what must be the same when it resumes.
+        progress: how far the run had come.
+        settings: settings that must be the same on resuming.
         parameters: the trained parameters by name.
         initial: their values before the first update, by name (to tell whether anything was learned).
         optimizer: the optimiser's state: ``{number: {name: tensor}}``.
@@ -182,13 +182,13 @@ class Checkpoint:
         initial: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> Checkpoint:
-        """Takes the state of a run as it is now; tensors are not copied."""
+        """Captures the current state of a run; tensors are not copied."""
         state = optimizer.state_dict()["state"].items()
         tensors = {number: {name: torch.as_tensor(value) for name, value in of.items()} for number, of in state}
         return cls(progress, settings, parameters, initial, tensors, _random_states(_device(parameters)))
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Puts parameters, optimiser and random generators back; returns `initial` on the parameters' devices."""
+        """Restores parameters, optimiser and random generators; returns `initial` on the parameters' devices."""
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.parameters[name])
@@ -204,7 +204,7 @@ class Checkpoint:
         """Refuses to resume with other settings or another adapter, which would be neither the old run nor a new one.
 
         Raises:
-            TrainingError: names every setting, or every parameter, that differs.
+            TrainingError: some differ; names every setting, or every parameter, that does.
         """
         require_same_settings(self.settings, settings, path)
         shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (self.parameters, parameters)]
@@ -217,10 +217,10 @@ class Checkpoint:
 def require_same_settings(
     then: Mapping[str, Any], now: Mapping[str, Any], path: Path, *, is_over: bool = False
 ) -> None:
-    """Refuses other settings than those of the run in a file; what was no setting then may be anything.
+    """Refuses settings that differ from those of the run in a file, except for settings that did not exist then.
 
-    More epochs are the same run where the learning rate is constant: nothing before depends on where it ends.  But one
-    that is over has no checkpoint to go on from.
+    With a constant learning rate, a run may be extended, because no update depends on where the run ends.  A run that
+    is over, however, has no checkpoint to continue from.
     """
     then = {name: then.get(name, value) for name, value in now.items()} | dict(then)
     faults = _differences(then, now)
@@ -256,10 +256,10 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint into a directory, removes all there but the last `keep`, and returns the file.
+    """Writes a checkpoint into a directory, removes all but the last `keep` there, and returns the file.
 
     Raises:
-        OutputError: it cannot be written, or does not read back as it was written; older ones are untouched.
+        OutputError: it cannot be written, or does not read back as written; older checkpoints are untouched.
     """
     path = directory / f"step-{state.progress.step:08}.safetensors"
     tensors = {f"parameter/{name}": tensor for name, tensor in state.parameters.items()}
@@ -278,8 +278,8 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
 
     write_safetensors(path, plain, {_STATE: about, _DIGEST: digest}, check)
     files = checkpoint_files(directory)
-    # Later files could not be read when the run resumed from an earlier one: they must neither count among the last
-    # few, nor come first when it resumes again.
+    # Later files were unreadable when the run resumed from an earlier one: they must not count among the files to keep,
+    # nor be tried first when it resumes again.
     later = files[files.index(path) + 1 :]
     for other in (*later, *files[: files.index(path) + 1][:-keep]):
         remove_file(other)
@@ -289,13 +289,13 @@ def save_checkpoint(directory: Path, state: Checkpoint, keep: int) -> Path:
 def last_checkpoint(
     directory: Path, tell: Callable[[str], None] | None = None, at_most: int | None = None
 ) -> tuple[Checkpoint, Path] | None:
-    """Reads the newest readable checkpoint of a directory; None if there are no checkpoints.
+    """Reads the newest readable checkpoint in a directory; None if there are no checkpoints.
 
-    `tell` is called with a line about each newer one that cannot be read.  Those of more than `at_most` updates, if it
-    is given, do not count.
+    `tell` is called with a line about each newer one that cannot be read.  Checkpoints with more than `at_most` updates
+    are ignored, if it is given.
 
     Raises:
-        FormatError: there are files, and none can be read; all are named.
+        FormatError: there are checkpoints, but none can be read; all are named.
     """
     faults = []
     for path in reversed(checkpoint_files(directory)):
@@ -322,12 +322,12 @@ def last_checkpoint(
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """Returns the checkpoints of a directory, oldest first."""
+    """Returns the checkpoints in a directory, oldest first."""
     return sorted(directory.glob("step-*.safetensors"))
 
 
 def updates_of(checkpoint: Path) -> int:
-    """Returns the number of updates in the name of a checkpoint.
+    """Returns the number of updates in a checkpoint's file name.
 
     >>> updates_of(Path("step-00000040.safetensors"))
     40
@@ -340,7 +340,7 @@ def _device(parameters: Mapping[str, Tensor]) -> torch.device:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of the random generators that a run on this device draws from."""
+    """Returns the states of the random generators that a run on this device uses."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state(*_index(device))
@@ -392,11 +392,11 @@ def _read(path: Path) -> Checkpoint:
 
 @contextmanager
 def hold_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunDirectory]:
-    """Locks the output directory of a run, on rank 0, and checks that all ranks see it.
+    """Locks a run's output directory, on rank 0, and checks that all ranks see the same one.
 
     Raises:
         OutputError: see `hold_directory`.
-        ConfigError: on some rank it is another directory.
+        ConfigError: some rank sees another directory.
     """
     with ExitStack() as stack:
         path = ranks.first(lambda: stack.enter_context(hold_directory(config.output_dir)))
@@ -422,15 +422,15 @@ class RunDirectory:
     """The output directory of one run, whose lock the caller holds (see `hold_run`).
 
     Attributes:
-        path, checkpoints: the directory, and where its checkpoints are.
+        path, checkpoints: the directory, and the one for its checkpoints.
         best: where the adapter with the lowest validation loss so far is saved.
         config: the run's settings.
-        tokenizer, chats: what is saved beside its adapters, and whether they are trained on chats.
-        resume_at: the most updates that a checkpoint may have to resume from it; None: any number.
-        unit, shown: what the loss is an average over, and which other figures are drawn.
+        tokenizer, chats: tokenizer to save beside the adapters, and whether they are trained on chats.
+        resume_at: maximum number of updates in a checkpoint to resume from; None: any number.
+        unit, shown: what the loss averages over, and which other metrics are plotted.
 
     Args:
-        tidy: remove what a killed run left while it was writing.
+        tidy: whether to remove temporary files left by a killed run.
     """
 
     def __init__(self, path: Path, config: TrainConfig, *, tidy: bool = True) -> None:
@@ -447,7 +447,7 @@ class RunDirectory:
                     remove_file(file)
 
     def look(self) -> Mapping[str, Any]:
-        """Looks at what is there, before anything is loaded; returns the settings of the run to resume, or none.
+        """Checks existing files before anything is loaded; returns the settings of the run to resume, if any.
 
         Raises:
             TrainingError: an unfinished run would be lost.
@@ -466,7 +466,7 @@ class RunDirectory:
         return self._then
 
     def finished_run(self) -> Progress | None:
-        """Returns how a run ended that is to be resumed and has nothing left to do; its checkpoints may be gone.
+        """Returns the outcome of the run to resume if nothing is left to do, else None; its checkpoints may be gone.
 
         Raises:
             TrainingError: it had other settings.
@@ -488,13 +488,13 @@ class RunDirectory:
     def checkpoint_to_resume(
         self, settings: Mapping[str, Any], parameters: Mapping[str, Tensor], say: Callable[[str], None]
     ) -> Checkpoint | None:
-        """Returns the checkpoint to resume from, or None to start, in a directory that is cleared for it.
+        """Returns the checkpoint to resume from; or clears the directory for a new run and returns None.
 
-        What an earlier run left is moved aside; `overwrite` discards it.  `settings` are those of `run_settings`; `say`
-        is called with a line about each checkpoint that cannot be read, and where things were moved.
+        Files of an earlier run are moved aside; `overwrite` discards them.  `settings` come from `run_settings`; `say`
+        is called with a line about each unreadable checkpoint, and about where files were moved.
 
         Raises:
-            TrainingError: it is another run's checkpoint.
+            TrainingError: the checkpoint belongs to another run.
             FormatError: no checkpoint can be read.
         """
         if self.config.resume:
@@ -508,9 +508,9 @@ class RunDirectory:
         return None
 
     def _move_aside(self) -> Path | None:
-        """Moves what an earlier run left into a folder of its own; the user's other files stay."""
+        """Moves what an earlier run left into a directory of its own; the user's other files stay."""
         if not (self.path / "adapter_config.json").exists():
-            return None  # a run that came to nothing
+            return None  # the run produced no adapter
         number = 1
         while (aside := self.path / f"previous-{number}").exists():
             number += 1
@@ -524,7 +524,7 @@ class RunDirectory:
         return aside
 
     def _left(self) -> list[Path]:
-        """What an earlier run left: not the user's card, nor the tokenizer of a model that is here as well."""
+        """Returns an earlier run's files, without a README.md of the user's or the tokenizer of a model stored here."""
         paths = checkpoint_files(self.checkpoints) + [self.best / name for name in _ADAPTER]
         paths += [self.path / name for name in _LEFT]
         is_model, card = (self.path / "config.json").exists(), self.path / "README.md"
@@ -533,7 +533,7 @@ class RunDirectory:
         return [path for path in paths if path.exists() and path not in foreign]
 
     def keep_checkpoints(self) -> None:
-        """Removes the checkpoints of a finished run, but for those that were asked for."""
+        """Removes the checkpoints of a finished run, except those that were requested."""
         keep = self.config.keep_checkpoints
         files = checkpoint_files(self.checkpoints)
         for path in [*files[: len(files) - keep], *([] if keep else [self._reference])]:
@@ -541,7 +541,7 @@ class RunDirectory:
         _remove_if_empty(self.checkpoints)
 
     def save(self, state: Checkpoint) -> None:
-        """Writes a checkpoint; older ones go, but for the last few."""
+        """Writes a checkpoint and removes all but the last few."""
         save_checkpoint(self.checkpoints, state, max(_LEAST, self.config.keep_checkpoints))
 
     @property
@@ -549,11 +549,11 @@ class RunDirectory:
         return self.checkpoints / "reference.safetensors"
 
     def write_reference(self, key: Mapping[str, Any], values: Tensor) -> None:
-        """Keeps the log-probabilities of pairs under the reference for a resume; `key` says what they belong to."""
+        """Saves the log-probabilities of pairs under the reference, for resuming; `key` identifies model and data."""
         write_safetensors(self._reference, {"log_probs": values}, {_STATE: json.dumps(key)})
 
     def read_reference(self, key: Mapping[str, Any]) -> Tensor | None:
-        """Returns what `write_reference` kept under this key, if it is there."""
+        """Returns what `write_reference` saved under this key; None if there is nothing."""
         with suppress(AdapterError, OSError):
             tensors, metadata = read_safetensors(self._reference)
             if metadata.get(_STATE) == json.dumps(key):
@@ -561,13 +561,13 @@ class RunDirectory:
         return None
 
     def _remove_checkpoints(self) -> None:
-        for path in checkpoint_files(self.checkpoints):  # the newest last: a run killed here leaves a finished one
+        for path in checkpoint_files(self.checkpoints):  # oldest first: if killed here, the finished one remains
             remove_file(path)
         remove_file(self._reference)
         _remove_if_empty(self.checkpoints)
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:
-        """Saves the adapter, on rank 0; where the base is spread over ranks, all help to compute its fingerprint."""
+        """Saves the adapter, on rank 0; if the base is sharded, all ranks help to compute its fingerprint."""
         (ranks.together if is_spread(model) else ranks.first)(lambda: save_adapter(model, directory) and None)
 
     def write_results(
@@ -578,7 +578,7 @@ class RunDirectory:
         say: Callable[[str], None],
         ranks: Ranks,
     ) -> int:
-        """Writes what the run leaves, the adapter before all that describes it; returns the size of its tensors."""
+        """Writes a run's results, the adapter before any description of it; returns the size of its tensors."""
         learned = Learned.of(model, self.config.model)
         ranks.first(lambda: self._write_microsoft(learned.adapter))
         self.save_adapter(model, self.path, ranks)
@@ -586,7 +586,7 @@ class RunDirectory:
         return learned.adapter.nbytes
 
     def _write_microsoft(self, adapter: Adapter) -> None:
-        if beyond_microsoft(adapter):  # a variant that Microsoft's loralib does not have
+        if beyond_microsoft(adapter):  # Microsoft's loralib does not have this variant
             remove_file(self.path / "pytorch_model.bin")
         else:
             write_microsoft(adapter, self.path / "pytorch_model.bin")
@@ -600,16 +600,16 @@ class RunDirectory:
         title = f"LoRA on {learned.base}, r={learned.adapter.config.r}"
         try:
             plot_losses(self.path / "metrics.jsonl", self.path / "loss.png", title, self.unit, self.shown)
-        except Exception as error:  # a picture is not worth a run: whatever another library raises
+        except Exception as error:  # any library error: a plot is not worth losing a run
             say(f"WARNING: {self.path / 'loss.png'} could not be drawn: {first_line(error)}")
-        if not progress.valid_losses:  # `best` is then from an earlier run here
+        if not progress.valid_losses:  # then `best` stems from an earlier run
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 remove_file(self.best / name)
             _remove_if_empty(self.best)
         write_card(self.path, learned, self.config, progress, data)
 
     def divergence(self, fault: str, progress: Progress) -> TrainingError:
-        """Returns the error for a loss or gradient that went wrong: what is saved, and what to try."""
+        """Returns the error for a non-finite or exploding loss or gradient: what is saved, and what to try."""
         if progress.step == 0:
             return TrainingError(
                 f"{fault}: the model itself produces this, since nothing has been trained yet. Try --dtype fp32, and "
@@ -624,14 +624,14 @@ class RunDirectory:
         )
 
     def less_memory(self) -> str:
-        """Returns what is saved, and what needs less memory."""
+        """Returns a message that says what is saved, and what reduces memory use."""
         return (
             f"{self._saved()} Lower --batch_size (now {self.config.batch_size}) and raise --grad_accum to make up "
             f"for it, lower --seq_len (now {self.config.seq_len}), or add --gradient_checkpointing."
         )
 
     def _saved(self) -> str:
-        """A sentence for error messages: which checkpoint is intact."""
+        """Returns a sentence for error messages that says which checkpoint is intact."""
         try:
             last = last_checkpoint(self.checkpoints)
         except (OSError, AdapterError):
@@ -642,20 +642,20 @@ class RunDirectory:
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(settings)))  # tuples are lists there, and in TOML
+    return dict(json.loads(json.dumps(settings)))  # tuples become lists, as in checkpoints and TOML
 
 
 def run_settings(
     model: nn.Module, config: TrainConfig, examples: Sequence[TokenExample], valid: Sequence[TokenExample]
 ) -> dict[str, Any]:
-    """Returns what must be the same for a run to resume: settings that change results, the data, the frozen weights."""
+    """Returns what must be the same on resuming: settings that affect results, the data, the frozen weights."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
     data = {"training data": hash_examples(examples), "validation data": hash_examples(valid)}
     return {**_as_json(settings), **data, "base model": _hash_frozen(model)}
 
 
 def _hash_frozen(model: nn.Module) -> str:
-    """The dtypes of the frozen weights (--dtype auto may choose another one elsewhere), and a hash of samples."""
+    """Returns the dtypes of the frozen weights (--dtype auto may choose others elsewhere), and a hash of samples."""
     digest, dtypes = hashlib.sha256(), set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -667,5 +667,5 @@ def _hash_frozen(model: nn.Module) -> str:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):  # not there, or it holds the user's files
+    with suppress(OSError):  # it does not exist, or holds the user's files
         directory.rmdir()

@@ -1,6 +1,6 @@
-"""Which examples each rank computes: about as many tokens on each, and prompts computed once where that is faster.
+"""Distributes examples over ranks: similar numbers of tokens on each, and prompts computed once where that is faster.
 
-All of it follows from the examples, so that each rank knows the shares of all.
+The result depends only on the examples, so every rank can compute the shares of all.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from ..data import TokenExample
 
 __all__ = ["deal", "shares"]
 
-_SEEN = 8  # parts that have a prompt and are looked at: of a prompt that hundreds have, these are enough
+_SEEN = 8  # number of parts with the same prompt to consider: enough even if hundreds have it
 
 
 def shares(examples: Sequence[TokenExample], parts: int, *, share_prompts: bool) -> list[list[int]]:
-    """Splits examples into parts of about as many tokens, and returns their indices; a part may be empty.
+    """Splits examples into parts with similar numbers of tokens, and returns their indices; a part may be empty.
 
-    With `share_prompts` a prompt counts once in each part that has examples of it.  Two ways are tried: all examples of
-    a prompt go to one part; or each goes where it is done soonest.  The one whose largest part is smaller counts.
+    With `share_prompts`, a prompt counts once in each part that contains examples with it.  Two ways are tried: all
+    examples with a prompt in one part, or each where it finishes soonest.  The one with the smaller maximum is used.
 
     Args:
-        examples: those of one update.
-        parts: how many.
-        share_prompts: whether a prompt is computed once for the examples of a part that begin with it.
+        examples: the examples of one update.
+        parts: number of parts.
+        share_prompts: whether a prompt is computed once for all examples of a part that begin with it.
 
     >>> rows = [TokenExample((7, 7, 7, n), (False, False, False, True)) for n in (1, 2)]
     >>> rows += [TokenExample((8, 8, 8, n), (False, False, False, True)) for n in (1, 2)]
@@ -49,7 +49,7 @@ def shares(examples: Sequence[TokenExample], parts: int, *, share_prompts: bool)
 
 
 def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Splits things of known cost into parts of about the same cost, and returns their indices: the dearest first.
+    """Splits items of known cost into parts of similar cost, and returns their indices; the costliest come first.
 
     >>> deal([3, 1, 1, 1], 2)
     [[0], [1, 2, 3]]
@@ -58,10 +58,10 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def _soonest(prompts: Sequence[tuple[int, ...]], rests: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals examples, the longest first, each to the part that ends up with the fewest tokens."""
+    """Assigns examples, longest first, each to the part with the fewest tokens after adding it."""
     loads = [0] * parts
-    queue = [(0, part) for part in range(parts)]  # an entry counts while its load is the part's
-    having: dict[tuple[int, ...], list[int]] = defaultdict(list)  # the parts that have a prompt, the latest last
+    queue = [(0, part) for part in range(parts)]  # entries with an outdated load are skipped
+    having: dict[tuple[int, ...], list[int]] = defaultdict(list)  # the parts that contain a prompt, latest last
     result: list[list[int]] = [[] for _ in range(parts)]
     for number in sorted(range(len(rests)), key=lambda n: (-len(prompts[n]) - rests[n], n)):
         prompt, rest = prompts[number], rests[number]
@@ -79,6 +79,6 @@ def _soonest(prompts: Sequence[tuple[int, ...]], rests: Sequence[int], parts: in
 
 
 def _costs(dealt: Sequence[Sequence[int]], prompts: Sequence[tuple[int, ...]], rests: Sequence[int]) -> tuple[int, int]:
-    """The tokens of the largest part, and of all parts."""
+    """Returns the number of tokens in the largest part, and in all parts."""
     costs = [sum(map(len, {prompts[n] for n in part})) + sum(rests[n] for n in part) for part in dealt]
     return max(costs), sum(costs)

@@ -1,4 +1,4 @@
-"""What training starts from: a base model, and perhaps an adapter trained before."""
+"""What training starts from: a base model, and optionally an existing adapter."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ __all__ = [
 def base_for(config: TrainConfig) -> str:
     """Returns the name of the base model that a run trains on.
 
-    A run that trains on from an adapter takes the base that the adapter names, unless another than the default is
-    given.
+    A run that continues from an adapter uses the base named by the adapter, unless the settings give a base other than
+    the default.
     """
     if config.from_adapter is None or config.model != DEFAULT_BASE:
         return config.model
@@ -59,13 +59,13 @@ def base_for(config: TrainConfig) -> str:
 
 
 def load_base_for(config: TrainConfig, ranks: Ranks = ALONE, labels: Labels | None = None) -> tuple[nn.Module, Any]:
-    """Loads the base model that a run trains on, with a head where there are labels, and its tokenizer."""
+    """Loads the base model that a run trains on, with a classification head if labels are given, and its tokenizer."""
     name, device = base_for(config), ranks.device(config.device)
     mesh = ranks.mesh(str(pick_device(device))) if config.shard else None
     dtype: Any = None if config.dtype == "auto" else config.dtype
     if ranks.size > 1:
-        ranks.in_turn(lambda: load_tokenizer(name) and None)  # what a machine downloads or converts, it does once
-        if dtype is None and not is_made_up(name):  # processors are measured for it, and one may seem slow
+        ranks.in_turn(lambda: load_tokenizer(name) and None)  # downloads and conversions happen once per machine
+        if dtype is None and not is_made_up(name):  # picking a dtype measures the CPU, and one rank's might seem slow
             dtype = ranks.first(lambda: pick_dtype(None, pick_device(device)))
     if config.shard and not is_made_up(name):
         ranks.together(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
@@ -80,23 +80,23 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE, labels: Labels | No
         num_layers=config.num_layers,
         **({"mesh": mesh} if labels is None else {}),
     )
-    return load() if config.shard else ranks.together(load)  # what is spread is loaded in steps that all agree on
+    return load() if config.shard else ranks.together(load)  # a sharded model is loaded in steps agreed by all ranks
 
 
 def _room(device: str | None, ranks: Ranks) -> float | None:
-    """Returns how many bytes a process may take: the GPU's, or its part of what the machine has free."""
+    """Returns how many bytes a process may use: those of the GPU, or its share of the machine's free memory."""
     place = torch.device(device or "cpu")
     free = free_on(place)
     return free if free is None or place.type == "cuda" else free / ranks.local_size
 
 
 def spread(model: nn.Module, ranks: Ranks) -> None:
-    """Spreads the frozen weights of a model over ranks (FSDP2), unless they are; what is trained stays whole on each.
+    """Shards a model's frozen weights over ranks (FSDP2), unless they already are; trained parameters stay whole.
 
     Raises:
-        ConfigError: there is one process, or a weight is trained that is spread already.
+        ConfigError: there is only one process, or a trained parameter is already sharded.
     """
-    if computes_in_half(model):  # it repeats passes that overflow, as each rank finds necessary
+    if computes_in_half(model):  # fp16 repeats passes that overflow, as each rank finds necessary
         raise ConfigError("shard is on and dtype is fp16, which do not work together: set dtype to bf16 or fp32")
     if not is_spread(model):
         with _hidden([(module, name, p) for module in model.modules() for name, p in module._parameters.items()
@@ -110,7 +110,7 @@ def spread(model: nn.Module, ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def _hidden(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
-    """Takes parameters out of their modules meanwhile: not all releases of FSDP2 take a list of those to ignore."""
+    """Removes parameters from their modules meanwhile: some releases of FSDP2 cannot be told which to ignore."""
     for module, name, _ in parameters:
         del module._parameters[name]
     try:
@@ -121,11 +121,11 @@ def _hidden(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterat
 
 
 def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:
-    """Reads the adapter that a run trains on from.
+    """Reads the adapter that a run continues training.
 
     Raises:
         AdapterError: there is none, or it cannot be read.
-        ConfigError: settings ask for another shape than it has; all are listed.
+        ConfigError: settings contradict the adapter's; all are listed.
     """
     assert config.from_adapter is not None
     adapter = read_adapter(config.from_adapter, model=model)
@@ -148,7 +148,7 @@ def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:
     return adapter
 
 
-# Settings that say what an adapter is like, and the fields of its config.
+# Settings that define the form of an adapter, and the corresponding fields of its config.
 _NAMES = {
     "rank": "r",
     "lora_alpha": "lora_alpha",
@@ -172,10 +172,10 @@ def _shape(config: Any) -> Mapping[str, Any]:
 
 
 def refuse_other_variant(config: TrainConfig, model: nn.Module) -> None:
-    """Refuses a variant that is asked for where the model has an adapter already, which would not have it.
+    """Refuses settings for a variant if the model already has an adapter that is not of that variant.
 
     Raises:
-        ConfigError: names every setting.
+        ConfigError: names every such setting.
     """
     record, asked = injection_of(model), config.lora_config()
     own = record.config if record is not None else LoraConfig()
@@ -200,10 +200,10 @@ EvaStarts = dict[tuple[str, tuple[TokenExample, ...]], EvaStart]  # by the adapt
 def data_start(
     model: nn.Module, config: LoraConfig, examples: Sequence[TokenExample], known: EvaStarts | None = None
 ) -> EvaStart | None:
-    """Returns the start that ``init_lora_weights="eva"`` makes of some of the examples; None for other starts.
+    """Returns the initialisation that ``init_lora_weights="eva"`` computes from some examples; None for other kinds.
 
-    What is known already is not made again, and what is not is added to it: the runs of a sweep that differ in their
-    learning rates start from one decomposition, which takes minutes at high ranks.
+    Results are looked up in `known` and added to it: runs of a sweep that differ only in their learning rate share one
+    decomposition, which takes minutes at high ranks.
     """
     if config.init_lora_weights != "eva":
         return None
@@ -215,19 +215,19 @@ def data_start(
 
 
 def _eva_rows(examples: Sequence[TokenExample]) -> tuple[TokenExample, ...]:
-    """Returns the rows of tokens that ``init_lora_weights="eva"`` starts from, spread evenly over all of them."""
+    """Returns the rows for ``init_lora_weights="eva"``, evenly spaced over all rows."""
     rows = [row for example in examples for row in example.rows]
     return tuple(rows[:: max(1, len(rows) // _EVA_ROWS)][:_EVA_ROWS])
 
 
 def _eva_batches(model: nn.Module, rows: Sequence[TokenExample]) -> Iterator[dict[str, Tensor]]:
-    """Yields some rows as `loralib.inject` takes them for ``init_lora_weights="eva"``."""
+    """Yields some rows in the form that `loralib.inject` takes for ``init_lora_weights="eva"``."""
     device = device_of(model)
     for start in range(0, len(rows), _EVA_BATCH):
         batch = rows[start : start + _EVA_BATCH]
         longest = max(map(len, batch))
         ids = [example.ids + (0,) * (longest - len(example)) for example in batch]
-        # A position counts where the prediction made there is trained.
+        # A position counts if the prediction made there is trained.
         labels = [
             [0 if trained else -100 for trained in (*example.trained[1:], False)] + [-100] * (longest - len(example))
             for example in batch
@@ -241,9 +241,9 @@ _EVA_ROWS, _EVA_BATCH = 256, 16
 
 
 def full_precision(model: nn.Module) -> list[str]:
-    """Gives factors that somebody cast to fewer bits back the fp32 that an optimiser needs; returns a note, if so.
+    """Restores factors that were cast to a lower precision to fp32, as the optimiser needs; returns a note if any were.
 
-    In bf16 most updates are smaller than half a step between two numbers, and rounding takes them back.
+    In bf16 most updates are smaller than half the distance between two numbers, and are lost to rounding.
     """
     cast = set()
     for _, layer in adapted_layers(model):

@@ -1,11 +1,11 @@
-"""One training step on a batch: loss and gradients exactly as with padding, computed without it.
+"""One training step on a batch: exactly the loss and gradients of padded computation, but without the padding.
 
-`make_step` looks at the model once and chooses the fastest way that is exact for it:
+`make_step` inspects the model once and chooses the fastest method that is exact for it:
 
-- packed: the batch is one row (`loralib.data.packing`), each layer's attention follows the pack
-  (`engine/attention.py`), and the head runs at trained positions only, in chunks (`engine/loss.py`);
-- padded: where the model cannot be packed, because it is not built like transformers' models or because the check on
-  random tokens shows that its examples would influence each other.
+- packed: the batch is one row (`loralib.data.packing`), each layer's attention follows the structure of the pack
+  (`engine/attention.py`), and the head runs only at trained positions, in chunks (`engine/loss.py`);
+- padded: if the model cannot be packed, because it is not structured like transformers' models or because the check
+  on random tokens shows that its examples would influence each other.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _NOTHING = TokenExample((0, 0), (False, True))
 
 
 class Step:
-    """Computes losses and gradients of batches for one model: the objectives clm and jlm; made by `make_step`.
+    """Computes losses and gradients of batches for one model, for the objectives clm and jlm; created by `make_step`.
 
-    It is a `loralib.training.objective.TrainingStep`.  As a context manager it keeps what it needs in the model's place
-    for a whole run; else each call does for itself.
+    It is a `loralib.training.objective.TrainingStep`.  As a context manager it prepares the model for a whole run;
+    otherwise each call does so itself.
 
     Attributes:
         packing: whether batches are packed.
-        share_prompts: whether common beginnings are computed once.
+        share_prompts: whether common prefixes are computed once.
         compiles: whether decoder blocks are compiled by torch.compile, on a GPU.
-        note: why batches are padded although packing was asked for, for the user; else "".
-        prepacked_bytes: what prepacked copies of frozen weights will take.
+        note: why batches are padded although packing was requested, for the user; else "".
+        prepacked_bytes: memory that prepacked copies of frozen weights will take.
     """
 
     unit = "token"
@@ -80,7 +80,7 @@ class Step:
         self.prepacked_bytes = self._forward.prepacked_bytes
         self.note = self._why_not_packed() if packing else ""
         self.packing = packing and not self.note
-        if self.note and self._forward.compiles:  # which is for packed rows
+        if self.note and self._forward.compiles:  # compilation is only for packed rows
             self._forward = Forward(model, compiles=False, twins=twins)
         self.compiles = self._forward.compiles
         self._forward.has_layouts = self.packing
@@ -98,38 +98,38 @@ class Step:
         """Adds the gradient of ``loss_scale * (sum of the token losses)`` to the `grad` of the trained parameters.
 
         Args:
-            batch: the examples of the step, or of one part of it where gradients are accumulated.
-            loss_scale: usually 1 / the trained tokens of the whole step, so that the split does not matter.
+            batch: the examples of the step, or of one part of it if gradients are accumulated.
+            loss_scale: usually 1 / number of trained tokens in the whole step, so that the split does not matter.
 
         Returns:
             The loss before scaling, and counts.
 
         Raises:
-            BusyModelError: the model generates or is trained elsewhere at the moment.
+            BusyModelError: the model is currently generating or being trained elsewhere.
         """
         return self._compute(batch, loss_scale, "training")
 
     def loss(self, batch: Sequence[TokenExample]) -> StepStats:
-        """Returns the loss of a batch without computing gradients.  The model's mode (train, eval) is the caller's.
+        """Returns the loss of a batch without computing gradients.  The caller sets the model's mode (train or eval).
 
         Raises:
-            BusyModelError: the model is trained elsewhere at the moment.
+            BusyModelError: the model is currently being trained elsewhere.
         """
         return self._compute(batch, None, "inference")
 
     def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
-        """Splits a batch into those parts that go through the model one after the other; usually it is one."""
+        """Splits a batch into the parts that go through the model one after another; usually just one."""
         return list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
 
     def count(self, examples: Sequence[TokenExample]) -> int:
-        """Returns how many terms the loss of examples has: their trained tokens."""
+        """Returns the number of terms in the loss of these examples: their trained tokens."""
         return sum(sum(example.trained) for example in examples)
 
     def scales(self, batches: Sequence[Sequence[TokenExample]], *, paper_accum: int | None = None) -> list[float]:
         """Returns the `loss_scale` of each batch of an update.
 
         Weighted by tokens, the loss does not depend on how an update is split into batches.  The paper's code averages
-        over batches, `paper_accum` of them, and divides each by its tokens + 0.0001.
+        over the `paper_accum` batches instead, and divides each batch by its tokens + 0.0001.
         """
         counts = [self.count(batch) for batch in batches]
         if paper_accum is not None:
@@ -137,19 +137,19 @@ class Step:
         return [1 / max(1, sum(counts))] * len(batches)
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the loss, in nats a token, from the sums of `StepStats` over all that counts."""
+        """Returns the loss in nats per token, from the totals of `StepStats.sums`."""
         loss, trained = sums
         return {"loss": loss / max(1.0, trained)}
 
     def idle(self, *, backward: bool) -> None:
-        """Runs a pass whose loss counts for nothing: where weights are spread over ranks, all must run as many."""
+        """Runs a dummy pass with no effect on the loss: with sharded weights, all ranks must run equally many."""
         if backward:
             self.forward_backward([_NOTHING], loss_scale=0.0)
         else:
             self.loss([_NOTHING])
 
     def unsmoothed(self) -> Step:
-        """Returns the same step without label smoothing: of losses to compare, and whose exp is a perplexity."""
+        """Returns the same step without label smoothing, for comparable losses whose exp is a perplexity."""
         twin = copy.copy(self)
         twin._label_smoothing = 0.0
         return twin
@@ -208,7 +208,7 @@ class Step:
         return loss.total
 
     def _states(self, laid: Pack, places: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Returns the last hidden states (R, D) at some places of a batch (R,), and the head that they go through."""
+        """Returns the last hidden states (R, D) at some places (R,) of a batch, and the head to apply to them."""
         device = self._forward.device
         if self._remembers:
             forget_length(self._model)
@@ -216,22 +216,22 @@ class Step:
         if self._forward.splits:
             hidden = self._hidden(laid)
             head: Callable[[Tensor], Tensor] = self._forward.head
-        else:  # the model gives logits only: they take the place of hidden states, under a head that does nothing
+        else:  # the model yields only logits: they stand in for hidden states, with an identity head
             hidden, head = self._forward.logits(to_device(laid.ids, device)), lambda states: states
         return hidden.flatten(0, 1)[places], head
 
     def _hidden(self, laid: Pack) -> Tensor:
-        """The last hidden states (B, T, D), after the final norm."""
+        """Returns the last hidden states (B, T, D), after the final norm."""
         device = self._forward.device
         if laid.ends is None:
             assert laid.mask is not None
             return self._forward.hidden(to_device(laid.ids, device), to_device(laid.mask, device))
         return self._forward.packed_hidden(laid.ids, laid.positions, laid.ends)
 
-    # The check at the start.
+    # The check at startup.
 
     def _why_not_packed(self) -> str:
-        """Packs three short examples of random tokens; returns what goes wrong with it, or ""."""
+        """Packs three short random examples; returns why the model cannot be packed, or "" if it can."""
         if engine_mode() == "off":
             return "the environment variable LORALIB_ENGINE is off"
         if not self._forward.splits:
@@ -241,7 +241,7 @@ class Step:
                 return self._packing_fault()
             except UnsupportedModelError as error:
                 return str(error)
-            except Exception as error:  # whatever a model does that packing did not think of, padding remains
+            except Exception as error:  # a model can fail in any way on packed rows; fall back to padding
                 return f"{type(self._model).__name__} fails on a packed row: {type(error).__name__}: {error}"
 
     def _packing_fault(self) -> str:
@@ -272,8 +272,8 @@ class Step:
         return ""
 
     def _packed_logits(self, examples: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """The logits (T, V) of each example, from one packed row with shared beginnings."""
-        # One more token, never computed: packing leaves out the last one.
+        """Returns the logits (T, V) of each example, computed from one packed row with shared prefixes."""
+        # Appends a dummy token: packing does not compute the last token.
         laid = self._packed([TokenExample((*ids, 0), (False, *[True] * len(ids))) for ids in examples], share=True)
         with self._forward.overriding():
             logits = self._forward.head(self._hidden(laid)[0])
@@ -290,27 +290,26 @@ def make_step(
     compiles: bool | None = None,
     kind: Callable[..., Step] = Step,
 ) -> Step:
-    """Looks at a model and returns the step that is fastest for it and exact.
+    """Inspects a model and returns the fastest step that is exact for it.
 
     Args:
         model: a causal language model; its parameters with ``requires_grad`` are trained.  transformers' models can be
             packed; any other module that maps ids (B, T) to logits (B, T, V), or to an object with such `logits`, is
             padded.
-        packing: pack each batch into one row without padding.
-        share_prompts: compute beginnings that examples have in common once.  Exact without dropout; with dropout, the
-            examples that share a beginning share its mask.
+        packing: whether to pack each batch into one row without padding.
+        share_prompts: whether to compute prefixes that examples have in common only once.  Exact without dropout; with
+            dropout, examples that share a prefix share its mask.
         label_smoothing: see `loralib.engine.loss.head_loss`.
-        chunk_tokens: how many trained positions go through the head at once: memory against speed; None: 256 on a
+        chunk_tokens: how many trained positions go through the head at once, trading memory for speed; None: 256 on a
             CPU, 1,024 elsewhere.
-        compiles: whether decoder blocks are compiled by torch.compile; None: where they can be, on a GPU.
+        compiles: whether torch.compile compiles decoder blocks; None: on a GPU, if possible.
         kind: the class of the step, for other objectives (`loralib.training.preferences`).
 
     Returns:
-        The step; its `note` says why batches are padded, if they are although packing was asked for.
+        The step; its `note` says why batches are padded although packing was requested, if they are.
 
     Raises:
-        ConfigError: label_smoothing or chunk_tokens is out of range, or compiling is asked for where it is not
-            possible.
+        ConfigError: label_smoothing or chunk_tokens is out of range, or compilation is requested but impossible.
         UnsupportedModelError: the model is not causal.
     """
     if not 0 <= label_smoothing < 1:
@@ -321,7 +320,7 @@ def make_step(
         chunk_tokens = 256 if device_of(model).type == "cpu" else 1024
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens!r}, expected a positive number (default 256)")
-    with keep_freed_memory(lean=True):  # where it is tried, weights in fewer bits are made dense one by one
+    with keep_freed_memory(lean=True):  # the check dequantises weights one at a time
         step = kind(
             model,
             packing=packing,

@@ -1,4 +1,4 @@
-"""From settings with lists to a whole sweep: its runs, the data, the base model."""
+"""Runs a complete sweep from settings, some of them lists: creates its runs, loads data and base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SWEPT", "configs_of", "run_sweep"]
 
-# The settings that take lists: single values that runs over one base and its data may have each for itself.
+# Settings that may be lists: single-valued ones that may differ between runs on the same base and data.
 SWEPT: Final = frozenset(
     "seed rank lora_alpha lora_dropout target_modules use_rslora use_dora init_lora_weights eva_rho lora_bias "
     "num_epochs max_steps batch_size grad_accum lr loraplus_lr_ratio schedule warmup_steps weight_decay beta1 beta2 "
@@ -26,9 +26,10 @@ SWEPT: Final = frozenset(
 
 
 def configs_of(values: Mapping[str, Any]) -> list[TrainConfig]:
-    """Returns a run for each combination of settings, those in `SWEPT` perhaps as lists; the last varies fastest.
+    """Returns a run for each combination of settings; those in `SWEPT` may be lists, the last of which varies fastest.
 
     Raises:
+        ConfigError: settings are invalid; all are listed.
         ConfigError: settings are invalid; all are listed.
 
     >>> [(config.lr, config.rank) for config in configs_of({"lr": [1e-4, 3e-4], "rank": [8]})]
@@ -55,20 +56,20 @@ def _alternatives(name: str, value: Any) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         return [value]
     if name == "target_modules" and isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return [value]  # in a TOML file one list of names is one choice of modules; flags give a tuple of choices
+        return [value]  # in TOML, a flat list of names is a single choice of modules; flags yield a tuple of choices
     if not value:
         raise ConfigError(f"{name} is an empty list, expected at least one value")
     return list(value)
 
 
 def run_sweep(configs: list[TrainConfig]) -> SweepResult:
-    """Trains all runs from settings alone, among them `train_data`; see `train_many`."""
+    """Trains all runs from settings alone, including `train_data`; see `train_many`."""
     from .many import run_names, train_all
 
     config = configs[0]
     if config.train_data is None:
         raise ConfigError("no training data given: add --train_data FILE (E2E lines `meaning||text`, or .jsonl)")
-    run_names(configs)  # what can be wrong without a model shows before one is loaded
+    run_names(configs)  # checks whatever needs no model before loading one
     sources, valid_sources, _ = read_data(config)
     Reporter().say(f"Loading {base_for(config)} ...")
     model, tokenizer = load_base_for(config)

@@ -1,4 +1,4 @@
-"""What a sweep says of its runs: sweep.json, the table, and the result of `train_many`."""
+"""What a sweep reports about its runs: sweep.json, the table, and the result of `train_many`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of one run of a sweep.
+    """The outcome of one run of a sweep.
 
     Attributes:
-        name: of the settings in which it differs from others.
-        settings: these.
+        name: made of the settings in which it differs from other runs.
+        settings: these settings.
         path: its run directory.
-        loss: the lowest validation loss after any update; without validation data the last epoch's training loss.
-        step: the update that it is of.
+        loss: the lowest validation loss after any update; without validation data, the last epoch's training loss.
+        step: the update with that loss.
         train_loss: average training loss of the last epoch.
-        dropped: why it was given up, or "".
-        result: as of `loralib.train`; None while it is not finished.
-        adapter: where the adapter is that has that loss.
+        dropped: why the run was dropped, or "".
+        result: as returned by `loralib.train`; None if it did not finish.
+        adapter: directory of the adapter with that loss.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Outcome:
         dropped: str,
         last_loss: float | None,
     ) -> Outcome:
-        """Looks at the result of a run, if there is one; `last_loss` is that of a run that was dropped."""
+        """Creates it from the result of a run, if there is one; `last_loss` is for a run that was dropped."""
         if result is None:
             return cls(name, settings, path, last_loss, 0, last_loss, dropped, None, path)
         trained = result.train_losses[-1] if result.train_losses else None
@@ -72,7 +72,7 @@ class SweepResult:
 
     Attributes:
         output_dir: holds a directory for each run, ``best``, ``sweep.json`` and ``sweep.png``.
-        runs: what has become of each, in the order in which they were given.
+        runs: outcome of each run, in the order given.
         best: the run with the lowest loss, whose adapter is in ``output_dir/best``; None if all were dropped.
     """
 
@@ -82,7 +82,7 @@ class SweepResult:
 
 
 def same_settings(configs: Sequence[TrainConfig]) -> set[str]:
-    """Returns the names of the settings that all runs have in common, and of the directory that each has."""
+    """Returns the names of the settings that are the same in all runs, and "output_dir", which differs by design."""
     values = [config.to_dict() for config in configs]
     return {name for name in values[0] if all(each[name] == values[0][name] for each in values)} | {"output_dir"}
 
@@ -109,7 +109,7 @@ def write_record_of(directory: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def read_record_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns what sweep.json says of each run, by name; nothing where there is none that can be read."""
+    """Returns the entries of sweep.json by run name; empty if there is no readable one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         runs = json.loads((directory / _FILE).read_text(encoding="utf-8"))["runs"]
         return {each["name"]: each for each in runs}

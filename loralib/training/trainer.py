@@ -1,7 +1,7 @@
-"""The training loop, its arithmetic, and what ends it; `loralib.train` is its public face.
+"""The training loop, its arithmetic, and what ends it; `loralib.train` is its public interface.
 
-SIGINT, SIGTERM, SIGHUP and Ctrl-Break ask a run to finish its update, save, and end.  Otherwise the loss stays finite,
-gradients reach every adapted layer, and the adapter learns.
+SIGINT, SIGTERM, SIGHUP and Ctrl-Break ask a run to finish its update, save its state, and exit.  The loop also checks
+that the loss stays finite, gradients reach every adapted layer, and the adapter learns.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ __all__ = [
     "stop_on_signal",
 ]
 
-# Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the process: runs in
-# several threads take turns.
+# Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the whole process, so runs
+# in several threads take turns.
 ONE_RUN_AT_A_TIME = threading.RLock()
-_WINDOW = 20  # updates whose average loss tells an explosion from noise
-_SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
-_PASSED_ON = (_SIGHUP, signal.SIGTERM)  # they may arrive twice: from the system, and from what started the run
+_WINDOW = 20  # number of updates to average over, to tell an explosion from noise
+_SIGHUP = getattr(signal, "SIGHUP", None)  # sent when the terminal is closed; does not exist on Windows
+_PASSED_ON = (_SIGHUP, signal.SIGTERM)  # may arrive twice: from the system, and from the run's parent process
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ class TrainResult:
     """The outcome of a run.
 
     Attributes:
-        output_dir: holds the adapter.
+        output_dir: directory of the adapter.
         steps: updates done.
         losses: the training loss of each update done in this call (not before a resume).
         train_losses: average training loss of each epoch.
         valid_losses: (update, loss) of each validation; the first is the loss before training, at update 0.
-        tokens_per_second: tokens of the examples, trained or not, over the time of the updates.
+        tokens_per_second: tokens in the examples, trained or not, divided by the time for the updates.
         seconds: wall time of the updates.
-        adapter_bytes: size of the tensors.
+        adapter_bytes: size of the adapter's tensors.
         best: (update, loss) of the best adapter, which is in ``output_dir/best``; None without validation data.
-        note: why batches were padded although packing was asked for; else "".
+        note: why batches were padded although packing was requested; else "".
     """
 
     output_dir: Path
@@ -121,7 +121,7 @@ def run(
 
 
 def finished(directory: RunDirectory, ended: Progress, reporter: Reporter, note: str = "") -> TrainResult:
-    """Tells that the run to resume has ended already, and how."""
+    """Reports that the run to resume has already finished, and its outcome."""
     reporter.say(f"The run in {directory.path} is finished: {counted(ended.step, 'update')}. {note}".rstrip())
     adapter = directory.path / "adapter_model.safetensors"
     return TrainResult(
@@ -147,7 +147,7 @@ def run_in(
     reporter: Reporter,
     ranks: Ranks,
 ) -> TrainResult:
-    """Trains an adapter in a directory that is held for it (see `hold_run`)."""
+    """Trains an adapter in a directory that is locked for it (see `hold_run`)."""
     refuse_process_groups(model, "which train() does not support: it trains in one process. Pass the model inside it")
     model = adapted_model(model)
     if not all(layer.enabled for _, layer in adapted_layers(model)):
@@ -187,8 +187,8 @@ def plan_for(
     ranks: Ranks,
     plan_by: Callable[..., Plan] = make_plan,
 ) -> Plan:
-    """Plans a run (see `make_plan`), and tells its directory what is saved beside the adapter."""
-    # What the program chose holds for all of a run, whatever is free or known when it goes on.
+    """Plans a run (see `make_plan`), and tells its directory what to save beside the adapter."""
+    # What the program chose stays fixed for the whole run, whatever is free or known on resuming.
     then = ranks.first(directory.look)
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
     if config.chat_template is not None:
@@ -208,7 +208,7 @@ def plan_for(
 
 
 def _refuse_unvalidated(config: TrainConfig) -> None:
-    """Refuses settings that are about validation, of which there is none."""
+    """Refuses settings that concern validation if there is no validation data."""
     idle = {"early_stopping": 0, "eval_steps": 0, "best_metric": "loss"}
     for name in [name for name, usual in idle.items() if getattr(config, name) != usual][:1]:
         raise ConfigError(
@@ -217,7 +217,7 @@ def _refuse_unvalidated(config: TrainConfig) -> None:
 
 
 def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStarts | None = None) -> None:
-    """Gives the model an adapter unless it has one, and makes its weights the base's; see `data_start`."""
+    """Injects an adapter unless the model has one, and makes sure that it is not merged; see `data_start`."""
     config, injected = plan.config, None
     lora = config.lora_config()
     if new := [name for name in new_modules(model) if not lora.saves(name)]:
@@ -260,19 +260,19 @@ def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
     )
 
 
-# What a run needs of whoever computes it.
+# What a run requests from whatever computes it.
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradients of some batches, each with its `loss_scale`, in the `grad` of the trained parameters."""
+    """A request for the gradients of batches, each with its `loss_scale`, in the `grad` of the trained parameters."""
 
     batches: list[tuple[list[Any], Any]]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The figures of some examples, at most so many tokens at once; None if a signal came meanwhile."""
+    """A request for metrics on examples, at most `max_tokens` tokens at once; the answer is None after a signal."""
 
     examples: list[Any]
     max_tokens: int
@@ -280,10 +280,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class Rest:
-    """Nothing: between two updates a run can be saved and stopped.
+    """A request for nothing: between two updates, a run can be saved and stopped.
 
     Attributes:
-        is_due: whether a checkpoint is.
+        is_due: whether a checkpoint is due.
         is_over: whether this was the last update.
     """
 
@@ -296,12 +296,12 @@ Need = Gradient | Validation | Rest
 
 @dataclass(frozen=True)
 class Computed:
-    """The answer to a need.
+    """The answer to a request.
 
     Attributes:
-        result: the `StepStats` of each batch, or figures.
-        seconds: how long it took, or the run's share of that.
-        norm: of the gradient, where it is known already.
+        result: the `StepStats` of each batch, or metrics.
+        seconds: the time spent, or the run's share of it.
+        norm: that of the gradient, if already computed.
     """
 
     result: Any
@@ -310,7 +310,7 @@ class Computed:
 
 
 class Trainer:
-    """One run of an adapted model, from what its directory holds to its end.  The caller closes `metrics`."""
+    """One run of an adapted model, from its directory's state to its end.  The caller closes `metrics`."""
 
     def __init__(
         self,
@@ -333,7 +333,7 @@ class Trainer:
         self.progress = Progress()
         self.initial = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = make_optimizer(parameter_groups(model, config), config)
-        self.losses: list[float] = []  # of this call's updates, as are the next two
+        self.losses: list[float] = []  # of the updates in this call, like the next two
         self.seconds, self.tokens = 0.0, 0
         self.step = step
         directory.unit, directory.shown = self.step.unit, self.step.shown
@@ -359,16 +359,16 @@ class Trainer:
         return Metrics(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
 
     def train(self) -> TrainResult:
-        """Trains to the end, or until a signal or early stopping, and saves."""
+        """Trains until the end, a signal or early stopping, and saves."""
         self.begin()
         self._announce()
         was_training = self.model.training
         self.model.train()
         try:
-            self.step.passes([*self.examples, *self.valid])  # what it cannot compute shows before the first update
+            self.step.passes([*self.examples, *self.valid])  # uncomputable batches fail before the first update
             with self.ranks.computing():
                 self._compute_reference()
-                with self.step:  # the engine holds the model's forward pass from here to the last validation
+                with self.step:  # the engine takes over the model's forward until the last validation
                     self._compute_all()
         finally:
             self.reporter.close_bar()
@@ -376,11 +376,11 @@ class Trainer:
         return self.finish()
 
     def begin(self) -> None:
-        """Writes down what the run is, before its first update."""
+        """Records the run's settings and facts, before its first update."""
         self.ranks.first(lambda: write_record(self.directory.path, self.config, self.record))
 
     def _compute_all(self) -> None:
-        """Gives the run what it needs until it is over, computed by its own step."""
+        """Answers all of the run's requests with its own step, until it is over."""
         needs, answer = self.needs(), None
         with suppress(StopIteration):
             while True:
@@ -407,7 +407,7 @@ class Trainer:
         return None
 
     def _compute_reference(self) -> None:
-        """Gives the pairs of DPO the log-probabilities of their answers before training, which a resume reads again."""
+        """Adds reference log-probabilities, from before training, to DPO's pairs; a resume reads them from disk."""
         if not isinstance(self.step, DPOStep):
             return
         pairs = list(dict.fromkeys(cast("list[PreferencePair]", [*self.examples, *self.valid])))
@@ -433,7 +433,7 @@ class Trainer:
 
     @property
     def _max_tokens(self) -> int:
-        """How many tokens are computed at once without a gradient: no more memory than training takes."""
+        """Number of tokens to compute at once without gradients: uses no more memory than training does."""
         return max(2048, self.config.batch_size * max(map(len, self.examples)))
 
     def _stop_before_start(self) -> None:
@@ -456,16 +456,16 @@ class Trainer:
         self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
     def needs(self) -> Generator[Need, Any, None]:
-        """Runs through the epochs; yields what the run needs, and is sent what was computed (see `Need`).
+        """Goes through the epochs; yields what the run needs, and is sent what was computed (see `Need`).
 
-        So a run does not know who computes: its own step, or a pass that it shares with other runs.
+        This way a run need not know what computes it: its own step, or a pass that it shares with other runs.
         """
         progress, config = self.progress, self.config
         if progress.owes_validation(config.eval_steps, self.total):
             yield from self._validate()
             yield Rest()
         self.reporter.start_bar(progress.step, self.total)
-        # Shared prompts save time only where they are computed once; elsewhere a uniform shuffle learns better.
+        # Sharing prompts only saves time if they are computed once; otherwise a uniform shuffle learns better.
         max_siblings = config.max_siblings if self.step.share_prompts else 1
         while not self._is_over():
             order = epoch_order(
@@ -487,7 +487,7 @@ class Trainer:
                 yield Rest(is_due=not is_over and progress.is_due(config.save_steps, self.total), is_over=is_over)
                 if is_over:
                     break
-        if progress.epoch_weight:  # stopped within an epoch
+        if progress.epoch_weight:  # stopped in the middle of an epoch
             self._end_epoch(complete=False)
         if progress.step < self.total:
             self.reporter.say(
@@ -497,7 +497,7 @@ class Trainer:
             )
 
     def _update(self, batches: list[list[TokenExample]]) -> Generator[Need, Any, None]:
-        """Asks for the gradient of one update's batches, checks it, and applies it."""
+        """Requests the gradient of one update's batches, checks it, and applies it."""
         progress, config = self.progress, self.config
         paper = config.arithmetic == "paper"
         scales = self.step.scales(batches, paper_accum=config.grad_accum if paper else None)
@@ -521,7 +521,7 @@ class Trainer:
 
         examples = [example for batch in batches for example in batch]
         tokens, trained = sum(map(len, examples)), sum(example.trained_tokens for example in examples)
-        # Of the loss in the epoch's average.
+        # Weight of this loss in the epoch's average.
         weight = len(batches) if paper else self.step.count(examples)
         progress.epoch_loss += loss * weight
         progress.epoch_weight += weight
@@ -540,7 +540,7 @@ class Trainer:
         return {name: figures[name] for name in self.step.shown}
 
     def _clip(self, done: Sequence[StepStats], norm: Tensor | None) -> tuple[float, float, dict[str, float]]:
-        """Clips an update's gradient; returns its loss, the gradient's norm before that, and more figures."""
+        """Clips an update's gradient; returns its loss, the gradient's norm before clipping, and other metrics."""
         parameters = list(self.parameters.values())
         own = torch.stack([stats.objective for stats in done]).sum().reshape(1) if done else torch.zeros(1)
         if self.step.shown:
@@ -551,7 +551,7 @@ class Trainer:
             norm = gradient_norm(parameters)
         limit = self.config.max_grad_norm or math.inf
         factor = limit / (norm + 1e-6)  # as in `clip_grads_with_norm_`
-        # The one place where an update waits for the device.
+        # The only point in an update that waits for the device.
         numbers = [summed.to(norm.device), norm.reshape(1), factor.reshape(1)]
         loss, *sums_values, norm_value, factor_value = torch.cat(numbers).tolist()
         if factor_value < 1:
@@ -561,9 +561,9 @@ class Trainer:
         return loss, norm_value, more
 
     def _passes(self, batches: list[tuple[list[TokenExample], Any]]) -> list[tuple[list[TokenExample], Any]]:
-        """Returns what this rank computes of an update's batches, each with its loss's weight: a batch at most at once.
+        """Returns the parts of an update's batches that this rank computes, at most a batch each, with loss weights.
 
-        Where weights are spread over ranks, all go through the model equally often, if need be for nothing.
+        If weights are sharded, all ranks must run equally many passes, so some may be empty.
         """
         if self.ranks.size == 1:
             return batches
@@ -589,7 +589,7 @@ class Trainer:
         self.reporter.epoch(len(self.progress.train_losses), loss, validation_follows)
 
     def _validate(self) -> Generator[Need, Any, None]:
-        """Asks for the loss on the validation data, which a signal ends without one; saves the best adapter."""
+        """Requests the validation loss, skipped if a signal comes; saves the adapter if it is the best so far."""
         if not self.valid:
             return
         progress, config = self.progress, self.config
@@ -603,7 +603,7 @@ class Trainer:
             raise self.directory.divergence(f"the validation loss is {loss} {when}", progress)
         name = config.best_metric
         is_best = progress.add_validation(loss, None if name == "loss" else -figures[name])
-        # Of the last update; after a resume the optimiser has not been given it yet.
+        # Learning rate of the last update; after a resume, the optimiser does not have it yet.
         lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
         self.metrics.add("valid", progress, loss, lr, computed.seconds, figures)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1], self._shown(figures))
@@ -614,7 +614,7 @@ class Trainer:
         return self.progress.step >= self.total or 0 < self.config.early_stopping <= self.progress.bad
 
     def _stop_if_asked(self) -> None:
-        """Ends the run, on all ranks, if one of them was sent a signal."""
+        """Ends the run on all ranks if any of them received a signal."""
         if number := self.ranks.most(self.stop.signal_number):
             self.stop.signal_number = number
             self.save()
@@ -624,7 +624,7 @@ class Trainer:
             )
 
     def save(self, finished: bool = False) -> None:
-        """Writes a checkpoint of what the run is now."""
+        """Writes a checkpoint of the run's current state."""
         self.progress.metrics_bytes = self.metrics.sync()
         self.progress.finished, self.progress.ranks = finished, self.ranks.size
         state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
@@ -633,11 +633,11 @@ class Trainer:
         self._saved = self.progress.step
 
     def finish(self) -> TrainResult:
-        """Checks that the adapter learned, and saves everything."""
+        """Checks that the adapter learned, and saves all results."""
         progress = self.progress
         check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
         if self._saved != progress.step:
-            self.save()  # whatever fails below, --resume has nothing to compute again
+            self.save()  # if anything below fails, --resume need not recompute anything
         adapter_bytes = self.directory.write_results(
             self.model, progress, self.record["data"], self.reporter.say, self.ranks
         )
@@ -667,7 +667,7 @@ class Trainer:
 
 
 class StopRequest:
-    """A signal handler that remembers the first signal (0: none yet); a second one raises KeyboardInterrupt."""
+    """A signal handler that records the first signal (0: none yet); a second one raises KeyboardInterrupt."""
 
     signal_number = 0
 
@@ -680,7 +680,7 @@ class StopRequest:
         return self.signal_number != 0
 
     def error(self, message: str) -> InterruptedRunError:
-        """Returns the error that ends the run; for its exit code Ctrl-Break counts as SIGTERM, as Windows means it."""
+        """Returns the error that ends the run; its exit code treats Ctrl-Break as SIGTERM, as Windows does."""
         is_break = self.signal_number == getattr(signal, "SIGBREAK", None)
         name = signal.Signals(self.signal_number).name
         return InterruptedRunError(f"{name}: {message}", signal.SIGTERM if is_break else self.signal_number)
@@ -688,14 +688,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Collects stop signals instead of dying of them; only the main thread can, elsewhere none ever arrives."""
+    """Records stop signals instead of letting them kill the process; has no effect outside of the main thread."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    names = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")  # SIGBREAK: Ctrl-Break on Windows
+    names = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")  # SIGBREAK is Ctrl-Break on Windows
     handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names if hasattr(signal, n)}
-    if _SIGHUP is not None and handlers[_SIGHUP] is signal.SIG_IGN:  # under nohup the run outlives its terminal
+    if _SIGHUP is not None and handlers[_SIGHUP] is signal.SIG_IGN:  # with nohup, the run outlives its terminal
         del handlers[_SIGHUP]
     for number in handlers:
         signal.signal(number, stop)
@@ -703,18 +703,18 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in handlers.items():
-            if signal.getsignal(number) is stop:  # else `Ranks.blame` has taken its place, for good
+            if signal.getsignal(number) is stop:  # otherwise `Ranks.blame` has permanently replaced it
                 signal.signal(number, handler)
 
 
 def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
-    """Returns what is wrong with an update's loss or gradient, or ""; `losses` are those of the updates before."""
+    """Returns what is wrong with an update's loss or gradient, or ""; `losses` are those of previous updates."""
     if not math.isfinite(loss):
         return f"the training loss became {loss} at update {step}"
     recent = losses[-_WINDOW:]
     if len(recent) == _WINDOW and sum(recent) / _WINDOW >= 2 * losses[0] + 1:
         return f"the training loss exploded: {sum(recent) / _WINDOW:.3g} over the last {_WINDOW} updates"
-    if not math.isfinite(gradient_norm):  # a finite loss can have such a gradient; the update would spoil every weight
+    if not math.isfinite(gradient_norm):  # possible with a finite loss; the update would ruin every weight
         return f"the gradient became {gradient_norm} at update {step}"
     return ""
 
@@ -722,13 +722,13 @@ def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step:
 def check_gradients(model: nn.Module) -> str:
     """Checks, before the first real update, that the gradient reaches every adapted layer that took part.
 
-    An embedding's B starts with a gradient of exactly zero, so that one of a layer's tensors must have some.
+    An embedding's B initially has a gradient of exactly zero, so it suffices that one of a layer's tensors has one.
 
     Returns:
         A note about layers that never ran, or "".
 
     Raises:
-        NothingLearnedError: names every layer whose gradient is zero, or all layers if none ran.
+        NothingLearnedError: a layer's gradient is zero, or no layer ran; names all of these layers.
     """
     layers = adapted_layers(model)
     idle, running = [], {}
@@ -761,7 +761,7 @@ def check_gradients(model: nn.Module) -> str:
 
 @contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives parameters other values for a while."""
+    """Temporarily gives parameters other values."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         _assign(parameters, values)
@@ -777,20 +777,20 @@ def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Returns the norm of all gradients together, ()."""
+    """Returns the norm () of all gradients together."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def starts_as_base(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
-    """Whether the model computed what its base does before the first update."""
+    """Whether the model computed the same as its base before the first update."""
     return all(layer.is_as_base(_initial_of(name, layer, initial)) for name, layer in adapted_layers(model))
 
 
 def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, lr: float) -> None:
-    """Checks that training changed some weight of the model, as far as fp32 can tell.
+    """Checks that training changed some weight of the model, within the precision of fp32.
 
     Raises:
-        NothingLearnedError: the trained parameters have the effect of their `initial` values.
+        NothingLearnedError: the trained parameters have the same effect as their `initial` values.
     """
     if not _has_learned(model, initial):
         raise NothingLearnedError(
@@ -822,6 +822,6 @@ def _has_learned(model: nn.Module, initial: Mapping[str, Tensor]) -> bool:
 
 
 def _initial_of(name: str, layer: LoRALayer, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors before the first update; frozen ones are what they were."""
+    """Returns a layer's tensors before the first update; frozen ones have not changed."""
     prefix = f"{name}." if name else ""
     return {leaf: initial.get(prefix + leaf, tensor.detach()) for leaf, tensor in layer.trained_tensors().items()}
