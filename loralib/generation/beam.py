@@ -1,15 +1,15 @@
-"""Beam search as the LoRA paper's decoder does it, without computing what cannot win.
+"""Beam search as in the LoRA paper's decoder, without computing beams that cannot win.
 
-K beams are kept.  Each step takes the K best continuations of all beams by their sum of log-probabilities; one that
-ends is scored, sum / length ** length_penalty, and leaves its place to the others in the next step.  At the limit the
-beams that are left are scored too.  The best score wins, the older one in a tie.
+The search keeps K beams.  Each step takes the K best continuations of all beams by their sum of log-probabilities; one
+that ends is scored with sum / length ** length_penalty, and frees its place for the next step.  Beams that reach the
+limit are scored as well.  The best score wins, the older one in a tie.
 
-What can be left out: a sum of log-probabilities only falls.  With penalties p(l) = l ** length_penalty, a beam with sum
-s <= 0 that goes on from length t can score s / max(p(l) for t <= l <= limit) at most, whatever the sign of
-length_penalty (lengths below the minimum do not count, since no beam ends there).  If that does not beat the best score
-so far, no continuation of the beam wins: ties go to the older.  Nor does the beam matter to the others.  It could only
-take places from continuations with a smaller sum than its own, whose bound is no higher, so that they cannot win
-either.  Dropping such beams, and stopping when none is left, therefore changes no result.
+What can be skipped: a sum of log-probabilities never rises.  With penalties p(l) = l ** length_penalty, a beam with sum
+s <= 0 that continues from length t scores at most s / max(p(l) for t <= l <= limit), whatever the sign of
+length_penalty (lengths below the minimum do not count, since no beam ends there).  If this bound does not beat the best
+score so far, no continuation of the beam can win, as ties go to the older.  Nor does the beam affect the others: it
+could only displace continuations with a smaller sum than its own, whose bound is no higher, so they cannot win either.
+Dropping such beams, and stopping when none is left, therefore does not change the result.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .text import check_prompts, end_tokens, new_tokens
 __all__ = ["Hypothesis", "beam_search"]
 
 
-# More rows than this make a step slower but not a row faster.
+# Beyond this many rows, a step takes longer without getting more efficient per row.
 MAX_BRANCHES: Final = 640
-# Rows of logits handled at a time: what a processor's cache can hold in fp32.
+# Rows of logits to process at a time, so that they fit in the CPU cache in fp32.
 _ROWS: Final = 8
 _GROUP: Final = 64
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """The best continuation that a beam search found.
+    """The best continuation found by a beam search.
 
     Attributes:
-        ids: its tokens, the end token included if it ended.
+        ids: its tokens, including the end token if it ended.
         score: sum of log-probabilities / length ** length_penalty.
-        ended: whether it ended, or was cut at the limit.
+        ended: whether it ended on its own, instead of being cut at the limit.
     """
 
     ids: tuple[int, ...]
@@ -61,7 +61,7 @@ class _Beam:
 
 
 class _Search:
-    """The search for one prompt."""
+    """The search for a single prompt."""
 
     def __init__(self, number: int, prompt: Sequence[int], limit: int, sampling: Sampling) -> None:
         self.number, self.prompt, self.limit = number, prompt, limit
@@ -69,7 +69,7 @@ class _Search:
         self.best: Hypothesis | None = None
         self.group: SequenceGroup | None = None
         self.penalties = [float(length**sampling.length_penalty) for length in range(1, limit + 1)]
-        # The largest penalty from a length on, of those at which a beam may end.
+        # For each length, the largest penalty at that or any greater length at which a beam may end.
         self.largest = list(self.penalties)
         for length in range(limit - 1, 0, -1):
             if length <= sampling.min_new_tokens:
@@ -90,7 +90,7 @@ class _Search:
         tokens: list[int],
         ends: frozenset[int],
     ) -> None:
-        """Takes the best continuations, best first: keeps those that may win yet, and scores those that end."""
+        """Takes the best continuations, best first: keeps those that can still win, and scores those that end."""
         length = self.length + 1
         found = [
             (_Beam((*self.beams[parent].ids, token), total), token in ends, score, bound, parent)
@@ -123,27 +123,27 @@ def beam_search(
 ) -> list[Hypothesis]:
     """Finds the best continuation of each prompt by beam search, with the semantics of the LoRA paper's decoder.
 
-    Results do not depend on which prompts are searched together, but for rounding.
+    Except for rounding, results do not depend on which prompts are searched together.
 
     Args:
         model: a causal language model, adapted or not.
-        prompts: token ids of each, of any lengths.
+        prompts: token ids of each prompt; lengths may differ.
         num_beams: K; 1 is greedy search.
-        max_new_tokens: maximum tokens, including the end token (fewer where the model's context ends).
-        length_penalty: scores are divided by length to this power: above 0 favours long results (their sums are
-            negative), below 0 short ones.
+        max_new_tokens: maximum number of tokens, including the end token (fewer if the model's context is exhausted).
+        length_penalty: scores are divided by length to this power: values above 0 favour long results (as sums are
+            negative), values below 0 short ones.
         no_repeat_ngram_size: no sequence of this many generated tokens occurs twice; 0: off.
-        repetition_penalty: of generated tokens, as in `Sampling`.
-        min_length: the end token is banned until this many tokens are generated.
+        repetition_penalty: for generated tokens, as in `Sampling`.
+        min_length: the end token is banned until this many tokens have been generated.
         eos_token_id: the end token, or several; default: the model's own.
-        max_branches: how many beams of all prompts are computed together.
+        max_branches: number of beams, over all prompts, that are computed together.
 
     Returns:
         The best hypothesis of each prompt, in order.
 
     Raises:
-        ConfigError: settings are out of range; all of them at once.
-        DataError: prompts are empty or too long for the model; all of them at once.
+        ConfigError: settings are out of range; all are listed.
+        DataError: prompts are empty or too long for the model; all are listed.
     """
     model = unwrapped(model)
     sampling = Sampling(
@@ -170,7 +170,7 @@ def search(
     max_branches: int = MAX_BRANCHES,
     adapters: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Hypothesis]]:
-    """Yields the number of each prompt and its best hypothesis as the searches end; see `beam_search`."""
+    """Yields each prompt's number and best hypothesis as its search ends; see `beam_search`."""
     base = bank_and_base(model)[1]
     check_prompts(base, prompts)
     limits = [new_tokens(base, prompt, sampling.max_new_tokens) for prompt in prompts]
@@ -197,7 +197,7 @@ def search(
 
 
 def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: frozenset[int]) -> None:
-    """Continues every search by one token."""
+    """Advances every search by one token."""
     logits = decoder.step()
     if not sampling.plain:
         logits = logits.float()
@@ -217,7 +217,7 @@ def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: f
     of_places[places] = tokens
     totals, chosen = grid.view(len(searches), -1).topk(min(sampling.num_beams, width * count))  # (S, K)
     picked = of_places.view(len(searches), -1).gather(1, chosen)
-    # In fp32, as the sums are: ties must not depend on digits that the sums do not have.
+    # In fp32, like the sums: otherwise ties would be broken by digits that the sums do not have.
     lengths = [search.length for search in searches]
     penalties = [search.penalties[length] for search, length in zip(searches, lengths, strict=True)]
     largest = [
@@ -231,11 +231,11 @@ def _step(decoder: Decoder, searches: list[_Search], sampling: Sampling, ends: f
 
 
 def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities in fp32 and the ids of the likeliest tokens of each row, best first.
+    """Returns the log-probabilities in fp32 and the ids of the most likely tokens in each row, best first.
 
     Args:
         logits: (R, V).
-        count: how many.
+        count: number of tokens per row.
 
     >>> gains, tokens = best_tokens(torch.tensor([[0.0, 1.0, -1.0]]), 2)
     >>> tokens.tolist(), [round(value, 4) for value in gains[0].tolist()]
@@ -243,7 +243,7 @@ def best_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     count = min(count, logits.shape[1])
     kernels, groups = loaded(), logits.shape[1] // _GROUP
-    few = groups < 4 * count or logits.shape[1] % _GROUP > 0  # groups, for the shorter ways
+    few = groups < 4 * count or logits.shape[1] % _GROUP > 0  # too few groups for the faster methods
     if kernels is not None and not few and kernels.accept(logits):
         most, sums, maxima = kernels.log_sums(logits, _GROUP)
         best, tokens = _best_of_groups(logits.view(len(logits), groups, _GROUP), maxima, count)
@@ -262,7 +262,7 @@ def _best_of(logits: Tensor, count: int, few: bool) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_groups(of_groups: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best of (R, groups, 64): they are in the groups with the best maxima, which are cheaper than a selection."""
+    """Returns the best of (R, groups, 64); they must be in the groups with the best maxima, which are cheap to find."""
     chosen = maxima.topk(count).indices  # (R, K)
     best, places = of_groups.gather(1, chosen[:, :, None].expand(*chosen.shape, _GROUP)).flatten(1).topk(count)
     return best, chosen.gather(1, places // _GROUP) * _GROUP + places % _GROUP

@@ -1,11 +1,11 @@
 """The model's side of generation: each step adds one token to every branch of every sequence and returns logits.
 
-A `SequenceGroup` is a prompt and its branches: one, or the beams of a search.  Whoever generates opens groups, says how
-they grow, and calls `step`, which computes all that is new in all open groups in one pass through the model.
+A `SequenceGroup` is a prompt and its branches: a single one, or the beams of a search.  The caller opens groups, says
+how they grow, and calls `step`, which computes everything new in all open groups in one pass through the model.
 
-What a decoder keeps of earlier texts may stand for the beginning of a new one, where it was computed in the same way:
-with the same adapter at the same scale, over the same weights.  PyTorch counts changes of a tensor; a weight that is
-changed past that count, as through ``.data``, is not noticed.
+Cached prefixes of earlier texts are reused for new ones if they were computed in the same way: with the same adapter at
+the same scale, over the same weights.  This relies on PyTorch's version counters of tensors; changes that bypass them,
+for example through ``.data``, go unnoticed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .pages import PAGE, Lease, Node, Pages, pages_of
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
-# Columns by which the cache grows.
+# Number of columns by which the cache grows.
 _COLUMNS: Final = 32
-# Weights are prepacked after this many steps, or at once for this many sequences.  That costs about what two steps of a
-# beam search save, or ten of a single sequence, and how long a generation goes on is not known before.
+# Weights are prepacked after this many steps, or at once for this many sequences.  This costs what it saves in two
+# steps of a beam search, or in ten of a single sequence, and a generation's length is not known in advance.
 _PREPACK_AFTER: Final = 4
 _MANY_SEQUENCES: Final = 16
-# Tokens of a prompt that is scored which are computed at once: each has logits over the whole vocabulary.
+# Number of tokens of a scored prompt to compute at once: each needs logits over the whole vocabulary.
 _SCORED: Final = 256
 _NONE: Final = slice(0, 0)
 
@@ -52,20 +52,20 @@ class SequenceGroup:
 
     Attributes:
         prompt: its token ids.
-        length: tokens from the prompt's first to a branch's newest; all branches are equally long.  0: the prompt is
-            not computed to its end.
+        length: number of tokens from the start of the prompt to a branch's newest token; equal for all branches.  0:
+            the prompt has not been computed completely.
         slot: its adapter in a bank; None: the model as it is.
-        scored: whether logits are wanted after each token of the prompt.
-        rows: which rows of the last step's logits belong to it, one per branch.
-        prompt_rows: which of them follow the prompt's tokens, where it is `scored`.
-        row: its place among the open groups.
+        scored: whether logits are needed after each token of the prompt.
+        rows: its rows in the last step's logits, one per branch.
+        prompt_rows: the rows after the prompt's tokens, if it is `scored`.
+        row: its index among the open groups.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
-        paths: the tokens of each branch, where there is no cache.
-        lease: where its keys and values are.
-        known: tokens of the prompt whose keys and values were there already.
-        done: tokens of the prompt that are computed.
-        text: the tokens that are computed, while there is one branch.
-        scale: of the adapter, when it began.
+        paths: the tokens of each branch, if there is no cache.
+        lease: the pages of its keys and values.
+        known: number of prompt tokens whose keys and values were already cached.
+        done: number of prompt tokens that have been computed.
+        text: the tokens computed so far, as long as there is a single branch.
+        scale: the adapter's scale when the group was opened.
     """
 
     prompt: Sequence[int]
@@ -85,22 +85,22 @@ class SequenceGroup:
     scale: float | None = None
 
     def grow(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
-        """Says what the next step adds: a token to each of some branches; a branch may come several times."""
+        """Sets what the next step adds: one token to each given branch, in which a branch may occur several times."""
         self.parents, self.tokens = parents, tokens
 
 
 class Decoder:
-    """Computes logits for open groups; while there are any, what it needs is in the model's place.
+    """Computes logits for open groups; while there are any, it occupies the model (see `Hold`).
 
     Args:
         model: a causal language model.
-        bank: adapters over it that groups may choose.
-        modules: those that it may override.
-        attention: whether the model's attention gets a layout.
+        bank: adapters for it that groups may choose from.
+        modules: modules whose forward it may override.
+        attention: whether the model's attention receives a layout.
 
     Attributes:
-        longest: how many tokens a sequence may have; None: any number.
-        max_tokens: tokens of sequences that are kept, or promised, at most; None: any number.
+        longest: maximum length of a sequence in tokens; None: unlimited.
+        max_tokens: maximum number of tokens that are cached or reserved; None: unlimited.
     """
 
     longest: int | None = None
@@ -117,7 +117,7 @@ class Decoder:
         self._release: weakref.finalize[Any, Any] | None = None
 
     def open(self, prompt: Sequence[int], adapter: str | None = None) -> SequenceGroup:
-        """Takes a prompt in, with an adapter of the bank; the next steps compute it.
+        """Opens a group for a prompt, with an adapter of the bank; the following steps compute it.
 
         Raises:
             AdapterError: there is no such adapter.
@@ -130,20 +130,20 @@ class Decoder:
     def admit(
         self, prompt: Sequence[int], adapter: str | None = None, *, limit: int = 0, scored: bool = False
     ) -> SequenceGroup | None:
-        """Takes a prompt in as `open` does, or returns None: not yet.
+        """Opens a group like `open`, or returns None if it has to wait.
 
-        That is so while there is no room for it and its continuation, or while the beginning of another that it shares
-        is being computed.
+        It has to wait while there is no room for the prompt and its continuation, or while a prefix that it shares with
+        another prompt is being computed.
 
         Args:
             prompt: its token ids.
             adapter: the name of its adapter.
-            limit: how many tokens follow it at most.
-            scored: whether logits are wanted after each of its tokens.
+            limit: maximum number of tokens that will follow it.
+            scored: whether logits are needed after each of its tokens.
         """
         if self._release is None:
             hold = Hold(self._model, self._switched, "inference", self._attention)
-            # Also where the decoder is forgotten with groups still open.
+            # Also works if the decoder is garbage-collected with groups still open.
             self._release = weakref.finalize(self, _release, hold, self._bank, self._slots)
             self._begin()
         try:
@@ -162,14 +162,14 @@ class Decoder:
         return group
 
     def _begin(self) -> None:
-        """Forgets what may have changed while the model was free."""
+        """Discards whatever may have become outdated while the model was free."""
 
     def _place(self, group: SequenceGroup, limit: int) -> bool:
-        """Finds room for a group and its continuation; tells whether there is any."""
+        """Reserves room for a group and its continuation; returns whether there was enough."""
         return True
 
     def close(self, group: SequenceGroup, *, keep: bool = True) -> None:
-        """Forgets a group; what was computed for it is kept for others, where the decoder does that."""
+        """Closes a group; what was computed for it is kept for others, if the decoder reuses prefixes."""
         self._forget(group)
         self._slots.remove(group.slot)
         if self._bank is not None:
@@ -182,7 +182,7 @@ class Decoder:
             self._release = None
 
     def close_all(self) -> None:
-        """Forgets all groups, and all that is kept of earlier ones."""
+        """Closes all groups, and discards everything cached for earlier ones."""
         for group in reversed(self._groups):
             self.close(group)
 
@@ -190,21 +190,21 @@ class Decoder:
         self._groups.remove(group)
 
     def has_room(self, tokens: int, limit: int) -> bool:
-        """Tells whether a prompt of so many tokens and its continuation ever have room."""
+        """Tells whether a prompt with this many tokens and its continuation can ever fit."""
         return True
 
     @property
     def used_tokens(self) -> int:
-        """Tokens that are kept or promised."""
+        """Number of tokens that are cached or reserved."""
         return 0
 
     @property
     def pending(self) -> int:
-        """Tokens of prompts that are not computed."""
+        """Number of prompt tokens that have not been computed yet."""
         return sum(len(group.prompt) - group.done for group in self._groups if not group.length)
 
     def step(self) -> Tensor:
-        """Computes new tokens of open groups; returns logits, in which each group that goes on has its `rows`."""
+        """Computes new tokens of open groups; returns logits, in which each group that can go on has its `rows`."""
         raise NotImplementedError
 
 
@@ -216,15 +216,15 @@ def _release(hold: Hold, bank: Bank | None, slots: list[Slot | None]) -> None:
 
 
 class CachedDecoder(Decoder):
-    """Keeps keys and values, each token's once a sequence, and computes without padding (see `TreeLayout`).
+    """Caches keys and values, once for each token of a sequence, and computes without padding (see `TreeLayout`).
 
     Args:
         model: a causal language model.
-        bank: adapters over it that groups may choose.
-        max_tokens: tokens whose keys and values are kept or promised at most; None: any number.
-        reuse: whether what was computed of a text stays for others that begin with it.  A model that holds an adapter
-            has none kept: what its layers compute may change without a trace.
-        max_prompt_tokens: tokens of prompts that are computed in one step; longer ones are computed in parts.
+        bank: adapters for it that groups may choose from.
+        max_tokens: maximum number of tokens whose keys and values are cached or reserved; None: unlimited.
+        reuse: whether to keep what was computed for a text for others with the same prefix.  Does not apply to a model
+            that holds an adapter: what its layers compute may change without a trace.
+        max_prompt_tokens: maximum number of prompt tokens per step; longer prompts are computed in parts.
     """
 
     def __init__(
@@ -251,13 +251,13 @@ class CachedDecoder(Decoder):
         self._pages = Pages(None if max_tokens is None else max_tokens // PAGE)
         self._roots: _Roots | None = _Roots(model) if reuse else None
         self._steps = 0
-        self._last: tuple[Any, Overrides] | None = None  # the rows of the last step, and their overrides
-        # Which columns each branch of each group sees (rows, N, C), the place in its group of each token (rows, C), and
-        # in which page of the cache each 16 columns are.
+        self._last: tuple[Any, Overrides] | None = None  # the last step's rows, and the overrides for them
+        # Which columns each branch of each group sees (rows, N, C), the position of each token in its sequence (rows,
+        # C), and the cache page of each block of 16 columns.
         self._visible = torch.zeros(0, 1, 0, dtype=torch.bool, device=self._device)
         self._positions = torch.zeros(0, 0, dtype=torch.long, device=self._device)
         self._table = torch.zeros(0, 0, dtype=torch.long, device=self._device)
-        self._mapped: list[int] = []  # how many pages of each group the table has
+        self._mapped: list[int] = []  # how many pages of each group the table contains
 
     @property
     def used_tokens(self) -> int:
@@ -266,17 +266,17 @@ class CachedDecoder(Decoder):
     def _begin(self) -> None:
         for override in (*self._operators.values(), *self._prepacked.values()):
             if isinstance(override, FrozenLinear):
-                override.forget_update()  # the layer may have been trained, and not every optimiser counts its changes
+                override.forget_update()  # it may have been trained; not every optimiser updates the version counters
 
     def has_room(self, tokens: int, limit: int) -> bool:
         return self._pages.budget is None or pages_of(tokens + max(limit - 1, 0)) <= self._pages.budget
 
     def _place(self, group: SequenceGroup, limit: int) -> bool:
-        tokens = len(group.prompt) + max(limit - 1, 0)  # nothing is computed from the last one
+        tokens = len(group.prompt) + max(limit - 1, 0)  # the last token is never fed to the model
         root = None if self._roots is None else self._roots.find(self._pages, group.slot, group.scale)
         if root is not None and not group.scored and self._is_coming(group.prompt, root):
             return False
-        # Scored prompts need logits after each token, so they are computed from the first one on.
+        # Scored prompts need logits after each token, so all of their tokens are computed.
         group.lease = self._pages.lease([] if group.scored else group.prompt, tokens, root)
         if group.lease is None:
             return False
@@ -285,7 +285,7 @@ class CachedDecoder(Decoder):
         return True
 
     def _is_coming(self, prompt: Sequence[int], root: Node) -> bool:
-        """Whether pages that a prompt could share are being computed."""
+        """Whether pages that a prompt could share are currently being computed."""
         kept = len(self._pages.kept(root, prompt[:-1]))
         first = prompt[: (kept + 1) * PAGE]
         return len(first) < len(prompt) and any(
@@ -309,7 +309,7 @@ class CachedDecoder(Decoder):
         self._pages.clear()
 
     def _share(self, group: SequenceGroup, tokens: Sequence[int]) -> None:
-        """Keeps what was computed for others, where it is what they would compute."""
+        """Keeps what was computed for a group, provided that others would compute the same."""
         lease = group.lease
         if self._roots is None or lease is None or lease.root is None or not tokens:
             return
@@ -317,17 +317,17 @@ class CachedDecoder(Decoder):
         if scale == group.scale and self._roots.find(self._pages, group.slot, scale) is lease.root:
             self._pages.share(lease, tokens)
         else:
-            lease.root = None  # the scale or a weight changed meanwhile
+            lease.root = None  # the scale or a weight has changed since
 
     def _forget(self, group: SequenceGroup) -> None:
         if len(self._groups) == 1:
             self._last = None
-            if self._roots is None:  # the copies would stay in memory; where texts are reused, more is to come
+            if self._roots is None:  # frees the copies; with reuse, more requests are expected
                 self._prepacked, self._steps = {}, 0
         last = self._groups.pop()
         mapped = self._mapped.pop()
         if last is not group:
-            # The last group takes its place, so that the open groups are always the first rows.
+            # The last group moves into the gap, so that open groups always occupy the first rows.
             if last.row < len(self._table):
                 for each in (self._visible, self._positions, self._table):
                     each[group.row] = each[last.row]
@@ -357,7 +357,7 @@ class CachedDecoder(Decoder):
             last += kept
             heads.append((group.slot, len(kept)))
         nothing = not last
-        if nothing:  # parts of prompts alone: the logits of one token are less trouble than none
+        if nothing:  # only incomplete prompts: computing one token's logits is simpler than none
             last.append(len(ids) - 1)
             heads[-1] = (heads[-1][0], 1)
         overrides = self._overrides(rows, [head for head in heads if head[1]])
@@ -376,7 +376,7 @@ class CachedDecoder(Decoder):
         return logits[:0] if nothing else logits
 
     def _overrides(self, rows: list[tuple[Slot | None, int]], heads: list[tuple[Slot | None, int]]) -> Overrides:
-        """Returns what to call instead of modules' forwards: as in the last step, where its rows were the same."""
+        """Returns replacements for modules' forwards; reuses those of the last step if its rows were the same."""
         long = self._steps >= _PREPACK_AFTER or len(self._groups) >= _MANY_SEQUENCES
         if self._fast and long and not self._prepacked:
             self._prepacked = prepacked_overrides(self._modules)
@@ -389,7 +389,7 @@ class CachedDecoder(Decoder):
         return self._last[1]
 
     def _parts(self) -> Iterator[tuple[SequenceGroup, int]]:
-        """Yields prompts to compute, and how much of each: whole ones while there is room, or a part of a long one."""
+        """Yields prompts to compute, with a number of tokens: whole prompts while they fit, or part of a long one."""
         left = self._max_prompt_tokens
         for group in sorted((group for group in self._groups if not group.length), key=lambda group: -group.done):
             count = len(group.prompt) - group.done
@@ -404,7 +404,7 @@ class CachedDecoder(Decoder):
             yield group, count
 
     def _note_down(self, growing: list[SequenceGroup], parts: list[tuple[SequenceGroup, int]]) -> None:
-        """Says in the groups what has been computed."""
+        """Records in the groups what has been computed."""
         row = 0
         for group in growing:
             group.prompt_rows = _NONE
@@ -427,7 +427,7 @@ class CachedDecoder(Decoder):
             row += kept
 
     def _lay_out(self, growing: list[SequenceGroup], parts: list[tuple[SequenceGroup, int]]) -> TreeLayout:
-        """Says what the pass computes, and notes down what branches will see after it."""
+        """Describes what the pass computes, and records what branches will see after it."""
         branches = max([len(group.tokens) for group in growing], default=0)
         group_rows: list[int] = []
         parents: list[int] = []
@@ -440,7 +440,7 @@ class CachedDecoder(Decoder):
         at_group, grid_index = self._tensor(group_rows), self._tensor(places)
         parents_see = self._visible[at_group, self._tensor(parents)]  # (R, C)
         visible = self._grid(grid_index, parents_see, branches)
-        alive = visible.any(1)  # (rows, C): the others are free, those of branches that were given up among them
+        alive = visible.any(1)  # (rows, C); all other columns are free, including those of abandoned branches
         seen = alive.sum(1).tolist() if growing else []
         needed = [seen[group.row] + len(group.tokens) for group in growing]
         for group, columns in zip(growing, needed, strict=True):
@@ -489,7 +489,7 @@ class CachedDecoder(Decoder):
         return self._positions.shape[1]
 
     def _slots_of_columns(self) -> Tensor:
-        """Returns the slot in the cache of each column of each group: (rows, C)."""
+        """Returns the cache slot of each column of each group: (rows, C)."""
         rows: list[int] = []
         columns: list[int] = []
         pages: list[int] = []
@@ -508,20 +508,20 @@ class CachedDecoder(Decoder):
         return (self._table[:, :, None] * PAGE + torch.arange(PAGE, device=self._device)).flatten(1)
 
     def _grid(self, places: Tensor, parents_see: Tensor, branches: int) -> Tensor:
-        """Spreads what branches see (R, C) over groups and their branches (rows, N, C)."""
+        """Scatters what branches see (R, C) to a grid of groups and branches (rows, N, C)."""
         grid = parents_see.new_zeros(self._rows * branches, parents_see.shape[1])
         grid[places] = parents_see
         return grid.view(self._rows, branches, parents_see.shape[1])
 
     def _fit(self, needed: int, alive: Tensor) -> bool:
-        """Makes as many rows and columns as are needed, and not many more; tells whether that changed anything."""
+        """Resizes to as many rows and columns as needed, without much excess; returns whether anything changed."""
         rows, columns = self._rows, self._columns
         if len(self._groups) > rows:
             rows = max(len(self._groups), min(2 * rows, rows + 8))
         fitting = -(-needed // _COLUMNS) * _COLUMNS
         if needed > columns:
             columns = fitting
-        elif fitting * 2 <= columns:  # a long group has gone
+        elif fitting * 2 <= columns:  # a long group was closed
             last = int(alive.any(0).nonzero().max()) + 1 if bool(alive.any()) else 0
             columns = max(fitting, -(-last // _COLUMNS) * _COLUMNS)
         if (rows, columns) == (self._rows, self._columns):
@@ -536,7 +536,7 @@ class CachedDecoder(Decoder):
 
 
 class PlainDecoder(Decoder):
-    """Computes every token of every branch again at each step: right for any causal model, and slow."""
+    """Recomputes every token of every branch at each step: correct for any causal model, but slow."""
 
     def __init__(self, model: nn.Module, bank: Bank | None = None) -> None:
         super().__init__(model, bank)
@@ -573,8 +573,8 @@ class PlainDecoder(Decoder):
         return torch.cat(logits) if scored else logits[0]
 
     def _logits(self, rows: Sequence[Sequence[int]], slots: Sequence[Slot | None]) -> tuple[Tensor, Tensor]:
-        """Returns logits (R, T, V) of rows, each of which has its adapter, and the place of each row's last token."""
-        # Padded behind, where causal models do not look.
+        """Returns logits (R, T, V) of rows, each with its own adapter, and the index of each row's last token."""
+        # Padded on the right, which causal models do not see.
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
@@ -595,7 +595,7 @@ def _after_last(logits: Tensor, last: Tensor) -> Tensor:
 
 
 class _Roots:
-    """Where kept texts begin: a root for each way of computing them, as long as the weights are what they were."""
+    """The roots of cached texts: one for each way of computing them, valid while the weights stay unchanged."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -606,7 +606,7 @@ class _Roots:
         self._holds = False
 
     def find(self, pages: Pages, slot: Slot | None, scale: float | None) -> Node | None:
-        """Returns the root for an adapter at a scale, or for the base alone; None: nothing may be kept."""
+        """Returns the root for an adapter at a scale, or for the base alone; None: nothing may be cached."""
         weights, counts = _state_of(self._model)
         if counts != self._counts or any(a is not b for a, b in zip(weights, self._weights, strict=True)):
             self._weights, self._counts = weights, counts
@@ -622,7 +622,7 @@ class _Roots:
 
 
 def _state_of(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """Returns a model's modules and tensors, and numbers that change when one of these does."""
+    """Returns a model's modules and tensors, and numbers that change when one of the tensors does."""
     parts: list[Any] = list(model.modules())
     tensors = [
         tensor
@@ -639,17 +639,17 @@ _FAULTS: Final[weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDicti
 
 
 def make_decoder(model: nn.Module | Bank, longest: int = 0, **settings: Any) -> Decoder:
-    """Returns the fastest decoder that is right for a model, or for a bank of adapters over one.
+    """Returns the fastest decoder that is correct for a model, or for a bank of adapters for one.
 
-    Sequences have up to `longest` tokens; `settings` are those of `CachedDecoder`.
+    Sequences have up to `longest` tokens; `settings` are passed to `CachedDecoder`.
 
-    Models that call transformers' attention interface get a cache.  That it changes no logits is tried once on a few
-    random tokens.
+    Models that use transformers' attention interface get a cache.  A test with a few random tokens, once per model,
+    checks that it does not change the logits.
 
     Raises:
         UnsupportedModelError: the model is not causal.
     """
-    bank, model = bank_and_base(model)  # without torch.compile's wrapper: a graph has no place for a layout
+    bank, model = bank_and_base(model)  # without torch.compile's wrapper, as a compiled graph cannot take a layout
     require_causal(model)
     if engine_mode() == "off":
         return PlainDecoder(model, bank)
@@ -666,7 +666,7 @@ def make_decoder(model: nn.Module | Bank, longest: int = 0, **settings: Any) -> 
 
 
 def _why_not_cached(model: nn.Module) -> str:
-    """Grows two random prompts by branches that part; returns what is wrong with their logits, or ""."""
+    """Extends two random prompts in several branches; returns what is wrong with their logits, or ""."""
     embeddings: Any = input_table(model)
     if embeddings is None or not hasattr(getattr(model, "config", None), "_attn_implementation"):
         return f"{type(model).__name__} is not built like transformers' causal language models"
@@ -687,14 +687,14 @@ def _why_not_cached(model: nn.Module) -> str:
             both.append((plain.step(), cached.step()))
         expected, got = (torch.cat(logits).float() for logits in zip(*both, strict=True))
         apart = float((got - expected).square().mean().sqrt() / expected.std())
-        # All tokens together: in bf16 those of one step are up to 0.15 apart by rounding alone, all of them 0.08.
+        # Over all tokens: in bf16, rounding alone causes deviations of up to 0.15 in a single step, but 0.08 overall.
         if not apart < max(1e-3, 16 * torch.finfo(embeddings.weight.dtype).eps):
             return f"{type(model).__name__} computes different logits with the cache (off by {apart:.1%})"
     except BusyModelError:
         raise
     except UnsupportedModelError as error:
         return str(error)
-    except Exception as error:  # whatever a model does that the cache does not expect, PlainDecoder remains
+    except Exception as error:  # a model can fail in any way with the cache; fall back to PlainDecoder
         return f"{type(model).__name__} fails with the cache: {type(error).__name__}: {error}"
     finally:
         plain.close_all()

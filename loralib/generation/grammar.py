@@ -1,8 +1,8 @@
-"""Texts that follow a JSON schema: which tokens may come next (llguidance keeps the state of the grammar).
+"""Constrained generation with JSON schemas: which tokens may come next (llguidance tracks the grammar's state).
 
-What a schema says with keywords that llguidance does not know (``not``, ``uniqueItems``, look-around in a ``pattern``
-and a few more) is refused, never ignored.  A text that is cut at its limit of tokens is the beginning of one that
-follows the schema, no more.
+Schemas with keywords that llguidance does not support (``not``, ``uniqueItems``, look-around in a ``pattern`` and a few
+more) are refused, never ignored.  A text that is cut at its token limit is only a prefix of one that follows the
+schema.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from ..errors import ConfigError, MissingDependencyError, first_line
 
 __all__ = ["Constraint", "Grammars"]
 
-# Without a limit a small model may write blanks for ever.
+# Without a limit, a small model may generate whitespace forever.
 _BLANKS: Final = r"[ \t\n]{1,32}"
 
 
 class Constraint:
-    """The state of one text."""
+    """The grammar's state for one text."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but an end can follow."""
+        """Whether the text can only end here."""
         return bool(self._matcher.is_stopped())
 
     def mask(self, logits: Tensor) -> None:
-        """Bans what cannot come next, in one row of logits (V,), in place."""
+        """Bans all tokens that must not come next, in one row of logits (V,), in place."""
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().bool()[: len(logits)].clone()
-        beyond = len(logits) - len(allowed)  # rows of a table that the tokenizer has no tokens for
+        beyond = len(logits) - len(allowed)  # rows of the embedding that have no token in the tokenizer
         banned = torch.nn.functional.pad(~allowed, (0, beyond), value=True)
         logits.masked_fill_(banned.to(logits.device), float("-inf"))
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen.
+        """Advances by the token that was chosen.
 
         Raises:
-            ConfigError: the grammar cannot go on.
+            ConfigError: the grammar cannot continue.
         """
         if not self._matcher.consume_token(token):
             raise ConfigError(
@@ -54,10 +54,10 @@ class Constraint:
 
 
 class Grammars:
-    """Makes constraints for the texts of one tokenizer.
+    """Creates constraints for the texts of one tokenizer.
 
     Args:
-        tokenizer: of transformers, with the tokenizers library behind it.
+        tokenizer: a tokenizer of transformers that is backed by the tokenizers library.
         ends: the tokens that end a text.
     """
 
@@ -66,11 +66,10 @@ class Grammars:
         self._made: Any = None
 
     def follow(self, schema: str) -> Constraint:
-        """Returns the state of a text that has to follow a JSON schema; "{}" allows any JSON object.
+        """Returns the state for a text that has to follow a JSON schema; "{}" allows any JSON object.
 
         Raises:
-            ConfigError: the schema is invalid, or says something that cannot be followed; or the tokenizer is of
-                another kind.
+            ConfigError: the schema is invalid, or uses something unsupported; or the tokenizer is of another kind.
             MissingDependencyError: llguidance is not installed.
         """
         try:
@@ -91,7 +90,7 @@ class Grammars:
         return Constraint(LLMatcher(self._of_tokens(), grammar, log_level=0))
 
     def _of_tokens(self) -> Any:
-        """Returns the tokenizer as llguidance reads it, which takes it half a second, once."""
+        """Returns the tokenizer in llguidance's form, which takes half a second to create, once."""
         if self._made is None:
             from llguidance import LLTokenizer
 
@@ -102,7 +101,7 @@ class Grammars:
                     f"{type(self._tokenizer).__name__}"
                 )
             about = json.loads(backend.to_str())
-            about["truncation"] = about["padding"] = None  # what it does to rows is nothing to a grammar
+            about["truncation"] = about["padding"] = None  # a grammar does not care about truncation and padding
             count = max(backend.get_vocab().values()) + 1
             self._made = LLTokenizer(
                 json.dumps(about), n_vocab=count, eos_token=sorted(e for e in self._ends if e < count)

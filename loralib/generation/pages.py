@@ -1,12 +1,12 @@
-"""Who owns which pages of the cache, and which texts' beginnings are kept for others that begin alike.
+"""Ownership of the cache's pages, and the prefixes that are kept for reuse by other texts.
 
-A page holds the keys and values of 16 tokens in a row.  A sequence has a `Lease`: pages that it shares with others at
-its beginning, then its own.  Kept pages form a tree: a node is a page, its children are the pages that may follow, by
-their tokens; so the way from a root to a node is the beginning of a text, exactly.  A root belongs to one way of
-computing, as to one adapter: whoever makes the roots sees to that.
+A page holds the keys and values of 16 consecutive tokens.  A sequence has a `Lease`: first pages that it shares with
+others, for its prefix, then its own.  Kept pages form a tree: each node is a page, and its children are the pages that
+may follow, indexed by their tokens; a path from a root to a node thus spells out the prefix of a text.  Each root
+stands for one way of computing, for example with one adapter; the creator of the roots must ensure this.
 
-What a sequence may need at most is promised to it when it begins, so that none fails half way.  Kept pages that nobody
-uses are given up as room is needed, the least recently used first.
+The most pages that a sequence may need are reserved for it when it begins, so that none fails halfway.  Kept pages that
+are not in use are evicted when room is needed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PAGE: Final = 16
 
 @dataclass(eq=False)
 class Node:
-    """A kept page, or a root, which has none.
+    """A kept page, or a root, which has no page.
 
     Attributes:
         page: its number.
-        parent: what comes before it; None: it is a root, or was given up.
-        tokens: what it holds.
-        children: what may come after it.
-        users: leases that go through it.
+        parent: the preceding node; None: it is a root, or was evicted.
+        tokens: its tokens.
+        children: nodes that may follow.
+        users: number of leases whose path contains it.
     """
 
     page: int = 0
@@ -44,10 +44,10 @@ class Lease:
     """The pages of one sequence.
 
     Attributes:
-        root: where its way through the kept pages begins; None: it shares nothing.
-        nodes: the way.
-        pages: all its pages, in order; where they are not those of the way, they are its own.
-        promised: how many pages of its own it has or may still need.
+        root: where its path through the kept pages begins; None: it shares nothing.
+        nodes: the path.
+        pages: all of its pages, in order; those that are not on the path are its own.
+        promised: number of pages of its own that it has or may still need.
     """
 
     root: Node | None
@@ -57,7 +57,7 @@ class Lease:
 
 
 def pages_of(tokens: int) -> int:
-    """Returns how many pages this many tokens need.
+    """Returns the number of pages that this many tokens need.
 
     >>> pages_of(0), pages_of(16), pages_of(17)
     (0, 1, 2)
@@ -66,30 +66,30 @@ def pages_of(tokens: int) -> int:
 
 
 class Pages:
-    """All pages.
+    """All pages of a cache.
 
     Args:
-        budget: how many there may be; None: any number.
+        budget: maximum number of pages; None: unlimited.
 
     Attributes:
-        count: how many exist.  Page 0 is nobody's.
-        promised: how many are some sequence's own, or may yet be.
+        count: number of existing pages.  Page 0 is never assigned.
+        promised: number of pages that belong to a single sequence, or are reserved for one.
     """
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget, self.count, self.promised = budget, 1, 0
         self._free: list[int] = []
-        self._locked = 0  # kept ones that are in use
-        # Kept ones that nobody uses, the least recently used first; a page comes before the one that it follows.
+        self._locked = 0  # kept pages in use
+        # Kept pages not in use, the least recently used first; a page comes before its parent.
         self._idle: dict[Node, None] = {}
 
     @property
     def used(self) -> int:
-        """How many are promised or kept."""
+        """Number of pages that are kept or reserved."""
         return self.promised + self._locked + len(self._idle)
 
     def kept(self, root: Node | None, tokens: Sequence[int]) -> list[Node]:
-        """Returns the way through kept pages that a text begins with."""
+        """Returns the path through kept pages that matches the beginning of a text."""
         nodes: list[Node] = []
         node = root
         for at in range(0, len(tokens) - PAGE + 1, PAGE):
@@ -100,12 +100,12 @@ class Pages:
         return nodes
 
     def lease(self, prompt: Sequence[int], tokens: int, root: Node | None = None) -> Lease | None:
-        """Gives a sequence what it needs, or returns None while there is not enough.
+        """Gives a sequence the pages it needs, or returns None if there are not enough at the moment.
 
         Args:
-            prompt: what it begins with; the last token is always its own, since something has to be computed.
-            tokens: how many it may store in all.
-            root: where to look for pages of others that begin alike.
+            prompt: its beginning; the last token is never shared, since at least one has to be computed.
+            tokens: maximum number of tokens that it may store.
+            root: where to look for kept pages with the same prefix.
         """
         nodes = self.kept(root, prompt[: len(prompt) - 1])
         promised = pages_of(tokens) - len(nodes)
@@ -120,7 +120,7 @@ class Pages:
         return Lease(root, nodes, [node.page for node in nodes], promised)
 
     def extend(self, lease: Lease, count: int) -> None:
-        """Gives a sequence pages until it has this many."""
+        """Adds pages to a sequence until it has `count` of them."""
         more = count - len(lease.pages)
         if more <= 0:
             return
@@ -134,7 +134,7 @@ class Pages:
         del self._free[-more:]
 
     def share(self, lease: Lease, tokens: Sequence[int]) -> None:
-        """Keeps the full pages of what a sequence has stored, for others."""
+        """Keeps the full pages that a sequence has stored, for reuse by others."""
         if lease.root is None:
             return
         node = lease.nodes[-1] if lease.nodes else lease.root
@@ -150,7 +150,7 @@ class Pages:
             node = child
 
     def release(self, lease: Lease) -> None:
-        """Takes a sequence's pages back."""
+        """Takes back the pages of a sequence."""
         self.promised -= lease.promised
         shared = {node.page for node in lease.nodes}
         self._free += [page for page in reversed(lease.pages) if page not in shared]
@@ -162,7 +162,7 @@ class Pages:
         lease.nodes, lease.pages, lease.promised = [], [], 0
 
     def clear(self) -> None:
-        """Gives up all kept pages that nobody uses."""
+        """Evicts all kept pages that are not in use."""
         for node in list(self._idle):
             self._give_up(node)
 

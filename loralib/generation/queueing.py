@@ -1,4 +1,4 @@
-"""Who is next: clients in turn, and nobody is overtaken for ever."""
+"""A fair queue: clients take turns, and nobody is overtaken forever."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["FairQueue"]
 
 Item = TypeVar("Item")
 
-# How many others may go first while there is no room for one.
+# How many others may overtake an item for which there is no room.
 _OVERTAKEN: Final = 16
 
 
 class FairQueue(Generic[Item]):
-    """Items of several clients.
+    """A queue of items from several clients.
 
-    Each client's wait in order; the clients take turns.  Where there is no room for the one whose turn it is, those of
-    other clients may go first, 16 of them at most: then it waits for room and all wait for it.
+    Each client's items keep their order; the clients take turns.  If there is no room for the next item, up to 16 items
+    of other clients may overtake it; after that, all wait until there is room for it.
 
     >>> line = FairQueue()
     >>> for client, item in [("a", 1), ("a", 2), ("a", 3), ("b", 4)]:
@@ -28,8 +28,8 @@ class FairQueue(Generic[Item]):
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, deque[Item]] = {}  # those of clients with items, in turn
-        self._overtaken: dict[str, int] = {}  # how often the first item of a client was
+        self._lines: dict[str, deque[Item]] = {}  # items by client, in the order of the clients' turns
+        self._overtaken: dict[str, int] = {}  # how often each client's first item was overtaken
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -39,11 +39,11 @@ class FairQueue(Generic[Item]):
             yield from line
 
     def push(self, client: str, item: Item) -> None:
-        """Puts an item behind its client's others."""
+        """Appends an item to its client's line."""
         self._lines.setdefault(client, deque()).append(item)
 
     def pop(self, fits: Callable[[Item], bool]) -> Item | None:
-        """Takes out and returns the next item that fits, or None."""
+        """Removes and returns the next item that fits; None if there is none."""
         passed = []
         for client, line in self._lines.items():
             if fits(line[0]):
@@ -59,11 +59,11 @@ class FairQueue(Generic[Item]):
         self._overtaken.pop(client, None)
         del self._lines[client]
         if line:
-            self._lines[client] = line  # its next turn comes after the others'
+            self._lines[client] = line  # moves the client to the end
         return item
 
     def remove(self, item: Item) -> None:
-        """Takes an item out."""
+        """Removes an item."""
         for client, line in list(self._lines.items()):
             if item in line:
                 if line[0] is item:
@@ -73,6 +73,6 @@ class FairQueue(Generic[Item]):
                     del self._lines[client]
 
     def clear(self) -> None:
-        """Takes all items out."""
+        """Removes all items."""
         self._lines.clear()
         self._overtaken.clear()

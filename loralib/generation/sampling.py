@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: penalties, temperature, top-k, top-p, min-p.  Pure functions on values."""
+"""Choosing the next token from logits: penalties, temperature, top-k, top-p, min-p.  Pure functions on values."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ __all__ = [
 NOTHING_LEFT: Final = -1
 NO_NUMBER: Final = -2
 
-# Candidates looked at first where a distribution is cut: sorting a whole vocabulary costs more than the rest of a step.
+# Number of candidates to try first for top-p and min-p: sorting a whole vocabulary costs more than the rest of a step.
 _FIRST_CUT: Final = 256
-# Tokens whose probabilities are added up first where one is drawn from all.
+# Block size for cumulative sums when drawing from the whole vocabulary.
 _BLOCK: Final = 64
-# Rows of a whole vocabulary that are computed with at a time.
+# Number of rows over the whole vocabulary to process at a time.
 _ROWS: Final = 64
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was, in natural logarithms of the model's own distribution: no penalty or temperature.
+    """How likely a token was under the model's own distribution, before penalties or temperature (natural logarithms).
 
     Attributes:
         token: its id.
-        logprob: of the token.
-        top: the likeliest tokens in its place, best first: id and log-probability.
+        logprob: its log-probability.
+        top: the most likely tokens at its position, best first: id and log-probability.
     """
 
     token: int
@@ -63,13 +63,14 @@ def _is_json(text: str) -> bool:
 @settings_class
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of one request: how long it gets and how each token is chosen.
+    """The settings of one request: how long its text may get and how each token is chosen.
 
-    Top-p is Holtzman et al. 2020, the repetition penalty Keskar et al. 2019, eq. 2; presence and frequency penalty are
-    OpenAI's.  Penalties and ban look at generated tokens only, never at the prompt: a completion may repeat its names.
+    Top-p is from Holtzman et al. 2020, the repetition penalty from Keskar et al. 2019, eq. 2; presence and frequency
+    penalty are OpenAI's.  Penalties and bans consider only generated tokens, not the prompt: a completion may repeat
+    its names.
 
-    A seed draws the same text whatever is computed beside it, but for rounding: in fp32 that hardly ever shows, in bf16
-    after some tokens.
+    Except for rounding, a seed yields the same text whatever else is in the batch; rounding rarely shows in fp32, but
+    in bf16 it does after some tokens.
 
     Raises:
         ConfigError: one or more settings are invalid; the message lists all of them.
@@ -185,7 +186,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether logits are used as they are, but for the temperature and the cuts."""
+        """Whether logits are used unchanged, apart from temperature, top-k, top-p and min-p."""
         return (
             self.repetition_penalty == 1
             and not self.presence_penalty
@@ -197,7 +198,7 @@ class Sampling:
 
 
 def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
-    """Returns the tokens that would complete a sequence of ``size`` tokens that is there already.
+    """Returns the tokens that would complete a sequence of ``size`` tokens that has already occurred.
 
     >>> banned_tokens([1, 2, 3, 1, 2], size=3)
     [3]
@@ -211,13 +212,13 @@ def banned_tokens(tokens: Sequence[int], size: int) -> list[int]:
 
 
 def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sampling) -> None:
-    """Applies penalties, bias, n-gram ban and minimal length to one row of logits, in place and in this order.
+    """Applies penalties, bias, n-gram ban and minimum length to one row of logits, in place and in this order.
 
     The repetition penalty comes first.
 
     Args:
-        logits: (V,), before any softmax.
-        tokens: what has been generated so far, without the prompt.
+        logits: (V,), before softmax.
+        tokens: tokens generated so far, without the prompt.
         ends: the end tokens.
         own: the request's settings.
 
@@ -245,19 +246,19 @@ def penalize(logits: Tensor, tokens: Sequence[int], ends: Sequence[int], own: Sa
 
 
 def log_probabilities(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Returns how likely tokens were.
+    """Returns the log-probabilities of tokens.
 
     Args:
-        logits: (R, V), as the model computed them.
-        tokens: the token of each row.
-        counts: how many of the likeliest tokens to name with each.
+        logits: (R, V), as computed by the model.
+        tokens: one token per row.
+        counts: how many of the most likely tokens to include for each row.
 
     >>> [found] = log_probabilities(torch.tensor([[0.0, 1.0, -1.0]]), [0], [2])
     >>> round(found.logprob, 4), [(token, round(value, 4)) for token, value in found.top]
     (-1.4076, [(1, -0.4076), (0, -1.4076)])
     """
     found = []
-    for at in range(0, len(tokens), _ROWS):  # whole vocabularies in fp32 take room
+    for at in range(0, len(tokens), _ROWS):  # limits memory: whole vocabularies in fp32 are large
         part = torch.log_softmax(logits[at : at + _ROWS], -1, dtype=torch.float32)
         places = torch.tensor(tokens[at : at + _ROWS], device=part.device)
         own = part.gather(1, places[:, None])[:, 0].tolist()
@@ -271,23 +272,23 @@ def log_probabilities(logits: Tensor, tokens: Sequence[int], counts: Sequence[in
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
-    """Chooses one token a row.
+    """Chooses one token per row.
 
-    A row depends on its own settings and number alone, so a request's result does not depend on its neighbours.
+    A row depends only on its own settings and random number, so a request's result does not depend on its neighbours.
 
     Args:
-        logits: (R, V), penalties applied.
-        settings: one a row.
-        uniforms: a number in [0, 1) a row, which the inverse of the cumulative distribution maps to a token.
+        logits: (R, V), with penalties applied.
+        settings: one per row.
+        uniforms: a number in [0, 1) per row, mapped to a token by the inverse cumulative distribution.
 
     Returns:
-        R tokens; `NOTHING_LEFT` where all are banned, `NO_NUMBER` where the largest logit is NaN or infinite.
+        R tokens; `NOTHING_LEFT` if all are banned, `NO_NUMBER` if the largest logit is NaN or infinite.
 
     >>> logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(2, 1)
     >>> choose(logits, [Sampling(), Sampling(temperature=1.0, top_k=2)], [0.0, 0.95])
     [1, 2]
     """
-    best = logits.max(-1)  # argmax is four times as slow in bf16
+    best = logits.max(-1)  # argmax is four times slower in bf16
     found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     tokens = [
         token if math.isfinite(value) else NOTHING_LEFT if value == -math.inf else NO_NUMBER for value, token in found
@@ -307,7 +308,7 @@ def choose(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
 
 
 def _draw(probabilities: Tensor, own: Sampling, uniforms: Tensor) -> Tensor:
-    """Draws a token for each row (n, V), all with the same cuts."""
+    """Draws a token for each row (n, V); all rows have the same top-k, top-p and min-p."""
     if own.top_k == 0 and own.top_p == 1 and own.min_p == 0:
         return _inverse(probabilities, uniforms)
     size = probabilities.shape[1]
@@ -316,15 +317,15 @@ def _draw(probabilities: Tensor, own: Sampling, uniforms: Tensor) -> Tensor:
     drawn = torch.zeros_like(uniforms, dtype=torch.long)
     left = torch.arange(len(uniforms), device=uniforms.device)
     while len(left):
-        # As other libraries do it: top-p counts within what top-k left, min-p cuts what both left.
+        # As in other libraries: top-p applies to what top-k leaves, min-p to what both leave.
         some = probabilities if len(left) == len(uniforms) else probabilities[left]
         best, order = some.topk(width)
         total = (best if own.top_k else some).sum(-1, keepdim=True)
         before = torch.cumsum(best, -1) - best
         kept = (before < own.top_p * total) & (best >= own.min_p * best[:, :1])
         done = torch.ones_like(left, dtype=torch.bool) if width == count else ~kept[:, -1]
-        # In the order of their ids: among hundreds of nearly equal ones, rounding would change the order by likelihood,
-        # and with it what a seed draws.
+        # Sorted by id: among hundreds of nearly equal tokens, rounding could change the order by likelihood, and with
+        # it the token that a seed draws.
         tokens, places = order.sort(-1)
         chosen = _inverse(torch.where(kept, best, 0).gather(-1, places), uniforms[left])
         drawn[left[done]] = tokens.gather(-1, chosen[:, None])[done, 0]
@@ -333,12 +334,12 @@ def _draw(probabilities: Tensor, own: Sampling, uniforms: Tensor) -> Tensor:
 
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """For each row (n, V), the first index whose cumulative weight exceeds that share of the whole.
+    """Returns, for each row (n, V), the first index whose cumulative weight exceeds the given share of the total.
 
     >>> _inverse(torch.tensor([[0.0, 1.0, 0.0, 3.0]]).repeat(2, 1), torch.tensor([0.0, 0.3]).double()).tolist()
     [1, 3]
     """
-    # In fp64, for blocks: in fp32 the last of 50,000 sums would be off by more than a token.
+    # In fp64 and by blocks: in fp32 the last of 50,000 sums would be off by more than one token's weight.
     weights = F.pad(weights, (0, -weights.shape[1] % _BLOCK))
     blocks = weights.view(len(weights), -1, _BLOCK)
     before, block = _first_above(blocks.sum(-1).double(), uniforms)
@@ -347,14 +348,15 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(weights: Tensor, uniforms: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns what is left of a cumulative weight before the index that exceeds it, and that index, of each row.
+    """Finds, for each row, the first index whose cumulative weight exceeds a target.
 
-    `wanted` is that weight; None: the row's share of the whole.
+    `wanted` is the target; None: the row's share of the total.  Returns the target minus all weights before, and the
+    index.
     """
     cumulative = weights.cumsum(-1)
     wanted = cumulative[:, -1] * uniforms if wanted is None else wanted
     index = torch.searchsorted(cumulative, wanted[:, None].clamp(min=0), right=True)[:, 0]
-    # Rounding never leads beyond the last one that has any weight.
+    # Prevents rounding from leading past the last index with nonzero weight.
     index = torch.minimum(index, (cumulative < cumulative[:, -1:]).sum(-1))
     reached = (cumulative - weights).gather(-1, index[:, None])[:, 0]
     return wanted - reached, index

@@ -1,4 +1,4 @@
-"""One thread that owns a model: any number of threads hand it requests, and all are computed in one batch."""
+"""A thread that owns a model: other threads hand it requests, which are all computed in one batch."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = ["Service", "ServiceStats", "Ticket", "default_cache_tokens"]
 Result = TypeVar("Result")
 Listener = Callable[[Piece | BaseException], None]
 
-# Tokens of prompts that are computed in one step, which is how long running requests wait for their next token.
+# Number of prompt tokens per step; bounds how long running requests wait for their next token.
 _PROMPT_TOKENS: Final = 512
-# Where neither the free memory nor the sizes of a model are known.
+# Used if neither the free memory nor the model's sizes are known.
 _SOME_TOKENS: Final = 65_536
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request that was taken in.
+    """A request that was accepted.
 
     Attributes:
-        number: what its pieces carry.
+        number: the number that its pieces carry.
         prompt_tokens: length of its prompt.
     """
 
@@ -49,16 +49,16 @@ class Ticket:
 
 @dataclass(frozen=True)
 class ServiceStats:
-    """What a service has done and is doing.
+    """The current state of a service, and totals since it started.
 
     Attributes:
-        running: requests that are computed together at the moment.
-        waiting: requests that wait for a place.
-        used_tokens: tokens whose keys and values are kept or promised.
-        cache_tokens: how many can be.
-        prompt_tokens: of all prompts that were begun, since the start.
-        generated_tokens: since the start.
-        reused_tokens: tokens of prompts that did not have to be computed again, since the start.
+        running: number of requests being computed together.
+        waiting: number of requests waiting for a place.
+        used_tokens: number of tokens whose keys and values are cached or reserved.
+        cache_tokens: maximum of used_tokens.
+        prompt_tokens: total length of all prompts begun since the start.
+        generated_tokens: tokens generated since the start.
+        reused_tokens: prompt tokens since the start that did not have to be computed again.
     """
 
     running: int
@@ -71,20 +71,20 @@ class ServiceStats:
 
 
 class Service:
-    """Generates for requests that come from any thread, all in one batch.
+    """Generates for requests from any thread, all in one batch.
 
-    Keys and values of up to `cache_tokens` tokens are kept.  A request joins when its prompt and all that it may
-    generate have room there, so that none fails half way; what room is left holds the texts of earlier requests, and
-    one that begins as they do, with the same adapter, goes on from there.  Clients take turns; a large request is
-    overtaken by 16 others at most.
+    Keys and values of up to `cache_tokens` tokens are cached.  A request joins when its prompt and everything that it
+    may generate fit in the cache, so that none fails halfway; the remaining room keeps the texts of earlier requests,
+    and a request with the same prefix and adapter continues from there.  Clients take turns; a large request is
+    overtaken by at most 16 others.
 
     Args:
-        model: a causal language model, or a `Bank`, of which each request chooses an adapter.
+        model: a causal language model, or a `Bank`, from which each request chooses an adapter.
         tokenizer: its tokenizer.
-        max_requests: how many are computed together; the others wait.
-        max_waiting: how many more are taken in; the others are refused.
-        cache_tokens: for how many tokens keys and values are kept; default: what half of the free memory holds, and no
-            more than `max_requests` texts that fill the model's context.
+        max_requests: number of requests computed together; others wait.
+        max_waiting: number of further requests that are accepted; others are refused.
+        cache_tokens: number of tokens whose keys and values are cached; default: as many as fit in half of the free
+            memory, but no more than `max_requests` texts that fill the model's context.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Service:
         self._listeners: dict[int, Listener] = {}
         self._closing = False
         self._deadline = 0.0
-        release_threads()  # of the caller, who has loaded the model: they would slow this thread's down
+        release_threads()  # those of the caller, who loaded the model, would slow this thread down
         self._thread = threading.Thread(target=self._run, name="loralib-service", daemon=True)
         self._thread.start()
 
@@ -126,24 +126,24 @@ class Service:
         client: str = "",
         listener: Listener,
     ) -> Ticket:
-        """Takes a request in; it does not wait for the model.
+        """Accepts a request, without waiting for the model.
 
         Args:
             prompt: a text, or token ids.
             sampling: its settings.
-            adapter: the name of an adapter in the bank; None: the base alone.
-            client: who asks: places are given to clients in turn.
-            listener: called with each piece, or with the error that ended the request, in the model's thread, perhaps
-                before this returns; it must return at once.  One that raises is not called again.
+            adapter: the name of an adapter in the bank; None: only the base.
+            client: who makes the request: clients take turns.
+            listener: called with each piece, or with the error that ended the request, in the model's thread, possibly
+                before this method returns; it must return immediately.  If it raises, it is not called again.
 
         Raises:
             AdapterError: there is no such adapter.
-            BusyServerError: too many requests wait, or the service is ending.
+            BusyServerError: too many requests are waiting, or the service is shutting down.
             ConfigError: the settings cannot be used in a stream.
-            DataError: the prompt has no tokens, too many for the model, or more than the cache has room for.
+            DataError: the prompt has no tokens, too many for the model, or more than fit in the cache.
             MissingDependencyError: a JSON schema needs llguidance.
         """
-        self._refuse_more()  # before any work
+        self._refuse_more()  # before doing any work
         with self._encoding:
             request = self._generator.prepared(prompt, sampling, adapter)
         with self._lock:
@@ -170,16 +170,16 @@ class Service:
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forgets a request, if it has not ended: its listener gets at most the piece that is on its way."""
+        """Cancels a request, unless it has ended: its listener receives at most a piece that is already on its way."""
         with self._lock:
             if self._listeners.pop(ticket.number, None) is not None:
                 self._calls.put(lambda: self._generator.cancel(ticket.number))
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """Runs a function in the model's thread, between two steps, and returns what it returns.
+        """Runs a function in the model's thread, between two steps, and returns its result.
 
         Raises:
-            BusyServerError: the service is ending.
+            BusyServerError: the service is shutting down.
         """
         if threading.current_thread() is self._thread:
             return function()
@@ -198,11 +198,11 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the model's thread runs; without it nothing is answered."""
+        """Whether the model's thread is running; without it no request is answered."""
         return self._thread.is_alive()
 
     def stats(self) -> ServiceStats:
-        """Returns what the service has done and is doing."""
+        """Returns the current state of the service, and totals since it started."""
         counts, running = self._generator.counts, self._generator.running
         return ServiceStats(
             running,
@@ -215,10 +215,10 @@ class Service:
         )
 
     def close(self, finish_within: float = 0.0) -> None:
-        """Takes no more requests, and ends the thread.
+        """Stops accepting requests, and ends the thread.
 
         Args:
-            finish_within: seconds that requests may take to finish; those that are left get a BusyServerError.
+            finish_within: seconds that requests get to finish; the remaining ones receive a BusyServerError.
         """
         with self._lock:
             if not self._closing:
@@ -239,7 +239,7 @@ class Service:
         if self._closing:
             raise BusyServerError("the server is shutting down")
 
-    # In the model's thread.
+    # Methods that run in the model's thread.
 
     def _run(self) -> None:
         while not (self._closing and (time.monotonic() >= self._deadline or not self._listeners)):
@@ -249,7 +249,7 @@ class Service:
                     call()
                 continue
             self._step()
-        while not self._calls.empty():  # nobody waits for ever; what `close` was too early for is cancelled below
+        while not self._calls.empty():  # nobody must wait forever; requests queued here are cancelled below
             call = self._calls.get()
             if call is not None:
                 call()
@@ -258,7 +258,7 @@ class Service:
     def _step(self) -> None:
         try:
             pieces = self._generator.step()
-        except Exception as error:  # what ended one request came through `_end_with`
+        except Exception as error:  # errors that concern a single request arrive through `_end_with`
             self._end_all(error)
             return
         for piece in pieces:
@@ -287,13 +287,12 @@ class Service:
 
 
 def default_cache_tokens(model: nn.Module, texts: int) -> int:
-    """Returns for how many tokens to keep keys and values: what half of the free memory holds.
+    """Returns the number of tokens whose keys and values to cache: as many as fit in half of the free memory.
 
-    That is two vectors a layer, each as long as its heads of keys together.  It is no more than this many texts need
-    that fill the model's context, and enough for one.
+    The result is at most the number that `texts` texts need that fill the model's context, and enough for at least one.
     """
     context, free, tokens = context_length(model), free_on(device_of(model)), _SOME_TOKENS
     if free is not None:
-        with contextlib.suppress(UnsupportedModelError):  # its config does not say how large they are
+        with contextlib.suppress(UnsupportedModelError):  # the config does not tell how large they are
             tokens = int(free / 2 / cache_per_token(model))
     return tokens if context is None else max(context + PAGE, min(tokens, texts * context))

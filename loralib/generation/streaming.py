@@ -1,4 +1,4 @@
-"""One token stream behind everything: requests join and leave a batch, pieces of text come out."""
+"""The token stream behind all generation: requests join and leave a batch, and pieces of text come out."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Piece:
-    """What came next in one request.
+    """The next part of one request's result.
 
     Attributes:
-        request: the number of the prompt.
-        text: may be empty: half a character, or what may become a stop text.
-        ids: the new tokens; the end token is not among them.
-        finish_reason: None while it goes on; "stop": the end token or a stop text came; "length": the limit did.
-        score: of a beam search, see `Hypothesis`.
-        logprobs: one for each of `ids`, where the settings ask for them.
-        prompt_logprobs: in the first piece, where the settings ask for them; None for the first token.
-        cached_tokens: in the first piece, how many tokens of the prompt were not computed again.
+        request: the number of the request.
+        text: may be empty: after part of a character, or if the text may become a stop text.
+        ids: the new tokens, without the end token.
+        finish_reason: None while it continues; "stop": the end token or a stop text came; "length": the limit did.
+        score: score of a beam search, see `Hypothesis`.
+        logprobs: one for each of `ids`, if the settings request them.
+        prompt_logprobs: in the first piece, if the settings request them; None for the first token.
+        cached_tokens: in the first piece, the number of prompt tokens that did not have to be computed again.
     """
 
     request: int
@@ -57,11 +57,11 @@ class Generation:
     """The result for one prompt.
 
     Attributes:
-        text: what was generated, without the prompt, the end token and a stop text.
-        ids: its tokens (with those of a stop text).
+        text: the generated text, without the prompt, the end token and the stop text.
+        ids: its tokens (including those of the stop text).
         finish_reason: "stop" or "length", see `Piece`.
         prompt_tokens: length of the prompt.
-        score: of a beam search, see `Hypothesis`.
+        score: score of a beam search, see `Hypothesis`.
         logprobs: see `Piece`.
         prompt_logprobs: see `Piece`.
     """
@@ -94,19 +94,19 @@ class _Request:
 
     @property
     def row(self) -> int:
-        """Which row of the last logits is its own."""
+        """Its row in the last step's logits."""
         assert self.group is not None
         return int(self.group.rows.start)
 
 
 @dataclass
 class Counts:
-    """What a generator has done so far.
+    """Token counts of a generator so far.
 
     Attributes:
-        prompt_tokens: of all prompts that were begun.
-        generated_tokens: of all requests.
-        reused_tokens: of prompts, those that did not have to be computed.
+        prompt_tokens: in all prompts that were begun.
+        generated_tokens: generated for all requests.
+        reused_tokens: prompt tokens that did not have to be computed.
     """
 
     prompt_tokens: int = 0
@@ -120,19 +120,19 @@ class Generator:
     While requests are running, the model cannot be trained.
 
     Args:
-        model: a causal language model, adapted or not; or a `Bank`, of which each request chooses an adapter.
+        model: a causal language model, adapted or not; or a `Bank`, from which each request chooses an adapter.
         tokenizer: its tokenizer.
-        max_requests: how many are computed together; the others wait.
-        max_prompt_tokens: in one step at most this many tokens of prompts are computed, longer prompts in parts, so
-            that requests which are generated already do not wait long.
-        cache_tokens: for how many tokens keys and values are kept.  A request joins when its prompt and all that it
-            may generate have room, so that none fails half way.  None: any number.
-        reuse: whether what was computed of a text is kept, in that room, for others that begin with it.
-        on_error: called with the number of a request that cannot go on, and the error; the others do.  None: the error
-            is raised, and all requests are forgotten.
+        max_requests: number of requests computed together; others wait.
+        max_prompt_tokens: maximum number of prompt tokens per step; longer prompts are computed in parts, so that
+            running requests do not wait long.
+        cache_tokens: number of tokens whose keys and values are cached.  A request joins when its prompt and everything
+            that it may generate fit, so that none fails halfway.  None: unlimited.
+        reuse: whether to keep what was computed for a text, in that room, for others with the same prefix.
+        on_error: called with the number of a request that failed, and the error; the others continue.  None: the error
+            is raised, and all requests are dropped.
 
     Attributes:
-        counts: what was done so far.
+        counts: token counts so far.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Generator:
         self._waiting: FairQueue[_Request] = FairQueue()
         self._running: list[_Request] = []
         self._count = itertools.count()
-        self._blocked = False  # no waiting request has room before another leaves
+        self._blocked = False  # no waiting request fits until another leaves
         self.counts = Counts()
         self._make_decoder()
 
@@ -175,29 +175,29 @@ class Generator:
 
     @property
     def running(self) -> int:
-        """How many requests are computed at the moment."""
+        """Number of requests being computed."""
         return len(self._running)
 
     @property
     def used_tokens(self) -> int:
-        """For how many tokens keys and values are kept or promised."""
+        """Number of tokens whose keys and values are cached or reserved."""
         return self._decoder.used_tokens
 
     def add(
         self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, client: str = ""
     ) -> int:
-        """Adds a request; returns the number that its pieces carry.
+        """Adds a request; returns the number that its pieces will carry.
 
         Args:
             prompt: a text, or token ids.
             sampling: its settings.
-            adapter: the name of an adapter in the bank; None: the base alone.
-            client: who asks; places are given to clients in turn.
+            adapter: the name of an adapter in the bank; None: only the base.
+            client: who makes the request; clients take turns.
 
         Raises:
             AdapterError: there is no such adapter.
-            ConfigError: the settings ask for a beam search, or for a schema that cannot be followed; there is no bank.
-            DataError: the prompt has no tokens, too many for the model, or more than there is room for.
+            ConfigError: the settings request a beam search, or an unsupported schema; or there is no bank.
+            DataError: the prompt has no tokens, too many for the model, or more than fit in the cache.
             MissingDependencyError: a schema needs llguidance.
         """
         request = self.prepared(prompt, sampling, adapter)
@@ -205,7 +205,7 @@ class Generator:
         return request.number
 
     def prepared(self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None) -> _Request:
-        """Returns what `add` adds, checked; this disturbs no other thread's `step`."""
+        """Returns a checked request for `queue`; may run concurrently with another thread's `step`."""
         own = sampling or Sampling()
         if own.num_beams > 1:
             raise ConfigError("beam search cannot stream tokens. Call `generate` or `beam_search`.")
@@ -224,25 +224,25 @@ class Generator:
         return _Request(next(self._count), ids, own, text, limit, adapter, constraint)
 
     def queue(self, request: _Request, client: str = "") -> None:
-        """Adds what was `prepared`."""
+        """Adds a request that was `prepared`."""
         self._waiting.push(client, request)
         self._blocked = False
 
     def cancel(self, number: int) -> None:
-        """Forgets a request: no more pieces of it come.  One that has ended stays as it is."""
+        """Cancels a request, which yields no more pieces; has no effect if the request has ended."""
         for request in [request for request in self._waiting if request.number == number]:
             self._waiting.remove(request)
         for request in [request for request in self._running if request.number == number]:
             self._leave(request)
 
     def close(self) -> None:
-        """Forgets all requests, and takes back what generating needs in the model's place."""
+        """Drops all requests, and releases the model."""
         self._waiting.clear()
         self._running.clear()
         self._decoder.close_all()
 
     def step(self) -> list[Piece]:
-        """Computes one token of every running request, or a part of its prompt.
+        """Computes one token for every running request, or a part of its prompt.
 
         Raises:
             BusyModelError: the model is being trained.
@@ -252,7 +252,7 @@ class Generator:
             return []
         try:
             logits = self._decoder.step()
-        except BaseException as error:  # the sequences may have grown by half a step
+        except BaseException as error:  # the failed step may have left the sequences inconsistent
             if self._on_error is None or not isinstance(error, Exception):
                 self.close()
                 raise
@@ -263,24 +263,24 @@ class Generator:
                 self._on_error(request.number, error)
             return []
         going = [request for request in self._running if request.group is not None and request.group.length]
-        going.sort(key=lambda request: request.row)  # the decoder may have moved them
+        going.sort(key=lambda request: request.row)  # the decoder may have moved groups to other rows
         return [*self._score_prompts(logits), *self._continue(going, logits)]
 
     def _score_prompts(self, logits: Tensor) -> Iterator[Piece]:
-        """Notes down how likely prompts' tokens were, and ends requests that ask for nothing else."""
+        """Records the log-probabilities of prompt tokens, and ends requests that want nothing else."""
         for request in [request for request in self._running if request.sampling.prompt_logprobs]:
             group, scores = request.group, request.prompt_logprobs
             assert group is not None
             rows = logits[group.prompt_rows]
             known = len(scores) - 1
-            ids = request.ids[known + 1 : known + 1 + len(rows)]  # those that come next; nothing does after the last
+            ids = request.ids[known + 1 : known + 1 + len(rows)]  # the tokens that follow; the last row has none
             scores += log_probabilities(rows[: len(ids)], ids, [request.sampling.logprobs or 0] * len(ids))
             if group.length and not request.limit:
                 self._leave(request)
                 yield self._piece(request, "", (), "length")
 
     def _continue(self, requests: list[_Request], logits: Tensor) -> Iterator[Piece]:
-        """Chooses the next token of each request and yields what comes of it."""
+        """Chooses the next token of each request and yields the resulting pieces."""
         requests = [request for request in requests if request.limit]
         if not requests:
             return
@@ -291,7 +291,7 @@ class Generator:
         plain = logits[wanted] if wanted else logits[:0]
         changed = [row for row, r in enumerate(requests) if r.constraint is not None or not r.sampling.plain]
         if changed:
-            logits = logits.float()  # half precision would make ties of what a penalty sets apart
+            logits = logits.float()  # in half precision, values that a penalty sets apart could become ties
         errors: dict[int, Exception] = {}
         for row in changed:
             request = requests[row]
@@ -323,7 +323,7 @@ class Generator:
             yield piece
 
     def _advance(self, request: _Request, token: int, score: TokenLogprob | None) -> Piece:
-        """Returns what comes of a token that was chosen for a request."""
+        """Returns the piece that results from the token chosen for a request."""
         if token == NOTHING_LEFT:
             raise ConfigError(
                 f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. "
@@ -368,14 +368,14 @@ class Generator:
         while not self._blocked and len(self._running) < self._max_requests:
             request = self._waiting.pop(self._begin)
             if request is None:
-                # What is being computed may be the beginning of one that waits.
+                # Otherwise a waiting request may share a prefix that is being computed now.
                 self._blocked = not self._decoder.pending
                 return
             if request.group is not None:
                 self._running.append(request)
 
     def _begin(self, request: _Request) -> bool:
-        """Tells whether a request is to leave the queue: it has a group then, or has ended."""
+        """Tries to begin a request; returns whether it leaves the queue, because it has a group or has failed."""
         longest, tokens = len(request.ids) + request.limit, self._decoder.pending + len(request.ids)
         if tokens > self._max_prompt_tokens and self._decoder.pending:
             return False
@@ -384,7 +384,7 @@ class Generator:
             if not self._running and (self._longest or (limit is not None and longest > limit)):
                 self._make_decoder(longest if limit is None or longest > limit else 0)
             elif limit is not None and longest > limit:
-                return False  # those that are running end as they began
+                return False  # the running requests have to end first
             scored = request.sampling.prompt_logprobs
             request.group = self._decoder.admit(request.ids, request.adapter, limit=request.limit, scored=scored)
         except Exception as error:
@@ -428,22 +428,22 @@ def stream(
     sampling: Sampling | Sequence[Sampling] | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> Iterator[Piece]:
-    """Generates for many prompts at once and yields each piece as it comes.
+    """Generates for many prompts at once and yields each piece as it is produced.
 
     Args:
-        model: a causal language model, adapted or not; or a `Bank` of adapters over one.
+        model: a causal language model, adapted or not; or a `Bank` of adapters for one.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
-        adapters: of a bank, the name of each prompt's adapter, or None for the base alone.
-        sampling: settings for all, or one per prompt.  Settings for all give prompt i the seed ``seed + i``.
+        adapters: for a bank, the name of each prompt's adapter, or None for the base alone.
+        sampling: settings for all, or one per prompt.  With settings for all, prompt i gets the seed ``seed + i``.
 
     Yields:
-        Pieces, of all prompts in turn; the last one of a prompt has a finish_reason.
+        Pieces of all prompts, interleaved; the last one of a prompt has a finish_reason.
 
     Raises:
-        AdapterError: there is no such adapter; all of them at once.
-        ConfigError: there are not as many settings or adapters as prompts, or beam searches differ in theirs.
-        DataError: prompts are empty or too long for the model; all of them at once.
+        AdapterError: adapters do not exist; all are listed.
+        ConfigError: the number of settings or adapters differs from that of prompts, or settings differ in beam search.
+        DataError: prompts are empty or too long for the model; all are listed.
     """
     bank, base = bank_and_base(model)
     rows = encode_prompts(base, tokenizer, prompts)
@@ -482,7 +482,7 @@ def _searched(
     settings: Sequence[Sampling],
     adapters: Sequence[str | None],
 ) -> Iterator[Piece]:
-    """Yields one piece per prompt: a beam search knows its result only at the end."""
+    """Yields one piece per prompt, as a beam search knows its result only at the end."""
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError(
@@ -508,19 +508,20 @@ def generate(
     """Generates for many prompts at once.
 
     Args:
-        model: a causal language model, adapted or not; or a `Bank` of adapters over one.
+        model: a causal language model, adapted or not; or a `Bank` of adapters for one.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
-        adapters: of a bank, the name of each prompt's adapter, or None for the base alone.
+        adapters: for a bank, the name of each prompt's adapter, or None for the base alone.
         sampling: the settings; or
-        **settings: those of `Sampling` by name, as ``max_new_tokens=20, temperature=0.7, seed=1``.
+        **settings: those of `Sampling` by name, such as ``max_new_tokens=20, temperature=0.7, seed=1``.
 
     Returns:
-        One result a prompt, in order.
+        One result per prompt, in order.
 
     Raises:
-        ConfigError: settings are unknown or out of range; all of them at once.
-        DataError: prompts are empty or too long for the model; all of them at once.
+        AdapterError: adapters do not exist; all are listed.
+        ConfigError: settings are unknown or out of range; all are listed.
+        DataError: prompts are empty or too long for the model; all are listed.
     """
     if settings:
         known = [spec.name for spec in dataclasses.fields(Sampling)]
@@ -538,7 +539,7 @@ def generate(
 
 
 def join(pieces: Sequence[Piece], prompt: Sequence[int]) -> Generation:
-    """Joins all pieces of one request."""
+    """Joins all pieces of one request into a result."""
     return Generation(
         "".join(piece.text for piece in pieces),
         tuple(token for piece in pieces for token in piece.ids),
@@ -554,7 +555,7 @@ def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) 
     """Returns the token ids of prompts.
 
     Raises:
-        DataError: some have no tokens, or too many for the model; all of them at once.
+        DataError: some have no tokens, or too many for the model; all are listed.
     """
     if isinstance(prompts, str):
         raise DataError(
@@ -575,7 +576,7 @@ def encode_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) 
 
 
 def _holds_turns(prompt: Any) -> bool:
-    """Whether a prompt is a turn of a chat, or a list of turns, as chat templates take them."""
+    """Whether a prompt is a chat turn, or a list of turns, as chat templates take them."""
     return isinstance(prompt, Mapping) or (isinstance(prompt, Sequence) and any(isinstance(p, Mapping) for p in prompt))
 
 

@@ -1,6 +1,6 @@
-"""Where a text ends: what a model and its tokenizer say of it, and tokens to text, piece by piece.
+"""From tokens to text, piece by piece, and where a text ends according to a model and its tokenizer.
 
-Pieces have whole characters only, and never a part of a text that turns out to be a stop.
+Pieces contain only whole characters, and no part of what turns out to be a stop text.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ __all__ = ["TextStream", "check_prompts", "end_tokens", "end_with_turns", "new_t
 
 
 class TextStream:
-    r"""Turns the tokens of one request into text as they come.
+    r"""Converts the tokens of one request to text as they come.
 
-    Pieces joined are what the tokenizer makes of all tokens at once, up to the first stop text.
+    Joined together, the pieces equal the tokenizer's output for all tokens at once, up to the first stop text.
 
     Args:
-        tokenizer: of transformers, or anything with its ``decode``.
+        tokenizer: a tokenizer of transformers, or anything with its ``decode``.
         stop: texts that end the stream.
 
     Attributes:
-        stopped: a stop text has come.
+        stopped: whether a stop text was generated.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._start = 0  # tokens before it are needed no more: blanks at a word's start depend on the token before it
-        self._read = 0  # tokens before it have become text
-        self._held = ""  # text that may be the beginning of a stop
+        self._start = 0  # earlier tokens are no longer needed; a space at a word's start depends on the previous token
+        self._read = 0  # earlier tokens have been converted to text
+        self._held = ""  # text that may be the start of a stop text
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Takes one token; returns the text that is certain by now, which may be empty."""
+        """Adds one token; returns the text that is final by now, which may be empty."""
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         after = self._decode(self._ids[self._start :])
-        if after.endswith("\ufffd") and len(self._ids) - self._read < 8:  # bytes of a character yet to come
+        if after.endswith("\ufffd") and len(self._ids) - self._read < 8:  # the last character is incomplete
             return ""
         self._start, self._read = self._read, len(self._ids)
         return self._release(after[len(before) :])
 
     def finish(self) -> str:
-        """Returns what was held back; nothing comes after it."""
+        """Returns the text that was held back, at the end of the stream."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._start : self._read])
@@ -73,7 +73,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text are a beginning of the stop.
+    """Returns the number of characters at the end of the text that are the start of the stop text.
 
     >>> _overlap("Hello\\n#", "\\n##")
     2
@@ -82,7 +82,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
-    """Returns the tokens that end a text: the tokenizer's, and those that the model's own settings name."""
+    """Returns the tokens that end a text, according to the tokenizer and to the model's own settings."""
     found: list[int | None] = []
     for owner in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
         value = getattr(owner, "eos_token_id", None)
@@ -91,7 +91,7 @@ def end_tokens(model: nn.Module, tokenizer: Any = None) -> list[int]:
 
 
 def end_with_turns(model: Any, tokenizer: Any) -> None:
-    """Makes a model's texts end where the tokenizer's chat template ends a turn, besides where they end already."""
+    """Makes generation also end where the tokenizer's chat template ends a turn."""
     settings = getattr(model, "generation_config", None)
     more = [token for token in turn_ends(tokenizer) if token not in end_tokens(model, tokenizer)]
     if settings is not None and more:
@@ -99,9 +99,9 @@ def end_with_turns(model: Any, tokenizer: Any) -> None:
 
 
 def new_tokens(model: nn.Module, prompt: Sequence[int], wanted: int) -> int:
-    """Returns how many tokens can follow a prompt: as many as are wanted, or fewer where the model's context ends."""
+    """Returns how many tokens can follow a prompt: `wanted`, or fewer if the model's context does not suffice."""
     limit = context_length(model)
-    # The last token needs no position: nothing is computed from it.
+    # The last token needs no position, because it is never fed to the model.
     return wanted if limit is None else min(wanted, limit + 1 - len(prompt))
 
 
@@ -109,8 +109,7 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     """Refuses prompts that the model cannot continue.
 
     Raises:
-        DataError: some have no tokens, more than the model's context, or ids that its embedding does not have; all of
-            a kind at once.
+        DataError: some have no tokens, more than the model's context, or ids that its embedding lacks; all are listed.
     """
     limit = context_length(model)
     faults = []
