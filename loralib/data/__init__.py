@@ -1,4 +1,4 @@
-"""Training data: from files to examples to token ids with a loss mask to packed rows."""
+"""Training data: from files to examples, to token ids with a loss mask, to packed rows."""
 
 from __future__ import annotations
 

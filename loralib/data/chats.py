@@ -1,8 +1,8 @@
-"""Chats become text by the model's own chat template, with the answers marked that are trained.
+"""Renders chats as text with the model's own chat template, and marks which answers are trained.
 
-A template does not say where an answer begins and ends.  It begins where the template ends when it is asked to begin
-an answer to the turns before, as in generation; it ends with the end token.  Where later turns change how a template
-writes earlier ones (it strips their thoughts, or ends them in another way), each answer becomes a text of its own, as
+A template does not tell where an answer begins and ends.  It begins where the template ends when asked to start an
+answer to the previous turns, as in generation; it ends with the end token.  If later turns change how a template writes
+earlier ones (by stripping thoughts, or ending them differently), each answer becomes a separate text, just as
 generation sees it.
 """
 
@@ -21,18 +21,18 @@ __all__ = ["ChatTemplate", "Segments"]
 
 Segments = tuple[tuple[str, bool], ...]
 
-_MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which ordinary text does not contain
+_MARK: Final = "\ue000\ue001\ue000"  # private-use characters, which do not occur in ordinary text
 
-_TELLING: Final = 12  # letters; fewer may be in a text by chance, and so say nothing about a turn
+_TELLING: Final = 12  # minimum length for a match to be conclusive; shorter strings may occur by chance
 
-# Fields of turns that a template must write, or they would be lost.  Thoughts before an answer that is only read, not
-# trained, are left out by templates on purpose, as in generation.
+# Fields of turns that would be lost if the template did not write them.  Templates deliberately omit thoughts before an
+# answer that is only read, not trained, as in generation.
 _THOUGHTS: Final = frozenset("reasoning_content reasoning thinking thought thoughts".split())
 _MATTER: Final = MATTERS
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer."""
+    """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -40,17 +40,17 @@ class ChatTemplate:
         self._ends: tuple[str, ...] | None = None
 
     def rows(self, example: Example) -> list[Segments]:
-        """Renders a chat as segments; the trained answers end with their end token.
+        """Renders a chat as segments; each trained answer includes its end token.
 
         Returns:
-            One text that trains all answers, or one for each where the template rewrites earlier turns.
+            One text that trains all answers, or one per answer if the template rewrites earlier turns.
 
         Raises:
             DataError: there is no template, or it omits or rewrites a turn or a field.
         """
         turns = self._checked(example)
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-        turns = turns[: answers[-1] + 1]  # what follows the last answer is not trained
+        turns = turns[: answers[-1] + 1]  # nothing after the last trained answer matters
         texts = [self._answer(example, turns, index) for index in answers]
         whole = "".join(texts[-1])
         self._refuse_omitted(example, turns, whole)
@@ -64,7 +64,7 @@ class ChatTemplate:
         return [tuple(segments)]
 
     def prompt(self, example: Example) -> str:
-        """Renders the turns before a chat's last answer, and how the template begins that answer."""
+        """Renders the turns before a chat's last answer, and the template's beginning of that answer."""
         turns = self._checked(example)[: example.last_answer]
         if not turns:
             raise DataError(f"{example.source}: there is no turn before the answer, so there is nothing to answer.")
@@ -87,9 +87,9 @@ class ChatTemplate:
         try:
             try:
                 return rendered(arguments_as_text=False)
-            except TypeError:  # a template that joins the arguments of tool calls to its own text
+            except TypeError:  # the template concatenates the arguments of tool calls to its text
                 return rendered(arguments_as_text=True)
-        except Exception as error:  # templates are programs that raise errors of their own, jinja2's among them
+        except Exception as error:  # templates are programs that raise errors of any type, including jinja2's
             raise DataError(f"{example.source}: the model's chat template rejects these messages: {error}") from None
 
     def _answer(self, example: Example, turns: Sequence[Turn], index: int) -> tuple[str, str]:
@@ -97,7 +97,7 @@ class ChatTemplate:
         turn, text = turns[index], self._render(example, turns[: index + 1])
         if index:
             head = self._render(example, turns[:index], begin=True)
-        else:  # templates cannot begin an answer to nothing: where the assistant speaks first, its turn starts the text
+        else:  # templates cannot start an answer to no turns: find where the content of a first turn begins
             marked = self._render(example, [turn._replace(content=_MARK)])
             head = marked.partition(_MARK)[0] if _MARK in marked else text
         if not text.startswith(head):
@@ -112,23 +112,23 @@ class ChatTemplate:
         return head, self._ended(answer, turn.content, example.source)
 
     def _is_same(self, text: str, example: Example, turns: Sequence[Turn]) -> bool:
-        """Whether turns without a field become the same text, so that the field is not in it."""
+        """Whether turns without a field render to the same text, which means that the template does not write it."""
         try:
             return self._render(example, turns) == text
-        except DataError:  # the template needs the field
+        except DataError:  # the template requires the field
             return False
 
     def _ended(self, answer: str, content: str, source: str) -> str:
-        """Cuts an answer after its end token, or puts one after its content where the template has none."""
+        """Cuts an answer after its end token, or appends one to its content if the template writes none."""
         end = len(answer)
-        rest = end  # where the blanks and end tokens begin that have been seen, from the right
+        rest = end  # start of the whitespace and end tokens scanned so far, from the right
         found = False
         while True:
             stripped = answer[:rest].rstrip()
             token = max((token for token in self._end_tokens() if stripped.endswith(token)), key=len, default="")
             if not token:
                 break
-            if not found or len(stripped) < rest:  # end tokens side by side end the answer together
+            if not found or len(stripped) < rest:  # adjacent end tokens end the answer together
                 end = len(stripped)
             found, rest = True, len(stripped) - len(token)
         if found:
@@ -147,19 +147,19 @@ class ChatTemplate:
             added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
             special = {str(token) for token in self.tokenizer.all_special_tokens}
             special |= {str(token) for token in added if token.special or str(token).strip("<|>") in _TURN_ENDS}
-            special -= {self.tokenizer.bos_token} - {self.tokenizer.eos_token}  # a start token ends nothing
+            special -= {self.tokenizer.bos_token} - {self.tokenizer.eos_token}  # a start token does not end anything
             self._ends = tuple(sorted(special))
         return self._ends
 
     def _refuse_omitted(self, example: Example, turns: Sequence[Turn], text: str) -> None:
-        """Refuses a chat of which the text lacks a turn or a field."""
+        """Refuses a chat if its text lacks a turn or a field."""
         letters = _without_blanks(text)
         faults = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant" and self._is_omitted(example, turns, index, letters):
                 faults.append(_OMITTED.format(index + 1, turn.role))
             if turn.role == "assistant" and turn.trained:
-                continue  # seen to by `_answer`
+                continue  # checked by `_answer`
             for name in (_MATTER - _THOUGHTS) & turn.fields.keys():
                 changed = [*turns[:index], _without(turn, name), *turns[index + 1 :]]
                 if self._is_same(self._render(example, turns), example, changed):
@@ -172,21 +172,21 @@ class ChatTemplate:
             raise DataError(f"{example.source}: {' '.join(faults)}")
 
     def _is_omitted(self, example: Example, turns: Sequence[Turn], index: int, letters: str) -> bool:
-        """Whether a text, given without blanks, lacks what a turn says."""
+        """Whether a text, given without whitespace, lacks the content of a turn."""
         turn = turns[index]
         said = _without_blanks(turn.content)
         found, needed = letters.count(said), sum(_without_blanks(other.content).count(said) for other in turns)
         if said and found >= needed and len(said) >= _TELLING:
             return False
         if turn.role != "tool" and said not in letters:
-            return True  # not so for results of tools, which templates may quote
+            return True  # does not apply to tool results, which templates may quote
         return bool(said) and _MARK not in self._render(
             example, [*turns[:index], turn._replace(content=_MARK), *turns[index + 1 :]]
         )
 
 
 def _as_dict(turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
-    """Returns a turn as templates take it: with arguments of tool calls as objects, or as JSON text."""
+    """Returns a turn in the form that templates take, with arguments of tool calls as objects or as JSON text."""
     row = {"role": turn.role, "content": turn.content, **turn.fields}
     if arguments_as_text and "tool_calls" in row:
         row["tool_calls"] = [{**call, "function": _with_text(call["function"])} for call in row["tool_calls"]]
@@ -203,7 +203,7 @@ def _without(turn: Turn, name: str) -> Turn:
 
 
 def _without_blanks(text: str) -> str:
-    """Removes blanks and line ends, which templates trim."""
+    """Removes whitespace, which templates trim."""
     return "".join(text.split())
 
 

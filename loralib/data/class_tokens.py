@@ -1,4 +1,4 @@
-"""Texts with labels become rows of tokens, as the tokenizer of a classifier makes them; long texts are cut."""
+"""Tokenizes labelled texts for a classifier; long texts are truncated."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["ClassRow", "encode_classes", "load_classes"]
 
 @dataclass(frozen=True)
 class ClassRow(TokenExample):
-    """A text, or two, as tokens with its label; nothing in it is trained but what the model makes of it all.
+    """A text, or a pair of texts, as tokens with a label; the loss is on the label, not on any token.
 
     Attributes:
-        label: the number of its class, or the number to predict; None: unknown.
-        kinds: which text each token belongs to, where the model is told (`token_type_ids`); else empty.
+        label: the index of its class, or the number to predict; None: unknown.
+        kinds: `token_type_ids`, which tell the two texts apart, if the tokenizer provides them; else empty.
     """
 
     label: int | float | None = None
@@ -33,20 +33,19 @@ class ClassRow(TokenExample):
 
     @property
     def trained_tokens(self) -> int:
-        """One: the label is what is predicted."""
+        """One, because only the label is predicted."""
         return 1
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that it holds as plain values, by which it is hashed."""
+        """Its contents as plain values, for hashing."""
         return self.ids, self.kinds, self.label
 
 
 def encode_classes(examples: Sequence[Example], tokenizer: Any, limit: int | None, labels: Labels) -> Encoded:
-    """Tokenizes texts with their labels, in their order; cuts those of more than `limit` tokens, and says so.
+    """Tokenizes texts with their labels, in order; truncates those longer than `limit` tokens, and says how many.
 
-    Two texts are put together as the tokenizer does it for a model that knows of two; elsewhere they are joined by a
-    line break.
+    A pair of texts is joined by the tokenizer if it supports pairs, otherwise by a line break.
 
     Raises:
         DataError: a text has no tokens.
@@ -59,7 +58,8 @@ def encode_classes(examples: Sequence[Example], tokenizer: Any, limit: int | Non
         whole[number] = cut
     pad, rows, faults = getattr(tokenizer, "pad_token_id", None), list[TokenExample](), list[str]()
     for example, (ids, kinds) in zip(examples, whole, strict=True):
-        # Decoders look for the last token that is no padding; one in the text itself would be passed over.
+        # Decoders use the last token that is not padding: padding tokens at the end of the text itself would be
+        # skipped.
         end = next((at for at in range(len(ids), 0, -1) if ids[at - 1] != pad), 0)
         if not end:
             faults.append(f"{example.source}: its text has no tokens")
@@ -78,7 +78,7 @@ def encode_classes(examples: Sequence[Example], tokenizer: Any, limit: int | Non
 def _encoded(
     pairs: Sequence[tuple[str, str | None]], tokenizer: Any, limit: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns ids and kinds of texts, each alone or with another one."""
+    """Returns token ids and token types of single texts and pairs."""
     if not pairs:
         return []
     cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
@@ -100,7 +100,7 @@ def _encoded(
 
 
 def _knows_two(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts something between two texts, as those of encoders do; others run them together."""
+    """Whether a tokenizer separates the two texts of a pair, as those of encoders do; others just concatenate them."""
     sep = getattr(tokenizer, "sep_token_id", None)
     return sep is not None and list(tokenizer("a", "b")["input_ids"]).count(sep) > 0
 
@@ -108,7 +108,7 @@ def _knows_two(tokenizer: Any) -> bool:
 def load_classes(
     sources: Sequence[Any], tokenizer: Any, *, limit: int | None, labels: Labels, max_samples: int | None, seed: int
 ) -> Encoded:
-    """Tokenizes and samples the rows of one or several weighted sources, as `load_examples` does for texts."""
+    """Tokenizes and samples the texts of one or more weighted sources, like `load_examples`."""
     parts = [encode_classes(source.examples, tokenizer, limit, labels) for source in sources]
     notes = [note for source, part in zip(sources, parts, strict=True) for note in (*source.notes, *part.notes)]
     return replace(draw_sources(sources, parts, max_samples, seed), seq_len=limit, notes=tuple(notes))

@@ -1,6 +1,6 @@
-"""Rows of a text, or of two, and a label: reading them, and what their labels are.
+"""Records with a text, or a pair of texts, and a label: reading them, and determining the set of labels.
 
-Labels are classes, or numbers to predict (regression), which `Labels.of` tells from their values.
+Labels are either classes or numbers to predict (regression); `Labels.of` decides by their values.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _FIX: Final = "Correct these labels, or remove these rows."
 def class_example(
     record: Mapping[str, Any], where: str, *, needs_label: bool, columns: Mapping[str, str]
 ) -> tuple[Example, str, set[str]]:
-    """Returns the example that a record makes, the name of its form, and the fields that were used.
+    """Returns the example made from a record, the name of the record's form, and the fields that were used.
 
     Args:
-        record: an object of JSON, or a row of a table.
-        where: where it is, for messages.
-        needs_label: whether it must have one.
-        columns: which fields are which, as given.
+        record: a JSON object, or a row of a table.
+        where: its location, for messages.
+        needs_label: whether it must have a label.
+        columns: the mapping of fields, as given.
 
     Raises:
-        DataError: it has no text or no label, or these are of no use.
+        DataError: it has no text or no label, or one of them is unusable.
     """
     wanted = ("text", "label") if needs_label else ("text",)
     if missing := [name for name in wanted if name not in record]:
@@ -71,7 +71,7 @@ def _label(value: Any) -> str | float:
 
 
 def _number(label: str | float) -> float | None:
-    """Returns a label's value as a number; tables hold numbers as text."""
+    """Returns a label as a number, or None; tables may hold numbers as text."""
     if isinstance(label, str):
         return float(label) if _NUMBER.fullmatch(label) else None
     return float(label)
@@ -88,10 +88,10 @@ def _name(label: str | float) -> str:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a classifier tells apart.
+    """The labels that a classifier distinguishes.
 
     Attributes:
-        names: of the classes, in the order of the model's logits; without any, it predicts a number (regression).
+        names: class names, in the order of the model's logits; if empty, the model predicts a number (regression).
 
     >>> Labels(("bad", "good")).number("good")
     1
@@ -101,14 +101,14 @@ class Labels:
 
     @property
     def are_numbers(self) -> bool:
-        """Whether there are no classes, but numbers to predict."""
+        """Whether the labels are numbers to predict instead of classes."""
         return not self.names
 
     def number(self, label: str | float) -> int | float:
-        """Returns the class of a label, or the number that it is; classes may be given by their places, from 0.
+        """Returns the class index of a label, or its value in regression; classes may also be given by index, from 0.
 
         Raises:
-            DataError: there is no such class, or the label is no number.
+            DataError: there is no such class, or the label is not a number.
         """
         if self.are_numbers:
             value = _number(label)
@@ -124,10 +124,10 @@ class Labels:
 
     @classmethod
     def of(cls, train: Sequence[Example], valid: Sequence[Example] = ()) -> Labels:
-        """Returns the labels of data; raises DataError, with everything that is wrong with them.
+        """Returns the labels of data; raises DataError, listing everything that is wrong with them.
 
-        Whole numbers are classes, in numerical order; numbers of which some are not whole are to be predicted; texts
-        are classes, in alphabetical order.
+        Whole numbers are classes, in numerical order; if some numbers are not whole, they are values to predict;
+        strings are classes, in alphabetical order.
         """
         labels = [example.label for example in train if example.label is not None]
         numbers = [_number(label) for label in labels]
@@ -150,7 +150,7 @@ class Labels:
         return found
 
     def check(self, examples: Sequence[Example], kind: str, why: str = "") -> None:
-        """Refuses examples with labels that are none of these; raises DataError, which lists all of them."""
+        """Raises DataError for examples whose labels are not among these; lists all of them."""
         unknown: dict[str, tuple[str, int]] = {}
         for example in examples:
             try:
@@ -165,10 +165,10 @@ class Labels:
             raise DataError(list_faults(f"the {kind} data has labels{why}", faults, f"{known} {_FIX}"))
 
     def fit_into(self, head: Labels, checkpoint: str) -> Labels:
-        """Returns the labels of a head that a checkpoint has already, which these must be among.
+        """Returns the labels of a checkpoint's existing head, which must include these.
 
         Raises:
-            ConfigError: they are not; all that are missing are listed.
+            ConfigError: it does not; lists all that are missing.
         """
         plain = all(re.fullmatch(r"LABEL_\d+", name) for name in head.names)
         if not self.are_numbers and head.names and plain and len(self.names) <= len(head.names):

@@ -1,4 +1,4 @@
-"""`Example`: one training example as text, or as the turns of a chat."""
+"""`Example`: one training example as text, or as turns of a chat."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Turn(NamedTuple):
     """One turn of a chat.
 
     Attributes:
-        role: "system", "user", "assistant", "tool", or another that the chat template knows.
+        role: "system", "user", "assistant", "tool", or another role that the chat template supports.
         content: its text.
-        trained: whether an answer is trained; of no meaning for other roles.
-        fields: what else the chat template gets: ``tool_calls``, ``reasoning_content``, ...
+        trained: whether this answer is trained; ignored for other roles.
+        fields: further fields for the chat template: ``tool_calls``, ``reasoning_content``, ...
     """
 
     role: str
@@ -31,16 +31,16 @@ class Example:
     """One training example as text.
 
     Attributes:
-        segments: pieces of text in order, each with a flag that says whether the model is trained to write it. A
-            prompt and its completion are ``((prompt, False), (completion, True))``; plain text is ``((text, True),)``.
-        references: every completion the file gives for this prompt, in file order (empty for a chat).
+        segments: pieces of text in order, each with a flag telling whether the model is trained to write it. A prompt
+            and its completion are ``((prompt, False), (completion, True))``; plain text is ``((text, True),)``.
+        references: all completions in the file for this prompt, in file order (empty for a chat).
         source: ``file:line``, for error messages.
-        messages: the turns of a chat; pairs of role and content become `Turn`. The model's own chat template makes its
-            segments when the example is tokenized, so a chat has none of its own.
-        fields: what else the chat template gets: ``tools``, ``documents``.
-        rejected: of preference data, the same prompt with the answer that is not preferred; else None.
-        label: of a row to classify, its class, or the number to predict; else None.
-        text_pair: of a row of two texts, the second one, which is the last of `segments`.
+        messages: the turns of a chat; pairs of role and content are converted to `Turn`. The model's chat template
+            creates the segments during tokenization, so a chat has none of its own.
+        fields: further inputs of the chat template: ``tools``, ``documents``.
+        rejected: in preference data, the same prompt with the rejected answer; else None.
+        label: for classification, the class, or the number to predict; else None.
+        text_pair: for a pair of texts, the second one, which is also the last of `segments`.
 
     >>> Example.of("name : The Wharf", "It is The Wharf.").completion
     'It is The Wharf.'
@@ -60,7 +60,7 @@ class Example:
 
     @classmethod
     def of(cls, prompt: str, completion: str, source: str = "") -> Example:
-        """Returns the example that trains ``completion`` after ``prompt``."""
+        """Returns an example that trains ``completion`` after ``prompt``."""
         return cls(((prompt, False), (completion, True)), (completion,), source)
 
     @property
@@ -70,33 +70,33 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The text before the first trained segment (of a chat: the turns before its last answer)."""
+        """The text before the first trained segment (for a chat: the turns before its last answer)."""
         if self.messages:
             return "\n".join(turn.content for turn in self.messages[: self.last_answer])
         return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
 
     @property
     def completion(self) -> str:
-        """The last trained segment (of a chat: its last answer)."""
+        """The last trained segment (for a chat: its last answer)."""
         if self.messages:
             return "".join(turn.content for turn in self.messages[self.last_answer :][:1])
         return next((text for text, trained in reversed(self.segments) if trained), "")
 
     @property
     def trained_texts(self) -> list[str]:
-        """Everything that the model is trained to write, without what a chat template puts around it."""
+        """All texts that the model is trained to write, without what a chat template adds around them."""
         answers = [turn.content for turn in self.messages if turn.role == "assistant" and turn.trained]
         return answers + [text for text, trained in self.segments if trained]
 
     @property
     def last_answer(self) -> int:
-        """Which turn of a chat is its last trained answer; the number of turns if there is none."""
+        """The index of a chat's last trained answer; the number of turns if there is none."""
         answers = [index for index, turn in enumerate(self.messages) if turn.role == "assistant" and turn.trained]
         return answers[-1] if answers else len(self.messages)
 
 
 def chat_of(example: Example) -> Example:
-    """Makes a chat of a prompt and its completion.
+    """Turns a prompt and its completion into a chat.
 
     >>> [turn[:2] for turn in chat_of(Example.of("Hi\\n", "Hello")).messages]
     [('user', 'Hi'), ('assistant', 'Hello')]
@@ -107,7 +107,7 @@ def chat_of(example: Example) -> Example:
 
 
 def meaning_prompt(meaning: str) -> str:
-    r"""Returns the prompt of a meaning representation: its text and a line break.
+    r"""Returns the prompt for a meaning representation: its text and a line break.
 
     >>> meaning_prompt(" name : The Mill ")
     'name : The Mill\n'

@@ -1,4 +1,4 @@
-"""The fields of records: their names and what these mean, the map that users give, and their values."""
+"""The fields of records: their names and meanings, the mapping that users give, and their values."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ ANSWERS: Final[tuple[str, ...]] = ("completion", "response", "output", "answer")
 QUESTIONS: Final[tuple[str, ...]] = ("prompt", "question", "query", "instruction", "input", "context")
 CHATS: Final[tuple[str, ...]] = ("messages", "conversations", "conversation")
 SYSTEM: Final[tuple[str, ...]] = ("system", "system_prompt")
-# What a chat template takes besides the turns.
+# Inputs of a chat template other than the turns.
 PASSED: Final[tuple[str, ...]] = ("tools", "functions", "documents", "chat_template_kwargs")
 _OTHERS: Final = "text text_pair label system history tools documents chosen rejected".split()
 _MEANINGS: Final = (*QUESTIONS, *ANSWERS, *CHATS[:2], *_OTHERS)
 
-# Fields that say what the model should see or learn: they are used or refused.
+# Fields that affect what the model sees or learns: they must be used, or the record is refused.
 MATTERS: Final = {
     *(*QUESTIONS, *ANSWERS, *CHATS, *SYSTEM, *PASSED),
     *"history document passage passages contexts knowledge facts".split(),
@@ -57,14 +57,14 @@ COLUMNS_FIX: Final = (
 
 
 class How(NamedTuple):
-    """How records become examples.
+    """How to turn records into examples.
 
     Attributes:
-        columns: which of their fields are which: ``{"prompt": "question"}``; see `parse_columns`.
+        columns: maps meanings to fields: ``{"prompt": "question"}``; see `parse_columns`.
         as_chat: whether prompts and completions become chats.
-        prompts: whether only prompts are wanted, so that there may be no completion.
-        preferences: whether each record holds a chosen and a rejected answer; None: some may.
-        classes: whether each record holds a text to classify, and unless only `prompts` are wanted its label.
+        prompts: whether only prompts are wanted, so that completions may be missing.
+        preferences: whether each record has a chosen and a rejected answer; None: some may.
+        classes: whether each record has a text to classify and, unless only `prompts` are wanted, a label.
     """
 
     columns: Mapping[str, str] = {}
@@ -75,13 +75,13 @@ class How(NamedTuple):
 
 
 def parse_columns(columns: str | Mapping[str, str | None] | None) -> dict[str, str]:
-    r"""Returns a map from what a field means to the name of the field, ``{name}`` in a text, or "" to leave it out.
+    r"""Returns a map from meanings to field names, ``{name}`` in a template, or "" to leave a field out.
 
     >>> parse_columns(r"prompt={title}\n{question},completion=answer,system=")
     {'prompt': '{title}\n{question}', 'completion': 'answer', 'system': ''}
 
     Raises:
-        DataError: an entry is not of this form, or there is no such meaning.
+        DataError: an entry has another form, or there is no such meaning.
     """
     if columns is None:
         return {}
@@ -102,14 +102,14 @@ def parse_columns(columns: str | Mapping[str, str | None] | None) -> dict[str, s
 
 
 def flag_of(columns: Mapping[str, str], more: Mapping[str, str]) -> str:
-    """Returns the flag that gives `more` besides what is given already."""
+    """Returns the command-line flag that adds `more` to the columns given already."""
     text = ",".join(f"{name}={spec}" for name, spec in {**columns, **more}.items()).replace("\n", "\\n")
     return f"--columns '{text}'" if "{" in text or " " in text else f"--columns {text}"
 
 
 def matters(name: str, value: Any) -> bool:
-    """Whether a field says what the model should see or learn, so that it must not be left out without leave."""
-    if name in FLAGS:  # of preference and weighted data; a class or a name under such a name is another thing
+    """Whether a field affects what the model sees or learns, so that it must not be dropped without permission."""
+    if name in FLAGS:  # in weighted or preference data; other values, like classes, are something else
         return isinstance(value, bool) or (name != "label" and isinstance(value, (int, float)) and value != 1)
     return name in MATTERS
 
@@ -118,7 +118,7 @@ _NAME: Final = re.compile(r"\{([^{}]+)\}")
 
 
 def named(spec: str) -> list[str]:
-    """Returns the fields that a text with ``{name}`` puts together."""
+    """Returns the names of the fields that a template with ``{name}`` combines."""
     return _NAME.findall(spec)
 
 
@@ -127,7 +127,7 @@ def _part(record: Mapping[str, Any], match: re.Match[str]) -> str:
 
 
 def mapped(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the record under the names that `columns` gives its fields."""
+    """Returns the record with its fields renamed as in `columns`."""
     taken = {name for spec in columns.values() for name in named(spec) or [spec]}
     result = {str(name): value for name, value in record.items() if name not in taken and name not in columns}
     for meaning, spec in columns.items():
@@ -142,7 +142,7 @@ def mapped(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
 
 
 def text_of(record: Mapping[str, Any], key: str, prefix: str = "") -> str:
-    """Returns the text of a field; raises DataError, with `prefix` before its name, if it is none."""
+    """Returns the text of a field; raises DataError, with `prefix` before the name, if it is not text."""
     value = record.get(key)
     if not is_text(value):
         raise DataError(f"{prefix}{key} is {kind_of(value) if key in record else 'missing'}, expected text")
@@ -150,7 +150,7 @@ def text_of(record: Mapping[str, Any], key: str, prefix: str = "") -> str:
 
 
 def kind_of(value: object) -> str:
-    """Returns what a value from JSON or a table is called in messages."""
+    """Returns the name that messages use for the type of a value from JSON or a table."""
     names = {
         dict: "an object",
         list: "a list",
@@ -165,7 +165,7 @@ def kind_of(value: object) -> str:
 
 
 def json_of(value: Any, name: str) -> Any:
-    """Returns the value of a JSON text, which tables hold in the place of a list."""
+    """Parses JSON text, which tables may hold instead of a list."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:

@@ -1,4 +1,4 @@
-"""Reads whole files of UTF-8 text, packed or not, with errors that name the file, the line and the fix."""
+"""Reads whole UTF-8 text files, optionally compressed, with errors that name the file, the line and the fix."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["are_not", "decoded", "is_text", "read_bytes", "read_lines", "read_te
 
 
 def read_bytes(path: str | Path, expected: str = "some text") -> bytes:
-    """Returns the bytes of a file, unpacked if it is gzip-compressed.
+    """Returns the bytes of a file, decompressed if it uses gzip.
 
     Args:
         path: the file; it must not be empty.
-        expected: what it should hold, for error messages.
+        expected: what it should contain, for error messages.
 
     Raises:
-        DataError: the file is missing, a directory, unreadable, empty, packed in another way, or a broken archive.
+        DataError: the file is missing, a directory, unreadable, empty, compressed differently, or a broken archive.
     """
     path = Path(path)
     try:
@@ -51,7 +51,7 @@ _PACKERS: Final = {
     b"%PDF": "a PDF document",
     b"\x1f\x8b": "packed twice by gzip",
 }
-# A packed file may be this large when unpacked, or this many times its size: text packs 3 to 30 times.
+# Limits for decompression: an absolute size, or this many times the compressed size (text compresses 3 to 30 times).
 _LARGE, _RATIO = 2**28, 200
 
 
@@ -74,13 +74,13 @@ def read_text(path: str | Path, expected: str = "some text") -> str:
     """Returns the text of a UTF-8 file, which may be gzip-compressed, without its byte-order mark.
 
     Raises:
-        DataError: as `read_bytes`, or the file is not UTF-8 (each such line is listed with its byte offset).
+        DataError: as for `read_bytes`, or the file is not UTF-8 (each such line is listed with its byte offset).
     """
     return decoded(Path(path), read_bytes(path, expected), expected)
 
 
 def decoded(path: Path, raw: bytes, expected: str = "some text") -> str:
-    """Returns the text that bytes of a file stand for; see `read_text`."""
+    """Decodes the bytes of a file; see `read_text`."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -88,16 +88,16 @@ def decoded(path: Path, raw: bytes, expected: str = "some text") -> str:
 
 
 def read_lines(path: str | Path, expected: str = "some text") -> list[str]:
-    r"""Returns the lines of a UTF-8 file without their ends, which are \n, \r\n or \r and no other characters.
+    r"""Returns the lines of a UTF-8 file without line endings, which are \n, \r\n or \r, but no other characters.
 
     Raises:
-        DataError: as `read_text`.
+        DataError: as for `read_text`.
     """
     return split_lines(read_text(path, expected))
 
 
 def split_lines(text: str) -> list[str]:
-    """Returns the lines of a text; see `read_lines`.
+    """Splits a text into lines; see `read_lines`.
 
     >>> split_lines("a\\u2028b\\r\\nc\\n")
     ['a\\u2028b', 'c']
@@ -134,7 +134,7 @@ def _why_not_utf8(path: Path, raw: bytes, expected: str) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Tells whether a value from JSON is text that a tokenizer accepts: JSON strings may hold lone surrogates.
+    """Tells whether a value from JSON is text that a tokenizer accepts; JSON strings may contain lone surrogates.
 
     >>> is_text("é"), is_text("\\ud800"), is_text(None)
     (True, False, False)
@@ -149,7 +149,7 @@ def is_text(value: object) -> bool:
 
 
 def shown(line: str, width: int = 60) -> str:
-    """Returns a line in quotes, shortened for a message."""
+    """Returns a line in quotes, shortened for use in a message."""
     return repr(line if len(line) <= width else line[: width - 3] + "...")
 
 

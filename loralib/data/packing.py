@@ -1,11 +1,11 @@
-"""From examples to the rows of a step: the order of an epoch, and packing.
+"""From examples to the rows of a step: the order of examples in an epoch, and packing.
 
-The order is a pure function of seed and epoch, so that a resumed run follows it.  A packed step has its examples in one
-row, without padding and with shared prefixes written once.
+The order is a pure function of seed and epoch, so a resumed run repeats it.  In a packed step, all examples are in one
+row, without padding, and shared prefixes appear once.
 
-Examples with a common prefix form a prefix tree.  In depth-first order, one number per token describes the whole
-attention mask, the end of the token's subtree: token k is seen by exactly the tokens k, k + 1, ..., ends[k] - 1.  That
-covers unrelated examples (their intervals are disjoint), siblings under one prompt (neither lies in the other's
+Examples with common prefixes form a prefix tree.  In depth-first order, the entire attention mask is described by one
+number per token, the end of the token's subtree: token k is visible exactly to the tokens k, k + 1, ..., ends[k] - 1.
+This covers unrelated examples (their intervals are disjoint), siblings under one prompt (neither lies in the other's
 interval) and causality.
 """
 
@@ -34,15 +34,15 @@ class Pack:
     Attributes:
         ids: (B, T) token ids; a packed step has B = 1.
         positions: (B, T) position of each token in its own example, from 0.
-        ends: (T,) in a packed step: token k is seen by the tokens k .. ends[k] - 1 of the row.  None in a padded step.
+        ends: (T,) in a packed step: token k is visible to tokens k .. ends[k] - 1 of the row.  None in a padded step.
         mask: (B, T) in a padded step: 1 for tokens, 0 for padding.  None in a packed step.
-        states: (R,) indices into the B * T tokens: those whose hidden states predict something, ascending.
+        states: (R,) indices into the B * T tokens whose hidden states predict something, ascending.
         rows: (N,) indices into `states`, ascending: the state that makes each prediction.
         targets: (N,) token ids to predict.
-        weights: (N,) how many examples share each prediction, float32.
-        tokens: tokens of the given examples, without padding or sharing.
-        trained_tokens: predictions of the given examples: the sum of `weights`.
-        paths: of each example, in the given order, where its computed tokens are among the B * T.
+        weights: (N,) number of examples that share each prediction, float32.
+        tokens: number of tokens in the given examples, without padding or sharing.
+        trained_tokens: number of predictions in the given examples: the sum of `weights`.
+        paths: for each example, in the given order, the indices of its computed tokens among the B * T.
     """
 
     ids: Tensor
@@ -59,18 +59,18 @@ class Pack:
 
     @property
     def processed_tokens(self) -> int:
-        """How many tokens the model computes, B * T."""
+        """Number of tokens that the model computes, B * T."""
         return self.ids.numel()
 
 
 def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     """Packs examples into one row, which is empty if nothing is trained.
 
-    An example's last trained token is only ever predicted, and the tokens after it do not affect the loss: neither is
-    in the row.
+    An example's last trained token is only a target, and the tokens after it do not affect the loss, so neither are in
+    the row.
 
-    `share` writes prefixes that several examples share once.  This is exact, since a token's hidden state depends on no
-    later token.  A prediction that k examples share gets weight k.
+    With `share`, prefixes that several examples have in common are written once.  This is exact, since a token's hidden
+    state does not depend on later tokens.  A prediction shared by k examples has weight k.
 
     >>> flags = (False, False, True, True)
     >>> row = pack([TokenExample((5, 6, 7, 1), flags), TokenExample((5, 6, 8, 1), flags)])
@@ -87,12 +87,12 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
     predictions: Counter[tuple[int, int]] = Counter()  # (index in the row, id to predict) -> examples that share it
     paths: list[tuple[int, ...]] = [()] * len(examples)
     inputs = [(example.ids[: _last_trained(example)], number) for number, example in enumerate(examples)]
-    if share:  # in sorted order, the longest prefix shared with any earlier example is shared with the previous one
+    if share:  # when sorted, the longest prefix shared with any earlier example is shared with the previous one
         inputs.sort(key=lambda pair: pair[0])
     for tokens, number in inputs:
         example = examples[number]
         common = _common_length(previous, tokens) if share else 0
-        # Leave the branch of the previous example: the subtrees below the common prefix end here.
+        # Leave the previous example's branch: the subtrees below the common prefix end here.
         for index in path[common:]:
             ends[index] = len(ids)
         del path[common:]
@@ -121,7 +121,7 @@ def pack(examples: Sequence[TokenExample], *, share: bool = True) -> Pack:
 
 
 def side_by_side(packs: Sequence[Pack]) -> Pack:
-    """Joins packed rows to one, in which none sees a token of another.
+    """Concatenates packed rows into one, without tokens of one being visible to another.
 
     >>> one = pack([TokenExample((5, 6, 7), (False, True, True))])
     >>> row = side_by_side([one, one])
@@ -148,7 +148,7 @@ def side_by_side(packs: Sequence[Pack]) -> Pack:
 
 
 def extended(row: Pack, tokens: int) -> Pack:
-    """Returns a packed row with padding tokens at its end, `tokens` in all: each is seen by itself alone.
+    """Pads a packed row at its end to `tokens` tokens; each padding token is visible only to itself.
 
     >>> row = extended(pack([TokenExample((5, 6, 7), (False, True, True))]), 4)
     >>> row.ids.tolist(), row.ends.tolist(), row.states.tolist()
@@ -163,14 +163,14 @@ def extended(row: Pack, tokens: int) -> Pack:
 
 
 def pad(examples: Sequence[TokenExample]) -> Pack:
-    """Puts each example in a row of its own, padded on the right with id 0 to the length of the longest.
+    """Puts each example in its own row, padded on the right with id 0 to the length of the longest.
 
     >>> padded = pad([TokenExample((5, 6, 7), (False, True, True)), TokenExample((5, 6), (False, True))])
     >>> padded.ids.tolist(), padded.mask.tolist(), padded.states.tolist()
     ([[5, 6], [5, 0]], [[1, 1], [1, 0]], [0, 1, 2])
     """
     rows = [example.ids[: _last_trained(example)] for example in examples]
-    rows = [row or example.ids[:1] for row, example in zip(rows, examples, strict=True)]  # no row without a token
+    rows = [row or example.ids[:1] for row, example in zip(rows, examples, strict=True)]  # every row needs a token
     width = max(map(len, rows), default=0)
     predictions: Counter[tuple[int, int]] = Counter()
     for number, example in enumerate(examples):
@@ -189,7 +189,7 @@ def pad(examples: Sequence[TokenExample]) -> Pack:
 
 
 def _last_trained(example: TokenExample) -> int:
-    """Returns the position of the last trained token, or 0."""
+    """Returns the position of the last trained token; 0 if there is none."""
     return max((position for position, trained in enumerate(example.trained) if trained), default=0)
 
 
@@ -220,11 +220,11 @@ def epoch_order(
     max_siblings: int = 1,
     shuffle: bool = True,
 ) -> list[list[int]]:
-    """Deals the examples of one epoch (the first is 0) into batches of indices, of which the last may be smaller.
+    """Assigns the examples of an epoch (the first is 0) to batches of indices, the last of which may be smaller.
 
-    Every example is in exactly one.  Up to `max_siblings` examples of the same prompt go into one batch, so that a step
-    computes the prompt once; 1 shuffles uniformly.  Every epoch groups them anew.  Without `shuffle` they keep their
-    order.
+    Every example is in exactly one batch.  Up to `max_siblings` examples with the same prompt go into the same batch,
+    so that a step computes the prompt once; 1 shuffles uniformly.  The grouping changes in every epoch.  Without
+    `shuffle`, examples keep their order.
 
     >>> alike = [TokenExample((7, prompt, end), (False, False, True)) for prompt in (1, 2, 3) for end in (8, 9)]
     >>> (batch,) = epoch_order(alike, 6, seed=0, epoch=0, max_siblings=2)
@@ -235,7 +235,7 @@ def epoch_order(
     if shuffle:
         rng = random.Random(f"{seed} {epoch}")
         rng.shuffle(order)
-        # More than half a batch from one prompt would make the steps' gradients too noisy.
+        # More than half a batch from one prompt would make gradients too noisy.
         siblings = max(1, min(max_siblings, batch_size // 2))
         if siblings > 1:
             groups: dict[tuple[int, ...], list[int]] = {}

@@ -1,6 +1,6 @@
-"""Records of preferences, in the forms of several tools, become two records each, one with each of the two answers.
+"""Splits preference records, in the formats of several tools, into two records each, one per answer.
 
-Those have the forms that `records` reads anyway.
+The results have the forms that `records` can read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _OPENAI: Final = ("input", "preferred_output", "non_preferred_output")
 
 
 class TwoRecords(NamedTuple):
-    """What `two_records` returns.
+    """Result of `two_records`.
 
     Attributes:
-        chosen, rejected: a record with each answer.
-        shape: the form, for people.
-        used: the fields of the record in whose places others stand.
-        stands_in: the fields that stand there.
+        chosen, rejected: a record for each answer.
+        shape: the form of the record, for display.
+        used: fields of the original record that were replaced.
+        stands_in: the fields that replace them.
     """
 
     chosen: dict[str, Any]
@@ -38,10 +38,10 @@ class TwoRecords(NamedTuple):
 
 
 def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None:
-    """Returns the two records that a record of preferences holds, or None if it is none.
+    """Returns the two records that a preference record contains; None if it is not one.
 
     Args:
-        record: an object of JSON, or a row of a table.
+        record: a JSON object, or a row of a table.
         names: its fields that count.
 
     Raises:
@@ -76,7 +76,7 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of a field; a list of turns may be there as JSON, as in tables."""
+    """Returns a field's value; lists of turns may be JSON text, as in tables."""
     value = record[name]
     return json_of(value, name) if isinstance(value, str) and value.lstrip().startswith("[{") else value
 
@@ -108,7 +108,7 @@ def _of_chats(base: dict[str, Any], answers: Sequence[Any], question: str | None
 
 
 def _without_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
-    r"""Splits off what two texts have in common at their start, up to the word in which they differ.
+    r"""Splits off the common beginning of two texts, up to the word in which they differ.
 
     >>> _without_prompt("Q: Is it?\nA: Yes, it is.", "Q: Is it?\nA: Yesterday.")
     ('Q: Is it?\nA:', ' Yes, it is.', ' Yesterday.')
@@ -117,17 +117,17 @@ def _without_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     at = next((n for n in range(shorter) if chosen[n] != rejected[n]), shorter)
     while at and not chosen[at - 1].isspace():
         at -= 1
-    at -= at > 0 and chosen[at - 1] == " "  # tokenizers keep a blank with the word after it
+    at -= at > 0 and chosen[at - 1] == " "  # tokenizers attach a space to the word that follows it
     if not chosen[:at].strip():
         raise DataError("there is no prompt, and chosen and rejected do not have the same beginning. Add a prompt")
     return chosen[:at], chosen[at:], rejected[at:]
 
 
 def one_example(chosen: Example, rejected: Example) -> Example:
-    """Makes one example of a prompt with a chosen and with a rejected answer.
+    """Combines a prompt's chosen and rejected examples into one.
 
     Raises:
-        DataError: the answers are equal, or one of them is empty.
+        DataError: the answers are equal, or one is empty.
     """
     if chosen.messages:
         start = _turns_in_common(chosen.messages, rejected.messages)
@@ -150,6 +150,6 @@ def _turns_in_common(a: Sequence[Turn], b: Sequence[Turn]) -> int:
 
 
 def _answered_from(example: Example, start: int) -> Example:
-    """Turns that both conversations have are read, not learned."""
+    """Marks turns that both conversations have in common as untrained."""
     turns = [turn._replace(trained=False) if number < start else turn for number, turn in enumerate(example.messages)]
     return replace(example, messages=tuple(turns))

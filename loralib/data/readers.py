@@ -1,7 +1,7 @@
-"""Reads training data or prompts: recognises what a file, a folder, a hub id or a value in Python holds, and reads it.
+"""Reads training data or prompts: detects what a file, folder, Hub id or Python value contains, and reads it.
 
-A reader turns data into `Example` values and knows nothing about tokenizers; ``tokens.py`` is the next step.
-All faults of a file are reported together, each with its line, what was expected and how to fix it.
+A reader turns data into `Example` values and does not deal with tokenizers; that is the next step (``tokens.py``). All
+faults in a file are reported together, each with its line, what was expected and how to fix it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ __all__ = [
 
 FORMATS: Final = ("auto", "e2e", "jsonl", "csv", "parquet", "arrow", "text", "dart", "webnlg")
 PREFERENCES: Final = ("dpo", "orpo")  # objectives that learn from pairs of answers
-CLASSIFY: Final = "classify"  # in the place of an objective: texts with labels
-SEPARATOR: Final = "||"  # between the meaning representation and the text of an E2E line
+CLASSIFY: Final = "classify"  # used instead of an objective: labelled texts
+SEPARATOR: Final = "||"  # separates the meaning representation from the text in an E2E line
 
 Columns = str | Mapping[str, str | None] | None
 
@@ -78,7 +78,7 @@ Item = TypeVar("Item")
 
 
 class Source(NamedTuple):
-    """The examples of one file, how often each is shown per epoch, and lines for the user: what was recognised."""
+    """The examples of one file, how often each is shown per epoch, and notes for the user on what was detected."""
 
     examples: list[Example]
     weight: float = 1.0
@@ -97,18 +97,18 @@ def read_sources(
     """Reads training data of any kind.
 
     Args:
-        data: a file, a folder of texts, or the id of a data set on the hub; ``path:weight`` in a text sets its weight.
-            A list of dicts, a `datasets.Dataset`, a frame of pandas, or `Example` values.  Or a list of such things, in
-            which a `Source` stays as it is.
+        data: a file, a folder of texts, or the id of a data set on the Hub, optionally with a weight as
+            ``path:weight``. Or a list of dicts, a `datasets.Dataset`, a pandas frame, or `Example` values.  Or a list
+            of such items; any `Source` in it is kept as it is.
         format: see `read_examples`.
         columns: see `read_examples`.
         as_chat: see `read_examples`.
-        objective: what the data are for: dpo and orpo learn from rows with a chosen and a rejected answer, the others
-            from any other rows.  None: either.  "classify": texts with labels.
-        name: what to call data that is no file in messages.
+        objective: the purpose of the data: dpo and orpo need rows with a chosen and a rejected answer, other objectives
+            rows without.  None: either.  "classify": labelled texts.
+        name: how messages refer to data that are not a file.
 
     Raises:
-        DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or nothing is
+        DataError: something cannot be read (see `read_examples`), a weight is not a positive number, or no data are
             given.
     """
     preferences = None if objective is None else objective in PREFERENCES
@@ -133,10 +133,10 @@ def read_sources(
 
 
 def _require_objective(source: Source, name: str, objective: str | None) -> None:
-    """Refuses examples of preferences for another objective, and the other way round; and texts without labels.
+    """Refuses preference examples for other objectives, and vice versa; and texts without labels for classification.
 
     Raises:
-        DataError: some are of the other kind.
+        DataError: some examples are of the wrong kind.
     """
     if objective == CLASSIFY:
         if bare := [example for example in source.examples if example.label is None]:
@@ -201,40 +201,40 @@ def read_examples(
     """Reads one file of examples.
 
     Args:
-        path: the file, which may be gzip-compressed, a folder of texts, or a hub id. An E2E file has one ``meaning
-            representation||text`` per line. JSONL has one object per line (a .json file may hold them in one list),
-            CSV, TSV, Parquet and Arrow a row, for each example, with ``prompt`` and ``completion`` (or instruction,
-            input and output; question and answer; ``context`` and ``completion``, as `loralib data convert` writes
-            them), ``messages`` or ``conversations`` (a chat), or ``text``. The E2E challenge's CSV, DART's JSON and
-            WebNLG's JSON or XML are read once `loralib.nlg` has been imported.
-        format: one of `FORMATS`; "auto" goes by the file's content and name. Plain text must be asked for by name,
-            since it looks just like an E2E file whose lines lack their ``||``.
-        columns: which fields of records are which, ``{"prompt": "question", "completion": "answer"}`` or
-            ``"prompt=question,completion=answer"``. An empty name leaves a field out; ``{name}`` in a text puts
-            several fields together.
-        as_chat: prompts and completions become chats, which the model's chat template writes.
+        path: the file, which may be gzip-compressed, a folder of texts, or a Hub id. An E2E file has one ``meaning
+            representation||text`` per line. JSONL has one object per line (a .json file may hold a list of them), and
+            CSV, TSV, Parquet and Arrow one row per example, with ``prompt`` and ``completion`` (or instruction, input
+            and output; question and answer; ``context`` and ``completion``, as written by `loralib data convert`),
+            ``messages`` or ``conversations`` (a chat), or ``text``. The E2E challenge's CSV, DART's JSON and WebNLG's
+            JSON or XML can be read once `loralib.nlg` has been imported.
+        format: one of `FORMATS`; "auto" detects it from the file's content and name. Plain text must be requested by
+            name, since it looks like an E2E file whose lines lack their ``||``.
+        columns: the mapping of fields, ``{"prompt": "question", "completion": "answer"}`` or
+            ``"prompt=question,completion=answer"``. An empty name leaves a field out; a template with ``{name}``
+            combines several fields.
+        as_chat: whether to turn prompts and completions into chats, to be rendered by the model's chat template.
 
     Returns:
-        The examples in file order. ``references`` holds all completions of the same prompt. The prompt of a
-        meaning representation is its text and a line break.
+        The examples in file order. ``references`` holds all completions for the same prompt. The prompt for a meaning
+        representation is its text and a line break.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, lines have another form (all of them are listed), or fields
-            would be left out that change what the model should see.
+        DataError: the file is missing, empty or not UTF-8, lines have another form (all are listed), or fields would be
+            left out that affect what the model sees.
     """
     return _read(path, format, How(parse_columns(columns), as_chat)).examples
 
 
 def read_unlabelled(path: str | Path, format: str = "auto", *, columns: Columns = None) -> list[Example]:
-    """Reads texts to classify, in file order, of which each may have a label.
+    """Reads texts to classify, in file order; labels are optional.
 
     Args:
-        path: a file of records that `read_examples` takes, with text, and if wanted text_pair and label.
+        path: a file of records that `read_examples` can read, with text and optionally text_pair and label.
         format: see `read_examples`.
         columns: see `read_examples`.
 
     Raises:
-        DataError: as `read_examples`, or a record has no text.
+        DataError: as for `read_examples`, or a record has no text.
     """
     return _read(path, format, How(parse_columns(columns), prompts=True, classes=True)).examples
 
@@ -245,14 +245,14 @@ def read_prompts(
     """Reads the distinct prompts of a file, in order of first appearance; an omitted completion is empty.
 
     Args:
-        path: a file that `read_examples` takes.  Completions may be missing: a file of lines may have no ``||`` at all,
-            and a record may hold ``prompt`` alone, or a chat in ``messages`` that ends with a question.
+        path: a file that `read_examples` can read.  Completions may be missing: a file of lines may contain no ``||``
+            at all, and a record may have only ``prompt``, or a chat in ``messages`` that ends with a question.
         format: see `read_examples`.
         columns: see `read_examples`.
         as_chat: see `read_examples`.
 
     Raises:
-        DataError: as `read_examples`, or a line has no prompt.
+        DataError: as for `read_examples`, or a line has no prompt.
     """
     how = How(parse_columns(columns), as_chat, prompts=True)
     examples = group_by_prompt(_read(path, format, how).examples)
@@ -261,7 +261,7 @@ def read_prompts(
 
 
 def _refuse_empty(examples: Iterable[Example]) -> None:
-    """Refuses examples without a prompt, where prompts are to be continued."""
+    """Refuses examples without a prompt to continue."""
     faults = [f"{example.source} has no prompt" for example in examples if not example.prompt.strip()]
     if faults:
         raise DataError(list_faults("there is nothing to continue", faults, "Remove these lines or add prompts."))
@@ -270,9 +270,9 @@ def _refuse_empty(examples: Iterable[Example]) -> None:
 def read_prompts_with(
     path: str | Path, field: str, format: str = "auto", *, columns: Columns = None
 ) -> list[tuple[Example, str]]:
-    """Reads the prompts of a file of records, each with what one more field says ("" where it is absent).
+    """Reads the prompts in a file of records, each with the value of an additional field ("" if absent).
 
-    A prompt that occurs with several values of the field is there once for each.
+    A prompt that occurs with several values of the field is included once for each value.
 
     Args:
         path: a file of records, such as JSON lines or a table.
@@ -281,7 +281,7 @@ def read_prompts_with(
         columns: see `read_examples`.
 
     Raises:
-        DataError: as `read_prompts`; the file holds no records, or no record has the field, or one that is no text.
+        DataError: as for `read_prompts`; or the file has no records, no record has the field, or a value is not text.
     """
     path = Path(path).expanduser()
     raw = read_bytes(path, "records")
@@ -320,18 +320,18 @@ def read_prompts_with(
 
 
 def register_reader(key: str, read: Callable[[Path], list[Example]]) -> None:
-    """Adds a reader that `read_examples` calls, for formats whose readers live in another room.
+    """Registers a reader that `read_examples` calls, for formats whose readers are elsewhere in the package.
 
     `key` is one of `FORMATS`, or "e2e.csv" for E2E files whose names end in .csv; `read` keeps file order.
     """
     _READERS[key] = read
 
 
-# --- recognising -----------------------------------------------------------------------------------------------------
+# --- detecting formats -----------------------------------------------------------------------------------------------
 
 
 def guess_format(path: str | Path) -> str:
-    """Returns which of `FORMATS` a file has, judging by its content and, where that does not tell, by its name."""
+    """Returns the file's format, one of `FORMATS`, judging by its content and, if that is ambiguous, by its name."""
     path = Path(path)
     return _guess(path, read_bytes(path))
 
@@ -352,7 +352,7 @@ def _guess(path: Path, raw: bytes) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """Returns the end of a file's name, without .gz.
+    """Returns the extension of a file name, ignoring .gz.
 
     >>> _suffix(Path("a.b.JSONL.gz")), _suffix(Path("a"))
     ('.jsonl', '')
@@ -373,7 +373,7 @@ _KINDS: Final = {".parquet": "a Parquet", ".arrow": "an Arrow"}
 
 
 def _begins_json(raw: bytes) -> bool:
-    """Whether the first line that is not blank is a JSON object, or how a list or an object begins."""
+    """Whether the first nonblank line is JSON, or the beginning of a list or an object."""
     line = next((line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()), b"").strip()
     try:
         return line in (b"[", b"[{", b"{") or isinstance(json.loads(line), (dict, list))
@@ -384,7 +384,7 @@ def _begins_json(raw: bytes) -> bool:
 def _kind_of_json(raw: bytes) -> str:
     try:
         value = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # the reader will report what is wrong
+    except (ValueError, RecursionError):  # the reader will report the error
         return "jsonl"
     if isinstance(value, dict):
         return "webnlg" if "entries" in value else "jsonl"
@@ -393,7 +393,7 @@ def _kind_of_json(raw: bytes) -> str:
 
 
 def _read(path: str | Path, format: str, how: How) -> Source:
-    """Reads whatever a path or a hub id names."""
+    """Reads whatever a path or a Hub id refers to."""
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     path = Path(path).expanduser()
@@ -416,7 +416,7 @@ def _read(path: str | Path, format: str, how: How) -> Source:
 
 
 def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tuple[str, ...]]:
-    """Reads a file whose examples are not records."""
+    """Reads a file of a format without records."""
     if how.columns:
         raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or set data_format.")
     if how.classes:
@@ -456,7 +456,7 @@ def _some(examples: list[Example], name: object, expected: str) -> list[Example]
 
 
 def _read_folder(path: Path, format: str) -> Source:
-    """Reads a folder of plain texts, one document a file."""
+    """Reads a folder of plain text files, each of which is one document."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     texts = [file for file in files if file.name.lower().removesuffix(".gz").endswith((".txt", ".md"))]
     if not texts:
@@ -484,7 +484,7 @@ def _has_examples(file: Path) -> bool:
 
 
 def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
-    """Keeps the first example of each prompt, in order of first appearance; its references are those of all.
+    """Keeps the first example for each prompt, in order of first appearance, with the references of all.
 
     >>> rows = [Example.of("a", "1"), Example.of("b", "2"), Example.of("a", "3")]
     >>> [(example.prompt, example.references) for example in group_by_prompt(rows)]
@@ -498,10 +498,10 @@ def group_by_prompt(examples: Iterable[Example]) -> list[Example]:
 
 
 def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Item], object]) -> list[Item]:
-    """Draws a random sample with as many different keys (for instance an example's prompt) as possible.
+    """Draws a random sample with as many different keys (for instance, prompts) as possible.
 
-    The keys and the items of each key are shuffled; then one item of every key is taken in turn, round after round.  A
-    `count` of None, or of more than there are, returns all items in their own order.
+    The keys are shuffled, and so are the items of each key; then one item per key is taken, round after round.  If
+    `count` is None, or not below the number of items, all items are returned in their original order.
 
     >>> sorted(draw(["a1", "a2", "a3", "b1"], 2, seed=0, key=lambda item: item[0]))[-1]
     'b1'
@@ -521,7 +521,7 @@ def draw(items: Sequence[Item], count: int | None, seed: int, key: Callable[[Ite
 
 
 def parse_source(text: str) -> tuple[Path, float]:
-    r"""Splits ``path:weight``; a path alone has weight 1.
+    r"""Splits ``path:weight``; a path without a weight has weight 1.
 
     >>> parse_source("data/train.txt:0.5")[1], parse_source(r"C:\data\train.txt")[1]
     (0.5, 1.0)
@@ -564,7 +564,7 @@ def _read_e2e(path: Path) -> list[Example]:
 
 
 def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the records of lines of JSON, or of one list; one record may fill a whole file."""
+    """Yields the records in JSON lines or in a list; a single record may span the whole file."""
     text = decoded(path, raw, _EXPECTED["jsonl"])
     lines = [(number, line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
     first = lines[0][1].strip()
@@ -591,7 +591,7 @@ _DEEP: Final = "JSON nested too deeply, or a number with thousands of digits"
 
 
 class _TwiceError(ValueError):
-    """An object has a key twice: JSON's readers keep the last value and lose the others without a word."""
+    """An object has a duplicate key: JSON parsers would silently keep only the last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -626,13 +626,13 @@ def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     at = f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
     if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
         return f"{at}: the file is cut off. Copy or download it again; expected {_EXPECTED['jsonl']}."
-    lines = text.split("\n")  # as JSON counts them
+    lines = text.split("\n")  # the way JSON counts lines
     line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
     return f"{at}: {shown(line.strip())}. Fix it; expected {_EXPECTED['jsonl']}."
 
 
 def _read_plain(path: Path) -> list[Example]:
-    """Reads the whole file as one document; it is cut into windows later, once its length in tokens is known."""
+    """Reads a whole file as one document; it is cut into windows later, when its length in tokens is known."""
     return [Example((("\n".join(read_lines(path)), True),), (), f"{path}:1")]
 
 
@@ -646,7 +646,7 @@ _READERS: Final[dict[str, Callable[[Path], list[Example]]]] = {"e2e": _read_e2e,
 
 
 def _bare_prompts(path: Path) -> list[Example]:
-    """Returns the lines of a file as prompts, or nothing if any line has ``||`` and so a completion."""
+    """Returns the lines of a file as prompts; nothing if any line contains ``||`` and so has a completion."""
     lines = _numbered(path, "prompts")
     if any(SEPARATOR in line for _, line in lines):
         return []
@@ -657,7 +657,7 @@ def _bare_prompts(path: Path) -> list[Example]:
 
 
 def as_prompt(text: str) -> str:
-    r"""Ends a meaning representation with a line break, as in training; other text is continued as it is.
+    r"""Ends a meaning representation with a line break, as in training; other text stays unchanged.
 
     >>> as_prompt("name : The Wharf | area : harbour"), as_prompt("Once upon a time")
     ('name : The Wharf | area : harbour\n', 'Once upon a time')
@@ -675,5 +675,5 @@ def _with_references(examples: list[Example]) -> list[Example]:
 
 
 def _numbered(path: Path, expected: str) -> list[tuple[str, str]]:
-    """Returns ``file:line`` and the text of each line that is not blank."""
+    """Returns ``file:line`` and the text of each nonblank line."""
     return [(f"{path}:{number}", line) for number, line in enumerate(read_lines(path, expected), 1) if line.strip()]

@@ -1,7 +1,7 @@
-"""A record (a JSON object, a row of a table) becomes an `Example`: a chat, a prompt and its completion, or text.
+"""Turns records (JSON objects, rows of tables) into `Example` values: chats, prompts with completions, or plain text.
 
-What a record holds is told by the names of its fields.  No field is lost in silence: one that would change what the
-model should see is used or refused, any other that is not used is named (see `Account`).
+The names of its fields tell what a record contains.  No field is lost silently: one that affects what the model sees is
+used or refused, and any other unused field is reported (see `Account`).
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ RECORDS: Final = "prompt and completion, instruction and output, question and an
 
 
 class Fault(str):
-    """Stands in the place of a record that could not be read, and says why."""
+    """Takes the place of a record that could not be read, and says why."""
 
 
 def read_rows(rows: Iterable[tuple[str, Any]], name: str, how: How, form: str) -> tuple[list[Example], tuple[str, ...]]:
     """Makes an example of every record.
 
     Args:
-        rows: where each record is, for messages, and the record; or a `Fault`.
-        name: what the records are of, for messages.
+        rows: each record with its location, for messages; or a `Fault` instead of the record.
+        name: the source of the records, for messages.
         how: how to read them.
-        form: what the file should hold, for messages.
+        form: what the file should contain, for messages.
 
     Returns:
-        The examples, and lines for the user: what was recognised, and which fields are not used.
+        The examples, and notes for the user: what was detected, and which fields are unused.
 
     Raises:
-        DataError: records of another form, or fields that would be lost; all are listed.
+        DataError: records have another form, or fields would be lost; all are listed.
     """
     account = Account(name, how)
     examples, faults = [], []
@@ -76,18 +76,18 @@ def read_rows(rows: Iterable[tuple[str, Any]], name: str, how: How, form: str) -
 
 
 class Account:
-    """Reads the records of a file, and keeps account of what they hold and which fields are not used."""
+    """Reads the records of a file, and keeps track of their forms and unused fields."""
 
     def __init__(self, name: str, how: How) -> None:
         self.name, self.how = name, how
         self.unit = "line" if name.endswith((".jsonl", ".ndjson", ".txt")) else "record"
         self.shapes: Counter[str] = Counter()
         self.records = 0
-        self.columns: dict[str, None] = {}  # every field that occurs, in order
+        self.columns: dict[str, None] = {}  # all fields that occur, in order
         self.unused: Counter[str] = Counter()
         self.turn_fields: Counter[str] = Counter()
-        self.open_ended = 0  # chats with turns after their last trained answer
-        self.refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (field, form, prompt's) -> where
+        self.open_ended = 0  # number of chats with turns after their last trained answer
+        self.refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (field, form, prompt's) -> locations
 
     def example(self, record: Any, where: str) -> Example:
         """Makes an example of a record; raises DataError if it has another form."""
@@ -112,7 +112,7 @@ class Account:
         return example
 
     def check_columns(self) -> None:
-        """Refuses a column map that names what no record has."""
+        """Refuses a column mapping that names fields which no record has."""
         wanted = {name: named(spec) or [spec or name] for name, spec in self.how.columns.items()}
         faults = [
             f"{key}={self.how.columns[key]}: no record has {name!r}.{did_you_mean(name, self.columns)}"
@@ -126,7 +126,7 @@ class Account:
             raise DataError(list_faults(f"columns does not match {self.name}", faults, fix))
 
     def check_fields(self) -> None:
-        """Refuses fields that would change what the model should see and that would be lost."""
+        """Refuses fields that would be lost although they affect what the model sees."""
         faults = [
             f"{name!r} in {len(places):,} of {self.records:,} records (the first: {places[0]}) is not part of "
             f"{shape}.{_remedy(name, question, self.how)}"
@@ -141,7 +141,7 @@ class Account:
             raise DataError(list_faults(f"{self.name} has fields that would be left out of training", faults, fix))
 
     def notes(self) -> tuple[str, ...]:
-        """Returns lines that say what was recognised and which fields are left out."""
+        """Returns notes on what was detected and which fields are left out."""
         if not self.records:
             return ()
         kinds = " and ".join(
@@ -168,7 +168,7 @@ _NOTHING: Final[tuple[Any, ...]] = (None, "", "[]", "{}", [], {})
 
 
 def _is_said(value: Any, texts: list[str]) -> bool:
-    """Whether a field repeats what is in the text anyway; a short one may only seem to."""
+    """Whether a field repeats part of the text; for short values, only exact matches count, to avoid coincidences."""
     said = value.strip() if isinstance(value, str) else ""
     return said in texts or (len(said) > 20 and any(said in text for text in texts))
 
@@ -195,7 +195,7 @@ _ALPACA_INPUT: Final = ", paired with an input that provides further context"
 
 
 def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]]:
-    """Returns the example, the name of its form, and the fields that were used."""
+    """Returns the example, the name of the record's form, and the fields that were used."""
     if how.classes:
         return class_example(record, where, needs_label=not how.prompts, columns=how.columns)
     if how.preferences is not False:
@@ -203,7 +203,7 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
         if found is not None:
             return found
     present = {name for name, value in record.items() if value is not None}
-    for names in (present, set(record)):  # a table has null where a row lacks a field
+    for names in (present, set(record)):  # tables have null where a row lacks a field
         for read in (_chat, _pair, _plain):
             found = read(record, names, where, how)
             if found is not None:
@@ -213,7 +213,7 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
     near = "".join(did_you_mean(key, known) for key in record if key not in known)
     question = next((name for name in QUESTIONS if name in names), None)
     more = f" {question!r} has no {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}." if question else ""
-    if "chosen" in record:  # either a whole chat, or the answer to a prompt
+    if "chosen" in record:  # a whole chat, or the answer to a prompt
         is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
         flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
         learn = "--objective dpo (or orpo) learns from both answers"
@@ -250,7 +250,7 @@ def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, 
 
 
 def _holds_records(value: Any) -> bool:
-    """Whether a field of a file's only object is what the file is about."""
+    """Whether a field, in a file with a single object, contains the actual records."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and any(name in first for name in (*QUESTIONS, *ANSWERS, *CHATS, "text"))
 
@@ -278,7 +278,7 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
             turns = [Turn("system", record[system]), *turns]
         elif turns[0].content.strip() != record[system].strip():
             raise DataError(f"{system!r} and the first turn of {key!r} are both system prompts. Remove one")
-    if how.prompts and turns[-1].role != "assistant":  # the answer that is wanted comes after the last turn
+    if how.prompts and turns[-1].role != "assistant":  # the answer to be generated follows the last turn
         turns = [turn._replace(trained=False) for turn in turns]
     if not how.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
         raise DataError(f"{key or 'completion'!r} has no turn with role 'assistant' to train on")
@@ -293,7 +293,7 @@ def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
     if question == "context" and answers not in (
         ["completion"],
         [],
-    ):  # a meaning representation, or it lacks a question
+    ):  # either a meaning representation, or a question is missing
         return None
     if len(answers) > 1:
         listed = " and ".join(map(repr, answers))
@@ -348,7 +348,7 @@ def _history(value: Any) -> list[Turn]:
 
 
 def _passed(record: dict[str, Any], used: set[str]) -> dict[str, Any]:
-    """Returns what the chat template gets besides the turns, and adds it to the fields that are used."""
+    """Returns the chat template's other inputs, and adds them to the used fields."""
     passed: dict[str, Any] = {}
     for name in PASSED:
         value = json_of(record.get(name), name)

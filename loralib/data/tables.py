@@ -1,4 +1,4 @@
-"""Tables become records: CSV, Parquet and Arrow files, `datasets` from the hub or in memory, frames of pandas."""
+"""Reads tables as records: CSV, Parquet and Arrow files, `datasets` from the Hub or in memory, pandas frames."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?")
 
 
 def columns_of_csv(text: str, path: Path) -> list[str]:
-    """Returns the names in the first row of a CSV or TSV file; see `rows_of_csv`."""
+    """Returns the column names from the first row of a CSV or TSV file; see `rows_of_csv`."""
     return _checked_names(path, *next(_csv(text, path)))
 
 
 def rows_of_csv(text: str, path: Path) -> Rows:
-    """Yields the rows of a CSV or TSV file as records of text; its first row names the columns.
+    """Yields the rows of a CSV or TSV file as records of text; the first row names the columns.
 
-    The separator is the comma, semicolon, tab or bar that makes most columns of the first row.
+    The separator is whichever of comma, semicolon, tab and bar splits the first row into the most columns.
 
     Raises:
-        DataError: the first row has no names, or two alike.
+        DataError: column names are missing or duplicated.
     """
     rows = _csv(text, path)
     names = _checked_names(path, *next(rows))
@@ -51,7 +51,7 @@ def rows_of_csv(text: str, path: Path) -> Rows:
         rows = list(rows)  # type: ignore[assignment]
         if not all(row[0] == str(number) for number, (_, row) in enumerate(rows) if row):
             raise DataError(f"{path}:1: column 1 has no name. Name all columns in the first row.")
-        names[0] = "row number"  # as pandas writes it
+        names[0] = "row number"  # the index column written by pandas
     for line, row in rows:
         if isinstance(row, Fault):
             yield f"{path}:{line}", row
@@ -64,7 +64,7 @@ def rows_of_csv(text: str, path: Path) -> Rows:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the line that each row begins at, and its fields."""
+    """Yields each row's first line number, and its fields."""
     first = text[: text.find("\n") + 1] or text
     separators = ("\t", ",", ";", "|") if ".tsv" in path.name.lower() else (",", ";", "\t", "|")
     separator = max(separators, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
@@ -105,12 +105,12 @@ def _checked_names(path: Path, line: int, row: Any) -> list[str]:
 
 
 def is_parquet(raw: bytes) -> bool:
-    """Tells a Parquet file by its first bytes."""
+    """Recognises a Parquet file by its first bytes."""
     return raw.startswith(b"PAR1")
 
 
 def is_arrow(raw: bytes) -> bool:
-    """Tells an Arrow file or stream by its first bytes."""
+    """Recognises an Arrow file or stream by its first bytes."""
     return raw.startswith((b"ARROW1", b"\xff\xff\xff\xff"))
 
 
@@ -118,7 +118,7 @@ def rows_of_arrow(raw: bytes, path: Path) -> Rows:
     """Yields the rows of a Parquet or Arrow file as records.
 
     Raises:
-        DataError: the file is broken.
+        DataError: the file is corrupt.
         MissingDependencyError: pyarrow is not installed.
     """
     try:
@@ -154,7 +154,7 @@ def rows_of_arrow(raw: bytes, path: Path) -> Rows:
 
 
 def without_nulls(value: Any) -> Any:
-    """Returns a value of a table without the nulls that fill up fields of structures which a row does not have."""
+    """Returns a value without the nulls that tables fill in for struct fields which a row does not have."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -164,7 +164,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_table(value: Any) -> bool:
-    """Tells a list of dicts, a `datasets.Dataset` or DatasetDict, and a frame or table of pandas, polars or pyarrow."""
+    """Recognises a list of dicts, a `datasets.Dataset` or DatasetDict, and tables of pandas, polars or pyarrow."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0:
         return all(isinstance(item, Mapping) for item in value)
     return _library(value) in ("datasets", "pandas", "polars", "pyarrow")
@@ -174,7 +174,7 @@ def rows_of_table(value: Any, name: str = "data") -> Rows:
     """Yields the rows of a table as records.
 
     Raises:
-        DataError: it has several splits, none of which is "train", or no end.
+        DataError: there are several splits, none of which is "train", or it is an endless stream.
     """
     if _library(value) == "datasets":
         if isinstance(value, Mapping):
@@ -206,13 +206,13 @@ def _library(value: Any) -> str:
 
 
 def _rows_of_dataset(dataset: Any) -> Iterator[Any]:
-    """Yields the rows as Arrow holds them: pictures and sounds are not decoded."""
+    """Yields the rows in Arrow's representation, without decoding images and audio."""
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         yield from table.to_pylist()
 
 
 def _plain(value: Any) -> Any:
-    """Returns a cell of a frame as a plain value: what is not a number is nothing, and arrays are lists."""
+    """Converts a cell of a frame to a plain value: NaN becomes None, and arrays become lists."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -221,11 +221,11 @@ def _plain(value: Any) -> Any:
     return None if value != value or _library(value) == "pandas" else value
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
+# --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
 def is_hub_id(name: str) -> bool:
-    """Tells the id of a data set, ``owner/name``, ``owner/name/subset`` or either with ``@split``, from a path.
+    """Distinguishes data set ids (``owner/name``, ``owner/name/subset``, either with ``@split``) from paths.
 
     >>> is_hub_id("openai/gsm8k/main@test"), is_hub_id("data/train.jsonl"), is_hub_id("train.txt")
     (True, False, False)
@@ -237,7 +237,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_rows(name: str) -> Rows:
-    """Yields the rows of a data set on the hub.
+    """Yields the rows of a data set on the Hub.
 
     Raises:
         DataError: there is no such data set, subset or split, or it cannot be read.
@@ -253,7 +253,7 @@ def hub_rows(name: str) -> Rows:
     owner, rest, *subset = id_and_subset.split("/")
     try:
         loaded = datasets.load_dataset(f"{owner}/{rest}", *subset)
-    except Exception as error:  # of the hub's client, of the network, of whatever reads the files
+    except Exception as error:  # may come from the Hub's client, the network, or any file reader
         raise DataError(
             f"{name} is neither a local file nor a data set that the hub provides: {first_line(error)}. Give "
             "owner/name, owner/name/subset, or either with @split, for instance @train."

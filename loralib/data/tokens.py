@@ -1,4 +1,4 @@
-"""Turns `Example` values into token ids with a loss mask; examples that are too long are dropped, never cut."""
+"""Turns `Example` values into token ids with a loss mask; long examples are dropped, long plain text is split."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ __all__ = [
 
 OBJECTIVES: Final = ("clm", "jlm", *PREFERENCES)
 
-# Only bases/ imports transformers; here a tokenizer is anything that behaves like its fast tokenizers.
+# Only bases/ imports transformers; here, a tokenizer is anything that behaves like its fast tokenizers.
 Tokenizer = Any
 SeqLen = int | None | Callable[[Sequence[int]], int | None]
 
 _TOO_LONG: Final = "longer than seq_len"
 _ANSWER_TOO_LONG: Final = "answer of a chat longer than seq_len"
 _EMPTY: Final = "empty completion"
-_BROKEN: Final = "\ufffd"  # what part of a character decodes to
+_BROKEN: Final = "\ufffd"  # incomplete characters decode to this
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class TokenExample:
 
     Attributes:
         ids: T token ids.
-        trained: the loss mask, T booleans: ``trained[i]`` says whether the loss includes the prediction of ``ids[i]``
-            from ``ids[:i]``. ``trained[0]`` is always False, since nothing comes before it.
+        trained: the loss mask, T booleans: ``trained[i]`` tells whether the loss includes predicting ``ids[i]`` from
+            ``ids[:i]``. ``trained[0]`` is always False, since nothing precedes it.
     """
 
     ids: tuple[int, ...]
@@ -60,78 +60,78 @@ class TokenExample:
     def __len__(self) -> int:
         return len(self.ids)
 
-    # What every kind of example has, of which some have several rows of tokens.
+    # The interface of all kinds of examples, some of which have several token rows.
 
     @property
     def rows(self) -> tuple[TokenExample, ...]:
-        """The rows of tokens that it is made of: this one."""
+        """Its token rows: only this one."""
         return (self,)
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens before the first trained one; of a row without any, all."""
+        """The tokens before the first trained one; all tokens if none is trained."""
         return self.ids[: self.trained.index(True)] if True in self.trained else self.ids
 
     @property
     def trained_tokens(self) -> int:
-        """How many of its tokens are trained."""
+        """The number of trained tokens."""
         return sum(self.trained)
 
     @property
     def longest(self) -> int:
-        """How many tokens its longest row has."""
+        """The length of its longest row, in tokens."""
         return len(self.ids)
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that it holds as plain values, by which it is hashed."""
+        """Its contents as plain values, for hashing."""
         return self.ids, self.trained
 
 
 @dataclass(frozen=True)
 class PreferencePair(TokenExample):
-    """A prompt with the answer that is preferred to another one; `ids` and `trained` are those with that answer.
+    """A prompt with a chosen and a rejected answer; `ids` and `trained` are for the chosen one.
 
     Attributes:
-        rejected: the same prompt with the other answer.
-        reference: the log-probabilities of the two answers under the reference model, once they are known.
+        rejected: the same prompt with the rejected answer.
+        reference: log-probabilities of both answers under the reference model, once they are known.
     """
 
     rejected: TokenExample
     reference: tuple[float, float] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
-        return len(self.ids) + len(self.rejected) - self.shared  # the prompt counts once, as it is computed
+        return len(self.ids) + len(self.rejected) - self.shared  # the prompt counts once, since it is computed once
 
     @property
     def shared(self) -> int:
-        """How many tokens the two rows begin with alike, at most the prompt."""
+        """The length of the two rows' common prefix in tokens, limited to the prompt."""
         pairs = zip(self.prompt, self.rejected.prompt, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @property
     def rows(self) -> tuple[TokenExample, ...]:
-        """The rows with the chosen and with the rejected answer."""
+        """The rows with the chosen and the rejected answer."""
         return TokenExample(self.ids, self.trained), self.rejected
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the two answers have."""
+        """The number of tokens in both answers."""
         return sum(self.trained) + self.rejected.trained_tokens
 
     @property
     def longest(self) -> int:
-        """How many tokens the longer row has."""
+        """The length of the longer row, in tokens."""
         return max(len(self.ids), len(self.rejected))
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that the data say of it, as plain values."""
+        """Its contents in the data as plain values."""
         return self.ids, self.trained, self.rejected.content
 
 
 class Dropped(NamedTuple):
-    """An example that is not trained on, why, and how many tokens it has (0: not tokenized)."""
+    """An example that is left out of training, the reason, and its number of tokens (0: not tokenized)."""
 
     example: Example
     reason: str
@@ -140,17 +140,17 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token examples, and an account of those that were left out.
+    """Token examples, and a record of what was left out.
 
     Attributes:
         examples: the token examples.
-        texts: the `Example` that each was made from, at the same index; one cut into windows is there repeatedly.
+        texts: the `Example` that each was made from, at the same index; repeated if it was split into windows.
         out: the examples that were dropped.
-        lengths: the tokens of each example that could be trained, whole: before any was dropped for its length, cut
-            into windows, or left out of a sample.
-        given: how many examples there were.
-        seq_len: the limit that was applied; None: none was.
-        notes: lines for the user: how each file was recognised, and which of its fields are not used.
+        lengths: number of tokens of each trainable example as a whole: before dropping long ones, splitting into
+            windows, or sampling.
+        given: number of examples before any were left out.
+        seq_len: the limit that was applied; None: no limit.
+        notes: notes for the user: how each file was read, and which of its fields are unused.
     """
 
     examples: list[TokenExample]
@@ -166,17 +166,17 @@ class Encoded:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many examples were dropped for each reason that occurred."""
+        """Number of dropped examples by reason."""
         return dict(Counter(item.reason for item in self.out))
 
     @property
     def used(self) -> int:
-        """How many different examples are trained on."""
+        """Number of different examples that are trained on."""
         return len({id(text) for text in self.texts})
 
     @property
     def drop_note(self) -> str:
-        """A line for the user, or "" if nothing was dropped.
+        """A note for the user; "" if nothing was dropped.
 
         >>> one = Example.of("a", "b")
         >>> Encoded([], [], [Dropped(one, "longer than seq_len", 9), Dropped(one, "empty completion")]).drop_note
@@ -203,16 +203,16 @@ class Encoded:
 
     @property
     def length_warning(self) -> str:
-        """A warning if more than 1 % of the examples were dropped for their length, else ""."""
+        """A warning if over 1 % of the examples were dropped because of their length, else ""."""
         longer = sum(item.tokens > 0 for item in self.out)
         if self.seq_len is None or longer <= 0.01 * len(self.lengths):
             return ""
         return length_report(self.lengths, self.seq_len)
 
     def limited(self, seq_len: int | None) -> Encoded:
-        """Drops the examples of more than `seq_len` tokens; plain text is cut into windows instead.
+        """Drops examples longer than `seq_len` tokens; plain text is split into windows instead.
 
-        The windows of a text overlap by one token, so that each token is trained once.
+        Consecutive windows of a text overlap by one token, so that each token is trained once.
         """
         if seq_len is None:
             return self
@@ -226,16 +226,16 @@ class Encoded:
             texts += [text] * len(windows)
             if not windows:
                 out.append(Dropped(text, _TOO_LONG, whole.longest))
-        used = {id(text) for text in texts}  # of a chat in several rows, some may fit
+        used = {id(text) for text in texts}  # for a chat with several rows, some of them may fit
         out = [item._replace(reason=_ANSWER_TOO_LONG) if id(item.example) in used else item for item in out]
         return replace(self, examples=tokens, texts=texts, out=out, seq_len=seq_len)
 
 
 def length_report(lengths: Sequence[int], seq_len: int) -> str:
-    r"""Describes how long examples are, for one whose `seq_len` drops some of them.
+    r"""Describes the lengths of examples, for users whose `seq_len` drops some of them.
 
     Args:
-        lengths: the tokens of each example, as in `Encoded.lengths`.
+        lengths: number of tokens in each example, as in `Encoded.lengths`.
         seq_len: the limit.
 
     >>> print(*length_report([40] * 90 + [70] * 8 + [300] * 2, seq_len=64).split(": "), sep="\n")
@@ -253,7 +253,7 @@ def length_report(lengths: Sequence[int], seq_len: int) -> str:
 
 
 def length_at(lengths: Sequence[int], percent: float) -> int:
-    """Returns the shortest length that covers this share of the examples.
+    """Returns the shortest length that covers `percent` of the examples.
 
     >>> length_at(range(1, 101), 99)
     99
@@ -277,23 +277,23 @@ def load_examples(
     """Reads, tokenizes and samples the examples of one or several weighted files.
 
     Args:
-        sources: whatever `read_sources` takes, or its result (it is quick, and so reports faults before a model is
-            loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a random
-            half of them).
+        sources: anything that `read_sources` accepts, or its result (it is fast, and so can report faults before a
+            model is loaded). ``path:weight`` shows each example of a file ``weight`` times per epoch (2: twice; 0.5: a
+            random half of them).
         tokenizer: the model's tokenizer.
-        seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is cut into
-            windows instead).  None: no limit.  A function gets the lengths of all examples and returns the limit.
+        seq_len: maximum number of tokens in an example; longer ones are dropped and counted (plain text is split into
+            windows instead).  None: no limit.  A function receives the lengths of all examples and returns the limit.
         objective: "clm" trains completions, "jlm" all tokens, "dpo" and "orpo" pairs of completions.
-        max_samples: maximum number of examples in all, sampled after dropping, with as many different prompts as
+        max_samples: maximum total number of examples, sampled after dropping, with as many different prompts as
             possible; several files share it in proportion to weight times size.
-        seed: random seed of the sample.
-        format: the format of files still to be read; see `read_examples`.
-        columns: which of their fields are which; see `read_examples`.
-        as_chat: prompts and completions become chats; see `read_examples`.
+        seed: random seed for sampling.
+        format: format of files that have not been read yet; see `read_examples`.
+        columns: mapping of their fields; see `read_examples`.
+        as_chat: whether to turn prompts and completions into chats; see `read_examples`.
 
     Raises:
         DataError: a file cannot be read, or none of its examples fits.
-        ConfigError: max_samples, objective or seq_len has an impossible value.
+        ConfigError: max_samples, objective or seq_len is invalid.
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples is {max_samples}, expected at least 1.")
@@ -307,13 +307,13 @@ def load_examples(
 
 
 def draw_sources(sources: Sequence[Any], parts: Sequence[Encoded], max_samples: int | None, seed: int) -> Encoded:
-    """Makes one of the encoded examples of several sources, each drawn as often as its weight says.
+    """Combines the encoded examples of several sources, drawing each as often as its weight says.
 
     Args:
-        sources: what `read_sources` returned.
+        sources: result of `read_sources`.
         parts: their examples, encoded.
         max_samples: see `load_examples`.
-        seed: random seed of the sample.
+        seed: random seed for sampling.
     """
     drawn = _drawn(parts, [source.weight for source in sources], max_samples, seed)
     return Encoded(
@@ -328,7 +328,7 @@ def draw_sources(sources: Sequence[Any], parts: Sequence[Encoded], max_samples: 
 def _drawn(
     parts: Sequence[Encoded], weights: Sequence[float], most: int | None, seed: int
 ) -> list[tuple[Example, TokenExample]]:
-    """Draws from each part as many examples as its weight says, and in all at most `most`."""
+    """Draws as many examples from each part as its weight says, but at most `most` in total."""
     counts = [max(1, round(weight * len(part))) for weight, part in zip(weights, parts, strict=True)]
     if most is not None and sum(counts) > most:
         counts = _shares(counts, most)
@@ -341,18 +341,18 @@ def _drawn(
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | None, objective: str = "clm") -> Encoded:
-    """Tokenizes examples, in their order; drops and counts those that are too long or have an empty completion.
+    """Tokenizes examples in order; drops and counts those that are too long or have an empty completion.
 
     Args:
-        examples: what to tokenize.
+        examples: the examples to tokenize.
         tokenizer: the model's tokenizer.
-        seq_len: maximum number of tokens in an example, its end token included; None: no limit. See `Encoded.limited`.
+        seq_len: maximum number of tokens in an example, including its end token; None: no limit. See `Encoded.limited`.
         objective: "clm" (causal, completions only), "jlm" (joint, every token), or "dpo" or "orpo" (each example and
             its `rejected` become a `PreferencePair`).
 
     Raises:
         DataError: no example is left, or the tokenizer has no end token.
-        ConfigError: unknown objective, or seq_len below 2.
+        ConfigError: the objective is unknown, or seq_len is below 2.
     """
     if objective not in OBJECTIVES:
         expected = f"one of {', '.join(map(repr, OBJECTIVES))}"
@@ -373,7 +373,7 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
             out.append(Dropped(example, _EMPTY))
             continue
         pieces_of_rows = next(rest)
-        # Of a chat in several rows, the last one holds all turns: enough where every token is trained.
+        # The last row of a chat with several rows has all turns, which suffices if every token is trained.
         for pieces in pieces_of_rows if objective == "clm" else pieces_of_rows[-1:]:
             ids = _ids_in_place(pieces, ids_of, tokenizer)
             tokens.append(_join(example, pieces, ids, start, end, objective))
@@ -383,7 +383,7 @@ def encode(examples: Iterable[Example], tokenizer: Tokenizer, seq_len: int | Non
 
 
 def _pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
-    """Tokenizes examples of preferences; raises DataError, which lists all that cannot be learned from."""
+    """Tokenizes preference examples; raises DataError, listing all that cannot be learned from."""
     sides = [(example, example.rejected) for example in examples if example.rejected is not None]
     if len(sides) < len(examples) or not sides:
         raise DataError("expected examples with a chosen and a rejected answer (Example.rejected).")
@@ -415,7 +415,7 @@ def _checked(seq_len: int | None) -> int | None:
 
 
 def _limited(whole: Encoded, seq_len: int | None, tokenizer: Tokenizer) -> Encoded:
-    """Applies a limit; raises DataError, which shows the first example, if nothing is left to train on."""
+    """Applies a limit; if nothing is left to train on, raises DataError, which shows the first example."""
     encoded = whole.limited(seq_len)
     if encoded.examples:
         return encoded
@@ -442,9 +442,9 @@ _SOURCE_END: Final = re.compile(r"(:\d+|\[\d+\])$")
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> TokenExample:
-    """Tokenizes one example whole: a completion ends with the end token and is never cut.
+    """Tokenizes one whole example: a completion ends with the end token and is never truncated.
 
-    The text before a completion gets the ids that it has on its own, as in generation.
+    The text before a completion gets the same ids as on its own, as in generation.
     """
     rows = _rows(example, ChatTemplate(tokenizer))
     if len(rows) > 1:
@@ -454,14 +454,14 @@ def tokenize(example: Example, tokenizer: Tokenizer, objective: str = "clm") -> 
 
 
 def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
-    """Returns a prompt's ids in training and generation: the start token, if the tokenizer adds one, and the text.
+    """Returns a prompt's ids for training and generation: the start token, if the tokenizer adds one, and the text.
 
-    An empty prompt without a start token becomes the end token alone (GPT-2's convention), since a model needs at
-    least one token to continue.  Of a chat it is the turns before its last answer and how the model's chat template
-    begins that answer; the template writes its own start token.
+    An empty prompt without a start token becomes just the end token (GPT-2's convention), since a model needs at least
+    one token to continue.  For a chat, the prompt is the turns before its last answer and the beginning that the
+    model's chat template gives that answer; the template writes its own start token.
 
     Raises:
-        DataError: a chat that the model's template cannot write.
+        DataError: the model's template cannot render the chat.
     """
     if isinstance(prompt, Example) and prompt.messages:
         text = ChatTemplate(tokenizer).prompt(prompt)
@@ -471,12 +471,12 @@ def prompt_ids(prompt: str | Example, tokenizer: Tokenizer) -> list[int]:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer, keep: str = "") -> Iterator[str]:
-    """Yields the text of each token, for people; tokens that are parts of one character are joined.
+    """Yields the text of each token for display; tokens that form a single character together are joined.
 
     Args:
-        ids: the tokens.
-        tokenizer: what they belong to.
-        keep: characters that are left as they are, though they cannot be printed.
+        ids: the token ids.
+        tokenizer: the tokenizer they belong to.
+        keep: unprintable characters to leave unchanged.
     """
     at = 0
     while at < len(ids):
@@ -487,7 +487,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, keep: str = "") -> Ite
         else:
             end, text = at + 1, tokenizer.decode([ids[at]])
         at = end
-        # A line end or an escape code in the data must not reach the terminal.
+        # Line breaks and escape codes in the data must not reach the terminal.
         yield "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
 
 
@@ -495,7 +495,7 @@ def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Se
     """Returns the segments of each example; a chat may need several rows.
 
     Raises:
-        DataError: lists all chats that the model's template cannot render.
+        DataError: the model's template cannot render some chats; all are listed.
     """
     template = ChatTemplate(tokenizer)
     rows, faults = [], []
@@ -523,7 +523,7 @@ def _has_completion(example: Example) -> bool:
 
 
 def _ids_of(segments: Iterable[Segments], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Returns the ids of the texts that `_ids_in_place` compares: the pieces of each example, and its whole text."""
+    """Returns the ids of all texts that `_ids_in_place` compares: each piece of an example, and its whole text."""
     texts = set()
     for pieces in segments:
         texts |= {"".join(text for text, _ in pieces), *(text for text, _ in pieces)}
@@ -531,11 +531,11 @@ def _ids_of(segments: Iterable[Segments], tokenizer: Tokenizer) -> dict[str, lis
 
 
 def _ids_in_place(pieces: Segments, ids_of: Mapping[str, list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns the ids of each piece in its place: those that it adds to the ids of the text before it.
+    """Returns the ids of each piece in context: those that it adds to the ids of the text before it.
 
-    Usually these are the ids of the piece alone.  But some tokenizers (Llama 2's kind) put a blank before whatever they
-    are given, which a piece in the middle of a text does not have.  Where a token would span two pieces, the second one
-    gets the ids that it has alone, since the text before it must have the ids that generation gives it.
+    Usually these are the ids of the piece on its own.  But some tokenizers (like Llama 2's) prepend a space to their
+    input, which a piece in the middle of a text does not have.  If a token would span two pieces, the second piece gets
+    the ids that it has on its own, since the text before it must have the same ids as in generation.
     """
     alone = [ids_of[text] for text, _ in pieces]
     prefixes = list(accumulate(text for text, _ in pieces))
@@ -562,7 +562,7 @@ def _join(
     ids: list[int] = list(chain(*ids_of_pieces))
     trained = [is_trained for (_, is_trained), piece in zip(pieces, ids_of_pieces, strict=True) for _ in piece]
     if not example.messages:  # a chat template writes its own start and end tokens
-        is_ended = ids[-1:] == [end]  # some data have their tokens written out
+        is_ended = ids[-1:] == [end]  # some data already contain these tokens
         is_prompt_empty = not example.is_plain and not ids_of_pieces[0]
         ids = _started(ids, start or ([end] if is_prompt_empty else []))  # as in prompt_ids
         trained = [False] * (len(ids) - len(trained)) + trained
@@ -575,20 +575,20 @@ def _join(
 
 
 def _token_ids(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Returns the ids of each text without start or end tokens, by one call: tokenizers are fast on batches."""
+    """Returns each text's ids without start or end tokens, in one call, because tokenizers are fast on batches."""
     ordered = [text for text in texts if text]
     ids = tokenizer(ordered, add_special_tokens=False)["input_ids"] if ordered else []
     return {"": [], **{text: list(row) for text, row in zip(ordered, ids, strict=True)}}
 
 
 def _start_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the start token if the tokenizer puts one before a text (Llama's and Gemma's do, GPT-2's does not)."""
+    """Returns the start token if the tokenizer prepends one (Llama's and Gemma's do, GPT-2's does not)."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
 
 
 def _started(ids: list[int], start: list[int]) -> list[int]:
-    """Puts the start token before a text, unless the text begins with it, written out."""
+    """Prepends the start token, unless the text already begins with it."""
     return ids if start and ids[: len(start)] == start else start + ids
 
 
@@ -599,7 +599,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
 
 
 def _windows(whole: TokenExample, seq_len: int) -> list[TokenExample]:
-    """Cuts into windows of at most seq_len tokens; each begins with the last token of the previous one, untrained."""
+    """Splits into windows of at most seq_len tokens; each begins with the previous one's last token, untrained."""
     starts = range(0, max(1, len(whole) - 1), seq_len - 1)
     windows = (slice(start, start + seq_len) for start in starts)
     return [TokenExample(whole.ids[window], (False, *whole.trained[window][1:])) for window in windows]

@@ -1,4 +1,4 @@
-"""How a chat template begins and ends an answer: whether examples are chats, and which tokens end a turn."""
+"""How a chat template begins and ends an answer: whether examples are chats, and which token ends a turn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LOOKED_AT: Final = 8
 
 
 def are_chats(examples: Sequence[TokenExample], tokenizer: Any) -> bool:
-    """Returns whether examples are chats as a tokenizer's template writes them: each answer begins as it begins one.
+    """Returns whether examples are chats in the format of a tokenizer's template, judging by how their answers begin.
 
     Args:
-        examples: the first ones are looked at.
-        tokenizer: the one that made them.
+        examples: only the first few are checked.
+        tokenizer: the tokenizer that produced them.
     """
     template = ChatTemplate(tokenizer)
     if not template.is_there or not examples:
@@ -35,15 +35,15 @@ def are_chats(examples: Sequence[TokenExample], tokenizer: Any) -> bool:
     texts = []
     for example in examples[:_LOOKED_AT]:
         start = example.trained.index(True) if True in example.trained else 0
-        # Where every token is trained, an answer may begin anywhere.
+        # If every token is trained, an answer may begin anywhere.
         texts.append(str(tokenizer.decode(list(example.ids[:start] if start > 1 else example.ids))))
     return bool(begin) and all(begin in text for text in texts)
 
 
 def turn_ends(tokenizer: Any) -> list[int]:
-    """Returns the token that a tokenizer's chat template ends an answer with; none where there is no template."""
+    """Returns the token with which a tokenizer's chat template ends an answer; nothing if there is no template."""
     try:
         ended = tokenize(_ANSWERED, tokenizer)
-    except DataError:  # no template, or one that takes no such chat
+    except DataError:  # no template, or one that does not accept this chat
         return []
     return [ended.ids[-1]] if ended.trained[-1] else []

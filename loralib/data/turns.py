@@ -1,4 +1,4 @@
-"""The turns of a chat, in the names and forms of several tools, become `Turn` values."""
+"""Converts the turns of a chat, in the names and formats of several tools, to `Turn` values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .lines import is_text, shown
 __all__ = ["turns_of"]
 
 _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
-_OTHER_ROLES: Final = {  # names of other tools and models
+_OTHER_ROLES: Final = {  # names used by other tools and models
     **dict.fromkeys(("human", "customer"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "bard", "bing", "model", "ai"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -22,10 +22,10 @@ _OTHER_ROLES: Final = {  # names of other tools and models
 
 
 def turns_of(value: Any, name: str) -> list[Turn]:
-    """Returns the turns of the field `name`, a list of objects with role and content, or from and value.
+    """Returns the turns in the field `name`, a list of objects with role and content, or from and value.
 
     Raises:
-        DataError: one is of another form, or holds something that cannot be trained on.
+        DataError: a turn has another form, or contains something that cannot be trained on.
     """
     value = json_of(value, name)
     if not isinstance(value, list) or not value:
@@ -41,7 +41,7 @@ def _turn(turn: Any, where: str) -> Turn:
     said = text_of(turn, keys[0], f"{where}.")
     role = _OTHER_ROLES.get(said, said)
     near = "" if role in _ROLES else did_you_mean(role.strip().lower(), _ROLES[:3])
-    if near:  # the chat template judges other roles
+    if near:  # other roles are left to the chat template
         raise DataError(f"{where}.{keys[0]} is {role!r}.{near}")
     fields = {key: value for key, value in turn.items() if key not in keys and value not in (None, "", [], {})}
     trained = _flag(fields, role, where)
@@ -54,7 +54,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _flag(fields: dict[str, Any], role: str, where: str) -> bool:
-    """Takes the flags that say whether a turn is trained from its fields."""
+    """Removes the flags that say whether a turn is trained from its fields, and returns whether it is."""
     trained = True
     for name in [name for name in fields if name in FLAGS[:-2]]:
         value = fields.pop(name)
@@ -67,7 +67,7 @@ def _flag(fields: dict[str, Any], role: str, where: str) -> bool:
 
 
 def _calls(value: Any, fields: dict[str, Any], where: str) -> list[Any]:
-    """Returns the tool calls of a turn in the form that chat templates expect, with arguments as objects."""
+    """Returns a turn's tool calls in the form that chat templates expect, with arguments as objects."""
     old = fields.pop("function_call", None)
     calls = json_of(fields.pop("tool_calls", None), where) or []
     for one in (json_of(value, where), json_of(old, where)):
@@ -88,7 +88,7 @@ def _calls(value: Any, fields: dict[str, Any], where: str) -> list[Any]:
 
 
 def _content(turn: dict[str, Any], key: str, where: str) -> str:
-    """Returns a turn's text; texts in a list of parts are joined."""
+    """Returns a turn's text, joining the texts in a list of parts."""
     parts = turn.get(key)
     if not isinstance(parts, list):
         return text_of(turn, key, f"{where}.")
