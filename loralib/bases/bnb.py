@@ -1,7 +1,7 @@
-"""bitsandbytes, the only file that knows it: bases that it quantised, and its fast way from codes to weights on a GPU.
+"""Support for bitsandbytes, in this file only: bases quantised by it, and its fast dequantisation on GPUs.
 
-Its layers are not used.  On CPUs with bf16 units, version 0.50 repacks a 4-bit weight at the first evaluation, and from
-then on no gradient passes through it, without an error.
+Its layers are not used: on CPUs with bf16 units, version 0.50 repacks a 4-bit weight at the first evaluation, after
+which no gradient passes through it, without any error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["dequantized", "is_available", "take_over"]
 
 
 def take_over(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
-    """Replaces the layers that bitsandbytes put into a model by the model's own kind, with the same codes.
+    """Replaces the layers that bitsandbytes put into a model with the original layer types, using the same codes.
 
-    NF4 in blocks of 64 with double quantisation, and int8, are kept as they are; FP4 and other blocks become dense.
+    NF4 in blocks of 64 with double quantisation, and int8, are kept; FP4 and other block sizes are dequantised.
 
     Args:
-        model: as transformers read it.
-        dtype: of its other weights, in which the linears compute too: bitsandbytes notes another one with its codes.
+        model: as read by transformers.
+        dtype: dtype of its other weights, used by the linear layers as well: the one that bitsandbytes records differs.
 
     Returns:
-        How many weights were kept in their bits, and how many became dense.
+        How many weights were kept quantised, and how many were dequantised.
     """
     kept = dense = 0
     for name, module in list(model.named_modules()):
@@ -42,7 +42,7 @@ def take_over(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _weight_of(module: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the weight (out, in) of one of its linears, in the same bits where that is known here."""
+    """Returns the weight (out, in) of one of its linear layers, still quantised if the format is supported."""
     shape = torch.Size((module.out_features, module.in_features))
     state = getattr(module.weight, "quant_state", None)
     if state is None:
@@ -61,13 +61,13 @@ def _weight_of(module: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _with_samples(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight was never seen before it was quantised: a fingerprint can only tell it from other ones."""
+    """Adds samples of the dequantised weight for fingerprints, since the original weight is not available."""
     weight.samples = samples_of(weight.dense()).clone()
     return weight
 
 
 def _as_before(module: Any, weight: Tensor) -> nn.Module:
-    """Makes a linear of the class that stood there before; GPT-2's Conv1D has its weight turned."""
+    """Creates a linear layer of the original class; GPT-2's Conv1D stores its weight transposed."""
     source: type[nn.Module] = getattr(module, "source_cls", None) or nn.Linear
     with torch.device("meta"):
         if source.__name__ == "Conv1D":
@@ -82,7 +82,7 @@ def _as_before(module: Any, weight: Tensor) -> nn.Module:
 
 
 def dequantized(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """Returns the dense weight (out, in), by bitsandbytes' own kernel."""
+    """Returns the dense weight (out, in), using bitsandbytes' kernel."""
     functional = _functional()
     of_absmax = functional.QuantState(
         absmax=weight.absmax_scales, blocksize=BLOCKS, code=absmax_map().to(weight.device), dtype=torch.float32

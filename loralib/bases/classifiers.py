@@ -1,7 +1,7 @@
-"""Models that classify texts: a base model's body under a head with a logit for each label, and its tokenizer.
+"""Text classifiers: a base model's body with a head that has one logit per label, and its tokenizer.
 
-A head that the base does not bring along is new, and random.  It trains in full and is saved with the adapter, and so
-does whatever else of the model is new (`new_modules`): otherwise nobody could load the adapter again.
+A head that the base lacks is new, with random weights.  It is trained in full and saved with the adapter, as is
+anything else in the model that is new (`new_modules`); otherwise the adapter could not be loaded again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
     "own_classes",
 ]
 
-TASK: Final = "SEQ_CLS"  # PEFT's name of the task
+TASK: Final = "SEQ_CLS"  # PEFT's name for the task
 _HEADS: Final = HEADS[TASK]
 _NEW: Final[weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
@@ -64,15 +64,15 @@ def load_classifier(
     hidden_dim: int | None = None,
     num_layers: int | None = None,
 ) -> tuple[Any, Any]:
-    """Loads a model that classifies texts, in transformers' form (AutoModelForSequenceClassification).
+    """Loads a text classifier as one of transformers' models (AutoModelForSequenceClassification).
 
     Args:
-        name: see `load_base`; besides, encoders such as BERT, RoBERTa, DeBERTa and ModernBERT, and "scratch-encoder".
-        labels: the names of the classes; none: it predicts a number; None: those of the checkpoint.
-        dtype: of the weights, except the head's, which are fp32 since they are trained themselves.
+        name: see `load_base`; also encoders such as BERT, RoBERTa, DeBERTa and ModernBERT, and "scratch-encoder".
+        labels: class names; empty: the model predicts a number; None: the checkpoint's own classes.
+        dtype: dtype of the weights, except for the head, which is fp32 because it is trained in full.
         device: see `load_base`.
         quantize: see `load_base`.
-        seed: random seed of a new head, and of the weights of made-up bases.
+        seed: random seed for a new head, and for the weights of made-up bases.
         hidden_dim: see `load_base`.
         num_layers: see `load_base`.
 
@@ -80,7 +80,7 @@ def load_classifier(
         The model in eval mode, and its tokenizer.
 
     Raises:
-        BaseModelError: there is no such model, it cannot be read, or there is no such form of it.
+        BaseModelError: there is no such model, it cannot be read, or it has no classification variant.
         ConfigError: dtype or device is not available.
     """
     name, device, quantize = os.fspath(name), pick_device(device), chosen_kind(quantize)
@@ -105,9 +105,9 @@ def load_classifier(
 
 
 def _finish(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
-    """Prepares a model that was read for its task; `new` are its tensors that the base does not have."""
+    """Prepares a model for its task after reading; `new` lists its tensors that the base does not have."""
     for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the last token of a text
+        config.pad_token_id = tokenizer.pad_token_id  # lets decoders find the last token of a text
     _NEW[model] = _owners(model, new)
     for part, module in model.named_modules():
         if part in _NEW[model] or part in _HEADS:
@@ -115,15 +115,15 @@ def _finish(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
 
 
 def load_adapted_classifier(adapter: str, model: str | None = None, **options: Any) -> tuple[nn.Module, Any]:
-    """Loads the base model of a classifier's adapter with the adapter on it, and the tokenizer.
+    """Loads the base model of a classifier's adapter, with the adapter applied, and the tokenizer.
 
     Args:
         adapter: a PEFT directory.
-        model: the base; default: the one that the adapter names.
+        model: the base; default: the one named by the adapter.
         options: see `load_classifier`.
 
     Raises:
-        AdapterError: it is no classifier, or does not fit the base.
+        AdapterError: it is not a classifier, or does not fit the base.
         BaseModelError: there is no such model.
     """
     value = None if is_read_with_base(adapter) else read_adapter(adapter)
@@ -141,12 +141,12 @@ def load_adapted_classifier(adapter: str, model: str | None = None, **options: A
 
 
 def is_classifier(adapter: Adapter) -> bool:
-    """Whether an adapter is one of a classifier of texts."""
+    """Whether an adapter belongs to a text classifier."""
     return adapter.config.task_type == TASK
 
 
 def labels_in(adapter: Adapter) -> tuple[str, ...]:
-    """Returns the classes of a classifier's adapter: by name where they are kept, else as many as its head has."""
+    """Returns the classes of a classifier's adapter: their names if stored, else as many as its head has outputs."""
     if LABELS in adapter.metadata:
         return tuple(json.loads(adapter.metadata[LABELS]))
     heads = [tensor for name, tensor in adapter.tensors.items() if name in _LAST]
@@ -163,10 +163,10 @@ _LAST: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the classes of a model, in the order of its logits; none: it predicts a number.
+    """Returns a model's class names, in the order of its logits; empty if it predicts a number.
 
     Raises:
-        ConfigError: it is no classifier of texts.
+        ConfigError: it is not a text classifier.
     """
     config: Any = getattr(model, "config", None)
     if not type(model).__name__.endswith("ForSequenceClassification") or not hasattr(config, "id2label"):
@@ -179,7 +179,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
-    """Writes the names of a model's classes into its config."""
+    """Stores a model's class names in its config."""
     config: Any = model.config
     for key, value in _settings(labels).items():
         if key != "num_labels":
@@ -187,7 +187,7 @@ def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
 
 
 def own_classes(name: str) -> tuple[str, ...] | None:
-    """Returns the classes of a checkpoint that has a head for them, before it is loaded; None: it has none."""
+    """Returns the classes of a checkpoint with a classification head, without loading it; None if it has no head."""
     if is_made_up(name):
         return None
     path, _ = model_directory(name)
@@ -195,7 +195,7 @@ def own_classes(name: str) -> tuple[str, ...] | None:
         config = import_transformers().AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except Exception:  # loading it will say what is wrong
+    except Exception:  # loading the model will report the error
         return None
     if not any(str(each).endswith("ForSequenceClassification") for each in config.architectures or ()):
         return None
@@ -204,12 +204,12 @@ def own_classes(name: str) -> tuple[str, ...] | None:
 
 
 def _named_in(config: Any) -> tuple[str, ...]:
-    """The names of the classes in a model's config, in the order of its logits."""
+    """Returns the class names in a model's config, in the order of its logits."""
     return tuple(str(config.id2label[number]) for number in sorted(config.id2label))
 
 
 def new_modules(model: nn.Module) -> tuple[str, ...]:
-    """Returns the modules whose weights the base does not bring along, so that they are random: for modules_to_save."""
+    """Returns the modules with random weights, because the base has none for them; they belong in modules_to_save."""
     return _NEW.get(model, ())
 
 
@@ -225,7 +225,7 @@ def _settings(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.device, seed: int, *sizes: Any) -> Any:
-    """Builds a classifier on the body of a made-up base, which is the same as without a head for classes."""
+    """Builds a classifier on the body of a made-up base, with the same weights as in the language model."""
     base = build_base(name, dtype, device, seed, *sizes)
     classes = import_transformers().AutoModelForSequenceClassification
     if type(base.config) not in classes._model_mapping:
@@ -241,7 +241,7 @@ def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.devi
 def _read(
     path: str, name: str, settings: dict[str, Any], dtype: torch.dtype, quantize: str | None
 ) -> tuple[Any, list[str]]:
-    """Reads a model and returns it with the names of its tensors that are new."""
+    """Reads a model and returns it with the names of its tensors that the checkpoint lacks."""
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
         with quiet_reading(), keep_freed_memory(lean=True):
@@ -275,7 +275,7 @@ def _read(
 
 
 def _owners(model: Any, keys: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modules that hold these tensors: the model's own parts, or modules within its body."""
+    """Returns the modules that hold these tensors: direct children of the model, or modules within its body."""
     body = model.base_model_prefix
     owners = dict[str, None]()
     for key in keys:
@@ -285,7 +285,7 @@ def _owners(model: Any, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _keep_in_fp32(module: nn.Module) -> None:
-    """Holds a part that is trained itself in fp32, under a body in fewer bits; it takes its inputs as they come."""
+    """Keeps a trained module in fp32 when the body has a narrower dtype, and casts its inputs to match."""
     module.float()
     for part in module.modules():
         if any(parameter is not None for parameter in part._parameters.values()):

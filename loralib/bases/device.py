@@ -1,4 +1,4 @@
-"""The device and the dtype of a base model, by name or by default."""
+"""Choosing the device and the dtype of a base model, by name or by default."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _DTYPES = {
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Returns the device of that name, or the best one there is: CUDA, then Apple's MPS, then the CPU.
+    """Returns the device with this name, or the best one available: CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: there is no such device on this machine.
 
     >>> pick_device("cpu")
     device(type='cpu')
@@ -51,7 +51,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Returns the dtype of that name; for None or "auto" bf16 where the device computes fast in it, else fp32.
+    """Returns the dtype with this name; for None or "auto": bf16 if the device is fast in it, else fp32.
 
     Raises:
         ConfigError: there is no such dtype.
@@ -71,19 +71,19 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 def _is_fast_in_bf16(device_type: str) -> bool:
     """Tells whether bf16 is worth using on a device.
 
-    CUDA reports it.  Elsewhere no flag is reliable (a CPU may emulate bf16, slowly), so a matrix product is timed: with
-    bf16 units it is 3 to 5 times as fast as in fp32, without them slower; 1.5 times separates the two.
+    CUDA reports it.  On other devices no flag is reliable (a CPU may emulate bf16, slowly), so a matrix product is
+    timed: with bf16 units it is 3 to 5 times as fast as in fp32, without them slower; 1.5 times separates the two.
     """
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     try:
         factors = {dtype: torch.ones(384, 384, dtype=dtype, device=device_type) for dtype in best}
-        for _ in range(6):  # the fastest of interleaved runs: the machine may be busy
+        for _ in range(6):  # interleaved, keeping the fastest: the machine may be busy
             for dtype, factor in factors.items():
                 start = time.perf_counter()
                 (factor @ factor)[0, 0].item()  # item() waits for the device
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
-    except (RuntimeError, TypeError):  # old MPS has no bf16
+    except (RuntimeError, TypeError):  # old versions of MPS have no bf16
         return False
     return best[torch.float32] > 1.5 * best[torch.bfloat16]

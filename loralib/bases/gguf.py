@@ -1,8 +1,8 @@
 """Base models in GGUF files, llama.cpp's format.
 
-transformers reads config, tokenizer and weights, and makes the weights dense.  What it read is then compared with the
-blocks in the file: where it is known here how these are laid out, and they stand for just the numbers that were read, a
-linear keeps them in the dense weight's place.  So nothing depends on a second way to translate names and orders.
+transformers reads config, tokenizer and dequantised weights.  The result is then compared with the file's blocks: if
+their format is supported and they represent exactly the same numbers, a linear layer keeps the blocks instead of its
+dense weight.  This avoids a second implementation of name and order translation.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def whereabouts(path: Path) -> tuple[str, dict[str, Any]]:
-    """Returns what tells transformers' ``from_pretrained`` where a model is: a directory, or a GGUF file in one."""
+    """Returns arguments of transformers' ``from_pretrained`` that locate a model: a directory, or a GGUF file."""
     return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
 
 
 def check_file(path: Path) -> dict[str, Any]:
-    """Checks a GGUF file's header before libraries that trust it see it, and returns its fields.
+    """Checks a GGUF file's header before passing it to libraries that trust it, and returns its fields.
 
     Raises:
-        BaseModelError: it is damaged, or holds no model, or only a part of one.
-        MissingDependencyError: what reads such files is not installed.
+        BaseModelError: it is damaged, or contains no model or only part of one.
+        MissingDependencyError: the packages that read such files are not installed.
     """
     _check_packages()
     fields, _ = _opened(path)
@@ -65,7 +65,7 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         BaseModelError: the file is damaged, or transformers cannot read such a model.
-        MissingDependencyError: what reads such files is not installed.
+        MissingDependencyError: the packages that read such files are not installed.
     """
     import transformers
 
@@ -73,7 +73,7 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
     where, options = whereabouts(path)
     causal: Any = transformers.AutoModelForCausalLM
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar, whatever the settings are
+        with contextlib.redirect_stderr(io.StringIO()):  # hides the reader's progress bar, which ignores settings
             model, info = causal.from_pretrained(
                 where, **options, dtype=dtype, local_files_only=True, output_loading_info=True
             )
@@ -85,19 +85,19 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:4])
         raise BaseModelError(f"{path} lacks tensors of {type(model).__name__}, such as {missing}; use another file.")
-    # A model from a GGUF file counts as quantised, and would refuse to be saved.
+    # A model read from a GGUF file counts as quantised, which would prevent saving it.
     model.hf_quantizer = None
     model.is_quantized = False
-    for name in ("quantization_config", "_model_name_or_path"):  # not every transformers 5 sets them
+    for name in ("quantization_config", "_model_name_or_path"):  # some releases of transformers 5 do not set them
         model.config.__dict__.pop(name, None)
     _scale_rotation(model, path)
     return model
 
 
 def _scale_rotation(model: Any, path: Path) -> None:
-    """Gives a model the scaling of its rotary embedding, which transformers leaves in the file.
+    """Adds the scaling of the rotary embedding, which transformers does not read from the file.
 
-    llama.cpp keeps Llama 3's as a list of factors, and not the numbers that it follows from.
+    For Llama 3, llama.cpp stores the resulting factors instead of the parameters they are computed from.
     """
     _, stored = _opened(path)
     found = {name: data for name, (_, data) in stored.items() if name.startswith(("rope_freqs.", "rope_factors_"))}
@@ -138,7 +138,7 @@ def read_tokenizer(path: Path) -> tuple[Any, str]:
             f"the tokenizer in {path} cannot be read: {first_line(error)}. Put the model's tokenizer.json and "
             "tokenizer_config.json next to the file; they take precedence."
         ) from error
-    for name, key in _SPECIAL_TOKENS.items():  # releases before 5.18 do not ask the file
+    for name, key in _SPECIAL_TOKENS.items():  # transformers before 5.18 ignores the file's own
         if isinstance(number := fields.get(f"tokenizer.ggml.{key}_token_id"), int):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     if fields.get("tokenizer.ggml.pre") == "smollm":
@@ -149,14 +149,14 @@ def read_tokenizer(path: Path) -> tuple[Any, str]:
 
 
 def _split_as_smollm(tokenizer: Any) -> None:
-    """Makes the tokenizer that transformers reads from the GGUF file SmolLM2's own."""
+    """Turns the tokenizer that transformers reads from the GGUF file into SmolLM2's own."""
     from tokenizers import decoders, pre_tokenizers
 
-    # The file only names its rule for splitting text ("smollm"), and transformers falls back to GPT-2's. SmolLM2 first
-    # separates every digit, which shows in runs of blanks before a number.
+    # The file only names its pre-tokenizer ("smollm"), and transformers falls back to GPT-2's. SmolLM2 splits off every
+    # digit first, which matters for runs of spaces before a number.
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    # Releases before 5.18 take it for a tokenizer like Llama's, and its beginning for its end.
+    # Releases before 5.18 treat it like Llama's tokenizer, and confuse its start and end tokens.
     tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder = None, decoders.ByteLevel()
     tokenizer.clean_up_tokenization_spaces = False
 
@@ -178,14 +178,14 @@ def _note_on_splitting(fields: Mapping[str, Any], path: Path) -> str:
 
 
 def keep_blocks(model: nn.Module, path: Path) -> str:
-    """Puts the blocks of a file in the place of linears' dense weights, where these are known here.
+    """Replaces dense weights of linear layers with the file's blocks, if their format is supported.
 
     Args:
-        model: of `read_dense`.
+        model: result of `read_dense`.
         path: the same file.
 
     Returns:
-        What was done, for the user.
+        A summary for the user.
     """
     import gguf
 
@@ -215,13 +215,13 @@ def _told(kept: Mapping[str, int], dense: Mapping[str, int]) -> str:
 
 
 def _orders(config: Any) -> list[int]:
-    """The numbers of heads in whose rows llama.cpp's order of q and k may differ; 0: no other order."""
+    """Returns head counts for which llama.cpp may have permuted the rows of q and k; 0 stands for no permutation."""
     heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     return [0, *sorted({number for number in heads if isinstance(number, int)})]
 
 
 def _in_blocks(linear: Any, place: tuple[GGUFTensor, memoryview], orders: list[int]) -> QuantizedWeight | None:
-    """Returns a linear's weight in the blocks of the file; None if they are not known, or stand for other numbers."""
+    """Returns a linear layer's weight as the file's blocks; None if they are not supported, or have other values."""
     turned = is_conv1d(linear)
     weight = linear.weight.detach()
     rows = weight.T if turned else weight
@@ -240,41 +240,41 @@ def _in_blocks(linear: Any, place: tuple[GGUFTensor, memoryview], orders: list[i
 
 
 def _ordered(part: Tensor, rows: int, heads: int) -> Tensor:
-    """Brings a part of a weight into the order that its rows have in transformers."""
+    """Restores the row order that transformers uses, for one part of a weight."""
     return reorder_rows(part.view(rows, -1), heads, to_gguf=False).contiguous().view(part.shape) if len(part) else part
 
 
 _SPECIAL_TOKENS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# The other numbers of the scaling, in all models of that kind.
+# The other parameters of this scaling, which are the same in all such models.
 _LLAMA_3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-# What blocks consist of, by the number of their type in ggml.
+# Parsers for the contents of blocks, by ggml's type number.
 
 _Parts = tuple[type[QuantizedWeight], Mapping[str, Tensor]]
 
 
 def _q8_0(blocks: Tensor, out: int, width: int) -> _Parts:
-    """34 bytes: the scale, and 32 codes."""
+    """34 bytes per block: the scale, and 32 codes."""
     scales = _halves(blocks[:, :2]).view(out, width // GGUF_BLOCK)
     return Q8Weight, {"codes": blocks[:, 2:].contiguous().view(torch.int8).view(out, width), "scales": scales}
 
 
 def _q4_0(blocks: Tensor, out: int, width: int) -> _Parts:
-    """18 bytes: the scale, and 16 for the codes of which 8 is zero."""
+    """18 bytes per block: the scale, and 16 bytes of codes, where 8 represents zero."""
     scales = _halves(blocks[:, :2])
     return _q4(blocks[:, 2:], scales, -8 * scales)
 
 
 def _q4_1(blocks: Tensor, out: int, width: int) -> _Parts:
-    """20 bytes: scale and minimum, and 16 for the codes."""
+    """20 bytes per block: scale and minimum, and 16 bytes of codes."""
     return _q4(blocks[:, 4:], _halves(blocks[:, :2]), _halves(blocks[:, 2:4]))
 
 
 def _q4_k(blocks: Tensor, out: int, width: int) -> _Parts:
-    """144 bytes for 256 numbers: scale, minimum, 6 bits of each for 8 blocks of 32, and the codes of pairs of blocks.
+    """144 bytes for 256 numbers: scale, minimum, 6 bits of each for 8 blocks of 32, and the codes, in pairs of blocks.
 
-    The 12 bytes of 6 bits: scales of four blocks and the upper bits of the other four's, minima likewise, and the lower
-    bits of the other four's scales and minima.
+    The 12 bytes of 6-bit numbers are: scales of four blocks with the upper bits of the other four's, minima likewise,
+    and the lower bits of the other four's scales and minima.
     """
     first, second, lower = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat([first & 63, lower & 15 | first >> 2 & 48], 1)
@@ -286,7 +286,7 @@ def _q4_k(blocks: Tensor, out: int, width: int) -> _Parts:
 
 
 def _q4(codes: Tensor, scales: Tensor, minima: Tensor) -> _Parts:
-    """Codes of which a byte holds a number of the first and one of the second half of a block."""
+    """Codes of which each byte holds one from the first and one from the second half of a block."""
     ones = torch.empty(0, dtype=torch.uint8)
     parts = {"scales": scales, "minima": minima, "scale_codes": ones, "minimum_codes": ones.clone()}
     return Q4Weight, {"codes": two_a_byte(torch.cat((codes & 15, codes >> 4), 1))} | parts
@@ -297,7 +297,7 @@ def _halves(two_bytes: Tensor) -> Tensor:
 
 
 def _of_bytes(size: int, parse: Callable[[Tensor, int, int], _Parts], data: memoryview, out: int, width: int) -> _Parts:
-    return parse(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, size), out, width)  # a copy
+    return parse(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, size), out, width)  # copies the data
 
 
 _BLOCKS: Final[Mapping[int, Callable[[memoryview, int, int], _Parts]]] = {
@@ -312,12 +312,12 @@ _BLOCKS: Final[Mapping[int, Callable[[memoryview, int, int], _Parts]]] = {
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], _Stored]:
-    """Returns the fields of a file, and its tensors' places and bytes by name; the file is not read whole."""
+    """Returns the fields of a file, and location and bytes of its tensors by name; does not read the whole file."""
     try:
         with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # closed once nothing refers to it
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # closed with its last reference
         fields, stored = gguf_header(data)
-    except (FormatError, ValueError) as error:  # an empty file cannot be mapped
+    except (FormatError, ValueError) as error:  # empty files cannot be mapped
         raise BaseModelError(
             f"{path} cannot be read as a GGUF file: {first_line(error)}. It is truncated, damaged or not a GGUF file; "
             "copy it again from its source."
@@ -329,12 +329,12 @@ def _opened(path: Path) -> tuple[dict[str, Any], _Stored]:
 
 def _check_packages() -> None:
     try:
-        import gguf  # transformers reads the file with it
+        import gguf  # transformers uses it to read the file
     except ImportError as error:
         raise _missing("gguf") from error
-    # On Python 3.10 the first releases of transformers 5 look for gguf's version in the module, which has none.
+    # On Python 3.10, early releases of transformers 5 look for gguf.__version__, which does not exist.
     vars(gguf).setdefault("__version__", importlib.metadata.version("gguf"))
-    if importlib.util.find_spec("accelerate") is None:  # transformers would report it only after reading has begun
+    if importlib.util.find_spec("accelerate") is None:  # otherwise transformers reports it only after starting to read
         raise _missing("accelerate")
 
 

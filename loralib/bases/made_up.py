@@ -1,7 +1,7 @@
-"""Base models that are built on the spot with random weights: the only file that knows scratch and the others.
+"""Base models created on the spot with random weights; the only file that defines scratch and the others.
 
-Each has a width, a number of blocks and a seed. `build_base` builds the one that a name asks for; a name such as
-``scratch-64x1-seed5`` holds all three, so that an adapter's config can name the base exactly.
+Each has a width, a number of blocks and a seed. `build_base` builds the one that a name stands for; a name such as
+``scratch-64x1-seed5`` includes all three, so that an adapter's config can identify its base exactly.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .device import pick_dtype
 
 __all__ = ["MADE_UP_BASES", "RunDemo", "build_base", "is_made_up"]
 
-VOCABULARY = 50257  # GPT-2's number of tokens; the tokenizer may use fewer
-HIDDEN_DIM, NUM_LAYERS, SEED = 768, 2, 0  # unless the user or the name says otherwise
+VOCABULARY = 50257  # size of GPT-2's vocabulary; the tokenizer may use fewer tokens
+HIDDEN_DIM, NUM_LAYERS, SEED = 768, 2, 0  # defaults, unless given by the user or the name
 
 
 def is_made_up(name: str) -> bool:
-    """Tells whether a name is that of a made-up base, with or without its sizes.
+    """Tells whether a name is that of a made-up base, with or without sizes.
 
     >>> is_made_up("scratch"), is_made_up("scratch-64x1-seed5"), is_made_up("gpt2")
     (True, True, False)
@@ -45,13 +45,13 @@ def build_base(
     hidden_dim: int | None,
     num_layers: int | None,
 ) -> Any:
-    """Builds a made-up base; its ``config.name_or_path`` names sizes and seed where they are not the defaults.
+    """Builds a made-up base; its ``config.name_or_path`` includes sizes and seed if they are not the defaults.
 
     Args:
-        name: of the base, with or without its sizes.
-        dtype: of all weights but LoRA's own, which stay in fp32; default: the base's.
-        device: for which the default dtype is chosen; the model is built on the CPU.
-        seed: of the random weights; ignored where the name holds one.
+        name: name of the base, with or without sizes.
+        dtype: dtype of all weights except LoRA's own, which stay in fp32; default: the base's default.
+        device: device for choosing the default dtype; the model is built on the CPU.
+        seed: random seed for the weights; ignored if the name contains one.
         hidden_dim: width of the model; default: 768.
         num_layers: number of blocks; default: 2.
 
@@ -78,7 +78,7 @@ def build_base(
     if faults:
         raise ConfigError(list_faults(f"{kind} cannot be built", faults))
     build, default_dtype = MADE_UP_BASES[kind]
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]):  # preserves the caller's random state
         torch.manual_seed(seed)
         model: Any = build(hidden_dim, num_layers)
     weight_dtype = pick_dtype(default_dtype if dtype is None else dtype, device)
@@ -91,7 +91,7 @@ def build_base(
 
 
 def _parse(name: str) -> tuple[str, tuple[int, int, int] | None]:
-    """Splits a name into the base's own name and (hidden_dim, num_layers, seed).
+    """Splits a name into the base's plain name and (hidden_dim, num_layers, seed).
 
     >>> _parse("run-demo-64x1-seed5")
     ('run-demo', (64, 1, 5))
@@ -101,7 +101,7 @@ def _parse(name: str) -> tuple[str, tuple[int, int, int] | None]:
 
 
 def build_scratch(hidden_dim: int, num_layers: int) -> Any:
-    """Builds a GPT-2 without dropout; its heads are 64 wide, or as near to that as the width allows."""
+    """Builds a GPT-2 without dropout; its heads are 64 wide, or as close to that as the width allows."""
     import transformers
 
     divisors = [n for n in range(1, hidden_dim + 1) if hidden_dim % n == 0]
@@ -124,7 +124,7 @@ def build_scratch(hidden_dim: int, num_layers: int) -> Any:
 
 
 def build_encoder(hidden_dim: int, num_layers: int) -> Any:
-    """Builds a ModernBERT without dropout, for classification: what it makes of a text is the mean over its tokens."""
+    """Builds a ModernBERT without dropout, whose classifier uses the mean over a text's tokens."""
     import transformers
 
     divisors = [n for n in range(1, hidden_dim + 1) if hidden_dim % n == 0 and hidden_dim // n % 2 == 0]
@@ -153,16 +153,16 @@ def build_encoder(hidden_dim: int, num_layers: int) -> Any:
 
 
 class RunDemo(nn.Module):
-    """A LoRA embedding, blocks of two LoRA linears (width, 4 * width, width) with biases, and an untied head.
+    """A LoRA embedding, blocks of two LoRA linear layers (width, 4 * width, width) with biases, and an untied head.
 
-    There is no attention: each token is predicted from the previous one alone.  With the defaults it has 87,752,033
-    parameters, of which 1,062,160 train (1.21 %).
+    There is no attention: each token is predicted from the previous one alone.  By default it has 87,752,033
+    parameters, of which 1,062,160 are trained (1.21 %).
 
     Args:
         hidden_dim: the width.
         num_layers: number of blocks.
-        freeze: train LoRA's own parameters only; otherwise biases and head too, which Microsoft's layers leave
-            trainable by themselves.
+        freeze: whether to train only LoRA's own parameters; otherwise biases and head are trained too, which
+            Microsoft's layers leave trainable by default.
     """
 
     def __init__(self, hidden_dim: int = 768, num_layers: int = 2, freeze: bool = True) -> None:
@@ -192,14 +192,14 @@ class RunDemo(nn.Module):
             mark_only_lora_as_trainable(self)
 
     def forward(self, input_ids: Tensor, logits_to_keep: int | Tensor = 0, **_: Any) -> Any:
-        """Computes the logits of the next token; accepts the other arguments of transformers' models and ignores them.
+        """Computes the logits of the next token; accepts, but ignores, other arguments of transformers' models.
 
         Args:
             input_ids: (B, T).
-            logits_to_keep: number of last positions to compute (0: all), or the indices of positions (n,).
+            logits_to_keep: number of last positions to compute (0: all), or indices of positions (n,).
 
         Returns:
-            An object whose ``logits`` are (B, T, 50257), or (B, n, 50257) for n positions to keep.
+            An object whose ``logits`` are (B, T, 50257), or (B, n, 50257) if n positions are kept.
         """
         x = self.embedding(input_ids)
         for block in self.blocks:
@@ -209,16 +209,16 @@ class RunDemo(nn.Module):
         return SimpleNamespace(logits=self.head(x[:, positions]))
 
     def get_input_embeddings(self) -> nn.Module:
-        """Returns the embedding, as transformers' models do."""
+        """Returns the embedding, like transformers' models."""
         return self.embedding
 
     def get_output_embeddings(self) -> nn.Module:
-        """Returns the head, as transformers' models do."""
+        """Returns the head, like transformers' models."""
         return self.head
 
 
-# name -> (how to build it from hidden_dim and num_layers, the default dtype of its weights or None: see `pick_dtype`).
-# The model has a `config` like those of transformers.
+# name -> (function that builds it from hidden_dim and num_layers, default dtype of its weights or None: see
+# `pick_dtype`). The model has a `config` like those in transformers.
 MADE_UP_BASES: dict[str, tuple[Callable[[int, int], nn.Module], str | None]] = {
     "scratch": (build_scratch, None),
     "scratch-encoder": (build_encoder, None),

@@ -1,8 +1,8 @@
-"""Bases that GPTQ or AWQ brought to few bits, read from their safetensors files without the libraries that wrote them.
+"""Bases quantised by GPTQ or AWQ, read from their safetensors files without the libraries that wrote them.
 
-Both hold ``W = (q - zero) * scale``, with a zero and a scale for a group of inputs of an output.  In 4 bits this is
-what `Q4Weight` holds, so that no number changes; where inputs are grouped in another order (GPTQ's ``desc_act``), or
-in other bits, weights become dense.
+Both store ``W = (q - zero) * scale``, with a zero and a scale for each group of an output's inputs.  With 4 bits this
+is the format of `Q4Weight`, so values do not change; if inputs are grouped in another order (GPTQ's ``desc_act``), or
+the number of bits differs, weights are dequantised.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
 
 __all__ = ["packing_of", "read_packed"]
 
-_INTS: Final = 32  # bits of the numbers that codes are packed in
-_AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # of the 8 outputs in such a number, the one in each 4 bits
+_INTS: Final = 32  # size in bits of the integers that codes are packed into
+_AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # which of the integer's 8 outputs each 4 bits hold
 _TENSORS: Final = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def packing_of(path: Path) -> dict[str, Any] | None:
-    """Returns how GPTQ or AWQ packed the model in a directory, as its config.json says; None for other models."""
+    """Returns the quantization_config if GPTQ or AWQ packed the model in a directory; None for other models."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     except (OSError, ValueError, AttributeError):
@@ -42,20 +42,20 @@ def packing_of(path: Path) -> dict[str, Any] | None:
 def read_packed(
     path: Path, name: str, packing: Mapping[str, Any], dtype: torch.dtype, kind: str | None
 ) -> tuple[Any, str]:
-    """Reads a causal language model that GPTQ or AWQ packed.
+    """Reads a causal language model that was packed by GPTQ or AWQ.
 
     Args:
         path: the directory.
-        name: of the model, for messages.
+        name: the model's name, for messages.
         packing: see `packing_of`.
-        dtype: of what is not packed, and of what products give.
-        kind: one of `loralib.bases.quant.KINDS`: quantise the packed numbers anew; None: keep them.
+        dtype: dtype of unpacked weights, and of the results of matrix products.
+        kind: one of `loralib.bases.quant.KINDS`: requantise the packed numbers to it; None: keep them.
 
     Returns:
-        The model, and what was done, for the user.
+        The model, and a summary for the user.
 
     Raises:
-        BaseModelError: it is packed in a way that is not known here, or not whole.
+        BaseModelError: its packing is not supported, or it is incomplete.
     """
     _check(packing, name)
     stored = stored_tensors(path)
@@ -70,7 +70,7 @@ def read_packed(
         parts = {each: read_whole(stored[key]) for each in _TENSORS if (key := f"{module}.{each}") in stored}
         try:
             weight = _unpacked(parts, packing, dtype, module)
-        except BaseModelError as error:  # which transformers would tell in its own words
+        except BaseModelError as error:  # transformers would replace the message by its own
             faults.append(error)
             raise
         if kind is not None:
@@ -112,7 +112,7 @@ _INSTEAD: Final = "Use the model that it was made from, with --quantize nf4 or i
 
 
 def _check(packing: Mapping[str, Any], name: str) -> None:
-    """Refuses what is packed in a way that is not known here."""
+    """Refuses unsupported kinds of packing."""
     method, bits = packing["quant_method"], packing.get("bits", packing.get("w_bit", 4))
     form = packing.get("checkpoint_format", "gptq") if method == "gptq" else packing.get("version", "gemm")
     known = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm", "GEMM")}[method]
@@ -123,7 +123,7 @@ def _check(packing: Mapping[str, Any], name: str) -> None:
 
 
 def _placeholder(codes: StoredTensor, packing: Mapping[str, Any]) -> Tensor:
-    """A tensor of a weight's shape (out, in) that takes no memory."""
+    """Returns a tensor with a weight's shape (out, in) that takes no memory."""
     per_number = _INTS // int(packing.get("bits", 4))
     rows, columns = codes.shape
     shape = (columns, rows * per_number) if packing["quant_method"] == "gptq" else (columns * per_number, rows)
@@ -131,12 +131,12 @@ def _placeholder(codes: StoredTensor, packing: Mapping[str, Any]) -> Tensor:
 
 
 def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: torch.dtype, module: str) -> Tensor:
-    """Returns the weight (out, in) of a linear: in its 4 bits, or dense."""
+    """Returns the weight (out, in) of a linear layer: kept in 4 bits, or dense."""
     try:
         codes, zeros, groups = (_gptq if packing["quant_method"] == "gptq" else _awq)(parts, packing)
         scales = parts["scales"].T.contiguous()  # (out, groups)
         width = codes.shape[1]
-        size = -(-width // scales.shape[1])  # of a group
+        size = -(-width // scales.shape[1])  # size of a group
         in_order = torch.equal(groups, torch.arange(width) // size)
         if int(packing.get("bits", 4)) == 4 and in_order and not size % GGUF_BLOCK and scales.dtype == torch.float16:
             return _kept(codes, zeros, scales, size, dtype)
@@ -165,9 +165,9 @@ _Codes = tuple[Tensor, Tensor, Tensor]  # codes (out, in), zeros (out, groups), 
 
 
 def _gptq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
-    """Numbers hold the codes of inputs that follow each other, and the zeros of outputs that do, the first lowest.
+    """Each integer holds codes of consecutive inputs, or zeros of consecutive outputs, the first in the lowest bits.
 
-    The first format stores zeros less one.
+    The original format stores each zero minus one.
     """
     bits = int(packing.get("bits", 4))
     codes = _fields(parts["qweight"].T.contiguous(), bits)
@@ -178,7 +178,7 @@ def _gptq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
 
 
 def _awq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
-    """Numbers hold the codes and zeros of 8 outputs, the even ones first."""
+    """Each integer holds codes or zeros of 8 outputs, those with even numbers first."""
     places = torch.tensor(_AWQ_ORDER).argsort()
     codes, zeros = (_fields(parts[name], 4).unflatten(1, (-1, 8))[..., places].flatten(1).T for name in _TENSORS[:2])
     codes = codes.contiguous()
@@ -186,7 +186,7 @@ def _awq(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> _Codes:
 
 
 def _fields(numbers: Tensor, bits: int) -> Tensor:
-    """Takes numbers (n, m) of 32 bits apart, the lowest bits first: (n, m * 32 / bits) bytes."""
+    """Splits 32-bit integers (n, m) into fields, lowest bits first: (n, m * 32 / bits) bytes."""
     shifts = torch.arange(0, _INTS, bits, dtype=torch.int32)
     fields: Tensor = numbers[..., None] >> shifts & 2**bits - 1
     return fields.to(torch.uint8).flatten(1)

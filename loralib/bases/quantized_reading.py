@@ -1,7 +1,7 @@
-"""Reading a base into fewer bits, and bases that others quantised.
+"""Quantising a base while reading it, and bases quantised by other tools.
 
-Each weight is quantised as transformers reads it, so that memory never holds the whole model in 16 bits.  This goes
-through transformers' own door: a quantizer, registered under a name.
+Each weight is quantised as transformers reads it, so the whole model never exists in memory in 16 bits.  This uses
+transformers' extension point: a quantizer registered under a name.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _NAME = "loralib"
 
 
 def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns arguments for ``from_pretrained`` with which it quantises weights while it reads them.
+    """Returns arguments for ``from_pretrained`` that make it quantise weights while reading them.
 
     Args:
         kind: one of `loralib.bases.quant.KINDS`.
-        dtype: that the weights have before.
+        dtype: dtype of the weights before quantisation.
     """
     tables = set[str]()
 
@@ -47,11 +47,11 @@ def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def replacing(modules: Mapping[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, Any]:
-    """Returns arguments for ``from_pretrained`` with which it takes some weights from elsewhere.
+    """Returns arguments for ``from_pretrained`` that make it take some weights from elsewhere.
 
     Args:
-        modules: what to ask for, by the name of the parameter that it is for.
-        weight_of: called with that, gives the weight.
+        modules: maps parameter names to the argument for `weight_of`.
+        weight_of: returns the weight for such an argument.
     """
 
     def made(name: str, value: Tensor, module: nn.Module) -> Tensor:
@@ -61,9 +61,9 @@ def replacing(modules: Mapping[str, str], weight_of: Callable[[str], Tensor]) ->
 
 
 def finish_reading(model: Any) -> None:
-    """Makes a model that was read so an ordinary one again, for all that transformers knows.
+    """Makes transformers treat a model that was read this way as an ordinary one.
 
-    What stays in its own dtype is copied: as a view of the file it would keep all of that in memory, as read.
+    Weights that keep their dtype are copied: as views of the file they would keep all of it in memory.
     """
     for parameter in model.parameters():
         if not isinstance(parameter, QuantizedWeight) and parameter.device.type == "cpu":
@@ -75,17 +75,17 @@ def finish_reading(model: Any) -> None:
 
 
 def take_over(model: Any, name: str) -> str:
-    """Makes a base that others quantised one of plain linears, in the same bits where they are known here.
+    """Converts a base that another tool quantised to plain linear layers, still quantised if the format is supported.
 
     Args:
-        model: as transformers read it.
-        name: of the base, for messages.
+        model: as read by transformers.
+        name: the base's name, for messages.
 
     Returns:
-        What was done, for the user.
+        A summary for the user.
 
     Raises:
-        BaseModelError: neither this library nor transformers can make its weights dense.
+        BaseModelError: neither loralib nor transformers can dequantise its weights.
     """
     method = str(getattr(model.hf_quantizer.quantization_config.quant_method, "value", "unknown"))
     if method == "bitsandbytes":

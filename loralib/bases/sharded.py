@@ -1,7 +1,7 @@
-"""Base models whose weights are spread over processes: each reads its own share of them, and never the whole.
+"""Base models whose weights are sharded over processes: each process reads only its own shard.
 
-The model is built without weights, PyTorch's `fully_shard` decides who holds which rows of which tensor, and each
-process reads its rows from the safetensors files into the memory where they stay.
+The model is built without weights, PyTorch's `fully_shard` determines which process holds which rows of each tensor,
+and each process reads its rows from the safetensors files directly into their final memory.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ __all__ = ["agreed", "empty_model", "in_turn", "of_first", "read_share", "read_w
 
 _T = TypeVar("_T")
 
-_CHUNK: Final = 8 << 20  # bytes: all that is held between the file and the weights
+_CHUNK: Final = 8 << 20  # buffer size in bytes; nothing else is held between file and weights
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Freezes a model and spreads its parameters over the processes of a mesh (FSDP2): block by block, then the rest.
+    """Freezes a model and shards its parameters over the processes of a mesh (FSDP2): block by block, then the rest.
 
-    A process holds its rows of each tensor.  The whole of a block exists while it computes; the whole of what is
-    outside the blocks (embedding, last norm, head) from the forward pass to the end of the backward pass.
+    Each process holds some rows of each tensor.  A block is gathered while it computes; everything outside the blocks
+    (embedding, last norm, head) stays gathered from the forward pass to the end of the backward pass.
 
     Args:
         model: without an adapter; its parameters may be on the meta device.
-        mesh: of one dimension.
+        mesh: one-dimensional.
     """
     from torch.distributed.fsdp import fully_shard
 
-    model.requires_grad_(False)  # not later: while weights are whole, FSDP2 notes it on copies that it throws away
+    model.requires_grad_(False)  # must come first: for gathered weights, FSDP2 would record it on temporary copies
     blocks: list[Any] = decoder_blocks(model)
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for block, following in itertools.pairwise(blocks):  # the next one comes while this one computes
+    for block, following in itertools.pairwise(blocks):  # gathers the next block while this one computes
         block.set_modules_to_forward_prefetch([following])
 
 
 def empty_model(path: Path, dtype: torch.dtype) -> Any:
-    """Builds the causal language model that a directory's config.json describes: its parameters are on the meta device.
+    """Builds the causal language model that a directory's config.json describes, with parameters on the meta device.
 
     Buffers have their values, unless these come from a file.
     """
@@ -77,16 +77,16 @@ def empty_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 def read_share(model: nn.Module, path: Path, mesh: DeviceMesh, device: torch.device) -> str:
-    """Spreads an empty model over processes, and reads this process's share of its weights.
+    """Shards an empty model over processes, and reads this process's shard of its weights.
 
     Args:
-        model: of `empty_model`.
+        model: result of `empty_model`.
         path: the directory with the model's safetensors files.
-        mesh: of one dimension.
-        device: where the weights go.
+        mesh: one-dimensional.
+        device: device for the weights.
 
     Returns:
-        "", or why a share cannot be read apart from the rest; then the model is as it was.
+        "", or why shards cannot be read individually; in that case the model is unchanged.
 
     Raises:
         FormatError: a file is damaged.
@@ -115,7 +115,7 @@ def read_share(model: nn.Module, path: Path, mesh: DeviceMesh, device: torch.dev
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: in which safetensors file, as what, and how many bytes from its beginning."""
+    """Location of a tensor: its safetensors file, dtype and shape, and its offset in bytes."""
 
     file: Path
     dtype: torch.dtype
@@ -124,13 +124,13 @@ class StoredTensor:
 
 
 def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], StoredTensor], str]:
-    """Finds each tensor of a model, by all names that it has there; also returns why one cannot be read as it is."""
+    """Locates each tensor of a model, with all of its names; also returns why one cannot be read unchanged."""
     stored = stored_tensors(path)
     if not stored:
         return {}, "its weights are not in safetensors files"
     if why := _why_converted(model):
         return {}, why
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a file may hold the body alone, without its head
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a file may contain only the body, without the head
     names = defaultdict[int, list[str]](list)
     tensors = named_tensors(model)
     for name, tensor in tensors.items():
@@ -152,7 +152,7 @@ def _places(model: nn.Module, path: Path) -> tuple[dict[tuple[str, ...], StoredT
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors in a directory's safetensors files by name; none where transformers reads other files."""
+    """Returns the tensors in a directory's safetensors files by name; empty if transformers would read other files."""
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if not files[0].is_file():
         if not index.is_file():
@@ -171,7 +171,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _why_converted(model: nn.Module) -> str:
-    """Tells whether transformers does more to this model's weights than to read them by their names."""
+    """Returns why this model's weights cannot simply be read by name (transformers converts them); "" if they can."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
@@ -185,14 +185,14 @@ def _why_converted(model: nn.Module) -> str:
 
 
 def read_whole(place: StoredTensor) -> Tensor:
-    """Reads a tensor from its file, in the dtype that it has there."""
+    """Reads a tensor from its file, in the dtype stored there."""
     value = torch.empty(place.shape, dtype=place.dtype)
     _fill(value, place, 0, bytearray(_CHUNK))
     return value
 
 
 def _read(tensor: Tensor, place: StoredTensor, device: torch.device, buffer: bytearray) -> Tensor:
-    """Reads a tensor, or this process's rows of it if it is spread, to take the place of an empty one."""
+    """Reads a tensor, or this process's rows of it if it is sharded, to replace an empty one."""
     from torch.distributed.tensor import DTensor
 
     with torch.no_grad():
@@ -201,7 +201,7 @@ def _read(tensor: Tensor, place: StoredTensor, device: torch.device, buffer: byt
             _fill(value, place, 0, buffer)
             return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         mesh, rows = tensor.device_mesh, tensor.shape[0]
-        first = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)  # as torch.chunk counts
+        first = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)  # the way torch.chunk splits rows
         value = torch.empty(tensor.to_local().shape, dtype=tensor.dtype, device=device)
         _fill(value, place, first * math.prod(tensor.shape[1:]), buffer)
         shared = DTensor.from_local(
@@ -211,7 +211,7 @@ def _read(tensor: Tensor, place: StoredTensor, device: torch.device, buffer: byt
 
 
 def _fill(value: Tensor, place: StoredTensor, skip: int, buffer: bytearray) -> None:
-    """Reads numbers one after the other from a file, `skip` of which come first, and converts their dtype."""
+    """Reads consecutive numbers of a tensor, after skipping the first `skip`, and converts their dtype."""
     size = place.dtype.itemsize
     flat, view, done = value.view(-1), memoryview(buffer), 0
     with place.file.open("rb", buffering=0) as file:
@@ -224,11 +224,11 @@ def _fill(value: Tensor, place: StoredTensor, skip: int, buffer: bytearray) -> N
             done += count
 
 
-# What processes do together.
+# Collective operations.
 
 
 def agreed(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
-    """Does something on every process of a mesh; where it fails on one, all raise that error.
+    """Runs an action on every process of a mesh; if it fails on one, all raise its error.
 
     Raises:
         BaseModelError: it failed, here or elsewhere.
@@ -248,7 +248,7 @@ def agreed(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
 
 
 def in_turn(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
-    """Does something on the first process of each machine, such as a download, and then on the others, which find it.
+    """Runs an action, such as a download, on the first process of each machine, and then on the others there.
 
     Raises:
         BaseModelError: it failed on one of them.
@@ -259,7 +259,7 @@ def in_turn(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
 
 
 def of_first(mesh: DeviceMesh, value: _T) -> _T:
-    """Returns the value that the first process of a mesh has, on all of them."""
+    """Returns the value of the mesh's first process on all processes."""
     values = [value]
     group = mesh.get_group()
     torch.distributed.broadcast_object_list(values, torch.distributed.get_global_rank(group, 0), group)

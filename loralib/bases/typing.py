@@ -1,4 +1,4 @@
-"""What type checkers see of a base model; nothing here is imported when a program runs."""
+"""What type checkers see of a base model; none of it is imported at runtime."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     _Transformers: Any = object
 
     class LanguageModel(nn.Module, _Transformers):  # type: ignore[misc]  # a base of type Any is meant
-        """A model of transformers: a module, with ``config``, ``generate`` and all else that its architecture has.
+        """A model of transformers: a module with ``config``, ``generate`` and everything else its architecture has.
 
-        transformers' own classes would refuse much that works, such as ``model.generate(...)`` of a `PreTrainedModel`,
-        and checking them takes half a minute.
+        transformers' own classes would reject much that works, such as calling ``generate`` on a `PreTrainedModel`, and
+        checking them takes half a minute.
         """
 
         def __getattr__(self, name: str) -> Any: ...
