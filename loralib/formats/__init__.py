@@ -1,4 +1,4 @@
-"""Adapters in files: `save_adapter`, `load_adapter`, and one module for each format."""
+"""Adapters in files: `save_adapter`, `load_adapter`, and one module per format."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def load_adapter(
     config: LoraConfig | None = None,
     allow_base_mismatch: bool = False,
 ) -> ApplyReport:
-    """Applies a saved adapter to a model, strictly: every tensor fits, or the model stays as it is.
+    """Applies a saved adapter to a model, strictly: either every tensor fits, or the model is left unchanged.
 
     Args:
-        model: the base model; an adapter that it holds is replaced once the new one is known to fit.
-        path: a PEFT or MLX directory, also by its id on the hub (see `locate_adapter`); a GGUF LoRA file, or a
-            Microsoft checkpoint file.
-        config: the settings of a Microsoft checkpoint, whose file holds none.
+        model: the base model; if it holds an adapter, this is replaced once the new one is known to fit.
+        path: a PEFT or MLX directory, or its id on the Hub (see `locate_adapter`); a GGUF LoRA file, or a Microsoft
+            checkpoint file.
+        config: the settings for a Microsoft checkpoint, whose file contains none.
         allow_base_mismatch: see `loralib.adapter.apply_adapter`.
 
     Returns:
@@ -90,9 +90,9 @@ def read_adapter(
 
     Args:
         path: see `load_adapter`.
-        config: the settings of a Microsoft checkpoint, whose file holds none.
-        model: the base model; needed for GGUF and MLX, which have their own names for modules, and for adapters with
-            names of modules from an older transformers.
+        config: the settings for a Microsoft checkpoint, whose file contains none.
+        model: the base model; needed for GGUF and MLX, which use their own module names, and for adapters with module
+            names from an older version of transformers.
 
     Raises:
         AdapterError: there is no adapter at the path, or it cannot be read without `config` or `model`.
@@ -128,20 +128,20 @@ def read_adapter(
 
 
 def is_read_with_base(path: str | os.PathLike[str]) -> bool:
-    """Tells whether reading an adapter takes its base model: GGUF and MLX have their own names for modules."""
+    """Tells whether reading an adapter requires its base model: GGUF and MLX use their own module names."""
     path = locate_adapter(path)
     return (path.is_file() and is_gguf(path)) or is_mlx(path)
 
 
 def locate_adapter(path: str | os.PathLike[str]) -> Path:
-    """Returns the directory or file of an adapter, fetched from the hub where there is none of that name here.
+    """Returns the directory or file of an adapter; downloads it from the Hub if there is no local one.
 
     Args:
-        path: that of the directory, or of a file in it, or an id on the hub: ``owner/name``, where needed with the
-            folder in the repository and a revision, as in ``owner/name/folder@revision``.
+        path: the directory, or a file in it, or an id on the Hub: ``owner/name``, optionally with the folder in the
+            repository and a revision, as in ``owner/name/folder@revision``.
 
     Raises:
-        AdapterError: the repository holds no adapter, or cannot be reached.
+        AdapterError: the repository contains no adapter, or cannot be reached.
     """
     local = Path(path).expanduser()
     if not local.exists() and isinstance(path, str) and "/" in path and is_hub_id(path):
@@ -163,7 +163,7 @@ TOKENIZER_FILES = (
 
 
 def _needed_files(name: str, files: list[str]) -> list[str]:
-    """Returns the files of a repository to download: an adapter, one copy of its tensors, and its tokenizer.
+    """Returns which files of a repository to download: an adapter, one copy of its tensors, and its tokenizer.
 
     >>> _needed_files("a/b", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "optimizer.pt"])
     ['adapter_config.json', 'adapter_model.safetensors']
@@ -181,13 +181,13 @@ def _needed_files(name: str, files: list[str]) -> list[str]:
 
 
 def _foreign(path: Path) -> tuple[str, str] | None:
-    """Returns what a file is that holds another tool's adapter, and what to do with it; see `describe`."""
+    """Identifies another tool's adapter file, with advice on what to do with it; see `describe`."""
     names = names_in(path) if _is_checkpoint(path) else None
     return None if names is None else describe(names)
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Tells whether a file begins as torch.save (a zip archive, or a pickle) or safetensors write it."""
+    """Tells whether a file begins like those of torch.save (a zip archive, or a pickle) or safetensors."""
     try:
         with path.open("rb") as file:
             start = file.read(9)

@@ -1,4 +1,4 @@
-"""What a file of tensors is, by the names in it: other tools' adapters are named, and where they are at home."""
+"""Identifies files by the names of their tensors: which tool an adapter belongs to, and where to use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIFFUSION = (
     "loralib adapts language models and other PyTorch modules; to use it in diffusers: "
     "pipeline.load_lora_weights(FILE)."
 )
-# What is recognised, in this order: a pattern of one of the names, what the file is, and what to do with it.
+# Known kinds, in order of precedence: a pattern for tensor names, a description, and what to do with the file.
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"hada_w[12]|lokr_w[12]|oft_blocks|\.diff$", "a LyCORIS adapter (LoHa, LoKr or similar)", _DIFFUSION),
     (
@@ -48,10 +48,10 @@ _OURS = re.compile(r"lora_(embedding_)?[AB]$")
 
 
 def describe(names: Collection[str]) -> tuple[str, str] | None:
-    """Returns what a file is that is not a checkpoint of Microsoft's loralib, and what to do with it.
+    """Identifies a file that is not a checkpoint of Microsoft's loralib, with advice on what to do with it.
 
     Args:
-        names: of the tensors in it.
+        names: names of the tensors in it.
 
     >>> describe(["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.alpha"])[0]
     "an adapter in kohya's format, for images"
@@ -70,7 +70,7 @@ def describe(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def names_in(path: Path) -> list[str] | None:
-    """Returns the names of the tensors in a file, whatever it is called; None where it cannot be read safely."""
+    """Returns the names of the tensors in a file, regardless of its extension; None if it cannot be read safely."""
     for read in (lambda: read_safetensors(path)[0], lambda: read_pickle(path)):
         try:
             value = read()

@@ -1,11 +1,11 @@
-"""GGUF LoRA files: the adapters that llama.cpp and the tools built on it read.
+"""GGUF LoRA files: the adapter format of llama.cpp and tools built on it.
 
-A file has one alpha for all modules; llama.cpp scales each update by alpha / rank, with the rank of the tensors.
-Modules carry llama.cpp's names (``blk.0.attn_q``), so translating them takes the base model.  llama.cpp's rotary
-embedding expects the rows of q and k in another order than transformers does; so their B is reordered.
+A file has a single alpha for all modules; llama.cpp scales each update by alpha / rank, with the tensors' rank. Modules
+have llama.cpp's names (``blk.0.attn_q``), whose translation requires the base model.  llama.cpp's rotary embedding
+expects the rows of q and k in a different order than transformers, so their B is reordered.
 
-Files are written with the package gguf, but not read with it: its GGUFReader does not compare counts with the size of
-the file (49 bytes that announce a list of 2**40 values keep it busy, and its memory growing, for days).
+Files are written with the package gguf, but not read with it: its GGUFReader does not check counts against the file
+size (49 bytes that announce a list of 2**40 values keep it busy for days, with memory use growing).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["GGUFTensor", "gguf_header", "gguf_names", "is_gguf", "parse_gguf", "
 _TYPE, _ADAPTER, _ALPHA, _ARCHITECTURE = "general.type", "adapter.type", "adapter.lora.alpha", "general.architecture"
 
 
-# transformers' model_type -> llama.cpp's architecture; the tests compare each with llama.cpp's own logits.
+# transformers' model_type -> llama.cpp's architecture; tests compare each with llama.cpp's own logits.
 _ARCHITECTURES: Mapping[str, str] = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -47,7 +47,7 @@ _ARCHITECTURES: Mapping[str, str] = {
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a file begins as GGUF files do."""
+    """Tells whether a file begins like a GGUF file."""
     try:
         with Path(path).open("rb") as file:
             return file.read(4) == _MAGIC
@@ -56,7 +56,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def gguf_names(model: nn.Module) -> dict[str, str]:
-    """Returns llama.cpp's name of each module that it applies adapters to.
+    """Returns llama.cpp's name for each module that it applies adapters to.
 
     Args:
         model: a causal language model of transformers; its weights are not read.
@@ -80,7 +80,7 @@ def gguf_names(model: nn.Module) -> dict[str, str]:
     table = gguf.get_tensor_name_map(numbers[_ARCHITECTURES[kind]], config.num_hidden_layers)
     names = {}
     for name, module in model.named_modules():
-        # llama.cpp looks position embeddings up without the adapter.
+        # llama.cpp ignores adapters for position embeddings.
         if hasattr(module, "weight") and (theirs := table.get_name(name)) and theirs != "position_embd":
             names[name] = theirs
     return names
@@ -95,7 +95,7 @@ def write_gguf(
         adapter: portable (see `loralib.formats.portable`): one alpha, linear layers and embeddings only.
         path: the file.
         model: the base, for its names and numbers of heads.
-        dtype: of the tensors: fp32, fp16 or bf16.
+        dtype: dtype of the tensors: fp32, fp16 or bf16.
 
     Raises:
         AdapterError: the format cannot express the adapter, or this kind of model is not supported.
@@ -146,7 +146,7 @@ def write_gguf(
 
 
 def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
-    """Reads a GGUF LoRA file as a value.
+    """Reads a GGUF LoRA file.
 
     Args:
         path: the file.
@@ -154,7 +154,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
 
     Raises:
         AdapterError: the adapter is for another kind of model.
-        FormatError: the file is corrupt, or no GGUF LoRA.
+        FormatError: the file is corrupt, or not a GGUF LoRA.
     """
     fields, stored = read_bytes(path, parse_gguf)
     kind = {key: fields.get(key) for key in (_TYPE, _ADAPTER)}
@@ -185,7 +185,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
         elif permuted_heads(model, name) and B.shape[0] % (2 * permuted_heads(model, name)) == 0:
             B = reorder_rows(B, permuted_heads(model, name), to_gguf=False)
         tensors[f"{name}.{key}A"], tensors[f"{name}.{key}B"] = A, B
-        # To llama.cpp, no alpha means a scaling of 1.
+        # In llama.cpp, a missing alpha means a scaling of 1.
         ranks[name], alphas[name] = A.shape[0], alpha or float(A.shape[0])
     if faults or not tensors:
         raise AdapterError(list_faults(f"{path} does not fit the base model", faults or ["it contains no tensors"]))
@@ -197,7 +197,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
 
 
 def permuted_heads(model: nn.Module, name: str) -> int:
-    """Returns the number of heads in whose rows the two orders differ; 0 where they agree."""
+    """Returns the number of heads whose rows are ordered differently in llama.cpp; 0 if the order is the same."""
     config: Any = model.config
     leaf = name.rpartition(".")[2]
     if _ARCHITECTURES.get(getattr(config, "model_type", "")) != "llama" or leaf not in ("q_proj", "k_proj"):
@@ -214,7 +214,7 @@ def reorder_rows(B: Tensor, heads: int, *, to_gguf: bool) -> Tensor:
     return B.reshape(*split, -1).transpose(1, 2).reshape(B.shape)
 
 
-# Reading: no number in a file is trusted before it has been compared with the file's size.
+# Reading: no number in a file is trusted before it has been checked against the file size.
 
 _MAGIC, _ARRAY, _STRING = b"GGUF", 9, 8
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -228,11 +228,11 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
         data: the whole file.
 
     Returns:
-        The fields by name, None for lists, which say nothing about an adapter; and the tensors by name, quantised ones
-        as fp32.
+        The fields by name, with None for lists, which do not matter for adapters; and the tensors by name, dequantised
+        to fp32.
 
     Raises:
-        FormatError: a number in the file does not fit its size, or a name occurs twice.
+        FormatError: a number is inconsistent with the file size, or a name occurs twice.
     """
     fields, stored = gguf_header(data)
     view = memoryview(data)
@@ -240,7 +240,7 @@ def parse_gguf(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, Tens
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies in a GGUF file: its shape, the number of its type, its first byte and the one after it."""
+    """Location of a tensor in a GGUF file: its shape, ggml type number, first byte, and the byte after its last."""
 
     shape: tuple[int, ...]
     kind: int
@@ -249,7 +249,7 @@ class GGUFTensor(NamedTuple):
 
 
 def gguf_header(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Reads the fields of a GGUF file and where its tensors lie; see `parse_gguf`."""
+    """Reads the fields of a GGUF file and the locations of its tensors; see `parse_gguf`."""
     reader = _Reader(memoryview(data))
     if bytes(reader.take(4)) != _MAGIC:
         raise FormatError("not a GGUF file: it does not begin with 'GGUF'")
@@ -281,7 +281,7 @@ def gguf_header(data: bytes | memoryview) -> tuple[dict[str, Any], dict[str, GGU
 def _spans(
     infos: Mapping[str, tuple[tuple[int, ...], int, int]], alignment: object, header_end: int, file_size: int
 ) -> list[tuple[int, int, str]]:
-    """Returns where each tensor begins and ends in the file."""
+    """Returns the first byte of each tensor, the byte after its last, and its name."""
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
         raise FormatError(f"general.alignment is {alignment!r}, expected a power of two")
     start = -(-header_end // alignment) * alignment
@@ -291,7 +291,7 @@ def _spans(
         if offset % alignment or begin + size > file_size:
             raise FormatError(f"{name}: {size:,} bytes at {begin:,} do not fit into a file of {file_size:,} bytes")
         spans.append((begin, begin + size, name))
-    # Before anything is copied: a thousand names for the same bytes would take a thousand times the file's size.
+    # Checked before copying: a thousand names for the same bytes would take a thousand times the file size.
     for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(span for span in spans if span[0] < span[1])):
         if begin < end:
             raise FormatError(f"the tensors {first!r} and {second!r} overlap")
@@ -299,7 +299,7 @@ def _spans(
 
 
 class _Reader:
-    """Takes values off the front of a file."""
+    """Reads values sequentially from a file."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.position = data, 0
@@ -323,7 +323,7 @@ class _Reader:
             raise FormatError(f"a name or text is not UTF-8: {error}") from error
 
     def value(self) -> Any:
-        """Returns the next value, whose type stands before it; skips a list and returns None."""
+        """Returns the next value, which is preceded by its type; skips a list and returns None."""
         kind = self.number("<I")
         if kind == _STRING:
             return self.string()
@@ -335,7 +335,7 @@ class _Reader:
         if inner in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[inner]))
         elif inner == _STRING:
-            for _ in range(count):  # each takes bytes of the file, so that the count cannot run away
+            for _ in range(count):  # each consumes bytes of the file, so a huge count fails quickly
                 self.string()
         else:
             raise FormatError(f"a list at {self.position:,} has type {inner}, expected a list of numbers or texts")
@@ -343,7 +343,7 @@ class _Reader:
 
 
 def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
-    """Returns how many bytes a tensor takes."""
+    """Returns the size of a tensor in bytes."""
     import gguf
 
     try:
@@ -357,9 +357,9 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
 
 def _tensor(data: memoryview, shape: tuple[int, ...], kind: int) -> Tensor:
     if kind in _PLAIN:
-        if not data:  # which frombuffer does not accept
+        if not data:  # frombuffer rejects empty data
             return torch.empty(shape, dtype=_PLAIN[kind])
-        return torch.frombuffer(bytearray(data), dtype=_PLAIN[kind]).view(shape)  # a copy
+        return torch.frombuffer(bytearray(data), dtype=_PLAIN[kind]).view(shape)  # copies the data
     import gguf
     import numpy as np
 

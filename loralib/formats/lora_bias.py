@@ -1,4 +1,4 @@
-"""Biases of B (PEFT's lora_bias) as biases of layers: what they add to an output does not depend on the input."""
+"""Converts biases of B (PEFT's lora_bias) to biases of layers, as what they add does not depend on the input."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..layers import is_conv1d
 
 __all__ = ["BIAS", "add_biases", "biases_of_B", "fields_for"]
 
-BIAS = ".lora_B.bias"  # the end of such a tensor's name
+BIAS = ".lora_B.bias"  # suffix of such a tensor's name
 
 
 def biases_of_B(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns what the biases of B add to the outputs of modules, in fp32."""
+    """Returns what the biases of B add to modules' outputs, in fp32."""
     modules = [name.removesuffix(BIAS) for name in adapter.tensors if name.endswith(BIAS)]
     if modules and depends_on_base(adapter):
         raise AdapterError(
@@ -29,10 +29,10 @@ def biases_of_B(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def fields_for(model: nn.Module, biases: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Returns which fields of a model's config give biases to layers that have none, and these layers' names.
+    """Returns which config fields of a model add biases to layers that lack them, with these layers' names.
 
     Raises:
-        MergeError: the model has no place for such a bias, which from_pretrained would drop.
+        MergeError: the model cannot hold such a bias; from_pretrained would drop it.
     """
     config = getattr(model, "config", None)
     modules = dict(model.named_modules())
@@ -59,7 +59,7 @@ def fields_for(model: nn.Module, biases: Mapping[str, Tensor]) -> dict[str, list
     return needed
 
 
-# Settings of transformers' models that give layers a bias.
+# Settings of transformers' models that add biases to layers.
 _BIAS_FIELDS: Mapping[str, tuple[str, ...]] = {
     "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
@@ -67,10 +67,10 @@ _BIAS_FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 def add_biases(model: nn.Module, biases: Mapping[str, Tensor], fields: Mapping[str, list[str]]) -> None:
-    """Adds biases to the layers of a model; `fields` is what `fields_for` returned for them."""
+    """Adds biases to the layers of a model; `fields` is the result of `fields_for`."""
     for field, names in fields.items():
         setattr(cast(Any, model).config, field, True)
-        for name in names:  # those without an update get zeros: the setting is for all
+        for name in names:  # layers without an update get zeros, since the setting affects all of them
             biases = {**biases, name: biases.get(name, torch.zeros(()))}
     for name, value in biases.items():
         layer: Any = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Merged models: base and adapter as one transformers model, which ``from_pretrained`` loads without loralib."""
+"""Merged models: base and adapter combined in one transformers model, which ``from_pretrained`` loads on its own."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did to the logits of sample prompts.
+    """How merging changed the logits of sample prompts.
 
     Attributes:
         max_difference, mean_difference: between the logits of the merged model and of base plus adapter in fp32.
-        expected_max, expected_mean: the differences to expect from rounding: the effect of errors of the same size with
-            random signs, or of rounding the base alone where that is larger (a base that was quantised before has few
-            distinct values, so that errors add up).
-        dtype: of the merged weights.
-        modules: how many modules were merged.
+        expected_max, expected_mean: the differences that rounding is expected to cause: the effect of errors of the
+            same size with random signs, or that of rounding the base alone if larger (a base that was quantised before
+            has few distinct values, so its errors add up).
+        dtype: dtype of the merged weights.
+        modules: number of merged modules.
     """
 
     max_difference: float
@@ -70,24 +70,24 @@ class MergeReport:
 def merge_into(
     model: nn.Module, adapter: Adapter, *, initial: Adapter | None = None, allow_base_mismatch: bool = False
 ) -> int:
-    """Merges an adapter into a base model, in place and for good; computes in fp32 and casts the result.
+    """Merges an adapter into a base model, in place and permanently; computes in fp32 and casts the result.
 
-    A weight that the adapter changes is untied from others, and ``tie_word_embeddings`` is set to False where head and
-    embedding are no longer one.
+    Weights changed by the adapter are untied from others, and ``tie_word_embeddings`` is set to False if head and
+    embedding no longer share their weight.
 
     Args:
         model: the base model, without an adapter.
-        adapter: of any kind that can be read, including DoRA and PiSSA.
+        adapter: any adapter that can be read, including DoRA and PiSSA.
         initial: see `loralib.formats.portable.make_portable`.
         allow_base_mismatch: see `loralib.adapter.apply_adapter`.
 
     Returns:
-        How many modules were merged.
+        The number of merged modules.
 
     Raises:
         AdapterError: the adapter does not fit.
-        MergeError: a merged weight would be NaN or infinite, or is not the sum of the base's and what the adapter says;
-            or a bias has no place in the model. The model stays as it was.
+        MergeError: a merged weight would be NaN or infinite, or is not the sum of the base's and the adapter's update;
+            or the model cannot hold a bias. The model is left unchanged.
     """
     if injection_of(model) is not None:
         raise TargetError(f"{type(model).__name__} already holds an adapter; merge into the plain base model")
@@ -104,15 +104,15 @@ def merge_into(
         modules, record, state = len(merged), injection_of(model), model.state_dict()
         merged = {name: state[name].clone() for name in (record.originals if record is not None else ())} | merged
     _check_against_file(model, adapter, merged, initial, brought, report.ignored)
-    same = dict[int, tuple[Tensor, Tensor, nn.Parameter]]()  # by the old one
+    same = dict[int, tuple[Tensor, Tensor, nn.Parameter]]()  # by the id of the old tensor
     for name, value in merged.items():
-        # A new tensor: what was tied to the old one keeps the base's values.
+        # Creates a new tensor, so that weights tied to the old one keep the base's values.
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(leaf)
         if old is not None:
             replaced = same.get(id(old))
-            if replaced is None or not torch.equal(replaced[1], value):  # tables that were one and remain equal stay so
+            if replaced is None or not torch.equal(replaced[1], value):  # tied tables with equal results stay tied
                 replaced = same[id(old)] = old, value, nn.Parameter(value.to(old.dtype))
             module._parameters[leaf] = replaced[2]
         else:
@@ -132,21 +132,21 @@ def merge_and_compare(
     initial: Adapter | None = None,
     allow_base_mismatch: bool = False,
 ) -> MergeReport:
-    """Merges as `merge_into` does, casts to a dtype, and measures what that does to the logits.
+    """Merges like `merge_into`, casts to a dtype, and measures the effect on the logits.
 
     Args:
         model: the base model in fp32; afterwards the merged model in `dtype`.
         adapter: see `merge_into`.
         inputs: token ids (T,) of sample prompts.
-        dtype: of the merged weights.
+        dtype: dtype of the merged weights.
         initial: see `merge_into`.
         allow_base_mismatch: see `merge_into`.
 
     Raises:
-        MergeError: a weight would be NaN or infinite in that dtype.
+        MergeError: a weight would be NaN or infinite in this dtype.
     """
     reference = None
-    if not contradictions(adapter.config, trained=True):  # the other kinds can only be computed merged
+    if not contradictions(adapter.config, trained=True):  # other kinds can only be computed when merged
         with suppress(TargetError), _applied(model, adapter, allow_base_mismatch, whole=True):
             reference = prompt_logits(model, inputs)
     base_change = _rounding_of_base(model, inputs, dtype)
@@ -189,13 +189,13 @@ def merge_and_compare(
 def save_merged(
     model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: str = "5GB"
 ) -> tuple[str, ...]:
-    """Writes a merged model for ``from_pretrained``: config, tokenizer, and safetensors in as many files as needed.
+    """Writes a merged model for ``from_pretrained``: config, tokenizer, and one or more safetensors files.
 
     Args:
         model: a transformers model.
-        directory: created if needed; the weights of a model in it are replaced, the config is written last.
-        tokenizer: saved beside the model.
-        max_shard_size: the largest size of one file, such as "5GB".
+        directory: created if needed; the weights of a model in it are replaced, and the config is written last.
+        tokenizer: saved with the model.
+        max_shard_size: maximum size of a single file, such as "5GB".
 
     Returns:
         The names of the files.
@@ -221,7 +221,7 @@ def save_merged(
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             names = sorted(path.name for path in Path(aside).iterdir())
-            # A directory without a config is no model: an interrupted run leaves no mixture of two.
+            # Without a config, a directory is not a model: an interrupted run cannot leave a mixture of two.
             remove_file(directory / "config.json")
             for stale in {path for pattern in _WEIGHTS for path in directory.glob(pattern)}:
                 remove_file(stale)
@@ -235,7 +235,7 @@ def save_merged(
 def _applied(
     model: nn.Module, adapter: Adapter, allow_base_mismatch: bool, *, whole: bool = False
 ) -> Iterator[ApplyReport]:
-    """Applies an adapter, or of its updates the low-rank part, for a while, which checks that everything fits."""
+    """Temporarily applies an adapter, or only its low-rank part; this checks that everything fits."""
     if not whole:
         config = adapter.config.replace(use_dora=False, lora_bias=False, init_lora_weights=True)
         tensors = {name: t for name, t in adapter.tensors.items() if not name.endswith(("lora_magnitude_vector", BIAS))}
@@ -248,7 +248,7 @@ def _applied(
 
 
 def _merged_weights(model: nn.Module, adapter: Adapter, initial: Adapter | None) -> dict[str, Tensor]:
-    """Returns the merged weights of a model that holds the adapter, by name."""
+    """Returns by name the merged weights of a model that holds the adapter."""
     plain = expand_blocks(adapter)
     merged, faults = dict[str, Tensor](), []
     adapted = [(name, layer, leaf) for name, layer in adapted_layers(model) for leaf in layer.weight_names]
@@ -279,15 +279,15 @@ def _check_against_file(
     brought: Mapping[str, Tensor],
     ignored: Collection[str],
 ) -> None:
-    """Compares merged weights with the base's and the file's tensors, which no layer has touched: each must be used.
+    """Checks merged weights against the original base and file tensors: every tensor in the file must have been used.
 
     Args:
         model: the plain base model.
         adapter: as read from the file.
         merged: the merged weights by name.
         initial: see `merge_into`.
-        brought: tables in the base's places that the adapter brought along and adapts.
-        ignored: tensors of the file that may be left out.
+        brought: token tables shipped with the adapter that replace the base's and are adapted as well.
+        ignored: tensors in the file that may be left out.
     """
     plain = expand_blocks(adapter)
     faults, used = [], set[str]()
@@ -317,7 +317,7 @@ def _check_against_file(
             faults += _rows_faults(adapter.config, name, tensor, merged)
             continue
         held = merged.get(name, state.get(name))
-        # A file may also hold the base's own weights, in bf16.
+        # A file may also contain the base's own weights, in bf16.
         step = None if name in merged else 2**-7
         if held is None or held.shape != tensor.shape or not _is_rounding(held, tensor.to(held.device), step):
             faults.append(f"{name}: is not the adapter's")
@@ -327,13 +327,13 @@ def _check_against_file(
 
 
 def _experts_faults(model: nn.Module, adapter: Adapter, name: str, merged: Mapping[str, Tensor]) -> list[str]:
-    """Compares the merged weights of experts, one by one, with the base's and their updates."""
+    """Checks the merged weights of each expert against the base's weight and the update."""
     if name not in merged:
         return [f"{name}: its update is not in any weight"]
     base, weights = dense(tensor_at(model, name)).detach(), merged[name]
     for weight, total, update in zip(base, weights, updates_in(adapter, name).values(), strict=True):
         delta = delta_weight(update.A, update.B, update.scaling).to(weight.device)
-        # Of the two layouts only one gives the sums, unless the update is zero.
+        # Only one of the two layouts gives the sum, unless the update is zero.
         fits = [form for form in (delta, delta.T) if form.shape == weight.shape]
         if not any(_is_rounding(total, weight.float() + form) for form in fits):
             return [f"{name}: is not the base weight plus the adapter's updates"]
@@ -341,7 +341,7 @@ def _experts_faults(model: nn.Module, adapter: Adapter, name: str, merged: Mappi
 
 
 def _rows_faults(config: LoraConfig, name: str, rows: Tensor, merged: Mapping[str, Tensor]) -> list[str]:
-    """Compares rows of a merged table with those of the file."""
+    """Checks rows of a merged table against those in the file."""
     table, chosen = name.removesuffix(f".{ROWS}"), config.trainable_token_indices or ()
     if isinstance(chosen, Mapping):
         chosen = chosen[matches(tuple(chosen), table) or ""]
@@ -354,7 +354,7 @@ _LOW_RANK = re.compile(r"\.lora_((embedding_|experts_)?[AB]|magnitude_vector|B\.
 
 
 def _is_rounding(ours: Tensor, exact: Tensor, step: float | None = None) -> bool:
-    """Tells whether two tensors differ by no more than rounding to the first one's dtype, or to a relative step."""
+    """Tells whether two tensors differ only by rounding to the first one's dtype, or by at most a relative `step`."""
     if not ours.is_floating_point():
         return torch.equal(ours, exact.to(ours.dtype))
     step = step or 4 * max(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
@@ -363,7 +363,7 @@ def _is_rounding(ours: Tensor, exact: Tensor, step: float | None = None) -> bool
 
 
 def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
-    """Returns the largest and the mean change of a model's logits by rounding its weights; the model stays as it is."""
+    """Returns the maximum and mean change of a model's logits when its weights are rounded; restores the model."""
     exact = prompt_logits(model, inputs)
     originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
@@ -376,7 +376,7 @@ def _rounding_of_base(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.d
 
 
 def _untie(model: nn.Module) -> None:
-    """Sets ``tie_word_embeddings`` to False in the model's config, if head and embedding are no longer one."""
+    """Sets ``tie_word_embeddings`` to False in a model's config, if head and embedding no longer share a weight."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         return
@@ -388,7 +388,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def prompt_logits(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns a model's logits (T, V) for each of some prompts (T,), in fp32 on the CPU."""
+    """Returns a model's logits (T, V) for each prompt (T,), in fp32 on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad():
         outputs = [model(ids[None].to(device)) for ids in inputs]
@@ -396,6 +396,6 @@ def prompt_logits(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def logit_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
-    """Returns the largest and the mean absolute difference of two results of `prompt_logits`."""
+    """Returns the maximum and mean absolute difference between two results of `prompt_logits`."""
     gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
     return float(gaps.max()), float(gaps.mean())

@@ -1,8 +1,8 @@
-"""Microsoft's checkpoints: what the GPT-2 and NLU examples of their loralib save with torch.save.
+"""Microsoft's checkpoints, as saved with torch.save by the GPT-2 and NLU examples of their loralib.
 
 The released GPT-2 files hold ``{'model_state_dict': {'module.transformer.h.0.attn.c_attn.lora_A': ...}}``; the NLU
-files and those of `lora_state_dict` are flat.  None of them holds lora_alpha or which blocks are adapted: the caller
-has to know.
+files and those of `lora_state_dict` are flat.  None of them contains lora_alpha or the adapted blocks, so the caller
+has to supply these.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
     """Reads a Microsoft checkpoint.
 
     Args:
-        path: a file that torch.save wrote, or the same tensors as safetensors.
-        config: r, lora_alpha, target_modules and enable_lora, which the file does not hold.
+        path: a file written by torch.save, or the same tensors as safetensors.
+        config: r, lora_alpha, target_modules and enable_lora, which the file does not contain.
 
     Returns:
-        All tensors of the file: base weights are compared with those of the model that the adapter is applied to, and a
-        trained head has to be named in `config.modules_to_save`.
+        All tensors in the file: base weights will be compared with those of the model that the adapter is applied to,
+        and a trained head must be named in `config.modules_to_save`.
 
     Raises:
-        FormatError: the file is corrupt, holds code, or holds no LoRA tensors.
+        FormatError: the file is corrupt, or contains code, or contains no LoRA tensors.
     """
     state: object = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_pickle(path)
     if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
@@ -48,7 +48,7 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
 
 
 def _is_needed(name: str, value: object, state: Mapping[str, object]) -> bool:
-    """Tells whether to read an entry: old files also hold GPT-2's causal mask, and convolutions' weights twice."""
+    """Tells whether to read an entry: old files also contain GPT-2's causal mask, and convolutions' weights twice."""
     mask = name.endswith((".attn.bias", ".attn.masked_bias")) and isinstance(value, Tensor) and value.dim() != 1
     owner, _, leaf = name.rpartition(".")
     twin = owner.endswith(".conv") and f"{owner.removesuffix('.conv')}.{leaf}" in state
@@ -56,17 +56,17 @@ def _is_needed(name: str, value: object, state: Mapping[str, object]) -> bool:
 
 
 def _from_microsoft(name: str, state: Mapping[str, object]) -> str:
-    """Microsoft's name of a tensor -> ours; the head of their GPT-2 has another name than transformers'."""
+    """Converts Microsoft's name for a tensor to ours; their GPT-2's head has a different name than in transformers."""
     name = name.removeprefix("module.")
     gpt2 = "module.transformer.wte.weight" in state or "transformer.wte.weight" in state
     return "lm_head.weight" if gpt2 and name == "lm_head.decoder.weight" else name
 
 
 def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Writes the flat form of `lora_state_dict`.
+    """Writes the flat form produced by `lora_state_dict`.
 
     Raises:
-        AdapterError: the adapter has tensors that the form does not have.
+        AdapterError: the adapter has tensors that this form cannot hold.
     """
     if extra := beyond_microsoft(adapter):
         raise AdapterError(list_faults("Microsoft's format cannot hold", extra, "Write a PEFT directory instead."))
@@ -74,7 +74,7 @@ def write_microsoft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 def beyond_microsoft(adapter: Adapter) -> list[str]:
-    """Returns the names of the tensors that Microsoft's form does not have: those of DoRA and other variants."""
+    """Returns the names of tensors that Microsoft's form cannot hold: those of DoRA and other variants."""
     return [n for n in adapter.tensors if ("lora_" in n and not n.endswith(_FACTORS)) or n.endswith(f".{ROWS}")]
 
 

@@ -1,7 +1,7 @@
-"""MLX adapters, as mlx-lm writes and reads them: adapters.safetensors and adapter_config.json.
+"""MLX adapters in mlx-lm's format: adapters.safetensors and adapter_config.json.
 
 A linear layer has ``lora_a`` (in, r) and ``lora_b`` (r, out), an embedding ``lora_a`` (vocabulary, r) and ``lora_b``
-(r, width): the transposes of what other tools store.  One scale multiplies all updates.
+(r, width): the transposes of what other tools store.  A single scale applies to all updates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tensors import CONFIG_FILE, MAX_SETTINGS, MLX_FILE, parse_json, read_bytes
 
 __all__ = ["is_mlx", "mlx_names", "read_mlx", "write_mlx"]
 
-# mlx-lm's models of these kinds use transformers' names for modules; GPT-2's `transformer` is called `model` there.
+# For these kinds of models, mlx-lm uses transformers' module names; it renames GPT-2's `transformer` to `model`.
 _SAME_NAMES = frozenset(
     "cohere gemma gemma2 gemma3_text granite llama mistral mixtral olmo2 phi3 qwen2 qwen3 smollm3 starcoder2".split()
 )
@@ -36,7 +36,7 @@ def is_mlx(directory: str | os.PathLike[str]) -> bool:
 
 
 def mlx_names(model: nn.Module) -> dict[str, str]:
-    """Returns mlx-lm's name of each linear layer and embedding of a model.
+    """Returns mlx-lm's name for each linear layer and embedding of a model.
 
     Raises:
         AdapterError: this kind of model is not supported.
@@ -62,7 +62,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     Args:
         adapter: portable (see `loralib.formats.portable`): one rank, one alpha, linear layers and embeddings only.
         directory: created if needed.
-        model: the base model, for its names.
+        model: the base model, for its module names.
 
     Raises:
         AdapterError: the format cannot express the adapter.
@@ -85,7 +85,7 @@ def write_mlx(adapter: Adapter, directory: str | os.PathLike[str], model: nn.Mod
     depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
     settings = {
         "fine_tune_type": "lora",
-        # The number of last blocks that are adapted (0: all); modules among them without tensors stay at zero.
+        # The number of adapted blocks, counted from the last (0: all); modules in them without tensors stay at zero.
         "num_layers": depth - min(layers) if layers else 1,
         "lora_parameters": {
             "rank": config.r,
@@ -103,8 +103,8 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
     """Reads an MLX adapter directory.
 
     Args:
-        directory: holds adapters.safetensors and adapter_config.json.
-        model: the base model, for its names, and because linear layers and embeddings are stored differently.
+        directory: contains adapters.safetensors and adapter_config.json.
+        model: the base model, for its module names, and because linear layers and embeddings are stored differently.
 
     Raises:
         AdapterError: the adapter does not fit the model.
@@ -148,7 +148,7 @@ def parse_settings(data: bytes) -> tuple[bool, float, str | None]:
     """Reads mlx-lm's adapter_config.json: whether it is DoRA, the scale, and the name of the base model.
 
     Raises:
-        FormatError: it is not such a file, or is of another kind of fine-tuning.
+        FormatError: it is not such a file, or is for another type of fine-tuning.
     """
     settings = parse_json(data)
     parameters = settings.get("lora_parameters") if isinstance(settings, dict) else None
@@ -163,7 +163,7 @@ def parse_settings(data: bytes) -> tuple[bool, float, str | None]:
 
 
 def _tied_head(model: nn.Module) -> nn.Module | None:
-    """Returns the head if it shares the embedding's weight: mlx-lm then has no module for it."""
+    """Returns the head if it shares the embedding's weight, because mlx-lm then has no module for it."""
     head, table = (getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("output", "input"))
     shared = isinstance(head, nn.Module) and isinstance(table, nn.Module) and head.weight is table.weight
     return head if shared else None

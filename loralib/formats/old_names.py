@@ -1,7 +1,7 @@
-"""Adapters that were made for the module names of older transformers, as PEFT converts them.
+"""Converts adapters with module names from older versions of transformers, as PEFT does.
 
-transformers 5 has renamed modules of some models, and keeps a table of how checkpoints of older versions are read.
-Where it only renames, so do we.  The experts of mixtures have become one tensor for all, and so do their adapters.
+transformers 5 renamed modules of some models, and has a table of how to read checkpoints of older versions. Where this
+only renames, so do we.  The experts of a mixture have become a single tensor, and so do their adapters.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Returns an adapter with the names that its modules have in a model of today's transformers.
+    """Returns an adapter with the module names that the current version of transformers uses.
 
     Args:
-        adapter: may have names of older versions.
+        adapter: may have names from older versions.
         model: the base model.
 
     Raises:
-        AdapterError: it adapts experts that are no modules any more.
+        AdapterError: it adapts experts that are no longer modules.
     """
     model = unwrapped(model)
     present = {name for name, _ in model.named_modules()}
@@ -71,7 +71,7 @@ def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def _renamings(model: Any) -> list[tuple[str, str]]:
-    """Returns the expressions and replacements by which transformers renames what older versions have saved."""
+    """Returns the patterns and replacements with which transformers renames weights saved by older versions."""
     if not hasattr(model, "config"):
         return []
     try:
@@ -80,7 +80,7 @@ def _renamings(model: Any) -> list[tuple[str, str]]:
 
         rules: list[Any] = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
         return [(old, rule.target_patterns[0]) for rule in rules for old in rule.source_patterns]
-    except (ImportError, AttributeError, TypeError):  # no interface that transformers promises to keep
+    except (ImportError, AttributeError, TypeError):  # transformers does not guarantee this interface
         return []
 
 

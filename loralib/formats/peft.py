@@ -1,7 +1,7 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors.
 
-Tensors are named ``base_model.model.`` + module path + ``.lora_A.weight`` and so on; the names of embeddings' factors
-and of trained biases have no ``.weight``.  The out_proj of nn.MultiheadAttention is found under ``base_layer``.
+Tensors are named ``base_model.model.`` + module path + ``.lora_A.weight`` and so on; names of embedding factors and
+trained biases lack ``.weight``.  The out_proj of nn.MultiheadAttention is found under ``base_layer``.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from .tensors import (
 __all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
-# Steps in the names of models that were compiled or sharded when an adapter was saved; they are no modules of the base.
+# Name components added by compilation or sharding when an adapter was saved; they are not modules of the base.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# The base's tensors that modules_to_save replaces.
+# The base's tensors that are replaced by modules_to_save.
 _REPLACED = re.compile(r"\.original_module\.")
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
-_BASE_NAME = "loralib.base_name"  # metadata: our own name of a base whose original the settings name, for other tools
+_BASE_NAME = "loralib.base_name"  # metadata: our name of a base, if the settings name its original, for other tools
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
-    """Saves the adapter of a model as a PEFT directory, which PEFT, vLLM and transformers load.
+    """Saves a model's adapter as a PEFT directory, which PEFT, vLLM and transformers can load.
 
     Args:
         model: adapted by `loralib.inject`, or built from loralib's layers.  Under FSDP, every process must call this,
-            and the first one writes.
+            and rank 0 writes.
         directory: created if needed; an adapter in it is replaced, other files are left alone.
 
     Returns:
@@ -66,13 +66,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         fix = "Load the model without offloading, or save before its layers are offloaded."
         raise AdapterError(list_faults("these tensors are on the meta device and have no values", absent, fix))
     name = adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    # A path in the hub's cache means nothing on another machine.
+    # A path in the Hub's cache is meaningless on another machine.
     if cached := re.search(r"[\\/]models--([^\\/]+)[\\/]snapshots[\\/]", name or ""):
         name = cached[1].replace("--", "/")
     config = adapter.config.targeting(target_names(adapter, model)).replace(
         target_parameters=experts.parameter_names(adapter, list(named_parameters(model))),
         base_model_name_or_path=name,
-        # Readers of Conv1D need to know that the weight is stored (in, out).
+        # Tells readers that Conv1D stores its weight as (in, out).
         fan_in_fan_out=any(isinstance(m, LoRALinear) and m.fan_in_fan_out for _, m in adapted_layers(model)),
         task_type=adapter.config.task_type or task_type_of(model),
     )
@@ -86,10 +86,10 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
     """Reads a PEFT adapter directory.
 
     Args:
-        directory: holds adapter_config.json and adapter_model.safetensors (or an older adapter_model.bin).
+        directory: contains adapter_config.json and adapter_model.safetensors (or an older adapter_model.bin).
 
     Raises:
-        AdapterError: the directory holds no LoRA adapter, or one with features that loralib would lose.
+        AdapterError: the directory contains no LoRA adapter, or one with features that loralib would lose.
         FormatError: a file is corrupt.
     """
     directory = Path(directory)
@@ -134,10 +134,10 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
 
 
 def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
-    """Writes a PEFT adapter directory: the tensors first, the config last; other files are left alone.
+    """Writes a PEFT adapter directory: first the tensors, then the config; other files are left alone.
 
     Args:
-        adapter: fused blocks are written as plain low-rank updates, which every reader understands.
+        adapter: its fused blocks are written as plain low-rank updates, which every reader understands.
         directory: created if needed.
     """
     plain = expand_blocks(adapter)
@@ -145,7 +145,7 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     tensors = {_to_peft(name, plain.tensors): tensor for name, tensor in plain.tensors.items() if name not in apart}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in experts.to_peft(plain).items()}
     config = plain.config
-    if parameters := plain.expert_weights:  # in PEFT they have no dropout
+    if parameters := plain.expert_weights:  # PEFT supports no dropout for them
         config = config.replace(lora_dropout=0.0, target_parameters=config.target_parameters or parameters)
     settings, metadata = config.to_dict(), dict(plain.metadata)
     name = plain.config.base_model_name_or_path or ""
@@ -159,8 +159,8 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
     """Returns target_modules that select exactly the adapted modules in every reader.
 
-    Readers disagree on 'all-linear' and regular expressions, so names are listed, or endings where these are enough.
-    A list cannot tell "0" from "block.0", though; where only one of them is adapted, the result is an expression.
+    Readers disagree on 'all-linear' and regular expressions, so names are listed, or their endings if these suffice. A
+    list cannot tell "0" from "block.0", however; if only one of them is adapted, the result is an expression.
     """
     chosen = list(adapter.target_modules)
     if model is None:
@@ -177,15 +177,15 @@ def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:
 
 
 def task_type_of(model: nn.Module | None) -> str | None:
-    """Returns PEFT's name for the task of a model, which PEFT's automatic classes need to load an adapter."""
+    """Returns PEFT's name for a model's task, which PEFT's Auto classes need to load an adapter."""
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _with_our_names(tensors: Mapping[str, Tensor], config: LoraConfig, directory: Path) -> dict[str, Tensor]:
-    """Returns a file's tensors by our names, in the order of these.
+    """Returns a file's tensors under our names, sorted by the file's names.
 
-    Where PEFT saves a model's tables of tokens although modules_to_save has them, the file holds the trained table
-    twice, and the base's own as well, which the trained one replaces.
+    If PEFT saves a model's token tables although modules_to_save includes them, the file contains the trained table
+    twice, as well as the base's own, which the trained one replaces.
     """
     named = dict[str, Tensor]()
     if config.target_parameters:
@@ -204,7 +204,7 @@ _TWICE = "{} contains a tensor under both an old and a new name; copy the adapte
 
 
 def _shortened(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """Returns a file's tensors without what older PEFTs and wrappers have put into their names."""
+    """Returns a file's tensors without the name components added by older versions of PEFT and by wrappers."""
     named = {_ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", name).removeprefix(_PREFIX)): t for name, t in tensors.items()}
     if len(named) < len(tensors):
         raise FormatError(_TWICE.format(directory))
@@ -212,20 +212,20 @@ def _shortened(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Tens
 
 
 def _from_peft(name: str) -> str:
-    """PEFT's name of a tensor -> ours."""
+    """Converts PEFT's name for a tensor to ours."""
     name = _WRAPPERS.sub("", name)
     name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix(_PREFIX))
     name = re.sub(r"\.modules_to_save(\.default)?\.(?=[^.]+$)", ".", name)
-    # Older files carry the adapter's name; newer ones leave it out.
+    # Older files include the adapter's name; newer ones do not.
     name = _ADAPTER_NAME.sub(r".\1", name)
     return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.weight$", r".\1", name)
 
 
 def _to_peft(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Our name of a tensor -> PEFT's."""
+    """Converts our name for a tensor to PEFT's."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("bias", "weight") and {f"{module}.lora_A", f"{module}.lora_embedding_A"} & tensors.keys():
-        leaf = f"base_layer.{leaf}"  # PEFT wraps what it adapts
+        leaf = f"base_layer.{leaf}"  # PEFT wraps adapted modules
     parent = module.removesuffix(".out_proj")
     if parent != module and f"{parent}.lora_A" in tensors:  # nn.MultiheadAttention
         module = f"{parent}.base_layer.out_proj"

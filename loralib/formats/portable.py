@@ -1,8 +1,8 @@
-"""Portable adapters, which every tool computes alike, and what each tool accepts.
+"""Portable adapters, which all tools compute identically, and what each tool accepts.
 
 A portable adapter has one rank, lora_alpha = r (the scaling is in B), no rsLoRA, no patterns and a plain
-initialisation.  Whatever is more than a low-rank update becomes one by exact algebra where possible, by approximation
-within a stated error otherwise, or is refused with the reason.
+initialisation.  Anything that is more than a low-rank update is converted to one, exactly if possible, otherwise with a
+stated approximation error; or it is refused with the reason.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = [
 ]
 
 
-# Tools that adapters are exported for, and their names.  All but PEFT accept low-rank updates of linear layers and
-# embeddings only: no biases, modules trained in full (vLLM: but a classifier's head), convolutions, attention modules,
-# or weights that modules share.
+# Export targets, and their names.  All but PEFT accept only low-rank updates of linear layers and embeddings: no
+# biases, no modules trained in full (except a classifier's head in vLLM), no convolutions, no attention modules, and no
+# weights shared by modules.
 TARGETS: Mapping[str, str] = {"peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "MLX"}
 
-_MAX_RANK_FACTOR = 4  # times the adapter's own rank: where the search for a good approximation ends
+_MAX_RANK_FACTOR = 4  # limits the search for a good approximation to this multiple of the adapter's own rank
 _MERGE = "`loralib merge` writes the merged model instead, which every tool reads."
 
 
@@ -66,11 +66,11 @@ class Portable:
 
 
 def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> None:
-    """Checks before training that the adapter can be used in a tool afterwards.
+    """Checks before training that the adapter will be usable in a tool.
 
     Args:
-        config: what will be trained.
-        model: the base model; its weights are not read. None: check the settings alone.
+        config: the adapter to be trained.
+        model: the base model; its weights are not read. None: only check the settings.
         target: one of `TARGETS`.
 
     Raises:
@@ -111,14 +111,14 @@ def make_portable(
     """Makes an adapter portable, so that a tool computes it correctly.
 
     Args:
-        adapter: of any kind that can be read.
+        adapter: any adapter that can be read.
         target: one of `TARGETS`.
-        model: the base model; needed for all targets but "peft" and "vllm", and for adapters that depend on the base
+        model: the base model; needed for all targets except "peft" and "vllm", and for adapters that depend on the base
             weights (DoRA, PiSSA, OLoRA).
         r: the rank of the result; default: the smallest that is exact, or for DoRA the smallest within max_error.
-        max_error: the largest relative error to accept where r is not given.
-        initial: the adapter as saved before training, for initialisations that cannot be computed again (CorDA,
-            randomised PiSSA).
+        max_error: the maximum relative error to accept if r is not given.
+        initial: the adapter as saved before training, for initialisations that cannot be recomputed (CorDA, randomised
+            PiSSA).
 
     Raises:
         AdapterError: it cannot be made portable, or not within max_error; the message says why and what to do.
@@ -176,17 +176,17 @@ def export(
     """Writes a portable adapter for a tool, reads it back, and compares.
 
     Args:
-        portable: what `make_portable` returned for the target.
+        portable: result of `make_portable` for the same target.
         target: one of `TARGETS`.
         path: a directory, or for "llamacpp" a file.
         model: the base model; see `make_portable`.
-        dtype: of the tensors; default: unchanged, in GGUF fp32.
+        dtype: dtype of the tensors; default: unchanged, for GGUF fp32.
 
     Returns:
-        The largest relative change of an update by rounding to dtype; 0 without dtype.
+        The largest relative change of an update caused by rounding to dtype; 0 without dtype.
 
     Raises:
-        AdapterError: reading back gave something else than was written.
+        AdapterError: what was read back differs from what was written.
         OutputError: the path cannot be written.
     """
     written = portable.adapter
@@ -194,7 +194,7 @@ def export(
         dtype = dtype or torch.float32
     if dtype is not None:
         written = replace(written, tensors={name: t.to(dtype) for name, t in written.tensors.items()})
-        check_sound(written)  # fp16 ends at 65504
+        check_sound(written)  # the largest number in fp16 is 65504
     if target in ("peft", "vllm"):
         write_peft(written, path)
         back = read_peft(path)
@@ -218,11 +218,11 @@ def export(
 
 
 def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter | None = None) -> Tensor:
-    """Returns what an adapter of any kind adds to a module's base weight, as a full matrix.
+    """Returns what any kind of adapter adds to a module's base weight, as a full matrix.
 
     Args:
-        adapter: without fused blocks (`expand_blocks`).
-        module: its name.
+        adapter: without fused blocks (see `expand_blocks`).
+        module: the module's name.
         weight: the base weight as a matrix (out, in); see `base_matrix`.
         initial: see `make_portable`.
 
@@ -241,7 +241,7 @@ def full_delta(adapter: Adapter, module: str, weight: Tensor, initial: Adapter |
 
 
 def _starts_with_base(adapter: Adapter, module: str) -> bool:
-    """Whether a module's factors started with a part of its weight; in PEFT, embeddings' never do."""
+    """Whether a module's factors were initialised from its weight; those of embeddings never are in PEFT."""
     return adapter.config.changes_base and f"{module}.lora_A" in adapter.tensors
 
 
@@ -253,7 +253,7 @@ def base_matrix(model: nn.Module, module: str) -> Tensor:
 
 
 def to_stored_layout(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Transposes an (out, in) matrix where a layer stores its weight as (in, out); its own inverse."""
+    """Transposes an (out, in) matrix if the layer stores its weight as (in, out); this is its own inverse."""
     stored_in_out = isinstance(layer, nn.Embedding) or is_conv1d(layer)
     return matrix.T if stored_in_out else matrix
 
@@ -261,7 +261,7 @@ def to_stored_layout(layer: nn.Module, matrix: Tensor) -> Tensor:
 def _as_plain(
     adapter: Adapter, model: nn.Module | None, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
-    """Turns an adapter of any kind into a plain one; returns it, its relative error, and notes on what was done."""
+    """Converts any adapter to a plain one; returns it, its relative error, and notes on what was done."""
     config = adapter.config
     dora = any(name.endswith("lora_magnitude_vector") for name in adapter.tensors)
     if config.lora_bias or any(name.endswith("lora_B.bias") for name in adapter.tensors):
@@ -302,7 +302,7 @@ def _as_plain(
 def _nearest(
     adapter: Adapter, model: nn.Module, r: int | None, max_error: float, initial: Adapter | None
 ) -> tuple[Adapter, float, list[str]]:
-    """Approximates DoRA, whose update has full rank, by the largest singular values of the update."""
+    """Approximates DoRA, whose update has full rank, by truncating the SVD of the update."""
     own = max(update_of(adapter, name).r for name in adapter.modules)
     largest = r or _MAX_RANK_FACTOR * own
     lost, total, parts = torch.zeros(largest + 1, dtype=torch.float64), 0.0, {}
@@ -310,7 +310,7 @@ def _nearest(
         delta = full_delta(adapter, name, base_matrix(model, name), initial)
         U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         squares = F.pad(S**2, (1, max(0, largest - len(S))))
-        # lost[k]: the squared norm beyond rank k.
+        # lost[k]: the squared norm lost when truncating to rank k.
         lost += (squares.sum() - torch.cumsum(squares, 0)[: largest + 1]).clamp(min=0)
         total += float(squares.sum())
         parts[name] = U[:, :largest].clone(), S[:largest].clone(), Vh[:largest].clone()
@@ -359,7 +359,7 @@ def _initial_update(adapter: Adapter, module: str, weight: Tensor | None, initia
 
 
 def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[str]:
-    """Returns the adapted modules that a tool would compute wrongly, with the reasons."""
+    """Returns the adapted modules that a tool would compute incorrectly, with reasons."""
     if target == "vllm" and not vllm.takes_adapters(model):
         return [f"vLLM accepts no adapters on {type(model).__name__}"]
     names: Mapping[str, str] | None = None
@@ -374,7 +374,7 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     for module in modules:
         name, layer = module.name, module.module
         if module.weights and target == "vllm":
-            continue  # see `vllm.with_experts`
+            continue  # handled by `vllm.with_experts`
         plain = issubclass(module.mixin, (LoRALinear, LoRAEmbedding)) and module.mixin is not LoRARouter
         if not plain or isinstance(layer, nn.MultiheadAttention):
             faults.append(f"{name}: {title} does not adapt {type(layer).__name__}")
@@ -388,11 +388,11 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     return faults
 
 
-# Small steps.
+# Helpers.
 
 
 def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
-    """Returns a tensor in the half-precision dtype that it had before, where that is exact."""
+    """Returns a tensor in the half-precision dtype of the original, if that is exact."""
     if original is None or original.dtype not in (torch.float16, torch.bfloat16):
         return tensor
     narrow = tensor.to(original.dtype)
@@ -400,7 +400,7 @@ def _like(tensor: Tensor, original: Tensor | None) -> Tensor:
 
 
 def _differences(written: Adapter, back: Adapter) -> list[str]:
-    """Lists tensors that are not bit for bit the same, and scalings that differ."""
+    """Lists tensors that are not identical bit for bit, and scalings that differ."""
     faults = [f"{name} is missing" for name in written.tensors if name not in back.tensors]
     faults += [f"{name} is unexpected" for name in back.tensors if name not in written.tensors]
     if not faults:
@@ -416,7 +416,7 @@ def _differences(written: Adapter, back: Adapter) -> list[str]:
 
 
 def _rounding(exact: Adapter, rounded: Adapter) -> float:
-    """Returns the largest relative error of an update."""
+    """Returns the maximum relative error of the updates."""
     if all(torch.equal(tensor, rounded.tensors[name].to(tensor.dtype)) for name, tensor in exact.tensors.items()):
         return 0.0
     largest, theirs = 0.0, updates_of(rounded)

@@ -1,4 +1,4 @@
-"""Reading and writing files of tensors: safetensors, and pickles, which are read without running code."""
+"""Reads and writes files of tensors: safetensors, and pickles, which are read without running code."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ __all__ = [
     "write_safetensors",
 ]
 
-# The files of adapter directories: their settings, and the tensors, by which the formats are told apart.
+# The files in adapter directories: settings, and tensors, which identify the format.
 CONFIG_FILE = "adapter_config.json"
 PEFT_FILE, PEFT_PICKLE, MLX_FILE = "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"
 
-_MAX_FILE = 16 * 2**30  # bytes; adapters have some megabytes, or a few gigabytes with trained embeddings
+_MAX_FILE = 16 * 2**30  # bytes; adapters take some megabytes, or a few gigabytes with trained embeddings
 _MAX_HEADER = 16 * 2**20  # bytes; the names of a thousand tensors take 0.1 MB
 
-MAX_SETTINGS = 1_000_000  # bytes; real ones have a few thousand, or some 100,000 with a rank for every module
+MAX_SETTINGS = 1_000_000  # bytes; usually a few thousand, or some 100,000 with a rank for every module
 _MAX_NAME = 1000  # characters
-_MAX_STEPS = 5_000_000  # of a pickle; a tensor takes about thirty
+_MAX_STEPS = 5_000_000  # in a pickle; a tensor takes about thirty
 
 _T = TypeVar("_T")
 
 
 class _HoldsCode(FormatError):
-    """A pickle holds more than tensors and plain values."""
+    """A pickle contains more than tensors and plain values."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -71,7 +71,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads the content of a safetensors file; see `read_safetensors`."""
+    """Parses the content of a safetensors file; see `read_safetensors`."""
     from safetensors.torch import load
 
     header = _parse_header(data, len(data))
@@ -82,7 +82,7 @@ def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parse_header(data: bytes, size: int) -> dict[str, Any]:
-    """Parses and checks the header of a file of that size: the library accepts any length, and equal names."""
+    """Parses and checks the header of a file with `size` bytes: the library accepts any length, and duplicate names."""
     length = int.from_bytes(data[:8], "little")
     if length > _MAX_HEADER:
         raise FormatError(f"its header claims {length:,} bytes, expected at most {_MAX_HEADER:,}")
@@ -102,11 +102,11 @@ def _parse_header(data: bytes, size: int) -> dict[str, Any]:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """Reads what tensors a safetensors file of any size holds, without reading them.
+    """Reads which tensors a safetensors file of any size contains, without reading them.
 
     Returns:
-        For each name ``{"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}``, and the place in the file
-        that offsets count from.
+        For each name ``{"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}``, and the position in the file
+        that offsets are relative to.
 
     Raises:
         FormatError: the file is truncated or corrupt, or a name occurs twice.
@@ -123,7 +123,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuses names that must not be printed: overlong ones, and those with control characters.
+    """Refuses names that must not be printed: very long ones, and those with control characters.
 
     Raises:
         FormatError: there is such a name.
@@ -134,10 +134,10 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parses JSON, strictly: a key that occurs twice in an object, and NaN or infinite numbers, are errors.
+    """Parses JSON strictly: duplicate keys in an object, and NaN or infinite numbers, are errors.
 
     Raises:
-        FormatError: the text is not such JSON.
+        FormatError: the text is not valid JSON in this sense.
 
     >>> parse_json('{"r": 8}')
     {'r': 8}
@@ -178,7 +178,7 @@ def read_bytes(
         path: the file.
         parse: called with its content.
         check_start: called first, with the beginning of the file and its size; if it raises, the rest is not read.
-        max_size: largest size in bytes of such a file; default: the largest of any adapter.
+        max_size: maximum size of such a file in bytes; default: that of any adapter.
 
     Raises:
         AdapterError: there is no such file.
@@ -206,10 +206,10 @@ def read_bytes(
 
 
 def parsed(data: bytes, parse: Callable[[bytes], _T], name: object) -> _T:
-    """Parses the content of a file that may be hostile; `name` is the file's name in messages.
+    """Parses the content of a file that may be malicious; messages refer to the file by `name`.
 
     Raises:
-        FormatError: the parser raised anything.
+        FormatError: the parser raised any exception.
     """
     try:
         return parse(data)
@@ -229,10 +229,10 @@ def write_directory(
     metadata: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> None:
-    """Writes an adapter directory: the tensors first, the settings last; files besides these are left alone.
+    """Writes an adapter directory: first the tensors, then the settings; other files are left alone.
 
     Raises:
-        OutputError: it holds an adapter in another format, whose settings have the same file name as ours.
+        OutputError: it holds an adapter in another format, whose settings file has the same name as ours.
     """
     directory = Path(os.path.expanduser(directory))
     for other in (MLX_FILE,) if file == PEFT_FILE else (PEFT_FILE, PEFT_PICKLE):
@@ -241,7 +241,7 @@ def write_directory(
                 f"{directory} contains an adapter in another format ({other}), whose {CONFIG_FILE} would be "
                 "overwritten; choose another directory"
             )
-    # A directory without a config is no adapter: an interrupted run leaves no mixture of two.
+    # Without a config, a directory is not an adapter: an interrupted run cannot leave a mixture of two.
     remove_file(directory / CONFIG_FILE)
     write_safetensors(directory / file, tensors, metadata)
     write_json(directory / CONFIG_FILE, settings)
@@ -253,13 +253,13 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes tensors and metadata to a safetensors file, atomically; see `write_whole` for `check`."""
+    """Writes tensors and metadata to a safetensors file, atomically; for `check`, see `write_whole`."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
-        # The library's save_file raises no OSError where the disk is full.
+        # The library's save_file does not raise OSError if the disk is full.
         temporary.write_bytes(save(plain, {"format": "pt", **(metadata or {})}))
         _sort_metadata(temporary)
 
@@ -279,22 +279,22 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """Reads a file that torch.save wrote, without running anything in it (``weights_only=True``).
+    """Reads a file written by torch.save, without running anything in it (``weights_only=True``).
 
     Raises:
         AdapterError: there is no such file.
-        FormatError: the file is truncated, corrupt, or holds objects other than tensors and plain values.
+        FormatError: the file is truncated, corrupt, or contains objects other than tensors and plain values.
     """
     return read_bytes(path, parse_pickle)
 
 
 def parse_pickle(data: bytes) -> Any:
-    """Reads the content of a file that torch.save wrote; see `read_pickle`."""
+    """Parses the content of a file written by torch.save; see `read_pickle`."""
     for program in _programs(data):
         _check_program(program)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's warnings about old files do not help their users
+            warnings.simplefilter("ignore")  # torch's warnings about old files do not help users
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _HoldsCode(_CODE) from error
@@ -305,13 +305,13 @@ def parse_pickle(data: bytes) -> Any:
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value with torch.save, atomically."""
-    content = io.BytesIO()  # torch.save raises no OSError where the disk is full
+    content = io.BytesIO()  # torch.save does not raise OSError if the disk is full
     torch.save(value, content)
     write_whole(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 _CODE = "it contains objects other than tensors, which would run as code when loaded"
-# The globals that torch.save refers to for tensors and plain values.
+# The globals that torch.save uses for tensors and plain values.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
     r"|torch (Size|device|bool|(b?float|u?int|complex)\w+)"
@@ -319,13 +319,13 @@ _HARMLESS = re.compile(
 
 
 def _programs(data: bytes) -> Iterator[IO[bytes]]:
-    """Yields the pickles that torch.load will run; refuses archives that would grow, or whose checksums are wrong.
+    """Yields the pickles that torch.load will run; refuses archives that would expand, or whose checksums are wrong.
 
-    torch.save does not compress.  torch.load checks neither checksums nor whether the two sizes of an entry agree, and
-    returns uninitialised memory for an entry that is marked as a folder.
+    torch.save does not compress.  torch.load checks neither checksums nor whether an entry's two sizes agree, and
+    returns uninitialised memory for an entry that is marked as a directory.
     """
-    # As torch does, look at the first bytes alone: zipfile would also find an archive behind a file of the old form.
-    if not data.startswith(b"PK\x03\x04"):  # the form before torch 1.6: five pickles, then the numbers
+    # Like torch, only look at the first bytes: zipfile would also find an archive appended to a file in the old format.
+    if not data.startswith(b"PK\x03\x04"):  # format before torch 1.6: five pickles, then the numbers
         stream = io.BytesIO(data)
         yield from (stream for _ in range(5))
         return
@@ -348,12 +348,12 @@ def _programs(data: bytes) -> Iterator[IO[bytes]]:
 
 
 def _check_program(stream: IO[bytes]) -> None:
-    """Refuses a pickle that holds anything but tensors and plain values, without running it.
+    """Refuses a pickle that contains anything but tensors and plain values, without running it.
 
-    torch runs no foreign code, but some of its own functions allocate as much memory as they are asked for, or double a
-    text again and again.  And a tuple of the same tuple twice, and so on in depth, takes forever to hash.
+    torch does not run foreign code, but some of its own functions allocate as much memory as requested, or repeatedly
+    double a string.  And deeply nested tuples, each containing the same tuple twice, take forever to hash.
     """
-    tuples, tuple_on_top = set[object](), False  # places in the memo that hold tuples
+    tuples, tuple_on_top = set[object](), False  # memo indices of tuples
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         name = opcode.name
         if count > _MAX_STEPS:
@@ -373,7 +373,7 @@ def _check_program(stream: IO[bytes]) -> None:
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Walks through what was loaded, each part once: a pickle may hold itself, or the same part a million times."""
+    """Traverses a loaded object, each part once: a pickle may contain itself, or the same part a million times."""
     seen, stack = set[int](), [("the file", value)]
     while stack:
         name, inner = stack.pop()
@@ -386,7 +386,7 @@ def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor that is larger than its storage (by strides of 0), or has none."""
+    """Refuses a tensor that is larger than its storage (with strides of 0), or has none."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise FormatError(f"{name[:80]} is a tensor of layout {tensor.layout} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -1,7 +1,7 @@
-"""The checkpoints of transformers' Trainer, which reads them back by itself: to resume, and to load the best model.
+"""Checkpoints of transformers' Trainer, which reads them back itself: to resume, and to load the best model.
 
-It knows PEFT's models by their class, and looks into the checkpoints of all others for weights of the whole model.
-There it finds a model.safetensors with the tensors that train; what is not in it, it leaves as it is.
+It recognises PEFT's models by their class, and expects weights of the whole model in the checkpoints of all others. It
+finds a model.safetensors with only the trained tensors there, and leaves the other parameters unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["is_trainer_checkpoint", "save_trained_weights"]
 
 
 def is_trainer_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Tells whether a directory has the name of a Trainer's checkpoint.
+    """Tells whether a directory is named like a Trainer's checkpoint.
 
     >>> is_trainer_checkpoint("out/checkpoint-500"), is_trainer_checkpoint("out")
     (True, False)
@@ -28,11 +28,11 @@ def is_trainer_checkpoint(directory: str | os.PathLike[str]) -> bool:
 
 
 def save_trained_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the tensors that train to model.safetensors, under the names that they have in the model.
+    """Writes the trained tensors to model.safetensors, under their names in the model.
 
     Args:
         model: adapted by `loralib.inject`.
-        directory: of the checkpoint.
+        directory: the checkpoint's directory.
     """
     record = injection_of(model)
     in_full = set() if record is None else set(record.originals)

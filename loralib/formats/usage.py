@@ -1,4 +1,4 @@
-"""What to type to use an exported adapter in the tool that it is for."""
+"""How to use an exported adapter in its target tool."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TALK = [
 
 
 def how_to_run(target: str, path: str | os.PathLike[str], base: str | None, r: int) -> list[str]:
-    """Returns the lines that use an adapter in a tool.
+    """Returns the lines to type in order to use an adapter in a tool.
 
     Args:
         target: one of `loralib.formats.portable.TARGETS`.
-        path: of the exported adapter.
-        base: the name of its base model, if it is known.
+        path: path of the exported adapter.
+        base: the name of its base model, if known.
         r: its largest rank.
 
     >>> print(*how_to_run("vllm", "out/lora", "Qwen/Qwen2.5-0.5B", 9))
@@ -55,13 +55,13 @@ def _command(*words: str) -> str:
 
 
 def modelfile(path: str | os.PathLike[str], tokenizer: Any) -> str:
-    """Returns a Modelfile for Ollama: base, adapter, and the chat template as Ollama writes it.
+    """Returns a Modelfile for Ollama: base, adapter, and the chat template in Ollama's syntax.
 
-    The template is left out where it is not of the form ChatML; Ollama then takes what it finds in the base's file.
+    The template is included only if it is ChatML; otherwise Ollama uses the one in the base's file.
 
     Args:
-        path: of the adapter, a GGUF file.
-        tokenizer: with the chat template that the adapter was trained with.
+        path: path of the adapter, a GGUF file.
+        tokenizer: has the chat template that the adapter was trained with.
     """
     lines = ["FROM ./BASE.gguf", f"ADAPTER {Path(path).resolve().as_posix()}"]
     turn, end = "<|im_start|>{}\n{}{}\n", "<|im_end|>"
@@ -75,7 +75,7 @@ def modelfile(path: str | os.PathLike[str], tokenizer: Any) -> str:
 
     try:
         fits, greeting = rendered(_TALK) == chatml(_TALK), rendered(_GREETING)
-    except Exception:  # there is no template, or it refuses such a talk
+    except Exception:  # there is no template, or it rejects such a conversation
         return "\n".join(lines) + "\n"
     if fits:
         start, middle, rest = greeting.partition(chatml(_GREETING))

@@ -1,7 +1,7 @@
-"""What vLLM accepts of an adapter, by the class of the base model: read from the sources of vLLM 0.33.
+"""What vLLM accepts in an adapter, by the base model's class, according to the source code of vLLM 0.33.
 
-It loads adapters of linear layers for most of its models, for some not at all, and for others those of embeddings and
-heads too.  A classifier's head may be trained in full.
+It loads adapters of linear layers for most models, for some models none, and for others also those of embeddings and
+heads.  A classifier's head may be trained in full.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import experts
 
 __all__ = ["accepted_ranks", "head_faults", "load_faults", "takes_adapters", "tensor_faults", "with_experts"]
 
-accepted_ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
+accepted_ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
-_HEADS = ("classifier", "score")  # what may be in modules_to_save, if it is one linear layer
-# Kinds of models by the names of their classes in transformers, without ForCausalLM and the like.
+_HEADS = ("classifier", "score")  # allowed in modules_to_save, if it is a single linear layer
+# Kinds of models by their class names in transformers, without suffixes such as ForCausalLM.
 _NO_ADAPTERS = frozenset(
     """bloom codegen cohere2moe cpmant ctrl dbrx falcon falconmamba gemma3n gpt2 gptj gptneo mamba mamba2 moonshine mpt
     olmo openaigpt persimmon rwkv stablelm xglm xlnet zamba zamba2""".split()
@@ -32,7 +32,7 @@ _EMBEDDING_AND_HEAD = frozenset(
     hyperclovax jamba lfm2 lfm2moe llama llama4 minicpm minicpm3 mixtral nemotron nemotronh phi3 phimoe qwen3 qwen3moe
     qwen3_5 qwen3_5moe solar""".split()
 )
-# Those below arcee run in vLLM's backend for transformers.
+# From arcee on, these run in vLLM's transformers backend.
 _EMBEDDING = frozenset(
     """cohere cohere2 arcee cwm flexolmo glm hunyuandensev1 jais2 olmo2 olmo3 phi seedoss smollm3 starcoder2
     vaultgemma""".split()
@@ -41,12 +41,12 @@ _CLASS = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
 def takes_adapters(model: nn.Module) -> bool:
-    """Tells whether vLLM loads adapters at all on models of this kind."""
+    """Tells whether vLLM loads any adapters for this kind of model."""
     return _kind_of(model) not in _NO_ADAPTERS
 
 
 def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[str]:
-    """Returns what vLLM refuses of the adapted modules of a base model, with the reasons.
+    """Returns which adapted modules of a base model vLLM rejects, with reasons.
 
     Args:
         model: the base model.
@@ -66,11 +66,11 @@ def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> l
 
 
 def head_faults(config: LoraConfig, model: nn.Module | None) -> list[str]:
-    """Returns why modules that are trained in full do not load in vLLM; it takes the head of a classifier.
+    """Returns why modules trained in full do not load in vLLM, which accepts only a classifier's head.
 
     Args:
-        config: its `modules_to_save` count.
-        model: the base model; None: look at the names alone.
+        config: only `modules_to_save` matters.
+        model: the base model; None: only check the names.
     """
     names = list(config.modules_to_save or ())
     if any(name not in _HEADS for name in names) or len(names) > 1:
@@ -91,10 +91,10 @@ def head_faults(config: LoraConfig, model: nn.Module | None) -> list[str]:
 
 
 def tensor_faults(names: Iterable[str]) -> list[str]:
-    """Returns which tensors of an adapter vLLM does not load: of modules trained in full it takes single linear layers.
+    """Returns which tensors of an adapter vLLM does not load; of modules trained in full it loads single linear layers.
 
     Args:
-        names: of the tensors.
+        names: names of the tensors.
 
     >>> tensor_faults(["model.layers.0.q_proj.lora_A", "score.weight", "classifier.dense.weight"])
     ['classifier.dense.weight: of the modules trained in full, vLLM loads only a linear score or classifier']
@@ -107,7 +107,7 @@ def tensor_faults(names: Iterable[str]) -> list[str]:
     ]
 
 
-# Classes of which vLLM reads the experts' adapters in PEFT's layout, and no other.
+# Classes for which vLLM reads experts' adapters in PEFT's layout, and in no other.
 _EXPERTS_IN_ONE = frozenset(
     """GptOssForCausalLM InternS1ProForConditionalGeneration Qwen3VLMoeForConditionalGeneration
     Qwen3_5MoeForConditionalGeneration Qwen3OmniMoeThinkerForConditionalGeneration""".split()
@@ -115,17 +115,17 @@ _EXPERTS_IN_ONE = frozenset(
 
 
 def with_experts(adapter: Adapter, model: nn.Module | None) -> tuple[Adapter, str]:
-    """Returns an adapter of experts as vLLM reads it, and a note on what was done.
+    """Converts an adapter of experts to the form that vLLM reads; returns it, and a note on what was done.
 
-    For some classes of models that is PEFT's layout, with both weights of a layer; for all others a module for each
-    expert and projection, by the names in checkpoints, and all three projections of each.
+    For some classes of models this is PEFT's layout, with both weights of a layer; for all others, one module per
+    expert and projection, named as in checkpoints, with all three projections of each expert.
 
     Args:
         adapter: portable.
         model: the base model.
 
     Raises:
-        AdapterError: there is no model, or the names of its experts are not known.
+        AdapterError: no model is given, or the names of its experts are unknown.
     """
     if model is None:
         raise AdapterError(
@@ -137,7 +137,7 @@ def with_experts(adapter: Adapter, model: nn.Module | None) -> tuple[Adapter, st
 
 
 def _kind_of(model: nn.Module) -> str:
-    """Returns the kind of a model as the tables above write it.
+    """Returns a model's kind in the form used in the tables above.
 
     >>> class Qwen2ForCausalLM(nn.Module): ...
     >>> _kind_of(Qwen2ForCausalLM())
