@@ -1,12 +1,12 @@
-"""How other tools write the adapters of experts that are one parameter.
+"""The forms in which other tools store adapters of experts whose weights are one parameter.
 
-PEFT wraps the module of the experts once for each of its parameters, one wrapper around another, and keeps 2-D factors:
+PEFT wraps the module of the experts once per parameter, one wrapper inside another, and stores 2-D factors:
 
     experts.base_layer.lora_A.weight   of gate_up_proj   (experts * r, in), expert by expert
-    experts.base_layer.lora_B.weight                     (out, r * experts), where the expert changes fastest
-    experts.lora_A.weight, ...         of down_proj, the outer one
+    experts.base_layer.lora_B.weight                     (out, r * experts), where the expert index varies fastest
+    experts.lora_A.weight, ...         of down_proj, the outer wrapper
 
-Which parameters these are is said by target_parameters alone.
+Only target_parameters tells which parameters these belong to.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..wrapping import named_modules, named_parameters, submodule
 __all__ = ["apart", "from_peft", "of_experts", "parameter_names", "to_peft", "together", "with_both"]
 
 _WRAPPED = re.compile(r"(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
-_MAX_STEPS = 1e9  # of matching names with expressions, a few seconds
+_MAX_STEPS = 1e9  # upper limit for `matching_steps`; corresponds to a few seconds
 
 
 def to_peft(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns an adapter's tensors of experts as PEFT stores them, by PEFT's names without their prefix."""
+    """Returns an adapter's expert tensors as stored by PEFT, under PEFT's names without their prefix."""
     found = dict[str, Tensor]()
     for path, names in _by_module(adapter.expert_weights).items():
         for place, name in enumerate(names):
@@ -49,13 +49,13 @@ def to_peft(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _trained_beside(adapter: Adapter, path: str) -> list[str]:
-    """Returns the names of what is trained in full in a module of experts: its biases."""
+    """Returns the names of the tensors that are trained in full in a module of experts: its biases."""
     names = (name.rpartition(".") for name in adapter.tensors)
     return [leaf for module, _, leaf in names if module == path and not leaf.startswith("lora_")]
 
 
 def of_experts(adapter: Adapter) -> set[str]:
-    """Returns the names of all tensors that `to_peft` writes."""
+    """Returns the names of all tensors that `to_peft` converts."""
     names = {key for name in adapter.expert_weights for key in adapter.factor_keys(name)}
     return names | {
         f"{path}.{leaf}" for path in _by_module(adapter.expert_weights) for leaf in _trained_beside(adapter, path)
@@ -63,22 +63,22 @@ def of_experts(adapter: Adapter) -> set[str]:
 
 
 def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Reads the factors of experts from what a file of PEFT's holds.
+    """Extracts the factors of experts from the tensors in a PEFT file.
 
     Args:
-        tensors: by PEFT's names without their prefix.
-        config: its target_parameters say which of them belong to experts.
+        tensors: the tensors under PEFT's names without their prefix.
+        config: its target_parameters tell which of them belong to experts.
 
     Returns:
-        The experts' factors by our names, and all other tensors as they are.
+        The experts' factors under our names, and all other tensors unchanged.
 
     Raises:
-        AdapterError: parameters are adapted that are no weights of experts.
-        FormatError: factors are missing or have shapes that do not fit together.
+        AdapterError: matching the expressions of rank_pattern may take forever.
+        FormatError: factors are missing or have inconsistent shapes.
     """
     if not config.target_parameters:
         return {}, dict(tensors)
-    wrapped = dict[str, dict[tuple[int, str], str]]()  # by module: depth and half, and the name in the file
+    wrapped = dict[str, dict[tuple[int, str], str]]()  # by module: depth and half -> name in the file
     for name in tensors:
         match = _WRAPPED.fullmatch(name)
         if match and _names_of(match["path"], config.target_parameters):
@@ -102,7 +102,7 @@ def from_peft(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[s
 
 
 def _stacked(module: str, A: Tensor, B: Tensor, config: LoraConfig, faults: list[str]) -> dict[str, Tensor]:
-    """Returns A (experts, r, in) and B (experts, out, r) of PEFT's factors; adds to `faults`."""
+    """Converts PEFT's factors to A (experts, r, in) and B (experts, out, r); appends to `faults`."""
     patterns = config.rank_pattern
     if not all(map(is_plain_name, patterns)) and matching_steps(patterns, [module]) > _MAX_STEPS:
         raise AdapterError("matching the expressions in rank_pattern could take forever; use names of modules instead")
@@ -117,11 +117,11 @@ def _stacked(module: str, A: Tensor, B: Tensor, config: LoraConfig, faults: list
 
 
 def parameter_names(adapter: Adapter, parameters: Sequence[str]) -> list[str]:
-    """Returns target_parameters that select exactly the adapted weights of experts: endings where these are enough.
+    """Returns target_parameters that select exactly the adapted expert weights: name endings if these suffice.
 
     Args:
         adapter: may have experts.
-        parameters: the names of all parameters of its model; empty, if they are not known.
+        parameters: the names of all parameters of its model; empty if unknown.
     """
     chosen = adapter.target_parameters
     short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in chosen))
@@ -140,7 +140,7 @@ def _names_of(path: str, entries: Sequence[str]) -> list[str]:
 
 
 def _by_module(parameters: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the names of parameters by module, in the order in which PEFT wraps them: that of the module."""
+    """Groups names of parameters by module, in the order in which PEFT wraps them, which is the module's."""
     modules = dict[str, list[str]]()
     for name in parameters:
         path, _, leaf = name.rpartition(".")
@@ -148,17 +148,17 @@ def _by_module(parameters: Sequence[str]) -> dict[str, list[str]]:
     return {path: sorted(names, key=EXPERT_WEIGHTS.index) for path, names in modules.items()}
 
 
-# Experts that are modules of their own, as in checkpoints and in older versions of transformers.
+# Experts that are separate modules, as in checkpoints and in older versions of transformers.
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """One weight of all experts, and what a checkpoint calls its parts.
+    """One weight of all experts, and the names of its parts in a checkpoint.
 
     Attributes:
-        name: of the parameter in the model.
-        parts: names with ``{}`` for the expert's number; the weight holds their outputs one after the other.
-        experts, inputs, outputs: its sizes; the outputs are those of all parts together.
+        name: name of the parameter in the model.
+        parts: names with ``{}`` for the expert's number; the weight contains their outputs one after another.
+        experts, inputs, outputs: its sizes; outputs are those of all parts together.
     """
 
     name: str
@@ -169,13 +169,13 @@ class _Projection:
 
 
 def apart(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Returns an adapter with a module for each expert and projection, by the names in the model's checkpoints.
+    """Converts an adapter to one module per expert and projection, named as in the model's checkpoints.
 
-    The parts of one weight get its A and their rows of its B, which is exact.  Where one weight of a layer is adapted,
-    the others get an update of zero: vLLM takes all or none.
+    The parts of a weight share its A and get their rows of its B, which is exact.  If one weight of a layer is adapted,
+    the others get a zero update: vLLM requires all or none.
 
     Raises:
-        AdapterError: it is not known how the experts of the model are named.
+        AdapterError: the names of the model's experts are unknown.
     """
     found, faults = _projections(model)
     known = {projection.name: projection for projection in found}
@@ -207,7 +207,7 @@ def apart(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def with_both(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Returns an adapter with an update of zero for the weights of experts beside those that it adapts."""
+    """Returns an adapter with zero updates for the remaining expert weights of layers that it adapts."""
     tensors, chosen = dict(adapter.tensors), {name.rpartition(".")[0] for name in adapter.expert_weights}
     for path, module in named_modules(model).items():
         for leaf in expert_weights(module) if path in chosen else ():
@@ -219,7 +219,7 @@ def with_both(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def _factors(adapter: Adapter, projection: _Projection) -> tuple[Tensor, Tensor]:
-    """Returns the factors of all experts, which are zero where the adapter leaves the weight alone."""
+    """Returns the factors of all experts, which are zero if the adapter does not adapt this weight."""
     if adapter.holds_experts(projection.name):
         key_A, key_B = adapter.factor_keys(projection.name)
         return adapter.tensors[key_A], adapter.tensors[key_B]
@@ -229,10 +229,10 @@ def _factors(adapter: Adapter, projection: _Projection) -> tuple[Tensor, Tensor]
 
 
 def together(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Returns an adapter of experts that are modules of their own as one of the weights that hold all experts.
+    """Converts an adapter of experts that are separate modules to one of weights that hold all experts.
 
-    Parts of a weight that have one A in common become one update of its rank; others one of the sum of their ranks,
-    with a block-diagonal B, as PEFT does it.  Both are exact.  Experts and parts that have no update get one of zero.
+    Parts of a weight that share the same A become one update of that rank; otherwise the ranks are added, with a
+    block-diagonal B, as in PEFT.  Both are exact.  Experts and parts without an update get a zero update.
     """
     tensors, config = dict(adapter.tensors), adapter.config
     ranks = {name: config.rank_of(name) for name in adapter.modules}
@@ -260,14 +260,14 @@ def together(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def _scaled(adapter: Adapter, name: str, projection: _Projection) -> tuple[Tensor, Tensor]:
-    """Returns a part's factors with the scaling in B; of rank 0 where there are none."""
+    """Returns a part's factors with the scaling in B; of rank 0 if there are none."""
     if f"{name}.lora_A" in adapter.tensors:
         return update_of(adapter, name).plain()
     return torch.zeros(0, projection.inputs), torch.zeros(projection.outputs // len(projection.parts), 0)
 
 
 def _joined(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """Returns A (experts, r, in) and B (experts, out, r) of the parts of each expert's weight."""
+    """Combines the factors of each expert's parts to A (experts, r, in) and B (experts, out, r)."""
     if all(torch.equal(A, parts[0][0]) for parts in pairs for A, _ in parts):
         joined = [(parts[0][0], torch.cat([B for _, B in parts])) for parts in pairs]
     else:
@@ -278,7 +278,7 @@ def _joined(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, T
 
 
 def _projections(model: nn.Module) -> tuple[list[_Projection], list[str]]:
-    """Returns how checkpoints name the experts of a model, by transformers' own table; and what is not known."""
+    """Returns how checkpoints name a model's experts, according to transformers' table; and which ones are unknown."""
     found, faults = list[_Projection](), list[str]()
     rules = _conversions(model)
     for path, module in named_modules(model).items():
@@ -307,7 +307,7 @@ def _projection(model: nn.Module, name: str, parts: tuple[str, ...]) -> _Project
 
 
 def _parts_of(name: str, rule: Any, rules: Sequence[Any]) -> tuple[str, ...]:
-    """Returns what a rule calls the parts of a weight of experts; () if it is not about this weight."""
+    """Returns a rule's names for the parts of an expert weight; () if the rule concerns another weight."""
     operations = [type(operation).__name__ for operation in getattr(rule, "operations", None) or ()]
     target = rule.target_patterns[0]
     if not operations or set(operations) - {"MergeModulelist", "Concatenate"} or not name.endswith(target):
@@ -323,7 +323,7 @@ def _parts_of(name: str, rule: Any, rules: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _is_plain_renaming(rule: Any) -> bool:
-    """Whether a rule puts one text in the place of another, such as ``.mlp.`` in that of ``.block_sparse_moe.``."""
+    """Whether a rule only replaces one string with another, such as ``.block_sparse_moe.`` with ``.mlp.``."""
     texts = [*rule.source_patterns, *rule.target_patterns]
     return not getattr(rule, "operations", None) and len(texts) == 2 and all(_PLAIN.fullmatch(text) for text in texts)
 
@@ -332,10 +332,10 @@ _PLAIN = re.compile(r"[\w.]+")
 
 
 def _conversions(model: Any) -> list[Any]:
-    """Returns transformers' rules for reading the checkpoints of a model."""
+    """Returns transformers' rules for reading a model's checkpoints."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(model))
-    except (ImportError, AttributeError, TypeError):  # no interface that transformers promises to keep
+    except (ImportError, AttributeError, TypeError):  # transformers does not guarantee this interface
         return []
