@@ -1,7 +1,7 @@
-"""Variants of LoRA, one file each, and which layers have them; docs/variants.md says what each is for.
+"""Variants of LoRA, one file each, and which layers support them; docs/variants.md says what each is good for.
 
-A variant is a mixin over a plain one of `loralib.layers`: it names the tensors that it trains and says what they add
-to the base weight.  `mixin_for` is the one place where a config's settings choose it.
+A variant is a mixin on top of a plain one from `loralib.layers`: it names the tensors that it trains and defines what
+they add to the base weight.  `mixin_for` is the only place where a config's settings select it.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ _KINDS: Final[Mapping[type[LoRALayer], str]] = {
 
 
 def mixin_for(plain: type[LoRALayer], config: LoraConfig) -> type[LoRALayer]:
-    """Returns the class that a config asks for in place of the plain one of a kind of layer.
+    """Returns the class that a config selects instead of the plain one for a kind of layer.
 
     Raises:
-        TargetError: layers of this kind do not have the variant.
+        TargetError: the variant does not exist for this kind of layer.
     """
     variants: dict[str, Mixins] = {}
     if config.use_dora:
@@ -98,11 +98,11 @@ _KNOWN_STARTS: Final = "True, 'pissa', 'pissa_niter_N', 'olora' or 'eva'"
 
 
 def contradictions(config: LoraConfig, trained: bool) -> list[str]:
-    """Lists the settings of a config that layers cannot have, alone or together, each with the way out.
+    """Lists the settings of a config that layers do not support, alone or in combination, each with a way out.
 
     Args:
-        config: of an adapter to train, or of a trained one to put on a model.
-        trained: whether it is trained: how its factors started is then of no interest, unless the base changed.
+        config: settings of an adapter to train, or of a trained one to apply to a model.
+        trained: whether it is trained: its initialisation then no longer matters, unless it changed the base.
     """
     start, faults = config.init_lora_weights, []
     name = str(start).lower()

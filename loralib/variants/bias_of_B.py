@@ -1,4 +1,4 @@
-"""LoRA whose B has a bias: ``y = W x + bias + s (B A x + b)`` (PEFT's `lora_bias`)."""
+"""LoRA with a bias for B: ``y = W x + bias + s (B A x + b)`` (PEFT's `lora_bias`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["BiasedLinear"]
 
 
 class BiasedLinear(LoRALinear):
-    """A linear layer that trains b (out,) beside A and B; merging adds it to the layer's bias, or gives it one."""
+    """A linear layer that also trains b (out,); merging adds it to the layer's bias, or creates one."""
 
     lora_B_bias: Parameter
 

@@ -1,9 +1,9 @@
-"""DoRA, weight-decomposed LoRA: beside A and B a layer trains the length of each row of its weight.
+"""DoRA, weight-decomposed LoRA: in addition to A and B, a layer trains the norm of each row of its weight.
 
     y = m / ||W + s B A|| * (W x + s B A x) + bias        (Liu et al. 2024, arXiv:2402.09353, equation 5)
 
-The norm counts as a constant in the backward pass (section 4.3).  At the start m is the norm of the base's rows, so
-that training begins at the base.
+The norm is treated as a constant in the backward pass (section 4.3).  m is initialised with the norms of the base's
+rows, so that training starts from the base.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["DoRAConv", "DoRAEmbedding", "DoRALayer", "DoRALinear", "DoRAReadLine
 
 @dataclass
 class _Kept:
-    """What a layer computed before: the squared norms of W's rows, and the norms of those of W + s B A."""
+    """Cached values of a layer: the squared norms of W's rows, and the norms of the rows of W + s B A."""
 
-    of_base: tuple[Any, ...]  # what W was
+    of_base: tuple[Any, ...]  # identifies the state of W
     squares: Tensor
-    factors: tuple[Tensor, ...] | None = None  # A and B; None where the norms may be of others
+    factors: tuple[Tensor, ...] | None = None  # A and B; None during training, when norms are not reused
     norms: Tensor | None = None
 
 
 class DoRALayer(LoRALayer):
-    """What DoRA adds to a LoRA layer of any kind, whose mixin comes after this one.
+    """What DoRA adds to any kind of LoRA layer, whose mixin follows this one.
 
     Attributes:
-        lora_magnitude_vector: m, one number for each output; for a convolution (1, out, 1, ...), as in PEFT.
+        lora_magnitude_vector: m, one number per output; for a convolution (1, out, 1, ...), as in PEFT.
     """
 
     lora_magnitude_vector: Parameter
@@ -62,8 +62,8 @@ class DoRALayer(LoRALayer):
         return self.lora_magnitude_vector.flatten() / self._row_norms()
 
     def _row_norms(self) -> Tensor:
-        """Returns ``||W + s B A||`` (out,).  Outside training it is kept for as long as W, A and B stay the same."""
-        # Also inside inference_mode, whose tensors could not take part in a later backward pass.
+        """Returns ``||W + s B A||`` (out,).  Outside training, it is cached as long as W, A and B do not change."""
+        # Disables inference_mode, whose tensors could not take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             if torch.compiler.is_compiling():
                 return self._computed_norms(row_squares(self.as_matrix(dense(self.base_weight))))
@@ -71,7 +71,7 @@ class DoRALayer(LoRALayer):
             kept = self.__dict__.get("_kept")
             if kept is None or kept.of_base != of_base:
                 kept = self._kept = _Kept(of_base, row_squares(self.as_matrix(dense(self.base_weight))))
-            # By value: not every optimiser counts its changes of a tensor.
+            # Compared by value, because not every optimiser updates version counters.
             if self.training or kept.factors is None or not all(map(torch.equal, kept.factors, self._pair())):
                 kept.norms = self._computed_norms(kept.squares)
                 kept.factors = None if self.training else tuple(factor.detach().clone() for factor in self._pair())
@@ -83,7 +83,7 @@ class DoRALayer(LoRALayer):
     def _computed_norms(self, squares: Tensor) -> Tensor:
         return dora_norms(self.as_matrix(dense(self.base_weight)), squares, *self.factors(), self.scaling)
 
-    # Other tensors may come to lie where the known ones lay.
+    # New tensors may be allocated at the addresses of the cached ones.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         self.__dict__.pop("_kept", None)
@@ -95,15 +95,15 @@ class DoRALayer(LoRALayer):
 
 
 class DoRALinear(DoRALayer, LoRALinear):
-    """A linear layer, as `LoRALinear`; with `blocks`, the other blocks' magnitudes train too."""
+    """A linear layer, like `LoRALinear`; with `blocks`, the magnitudes of the other blocks are trained too."""
 
 
 class DoRAReadLinear(DoRALayer, LoRAReadLinear):
-    """A linear layer whose weight is read (`LoRAReadLinear`)."""
+    """A linear layer whose weight is read by others (`LoRAReadLinear`)."""
 
 
 class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """A table, whose outputs are the numbers of a row: m (d,) scales columns, as in PEFT."""
+    """An embedding, whose outputs are the entries of a row: m (d,) scales columns, as in PEFT."""
 
 
 class DoRAConv(DoRALayer, LoRAConv):

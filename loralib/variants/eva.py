@@ -1,8 +1,8 @@
-"""EVA: A starts with the directions in which a layer's inputs vary most (Paischer et al. 2024, arXiv:2410.07170).
+"""EVA: A is initialised with the directions of largest input variance (Paischer et al. 2024, arXiv:2410.07170).
 
 For inputs X of a layer, A is the top of V^T in the singular value decomposition X - mean = U S V^T, and B is zero.  The
-layers share one budget of ranks: those whose directions explain more of their inputs' variance get more, at most
-``rho * r``.  The decomposition is updated batch by batch (Ross et al. 2008), until its directions hardly turn.
+layers share one budget of ranks: those whose directions explain more of their inputs' variance get more, at most ``rho
+* r``.  The decomposition is updated batch by batch (Ross et al. 2008), until its directions hardly change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["EvaStart", "EvaTarget", "eva_start"]
 
 
 class EvaTarget(Protocol):
-    """A linear layer that EVA starts; r and lora_alpha are as before ranks are shared out anew."""
+    """A linear layer to be initialised by EVA; r and lora_alpha are the values before ranks are redistributed."""
 
     @property
     def name(self) -> str: ...
@@ -37,11 +37,11 @@ class EvaTarget(Protocol):
 
 @dataclass(frozen=True)
 class EvaStart:
-    """What EVA makes of some data; a layer that is not here got no rank and is not adapted.
+    """What EVA computes from some data; layers missing here got no rank and are not adapted.
 
     Attributes:
         A: lora_A of each layer by name, (r, in).
-        lora_alphas: lora_alpha of each layer, such that the scaling is what it was.
+        lora_alphas: lora_alpha of each layer, chosen to keep the scaling unchanged.
     """
 
     A: Mapping[str, Tensor]
@@ -50,15 +50,15 @@ class EvaStart:
 
 @torch.no_grad()
 def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[Any], config: LoraConfig) -> EvaStart:
-    """Runs batches through a model and returns how its layers start.
+    """Runs batches through a model and returns the initialisation of its layers.
 
     Args:
-        model: the model, which is put into eval mode meanwhile.
+        model: the model, put in eval mode for the duration.
         targets: the layers.
-        batches: what to run; see `loralib.inject`.  It ends early where all directions have settled.
-        config: `eva_config` may hold rho (2.0: no layer gets more than rho times its rank; 1: each keeps its own), tau
-            (0.99: directions count as settled once the cosine between those of two batches is at least this) and
-            use_label_mask (True: inputs at labels of -100 do not count).
+        batches: the data to run; see `loralib.inject`.  Stops early once all directions have converged.
+        config: `eva_config` may contain rho (2.0: no layer gets more than rho times its rank; 1: each keeps its own),
+            tau (0.99: directions have converged if their cosine between two batches is at least this) and
+            use_label_mask (True: inputs at labels of -100 are ignored).
 
     Raises:
         ConfigError: there are too few inputs.
@@ -91,7 +91,7 @@ def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[
 
 
 def _counted_rows(batch: Any, use_label_mask: bool) -> Tensor | None:
-    """Returns which positions of a batch count (B, T); None: all."""
+    """Returns a mask of the positions in a batch that count (B, T); None: all."""
     if not isinstance(batch, Mapping):
         return None
     masks = []
@@ -103,7 +103,7 @@ def _counted_rows(batch: Any, use_label_mask: bool) -> Tensor | None:
 
 
 def _shared_out(targets: Sequence[EvaTarget], inputs: _Inputs, most: Mapping[str, int]) -> dict[str, int]:
-    """Gives the ranks of all layers to the directions that explain most of their inputs' variance."""
+    """Distributes the ranks of all layers to the directions that explain most of their inputs' variance."""
     shares = [
         (float(share), -number, target.name)
         for number, target in enumerate(targets)
@@ -118,7 +118,7 @@ def _shared_out(targets: Sequence[EvaTarget], inputs: _Inputs, most: Mapping[str
 
 @dataclass
 class _Spread:
-    """Mean and main directions of the rows seen so far, at most `count` directions."""
+    """Mean and principal directions (at most `count`) of the rows seen so far."""
 
     count: int
     rows: int = 0
@@ -126,10 +126,10 @@ class _Spread:
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of squared distances from the mean
     directions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (k, in)
     values: Tensor = field(default_factory=lambda: torch.zeros(0))  # singular values (k,)
-    cosine: float = -1.0  # the least one between the directions of the last two updates
+    cosine: float = -1.0  # the smallest cosine between directions before and after the last update
 
     def see(self, x: Tensor) -> None:
-        """Takes rows x (n, in) into account."""
+        """Updates the statistics with rows x (n, in)."""
         if not len(x):
             return
         n, total = len(x), self.rows + len(x)
@@ -143,13 +143,13 @@ class _Spread:
             mean = self.mean + (mean - self.mean) * (n / total)
         values, directions = _right_vectors(torch.cat(parts), self.count)
         known = min(len(directions), len(self.directions))
-        # A direction and its opposite are the same.
+        # Directions with opposite signs are equivalent.
         cosines = F.cosine_similarity(directions[:known], self.directions[:known]).abs() if known else torch.zeros(1)
         self.cosine = float(cosines.min()) if known == len(directions) else -1.0
         self.rows, self.mean, self.squares, self.values, self.directions = total, mean, squares, values, directions
 
     def explained(self) -> Tensor:
-        """Returns the share of the variance that each direction explains."""
+        """Returns the share of the variance explained by each direction."""
         return self.values.square() / self.squares.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -165,19 +165,19 @@ def _right_vectors(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class _Inputs:
-    """The inputs of some layers; layers that read the same tensor are seen once."""
+    """The inputs of some layers; an input that several layers share is processed once."""
 
     def __init__(self, targets: Sequence[EvaTarget], most: Mapping[str, int]) -> None:
         self._targets, self._most = targets, most
-        self._first: dict[str, str] = {}  # the first of the layers with the same input, by name
+        self._first: dict[str, str] = {}  # maps each layer to the first one with the same input
         self.spreads: dict[str, _Spread] = {}
 
     def of(self, name: str) -> _Spread:
-        """Returns the spread of a layer's inputs."""
+        """Returns the statistics of a layer's inputs."""
         return self.spreads.get(self._first.get(name, ""), _Spread(0))
 
     def see(self, model: nn.Module, batch: Any, counted: Tensor | None) -> None:
-        """Runs one batch and takes in what the layers read."""
+        """Runs one batch and updates the statistics of the layers' inputs."""
         seen: dict[str, Tensor] = {}
         hooks = [
             target.module.register_forward_pre_hook(functools.partial(_note, seen, target.name))

@@ -1,12 +1,12 @@
-"""Starts that take a part of the base weight into the factors: PiSSA and OLoRA.
+"""Initialisations that move a part of the base weight into the factors: PiSSA and OLoRA.
 
-Training begins with factors A0 and B0 made of the base weight W, and with W - s B0 A0 in its place, so that the model
-computes as before (PiSSA: Meng et al. 2024, arXiv:2404.02948; OLoRA: Büyükakyüz 2024, arXiv:2406.01775).  Here W stays
-as it is, and what is subtracted from it is a second product:
+Training begins with factors A0 and B0 computed from the base weight W, which is replaced by W - s B0 A0, so the model
+initially computes the same (PiSSA: Meng et al. 2024, arXiv:2404.02948; OLoRA: Büyükakyüz 2024, arXiv:2406.01775). Here
+W is left unchanged, and what is subtracted from it becomes a second product:
 
     y = W x + s (B A - B0 A0) x = W x + s [B, -B0] [A; A0] x
 
-So nothing is rounded into the base, and the adapter is plain LoRA of rank 2r on it.
+This way nothing is rounded into the base, and the adapter is plain LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["StartedLinear", "start_factors"]
 
 
 def start_factors(start: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Returns the factors that a start makes of a weight.
+    """Returns the initial factors for a weight.
 
     Args:
-        start: "pissa", "pissa_niter_N" (approximate, with random numbers) or "olora".
+        start: "pissa", "pissa_niter_N" (approximate, randomised) or "olora".
         weight: W (out, in).
         r: the rank.
         scaling: see `loralib.delta.scaling_of`.
@@ -42,7 +42,7 @@ def start_factors(start: str, weight: Tensor, r: int, scaling: float) -> tuple[T
 
 
 class StartedLinear(LoRALinear):
-    """A linear layer whose factors start with a part of its weight.
+    """A linear layer whose factors are initialised from its weight.
 
     Attributes:
         lora_start_A, lora_start_B: A0 (r, in) and B0 (out, r), which are not trained.
@@ -73,7 +73,7 @@ class StartedLinear(LoRALinear):
         return A, B
 
     def to_adapter(self) -> dict[str, Tensor]:
-        """Returns the factors of the plain adapter of rank 2r that this is."""
+        """Returns the factors of the equivalent plain adapter of rank 2r."""
         A, B = self.factors()
         return {"lora_A": A.detach(), "lora_B": B.detach()}
 

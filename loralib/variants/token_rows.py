@@ -1,7 +1,7 @@
-"""Chosen rows of the tables of tokens, trained and stored alone (PEFT's `trainable_token_indices`).
+"""Training and storing only selected rows of token tables (PEFT's `trainable_token_indices`).
 
-An embedding looks up the trained row where there is one; a head computes its logit with it.  A head that is tied to the
-embedding shares the rows, as it shares the weight.
+An embedding looks up a trained row where there is one; a head computes the corresponding logits with it.  A head tied
+to the embedding shares these rows, as it shares the weight.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..layers import LoRALayer
 
 __all__ = ["ROWS", "TokenRowsEmbedding", "TokenRowsHead", "share_rows"]
 
-ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name, although these are the rows' values
+ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name, although it stores the rows' values
 
 
 class _TokenRows(LoRALayer):
-    """What tables with trained rows have in common.
+    """Base class of tables with trained rows.
 
     Attributes:
         lora_token_rows: the rows' values (k, d).
-        lora_token_indices: which rows they are (k,).
-        tied: whether another layer has the rows, and saves them.
+        lora_token_indices: the rows' indices (k,).
+        tied: whether the rows belong to another layer, which saves them.
     """
 
     lora_token_rows: Parameter
@@ -36,7 +36,7 @@ class _TokenRows(LoRALayer):
     token_indices: tuple[int, ...] = ()
     tied: bool = False
     fixed_names = ("lora_token_indices",)
-    may_rest = True  # tokens that a batch does not hold have no gradient
+    may_rest = True  # tokens that do not occur in a batch get no gradient
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_token_rows": (len(self.token_indices), self._base_shape[1])}
@@ -71,7 +71,7 @@ class _TokenRows(LoRALayer):
 
 
 class TokenRowsEmbedding(_TokenRows):
-    """A table whose trained rows take the places of its own."""
+    """An embedding in which trained rows replace its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, super().forward(x))
@@ -81,13 +81,13 @@ class TokenRowsEmbedding(_TokenRows):
         order = indices.argsort()
         places = order[torch.searchsorted(indices, x, sorter=order).clamp(max=len(indices) - 1)]
         rows = F.embedding(places, self.lora_token_rows).to(y.dtype)
-        scale = getattr(self, "embed_scale", None)  # Gemma's
+        scale = getattr(self, "embed_scale", None)  # used by Gemma
         rows = rows if scale is None else rows * scale.to(y.dtype)
         return torch.where((indices[places] == x)[..., None], rows, y)
 
 
 class TokenRowsHead(_TokenRows):
-    """A head whose logits of some tokens are made with trained rows."""
+    """A head that computes the logits of some tokens with trained rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, super().forward(x))
@@ -100,7 +100,7 @@ class TokenRowsHead(_TokenRows):
 
 
 def share_rows(layers: Sequence[nn.Module]) -> None:
-    """Lets tied tables train the same rows; the first of those that hold one weight saves them."""
+    """Makes tied tables train the same rows; the first layer with a given weight saves them."""
     first: dict[int, _TokenRows] = {}
     for layer in layers:
         if isinstance(layer, _TokenRows):
