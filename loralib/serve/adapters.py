@@ -33,14 +33,14 @@ class AdapterRequest(Body):
 
 
 class ScaleRequest(Body):
-    """What to change of an adapter."""
+    """What to change about an adapter."""
 
     scale: Scale
 
 
 @router.get("/v1/models")
 def list_models(request: Request) -> dict[str, Any]:
-    """Lists the base model and its adapters, as OpenAI's API does."""
+    """Lists the base model and its adapters, like OpenAI's API."""
     server: Server = request.app.state.server
     return {"object": "list", "data": [_model(server, name) for name in server.models]}
 
@@ -55,7 +55,7 @@ def get_model(request: Request, model: str) -> dict[str, Any]:
 
 @router.get("/v1/adapters")
 def list_adapters(request: Request) -> dict[str, Any]:
-    """Lists adapters, and the directories of others that can be loaded."""
+    """Lists adapters, and the directories of further ones that can be loaded."""
     server: Server = request.app.state.server
     shelf = server.adapters
     return {"object": "list", "data": _described(server), "unused": shelf.unused()}
@@ -63,7 +63,7 @@ def list_adapters(request: Request) -> dict[str, Any]:
 
 @router.post("/v1/adapters", status_code=201)
 def load_adapter(request: Request, body: AdapterRequest) -> dict[str, Any]:
-    """Loads an adapter from below the configured directory."""
+    """Loads an adapter from a directory below the configured one."""
     server: Server = request.app.state.server
     source = server.adapter_directory(body.path or body.name)
     try:
@@ -71,7 +71,7 @@ def load_adapter(request: Request, body: AdapterRequest) -> dict[str, Any]:
     except RequestError:
         raise
     except LoraError as error:
-        # The loader's own words, without the server's paths.
+        # The loader's own message, without the server's paths.
         fault = fault_of(error)
         raise RequestError(server.adapters.public(str(error)), fault.status, fault.code, "path") from error
     return server.adapters.describe(body.name)
@@ -86,7 +86,7 @@ def get_adapter(request: Request, name: str) -> dict[str, Any]:
 
 @router.patch("/v1/adapters/{name:path}")
 def change_adapter(request: Request, name: str, body: ScaleRequest) -> dict[str, Any]:
-    """Sets an adapter's scale, from the next token on."""
+    """Sets an adapter's scale, effective from the next token."""
     server: Server = request.app.state.server
     server.adapters.set_scale(name, body.scale)
     return server.adapters.describe(name)
@@ -94,7 +94,7 @@ def change_adapter(request: Request, name: str, body: ScaleRequest) -> dict[str,
 
 @router.delete("/v1/adapters/{name:path}")
 def unload_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Unloads an adapter; texts that are being generated with it end as they began."""
+    """Unloads an adapter; texts being generated with it continue to use it."""
     server: Server = request.app.state.server
     server.adapters.unload(name)
     return {"id": name, "object": "adapter", "deleted": True}

@@ -1,4 +1,4 @@
-"""The application: routes, put together over what is served, behind what every request passes."""
+"""The application: all routes, behind the checks that every request passes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["create_app"]
 
 
 def create_app(server: Server) -> FastAPI:
-    """Returns the application, which serves but does not own `server`."""
+    """Returns the application, which uses but does not own `server`."""
     config = server.config
-    # The interactive docs would fetch their scripts from elsewhere; the schema is at /openapi.json.
+    # The interactive docs would fetch scripts from other sites; the schema is at /openapi.json.
     app = FastAPI(title="loralib", version=__version__, docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.server = server
     install(app)
@@ -42,7 +42,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     def health() -> JSONResponse:
-        """Tells whether requests are taken in, and the model's thread runs that answers them."""
+        """Tells whether the server accepts requests, and the model's thread is running."""
         if server.is_closing:
             return JSONResponse({"status": "shutting down"}, 503)
         if not server.service.is_alive:
@@ -51,7 +51,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:
-        """Returns figures for Prometheus."""
+        """Returns metrics for Prometheus."""
         return Response(server.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     make_schema = app.openapi
@@ -60,7 +60,7 @@ def create_app(server: Server) -> FastAPI:
         made = make_schema()
         for path in made["paths"].values():
             for operation in path.values():
-                # FastAPI's own shape of a wrong request, which is 400 here and has OpenAI's.
+                # FastAPI's own response for invalid requests; here they get status 400 and OpenAI's format.
                 said = operation.get("responses", {}).get("422", {})
                 if "HTTPValidationError" in str(said):
                     operation["responses"]["422"] = operation["responses"].get("400", said)

@@ -1,4 +1,4 @@
-"""What bodies of requests have in common: a field that is unknown, or of another type, is refused."""
+"""The common base of request bodies: unknown fields, or fields of another type, are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Body(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 5.0 is the whole number 5."""
+    """Converts 5.0 to 5, because JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

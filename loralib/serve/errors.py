@@ -1,4 +1,4 @@
-"""Errors as answers, in the shape of OpenAI's API: one table says which error is which status."""
+"""Errors as responses in the format of OpenAI's API; one table maps errors to status codes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .state import RequestError
 
 __all__ = ["RESPONSES", "RETRY_AFTER", "Fault", "RequestError", "answer", "body_of", "fault_of", "install"]
 
-RETRY_AFTER: Final = 1  # seconds; places become free with every text that ends
+RETRY_AFTER: Final = 1  # seconds; places become free whenever a text ends
 
-# The first that fits: error, status, code.  Whatever is not here is 500, and its text stays in the log.
+# The first match applies: error, status, code.  Everything else is 500, with its message only in the log.
 _STATUSES: Final[Sequence[tuple[type[LoraError], int, str | None]]] = (
     (BusyServerError, 429, "too_many_requests"),
     (BusyModelError, 503, "model_is_busy"),
@@ -66,7 +66,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The answer to a request that cannot be met."""
+    """The response to a request that failed."""
 
     error: ErrorDetail
 
@@ -89,7 +89,7 @@ _ABOUT: Final = {
     504: "The request took longer than the server allows.",
     507: "The server's disk is full.",
 }
-# For the OpenAPI schema: any route may answer so.
+# For the OpenAPI schema: any route may return these.
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorAnswer, "description": about} for status, about in _ABOUT.items()
 }
@@ -97,14 +97,14 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What a client is told.
+    """What a client is told about an error.
 
     Attributes:
-        status: of HTTP.
-        message: in words.
-        code: a word for programs.
-        param: the field that is at fault.
-        headers: more headers.
+        status: the HTTP status.
+        message: a message for people.
+        code: a code for programs.
+        param: the field at fault.
+        headers: additional headers.
     """
 
     status: int
@@ -115,7 +115,7 @@ class Fault:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Returns what a client is told of an error.
+    """Returns what a client is told about an error.
 
     >>> fault_of(BusyServerError("256 requests are waiting")).status
     429
@@ -145,7 +145,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def body_of(fault: Fault) -> dict[str, Any]:
-    """Returns the body of an answer.
+    """Returns the body of an error response.
 
     >>> body_of(Fault(404, "no such model", "model_not_found", "model"))["error"]["type"]
     'not_found_error'
@@ -155,16 +155,16 @@ def body_of(fault: Fault) -> dict[str, Any]:
 
 
 def answer(error: BaseException) -> JSONResponse:
-    """Returns the answer to a request that an error ended."""
+    """Returns the response for a request that ended with an error."""
     fault = fault_of(error)
     return JSONResponse(body_of(fault), fault.status, dict(fault.headers or {}))
 
 
 def install(app: FastAPI) -> None:
-    """Makes an application answer every error in this shape."""
+    """Makes an application use this format for all error responses."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, LoraError) and fault_of(error).status == 500:  # uvicorn logs all others that are
+        if isinstance(error, LoraError) and fault_of(error).status == 500:  # uvicorn logs other errors of status 500
             logging.getLogger("uvicorn.error").error("%s", error, exc_info=error)
         reply = answer(error)
         if reply.status_code == 405:
@@ -176,11 +176,11 @@ def install(app: FastAPI) -> None:
 
 
 def _allowed(request: Request) -> list[str]:
-    """Returns the methods that an address has; the router itself tells those of its first route there."""
+    """Returns the methods available at a URL; the router itself only reports those of the first route there."""
     scope = {name: value for name, value in request.scope.items() if name != "method"}
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     found = [name for name in _METHODS if any(r.matches({**scope, "method": name})[0] is Match.FULL for r in routes)]
-    return found or ["GET", "HEAD"]  # files of the page
+    return found or ["GET", "HEAD"]  # static files of the page
 
 
 def _retry(status: int) -> dict[str, str] | None:
@@ -188,14 +188,14 @@ def _retry(status: int) -> dict[str, str] | None:
 
 
 def _invalid(error: RequestValidationError) -> Fault:
-    """Says what is wrong with a request, one line a field.
+    """Describes what is wrong with a request, one line per field.
 
-    A field that may be of several types has one fault for each of them.
+    If a field may have several types, there is a fault for each of them.
     """
     faults: dict[str, list[str]] = {}
     for each in error.errors():
         own = each.get("ctx", {}).get("error")
-        if isinstance(own, RequestError):  # raised where a field was checked
+        if isinstance(own, RequestError):  # raised by the validation of a field
             return fault_of(own)
         if each["type"] == "json_invalid":
             why = each.get("ctx", {}).get("error", "")

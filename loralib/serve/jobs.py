@@ -1,7 +1,7 @@
-"""Training jobs: a queue in the database, one process a job, and one thread that watches over them.
+"""Training jobs: a queue in the database, one process per job, and one thread that supervises them.
 
-A job is ``loralib train --resume`` in a directory of its own.  What it has reached is in that directory and nowhere
-else, so any server that finds a job unfinished starts it again, and it ends with the bytes of an undisturbed run.
+A job is ``loralib train --resume`` in its own directory, which holds all of its progress.  Any server that finds a job
+unfinished can therefore start it again, and the result is identical to that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .uploads import Files
 __all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progress"]
 
 OVER: Final = ("succeeded", "failed", "cancelled")
-# Settings that name places or belong to the server, and those that have arguments of their own.
+# Settings that name paths or belong to the server, and those with their own arguments.
 NOT_SETTABLE: Final = frozenset(
     "model task modules_to_save train_data valid_data output_dir from_adapter adapter resume overwrite "
     "report_to device shard hidden_dim num_layers chat_template".split()
@@ -48,19 +48,19 @@ _NOT_SERVED: Final = {
     "task": f"task {_HEADS}: classifiers are trained by `loralib train --task classify`",
     "modules_to_save": f"modules_to_save {_HEADS}",
 }
-_TEMPLATE: Final = "chat_template.jinja"  # in a job's directory
+_TEMPLATE: Final = "chat_template.jinja"  # in the job's directory
 _ID: Final = re.compile(r"ftjob-[A-Za-z0-9]{24}", re.ASCII)
 _SUFFIX: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-_TICK: Final = 0.2  # seconds between two looks at what runs
-_CANCEL_WITHIN: Final = 30.0  # seconds until a job that is cancelled is killed
-_SAVE_STEPS: Final = 25  # updates between checkpoints, unless the job says otherwise: a kill costs no more
-# An event is known by its job and key: the same one twice is one.
+_TICK: Final = 0.2  # seconds between two checks of what is running
+_CANCEL_WITHIN: Final = 30.0  # seconds until a cancelled job is killed
+_SAVE_STEPS: Final = 25  # updates between checkpoints by default: a kill loses no more than this
+# Events are identified by job and key, so adding the same one twice has no effect.
 _ADD_EVENT: Final = (
     "INSERT OR IGNORE INTO events (job, key, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
-_LATEST: Final = 50  # metrics that tell how fast a job is
-_MOST_OPEN: Final = 100  # jobs that are not over
-_MOST_DEATHS: Final = 3  # times in a row that a process may be killed without getting any further
+_LATEST: Final = 50  # number of metrics to estimate a job's speed from
+_MOST_OPEN: Final = 100  # maximum number of unfinished jobs
+_MOST_DEATHS: Final = 3  # how often in a row a process may be killed without any progress
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class Job:
     """A training job.
 
     Attributes:
-        id: its random name.
+        id: its random id.
         status: validating_files, queued, running, paused, succeeded, failed or cancelled.
         suffix: the client's part of the adapter's name.
         training_file, validation_file: ids of uploaded files.
         settings: fields of `TrainConfig` that were given.
-        asked: what the client gave that is no setting of training: hyperparameters, metadata, seed.
-        error: why it failed: code, message and param; None: it did not.
+        asked: other values given by the client, which are not training settings: hyperparameters, metadata, seed.
+        error: why it failed: code, message and param; None: it did not fail.
         created, started, finished: seconds since 1970; None: not yet.
-        directory: where it is kept.
-        adapter_name: what its adapter is called in the bank.
+        directory: the job's directory.
+        adapter_name: name of its adapter in the bank.
     """
 
     id: str
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def run(self) -> Path:
-        """The run's directory; of a job that succeeded, the adapter's."""
+        """The run's directory; if the job succeeded, also the adapter's."""
         return self.directory / "run"
 
 
@@ -105,12 +105,12 @@ class Event:
     """Something that happened to a job.
 
     Attributes:
-        number: counts up over all jobs.
+        number: increases over all jobs.
         created: seconds since 1970.
         level: info, warn or error.
         type: message or metrics.
-        message: in words.
-        data: of metrics: step, total_steps, train_loss or valid_loss, and so on.
+        message: a message for people.
+        data: for metrics: step, total_steps, train_loss or valid_loss, and so on.
     """
 
     number: int
@@ -123,7 +123,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Training state on the disk that a job goes on from."""
+    """Training state on disk from which a job can continue."""
 
     job: str
     step: int
@@ -133,13 +133,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
     Attributes:
-        step, steps: updates done, and of the whole run; None: not known yet.
+        step, steps: updates done, and in the whole run; None: not known yet.
         train, valid: (update, loss) of each update and validation.
-        seconds_left: until it is done; None: not known.
-        trained_tokens: seen so far.
+        seconds_left: estimated time until it is done; None: unknown.
+        trained_tokens: number of trained tokens seen so far.
     """
 
     step: int
@@ -152,12 +152,12 @@ class Progress:
 
 @dataclass
 class _Running:
-    """A process of ours, and what its files have told so far."""
+    """A process of this server, and what has been read from its files so far."""
 
     process: TrainingProcess
     metrics: MetricsTail
     log: LogTail
-    began: int  # updates that were done before it started
+    began: int  # updates done before it started
     wanted: str = ""
     steps: int | None = None
     last_step: int = 0
@@ -168,15 +168,15 @@ class Jobs:
     """The training jobs of a server.  Any thread may use it.
 
     Args:
-        state_dir: where files, jobs and their adapters are kept; one server at a time holds it.
-        max_jobs: how many train at once; the others wait in order.
+        state_dir: directory for files, jobs and their adapters; locked by one server at a time.
+        max_jobs: number of jobs that train at the same time; others wait in order.
         model: the base model that jobs train on, a name or a path.
-        name: what it is called in the API; default: `model`.
-        on_finished: called with each job that succeeded and its adapter's directory, from the jobs' thread; of jobs
-            that an earlier server finished, before this returns.
-        base: the base model in memory and its tokenizer, for previews; they stay as they are.
-        chat_template: the template that jobs train with, where it is not the base's own.
-        quantize: the bits in which the base is served: jobs train on it in the same, unless they say otherwise.
+        name: its name in the API; default: `model`.
+        on_finished: called with each job that succeeded and its adapter's directory, from the jobs' thread; for jobs
+            finished under an earlier server, before the constructor returns.
+        base: the base model in memory and its tokenizer, for previews; they are not changed.
+        chat_template: the template that jobs train with, if it is not the base's own.
+        quantize: how the served base is quantised: jobs train on it in the same form, unless they say otherwise.
 
     Attributes:
         files: the uploaded files.
@@ -217,10 +217,10 @@ class Jobs:
         self._validator = ThreadPoolExecutor(1, "loralib-validate")
         self._validating: set[str] = set()
         self._thread = threading.Thread(target=self._watch, name="loralib-jobs", daemon=True)
-        self._wake.set()  # for what an earlier server left
+        self._wake.set()  # for jobs left by an earlier server
         self._thread.start()
 
-    # --- what clients ask for ---------------------------------------------------------------------------------------
+    # --- requests by clients ----------------------------------------------------------------------------------------
 
     def create(
         self,
@@ -239,14 +239,14 @@ class Jobs:
             settings: fields of `TrainConfig`.
             suffix: a part of the adapter's name: letters, digits, ``.``, ``_`` and ``-``.
             validation_file: the id of another uploaded file.
-            learning_rate_multiplier: times the rate that training would choose.
-            asked: what else the job's description shall say.
+            learning_rate_multiplier: factor for the learning rate that training would choose.
+            asked: other values to include in the job's description.
 
         Raises:
             RequestError: there is no such file, or a setting is invalid; all faults are listed.
             OutputError: the disk is full.
         """
-        settings = self._as_served(settings)  # and kept: the next server may hold its base in other bits
+        settings = self._as_served(settings)  # stored, because the next server may quantise its base differently
         if not self._max_jobs:
             raise RequestError("this server does not run training jobs (--max_jobs 0)", 403, "jobs_are_off")
         self.files.get(training_file, "training_file")
@@ -263,7 +263,7 @@ class Jobs:
                 f"learning_rate_multiplier is {learning_rate_multiplier:g}, but {why}", param="hyperparameters"
             )
         job_id = new_id("ftjob")
-        self._config(job_id, settings, training_file, validation_file)  # raises what is wrong with it
+        self._config(job_id, settings, training_file, validation_file)  # raises if they are invalid
         with self._state.transaction() as database:
             is_over = "status IN ('succeeded', 'failed', 'cancelled')"
             if database.execute(f"SELECT COUNT(*) FROM jobs WHERE NOT {is_over}").fetchone()[0] >= _MOST_OPEN:
@@ -283,14 +283,14 @@ class Jobs:
         return self.get(job_id)
 
     def list(self) -> list[Job]:
-        """Returns all jobs, the newest first."""
+        """Returns all jobs, newest first."""
         return [self._made(row) for row in self._state.rows("SELECT * FROM jobs ORDER BY number DESC")]
 
     def get(self, job_id: str) -> Job:
         """Returns a job.
 
         Raises:
-            RequestError: there is none of that id.
+            RequestError: there is no job with this id.
         """
         rows = self._state.rows("SELECT * FROM jobs WHERE id = ?", job_id) if _ID.fullmatch(job_id) else []
         if not rows:
@@ -300,7 +300,7 @@ class Jobs:
         return self._made(rows[0])
 
     def cancel(self, job_id: str) -> Job:
-        """Ends a job for good; its process saves itself first, within half a minute.
+        """Ends a job permanently; its process gets half a minute to save its state.
 
         Raises:
             RequestError: there is no such job, or it is over.
@@ -308,18 +308,18 @@ class Jobs:
         return self._want(job_id, "cancel", ("validating_files", "queued", "running", "paused"), "cancelled")
 
     def pause(self, job_id: str) -> Job:
-        """Ends a job's process once it has saved itself; `resume` goes on from there.
+        """Ends a job's process after it has saved its state; `resume` continues from there.
 
         Raises:
-            RequestError: there is no such job, or it does not run or wait.
+            RequestError: there is no such job, or it is neither running nor waiting.
         """
         return self._want(job_id, "pause", ("validating_files", "queued", "running"), "paused")
 
     def resume(self, job_id: str) -> Job:
-        """Queues a job that was paused, or that failed, to go on from its last checkpoint.
+        """Queues a job that was paused or has failed, to continue from its last checkpoint.
 
         Raises:
-            RequestError: there is no such job, or it is neither.
+            RequestError: there is no such job, or it is neither paused nor failed.
         """
         with self._state.transaction() as database:
             self._require(job_id, ("paused", "failed"), "resumed")
@@ -331,9 +331,9 @@ class Jobs:
     def events(
         self, job_id: str, after: int = 0, limit: int | None = None, *, newest_first: bool = False
     ) -> Sequence[Event]:
-        """Returns what happened to a job, at most `limit` events after the one of number `after`.
+        """Returns the events of a job: at most `limit` of those after event number `after`.
 
-        `newest_first`: the other way round; then those before `after`, where that is not 0.
+        With `newest_first`, the order is reversed; then those before `after` are returned, unless it is 0.
         """
         self.get(job_id)
         order, beyond = ("DESC", "<") if newest_first and after else ("DESC" if newest_first else "ASC", ">")
@@ -344,7 +344,7 @@ class Jobs:
         return [_event(row) for row in rows]
 
     def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
-        """Returns the training state that a job has on the disk, the newest first."""
+        """Returns the training states of a job on disk, newest first."""
         job = self.get(job_id)
         found = []
         for path in reversed(checkpoint_files(job.run / "checkpoints")):
@@ -354,7 +354,7 @@ class Jobs:
         return found
 
     def progress(self, job_id: str, *, curves: bool = True) -> Progress:
-        """Returns how far a job is; `curves`: with all its losses so far, else with the latest."""
+        """Returns the progress of a job; with `curves`, including all losses so far, otherwise only the latest."""
         job = self.get(job_id)
         rows = self._state.rows(
             "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT ?",
@@ -380,9 +380,9 @@ class Jobs:
     def preview(
         self, training_file: str, settings: Mapping[str, Any] | None = None, *, validation_file: str | None = None
     ) -> Preview:
-        """Says what a job would do: how its data are read, what is trained, memory and time; see `make_preview`.
+        """Describes what a job would do: how its data are read, what is trained, memory and time; see `make_preview`.
 
-        It takes as long as reading and tokenizing the data; a page calls it in a thread.
+        It takes as long as reading and tokenizing the data; the page calls it in a thread.
 
         Raises:
             RequestError: there is no such file, a setting is invalid, or the data cannot be trained on.
@@ -396,7 +396,7 @@ class Jobs:
             raise RequestError(self._public(str(error)), param="training_file") from error
 
     def _speed(self) -> float | None:
-        """Returns the tokens a second of the latest runs on this base; None: there were none."""
+        """Returns the speed of the latest runs on this base, in tokens per second; None: there were none."""
         rows = self._state.rows(
             "SELECT data FROM events WHERE type = 'metrics' AND key LIKE 'train:%' ORDER BY number DESC LIMIT 200"
         )
@@ -410,7 +410,7 @@ class Jobs:
         return sum(tokens for tokens, _ in pairs) / seconds if len(pairs) >= 5 and seconds else None
 
     def wait(self, job_id: str, timeout: float | None = None, *, after: int = 0) -> Job:
-        """Waits until a job is over or paused, or has an event of a higher number than `after` where one is given."""
+        """Waits until a job is over or paused, or has an event with a number above `after`, if that is given."""
 
         def is_there() -> bool:
             done = self._closing is not None or self.get(job_id).status in (*OVER, "paused")
@@ -421,9 +421,9 @@ class Jobs:
         return self.get(job_id)
 
     def close(self, finish_within: float = 30.0) -> None:
-        """Ends the thread; jobs that run save themselves, and go on when the next server starts.
+        """Ends the thread; running jobs save their state, and continue when the next server starts.
 
-        One that takes longer than so many seconds ends by itself: its pipe is closed.
+        A job that takes longer than `finish_within` seconds ends on its own, because its pipe is closed.
         """
         self._closing = finish_within
         self._wake.set()
@@ -434,21 +434,21 @@ class Jobs:
     # --- settings ---------------------------------------------------------------------------------------------------
 
     def _as_served(self, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Adds to a job's settings what it takes over from the server."""
+        """Adds the settings that a job inherits from the server."""
         own = {} if self._quantize == "none" else {"quantize": self._quantize}
         return {**own, **(settings or {})}
 
     def _config(
         self, job_id: str, settings: Mapping[str, Any], training_file: str, validation_file: str | None
     ) -> TrainConfig:
-        """Returns the settings of a job's run.
+        """Returns the settings for a job's run.
 
         Raises:
-            RequestError: they are invalid, or not the client's to choose; all faults are listed.
+            RequestError: they are invalid, or may not be chosen by clients; all faults are listed.
         """
         try:
             json.dumps(settings, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except (ValueError, TypeError) as error:  # halves of characters, which JSON can hold and no file
+        except (ValueError, TypeError) as error:  # lone surrogates, which are allowed in JSON but not in a file
             raise RequestError(f"the job has settings that cannot be written: {error}", param="loralib") from error
         own = {name: value for name, value in settings.items() if name in NOT_SETTABLE}
         faults = [_NOT_SERVED.get(name, f"{name} is set by the server") for name in own]
@@ -468,7 +468,7 @@ class Jobs:
             raise RequestError(str(error), param="loralib") from error
 
     def _public(self, text: str) -> str:
-        """Returns a text for clients, in which the server's paths are the names that clients know."""
+        """Replaces the server's paths in a text with names that clients know."""
         if str(self._state.directory) not in text:
             return text
         for file in self.files.list():
@@ -476,10 +476,10 @@ class Jobs:
         text = text.replace(f"{self._directory}{os.sep}", "")
         return text.replace(str(self._state.directory), "state_dir")
 
-    # --- one thread -------------------------------------------------------------------------------------------------
+    # --- the jobs' thread -------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Takes up what an earlier server left: jobs that ran wait again, and finished adapters are there."""
+        """Takes over from an earlier server: requeues jobs that were running, and hands over finished adapters."""
         with self._state.transaction() as database:
             for row in database.execute("SELECT * FROM jobs WHERE status IN ('running', 'validating_files', 'queued')"):
                 wanted = {"cancel": "cancelled", "pause": "paused"}.get(row["wanted"])
@@ -503,18 +503,18 @@ class Jobs:
                     return
                 self._look()
                 problem = ""
-            except Exception as error:  # a full disk: what could not be noted is noted once there is room
+            except Exception as error:  # such as a full disk; whatever was not recorded is recorded later
                 if problem != str(error):
                     say(f"Training jobs: {error if isinstance(error, LoraError) else traceback.format_exc()}")
                 problem = str(error) or "?"
 
     def _look(self) -> None:
-        """Does what there is to do: begins to validate, starts, collects events, ends."""
+        """Performs one round: starts validations and jobs, collects events, ends jobs."""
         faults = []
         for job_id in list(self._running):
             try:
                 self._collect(job_id)
-            except LoraError as error:  # the others go on
+            except LoraError as error:  # continue with the others
                 faults.append(error)
         if faults:
             raise faults[0]
@@ -528,7 +528,7 @@ class Jobs:
             self._start(self.get(row["id"]))
 
     def _validate(self, job_id: str) -> None:
-        """Reads a job's data, as its run will."""
+        """Validates a job's data by reading them as its run will."""
         try:
             job = self.get(job_id)
             settings, fault = job.settings, ""
@@ -540,13 +540,13 @@ class Jobs:
                 fault = f"the data cannot be read: {type(error).__name__}: {first_line(error)}"
             with self._state.transaction() as database:
                 if self.get(job_id).status != "validating_files":
-                    return  # it was cancelled meanwhile
+                    return  # it was cancelled in the meantime
                 if fault:
                     self._fail(database, job_id, "invalid_job", fault, "training_file")
                 else:
                     ready = "Files validated, moving job to queued state"
                     self._set(database, job_id, "queued", ready, settings=json.dumps(settings))
-        except LoraError as error:  # a full disk; it is tried again
+        except LoraError as error:  # the disk is full; try again
             say(f"Training jobs: {error}")
             time.sleep(1.0)
         finally:
@@ -555,16 +555,16 @@ class Jobs:
             self._notify()
 
     def _planned(self, job: Job) -> dict[str, Any]:
-        """Reads a job's data, and plans its run where the base is in memory; returns the settings, with a rate if any.
+        """Validates a job's data, and plans its run if the base is in memory; returns its settings, with a scaled rate.
 
         Raises:
-            LoraError: it would fail, for this reason.
+            LoraError: the job would fail, for this reason.
         """
         config = self._config(job.id, job.settings, job.training_file, job.validation_file)
         multiplier = None if "lr" in job.settings else job.asked["learning_rate_multiplier"]
         ids = filter(None, (job.training_file, job.validation_file))
         if multiplier is None and not all(self.files.get(file_id).is_read for file_id in ids):
-            return job.settings  # the job will find out
+            return job.settings  # left to the job itself
         if self._base is None:
             for data in filter(None, (config.train_data, config.valid_data)):
                 read_sources(data, **how_to_read(config))
@@ -577,14 +577,14 @@ class Jobs:
     def _start(self, job: Job) -> None:
         try:
             config = self._config(job.id, job.settings, job.training_file, job.validation_file)
-        except LoraError as error:  # its file was removed
+        except LoraError as error:  # a file was removed
             with self._state.transaction() as database:
                 self._fail(database, job.id, "invalid_job", self._public(str(error)))
             return
         with write_errors(job.directory):
             job.directory.mkdir(exist_ok=True)
         if config.chat_template is not None and not Path(config.chat_template).exists():
-            write_text(config.chat_template, self._chat_template or "")  # that of its first start, whatever comes later
+            write_text(config.chat_template, self._chat_template or "")  # kept from the first start on
         given = {name: value for name, value in config.to_dict().items() if name not in ("resume", "overwrite")}
         write_settings(job.directory / "job.toml", given)
         with self._state.transaction() as database:
@@ -602,15 +602,15 @@ class Jobs:
         self._running[job.id] = _Running(process, *_tails(job), began)
 
     def _collect(self, job_id: str) -> None:
-        """Notes what a run has told since the last look, and whether it has ended."""
+        """Records what a run has reported since the last check, and whether it has ended."""
         running, job = self._running[job_id], self.get(job_id)
         wanted = self._state.rows("SELECT wanted FROM jobs WHERE id = ?", job_id)[0]["wanted"]
         if wanted and running.wanted != wanted:
             running.wanted = wanted
             running.process.stop(_CANCEL_WITHIN if wanted == "cancel" else None)
-        code = running.process.poll()  # first: what it wrote before it ended is then read below
+        code = running.process.poll()  # first, so that everything it wrote before it ended is read below
         if code == 0 and not running.is_handed_over:
-            self._hand_over(job)  # before the job says that it succeeded: its adapter is there then
+            self._hand_over(job)  # the adapter must be available before the job is reported as succeeded
             running.is_handed_over = True
         try:
             with self._state.transaction() as database:
@@ -618,7 +618,7 @@ class Jobs:
                 if code is not None:
                     self._ended(database, job, running, code)
         except LoraError:
-            running.metrics, running.log = _tails(job)  # nothing was noted: all is read again
+            running.metrics, running.log = _tails(job)  # nothing was recorded: read everything again
             raise
         if code is not None:
             del self._running[job_id]
@@ -645,7 +645,7 @@ class Jobs:
         database.executemany(_ADD_EVENT, rows)
 
     def _ended(self, database: Any, job: Job, running: _Running, code: int) -> None:
-        """Decides what the end of a process means for its job."""
+        """Determines what the end of a process means for its job."""
         words = self._public(last_words(job.directory / "errors.log"))
         if code == 0:
             self._set(database, job.id, "succeeded", "The job has successfully completed", finished=now())
@@ -653,13 +653,13 @@ class Jobs:
             self._set(database, job.id, "cancelled", "The job was cancelled", finished=now(), wanted="")
         elif running.wanted == "pause" and code != 2:
             self._set(database, job.id, "paused", "The job was paused", wanted="")
-        elif code < 0 or code > 128:  # 128 + a signal: it saved itself, as when the whole machine shuts down
+        elif code < 0 or code > 128:  # 128 + a signal: it saved its state, as when the whole machine shuts down
             self._died(database, job, running, -code if code < 0 else code - 128)
         else:
             self._fail(database, job.id, "training_failed", words or f"the training process ended with code {code}")
 
     def _died(self, database: Any, job: Job, running: _Running, signal: int) -> None:
-        """Queues a job again whose process was killed, unless that happens over and over at the same place."""
+        """Requeues a job whose process was killed, unless that happens repeatedly without any progress."""
         deaths = 0 if running.last_step > running.began else self._deaths.get(job.id, 0) + 1
         self._deaths[job.id] = deaths
         if deaths < _MOST_DEATHS:
@@ -674,7 +674,7 @@ class Jobs:
         )
 
     def _end(self) -> None:
-        """Asks what runs to save itself, and waits a while."""
+        """Asks running jobs to save their state, and waits a while."""
         for running in self._running.values():
             running.process.stop()
         deadline = time.monotonic() + (self._closing or 0)
@@ -682,7 +682,7 @@ class Jobs:
             while self._running and time.monotonic() < deadline:
                 for job_id, running in list(self._running.items()):
                     code = running.process.poll()
-                    # Where the disk is full, the next server notes it.
+                    # If the disk is full, the next server records it.
                     with suppress(LoraError), self._state.transaction() as database:
                         self._note(database, self.get(job_id), running)
                         if code == 0 or code == 2:
@@ -704,7 +704,7 @@ class Jobs:
                 words = self._public(f"The adapter is in {job.run}, but could not be loaded: {why}")
                 self._say(database, job.id, words, "warn")
 
-    # --- rows -------------------------------------------------------------------------------------------------------
+    # --- database rows ----------------------------------------------------------------------------------------------
 
     def _want(self, job_id: str, wanted: str, states: Sequence[str], becomes: str) -> Job:
         with self._state.transaction() as database:
@@ -779,7 +779,7 @@ def _event(row: Any) -> Event:
 
 
 def _total_steps(run: Path) -> int | None:
-    """Returns how many updates a run has in all, once it has begun."""
+    """Returns the total number of updates in a run, once it has begun."""
     settings, record = read_record(run)
     facts = next((each for each in record.get("data", ()) if each.get("kind") == "training"), None)
     if facts is None:

@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of OpenAI's two endpoints, and what single tokens are called there."""
+"""Log-probabilities in the formats of OpenAI's two endpoints, and the names of single tokens in them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from ..generation.sampling import TokenLogprob
 
 __all__ = ["Names", "chat_logprobs", "completion_logprobs"]
 
-_LEAST: Final = -9999.0  # JSON has no infinity; OpenAI's API gives this one
+_LEAST: Final = -9999.0  # JSON has no infinity; OpenAI's API uses this value instead
 
 
 @functools.cache
 def _bytes_of_letters() -> dict[str, int]:
-    """Which letter byte-level vocabularies write for which byte: printable ones for themselves, others from 256 on."""
+    """Maps the letters of byte-level vocabularies to bytes: printable ones to themselves, from 256 on to the rest."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 class Names:
-    """What the tokens of a tokenizer are called.
+    """Names for the tokens of a tokenizer.
 
     Args:
-        tokenizer: of transformers.
-        by_id: call token 7 ``token_id:7``, so that none is confused with another.
+        tokenizer: a tokenizer of transformers.
+        by_id: whether to call token 7 ``token_id:7``, so that all names are distinct.
     """
 
     def __init__(self, tokenizer: Any, by_id: bool = False) -> None:
         self._tokenizer, self._by_id = tokenizer, by_id
 
     def bytes(self, token: int) -> bytes:
-        """Returns the bytes that a token stands for; a part of a character is no text."""
+        """Returns the bytes of a token, which may be only a part of a character."""
         text = self.text([token])
         if "\ufffd" in text:
             letters = str(self._tokenizer.convert_ids_to_tokens(token))
@@ -45,7 +45,7 @@ class Names:
         return text.encode("utf-8", "replace")
 
     def name(self, token: int) -> str:
-        """Returns what an answer calls a token."""
+        """Returns the name of a token in a response."""
         if self._by_id:
             return f"token_id:{token}"
         value = self.bytes(token)
@@ -62,25 +62,25 @@ class Names:
 def completion_logprobs(
     names: Names, prompt: Sequence[int], scores: Sequence[TokenLogprob | None], offset: int, with_top: bool
 ) -> tuple[dict[str, Any], int]:
-    """Returns log-probabilities as /v1/completions has them, and where the next token begins.
+    """Returns log-probabilities in the format of /v1/completions, and the offset of the next token.
 
     Args:
-        names: what tokens are called.
-        prompt: the prompt's tokens, where its own are among the scores.
-        scores: of each token; None of the very first.
-        offset: where the first one begins in the text.
-        with_top: whether alternatives are asked for.
+        names: names of tokens.
+        prompt: the prompt's tokens, if the scores include them.
+        scores: one per token; None for the very first.
+        offset: position of the first token in the text.
+        with_top: whether to include alternatives.
     """
     tokens = [prompt[at] if score is None else score.token for at, score in enumerate(scores)]
     starts, held = [], b""
     for token in tokens:
         starts.append(offset)
         held += names.bytes(token)
-        whole = held.decode("utf-8", "ignore")  # a character counts where its last byte is
+        whole = held.decode("utf-8", "ignore")  # a character counts for the token with its last byte
         if whole or len(held) >= 4:
             offset, held = offset + max(len(whole), 1), b""
     top = [
-        # The token itself is always among them, as in OpenAI's answers.
+        # The token itself is always included, as in OpenAI's responses.
         None if score is None else {names.name(id): _finite(p) for id, p in (*score.top, (score.token, score.logprob))}
         for score in scores
     ]
@@ -93,7 +93,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(names: Names, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Returns log-probabilities as /v1/chat/completions has them."""
+    """Returns log-probabilities in the format of /v1/chat/completions."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
         return {"token": names.name(token), "logprob": _finite(value), "bytes": list(names.bytes(token))}

@@ -1,4 +1,4 @@
-"""What `/metrics` tells: requests, tokens, times, and how full the server is, in Prometheus' format."""
+"""The content of `/metrics`: requests, tokens, times, and load, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _RATES: Final = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """The figures of one server, in a registry of their own.
+    """The metrics of one server, in their own registry.
 
     Args:
-        stats: tells what the model's thread does.
-        adapters: tells how many adapters there are, in memory, and their bytes.
+        stats: returns the state of the model's thread.
+        adapters: returns the number of adapters, the number in memory, and their bytes.
     """
 
     def __init__(self, stats: Callable[[], ServiceStats], adapters: Callable[[], tuple[int, int, int]]) -> None:
@@ -49,7 +49,7 @@ class Metrics:
         self._registry.register(self)
 
     def collect(self) -> Iterator[Any]:
-        """Yields what is true at this moment."""
+        """Yields the current values."""
         stats = self._stats()
         count, in_memory, size = self._adapters()
         gauges = {
@@ -72,23 +72,23 @@ class Metrics:
             yield CounterMetricFamily(f"loralib_{name}", about, value=value)
 
     def request(self, route: str, status: int) -> None:
-        """Counts an answer."""
+        """Counts a response."""
         self._requests.labels(route, str(status)).inc()
 
     def text(self, first: float, seconds: float, tokens: int) -> None:
-        """Notes a text: when its first and its last token came, and how many they were."""
+        """Records a text: the times of its first and last token, and its number of tokens."""
         self._first.observe(first)
         self._seconds.observe(seconds)
         if tokens > 1 and seconds > first:
             self._rate.observe((tokens - 1) / (seconds - first))
 
     def page(self) -> bytes:
-        """Returns what Prometheus reads."""
+        """Returns the metrics in Prometheus' format."""
         return generate_latest(self._registry)
 
 
 class Counting:
-    """Middleware that counts answers."""
+    """Middleware that counts responses."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -108,5 +108,5 @@ class Counting:
         try:
             await self._app(scope, receive, counted)
         finally:
-            # Addresses that lead nowhere share a label, or anybody could fill the memory with new ones.
+            # Unknown URLs share a label; otherwise anybody could fill the memory with new ones.
             self._metrics.request(getattr(scope.get("route"), "path", "other"), status)

@@ -1,4 +1,4 @@
-"""What a training job would do, before it is started: how its data are read, what it needs, how long it takes."""
+"""What a training job would do, shown before it starts: how its data are read, what it needs, how long it takes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..wrapping import output_head
 __all__ = ["ExamplePreview", "Preview", "machine_speed", "make_preview"]
 
 _OF_MATRIX_SPEED = (
-    0.5  # share of the speed of plain products that training reaches: 0.66 at best, less with small steps
+    0.5  # training reaches this share of the speed of plain matrix products: at best 0.66, less with small steps
 )
-_FLOPS = 4  # a parameter and token: forward, and the gradient of the inputs; frozen weights need none of their own
+_FLOPS = 4  # per parameter and token: forward, and the gradient of the inputs; frozen weights need no gradients
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ExamplePreview:
     """One example as the model will see it.
 
     Attributes:
-        source: where it is from, as ``train.jsonl:3``.
-        tokens, trained: how many tokens it has, and how many of them are trained.
+        source: its location, such as ``train.jsonl:3``.
+        tokens, trained: its number of tokens, and how many of them are trained.
         pieces: its tokens in order, each with whether it is trained.
     """
 
@@ -49,19 +49,19 @@ class Preview:
     """What a training job would do.
 
     Attributes:
-        notes: lines about how the data are read, and what was decided.
-        given: examples in the data.
-        used: examples that are trained on.
-        valid: examples that are validated on.
-        dropped: how many are left out for each reason.
-        left_out: the first of them: where it is from, why, and its tokens (0: not counted).
-        examples: the first ones that are trained on.
-        config: the settings, those that were left open with the values that were chosen.
-        steps: updates.
-        trained_parameters: how many the adapter has.
-        memory, free: bytes that the job's process needs, and that are free now; None: not known.
-        seconds: about how long it takes.
-        measured: whether that comes from earlier jobs here, rather than from the speed of plain products.
+        notes: lines on how the data are read, and what was decided.
+        given: number of examples in the data.
+        used: number of examples that are trained on.
+        valid: number of examples for validation.
+        dropped: number of examples left out, by reason.
+        left_out: the first of those: location, reason, and number of tokens (0: not counted).
+        examples: the first examples that are trained on.
+        config: the settings, including those that were chosen automatically.
+        steps: number of updates.
+        trained_parameters: number of parameters of the adapter.
+        memory, free: bytes that the job's process needs, and that are free now; None: unknown.
+        seconds: estimated duration.
+        measured: whether the estimate is based on earlier jobs here, instead of the speed of plain matrix products.
     """
 
     notes: tuple[str, ...]
@@ -89,15 +89,15 @@ def make_preview(
     speed: float | None = None,
     count: int = 5,
 ) -> Preview:
-    """Plans a run as the trainer will, and estimates its cost.
+    """Plans a run like the trainer, and estimates its cost.
 
     Args:
-        config: the run's settings, with its data.
-        model: its base, which stays as it is.
-        tokenizer: the base's.
-        public: makes a text fit to be shown.
-        speed: tokens a second of earlier runs on this base; None: there were none.
-        count: how many examples to show.
+        config: the run's settings, including its data.
+        model: its base, which is not changed.
+        tokenizer: the base's tokenizer.
+        public: makes a text suitable for clients.
+        speed: tokens per second in earlier runs on this base; None: there were none.
+        count: number of examples to show.
 
     Raises:
         LoraError: the run would not start, for this reason.
@@ -132,7 +132,7 @@ def make_preview(
 
 
 def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
-    """Returns how many parameters an adapter would have, biases left out.
+    """Returns the number of parameters that an adapter would have, without biases.
 
     Raises:
         TargetError: the adapter does not fit the model.
@@ -142,7 +142,7 @@ def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
 
 
 def pieces_of(example: TokenExample, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Returns the tokens of an example in order, each with whether it is trained; of a pair, both answers."""
+    """Returns the tokens of an example in order, each with whether it is trained; for a pair, both answers."""
     first, *others = example.rows
     pieces = _pieces(first.ids, first.trained, tokenizer)
     for row in others:
@@ -160,7 +160,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> tupl
 
 
 def _length(plan: Plan) -> tuple[int, float]:
-    """Returns how many updates a run has, and for how many tokens it computes; validation takes half as long each."""
+    """Returns a run's number of updates, and of tokens to compute; tokens for validation count half."""
     config = plan.config
     per_epoch = updates_per_epoch(config, len(plan.train))
     steps = config.max_steps or config.num_epochs * per_epoch
@@ -169,14 +169,14 @@ def _length(plan: Plan) -> tuple[int, float]:
 
 
 def _memory(model: nn.Module, plan: Plan, trained: int) -> tuple[float, float | None]:
-    """Returns what a process of its own needs: a copy of the base, the adapter with its optimiser, a step."""
+    """Returns the memory needed by a separate process: a copy of the base, the adapter with its optimiser, a step."""
     tokens = max(map(len, plan.train)) * plan.config.batch_size
     budget = training_budget(model, tokens, checkpointing=plan.config.gradient_checkpointing, adapted=True)
     return budget.total + BYTES_PER_TRAINED * trained, free_memory()
 
 
 def _matrix_parameters(model: nn.Module) -> int:
-    """Returns how many parameters take part in products: all but tables that are only looked up."""
+    """Returns the number of parameters used in matrix products: all except embeddings that are only looked up."""
     head = output_head(model)
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     looked_up = sum(w.numel() for key, w in tables.items() if head is None or key != id(getattr(head, "weight", None)))
@@ -184,7 +184,7 @@ def _matrix_parameters(model: nn.Module) -> int:
 
 
 def machine_speed(model: nn.Module, rows: int = 256, width: int = 1024) -> float:
-    """Measures how many operations a second training will reach with weights such as the model's, roughly."""
+    """Roughly estimates the operations per second that training will reach with weights like the model's."""
     like = next(model.parameters())
     x = torch.ones(rows, width, dtype=like.dtype, device=like.device)
     weight = torch.ones(width, width, dtype=like.dtype, device=like.device)
@@ -193,6 +193,6 @@ def machine_speed(model: nn.Module, rows: int = 256, width: int = 1024) -> float
         for _ in range(4):
             started = time.perf_counter()
             product = x @ weight
-            product[0, 0].item()  # waits for a device that computes aside
+            product[0, 0].item()  # waits for devices that compute asynchronously
             best = min(best, time.perf_counter() - started)
     return _OF_MATRIX_SPEED * 2 * rows * width * width / best

@@ -1,9 +1,9 @@
 """The process of one training job: ``loralib train`` with a pipe as its standard input.
 
-The pipe is a dead man's handle.  The trainer saves itself and ends when it closes: because the server closed it (a job
-is paused or cancelled, the server shuts down), or because the server is gone, however it died.  So no run goes on that
-nobody watches, and no signal has to find a process by its number.  A process that is started for the same job while
-the one before is still saving waits for it (`--stop_with_stdin`).
+The pipe works as a dead man's switch: when it closes, the trainer saves its state and exits.  It closes because the
+server closed it (a job is paused or cancelled, or the server shuts down), or because the server died in whatever way.
+So no run continues unsupervised, and no signal has to find a process by its id.  If a process is started for the same
+job while the previous one is still saving, it waits for that one (`--stop_with_stdin`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ..errors import OutputError
 
 __all__ = ["LogTail", "MetricsTail", "TrainingProcess", "last_words", "loralib_command"]
 
-_NICER: Final = 10  # added to the server's niceness: requests come before training
-_PIECE: Final = 1 << 20  # bytes read from a file at a time
-_COMMAND: Final = "loralib train: "  # how its errors begin
+_NICER: Final = 10  # added to the server's niceness, because requests have priority over training
+_PIECE: Final = 1 << 20  # number of bytes to read from a file at a time
+_COMMAND: Final = "loralib train: "  # prefix of its error messages
 
 
 def loralib_command(*words: str) -> tuple[list[str], dict[str, str]]:
-    """Returns a command line of loralib, and the environment in which a child process finds this very package."""
+    """Returns a loralib command line, and an environment in which a child process finds this same package."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return [sys.executable, "-m", "loralib", *words], {**os.environ, "PYTHONPATH": path}
 
 
 class TrainingProcess:
-    """A process that trains as a job's settings say.
+    """A process that trains with a job's settings.
 
     Args:
-        directory: the job's, with ``job.toml``; its output goes to ``output.log`` and ``errors.log`` there.
+        directory: the job's directory, with ``job.toml``; output goes to ``output.log`` and ``errors.log`` there.
 
     Raises:
         OutputError: it cannot be started.
@@ -67,17 +67,17 @@ class TrainingProcess:
             raise OutputError(f"the training process cannot be started: {error}") from error
         self._kill_at: float | None = None
         if hasattr(os, "setpriority"):
-            with suppress(OSError):  # it is gone already
+            with suppress(OSError):  # it has already exited
                 nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, min(19, nice))
 
     @property
     def pid(self) -> int:
-        """The number of the process."""
+        """The id of the process."""
         return self._process.pid
 
     def stop(self, kill_after: float | None = None) -> None:
-        """Asks it to save itself and end; it is killed if that takes longer than so many seconds."""
+        """Asks the process to save its state and exit; kills it if that takes longer than `kill_after` seconds."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with suppress(OSError):
                 self._process.stdin.close()
@@ -85,12 +85,12 @@ class TrainingProcess:
             self._kill_at = time.monotonic() + kill_after
 
     def leave(self) -> None:
-        """Asks it to save itself and end, without waiting for that."""
+        """Asks the process to save its state and exit, without waiting for that."""
         self.stop()
         threading.Thread(target=self._process.wait, name="loralib-leave", daemon=True).start()
 
     def poll(self) -> int | None:
-        """Returns how it ended; None while it runs."""
+        """Returns its exit code; None while it is running."""
         code = self._process.poll()
         if code is None and self._kill_at is not None and time.monotonic() > self._kill_at:
             self._process.kill()
@@ -100,36 +100,36 @@ class TrainingProcess:
 
 
 class LogTail:
-    """Whole lines that a file has got since the last look; the file only grows."""
+    """Yields complete lines appended to a file since the last call; the file must only grow."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Yields where each new line begins, and the line."""
+        """Yields the offset of each new line, and the line."""
         for start, line in _whole_lines(self._path, self._offset):
             self._offset = start + len(line)
             yield start, line.decode("utf-8", "replace").strip()
 
 
 class MetricsTail:
-    """New events of a metrics.jsonl, which a run that resumes cuts to the length that its checkpoint knows.
+    """Yields new events of a metrics.jsonl, which a resumed run truncates to the length in its checkpoint.
 
-    It then writes the same events again.  So the last line that was read must still be where it was; if not, all is
-    read from the beginning, and whoever collects events knows them by kind and update.
+    The run then writes the same events again.  The last line read must therefore still be in its place; if it is not,
+    everything is read again, and the caller identifies known events by kind and update.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._last = path, 0, b""
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yields events that were not there before, and perhaps earlier ones again."""
+        """Yields new events, and possibly earlier ones again."""
         if self._last and not self._is_intact():
             self._offset, self._last = 0, b""
         for start, line in _whole_lines(self._path, self._offset):
             try:
                 event = json.loads(line)
-            except ValueError:  # it was cut while we were reading
+            except ValueError:  # it was truncated while being read
                 self._offset, self._last = 0, b""
                 return
             self._offset, self._last = start + len(line), line
@@ -143,7 +143,7 @@ class MetricsTail:
 
 
 def _whole_lines(path: Path, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Yields the complete lines of a file from a position on, each with where it begins."""
+    """Yields the complete lines of a file after an offset, each with its own offset."""
     with suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(offset)
         rest = b""
@@ -155,7 +155,7 @@ def _whole_lines(path: Path, offset: int) -> Iterator[tuple[int, bytes]]:
 
 
 def last_words(path: Path, most: int = 4000) -> str:
-    """Returns the error that a training process ended with, in its own words."""
+    """Returns the error message with which a training process ended."""
     try:
         text = path.read_bytes()[-1 << 16 :].decode("utf-8", "replace").strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""What clients may ask for: the fields of both endpoints that generate, and the sampling settings they become.
+"""Requests for both generating endpoints: their fields, and conversion to sampling settings.
 
-A field that would change the answer and is not known here is refused by its name.  Those that every client sends and
-that change no answer are taken in (`_WITHOUT_EFFECT`).
+Unknown fields that would change the result are refused by name.  Fields that common clients send and that do not affect
+the result are accepted (`_WITHOUT_EFFECT`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .errors import RequestError
 
 __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "sampling_of"]
 
-# OpenAI's and vLLM's fields that this server cannot honour, and what to do instead.
+# Fields of OpenAI's and vLLM's APIs that this server does not support, and what to do instead.
 _REFUSED: Final = {
     "audio": "this server generates text only",
     "best_of": "request n texts and choose among them",
@@ -50,7 +50,7 @@ _WITHOUT_EFFECT: Final = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 )  # fmt: skip
-_COLDEST: Final = 1e-3  # below, logits divided by the temperature overflow: the most likely token it is
+_COLDEST: Final = 1e-3  # below this temperature, scaled logits overflow, so the most likely token is used
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
@@ -70,7 +70,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class StreamOptions(Body):
-    """How to stream."""
+    """Options for streaming."""
 
     include_usage: bool | None = None
     include_obfuscation: SkipJsonSchema[bool | None] = None
@@ -86,14 +86,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What the text must be: anything, a JSON object, or JSON of a shape."""
+    """The required form of the text: anything, a JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @property
     def text(self) -> str | None:
-        """The schema as a text; None: there is none."""
+        """The schema as text; None: there is none."""
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema is not None else None
@@ -103,7 +103,7 @@ class ResponseFormat(Body):
 
 
 class TextRequest(Body):
-    """What both endpoints take."""
+    """The fields of both endpoints."""
 
     model: str = Field(max_length=300, description="the base, or an adapter: what GET /v1/models lists")
     n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = 1
@@ -136,7 +136,7 @@ class TextRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, values: Any) -> Any:
-        """Refuses fields that are not known here by their names."""
+        """Refuses unknown fields by name."""
         if not isinstance(values, Mapping):
             return values
         known = {name: value for name, value in values.items() if not (name in _REFUSED and value is None)}
@@ -170,7 +170,7 @@ class CompletionRequest(TextRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or token ids."""
+        """The prompts, each as a text or as token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -195,7 +195,7 @@ class ChatMessage(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, values: Any) -> Any:
-        """Refuses what is not text by its kind."""
+        """Refuses parts that are not text."""
         if not isinstance(values, Mapping):
             return values
         kept = {name: value for name, value in values.items() if value not in (None, [])}
@@ -222,7 +222,7 @@ class ChatMessage(Body):
 
 
 class ChatRequest(TextRequest):
-    """A chat to go on with."""
+    """A chat to continue."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
@@ -232,7 +232,7 @@ class ChatRequest(TextRequest):
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """The messages, as chat templates take them."""
+        """The messages in the form that chat templates take."""
         return [
             {"role": turn.role, "content": turn.text, **({} if turn.name is None else {"name": turn.name})}
             for turn in self.messages
@@ -240,14 +240,14 @@ class ChatRequest(TextRequest):
 
 
 def sampling_of(body: CompletionRequest | ChatRequest, most_tokens: int) -> Sampling:
-    """Returns the settings of a request; without a seed, a random one.
+    """Returns the sampling settings of a request; without a seed, a random one.
 
     Args:
         body: the request.
-        most_tokens: how many it may ask for.
+        most_tokens: the maximum number of tokens that it may request.
 
     Raises:
-        RequestError: fields do not go together, or ask for too much.
+        RequestError: fields contradict each other, or exceed limits.
         ConfigError: a setting is invalid.
     """
     chat = isinstance(body, ChatRequest)

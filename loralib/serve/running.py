@@ -1,4 +1,4 @@
-"""The texts that one request asked for, as they come: pieces cross from the model's thread to the event loop."""
+"""The texts of one request as they are generated: pieces pass from the model's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .metrics import Metrics
 __all__ = ["ClientGoneError", "Run", "Text", "unless_gone", "until_gone"]
 
 Result = TypeVar("Result")
-_MOST_UNREAD: Final = 4096  # pieces that may wait for a client who does not read; minutes of a text
+_MOST_UNREAD: Final = 4096  # maximum number of pieces waiting for a slow client; corresponds to minutes of a text
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection, so nobody waits for the answer."""
+    """The client closed its connection, so the answer is no longer needed."""
 
 
 @dataclass
 class Text:
-    """What has come of one text.
+    """The state of one text.
 
     Attributes:
         ids: the prompt's tokens.
-        ticket: of its request.
-        generated: the tokens that were.
-        said: how many characters that is.
-        cached: of the prompt's tokens, how many did not have to be computed.
-        first: seconds to the first piece; None: none has come.
-        is_over: whether nothing more comes.
+        ticket: the ticket of its request.
+        generated: the tokens generated so far.
+        said: the number of characters sent so far.
+        cached: number of prompt tokens that did not have to be computed.
+        first: seconds until the first piece; None: none yet.
+        is_over: whether it has ended.
     """
 
     ids: Sequence[int]
@@ -51,16 +51,16 @@ class Text:
 
 
 class Run:
-    """Several texts at once, for one request.
+    """Several texts generated together for one request.
 
     Args:
         service: the model's thread.
         prompts: token ids of each prompt.
         samplings: settings of each text; their seeds differ.
         adapter: the adapter; None: the base alone.
-        ends: more tokens that end a text: those of the adapter's own template, or of the request.
-        decode: turns ids into text.
-        seconds: how long all may take.
+        ends: additional tokens that end a text: from the adapter's own template, or the request.
+        decode: converts ids to text.
+        seconds: maximum time for all of them.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Run:
         self._cancelled = False
 
     def submit(self) -> None:
-        """Hands all texts to the model's thread; called from any thread.
+        """Passes all texts to the model's thread; may be called from any thread.
 
         Raises:
-            LoraError: one of them cannot be taken in; then none is.
+            LoraError: one of them was refused; then none is generated.
         """
         try:
             for number, (text, sampling) in enumerate(zip(self.texts, self._samplings, strict=True)):
@@ -106,11 +106,11 @@ class Run:
             self.cancel()
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Yields what comes, with the number of its text, until all are over or cancelled.
+        """Yields pieces as they arrive, with the number of their text, until all texts are over or cancelled.
 
         Raises:
             RequestError: it took too long.
-            LoraError: a text ended with it.
+            LoraError: the generation of a text failed.
         """
         left = len(self.texts)
         while left:
@@ -137,21 +137,21 @@ class Run:
             yield number, piece
 
     def cancel(self) -> None:
-        """Ends whatever still runs, and `pieces`; called from any thread.
+        """Ends all running texts, and `pieces`; may be called from any thread.
 
-        On Python 3.11 `asyncio.wait_for` may lose a task's cancellation when a piece comes at that moment, so that
-        whoever waits for pieces has to be told as well.
+        On Python 3.11, `asyncio.wait_for` may lose a task's cancellation if a piece arrives at the same moment, so the
+        consumer of `pieces` is notified as well.
         """
         self._cancelled = True
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
+        with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
             self._loop.call_soon_threadsafe(self._arrived.put_nowait, None)
         for text in self.texts:
             if text.ticket is not None and not text.is_over:
                 self._service.cancel(text.ticket)
 
     def usage(self) -> dict[str, Any]:
-        """Returns how many tokens were read and written, in OpenAI's shape."""
-        # A prompt of which several texts were asked for counts once.
+        """Returns the numbers of tokens read and generated, in OpenAI's format."""
+        # A prompt with several texts counts once.
         prompts = {id(text.ids): text for text in reversed(self.texts)}.values()
         read, written = sum(len(text.ids) for text in prompts), sum(len(text.generated) for text in self.texts)
         return {
@@ -168,7 +168,7 @@ class Run:
         return listen
 
     def _arrive(self, number: int, piece: Piece | BaseException) -> None:
-        """Takes a piece in; a client that reads too slowly has its texts ended, so that memory is bounded."""
+        """Queues a piece; if the client reads too slowly, ends its texts, to bound memory use."""
         if self._cancelled:
             return
         if self._arrived.qsize() < _MOST_UNREAD:
@@ -179,7 +179,7 @@ class Run:
         self.cancel()
 
     def _noted(self, text: Text, piece: Piece) -> Piece:
-        """Counts a piece, and cuts the text where a token ends it that the model's thread does not know as an end."""
+        """Counts a piece, and ends the text at an end token that the model's thread does not know."""
         if text.first is None:
             text.first = time.monotonic() - self._began
         text.cached = getattr(piece, "cached_tokens", None) or text.cached
@@ -189,24 +189,24 @@ class Run:
             text.said += len(piece.text)
             return piece
         text.generated += piece.ids[:end]
-        rest = self._decode(text.generated)[text.said :]  # with what was held back, as the beginning of a stop
+        rest = self._decode(text.generated)[text.said :]  # includes text held back as a possible stop text
         if text.ticket is not None:
             self._service.cancel(text.ticket)
         return replace(piece, text=rest, ids=piece.ids[:end], logprobs=piece.logprobs[:end], finish_reason="stop")
 
 
 async def until_gone(receive: Receive) -> None:
-    """Waits until a client closes its connection; what it sends until then is dropped."""
+    """Waits until the client closes its connection; ignores what it sends until then."""
     message: Message = {}
     while message.get("type") != "http.disconnect":
         message = await receive()
 
 
 async def unless_gone(work: asyncio.Task[Result], receive: Receive) -> Result:
-    """Waits for work, and cancels it if the client goes away.
+    """Waits for a task, and cancels it if the client disconnects.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client disconnected.
     """
     gone = asyncio.ensure_future(until_gone(receive))
     try:

@@ -1,8 +1,8 @@
-"""Who may ask, and how much: hosts, origins, keys, types and sizes of bodies, before any route sees a request.
+"""Access control: hosts, origins, keys, and types and sizes of bodies are checked before a request reaches any route.
 
-A page of another site can make a browser send requests here, so that a server on loopback is not safe by itself.  It
-cannot leave out `Origin`, it cannot send JSON without asking first, and where it makes its own name lead to 127.0.0.1
-(DNS rebinding), the `Host` header has that name.
+A page of another site can make a browser send requests here, so listening only on loopback is not enough.  But such a
+page cannot omit `Origin`, it cannot send JSON without a preflight request, and if it makes its own name resolve to
+127.0.0.1 (DNS rebinding), the `Host` header contains that name.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from .errors import Fault, body_of
 __all__ = ["Guard", "Rules", "client_of", "is_loopback"]
 
 _SAFE: Final = ("GET", "HEAD", "OPTIONS")
-_OPEN: Final = ("/health", "/")  # without a key: for who watches over the server, and the page, which asks for one
+_OPEN: Final = ("/health", "/")  # accessible without a key: for monitoring, and for the page, which asks for a key
 _OPEN_BELOW: Final = "/page/"  # the page's own files
 _UPLOADS: Final = ("/v1/files",)
 _LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 _HEADERS: Final = {
     "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",  # nobody shall click here without seeing it
+    "x-frame-options": "DENY",  # prevents clickjacking
     "referrer-policy": "same-origin",
 }
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What requests must be like.
+    """Requirements for requests.
 
     Attributes:
         host: the address that the server is bound to.
-        api_keys: one of them must come with each request; empty: none.
+        api_keys: each request must contain one of them; empty: none needed.
         origins: origins of other sites whose pages may use the server.
-        max_body, max_upload: bytes of a body, and of an upload.
-        max_seconds: in which a body must arrive.
+        max_body, max_upload: maximum sizes of a body and of an upload, in bytes.
+        max_seconds: maximum time for a body to arrive.
     """
 
     host: str = "127.0.0.1"
@@ -60,7 +60,7 @@ class Rules:
 
 
 def is_loopback(host: str) -> bool:
-    """Tells whether only this machine reaches an address.
+    """Tells whether an address is only reachable from this machine.
 
     >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.com")]
     [True, True, True, False, False]
@@ -72,12 +72,12 @@ def is_loopback(host: str) -> bool:
 
 
 def client_of(headers: Headers, host: str) -> str:
-    """Returns who asks, for taking turns: a key and an address, which are told apart by neither alone."""
+    """Returns an identifier of the client, for taking turns: its address and its key, since neither alone is unique."""
     return f"{host} {hash(headers.get('authorization', ''))}"
 
 
 class Guard:
-    """Middleware that answers what must not reach a route."""
+    """Middleware that rejects requests which must not reach a route."""
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app, self._rules = app, rules
@@ -124,7 +124,7 @@ class Guard:
                 f"pages from {origin[:100]} may not use this server (--allow_origin permits an origin)",
                 "foreign_origin",
             )
-        # A browser asks without a key whether it may send one.
+        # A browser's preflight request does not contain the key.
         asks_first = scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
         if self._rules.api_keys and not _is_open(path) and not asks_first and not self._has_key(headers):
             scheme = "Bearer" if _is_api(path) else 'Basic realm="loralib: the API key is the password"'
@@ -153,21 +153,21 @@ class Guard:
 
     def _is_own(self, headers: Headers, host: str) -> bool:
         origin = headers.get("origin")
-        if origin is None:  # no browser, or an old one that tells in another way
+        if origin is None:  # not a browser, or an old one with another header
             return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
         return origin in self._rules.origins or urlsplit(origin).netloc.lower() == host.lower() != ""
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip()
-        if scheme.lower() == "basic":  # how a browser asks a person for a password
+        if scheme.lower() == "basic":  # used by browsers after asking for a password
             try:
                 given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
             except (binascii.Error, UnicodeDecodeError):
                 return False
         elif scheme.lower() != "bearer":
             return False
-        # All are compared, so that the time does not tell which one was nearly right.
+        # Compares with all keys, so that timing does not reveal which one nearly matched.
         same = [hmac.compare_digest(given.encode(), key.encode()) for key in self._rules.api_keys]
         return any(same)
 
@@ -178,7 +178,7 @@ class Guard:
         return f"the request's body is larger than {self._most(path) / 1e6:g} MB"
 
     def _receive(self, scope: Scope, receive: Receive) -> Receive:
-        """Counts what arrives, and waits only so long for it."""
+        """Limits the size of the body, and the time until it has arrived."""
         most, deadline = self._most(scope["path"]), time.monotonic() + self._rules.max_seconds
         received, is_whole = 0, False
 
@@ -199,7 +199,7 @@ class Guard:
         return limited
 
     def _send(self, send: Send, granted: str | None) -> Send:
-        """Adds headers to every answer."""
+        """Adds headers to every response."""
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":

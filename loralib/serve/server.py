@@ -1,4 +1,4 @@
-"""What a server holds: the base model, its adapters, the thread that generates, and the directories it may touch."""
+"""What a server holds: the base model, its adapters, the generating thread, and the directories it may access."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Server", "start"]
 
 @dataclass
 class Server:
-    """What is served.
+    """The state of a running server.
 
     Attributes:
         config: the settings.
-        name: what the base model is called in the API.
+        name: the base model's name in the API.
         bank: the base with its adapters.
         tokenizer: the base's tokenizer.
         service: the thread that generates.
-        adapters: what is known of the adapters, and how more are loaded.
-        metrics: what is counted.
+        adapters: information on the adapters, and the way to load more.
+        metrics: the metrics.
         jobs: training jobs, and the files that they train on.
-        is_closing: whether it is being stopped.
+        is_closing: whether it is shutting down.
     """
 
     config: ServeConfig
@@ -50,16 +50,16 @@ class Server:
 
     @property
     def state_dir(self) -> Path:
-        """Where files and jobs are kept."""
+        """The directory for files and jobs."""
         return Path(self.config.state_dir)
 
     @property
     def models(self) -> list[str]:
-        """What clients may name as the model."""
+        """The model names that clients may use."""
         return [self.name, *self.adapters.names]
 
     def adapter_called(self, model: str) -> str | None:
-        """Returns the adapter that a client means by a model, ``NAME`` or ``NAME@SCALE``; None: the base alone.
+        """Returns the adapter that a model name stands for, ``NAME`` or ``NAME@SCALE``; None: the base alone.
 
         Raises:
             RequestError: there is no such model.
@@ -76,34 +76,34 @@ class Server:
         """Returns a path below the configured directory of adapters.
 
         Raises:
-            RequestError: there is none, or it leads elsewhere.
+            RequestError: no directory is configured, or the path leads outside of it.
         """
         return directory_below(self.adapters.root, name)
 
     def tokenizer_of(self, adapter: str | None) -> Any:
-        """Returns the tokenizer, with the chat template, that an adapter was trained with."""
+        """Returns the tokenizer that an adapter was trained with, including its chat template."""
         return self.tokenizer if adapter is None else self.adapters.get(self.bank.called(adapter)).tokenizer
 
     def ends_of(self, adapter: str | None) -> frozenset[int]:
-        """Returns the tokens that end an adapter's texts besides those of the base."""
+        """Returns the tokens that end an adapter's texts, in addition to those of the base."""
         return frozenset() if adapter is None else self.adapters.get(self.bank.called(adapter)).ends
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens, as it is generated."""
+        """Returns the text of tokens, decoded as in generation."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def close(self, finish_within: float = 0.0) -> None:
-        """Ends what runs; texts may take so many seconds to finish, and jobs save themselves."""
+        """Shuts down; texts get `finish_within` seconds to finish, and jobs save their state."""
         self.is_closing = True
         self.service.close(finish_within)
         self.jobs.close()
 
 
 def start(config: ServeConfig) -> Server:
-    """Loads the base and its adapters, and starts the thread that generates.
+    """Loads the base and its adapters, and starts the generating thread.
 
     Raises:
-        LoraError: a model cannot be loaded, or adapters; all of these at once.
+        LoraError: the base or some adapters cannot be loaded; all failing adapters are listed.
     """
     root = _root(config)
     wanted = _wanted(config, root)
@@ -164,15 +164,15 @@ def _root(config: ServeConfig) -> Path | None:
 
 
 def _wanted(config: ServeConfig, root: Path | None) -> list[tuple[str, Path]]:
-    """Returns names and places of the adapters to begin with.
+    """Returns names and paths of the adapters to load at startup.
 
     Raises:
-        ConfigError: names are taken twice.
+        ConfigError: names are used twice.
     """
     named = [(name, Path(locate_adapter(directory))) for name, directory in config.named_adapters]
     below = [] if root is None else adapter_directories(root)
     given = {path.resolve() for _, path in named}
-    # One that is named by a flag has that name alone.
+    # An adapter named by a flag has only that name.
     found = [(path.relative_to(root).as_posix().removesuffix(".gguf"), path) for path in below
              if root is not None and path not in given]  # fmt: skip
     names = [name for name, _ in (*named, *found)]

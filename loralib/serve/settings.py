@@ -91,7 +91,7 @@ class ServeConfig:
 
     @property
     def named_adapters(self) -> list[tuple[str, str]]:
-        """Names and directories of `adapter`."""
+        """Names and directories in `adapter`."""
         return [_pair(word) for word in self.adapter]
 
 
@@ -101,7 +101,7 @@ def _pair(word: str) -> tuple[str, str]:
 
 
 def _is_origin(text: str) -> bool:
-    """Tells whether a text is an origin, as browsers send it.
+    """Tells whether a text is an origin in the form that browsers send.
 
     >>> [_is_origin(text) for text in ("https://a.b", "http://a:8080", "*", "https://a.b/", "null")]
     [True, True, False, False, False]

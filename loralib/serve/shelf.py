@@ -1,7 +1,7 @@
-"""The adapters of a server: what they are called, where they come from, and what chats they were trained on.
+"""The adapters of a server: their names, origins, and the chats they were trained on.
 
-The bank holds their numbers; here is what the API tells of them, and the only way in from outside: a directory below
-the configured one.
+The bank holds their tensors; this module has the information for the API, and the only way to load further ones: from a
+directory below the configured one.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ __all__ = ["AdapterInfo", "Shelf", "adapter_directories", "directory_below"]
 Result = TypeVar("Result")
 
 _NAME: Final = re.compile(r"\w[\w .:/@+-]{0,199}")
-_DEEPEST: Final = 4  # directories below the configured one
-_HOLDS: Final = ("adapter_config.json", "adapters.safetensors")  # PEFT, MLX
+_DEEPEST: Final = 4  # maximum depth of adapters below the configured directory
+_HOLDS: Final = ("adapter_config.json", "adapters.safetensors")  # files that mark an adapter: PEFT, MLX
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter.
+    """Information about an adapter.
 
     Attributes:
-        name: what it is called.
+        name: its name.
         source: the directory or file that it was read from.
-        rank: of its updates; the largest, where they differ.
-        targets: the kinds of modules that it changes.
-        base: the model that it was trained on, as it says.
-        chats: whether it was trained on chats; None: nobody wrote it down.
-        tokenizer: the one that it was trained with.
+        rank: its rank; the largest, if ranks differ.
+        targets: the kinds of modules that it adapts.
+        base: the model that it was trained on, according to its settings.
+        chats: whether it was trained on chats; None: unknown.
+        tokenizer: the tokenizer that it was trained with.
         ends: tokens that end a turn in its template.
         created: when it was loaded, in seconds since 1970.
     """
@@ -63,10 +63,10 @@ class Shelf:
     """The adapters of a server.  Any thread may use it.
 
     Args:
-        bank: holds their numbers.
-        tokenizer: the base's.
-        base: what the base is called.
-        root: the directory that clients may load from; None: none.
+        bank: holds their tensors.
+        tokenizer: the base's tokenizer.
+        base: the base's name.
+        root: the directory that clients may load from; None: loading is not allowed.
 
     Attributes:
         call: runs a function in the thread that owns the model.
@@ -92,7 +92,7 @@ class Shelf:
         """Returns an adapter.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: there is no adapter with this name.
         """
         info = self._infos.get(name)
         if info is None:
@@ -103,7 +103,7 @@ class Shelf:
     def load(
         self, name: str, source: Path, *, scale: float = 1.0, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Loads an adapter; reading it does not hold up the texts that are generated meanwhile.
+        """Loads an adapter; reading it does not delay texts that are being generated.
 
         Raises:
             RequestError: the name cannot be used, or is taken.
@@ -137,10 +137,10 @@ class Shelf:
         return info
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter; texts that are being generated with it end as they began.
+        """Unloads an adapter; texts being generated with it continue to use it.
 
         Raises:
-            RequestError: there is none of that name, or it is being loaded.
+            RequestError: there is no adapter with this name, or it is being loaded.
         """
         self.get(name)
         with self._reserved(name, replace=True):
@@ -150,10 +150,10 @@ class Shelf:
                 del self._infos[name]
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Sets the factor of an adapter's updates.
+        """Sets the scale of an adapter's updates.
 
         Raises:
-            RequestError: there is none of that name, or it is being loaded.
+            RequestError: there is no adapter with this name, or it is being loaded.
         """
         self.get(name)
         with self._reserved(name, replace=True):
@@ -161,10 +161,10 @@ class Shelf:
             self.call(lambda: self._bank.set_scale(name, scale))
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Returns what the API tells of an adapter.
+        """Returns an adapter's description in the API.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: there is no adapter with this name.
         """
         info = self.get(name)
         told = self._bank.describe(name)
@@ -186,21 +186,21 @@ class Shelf:
         }
 
     def unused(self) -> list[str]:
-        """Returns the directories that hold an adapter which is not loaded."""
+        """Returns the directories of adapters that are not loaded."""
         if self.root is None:
             return []
         used = {info.source for info in list(self._infos.values())}
         return [path.relative_to(self.root).as_posix() for path in adapter_directories(self.root) if path not in used]
 
     def public(self, text: str) -> str:
-        """Returns a text for clients, without the path of the configured directory."""
+        """Removes the path of the configured directory from a text for clients."""
         if self.root is None:
             return text
         return text.replace(f"{self.root}/", "").replace(f"{self.root}\\", "").replace(str(self.root), "")
 
     @contextmanager
     def _reserved(self, name: str, replace: bool) -> Iterator[None]:
-        """Keeps a name for one thread: two of them cannot load it at once."""
+        """Reserves a name for one thread, so that two of them cannot load it at the same time."""
         with self._lock:
             if name in self._busy or (name in self._infos and not replace):
                 state = "is being loaded or unloaded" if name in self._busy else "is already loaded; unload it first"
@@ -213,9 +213,9 @@ class Shelf:
                 self._busy.discard(name)
 
     def _tokenizer_of(self, source: Path) -> tuple[Any, frozenset[int]]:
-        """Returns the tokenizer that an adapter was trained with, and where its template ends a turn.
+        """Returns the tokenizer that an adapter was trained with, and the tokens that end a turn in its template.
 
-        What the base's has too is not kept twice: vocabularies are large.
+        Parts equal to the base's are not stored twice, because vocabularies are large.
         """
         base = self._tokenizer
         own = tokenizer_for(str(source), self._bank.model, base)
@@ -233,13 +233,13 @@ class Shelf:
 
 
 def _same_words(one: Any, other: Any) -> bool:
-    """Tells whether two tokenizers make the same tokens of every text."""
+    """Tells whether two tokenizers tokenize every text identically."""
     texts = [getattr(getattr(each, "backend_tokenizer", None), "to_str", lambda: None)() for each in (one, other)]
     return texts[0] is not None and texts[0] == texts[1] and one.eos_token_id == other.eos_token_id
 
 
 def adapter_directories(root: Path) -> list[Path]:
-    """Returns each directory below one that holds an adapter, and each GGUF file; links that lead out do not count."""
+    """Returns all directories of adapters and GGUF files below a directory; ignores links that lead outside of it."""
     root = root.resolve()
     found: list[Path] = []
 
@@ -264,7 +264,7 @@ def directory_below(root: Path | None, name: str) -> Path:
     """Returns the directory of an adapter below the configured one.
 
     Raises:
-        RequestError: the name leads elsewhere, or nowhere.
+        RequestError: the name leads outside of it, or does not exist.
     """
     if root is None:
         raise RequestError(
@@ -272,7 +272,7 @@ def directory_below(root: Path | None, name: str) -> Path:
         )
     root = root.resolve()
     windows = PureWindowsPath(name)
-    # On either system both spellings count: C:, \\host\share, a\..\b.
+    # Both path syntaxes are checked on every system: C:, \\host\share, a\..\b.
     leads_out = ".." in (*windows.parts, *PurePosixPath(name).parts) or bool(windows.drive) or "\0" in name
     if not name.strip() or leads_out or len(name) > 1000:
         raise RequestError(
@@ -287,7 +287,7 @@ def directory_below(root: Path | None, name: str) -> Path:
         if not outside and path.is_dir():
             outside = any(not inner.resolve().is_relative_to(root) for inner in path.iterdir())
         exists = not outside and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long, or links in a circle
+    except (OSError, RuntimeError, ValueError):  # the name is too long, or links form a cycle
         outside, exists = False, False
     if outside:
         raise RequestError(f"{name[:200]!r} leads outside --adapters", 403, "outside_adapters", "path")

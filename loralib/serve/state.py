@@ -1,7 +1,7 @@
-"""The directory of a server's files and jobs: a lock that keeps a second server out, and a database.
+"""The directory of a server's files and jobs: a lock that keeps out a second server, and a database.
 
-The database is SQLite with a write-ahead log: what a transaction has committed survives a kill at any moment, and what
-it has not is gone as a whole.
+The database is SQLite with a write-ahead log: a committed transaction survives a kill at any moment, and an uncommitted
+one disappears entirely.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ CREATE INDEX events_of_job ON events (job, type, number);
 
 
 class RequestError(LoraError, ValueError):
-    """A request cannot be met.
+    """A request cannot be fulfilled.
 
     Attributes:
-        status: the HTTP status that says so.
-        code: a word for programs.
-        param: the argument that is at fault.
+        status: the HTTP status for it.
+        code: a code for programs.
+        param: the argument at fault.
     """
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
@@ -55,7 +55,7 @@ class RequestError(LoraError, ValueError):
 
 
 def new_id(kind: str) -> str:
-    """Returns an id that nobody can guess, such as ``file-Zk3...``.
+    """Returns an unguessable id such as ``file-Zk3...``.
 
     >>> len(new_id("file"))
     29
@@ -64,16 +64,16 @@ def new_id(kind: str) -> str:
 
 
 class State:
-    """A directory that one server holds, with its database.  Any thread may use it.
+    """A directory locked by one server, with its database.  Any thread may use it.
 
     Args:
-        directory: where everything is kept; it is created.
+        directory: the directory, created if needed.
 
     Attributes:
-        directory: the same, as an absolute path.
+        directory: the directory as an absolute path.
 
     Raises:
-        OutputError: another server uses the directory, it cannot be written, or its database cannot be read.
+        OutputError: the directory is in use by another server or cannot be written, or its database cannot be read.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -109,11 +109,11 @@ class State:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Changes the database: all of it happens, or, where an error is raised, nothing.
+        """Changes the database atomically: if an error is raised, nothing is changed.
 
         Raises:
             RequestError: the disk is full.
-            OutputError: it cannot be written.
+            OutputError: the database cannot be written.
         """
         with self._lock:
             try:
@@ -139,12 +139,12 @@ class State:
                 raise OutputError(f"the database of the jobs cannot be read: {error}.") from error
 
     def close(self) -> None:
-        """Closes the database and lets the directory go."""
+        """Closes the database and releases the directory."""
         with self._lock:
             self._connection.close()
             self._held.close()
 
 
 def now() -> int:
-    """Returns the time as OpenAI's API gives it."""
+    """Returns the current time in the form used by OpenAI's API."""
     return int(time.time())

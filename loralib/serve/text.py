@@ -1,4 +1,4 @@
-"""Routes that generate: completions and chats, streamed or whole."""
+"""Routes that generate: completions and chats, streamed or not."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 
 
 def chat_prompt(server: Server, messages: Sequence[dict[str, str]], adapter: str | None) -> list[int]:
-    """Returns the tokens of a chat up to where its next answer begins, in the template of its adapter or the base.
+    """Returns the tokens of a chat up to the beginning of its next answer, with the template of its adapter or base.
 
     Raises:
-        RequestError: there is no template, or it takes no such chat.
+        RequestError: there is no template, or it rejects this chat.
         DataError: it is too long for the model.
     """
     tokenizer = server.tokenizer_of(adapter)
@@ -89,9 +89,9 @@ def chat_prompt(server: Server, messages: Sequence[dict[str, str]], adapter: str
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs that raise errors of their own
+    except Exception as error:  # templates are programs that raise errors of any type
         raise RequestError(f"the chat template rejects these messages: {error}"[:1000], param="messages") from None
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has the start token
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template includes the start token
     try:
         [row] = encode_prompts(server.bank.model, tokenizer, [list(ids)])
     except DataError as error:
@@ -115,10 +115,10 @@ def _run(
     adapter: str | None,
     sampling: Sampling,
 ) -> Run:
-    """Returns n texts for each prompt; text i draws with the seed + i."""
+    """Returns a run with n texts for each prompt; text i uses the seed + i."""
     prompts = [row for row in rows for _ in range(body.n or 1)]
     if body.max_tokens is None and isinstance(body, ChatRequest) and body.max_completion_tokens is None:
-        # As many as the model has room for.
+        # As many as fit in the model's context.
         context = context_length(server.bank.model)
         room = [] if context is None else [max(1, context + 1 - len(row)) for row in rows]
         sampling = replace(sampling, max_new_tokens=min([sampling.max_new_tokens, *room]))
@@ -138,7 +138,7 @@ def _run(
 
 
 async def _answer(request: Request, body: CompletionRequest | ChatRequest, run: Run, shape: _Shape) -> Response:
-    """Returns the texts in one answer, or as they come."""
+    """Returns all texts in one response, or streams them."""
     try:
         await run_in_threadpool(run.submit)
         if body.stream:
@@ -147,7 +147,7 @@ async def _answer(request: Request, body: CompletionRequest | ChatRequest, run: 
         choices = shape.whole(await unless_gone(parts, request.receive))
     except ClientGoneError:
         run.cancel()
-        return Response(status_code=499)  # for the figures: nobody reads it
+        return Response(status_code=499)  # for the metrics; nobody reads it
     except BaseException:
         run.cancel()
         raise
@@ -162,7 +162,7 @@ async def _collected(run: Run) -> list[list[Piece]]:
 
 
 class _Events(Response):
-    """Texts as server-sent events.  A client that goes away ends them, and so does one that reads too slowly."""
+    """Streams texts as server-sent events.  A client that disconnects, or reads too slowly, ends them."""
 
     def __init__(self, run: Run, shape: _Shape, shows_usage: bool) -> None:
         super().__init__(
@@ -175,7 +175,7 @@ class _Events(Response):
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(until_gone(receive))
         try:
-            # One whose reader does not read may be in the middle of sending when time is up.
+            # A send to a client that does not read may be blocked when time is up.
             seconds = max(0.0, self._run.deadline - time.monotonic()) + 5
             await asyncio.wait({writing, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
@@ -206,7 +206,7 @@ class _Events(Response):
                     for choice in self._shape.parts(number, piece):
                         yield {**head, "choices": [choice], **usage}
         except Exception as error:
-            # The status has been sent; clients look for an error in the events.
+            # The status has already been sent; clients look for errors in the events.
             yield body_of(fault_of(error))
             if fault_of(error).status == 500:
                 raise
@@ -218,7 +218,7 @@ class _Events(Response):
 
 
 class _Shape:
-    """The shape of an endpoint's answers."""
+    """The format of an endpoint's responses."""
 
     kind, whole_kind, prefix = "", "", ""
 
@@ -227,20 +227,20 @@ class _Shape:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def head(self, *, whole: bool) -> dict[str, Any]:
-        """Returns what stands before the choices."""
+        """Returns the fields before the choices."""
         kind = self.whole_kind if whole else self.kind
         return {**self._head, "object": kind, "system_fingerprint": f"loralib-{__version__}"}
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        """Returns what a stream begins with."""
+        """Returns the initial choices of a stream."""
         raise NotImplementedError
 
     def parts(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Returns what a stream says of one piece."""
+        """Returns the choices of a stream for one piece."""
         raise NotImplementedError
 
     def whole(self, texts: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:
-        """Returns the choices of an answer that is not streamed."""
+        """Returns the choices of a response that is not streamed."""
         raise NotImplementedError
 
 
@@ -258,7 +258,7 @@ class _Completion(_Shape):
         self._offsets: dict[int, int] = {}
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        # With log-probabilities, the prompt comes with the first piece, which has them.
+        # With log-probabilities, the prompt is sent together with the first piece, which contains them.
         if not self._echo or self._logprobs is not None:
             return []
         return [self._choice(number, self._echoed[number // self._n], None, None) for number in range(count)]
@@ -288,7 +288,7 @@ class _Completion(_Shape):
         return choices
 
     def _prompt_length(self, number: int) -> int:
-        """Offsets count from the prompt's start, as OpenAI's do."""
+        """Returns the length of the prompt's text, because offsets count from its start, as in OpenAI's API."""
         return len(self._names.text(self._rows[number // self._n]))
 
     def _scores(self, number: int, pieces: Sequence[Piece], offset: int, echoes: bool) -> tuple[dict[str, Any], int]:

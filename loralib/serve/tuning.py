@@ -1,4 +1,4 @@
-"""Routes for uploaded files and training jobs, in the shapes of OpenAI's API."""
+"""Routes for uploaded files and training jobs, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _FORM = {
         },
     }
 }
-_MOST_FIELD = 1 << 10  # bytes of a form field that is no file
+_MOST_FIELD = 1 << 10  # maximum size in bytes of a form field that is not a file
 
 
 class _Form:
-    """Takes a multipart form in, piece by piece: the file goes to the disk as it comes."""
+    """Parses a multipart form incrementally: the file is written to disk as it arrives."""
 
     def __init__(self, content_type: str, begin: Callable[[], Upload]) -> None:
         kind, options = parse_options_header(content_type)
@@ -89,22 +89,22 @@ class _Form:
         )
 
     def write(self, piece: bytes) -> None:
-        """Takes the next piece of the body."""
+        """Processes the next part of the body."""
         try:
             self._parser.write(piece)
         except MultipartParseError as error:
             raise RequestError(f"the form cannot be read: {error}", param="file") from error
 
     def close(self) -> None:
-        """Forgets an upload that was not kept."""
+        """Discards an upload that was not kept."""
         if self.upload is not None:
             self.upload.close()
 
     def finish(self, files: Files) -> UploadedFile:
-        """Keeps what came.
+        """Keeps the uploaded file.
 
         Raises:
-            RequestError: a part is missing, or the body broke off.
+            RequestError: a part is missing, or the body ended early.
         """
         if not self.is_whole:
             raise RequestError("the upload ended prematurely; nothing was kept", param="file")
@@ -157,11 +157,11 @@ class _Form:
 
 @router.post("/v1/files", openapi_extra=_FORM)
 async def create_file(request: Request) -> dict[str, Any]:
-    """Takes in a file of examples, and says at once how it is read."""
+    """Accepts a file of examples, and immediately reports how it is read."""
     files = _jobs(request).files
     most = int(request.app.state.server.config.max_upload_mb * 1e6)
     with closing(_Form(request.headers.get("content-type", ""), lambda: files.begin(most))) as form:
-        with suppress(ClientDisconnect):  # nobody is there to be told; what came is not whole
+        with suppress(ClientDisconnect):  # the client is gone, and the upload incomplete
             async for piece in request.stream():
                 await run_in_threadpool(form.write, piece)
         return _file(await run_in_threadpool(form.finish, files))
@@ -175,7 +175,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    """Lists files, the newest first."""
+    """Lists files, newest first."""
     files = [file for file in _jobs(request).files.list() if purpose in (None, file.purpose)]
     return _page(files[::-1] if order == "asc" else files, after, limit, lambda file: file.id, _file)
 
@@ -199,7 +199,7 @@ def get_file_content(request: Request, file_id: str) -> FileResponse:
 
 @router.delete("/v1/files/{file_id}")
 def delete_file(request: Request, file_id: str) -> dict[str, Any]:
-    """Removes a file that no job needs any more."""
+    """Removes a file that no unfinished job needs."""
     _jobs(request).files.delete(file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
@@ -208,7 +208,7 @@ def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 
 
 class Hyperparameters(Body):
-    """Settings by OpenAI's names; auto leaves them to the trainer."""
+    """Settings under OpenAI's names; "auto" leaves them to the trainer."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10000), WHOLE] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=100000), WHOLE] = "auto"
@@ -222,7 +222,7 @@ class Supervised(Body):
 
 
 class PreferenceHyperparameters(Hyperparameters):
-    """Settings of direct preference optimisation by OpenAI's names."""
+    """Settings of direct preference optimisation under OpenAI's names."""
 
     beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
 
@@ -234,17 +234,17 @@ class Preferences(Body):
 
 
 class Method(Body):
-    """How to train."""
+    """The training method."""
 
     type: Literal["supervised", "dpo"] = "supervised"
     supervised: Supervised | None = None
     dpo: Preferences | None = None
 
     def chosen(self) -> Hyperparameters:
-        """Returns the settings of the way that is named.
+        """Returns the settings of the selected method.
 
         Raises:
-            RequestError: settings of another way are given.
+            RequestError: settings of another method are given.
         """
         other = "dpo" if self.type == "supervised" else "supervised"
         if getattr(self, other) is not None:
@@ -304,7 +304,7 @@ def create_job(request: Request, body: JobRequest) -> dict[str, Any]:
 
 
 def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> dict[str, Any]:
-    """Maps OpenAI's names to settings of training."""
+    """Maps OpenAI's names to training settings."""
     values: dict[str, Any] = {"num_epochs": given.n_epochs, "batch_size": given.batch_size, "seed": seed}
     if isinstance(given, PreferenceHyperparameters):
         values |= {"objective": "dpo", "beta": given.beta}
@@ -316,7 +316,7 @@ def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> 
 
 @router.get("/v1/fine_tuning/jobs")
 def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists jobs, the newest first."""
+    """Lists jobs, newest first."""
     jobs = _jobs(request)
     return _page(jobs.list(), after, limit, lambda job: job.id, lambda job: _job(jobs, job))
 
@@ -357,11 +357,11 @@ def list_events(
     limit: Limit = 20,
     stream: bool = False,
 ) -> dict[str, Any] | StreamingResponse:
-    """Lists what happened to a job, the newest first; streamed: from the first on, until it is over."""
+    """Lists the events of a job, newest first; with stream, from the first one until the job is over."""
     jobs = _jobs(request)
     number = _event_number(after)
     if stream:
-        jobs.get(fine_tuning_job_id)  # an error shows before the stream begins
+        jobs.get(fine_tuning_job_id)  # reports errors before the stream begins
         return StreamingResponse(_stream(jobs, fine_tuning_job_id, number, request), media_type="text/event-stream")
     events = jobs.events(fine_tuning_job_id, number, limit + 1, newest_first=True)
     return _cut(events, limit, _event_id, _event)
@@ -370,7 +370,7 @@ def list_events(
 async def _stream(jobs: Jobs, job_id: str, after: int, request: Request) -> AsyncIterator[str]:
     """Yields a job's events as server-sent events."""
     while not await request.is_disconnected():
-        job = jobs.get(job_id)  # before its events, so that none of them is missed at the end
+        job = jobs.get(job_id)  # read before its events, so that none is missed at the end
         events = await run_in_threadpool(jobs.events, job_id, after, 1000)
         for event in events:
             after = event.number
@@ -386,14 +386,14 @@ async def _stream(jobs: Jobs, job_id: str, after: int, request: Request) -> Asyn
 def list_checkpoints(
     request: Request, fine_tuning_job_id: str, after: str | None = None, limit: Limit = 10
 ) -> dict[str, Any]:
-    """Lists the training state that a job has on the disk, the newest first."""
+    """Lists the training states of a job on disk, newest first."""
     jobs = _jobs(request)
     name = jobs.get(fine_tuning_job_id).adapter_name
     found = jobs.checkpoints(fine_tuning_job_id)
     return _page(found, after, limit, _checkpoint_id, lambda each: _checkpoint(each, name))
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- formats ---------------------------------------------------------------------------------------------------------
 
 
 def _page(
@@ -403,7 +403,7 @@ def _page(
     name: Callable[[Item], str],
     shape: Callable[[Item], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Returns the items after one, at most `limit`."""
+    """Returns at most `limit` items after the given one."""
     names = [name(item) for item in items]
     if after is not None and after not in names:
         raise RequestError(f"after is {after[:80]!r}, which is not in the list", 404, "not_found", "after")

@@ -1,4 +1,4 @@
-"""Uploaded files: streamed to disk under a random name, and read once to say what they hold."""
+"""Uploaded files: streamed to disk under a random name, and read once to describe their content."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Files", "Upload", "UploadedFile"]
 
 PURPOSES: Final = ("fine-tune",)
 _ID: Final = re.compile(r"file-[A-Za-z0-9]{24}", re.ASCII)
-_OURS: Final = re.compile(r"\.?(file|upload)-[A-Za-z0-9]{24}(\.|$)", re.ASCII)  # how names of stored files begin
+_OURS: Final = re.compile(r"\.?(file|upload)-[A-Za-z0-9]{24}(\.|$)", re.ASCII)  # prefix of the names of stored files
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow", ".xml")
-_READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are read by the job alone
+_READ_AT_ONCE: Final = 64 << 20  # bytes; larger files are only read by the job
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class UploadedFile:
     """An uploaded file.
 
     Attributes:
-        id: its random name.
-        name: what the client called it; never used as a path.
-        path: where it is.
+        id: its random id.
+        name: the client's name for it; never used as a path.
+        path: its path.
         bytes: its size.
-        purpose: what it is for.
-        created: when, in seconds since 1970.
-        facts: how it is read: `format`, `examples`, `notes`, and `error`, why it cannot be; None where not known.
+        purpose: its purpose.
+        created: upload time, in seconds since 1970.
+        facts: how it is read: `format`, `examples`, `notes`, and `error` if it cannot be read; None if unknown.
     """
 
     id: str
@@ -53,12 +53,12 @@ class UploadedFile:
 
     @property
     def is_read(self) -> bool:
-        """Whether the server has read it; what is very large is left to the job."""
+        """Whether the server has read it; very large files are left to the job."""
         return self.facts["examples"] is not None or self.facts["error"] is not None
 
 
 class Upload:
-    """A file on its way in; `close` forgets it unless it was kept."""
+    """A file being uploaded; `close` discards it unless it was kept."""
 
     def __init__(self, directory: Path, most: int) -> None:
         self._path = directory / f".{new_id('upload')}.tmp"
@@ -67,7 +67,7 @@ class Upload:
             self._file: BinaryIO = self._path.open("xb")
 
     def write(self, piece: bytes) -> None:
-        """Appends a piece.
+        """Appends data.
 
         Raises:
             RequestError: the file becomes too large, or the disk is full.
@@ -85,7 +85,7 @@ class Upload:
             self._file.write(piece)
 
     def keep(self, path: Path) -> None:
-        """Gives the file its place, once all of it is on the disk."""
+        """Moves the file to its final path, after syncing it to disk."""
         with _without_paths():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -93,8 +93,8 @@ class Upload:
             self._path.replace(path)
 
     def close(self) -> None:
-        """Ends it; what was not kept is gone."""
-        with suppress(OSError):  # buffered bytes that the disk has no room for
+        """Closes the file, and removes it unless it was kept."""
+        with suppress(OSError):  # buffered data for which the disk has no room
             self._file.close()
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ class Upload:
 
 @contextmanager
 def _without_paths() -> Iterator[None]:
-    """Says why a file cannot be written, without where the server keeps it."""
+    """Reports why a file cannot be written, without revealing the server's paths."""
     try:
         yield
     except OSError as error:
@@ -120,19 +120,19 @@ class Files:
         with write_errors(self._directory):
             self._directory.mkdir(exist_ok=True)
         known = {self._path(row).name for row in state.rows("SELECT id, suffix FROM files")}
-        for path in self._directory.iterdir():  # uploads that a crash cut short; what is not ours stays
+        for path in self._directory.iterdir():  # removes uploads cut short by a crash; other files are left alone
             if path.name not in known and _OURS.match(path.name) and path.is_file():
                 remove_file(path)
 
     def begin(self, most: int) -> Upload:
-        """Begins an upload of at most so many bytes; the caller closes it."""
+        """Begins an upload of at most `most` bytes; the caller must close it."""
         return Upload(self._directory, most)
 
     def finish(self, upload: Upload, name: str, purpose: str) -> UploadedFile:
-        """Keeps an upload that is complete, and says what it holds.
+        """Keeps a complete upload, and describes its content.
 
         Raises:
-            RequestError: it is empty, or for a purpose that is not known.
+            RequestError: it is empty, or its purpose is unknown.
             OutputError: it cannot be written.
         """
         if purpose not in PURPOSES:
@@ -160,13 +160,13 @@ class Files:
     def add(
         self, name: str, stream: BinaryIO | Iterable[bytes], purpose: str = "fine-tune", most: int = 1 << 40
     ) -> UploadedFile:
-        """Takes a whole file in; see `finish`.
+        """Stores a whole file; see `finish`.
 
         Args:
-            name: what it is called.
-            stream: a binary file, or pieces of bytes.
-            purpose: what it is for.
-            most: bytes that it may have.
+            name: its name.
+            stream: a binary file, or chunks of bytes.
+            purpose: its purpose.
+            most: maximum size in bytes.
         """
         pieces = _pieces(stream) if hasattr(stream, "read") else stream
         with closing(self.begin(most)) as upload:
@@ -175,14 +175,14 @@ class Files:
             return self.finish(upload, name, purpose)
 
     def list(self) -> Sequence[UploadedFile]:
-        """Returns all files, the newest first."""
+        """Returns all files, newest first."""
         return [self._made(row) for row in self._state.rows("SELECT * FROM files ORDER BY number DESC")]
 
     def get(self, file_id: str, param: str = "file_id") -> UploadedFile:
         """Returns a file.
 
         Raises:
-            RequestError: there is none of that id.
+            RequestError: there is no file with this id.
         """
         rows = self._state.rows("SELECT * FROM files WHERE id = ?", file_id) if _ID.fullmatch(file_id) else []
         if not rows:
@@ -193,7 +193,7 @@ class Files:
         """Removes a file.
 
         Raises:
-            RequestError: there is none of that id, or a job that is not over uses it.
+            RequestError: there is no file with this id, or an unfinished job uses it.
         """
         file = self.get(file_id)
         with self._state.transaction() as database:
@@ -233,7 +233,7 @@ def _pieces(stream: Any) -> Iterator[bytes]:
 
 
 def _shown_name(name: str) -> str:
-    """Returns a client's name for a file as it is shown: its last part, without what no console can print.
+    """Returns a client's file name for display: its last component, without unprintable characters.
 
     >>> _shown_name("../../etc/pass\\x00wd.jsonl")
     'passwd.jsonl'
@@ -243,7 +243,7 @@ def _shown_name(name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    """Returns the end of a name that tells a format, one of those that are known.
+    """Returns the extension of a file name, if it is one that identifies a format.
 
     >>> _suffix("a.b.JSONL.gz"), _suffix("run.sh")
     ('.jsonl.gz', '')
@@ -270,17 +270,17 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
         return {**facts, "examples": len(source.examples), "notes": notes, **kind}
     except LoraError as error:
         return {**facts, "error": str(error).replace(str(path), name)}
-    except Exception as error:  # a file may be anything, and a library may raise anything
+    except Exception as error:  # a file may contain anything, and a library may raise anything
         return {**facts, "error": f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"}
 
 
 def _unpacked(path: Path) -> int:
-    """Returns how many bytes a gzip-compressed file has, as far as that matters; 0: it is none."""
+    """Returns the decompressed size of a gzip file, up to a limit; 0 if it is not compressed."""
     with path.open("rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return 0
     size = 0
-    with suppress(OSError, EOFError, zlib.error), gzip.open(path) as unpacked:  # damaged: its reader will say so
+    with suppress(OSError, EOFError, zlib.error), gzip.open(path) as unpacked:  # if damaged, its reader will report it
         while size <= _READ_AT_ONCE and (piece := unpacked.read(1 << 20)):
             size += len(piece)
     return size

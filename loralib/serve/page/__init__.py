@@ -1,7 +1,7 @@
-"""The page for people: files for a browser, which do everything over the server's own HTTP API, and a few routes more.
+"""The web page: files for a browser, which use the server's own HTTP API and a few additional routes.
 
-`api` has what OpenAI's API does not: texts that stream at a scale of their own, previews, what adapters have learned,
-exports.  The other files are what the browser gets; they are not built, and fetch nothing from elsewhere.
+`api` offers what OpenAI's API does not: previews, what adapters have learned, exports.  The other files are sent to the
+browser as they are, without a build step, and load nothing from other sites.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .api import Exports, router
 __all__ = ["mount"]
 
 _FILES = Path(__file__).parent / "files"
-_POLICY = {  # scripts and connections of this server alone, and nobody frames it
+_POLICY = {  # only scripts and connections of this server, and no framing
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -27,7 +27,7 @@ _POLICY = {  # scripts and connections of this server alone, and nobody frames i
 
 
 class _Files(StaticFiles):
-    """Files that a browser asks for again after an update."""
+    """Static files that a browser requests again after an update."""
 
     def file_response(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         response = super().file_response(*args, **kwargs)  # type: ignore[arg-type]

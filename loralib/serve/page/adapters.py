@@ -1,4 +1,4 @@
-"""Which adapters a server has or could load, what they are, and what they have learned."""
+"""The adapters that a server has or could load, with their properties and what they have learned."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["Source", "describe", "heat_map", "inspect", "load", "prompts", "sour
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter is from.
+    """The origin of an adapter.
 
     Attributes:
-        name: what it is called.
-        directory: where it is.
+        name: its name.
+        directory: its directory.
         job: the id of the job that trained it; None: it was given to the server.
     """
 
@@ -35,7 +35,7 @@ class Source:
 
 
 def sources(server: Server) -> dict[str, Source]:
-    """Returns the adapters that a server knows, loaded or not, by name: no request can name another place."""
+    """Returns all adapters known to the server by name, loaded or not: requests cannot refer to any other path."""
     return {each.name: each for each in _sources(server)}
 
 
@@ -50,10 +50,10 @@ def _sources(server: Server) -> Iterator[Source]:
 
 
 def source(server: Server, name: str) -> Source:
-    """Returns where an adapter is from.
+    """Returns the origin of an adapter.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: there is no adapter with this name.
     """
     known = sources(server)
     if name not in known:
@@ -68,7 +68,7 @@ def source(server: Server, name: str) -> Source:
 
 
 def inspect(found: Source) -> Inspection:
-    """Looks into an adapter; quick the second time.
+    """Inspects an adapter; the result is cached.
 
     Raises:
         RequestError: it cannot be read.
@@ -87,7 +87,7 @@ def _inspect(directory: Path, stamp: int) -> Inspection:
 
 
 def describe(server: Server, found: Source) -> dict[str, Any]:
-    """Returns what the page's list says of an adapter."""
+    """Returns an adapter's entry in the page's list."""
     facts: dict[str, Any] = {
         "name": found.name,
         "loaded": found.name in server.adapters,
@@ -116,12 +116,12 @@ def describe(server: Server, found: Source) -> dict[str, Any]:
 
 
 def _trained(server: Server, found: Source) -> dict[str, Any] | None:
-    """Returns what an adapter was trained on and how; None: nothing is known."""
+    """Returns what an adapter was trained on and how; None: unknown."""
     if found.job is not None:
         job = server.jobs.get(found.job)
         try:
             name = server.jobs.files.get(job.training_file).name
-        except RequestError:  # removed since
+        except RequestError:  # it has been removed since
             name = None
         return {"data": name, "settings": job.settings}
     try:
@@ -137,21 +137,21 @@ def _trained(server: Server, found: Source) -> dict[str, Any] | None:
 
 
 def prompts(server: Server, found: Source, most: int = 5) -> list[dict[str, Any]]:
-    """Returns what an adapter was asked in training: the first prompts of its file, exactly as they were.
+    """Returns the first prompts of an adapter's training file, exactly as they were.
 
     Returns:
-        Objects with a `prompt`, or, of chats, the last question as `message`; nothing where its data are not known.
+        Objects with a `prompt` or, for chats, the last question as `message`; empty if its data are unknown.
     """
     if found.job is None:
         return []
     job = server.jobs.get(found.job)
     try:
         file = server.jobs.files.get(job.training_file)
-        if not file.facts["examples"]:  # too large to be read at once
+        if not file.facts["examples"]:  # too large for the server to have read it
             return []
         how = {"format": job.settings.get("data_format", "auto"), "columns": job.settings.get("columns")}
         [data] = read_sources(str(file.path), **how, as_chat=job.settings.get("as_chat", False), objective=None)
-    except LoraError:  # removed since
+    except LoraError:  # it has been removed since
         return []
     asked = {}
     for example in data.examples:
@@ -168,8 +168,8 @@ def heat_map(inspection: Inspection) -> dict[str, Any]:
     """Returns the norms of an adapter's updates, by layer and kind of module.
 
     Returns:
-        `layers`: their numbers (None: modules outside of layers); `kinds`: of modules; `norms`: a row for each layer
-        with a number, or None, for each kind; `effective_ranks`: the same of those.
+        `layers`: their numbers (None: modules outside of layers); `kinds`: kinds of modules; `norms`: a row per layer,
+        with a number or None for each kind; `effective_ranks`: the same for effective ranks.
     """
     layers = sorted({module.layer for module in inspection.modules}, key=lambda each: (each is None, each))
     kinds = list(dict.fromkeys(module.kind for module in inspection.modules))
@@ -184,10 +184,10 @@ def heat_map(inspection: Inspection) -> dict[str, Any]:
 
 
 def load(server: Server, name: str) -> None:
-    """Loads an adapter that the server knows.
+    """Loads an adapter that is known to the server.
 
     Raises:
-        RequestError: there is none of that name, or it is loaded.
-        LoraError: it cannot be.
+        RequestError: there is no adapter with this name, or it is already loaded.
+        LoraError: it cannot be loaded.
     """
     server.adapters.load(name, source(server, name).directory)

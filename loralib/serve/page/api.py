@@ -1,4 +1,4 @@
-"""What the page asks for that the API for clients has not: previews, what adapters have learned, exports."""
+"""Routes for the page beyond the public API: previews, what adapters have learned, exports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _server(request: Request) -> Server:
 
 @router.get("/about")
 def about(request: Request) -> dict[str, Any]:
-    """Says what is served, and what the fields of a job begin with."""
+    """Describes what is served, with default values for the fields of a job."""
     server = _server(request)
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     shown = ("num_epochs", "rank", "batch_size", "lora_dropout", "seed", "objective")
@@ -48,7 +48,7 @@ def about(request: Request) -> dict[str, Any]:
 
 
 class PreviewRequest(Body):
-    """A job that is thought about."""
+    """A job to preview."""
 
     training_file: str
     loralib: dict[str, Any] = Field({})
@@ -56,7 +56,7 @@ class PreviewRequest(Body):
 
 @router.post("/preview")
 def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
-    """Says what a job would do: how its data are read, what is trained, memory and time."""
+    """Describes what a job would do: how its data are read, what is trained, memory and time."""
     found = _server(request).jobs.preview(body.training_file, body.loralib)
     result = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "config"}
     config = found.config.to_dict()
@@ -69,20 +69,20 @@ def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
 
 
 class NameRequest(Body):
-    """An adapter that is meant."""
+    """Names an adapter."""
 
     name: str
 
 
 class ExportRequest(NameRequest):
-    """A form to write an adapter in."""
+    """A format in which to export an adapter."""
 
     target: str
 
 
 @router.get("/adapters")
 def list_adapters(request: Request) -> dict[str, Any]:
-    """Lists the adapters that are loaded or could be."""
+    """Lists the adapters that are loaded or can be loaded."""
     server = _server(request)
     known = adapters.sources(server)
     return {"object": "list", "data": [adapters.describe(server, found) for found in known.values()]}
@@ -97,14 +97,14 @@ def learned(request: Request, name: str) -> dict[str, Any]:
 
 @router.get("/adapters/prompts")
 def prompts(request: Request, name: str) -> dict[str, Any]:
-    """Returns some of what an adapter was asked in training."""
+    """Returns some prompts from an adapter's training data."""
     server = _server(request)
     return {"object": "list", "data": adapters.prompts(server, adapters.source(server, name))}
 
 
 @router.post("/adapters/load")
 def load(request: Request, body: NameRequest) -> dict[str, Any]:
-    """Loads an adapter that the server knows."""
+    """Loads an adapter that is known to the server."""
     adapters.load(_server(request), body.name)
     return {"name": body.name, "loaded": True}
 
@@ -116,19 +116,19 @@ def _exports(request: Request) -> Exports:
 
 @router.post("/exports")
 def create_export(request: Request, body: ExportRequest) -> dict[str, Any]:
-    """Begins to write an adapter in another form."""
+    """Starts to export an adapter."""
     return _exports(request).create(body.name, body.target).to_dict()
 
 
 @router.get("/exports/{export_id}")
 def get_export(request: Request, export_id: str) -> dict[str, Any]:
-    """Says how far an export is."""
+    """Returns the status of an export."""
     return _exports(request).get(export_id).to_dict()
 
 
 @router.get("/exports/{export_id}/content", response_class=FileResponse)
 def export_content(request: Request, export_id: str) -> FileResponse:
-    """Returns what an export has made."""
+    """Returns the result of an export."""
     export = _exports(request).get(export_id)
     if export.path is None:
         raise RequestError(f"the export is {export.status}; there is nothing to download", 409, "not_ready", "id")

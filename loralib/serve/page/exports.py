@@ -1,4 +1,4 @@
-"""Exports of adapters: each is the command that a person would type, in a process of its own."""
+"""Exports of adapters: each runs the command that a user would type, in its own process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .adapters import source
 
 __all__ = ["TARGETS", "Export", "Exports"]
 
-# What the page calls a form, the command that makes it, and how its file is called where it is one.
+# The page's name for a format, the command that creates it, and the file name if the result is a single file.
 TARGETS: Final[dict[str, tuple[list[str], str]]] = {
     "peft": (["convert", "--target", "peft"], ""),
     "gguf": (["convert", "--target", "llamacpp"], "adapter.gguf"),
@@ -29,20 +29,20 @@ TARGETS: Final[dict[str, tuple[list[str], str]]] = {
     "merged": (["merge"], ""),
 }
 _MOST_LINES: Final = 200
-_KEPT: Final = 4  # finished exports: a merged model has the size of its base
+_KEPT: Final = 4  # number of finished exports to keep: a merged model is as large as its base
 
 
 @dataclass
 class Export:
-    """An export, under way or done.
+    """An export, in progress or finished.
 
     Attributes:
-        id: its random name.
-        name: of the adapter.
+        id: its random id.
+        name: the adapter's name.
         target: one of `TARGETS`.
         status: waiting, running, succeeded or failed.
-        lines: what the command has said.
-        path: what it made, once it is there.
+        lines: the output of the command.
+        path: the result, once it exists.
     """
 
     id: str
@@ -53,27 +53,27 @@ class Export:
     path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what a client gets to see."""
+        """Returns what clients see of it."""
         seen = {"id": self.id, "name": self.name, "target": self.target, "status": self.status, "lines": self.lines}
         return {**seen, "file": None if self.path is None else self.file_name, "bytes": self.bytes}
 
     @property
     def file_name(self) -> str:
-        """What a download is called."""
+        """The file name for downloads."""
         safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in self.name).strip("-.")
         return f"{safe or 'adapter'}-{self.target}{'.gguf' if self.target == 'gguf' else '.zip'}"
 
     @property
     def bytes(self) -> int | None:
-        """How large it is; None: not there yet."""
+        """The size of the result; None: it does not exist yet."""
         return None if self.path is None else self.path.stat().st_size
 
 
 class Exports:
-    """The exports of a server, one after another.
+    """The exports of a server, executed one after another.
 
-    What they make is kept below its state directory for a while: the last few, until the server ends.  What a killed
-    server left there is removed by the next.
+    The last few results are kept below the server's state directory until the server ends.  Results left behind by a
+    killed server are removed by the next one.
     """
 
     def __init__(self, server: Server) -> None:
@@ -85,10 +85,10 @@ class Exports:
         atexit.register(self.close)
 
     def create(self, name: str, target: str) -> Export:
-        """Begins an export.
+        """Starts an export.
 
         Raises:
-            RequestError: there is no such adapter or form.
+            RequestError: there is no such adapter or format.
         """
         if target not in TARGETS:
             raise RequestError(
@@ -108,7 +108,7 @@ class Exports:
         """Returns an export.
 
         Raises:
-            RequestError: there is none of that id.
+            RequestError: there is no export with this id.
         """
         if export_id not in self._all:
             raise RequestError(
@@ -120,7 +120,7 @@ class Exports:
         return self._all[export_id]
 
     def close(self) -> None:
-        """Ends what runs, and removes what was made."""
+        """Ends a running export, and removes all results."""
         self._closing.set()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
@@ -130,7 +130,7 @@ class Exports:
 
     @staticmethod
     def _remove(place: Path) -> None:
-        # A file that is being downloaded cannot be removed on Windows; the next server does it.
+        # Windows cannot remove a file that is being downloaded; the next server removes it.
         shutil.rmtree(place, ignore_errors=True)
 
     def _make_room(self) -> None:
@@ -183,7 +183,7 @@ class Exports:
 
 
 def _zipped(directory: Path) -> Path:
-    """Packs a directory into one file beside it; weights do not get smaller, so nothing is compressed."""
+    """Packs a directory into a zip file beside it; without compression, since weights hardly compress."""
     target = directory.with_suffix(".zip")
     with write_errors(target), zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for path in _files(directory):
