@@ -1,6 +1,6 @@
 """The command line: ``loralib COMMAND ...``, the same as ``python -m loralib COMMAND ...``.
 
-Each command is a module here with `add_arguments(parser)` and `run(args)`; it is imported only when it is called.
+Each command is a module in this package with `add_arguments(parser)` and `run(args)`; only the one called is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import nlg  # noqa: F401  it registers the readers of published data
+from .. import nlg  # noqa: F401  importing it registers the readers of published data
 from ..console import ensure_safe, say, table
 from ..errors import ConfigError, LoraError, did_you_mean
 from ._flags import Parser, add_fields, from_args
@@ -94,8 +94,8 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     """Parses a command's arguments, runs it, turns its errors into messages, and returns the exit code.
 
     Args:
-        module: has `add_arguments(parser)`, `run(args)`, and a docstring that `--help` shows; and a true `JOINS_RANKS`
-            where several processes can run the command together.
+        module: has `add_arguments(parser)`, `run(args)` and a docstring that `--help` shows; `JOINS_RANKS = True` if
+            several processes can run the command together.
         name: the name of the command.
         argv: its arguments; flags may be written with hyphens or underscores.
     """
@@ -114,9 +114,9 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain(f"\n{name}: interrupted")
         return 130
-    except BrokenPipeError:  # the reader of a pipe has closed it
+    except BrokenPipeError:  # the reader of the pipe has closed it
         return 0
-    except OSError as error:  # files raise errors of ours; what is left is the console, or the file it is redirected to
+    except OSError as error:  # file errors are LoraErrors; this comes from the console, or the file it is redirected to
         if debug:
             raise
         _complain(f"{name}: {error} (--debug shows where)")
@@ -127,10 +127,10 @@ def run_command(module: Any, name: str, argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _beside_others(module: Any, name: str) -> Iterator[None]:
-    """Joins the other processes that torchrun has started with this one, if there are any.
+    """Joins this process to the others that torchrun started, if any.
 
     Raises:
-        ConfigError: the command is one for a single process: it has no `JOINS_RANKS`.
+        ConfigError: torchrun started several processes, but the command runs in one: it has no `JOINS_RANKS`.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
@@ -146,17 +146,17 @@ def _beside_others(module: Any, name: str) -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    """Prints to stderr if it can: the terminal may be closed, and the exit code still counts."""
+    """Prints to stderr if possible; the terminal may be closed, but the exit code still matters."""
     with contextlib.suppress(OSError):
         say(text, file=sys.stderr)
 
 
 def _detach_broken_streams() -> None:
-    """Drops output that cannot be printed: Python would try again at exit, fail, and change the exit code."""
+    """Discards output that cannot be printed: Python would retry at exit, fail, and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except OSError:
-            with contextlib.suppress(OSError):  # a stream that has been replaced need not be a file
+            with contextlib.suppress(OSError):  # a replaced stream need not have a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""What the commands share: naming a model and an adapter, reading the adapter in any format, naming the output."""
+"""What the commands share: flags that name a model, adapter and output, and reading an adapter in any format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ._flags import add_flag, add_list
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
 DTYPES = ("fp32", "bf16", "fp16")
-# Prompts of different kinds, for when the user gives none.
+# Varied prompts, used when the user gives none.
 PROMPTS = (
     "name : The Wooden Boat | Type : coffee shop | food : Italian | area : harbour\n",
     "The capital of France is",
@@ -38,7 +38,7 @@ PROMPTS = (
 
 
 class Output(argparse.Action):
-    """Stores the output, which is the last word of the command or follows -o."""
+    """Stores the output path, given as the last argument or with -o."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         if namespace.output is not None:
@@ -54,7 +54,7 @@ class Output(argparse.Action):
 
 
 def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> tuple[nn.Module, Any]:
-    """Loads the base and the adapter that the flags name on each rank (see `load_adapted`), in the same dtype."""
+    """Loads the base and adapter that the flags name on each rank, in the same dtype on all (see `load_adapted`)."""
     device, dtype = ranks.device(args.device), args.dtype
     if ranks.size > 1 and dtype is None and not is_made_up(args.model or ""):
         dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
@@ -68,8 +68,8 @@ def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> 
 def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
     """Adds the adapter, its base model, the output, and the settings that a Microsoft checkpoint does not store.
 
-    `output` is the help text of the output, if the command writes one; `makes_rank` tells whether the command has a
-    ``--rank`` of its own, the rank of its result.
+    `output` is the help text of the output path, if the command writes one. `makes_rank` tells whether ``--rank`` of
+    this command means the rank of its result.
     """
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(
@@ -96,7 +96,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, makes_rank: bool) 
 
 
 def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = False) -> None:
-    """Adds the arguments of `loralib.bases.load_adapted`; `several`: there may be adapters by name."""
+    """Adds the arguments of `loralib.bases.load_adapted`; with `several`, adapters may be named and repeated."""
     text = "adapter: a PEFT or MLX directory, or a GGUF LoRA file"
     if several:
         text += "; or NAME=ADAPTER, which may be repeated"
@@ -122,16 +122,16 @@ def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, def
 
 @contextlib.contextmanager
 def output_held(output: str, *inputs: str | None, is_directory: bool = True, what: str = "adapter") -> Iterator[None]:
-    """Checks the output of a command before anything is loaded, and holds it while the command runs.
+    """Checks a command's output path before anything is loaded, and locks it while the command runs.
 
     Args:
         output: the path to write.
-        inputs: what the result is made from: paths, or names of something else.
-        is_directory: whether the output is a directory; else it is a file.
+        inputs: the sources of the result: paths, or names that are not paths.
+        is_directory: whether the output is a directory rather than a file.
         what: what is written, "adapter" or "model".
 
     Raises:
-        OutputError: the output is one of the inputs, would make a mixture with what is there, or cannot be written.
+        OutputError: the output is one of the inputs, would mix with files already there, or cannot be written.
     """
     target = Path(output)
     for source in map(Path, filter(None, inputs)):
@@ -157,15 +157,15 @@ _ELSEWHERE = "choose another output"
 
 
 def _is_same(first: Path, second: Path) -> bool:
-    """Tells whether two paths lead to the same place, through links too."""
+    """Tells whether two paths lead to the same place, following links."""
     try:
         return first.samefile(second)
-    except OSError:  # one is not there
+    except OSError:  # one of them does not exist
         return False
 
 
 def add_reading(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
-    """Adds the flags that say how to read training data, as `loralib train` has them."""
+    """Adds the flags that say how to read training data, the same as in `loralib train`."""
     add_format(parser, help, *FORMATS[1:], default=default)
     text = "which field has which meaning, as in prompt=question,completion=answer; `system=` leaves a field out"
     parser.add_argument("--columns", metavar="MAP", help=text)
@@ -178,17 +178,17 @@ def add_as_chat(parser: argparse._ActionsContainer) -> None:
 
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
-    """Reads an adapter in any format; `model` is needed for GGUF and MLX."""
+    """Reads an adapter in any format; GGUF and MLX need `model`."""
     return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
 
 
 def _settings_of_checkpoint(args: argparse.Namespace) -> LoraConfig | None:
-    """Returns the settings of a Microsoft checkpoint, if the command was given them."""
+    """Returns the settings of a Microsoft checkpoint if any of its flags was given, else None."""
     given = ("lora_dim", "lora_alpha", "target_modules", "enable_lora", "modules_to_save")
     if all(getattr(args, name) is None for name in given):
         return None
     if args.lora_dim is None and getattr(args, "rank", None) is not None:
-        # The rank of a checkpoint that is described; see the help of --lora_dim.
+        # With such a checkpoint --rank means its rank, not the result's; see the help of --lora_dim.
         args.lora_dim, args.rank = args.rank, None
     if args.lora_dim is None or args.lora_alpha is None or args.target_modules is None:
         raise ConfigError("a checkpoint of Microsoft's loralib needs --rank, --lora_alpha and --target_modules")
@@ -208,9 +208,9 @@ def read_with_base(
     needs_base: Callable[[Adapter], bool],
     check_base: Callable[[str], object] = lambda name: None,
 ) -> tuple[Adapter, nn.Module | None, Any]:
-    """Reads an adapter and, where ``--model``, its format or the command needs it, its base in fp32 and tokenizer.
+    """Reads an adapter, and its base (in fp32) and tokenizer if ``--model``, the format or `needs_base` calls for them.
 
-    `check_base` is called with the name of the base before it is loaded.
+    `check_base` is called with the base's name before it is loaded.
     """
     adapter = None if is_read_with_base(path) else read(path, args)
     model, tokenizer = None, None

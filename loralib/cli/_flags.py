@@ -1,4 +1,4 @@
-"""Flags: made from the fields of settings dataclasses, and the argument parser that all commands share."""
+"""Command-line flags made from the fields of settings dataclasses, and the argument parser that all commands share."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
 Config = TypeVar("Config")
 
 _METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME", "pairs": "N=X"}
-# The heading of the flags that stand first in --help: those of settings declared with `common`.
+# Heading of the group that --help shows first: settings declared with `common`.
 _COMMON: Final = "most commonly used flags"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes hyphens for underscores and suggests what an unknown flag may have meant."""
+    """An argument parser that accepts hyphens for underscores and suggests the nearest flag for an unknown one."""
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parses a command's arguments; exits with 2 and a message if they are invalid."""
+        """Parses a command's arguments; if they are invalid, prints a message and exits with 2."""
         args, unknown = self.parse_known_args([_with_underscores(word) for word in argv])
         if unknown:
             flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def format_help(self) -> str:
-        """Returns the help: a usage line without a list of all flags, then the groups, most needed first."""
+        """Returns the help: a usage line that does not list every flag, then the groups in the order of `_place`."""
         formatter = self._get_formatter()
         words = [formatter._format_args(action, _name(action)) for action in self._get_positional_actions()]
         formatter.add_usage(" ".join(["%(prog)s [options]", *words]).replace("%", "%%").replace("%%(", "%("), [], [])
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _place(self, group: Any) -> int:
-        """Tells where a group stands in the help: positional arguments, common flags, others; --help itself last."""
+        """Returns a group's sort key in the help: positional arguments, common flags, others, --help itself."""
         if group is self._positionals:
             return 0
         if group.title == _COMMON:
@@ -97,7 +97,7 @@ def _comma_list(word: str) -> list[str]:
 
 
 def _files(word: str) -> list[str]:
-    """Splits a comma list of files; a comma may also belong to the name of a file, which may end with a weight."""
+    """Splits a comma-separated list of files; a word that, less any ``:weight``, is an existing file stays whole."""
     exists = os.path.exists(word) or os.path.exists(word.rpartition(":")[0])
     return [word] if exists else _comma_list(word)
 
@@ -122,7 +122,7 @@ _EXPECTED: Final[dict[Any, str]] = {
 
 
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
-    """Adds a flag; the names after the first are second spellings, which help does not show."""
+    """Adds a flag; the names after the first are alternative spellings, hidden from the help."""
     options = {"dest": names[0].removeprefix("--"), **options}
     group.add_argument(names[0], **options)
     for name in names[1:]:
@@ -132,7 +132,7 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
 def add_list(
     group: argparse._ActionsContainer, *names: str, items: Callable[[str], Any] = _comma_list, **options: Any
 ) -> None:
-    """Adds a flag that takes a list, as ``a,b,c`` or ``a b c``; `items` splits each word."""
+    """Adds a flag that takes a list, written ``a,b,c`` or ``a b c``; `items` parses each word."""
 
     class Words(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -147,7 +147,7 @@ def add_list(
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Joins what the words of a list stand for: lists, mappings, or texts, each of which is one item."""
+    """Merges the values parsed from the words of a list: lists, mappings, or strings that are one item each."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], dict):
@@ -156,7 +156,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def _each(kind: Any) -> Callable[[str], list[Any]]:
-    """Returns what splits a word into several values of a kind."""
+    """Returns a function that splits a word at commas into values of type `kind`."""
 
     def split(word: str) -> list[Any]:
         return [None if each == AUTO else _truth(each) if kind is bool else kind(each) for each in _comma_list(word)]
@@ -184,8 +184,8 @@ def add_fields(
 ) -> None:
     """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
-    Settings declared as `common` stand in a group of their own, first.  `defaults` replace the fields' own.  Those in
-    `several` take any number of values, with commas between them; lists of names have semicolons between them.
+    Settings declared as `common` form the first group. `defaults` override the fields' own. Settings in `several` take
+    any number of values separated by commas, or by semicolons if each value is a list of names.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
     groups: dict[str, Any] = {}
@@ -231,7 +231,7 @@ def add_fields(
 
 
 def _metavar(spec: Any, kind: Any) -> str:
-    """Returns what stands for the value of a flag in the help."""
+    """Returns the placeholder for a flag's value in the help."""
     return "DIR" if spec.name.endswith("_dir") else _METAVARS.get(spec.metadata["several"], _METAVARS[kind])
 
 
@@ -244,7 +244,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:
-    """Makes a settings dataclass of parsed flags: flags win over ``--config``, which wins over the defaults.
+    """Builds a settings dataclass from parsed flags: flags override ``--config``, which overrides the defaults.
 
     Raises:
         ConfigError: the TOML file cannot be read or has unknown keys, or a value is invalid.
@@ -252,7 +252,7 @@ def from_args(config: type[Config], args: argparse.Namespace, defaults: Mapping[
     values = dict(defaults or {})
     if args.config is not None:
         given = canonical(config, read_toml(Path(args.config), f"--config {args.config}"))
-        given.pop("record", None)  # what run.toml says beside its settings
+        given.pop("record", None)  # metadata that run.toml stores beside the settings
         faults = setting_faults(config, given)
         if faults:
             raise ConfigError(list_faults(f"--config {args.config} has invalid settings", faults))

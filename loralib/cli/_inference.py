@@ -56,7 +56,7 @@ class InferenceConfig:
 
 
 def run_inference(config: InferenceConfig) -> None:
-    """Loads adapters and shows on the console what they do.
+    """Loads adapters and demonstrates on the console what they do.
 
     Raises:
         LoraError: a directory holds no adapter, or the adapter does not fit the base.
@@ -88,7 +88,7 @@ def run_inference(config: InferenceConfig) -> None:
 
 
 def _apply_all(model: nn.Module, adapters: dict[str, Adapter]) -> ApplyReport:
-    """Applies each adapter, the first one last, so that one that does not fit is refused before anything is shown."""
+    """Applies every adapter, the first one last, so that any that does not fit is refused before output starts."""
     for directory, adapter in reversed(adapters.items()):
         try:
             report = apply_adapter(model, adapter)
@@ -136,7 +136,7 @@ def _show_texts(
     prompts: Sequence[Sequence[int]],
     config: InferenceConfig,
 ) -> list[str]:
-    """Shows the continuations of the base and of the adapted model; returns the latter."""
+    """Prints the continuations by the base and by the adapted model; returns the latter."""
     with disabled(model):
         base = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
     adapted = generate(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
@@ -178,7 +178,7 @@ def _show_merging(
         merged = _logits(model, ids).float()
     largest = float(apart.abs().max())
     difference = float((apart - merged).abs().max())
-    # The rounding error of a few hundred additions, relative to the largest logit.
+    # Allows for the rounding error of a few hundred additions, relative to the largest logit.
     eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = (256 if eps == torch.finfo(torch.float32).eps else 16) * eps * largest
     verdict = "they agree" if difference <= tolerance else "THEY DIFFER: report this"
@@ -209,12 +209,12 @@ def _show_switching(
 
 
 def _prompt(directory: str, example: Example) -> Example:
-    """Makes a prompt a user's turn of a chat, if that is what the adapter was trained on."""
+    """Wraps the prompt as a user turn of a chat if the adapter was trained on chats."""
     return chat_of(Example.of(example.prompt, "")) if trained_on_chats(directory) else example
 
 
 def _tokenizer_for(directory: str, model: nn.Module, tokenizer: Any) -> Any:
-    """Returns the tokenizer that an adapter was trained with; texts end where its chats do."""
+    """Returns the tokenizer an adapter was trained with; if it was trained on chats, makes texts end where turns do."""
     own = tokenizer_for(directory, model, tokenizer)
     if trained_on_chats(directory):
         end_with_turns(model, own)
@@ -222,7 +222,7 @@ def _tokenizer_for(directory: str, model: nn.Module, tokenizer: Any) -> Any:
 
 
 def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:
-    """Returns token ids (rows, width): the texts of the examples, one after another."""
+    """Returns token ids (rows, width): the examples' texts concatenated, repeated or cut to fill the shape."""
     ids = [
         token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
     ]

@@ -34,7 +34,7 @@ _COMMANDS: Final = {
     "/help": "show these commands",
     "/exit": "leave",
 }
-# The share of the context that is kept free for an answer, unless max_new_tokens is less.
+# The share of the context reserved for an answer, unless max_new_tokens is smaller.
 _ANSWER_SHARE: Final = 1 / 4
 
 Turn = dict[str, str]
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers each line of the input."""
+    """Reads the input line by line and answers each line."""
     sampling = from_args(Sampling, args, _DEFAULTS)
     if sampling.num_beams > 1:
         raise ConfigError(
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _react(conversation: Conversation, line: str) -> None:
-    """Runs a command, or answers a question."""
+    """Runs a slash command, or answers a question."""
     if line == "/reset":
         conversation.turns = []
         say("(new conversation)", file=sys.stderr)
@@ -111,7 +111,7 @@ def _read_line(watched: bool) -> str | None:
         return None
     if watched:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() edits lines with it
+            import readline  # noqa: F401  gives input() line editing
         try:
             return input("> ").strip()
         except EOFError:
@@ -122,10 +122,10 @@ def _read_line(watched: bool) -> str | None:
 
 
 class Conversation:
-    """A conversation and the model that answers.
+    """A conversation with a model.
 
-    Answer i uses the seed ``seed + i``.  `plain` formats turns as simple text instead of with the tokenizer's chat
-    template.
+    Answer i uses the seed ``seed + i``. With `plain`, turns are formatted as simple text rather than with the
+    tokenizer's chat template.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Conversation:
         said: list[str] = []
         try:
             for piece in stream(self._model, self._tokenizer, [ids], own):
-                # The space after "Assistant:" comes from the model.
+                # The model itself generates the space after "Assistant:".
                 text = piece.text if said or not self._plain else piece.text.lstrip()
                 if text:
                     said.append(text)
@@ -169,17 +169,17 @@ class Conversation:
         self.turns = [*asked, {"role": "assistant", "content": "".join(said)}]
 
     def _fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
-        """Returns the newest turns that fit the context, and their tokens.
+        """Returns the newest turns that fit the context, and their token ids.
 
         Raises:
-            DataError: not even the last turn fits, or the chat template rejects it.
+            DataError: not even the last turn fits, or the chat template rejects the turns.
         """
         turns, dropped = list(turns), 0
         ids = self._ids(turns)
         limit = context_length(self._model)
         room = 0 if limit is None else min(self._sampling.max_new_tokens, int(limit * _ANSWER_SHARE))
         while limit is not None and len(ids) + room > limit and len(turns) > 1:
-            turns, dropped = turns[2:], dropped + 2  # a question and its answer
+            turns, dropped = turns[2:], dropped + 2  # drop a question with its answer
             ids = self._ids(turns)
         if limit is not None and len(ids) > limit:
             raise DataError(
@@ -201,6 +201,6 @@ class Conversation:
             return prompt_ids(text, self._tokenizer)
         try:
             text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs that raise errors of their own
+        except Exception as error:  # templates are programs and can raise any error
             raise DataError(f"The model's chat template rejects this conversation: {error}") from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has the start token
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template adds the start token

@@ -21,7 +21,7 @@ from ._flags import add_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the adapters, the output and how to combine."""
+    """Adds the adapters, the output and the ways of combining."""
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help=ADAPTER_HELP)
     text = "directory of the result, in PEFT's format"
     parser.add_argument("-o", "--output", action=Output, required=True, metavar="OUTPUT", help=text)
@@ -66,7 +66,7 @@ def _combine(args: argparse.Namespace) -> None:
         )
     if args.subtract:  # negation in task arithmetic, arXiv:2212.04089
         args.weights = [1.0, -1.0]
-    elif args.interpolate is not None:  # outside of 0 to 1 it extrapolates
+    elif args.interpolate is not None:  # values outside 0 to 1 extrapolate
         args.weights = [1 - args.interpolate, args.interpolate]
     if len(adapters) == 1 and not args.weights and (args.rank is not None or args.energy is not None):
         result = resize(adapters[0], args.rank, energy=args.energy)

@@ -21,12 +21,12 @@ SHELLS = ("bash", "zsh", "fish", "powershell")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the shell."""
+    """Adds the choice of shell."""
     parser.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="the shell that will read the script")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the script."""
+    """Prints the completion script."""
     try:
         import shtab
     except ImportError as error:
@@ -35,14 +35,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _whole_parser(files: Any) -> argparse.ArgumentParser:
-    """Returns a parser with every command, in which whatever is no number and no choice completes as a file."""
+    """Returns a parser with all commands, in which text arguments without fixed choices complete as file names."""
     from . import COMMANDS, parser_of
 
     whole = Parser(prog="loralib", allow_abbrev=False)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", parser_class=argparse.ArgumentParser)
     for name, about in COMMANDS.items():
         own = parser_of(name)
-        # As a parent, the command's parser hands over its flags; its own -h would meet that of the new parser.
+        # `parents` copies the command's flags; -h is left out because it would clash with the copied one.
         commands.add_parser(name, help=about, parents=[own], add_help=False)
     _complete_files(whole, files)
     return whole
@@ -54,4 +54,4 @@ def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
             for inner in action.choices.values():
                 _complete_files(inner, files)
         elif action.nargs != 0 and action.choices is None and action.type in (None, str):
-            action.complete = files  # type: ignore[attr-defined]  # what shtab looks for
+            action.complete = files  # type: ignore[attr-defined]  # the attribute shtab reads

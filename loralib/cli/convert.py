@@ -29,7 +29,7 @@ from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_wi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the adapter, the output, and the tool it is for."""
+    """Adds the adapter, the output and the target tool."""
     add_adapter_arguments(parser, "directory to write (for llamacpp and microsoft: file)", makes_rank=True)
     parser.add_argument(
         "--target",
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts the adapter and checks the result."""
+    """Converts the adapter and checks the written result."""
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
     is_directory = args.target not in ("llamacpp", "microsoft")

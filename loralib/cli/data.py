@@ -93,7 +93,7 @@ def _add_preview(actions: Any) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    # First: faults in data show before loading.
+    # Read the data first, so that faults in it show before the tokenizer is loaded.
     reading = {"columns": args.columns, "as_chat": args.as_chat, "objective": args.objective}
     sources = read_sources(args.paths, args.data_format, **reading)
     is_preferences = any(example.rejected is not None for source in sources for example in source.examples)
@@ -154,7 +154,7 @@ def _summary(encoded: Encoded) -> str:
 
 
 def _is_coloured(choice: str) -> bool:
-    """Whether to use colour: on a terminal, unless the user opted out (https://no-color.org)."""
+    """Tells whether to use colour: on a terminal, unless the user opted out (https://no-color.org)."""
     if choice != "auto":
         return choice == "always"
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -202,7 +202,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _refuse_loss(read: Sequence[str], written: Sequence[str]) -> None:
-    """Refuses to overwrite another file of the same command."""
+    """Refuses to overwrite an input or another output of the same command."""
     files = [Path(path).resolve() for path in [*read, *written]]
     for number, path in enumerate(written, len(read)):
         if files[number] in files[:number]:

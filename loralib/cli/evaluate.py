@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses flags that would have no effect."""
+    """Refuses combinations of flags in which one would have no effect."""
     if args.hypothesis is None and not args.perplexity:
         raise ConfigError(
             "there is nothing to score: give HYP, a file with one text per line, or use --perplexity to score a model."
@@ -120,7 +120,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> Perplexity:
-    # First: faults in data show before loading.
+    # Read the data first, so that faults in it show before the model is loaded.
     examples = read_examples(args.reference, args.data_format or "auto", columns=args.columns, as_chat=args.as_chat)
     with joined() as ranks:
         model, tokenizer = load_on(ranks, args)

@@ -23,18 +23,18 @@ from ._flags import add_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the directory and the base."""
+    """Adds the output directory and the base."""
     parser.add_argument("output", action=Output, metavar="DIR", help="directory to write")
     add_flag(parser, "--model", "--base", default=DEFAULT_BASE, help=f"base model (default {DEFAULT_BASE})")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="dtype of the weights (default bf16)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the base, loads it again and compares."""
+    """Writes the base, loads it again and compares the two."""
     with output_held(args.output, args.model, what="model"):
         say(f"Loading {args.model} ...")
         model, tokenizer = load_base(args.model, dtype=args.dtype, device="cpu")
-        make_dense(model)  # what a GGUF file, for one, holds in blocks
+        make_dense(model)  # the base may hold quantised weights, for one from a GGUF file
         files = save_merged(model, args.output, tokenizer)
         if args.model in HUB_NAMES:
             write_text(f"{args.output}/README.md", _CARD.format(ours=args.model, original=HUB_NAMES[args.model]))

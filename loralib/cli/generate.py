@@ -49,7 +49,7 @@ from ._adapters import add_model_arguments, add_reading, load_on
 from ._flags import add_fields, add_flag, from_args
 
 JOINS_RANKS = True
-# What the texts depend on in an adapter's directory.
+# The files in an adapter's directory that the texts depend on.
 _DECISIVE: Final = ("adapter*.*", "chat_template*", "tokenizer*")
 
 
@@ -110,14 +110,14 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _held(output: str, ranks: Ranks) -> Iterator[None]:
-    """Locks the output file, on the rank that writes it."""
+    """Locks the output file on the rank that writes it."""
     with contextlib.ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(hold_file(output, "--output")))
         yield
 
 
 def _load(args: argparse.Namespace, prompts: Sequence[Example], ranks: Ranks) -> tuple[Any, Any, list[list[int]]]:
-    """Returns model, tokenizer and the token ids of the prompts, which are checked before anything is generated."""
+    """Returns the model, the tokenizer and the prompts' token ids, checked before anything is generated."""
     model, tokenizer = load_on(ranks, args, merged=args.merge)
     if any(prompt.messages for prompt in prompts):
         end_with_turns(model, tokenizer)
@@ -153,7 +153,7 @@ def _prompts(args: argparse.Namespace) -> list[Example]:
 
 
 def _as_turns(args: argparse.Namespace, prompts: list[Example], adapter: str | None = None) -> list[Example]:
-    """Makes each prompt a user's turn of a chat, if that is what the adapter was trained on."""
+    """Wraps each prompt as a user turn of a chat if --as_chat asks for it or the adapter was trained on chats."""
     adapter = adapter or args.adapter
     trained_on = trained_on_chats(adapter) if adapter else None
     if args.raw or not (args.as_chat or trained_on):
@@ -170,14 +170,14 @@ def _as_turns(args: argparse.Namespace, prompts: list[Example], adapter: str | N
     return [prompt if prompt.messages else chat_of(prompt) for prompt in prompts]
 
 
-# Adapters by name.
+# Named adapters.
 
 
 def _sort_adapters(args: argparse.Namespace) -> None:
-    """Sets `adapters` to those that have names, and `adapter` to the one that has none.
+    """Sets `args.adapters` to the named adapters, and `args.adapter` to the unnamed one, if any.
 
     Raises:
-        ConfigError: names and none are mixed, or two are the same.
+        ConfigError: names are missing, invalid or repeated, or --adapter_column lacks what it needs.
     """
     given = args.adapter or []
     named = [pair for pair in given if "=" in pair and not Path(pair).exists()]
@@ -249,7 +249,7 @@ def _named_texts(
     sampling: Sampling,
     ranks: Ranks,
 ) -> Iterator[tuple[str, str]]:
-    """Yields text and finish_reason of each task from `start` on, in order."""
+    """Yields text and finish_reason of each task from index `start` on, in order."""
     sources: dict[str, str] = args.adapters
     base, device = common_base(sources.items(), args.model), ranks.device(args.device)
     model, tokenizer = ranks.in_turn(lambda: load_base(base, dtype=args.dtype, device=device, quantize=args.quantize))
@@ -262,7 +262,7 @@ def _named_texts(
     if faults:
         raise AdapterError(list_faults("these adapters cannot be used together", faults, "Leave them out."))
     tokenizers = {name: tokenizer_for(path, model, tokenizer) for name, path in sources.items()}
-    # An adapter that was trained with a template of its own keeps it.
+    # An adapter trained with a chat template of its own keeps it.
     own = {task: tokenizer if task is None else tokenizers[task] for task in _names(tasks)}
     rows = encode_prompts(model, tokenizer, [prompt_ids(example, own[task]) for example, task in tasks])
     for task in dict.fromkeys(task for example, task in tasks if example.messages):
@@ -277,7 +277,7 @@ def _named_texts(
 
 
 def _standard_input() -> list[str]:
-    """Returns the lines of a file or pipe, as a file of prompts has them: a prompt may hold other separators."""
+    """Returns the lines of a piped file, split as in a file of prompts: other separators may occur within a prompt."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     try:
@@ -293,10 +293,10 @@ def _standard_input() -> list[str]:
 def _texts(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int, sampling: Any, batch: int, ranks: Ranks
 ) -> Iterator[tuple[int, str, str]]:
-    """Yields number, text and finish_reason of each prompt from `start` on, in order, a batch at a time."""
+    """Generates in batches; yields index, text and finish_reason of each prompt from index `start` on, in order."""
 
     def write(at: int) -> list[Generation]:
-        # Prompt i has the same seed wherever the run was resumed.
+        # Prompt i has the same seed wherever a run is resumed.
         own = dataclasses.replace(sampling, seed=sampling.seed + at)
         return generate(model, tokenizer, rows[at : at + batch], own)
 
@@ -307,7 +307,7 @@ def _texts(
 def _in_order(
     write: Callable[[int], list[Generation]], starts: Sequence[int], ranks: Ranks
 ) -> Iterator[tuple[str, str]]:
-    """Yields the texts of all batches, in their order, with their finish_reason; each rank writes every so many."""
+    """Yields text and finish_reason of all batches in order; of n ranks, each generates every n-th batch."""
     for first in range(0, len(starts), ranks.size):
         mine = first + ranks.rank
         texts = [(each.text, each.finish_reason) for each in write(starts[mine])] if mine < len(starts) else []
@@ -316,7 +316,7 @@ def _in_order(
 
 
 def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Any, batch: int, ranks: Ranks) -> None:
-    """Prints continuations with a blank line between them; on a terminal, each as it is generated."""
+    """Prints the continuations separated by blank lines; on a terminal, each is streamed as it is generated."""
     if ranks.size > 1 or sys.stdout is None or not sys.stdout.isatty():
         for number, text, _ in _texts(model, tokenizer, rows, 0, sampling, batch, ranks):
             say(text if number == 0 else f"\n{text}")
@@ -333,7 +333,7 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 
 
 def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any, ranks: Ranks) -> None:
-    """Appends the texts that the file does not have yet."""
+    """Appends the texts that the file does not contain yet."""
     settings = made_with(args, sampling)
     done = ranks.first(lambda: resume(Path(args.output), [example.prompt for example in prompts], settings))
     if done:
@@ -349,7 +349,7 @@ def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any, 
 
 
 def _append(output: str, lines: Iterator[dict[str, Any]], done: int, total: int, ranks: Ranks) -> None:
-    """Appends lines to the output, on rank 0; the others make theirs of what they hand over."""
+    """Appends lines to the output on rank 0; other ranks only iterate, which generates the texts they send to it."""
     if not ranks.is_first:
         collections.deque(lines, maxlen=0)
         return
@@ -372,7 +372,7 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
         result["quantize"] = args.quantize
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
-    # As JSON gives them back: lists for tuples, and text for the ids of --logit_bias.
+    # As they are read back from JSON: lists for tuples, and strings for the ids of --logit_bias.
     settings: dict[str, Any] = json.loads(json.dumps(result | chosen))
     return settings
 
@@ -386,10 +386,10 @@ def _digest(adapter: str) -> str:
 def resume(
     path: Path, prompts: Sequence[str], settings: dict[str, Any], adapters: Sequence[str | None] | None = None
 ) -> int:
-    """Counts the texts that an earlier run wrote into a file, if it exists; an incomplete last line is removed.
+    """Counts the texts that an earlier run wrote to a file, if it exists; removes an incomplete last line.
 
     Raises:
-        OutputError: the file is something else, or its texts have other prompts or settings.
+        OutputError: the file holds something else, or texts made from other prompts, adapters or settings.
     """
 
     def check(lines: list[dict[str, Any]]) -> None:

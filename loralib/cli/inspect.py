@@ -18,7 +18,7 @@ from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the adapter and what to show of it."""
+    """Adds the adapter and the choice of what to show."""
     add_adapter_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="list every module")
     parser.add_argument("--plot", metavar="FILE.png", help="save a heat map of the norms of all updates")

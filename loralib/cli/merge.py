@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Merges, writes the model, loads it again and compares."""
+    """Merges, writes the model, loads it again and compares the two."""
     if args.requantize:
         raise ConfigError(
             "--requantize: merged weights cannot be quantised again to 4 or 8 bits. The steps between two levels are "
@@ -71,7 +71,7 @@ def _merge(args: argparse.Namespace) -> None:
     if own is not None:
         tokenizer = own
         say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
-    make_dense(model)  # a base that others quantised
+    make_dense(model)  # the base may have been loaded already quantised
     if args.quantize != "none":
         error = round_model(model, args.quantize)
         say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")

@@ -32,13 +32,13 @@ from ..training import TrainConfig
 from ..wrapping import decoder_blocks
 from . import add_fields, from_args
 
-_ROOM: Final = 0.9  # share of the memory that may be planned with: estimates are off by some percent
-_LENGTH: Final = 1024  # tokens of an example where none are given
+_ROOM: Final = 0.9  # share of the memory to plan with; the estimates can be off by several percent
+_LENGTH: Final = 1024  # default number of tokens of an example
 _GB: Final = 2**30
 
 
 def _as_in_training(name: str) -> Any:
-    """Returns a setting of `loralib train` for here: the same flag, check and default."""
+    """Returns a copy of the `loralib train` setting of that name, with the same flag, check and default."""
     (spec,) = [spec for spec in dataclasses.fields(TrainConfig) if spec.name == name]
     return dataclasses.field(default=spec.default, metadata=spec.metadata)
 
@@ -49,7 +49,7 @@ _MACHINES, _TRAINING, _SERVING = "machines", "training", "serving"
 @settings_class
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is planned.
+    """The settings of a plan.
 
     Raises:
         ConfigError: one or more settings are invalid; the message lists all of them.
@@ -102,20 +102,20 @@ class PlanConfig:
 
     @property
     def processes(self) -> int:
-        """How many take part in training."""
+        """The number of processes that take part in training."""
         return (self.gpus or 1) * self.nodes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to do it.
+    """One way to train or serve.
 
     Attributes:
-        name: of the way.
-        flags: of the command, beside those that were given.
-        budget: of a process.
-        room: bytes of memory for it.
-        sent: bytes that a process sends to others for an update.
+        name: a short description.
+        flags: command-line flags that choose it, in addition to those the user gave.
+        budget: memory needed by each process.
+        room: bytes of memory available to each process, None if unknown.
+        sent: bytes that each process sends to others per update.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits with some room to spare, as far as is known."""
+        """Whether it fits with a margin; True if the available memory is unknown."""
         return self.room is None or self.budget.total <= _ROOM * self.room
 
 
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dtype(config: PlanConfig) -> str:
-    """Returns the dtype of the frozen weights: on GPUs bf16, unless another is given."""
+    """Returns the dtype of the frozen weights; "auto" means bf16, as on GPUs."""
     return "bf16" if config.dtype == "auto" else config.dtype
 
 
@@ -166,13 +166,13 @@ def _room(config: PlanConfig) -> float | None:
     return config.gpu_memory * _GB
 
 
-# The ways there are.
+# The possible ways.
 
 
 def _training(model: torch.nn.Module, config: PlanConfig) -> list[Choice]:
-    """Returns the ways to train, each with as many examples at once as fit.
+    """Returns the ways to train, each with the largest micro-batch found to fit by halving.
 
-    The first costs nothing; checkpointing costs a third more time, and what sharding costs depends on the network.
+    The first costs nothing extra; checkpointing takes a third more time; the cost of sharding depends on the network.
     """
     room, processes = _room(config), config.processes
     examples = math.ceil(config.batch_size / processes)
@@ -192,7 +192,7 @@ def _training(model: torch.nn.Module, config: PlanConfig) -> list[Choice]:
 def _way(
     model: torch.nn.Module, config: PlanConfig, at_once: int, sharded: bool, checkpointing: bool, room: float | None
 ) -> Choice:
-    """Returns a way to train with so many examples at once on each process."""
+    """Returns a way to train with `at_once` examples at a time on each process."""
     budget = training_budget(
         model,
         at_once * _length(model, config),
@@ -202,7 +202,7 @@ def _way(
         quantize=config.quantize,
         device="cpu" if config.gpus is None else "cuda",
     )
-    # An update's examples are dealt to the processes, and each computes its share batch_size examples at a time.
+    # The examples of an update are divided among the processes, and each handles its share batch_size at a time.
     share = math.ceil(config.batch_size / config.processes)
     batch = config.batch_size if at_once >= share else at_once
     steps = math.ceil(config.batch_size / batch)
@@ -221,16 +221,16 @@ def _length(model: torch.nn.Module, config: PlanConfig) -> int:
 
 
 def _serving(model: torch.nn.Module, config: PlanConfig) -> list[Choice]:
-    """Returns the way to serve; the server is one process."""
+    """Returns the only way to serve: the server is one process."""
     budget = serving_budget(model, config.requests, config.context, quantize=config.quantize)
     return [Choice("one process", (), budget, _room(config))]
 
 
-# What is said.
+# The output.
 
 
 def _command(config: PlanConfig, choice: Choice) -> str:
-    """Returns the command line of a choice."""
+    """Returns the command line for a choice."""
     words = ["--model", config.model]
     for name in ("dtype", "quantize"):
         if getattr(config, name) not in ("auto", "none"):
@@ -251,7 +251,7 @@ def _command(config: PlanConfig, choice: Choice) -> str:
 def _facts(
     config: PlanConfig, parameters: int, choices: Sequence[Choice], best: Choice | None, command: str | None
 ) -> dict[str, Any]:
-    """Returns the figures, all sizes in bytes of one process."""
+    """Returns the figures for --json; all sizes are bytes per process."""
     return {
         "model": config.model,
         "parameters": parameters,
@@ -286,7 +286,7 @@ _TITLES: Final = {
 
 
 def _what(model: Any, config: PlanConfig) -> str:
-    """Returns what is planned for, in a sentence."""
+    """Returns a sentence that says what is planned."""
     if config.serve:
         return f"Serving {counted(config.requests, 'request')} at once, with {count(config.context)} tokens each."
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -303,7 +303,7 @@ def _what(model: Any, config: PlanConfig) -> str:
 
 
 def _advice(config: PlanConfig) -> str:
-    """Returns what would need less memory."""
+    """Returns advice on how to need less memory."""
     if config.serve:
         return "Lower --requests or --context, or use a GPU with more memory."
     fixes = ["lower --seq_len"] if config.seq_len is None or config.seq_len > 256 else []
@@ -315,7 +315,7 @@ def _advice(config: PlanConfig) -> str:
 def _text(
     model: Any, config: PlanConfig, parameters: int, choices: Sequence[Choice], best: Choice | None, command: str | None
 ) -> str:
-    """Returns the plan as lines."""
+    """Returns the plan as text."""
     rows = [
         [title, *(size(each.budget.rows()[name]) for each in choices)]
         for name, title in _TITLES.items()

@@ -28,7 +28,7 @@ from ..training.predicting import Prediction, metrics_of, predict
 from ._adapters import add_model_arguments, add_reading
 from ._flags import add_flag
 
-_WIDTH: Final = 60  # characters of a text in the table
+_WIDTH: Final = 60  # characters of each text shown in the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads the classifier, classifies, and shows the result."""
+    """Loads the classifier, classifies the texts and shows the results."""
     faults = [
         fault
         for fault, wrong in {
@@ -100,7 +100,7 @@ def _pairs(examples: Sequence[Example], results: Sequence[Prediction]) -> list[t
 
 
 def _record(example: Example, result: Prediction) -> dict[str, Any]:
-    """Returns what the output says of a text."""
+    """Returns the record that is written to the output for a text."""
     asked = {"text": example.segments[0][0]} | ({"text_pair": example.text_pair} if example.text_pair else {})
     found: dict[str, Any] = {"label": result.label}
     if result.probabilities:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves until it is interrupted."""
+    """Serves until interrupted."""
     config = from_args(ServeConfig, args)
     try:
         from ..serve.app import create_app
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         from ..serve.server import start
     except ImportError as error:
         raise MissingDependencyError(f"loralib serve needs {error.name}: pip install 'loralib[serve]'") from error
-    with _listening(config) as listener:  # before the model is loaded: a port that is taken shows at once
+    with _listening(config) as listener:  # before loading the model, so that a port in use shows at once
         if not is_loopback(config.host) and not config.api_key:
             say(
                 f"warning: {config.host} is reachable from other machines, and anyone can use this server: "
@@ -64,7 +64,7 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
     """Opens the port.
 
     Raises:
-        ConfigError: it is taken, or the address is none of this machine's.
+        ConfigError: the port is in use, or the address does not belong to this machine.
     """
     try:
         listener = open_port(config.host, config.port)
@@ -78,13 +78,13 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens; what is written to its connections is sent at once.
+    """Returns a listening socket whose connections send without delay (TCP_NODELAY).
 
     Otherwise a second small packet (a body after its headers, the next token) waits until the client acknowledges the
-    first, which takes 40 ms.  asyncio sees to that only for sockets that were made with a protocol number.
+    first, which takes 40 ms. asyncio sets the option only on sockets that were created with a protocol number.
 
     Raises:
-        OSError: the port is taken, or the address is none of this machine's.
+        OSError: the port is in use, or the address does not belong to this machine.
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
@@ -98,11 +98,11 @@ def _serve(app: Any, server: Server, listener: socket.socket) -> None:
     config = server.config
 
     class Uvicorn(uvicorn.Server):
-        """Ends with the exit code 0 when it is asked to, and tells the model's thread."""
+        """Exits with 0 when told to end, and closes the model's thread."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handles what asks a program to end; uvicorn would end by that signal itself."""
+            """Handles termination signals; uvicorn would afterwards raise the signal again and die from it."""
             if threading.current_thread() is not threading.main_thread():
                 yield
                 return
@@ -127,12 +127,12 @@ def _serve(app: Any, server: Server, listener: socket.socket) -> None:
 
     settings = uvicorn.Config(
         app,
-        http="h11",  # it limits headers
+        http="h11",  # it limits the size of headers
         h11_max_incomplete_event_size=_LONGEST_HEADERS,
         log_level="warning",
         access_log=False,
         server_header=False,
-        # More connections than requests that run or wait are readers of pages, or an attack.
+        # Connections beyond running and waiting requests belong to page views, or to an attack.
         limit_concurrency=2 * (config.max_requests + config.max_waiting) + 256,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(config.grace_seconds) + 5,
@@ -141,7 +141,7 @@ def _serve(app: Any, server: Server, listener: socket.socket) -> None:
 
 
 def _greeting(server: Server, port: int) -> str:
-    """Says what is served where, and how to ask."""
+    """Returns the message that says what is served where, and how to send a request."""
     config = server.config
     host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else config.host
     address = f"http://{host}:{port}"

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains all runs, and says which is best."""
+    """Trains all runs and reports the best."""
     values = dict(_OUTPUT)
     if args.config is not None:
         values |= canonical(TrainConfig, read_toml(Path(args.config), f"--config {args.config}"))

@@ -43,18 +43,18 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _in_turn(output_dir: str) -> Iterator[None]:
-    """Ends the run with standard input; waits for an earlier one that has not ended yet."""
+    """Ends the run when standard input ends; first waits until an earlier run in the directory has finished."""
     threading.Thread(target=_stop_at_end_of_input, name="loralib-stop", daemon=True).start()
     with hold_file(output_dir, "--output_dir", wait=True):
         yield
 
 
 def _stop_at_end_of_input() -> None:
-    """Waits for the end of standard input, then signals this process as a user would.
+    """Waits for the end of standard input, then signals this process with SIGTERM.
 
-    Not through `sys.stdin`: a thread that waits in it holds a lock which the interpreter needs when it ends.
+    Does not use `sys.stdin`: a thread blocked reading it holds a lock that the interpreter needs at exit.
     """
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none: it has ended
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # without standard input, this counts as its end
         while os.read(sys.stdin.fileno(), 1 << 12):
             pass
     signal.raise_signal(signal.SIGTERM)

@@ -27,9 +27,9 @@ from ..verify import Reference, Verdict, Vocabulary, connect, judge
 from ._adapters import ADAPTER_HELP, DTYPES
 from ._flags import add_flag
 
-_LONGEST: Final = 256  # tokens of a text
+_LONGEST: Final = 256  # maximum number of tokens of a text
 _FEW: Final = 50
-# Prose, facts, dialogue, code and lists: an adapter shows somewhere.
+# Prose, facts, dialogue, code and lists, so that an adapter's effect shows on some of them.
 _TEXTS: Final = (
     "The old harbour had been quiet for years before the ferries came back. Every morning a few people stood at the "
     "railing, held their coffee in both hands, and watched the boats turn slowly in the grey water before they left "
@@ -50,7 +50,7 @@ _TEXTS: Final = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the server, the adapter, and what both are called there."""
+    """Adds the server, the adapter, and the names of both there."""
     parser.add_argument("url", metavar="URL", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--adapter", required=True, metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument("--model", metavar="NAME", help="the server's name for the adapter (default: the only one)")
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found and returns the exit code."""
+    """Prints the verdict and returns the exit code."""
     if not args.timeout > 0:
         raise ConfigError(f"--timeout is {args.timeout:g}, expected a positive number of seconds")
     model, tokenizer, adapter = _load(args)
@@ -112,7 +112,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _rows(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the tokens of the texts, as far as the model can take them."""
+    """Returns the token ids of the texts, cut to what the model can take."""
     longest = min(context_length(model) or _LONGEST, _LONGEST) - 1
     rows = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
     rows = [row for row in rows if len(row) > 1]
