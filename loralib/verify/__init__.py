@@ -1,4 +1,4 @@
-"""Does a server compute an adapter as it should?  Asked over HTTP, and compared with what is computed here."""
+"""Checks whether a server computes an adapter correctly, by comparing its log-probabilities with ones computed here."""
 
 from __future__ import annotations
 

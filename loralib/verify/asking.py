@@ -1,6 +1,6 @@
-"""Asks servers for log-probabilities, each kind in its own way.
+"""Asks servers for log-probabilities, through the API of each kind of server.
 
-urllib is enough: a few requests, one after another; so this needs no client library.
+It sends few requests, one after another, so urllib is enough and no client library is needed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from .judging import Observed
 
 __all__ = ["Asker", "Vocabulary", "connect"]
 
-_LARGEST: Final = 64 * 2**20  # bytes of an answer
-_PROMPT: Final = 12  # tokens of a text that a server continues, where it tells nothing of prompts
-_NEW: Final = 48  # tokens that it continues with
-_TOP: Final = 5  # alternatives for each, the most that OpenAI's API gives
+_LARGEST: Final = 64 * 2**20  # maximum bytes of a response
+_PROMPT: Final = 12  # tokens of a prompt to continue, for servers that report nothing about prompts
+_NEW: Final = 48  # tokens to generate after it
+_TOP: Final = 5  # alternatives per token, the most that OpenAI's API returns
 
 Ids = Sequence[int]
 
 
 class Vocabulary:
-    """The tokens of a tokenizer by their text, for servers that say no numbers."""
+    """Maps the text of tokens to their ids, for servers that do not report ids."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def text(self, ids: Ids) -> str:
-        """Returns the text of tokens."""
+        """Returns the text of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def sendable(self, ids: Ids) -> list[list[int]]:
-        """Returns the tokens that a server shall read from a text; then those without the BOS that it may add itself.
+        """Returns the tokens to send as text; and if they begin with BOS, also those without it: servers may add it.
 
-        They end where their text becomes themselves again: a word that is cut may be made of others.
+        The tokens are cut so that their text encodes to them again: a word cut in the middle may tokenize differently.
         """
         for end in range(len(ids), 1, -1):
             start = list(ids[:end])
@@ -51,7 +51,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _ids(self) -> Mapping[str, int | None]:
-        """Each token by its text; None where several have the same."""
+        """Token ids by their text; None for a text that several tokens share."""
         result: dict[str, int | None] = {}
         for token in range(len(self._tokenizer)):
             text = self.text([token])
@@ -59,7 +59,7 @@ class Vocabulary:
         return result
 
     def id(self, name: str) -> int | None:
-        """Returns the token that a server calls so, if it is certain which one."""
+        """Returns the id of the token that a server calls `name`, or None if it is not certain."""
         if name.startswith("token_id:") and name[9:].isdigit():
             return int(name[9:])
         return self._ids.get(name)
@@ -69,9 +69,9 @@ class Asker(Protocol):
     """A running server.
 
     Attributes:
-        kind: what kind of server it is, in words.
-        adapter: what the adapter is called there; None: the server has none.
-        base: what the base is called there; None: it cannot be asked.
+        kind: the kind of server, in words.
+        adapter: the adapter's name there, None if the server has none.
+        base: the base's name there, None if the base cannot be queried.
     """
 
     kind: str
@@ -79,10 +79,10 @@ class Asker(Protocol):
     base: str | None
 
     def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
-        """Returns the log-probabilities of texts, or of how they are continued, with the adapter or the base alone.
+        """Returns log-probabilities of the texts or of their continuations, with the adapter or with the base alone.
 
         Raises:
-            UnreachableServerError: the server refuses, or says nothing that can be used.
+            UnreachableServerError: the server refuses, or its response cannot be used.
         """
         ...
 
@@ -96,19 +96,19 @@ def connect(
     api_key: str | None = None,
     timeout: float = 120,
 ) -> Asker:
-    """Finds out what kind of server there is, and what adapter and base are called.
+    """Finds out the kind of server, and the names of the adapter and the base there.
 
     Args:
         url: its address, with or without /v1.
         vocabulary: the tokens of the base.
-        model: what the adapter is called there; None: the only one there is.
-        base_model: what the base is called there; None: as the server says.
+        model: the adapter's name there; None for its only adapter.
+        base_model: the base's name there; None to use what the server reports.
         api_key: sent as a bearer token.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a response.
 
     Raises:
-        ConfigError: the address is none, or a name is missing or unknown; the message has the names there are.
-        UnreachableServerError: no server that can be asked.
+        ConfigError: the address is invalid, or a name is missing or unknown; the message lists the names available.
+        UnreachableServerError: there is no server that can be queried.
     """
     client = _Client(url, api_key, timeout)
     if isinstance(listed := client.try_get("/lora-adapters"), list):
@@ -123,7 +123,7 @@ def connect(
 
 
 class _Refused(UnreachableServerError):
-    """The server answers with an error."""
+    """The server responds with an error."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -131,7 +131,7 @@ class _Refused(UnreachableServerError):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: a key goes to the server that it was given for, and to no other."""
+    """Follows no redirects, so that the API key reaches no server other than the one it was given for."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -155,7 +155,7 @@ class _Client:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def try_get(self, path: str) -> Any:
-        """Returns what stands at a path, None if the server has no such path."""
+        """Returns the JSON at a path, or None if the server has no such path."""
         try:
             return self.request(path)
         except _Refused as error:
@@ -166,7 +166,7 @@ class _Client:
             return None
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Returns the answer of the server to GET, or with a body to POST."""
+        """Returns the JSON response to a GET, or to a POST if there is a body."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)
         try:
@@ -183,7 +183,7 @@ class _Client:
             raise UnreachableServerError(
                 f"{self.url} cannot be reached: {reason}. Is the server running, and is the address right?"
             ) from None
-        except Exception as error:  # http.client's errors have a root of their own: no HTTP server is there
+        except Exception as error:  # http.client's own errors: what answers does not speak HTTP
             raise UnreachableServerError(f"{self.url} does not speak HTTP: {error!r}") from None
         try:
             if len(content) > _LARGEST:
@@ -206,11 +206,11 @@ class _Client:
 
 
 class _NotJson(UnreachableServerError):
-    """The server speaks HTTP, and not JSON."""
+    """The server speaks HTTP but did not return JSON."""
 
 
 def _message(text: str) -> str:
-    """Returns what an error says, in OpenAI's shape and others."""
+    """Returns the text of an error response, in OpenAI's format or another."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -221,10 +221,10 @@ def _message(text: str) -> str:
 
 
 def _check_read(client: _Client, sent: Ids, read: object) -> None:
-    """Compares the tokens, or their number, that a server says to have read; one that says nothing is believed.
+    """Checks that a server read the tokens that were sent, if it reports them or their number.
 
     Raises:
-        UnreachableServerError: they are others, so that no answer can be compared.
+        UnreachableServerError: it read different tokens, so its log-probabilities cannot be compared.
     """
     if read is None or read == (len(sent) if isinstance(read, int) else list(sent)):
         return
@@ -307,7 +307,7 @@ class _OpenAI:
         except _Refused as error:
             if error.status not in (400, 422):
                 raise
-            choice = self._choice(row, name, {**body, "max_tokens": 1})  # some servers must generate
+            choice = self._choice(row, name, {**body, "max_tokens": 1})  # some servers must generate at least one token
         tokens, scores = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
         if all(str(token).startswith("token_id:") for token in tokens):
             _check_read(self._client, row, [self._vocabulary.id(token) for token in tokens[: len(row)]])
@@ -344,18 +344,18 @@ class _OpenAI:
 
 
 def _values(row: Ids, scores: Sequence[float | None]) -> tuple[tuple[int, int, float], ...]:
-    """Returns the log-probabilities of a text's tokens; a first one has none."""
+    """Returns (position, token, log-probability) for the tokens of a text; the first has no log-probability."""
     pairs = enumerate(zip(row, scores[: len(row)], strict=True))
     return tuple((at, token, float(score)) for at, (token, score) in pairs if at and score is not None)
 
 
 def _continuation(start: Ids, steps: Any, id_of: Callable[[Any], int | None]) -> Observed:
-    """Returns what was said while a text was continued, up to the first token that is not certainly one."""
+    """Returns the log-probabilities reported during a continuation, up to the first token whose id is uncertain."""
     ids, values = list(start), []
     for token, top in steps:
         for name, score in top.items():
             known = id_of(name)
-            # -9999 and the like stand for minus infinity.
+            # Servers report minus infinity as a large negative number such as -9999.
             if known is not None and score is not None and score > -1000:
                 values.append((len(ids), known, float(score)))
         if token is None:
@@ -376,7 +376,7 @@ class _SGLang:
                 "the server's name for the adapter is not known: give --model NAME, as in --lora-paths NAME=DIR"
             )
         self._client = client
-        self.adapter: str | None = model.rpartition(":")[2]  # its OpenAI API says base:adapter
+        self.adapter: str | None = model.rpartition(":")[2]  # the model name in its OpenAI API is base:adapter
         self.base: str | None = str(info["model_path"])
 
     def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
@@ -421,7 +421,7 @@ class _LlamaCpp:
     def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
         scales = dict.fromkeys(self._ids, 0.0)
         if adapted and self._chosen is not None:
-            # As the server applies it; one that waits for requests to name it stands at 0.
+            # The scale that the server applies; one set to 0 is applied only on request, so it is requested at 1.
             scales[int(self._chosen["id"])] = float(self._chosen.get("scale") or 1.0)
         lora = [{"id": number, "scale": scale} for number, scale in scales.items()]
         result = []
@@ -432,7 +432,7 @@ class _LlamaCpp:
                 "n_probs": _TOP,
                 "temperature": 0,
                 "ignore_eos": True,
-                "cache_prompt": False,  # it may have been computed with another adapter
+                "cache_prompt": False,  # the cache may come from another adapter
                 "lora": lora,
             }
             try:
@@ -449,7 +449,7 @@ class _LlamaCpp:
 
 
 def _stem(path: str) -> str:
-    """Returns the name of a file without its ending; the server may run on another system."""
+    """Returns a file name without its extension; the path may come from another operating system."""
     return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).stem
 
 
@@ -496,7 +496,7 @@ class _Ollama:
         body = {
             "model": name,
             "prompt": self._vocabulary.text(sent),
-            "raw": True,  # no template
+            "raw": True,  # no prompt template
             "stream": False,
             "logprobs": True,
             "top_logprobs": _TOP,

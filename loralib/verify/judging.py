@@ -1,4 +1,4 @@
-"""What explains a server's log-probabilities: the adapter, none, another scale, a part of it, or something else."""
+"""Finds what explains a server's log-probabilities: the adapter, none, another scale, part of it, or something else."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["Observed", "Reference", "Verdict", "judge"]
 _SCALES: Final = (-2.0, -1.0, -0.5, 0.0, *(2.0**power for power in range(-6, 6)))
 _ATTENTION: Final = re.compile(r"attn|attention")
 _MLP: Final = re.compile(r"mlp|ffn|feed_forward|(^|\.)fc\d?($|\.)")
-_EXACT: Final = 1e-3  # nats a token: no server is asked to be nearer
-_UNKNOWN_NOISE: Final = 0.02  # what bf16 rounds to, for servers whose base cannot be asked
+_EXACT: Final = 1e-3  # nats per token; no server is expected to agree more closely
+_UNKNOWN_NOISE: Final = 0.02  # nats per token, as bf16 rounds; for servers whose base cannot be queried
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2
 
 Factor = Callable[[str], float]
@@ -36,11 +36,11 @@ Rows = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Change:
-    """A way in which a server may compute an adapter otherwise.
+    """A way in which a server may compute an adapter differently.
 
     Attributes:
-        factor: scale of each module's update beside what it should be.
-        rows: what becomes of the rows of a module's lora_B; None: nothing.
+        factor: for each module, the factor by which its update differs from the correct one.
+        rows: reorders the rows of a module's lora_B; None leaves them as they are.
     """
 
     factor: Factor = lambda _: 1.0
@@ -52,11 +52,11 @@ _AS_IT_SHOULD = Change()
 
 @dataclass(frozen=True)
 class Observed:
-    """What a server said about one text.
+    """What a server reported about one text.
 
     Attributes:
-        ids: the text's tokens.
-        values: position, token and the log-probability of that token there, in nats.
+        ids: the token ids of the text.
+        values: position, token id, and the log-probability of that token at that position, in nats.
     """
 
     ids: tuple[int, ...]
@@ -64,21 +64,21 @@ class Observed:
 
 
 class Reference:
-    """The same log-probabilities computed here, with any part of the adapter at any scale."""
+    """Computes the same log-probabilities here, with any part of the adapter at any scale."""
 
     def __init__(self, model: nn.Module, config: LoraConfig) -> None:
         self._model, self.config = model, config
-        # Rows of tokens (`trainable_token_indices`) have no lora_B.
+        # Trained token rows (`trainable_token_indices`) have no lora_B.
         layers = adapted_layers(model)
         self._layers = [(name, layer, layer.scaling, getattr(layer, "lora_B", None)) for name, layer in layers]
 
     @classmethod
     @contextmanager
     def of(cls, model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool = False) -> Iterator[Reference]:
-        """Puts an adapter onto its base for a while.
+        """Applies an adapter to its base for the duration of the context.
 
         Raises:
-            AdapterError: it does not fit the base.
+            AdapterError: the adapter does not fit the base.
         """
         plain = make_portable(adapter, "vllm", model).adapter if depends_on_base(adapter) else adapter
         apply_adapter(model, plain, allow_base_mismatch=allow_base_mismatch)
@@ -89,7 +89,7 @@ class Reference:
 
     @property
     def modules(self) -> dict[str, float]:
-        """The adapted modules, and the scaling of each."""
+        """The scaling of each adapted module."""
         return {name: scaling for name, _, scaling, _ in self._layers}
 
     @property
@@ -98,7 +98,7 @@ class Reference:
         return {name: int(layer.r) for name, layer, _, _ in self._layers}
 
     def in_other_order(self, *, to_gguf: bool) -> Rows | None:
-        """Returns what puts rows of q and k into llama.cpp's order, or back; None: the two orders are the same."""
+        """Returns a function that reorders rows of q and k for llama.cpp, or back; None if the orders are the same."""
         heads = {name: permuted_heads(self._model, name) for name in self.modules}
         if not any(heads.values()):
             return None
@@ -108,8 +108,8 @@ class Reference:
         """Returns the log-probability of each observed token.
 
         Args:
-            texts: what was observed.
-            change: how the adapter is computed; None: the base alone.
+            texts: what the server reported.
+            change: how to compute the adapter; None for the base alone.
         """
         if change is None:
             with disabled(self._model):
@@ -139,19 +139,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """The result of the comparison.
 
     Attributes:
         kind: "right", "none", "scaled", "partly", "other", "base", "merged" or "unclear".
         text: the same in words.
-        values: how many log-probabilities were compared.
-        positions: at how many places in texts.
-        from_adapter: mean |difference| of the adapter's answers from the adapter computed here, in nats a token.
-        from_base: the same, from the base computed here.
-        effect: mean |difference| that the adapter makes here.
-        base_error: mean |difference| of the base's answers from the base computed here; None: it was not asked.
-        scale: the scale that explains the answers best; None: none was looked for.
-        scale_error: mean |difference| that remains with it.
+        values: the number of log-probabilities compared.
+        positions: the number of positions in texts at which they were compared.
+        from_adapter: mean |difference| between the server's adapter and the adapter computed here, in nats per token.
+        from_base: mean |difference| between the server's adapter and the base computed here.
+        effect: mean |difference| between the adapter and the base, both computed here.
+        base_error: mean |difference| between the server's base and the base computed here; None if it was not queried.
+        scale: the scale that fits the server's values best; None if none was searched for.
+        scale_error: mean |difference| that remains at that scale.
     """
 
     kind: str
@@ -167,7 +167,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0: it acts as it should; 1: it does not; 2: that could not be told."""
+        """0 if the adapter is computed correctly, 1 if it is not, 2 if the comparison is inconclusive."""
         return {"right": 0, "unclear": 2}.get(self.kind, 1)
 
 
@@ -181,23 +181,23 @@ class _Figures:
 
     @property
     def tolerance(self) -> float:
-        """Which difference counts as none: what the base's own answers show of rounding, or a tenth of the effect."""
+        """The difference that counts as none: the rounding error estimated from the base, or a tenth of the effect."""
         noise = _UNKNOWN_NOISE if self.base_error is None else max(_EXACT, 3 * self.base_error)
         return max(noise, 0.1 * self.effect)
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing but rounding is left, so that no other scale needs to be looked for."""
+        """Whether the difference is no more than rounding, so that no better scale needs to be searched for."""
         return self.from_adapter <= max(_EXACT, 0.1 * self.effect)
 
 
 def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Observed] | None) -> Verdict:
-    """Says what explains the answers.
+    """Finds what explains the server's log-probabilities.
 
     Args:
-        reference: computes the same here.
-        adapted: what the server answered with the adapter.
-        base: what it answered without; None: it cannot be asked.
+        reference: computes them here.
+        adapted: the server's values with the adapter.
+        base: the server's values without it; None if the base cannot be queried.
     """
     found = _found(adapted)
     without, with_all = reference(adapted, None), reference(adapted, _AS_IT_SHOULD)
@@ -221,7 +221,7 @@ def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Obse
 
 
 def _plainly(figures: _Figures) -> tuple[str | None, str]:
-    """Judges what needs no search."""
+    """Returns the verdict's kind and text if no search is needed, else (None, "")."""
     base, noise = figures.base_error, figures.base_error or 0.0
     if base is not None and figures.base_from_adapter is not None and base > 3 * max(_EXACT, figures.base_from_adapter):
         text = "the supposed base behaves like the adapter: its weights have the adapter merged, or the name is wrong"
@@ -261,7 +261,7 @@ def _by_search(
 
 
 def _reasons(reference: Reference, scale: float) -> list[str]:
-    """Returns the known mistakes that end in a scale."""
+    """Returns the known mistakes that result in this scale."""
     config, usual = reference.config, _plain_scaling(reference.config)
     root = math.sqrt(config.r)
     known = {
@@ -277,12 +277,12 @@ def _reasons(reference: Reference, scale: float) -> list[str]:
 
 
 def _plain_scaling(config: LoraConfig) -> float:
-    """Returns an adapter's scaling without its patterns."""
+    """Returns an adapter's scaling without alpha_pattern and rank_pattern."""
     return scaling_of(config.r, config.lora_alpha, config.use_rslora)
 
 
 def _hypotheses(reference: Reference) -> dict[str, Change]:
-    """Ways in which a server may apply an adapter otherwise than at another scale, by what to say of them."""
+    """Returns ways to misapply an adapter other than by a common factor, keyed by the text that explains each."""
     modules, usual = reference.modules, _plain_scaling(reference.config)
     kinds = {name: _kind(name) for name in modules}
     leaves = {name: name.rpartition(".")[2] for name in modules}
@@ -293,7 +293,7 @@ def _hypotheses(reference: Reference) -> dict[str, Change]:
             continue
         for part in different:
             result[f"only its part in {part} explains the answers"] = Change(_among(names, part))
-            if len(different) > 2:  # of two, all but one is the other
+            if len(different) > 2:  # with two kinds, leaving one out is the same as keeping the other
                 rest = _among(names, *(other for other in different if other != part))
                 result[f"everything except its part in {part} explains the answers"] = Change(rest)
     if any(scaling != usual for scaling in modules.values()):
@@ -301,7 +301,7 @@ def _hypotheses(reference: Reference) -> dict[str, Change]:
             lambda name: usual / modules[name] if modules[name] else 1.0
         )
     ranks = reference.ranks
-    if reference.config.use_rslora and len(set(ranks.values())) > 1:  # else it is one scale
+    if reference.config.use_rslora and len(set(ranks.values())) > 1:  # otherwise it is the same as another scale
         result["its use_rslora is ignored"] = Change(lambda name: ranks[name] ** -0.5)
     for to_gguf in (False, True):
         if (rows := reference.in_other_order(to_gguf=to_gguf)) is not None:
@@ -323,7 +323,7 @@ def _kind(name: str) -> str:
 
 
 def _best_scale(reference: Reference, adapted: Sequence[Observed], found: Tensor) -> tuple[float, float]:
-    """Returns the scale whose log-probabilities are nearest, and how far they are: a grid, then golden sections."""
+    """Returns the best-fitting scale and its error, by a grid search and then a golden-section search."""
 
     def error(scale: float) -> float:
         return _gap(found, reference(adapted, Change(lambda _: scale)))
@@ -348,6 +348,6 @@ def _found(texts: Sequence[Observed]) -> Tensor:
 
 
 def _gap(first: Tensor, second: Tensor) -> float:
-    """Mean |difference|; what is not finite, as at absurd scales, is infinitely far."""
+    """Returns the mean |difference|; a value that is not finite, as at absurd scales, counts as infinite."""
     gap = float((first - second).abs().mean())
     return gap if math.isfinite(gap) else math.inf
