@@ -1,4 +1,4 @@
-"""The LoRA paper's laboratory: metrics, published data and the reproduction of its tables.
+"""Everything to reproduce the LoRA paper's tables: metrics, published data sets and the pipeline.
 
 Importing this package lets `loralib.data.read_examples` read DART, WebNLG and the E2E challenge's CSV.
 """

@@ -1,6 +1,6 @@
-"""The LoRA paper's file formats: writes formatted and encoded JSONL, reads predicted ids and references.
+"""The LoRA paper's file formats: writes formatted and encoded JSONL, reads predicted token ids and references.
 
-Hu et al. 2021 trained GPT-2 on E2E, DART and WebNLG with such files; these functions write the same bytes.
+Hu et al. 2021 trained GPT-2 on E2E, DART and WebNLG with files in these formats; the functions write the same bytes.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class EncodedRow(TypedDict):
 
 
 class Prediction(NamedTuple):
-    """The token ids that a model wrote for one row of the input file."""
+    """The token ids that a model generated for one row of the input file."""
 
     id: int
     predict: list[int]
 
 
 def format_rows(rows: Iterable[Row]) -> str:
-    r"""Writes rows as JSONL: ``context``, ``completion``, and for WebNLG ``cate`` (whether its category is seen).
+    r"""Writes rows as JSONL: ``context``, ``completion``, and for WebNLG ``cate`` (whether its category was seen).
 
     >>> format_rows([Row("name : Café", "It is a café.")])
     '{"context": "name : Caf\\u00e9", "completion": "It is a caf\\u00e9."}\n'
@@ -84,10 +84,10 @@ def read_formatted(path: str | Path) -> list[Row]:
 
 
 def load_bpe(directory: str | Path) -> Tokenizer:
-    """Loads GPT-2's byte-pair encoding from its two files, without special tokens: all text is encoded as text.
+    """Loads GPT-2's byte-pair encoding from its two files, without special tokens: all text is encoded as plain text.
 
     Args:
-        directory: has vocab.json and merges.txt (or encoder.json and vocab.bpe, as Microsoft names them).
+        directory: holds vocab.json and merges.txt (or encoder.json and vocab.bpe, as Microsoft names them).
 
     Raises:
         DataError: the files are missing, or are not a byte-level vocabulary with an end token.
@@ -104,11 +104,10 @@ def load_bpe(directory: str | Path) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer(models.BPE.from_file(*map(str, pair)))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises plain Exception
         raise DataError(f"{pair[0]} and {pair[1]} are not a BPE vocabulary: {error}. Download them again.") from None
     if tokenizer.token_to_id(_END) is None:
         raise DataError(f"{pair[0]} has no token {_END!r}, so it is not GPT-2's vocabulary. Choose another directory.")
-    # The stubs of tokenizers declare these attributes read-only.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -122,13 +121,13 @@ def encode_rows(
     Args:
         rows: the rows to encode.
         bpe: from `load_bpe`.
-        add_bos: end the context with the end-of-text token, after which the model starts to write.
+        add_bos: end the context with the end-of-text token, which tells the model to start writing.
         add_eos: end the completion with the end-of-text token.
 
     Returns:
-        The ids of each row; a completion begins with one blank.
+        The token ids of each row; a completion begins with a space.
     """
-    end = bpe.token_to_id(_END) or 0  # load_bpe made sure that it exists
+    end = bpe.token_to_id(_END) or 0  # load_bpe has checked that it exists
     contexts = bpe.encode_batch([row.context for row in rows])
     completions = bpe.encode_batch([f" {row.completion}" for row in rows])
     return [
@@ -144,14 +143,14 @@ def format_encoded(rows: Iterable[EncodedRow]) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Predictions and their references, one entry per distinct context; the properties are the contents of files."""
+    """Predictions and their references, one entry per distinct context; the properties return contents of files."""
 
     predictions: list[str]
     references: list[list[str]]
 
     @property
     def prediction_file(self) -> str:
-        """One prediction per line (one with a line break takes two lines, as in the paper's files)."""
+        """One prediction per line (a prediction with a line break takes two lines, as in the paper's files)."""
         return "".join(f"{text}\n" for text in self.predictions)
 
     @property
@@ -174,7 +173,7 @@ class Decoded:
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
-    """Reads the ids that a beam search wrote: JSONL with ``id`` and ``predict``.
+    """Reads the token ids that a beam search wrote: JSONL with ``id`` and ``predict``.
 
     Raises:
         DataError: the file cannot be read, or lines have another form; all such lines are listed.
@@ -198,20 +197,20 @@ def decode_predictions(
     lower: bool = False,
     filter: str = "all",
 ) -> Decoded:
-    """Turns predicted ids into text, together with the references of each context.
+    """Decodes predicted token ids, and collects the references of each context.
 
-    A text ends at the end-of-text token or a blank line; contexts come in order of first appearance.
+    A text ends at the end-of-text token or a blank line; contexts are in order of first appearance.
 
     Args:
         rows: the formatted input that was decoded.
-        predictions: predictions in any order; ``id`` is a row's index, and the last prediction for a context counts.
+        predictions: in any order; ``id`` is a row's index, and the last prediction for a context counts.
         bpe: from `load_bpe`.
         tokenize: split at every character other than letters, digits and underscores.
         lower: convert to lower case.
         filter: "all", or only the rows of WebNLG's "seen" or "unseen" categories.
 
     Raises:
-        DataError: an id is not in the input, a context has no prediction, or a filter meets rows without ``cate``.
+        DataError: an id is not in the input, a context has no prediction, or rows to be filtered have no ``cate``.
     """
     if filter != "all" and any(row.seen is None for row in rows):
         raise DataError(f"filter {filter!r} needs rows with 'cate', which only WebNLG's have. Use filter 'all'.")

@@ -43,7 +43,7 @@ class Texts:
     seen: tuple[bool, ...] = ()
 
     def subset(self, name: str) -> Texts:
-        """Returns the part with seen or unseen categories.
+        """Returns the texts whose categories are seen or unseen, or all of them.
 
         Raises:
             ConfigError: unknown subset.
@@ -74,10 +74,10 @@ class Evaluation:
     """The scores of a file.
 
     Attributes:
-        scores: by name, in the order of `SCORES`, the slot error rate last.
-        hypotheses: number of texts scored.
-        empty: numbers of the texts without words, from 1; they are scored as empty texts.
-        skipped: scores that could not be computed, with the reason.
+        scores: the scores by name, in the order of `SCORES`, with the slot error rate last.
+        hypotheses: the number of texts scored.
+        empty: the numbers, counted from 1, of texts without words; they are scored as empty texts.
+        skipped: the reason for each score that could not be computed.
         subsets: separate scores for WebNLG's seen and unseen categories, if both occur.
     """
 
@@ -88,7 +88,7 @@ class Evaluation:
     subsets: dict[str, Evaluation] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns one JSON object: each score under its name (None if skipped), and the signatures."""
+        """Returns an object for JSON: each score under its name (None if skipped), and the signatures."""
         value: dict[str, Any] = {name: score.value for name, score in self.scores.items()}
         value |= dict.fromkeys(self.skipped)
         value["hypotheses"] = self.hypotheses
@@ -102,11 +102,11 @@ class Evaluation:
 
 
 def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
-    """Scores texts as a whole and, if WebNLG's categories are known, also its seen and unseen ones separately.
+    """Scores all texts together and, if WebNLG's categories are known, also the seen and unseen ones separately.
 
     Args:
         texts: the texts, from `read_texts`.
-        metrics: names of scores; default: all that can be computed with what is installed.
+        metrics: names of scores; default: all that the installed packages can compute.
 
     Raises:
         DataError: there is nothing to score.
@@ -144,7 +144,7 @@ def evaluate(texts: Texts, metrics: Sequence[str] | None = None) -> Evaluation:
 
 
 def metric_names(words: Iterable[str]) -> list[str]:
-    """Returns the names of scores in their usual spelling.
+    """Returns the canonical names of scores.
 
     Args:
         words: names in any case, with hyphens or underscores.
@@ -172,7 +172,7 @@ def read_texts(
     """Reads references and hypotheses.
 
     Args:
-        reference: in one of three layouts.
+        reference: a path in one of three layouts.
             "groups" (E2E): one reference per line, and a blank line between the references of different inputs; a file
             without blank lines has one reference for each input.
             "directory" (DART, WebNLG): a directory of files reference0, reference1, ... with one line per input, which
@@ -180,9 +180,9 @@ def read_texts(
             "data": a data file as published (E2E's ``meaning representation||text`` or CSV, DART's JSON, WebNLG's JSON
             or XML) or converted (JSONL with context and completion); texts of the same input are its references, in
             the order in which inputs first appear.
-        hypothesis: one text per line, in the order of the inputs; an empty line is an empty text.  Or JSON lines with
+        hypothesis: one text per line, in the order of the inputs; an empty line is an empty text. Or JSON lines with
             ``text``, as ``loralib generate`` writes them; if all have a number as ``id``, they are sorted by it.
-        layout: one of `LAYOUTS`; "auto" chooses by the files.
+        layout: one of `LAYOUTS`; "auto" chooses by looking at the files.
         source: the data file with the inputs, for slot errors and WebNLG's seen categories, if ``reference`` is not a
             data file itself.
 
@@ -197,7 +197,7 @@ def read_texts(
         layout = _guess_layout(reference)
     groups = _read_data(reference) if layout == "data" else None
     if layout == "groups":
-        # Lines as the E2E scorer splits them: also at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
+        # Split where the E2E scorer does: also at \v, \f, \x1c to \x1e, \x85, \u2028 and \u2029.
         hypotheses = _read_hypotheses(Path(hypothesis), str.splitlines)
         references = _read_groups(reference)
         if len(references) == 1 < len(hypotheses):
@@ -226,7 +226,7 @@ def read_texts(
 
 
 def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None) -> list[str]:
-    """Reads the texts of a file, one per line; `split` replaces the way `read_lines` splits lines."""
+    """Reads the texts of a file, one per line; `split`, if given, splits a text file in place of `read_lines`."""
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         expected = "one text per line"
         lines = read_lines(path, expected) if split is None else split(read_text(path, expected))
@@ -304,7 +304,7 @@ def _read_directory(path: Path) -> list[list[str]]:
 
 
 def _reference_files(path: Path) -> list[Path]:
-    """Returns a directory's files named "...reference" and a number, or those that complete a path, by number."""
+    """Returns the files "...reference<number>" in a directory, or those whose names begin with the path, by number."""
     directory, start = (path, ".*references?") if path.is_dir() else (path.parent, re.escape(path.name))
     files: dict[int, Path] = {}
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
@@ -329,7 +329,7 @@ def _read_data(path: Path) -> list[_Group]:
 
 
 def _read_records(path: Path, format: str) -> list[Row]:
-    """Reads rows of any form that training takes, and those that `loralib data convert` writes with categories."""
+    """Reads rows in any form that training accepts, or as `loralib data convert` wrote them, with categories."""
     if format == "jsonl":
         with contextlib.suppress(DataError):
             return read_formatted(path)

@@ -24,7 +24,7 @@ class _File(NamedTuple):
     rows: int
 
 
-# Sizes, hashes and row counts are those that the hub's `datasets` library (Apache-2.0) records for these files.
+# Sizes, hashes and row counts as recorded for these files by the Hub's `datasets` library (Apache-2.0).
 _FILES: Final = {
     "train.txt": _File(
         "trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6", 9_340_189, 42_061
@@ -49,11 +49,11 @@ Changed: one line per text, attributes written `name : X | Type : pub | ...`; no
 
 
 def fetch_e2e(directory: str | Path, *, source: str = SOURCE, overwrite: bool = False) -> list[Path]:
-    """Downloads, checks and converts the full E2E data; nothing is written until everything has been checked.
+    """Downloads, checks and converts the full E2E data; writes nothing until everything has been checked.
 
     Args:
         directory: where to write train.txt, valid.txt, test.txt and SOURCE.txt (authors and licence).
-        source: the web address or directory that has trainset.csv, devset.csv and testset_w_refs.csv.
+        source: a web address or directory with trainset.csv, devset.csv and testset_w_refs.csv.
         overwrite: replace existing files of these names.
 
     Returns:
@@ -99,7 +99,7 @@ def _fetch(source: str, file: _File) -> bytes:
             raise DataError(f"cannot read {Path(source) / file.name}: {error.strerror}. {by_hand}") from None
     try:
         with urllib.request.urlopen(f"{source}/{file.name}", timeout=30) as answer:
-            return bytes(answer.read(file.size + 1))  # one extra byte shows that it is another file
+            return bytes(answer.read(file.size + 1))  # one extra byte reveals a longer, thus different, file
     except (OSError, ValueError) as error:  # URLError, timeouts and broken connections are OSErrors
         reason = getattr(error, "reason", None) or error
         raise DataError(f"cannot download {source}/{file.name}: {reason}. {by_hand}") from None

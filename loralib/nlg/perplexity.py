@@ -19,7 +19,7 @@ from .metrics import Score
 
 __all__ = ["Perplexity", "perplexity"]
 
-_VERSION = "1"  # raised when a number changes
+_VERSION = "1"  # raise it when a change alters a number
 _NO_LIMIT = 2**31
 
 
@@ -30,7 +30,7 @@ class Perplexity:
     Attributes:
         loss: average loss per token, in nats.
         tokens: number of tokens, end tokens included.
-        words: number of words, separated by white space.
+        words: number of words, separated by whitespace.
         texts: number of texts.
         dropped: number of texts that are empty or longer than the model's context.
         signature: how the numbers were computed.
@@ -55,7 +55,7 @@ class Perplexity:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """Both as scores, lower is better."""
+        """Returns both as scores; lower is better."""
         values = {"PPL": ("token", self.per_token), "PPL_word": ("word", self.per_word)}
         return {
             name: Score(name, value, f"per:{unit}|{self.signature}", higher_is_better=False)
@@ -69,12 +69,12 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example], ra
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        examples: the texts; every one counts, even if several have the same prompt.
-        ranks: those that measure together, each a part of the texts.
+        examples: the texts; each one counts, even if several have the same prompt.
+        ranks: the processes that share the work.
 
     Raises:
         ConfigError: the loss is not finite in the model's dtype.
-        DataError: no text fits the model's context, or the tokenizer is another model's.
+        DataError: no text fits the model's context, or the tokenizer belongs to another model.
         UnsupportedModelError: the model is not causal.
     """
     encoded = encode(examples, tokenizer, context_length(model) or _NO_LIMIT)
@@ -83,7 +83,7 @@ def perplexity(model: nn.Module, tokenizer: Any, examples: Sequence[Example], ra
     if not math.isfinite(loss):
         raise ConfigError(f"the loss on these texts is {loss}: the dtype overflows. Load the model with dtype fp32.")
     tokens = sum(sum(example.trained) for example in encoded.examples)
-    texts = {id(example): example for example in encoded.texts}.values()  # plain text comes in several windows
+    texts = {id(example): example for example in encoded.texts}.values()  # plain text may span several windows
     words = sum(len(answer.split()) for text in texts for answer in text.trained_texts)
     signature = f"given:prompt|end:counted|words:blanks|log:e|version:{_VERSION}"
     return Perplexity(loss, tokens, words, len(texts), sum(encoded.dropped.values()), signature)

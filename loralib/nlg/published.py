@@ -1,6 +1,6 @@
-"""Reads E2E, DART and WebNLG as their authors publish them: rows of a linearised input and one text.
+"""Reads E2E, DART and WebNLG as published by their authors: rows of a linearised input and one text.
 
-The linearisation is that of the LoRA paper's experiments (Hu et al. 2021, section 5.4): triples become
+The linearisation follows the LoRA paper's experiments (Hu et al. 2021, section 5.4): triples become
 ``subject : relation : object``, joined by `` | ``; E2E's meaning representations stay as they are.
 """
 
@@ -22,12 +22,12 @@ from ..errors import DataError, list_faults
 
 __all__ = ["SEEN_CATEGORIES", "Row", "read_e2e_csv", "read_rows"]
 
-# The categories in WebNLG 2017's training set; its test set has five more, which are called unseen.
+# The categories of WebNLG 2017's training set; its test set has five more, called unseen.
 SEEN_CATEGORIES: Final = frozenset(
     "Airport Astronaut Building City ComicsCharacter Food Monument SportsTeam University WrittenWork".split()
 )
 
-# Attributes that have another name in the E2E challenge's CSV than in the `||` form.
+# Attributes that have different names in the E2E challenge's CSV and in the `||` form.
 _CSV_NAMES: Final = {
     "eatType": "Type",
     "priceRange": "price",
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path, format: str) -> list[Row]:
-    """Reads a published file, keeping the white space around texts.
+    """Reads a published file, keeping the whitespace around texts.
 
     Args:
         path: E2E: lines ``meaning representation||text`` (further fields are ignored) or the challenge's CSV with
@@ -59,7 +59,7 @@ def read_rows(path: str | Path, format: str) -> list[Row]:
         format: "e2e", "dart" or "webnlg".
 
     Returns:
-        One row per text, in file order; of WebNLG's texts those whose comment is "good".
+        One row per text, in file order; of WebNLG's texts only those whose comment is "good".
 
     Raises:
         DataError: the file cannot be read or has another form; all such places are listed.
@@ -143,7 +143,7 @@ def _read_webnlg(path: Path) -> list[Row]:
 
 
 def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
-    if "<!ENTITY" in text:  # a few of these can expand to gigabytes
+    if "<!ENTITY" in text:  # a few nested ones can expand to gigabytes
         raise DataError(f"{path} defines XML entities, which WebNLG's files do not. Download the file again.")
     try:
         root = ElementTree.fromstring(text)
@@ -162,7 +162,7 @@ def _read_webnlg_xml(path: Path, text: str) -> list[Row]:
 
 
 def _all_rows(path: Path, entries: list[Any], rows: Callable[[Any], Iterator[Row]], expected: str) -> list[Row]:
-    """Returns the rows of all entries; entries of another form are reported together."""
+    """Returns the rows of all entries; reports all malformed entries together."""
     result: list[Row] = []
     faults = []
     for number, entry in enumerate(entries, 1):

@@ -1,11 +1,11 @@
-"""Scores of generated text, each computed from raw text and printed with a signature that says how.
+"""Metrics for generated text, each computed from raw text and reported with a signature that says how.
 
     from loralib.nlg.metrics import SCORES
 
     print(SCORES["BLEU"](references=[["a pub by the river", "a riverside pub"]], hypotheses=["a pub by the river"]))
 
-Every metric takes the references of each hypothesis, and the hypotheses; `SCORES` lists the metrics by the names that
-the official scorers print.  The slot error rate takes meaning representations in place of references.
+Every metric takes the references of each hypothesis, and the hypotheses. `SCORES` maps the names that the official
+scorers print to the metrics. The slot error rate takes meaning representations in place of references.
 """
 
 from __future__ import annotations

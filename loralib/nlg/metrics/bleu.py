@@ -1,4 +1,4 @@
-"""BLEU (Papineni et al. 2002) as the E2E NLG challenge's scorer counts it."""
+"""BLEU (Papineni et al. 2002) as the E2E NLG challenge's scorer computes it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .score import References, Score, check, signature
 
 __all__ = ["best_counts", "bleu", "ngrams"]
 
-_MOST = 4  # the longest n-grams
+_MOST = 4  # the length of the longest n-grams
 
 
 def bleu(references: References, hypotheses: Sequence[str]) -> Score:
-    """Corpus BLEU-4 with the closest reference's length, case ignored, mteval-v13a's tokens.
+    """Corpus BLEU-4 with the closest reference length, ignoring case, on mteval-v13a tokens.
 
-    It is what sacrebleu calls ``case:lc|tok:13a|smooth:none``, and differs only where hypotheses are very short: an
-    empty one counts as one empty token, n-grams that do not fit count negatively (length - n + 1), and a precision
-    of zero is a tiny number.
+    It is what sacrebleu calls ``case:lc|tok:13a|smooth:none``, and differs only for very short hypotheses: an empty one
+    counts as one empty token, the number of n-grams is length - n + 1 even where that is negative, and a precision of
+    zero is replaced by a tiny number.
 
     Args:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
 
     Returns:
         The score, from 0 to 1.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
 
     >>> bleu([["The Mill serves tea by the river."]], ["The Mill serves coffee by the river."]).value.__round__(4)
     0.5
@@ -61,7 +61,7 @@ def ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def best_counts(texts: Sequence[Sequence[str]], n: int) -> Counter[tuple[str, ...]]:
-    """Counts each n-gram as often as the text that has it most often."""
+    """Returns, for each n-gram, its largest count in any one of the texts."""
     counts: Counter[tuple[str, ...]] = Counter()
     for words in texts:
         counts |= ngrams(words, n)

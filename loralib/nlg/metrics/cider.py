@@ -1,4 +1,4 @@
-"""CIDEr-D (Vedantam, Zitnick and Parikh 2015) as COCO's and E2E's scorers count it."""
+"""CIDEr-D (Vedantam, Zitnick and Parikh 2015) as COCO's and E2E's scorers compute it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .score import References, Score, check, signature
 
 __all__ = ["cider"]
 
-_MOST = 4  # the longest n-grams
-_SIGMA = 6.0  # of the penalty for another length
+_MOST = 4  # the length of the longest n-grams
+_SIGMA = 6.0  # of the Gaussian penalty on differences in length
 
 Ngram = tuple[str, ...]
 
 
 def cider(references: References, hypotheses: Sequence[str]) -> Score:
-    """How alike a hypothesis and its references are in TF-IDF weighed n-grams (section 6, CIDEr-D).
+    """The similarity of hypotheses to their references in TF-IDF weighted n-grams (section 6, CIDEr-D).
 
-    For each n from 1 to 4 the cosine of clipped hypothesis weights and reference weights, lessened by a Gaussian of
-    the difference in length (counted in bigrams); the mean over n and references, times 10, and the mean over
-    hypotheses.  An n-gram's IDF is log(hypotheses / hypotheses with it in a reference) over what is scored here, so
-    the score depends on the whole file; for a single hypothesis it is 0.
+    For each n from 1 to 4: the cosine of the clipped hypothesis weights and the reference weights, times a Gaussian of
+    the difference in length (counted in bigrams). The score is 10 times the mean over n and references, averaged over
+    hypotheses. An n-gram's IDF is log(hypotheses / hypotheses with it in a reference) within the texts scored, so the
+    score depends on the whole file; for a single hypothesis it is 0.
 
     Args:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
 
     Returns:
-        The score, from 0 to 10, with each hypothesis's own.
+        The score, from 0 to 10, with that of each hypothesis.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
 
     >>> texts = ["a pub by the river", "the mill serves tea", "no kids here please"]
     >>> cider([[text] for text in texts], texts).value.__round__(4)
@@ -64,7 +64,7 @@ def cider(references: References, hypotheses: Sequence[str]) -> Score:
 
 
 class _Vector(NamedTuple):
-    weights: list[dict[Ngram, float]]  # for each n
+    weights: list[dict[Ngram, float]]  # one dictionary for each n
     norms: list[float]
     bigrams: int
 
@@ -80,7 +80,7 @@ def _likeness(candidate: _Vector, ideal: _Vector) -> float:
 
 
 def _words(words: Sequence[str]) -> list[str]:
-    """Here, and only here, the scorers split at every kind of blank, so at the tokenizer's no-break spaces too."""
+    """Splits at no-break spaces too; only for CIDEr do the scorers split tokens at every kind of space."""
     return " ".join(words).split()
 
 

@@ -1,6 +1,6 @@
-"""METEOR 1.5 (Denkowski and Lavie 2014) by its authors' program, the same that COCO's and E2E's scorers run.
+"""METEOR 1.5 (Denkowski and Lavie 2014) by its authors' program, which COCO's and E2E's scorers run too.
 
-The program is Java, under the LGPL 2.1; the jar and the paraphrase table come inside the package pycocoevalcap.
+The program is written in Java, under the LGPL 2.1; the package pycocoevalcap contains its jar and paraphrase table.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _NEEDS = "METEOR needs a Java runtime (8 or newer), and pip install 'loralib[met
 
 
 def meteor(references: References, hypotheses: Sequence[str]) -> Score:
-    """METEOR for English, of the whole corpus: words aligned exactly, by stem, by WordNet synset and by paraphrase.
+    """Corpus METEOR for English: words are aligned if they match exactly, by stem, by WordNet synset or by paraphrase.
 
-    The value is the score of all hypotheses' summed statistics, not the mean of theirs.
+    The value is computed from the summed statistics of all hypotheses; it is not the mean of their scores.
 
     Args:
-        references: for each hypothesis its references; the best counts.
-        hypotheses: one text each.
+        references: the references of each hypothesis; the best one counts.
+        hypotheses: the texts to score.
 
     Returns:
-        The score, from 0 to 1, with each hypothesis's own.
+        The score, from 0 to 1, with that of each hypothesis.
 
     Raises:
-        DataError: as `check`.
-        MissingDependencyError: there is no Java, or pycocoevalcap is not installed.
+        DataError: as for `check`.
+        MissingDependencyError: Java or pycocoevalcap is not installed.
     """
     check(references, hypotheses)
     instances = [
@@ -49,17 +49,17 @@ def meteor(references: References, hypotheses: Sequence[str]) -> Score:
 
 
 def _field(words: Iterable[str]) -> str:
-    return " ".join(words).replace("|||", "")  # which would end a field of the program's input
+    return " ".join(words).replace("|||", "")  # it would end a field of the program's input
 
 
 def _run(questions: Sequence[str]) -> list[float]:
-    """Returns the scores of all questions, and last the one of their summed statistics."""
+    """Returns the score of each question, then that of their summed statistics."""
     java, jar = shutil.which("java"), _jar()
     if java is None:
         raise MissingDependencyError(f"{_NEEDS}; there is no program `java` on the PATH.")
     command = [java, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with (
-        tempfile.TemporaryFile() as complaints,  # not a pipe, which could fill up unread
+        tempfile.TemporaryFile() as complaints,  # not a pipe, which could fill up and block the program
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8", bufsize=1
         ) as process,
@@ -77,7 +77,7 @@ def _run(questions: Sequence[str]) -> list[float]:
             return line
 
         def ask(question: str) -> None:
-            with contextlib.suppress(OSError):  # the program is gone: then there is no answer either
+            with contextlib.suppress(OSError):  # the program has ended: reading the answer fails too
                 stdin.write(f"{question}\n")
 
         try:
@@ -88,8 +88,8 @@ def _run(questions: Sequence[str]) -> list[float]:
             ask(" ||| ".join(["EVAL", *statistics]))
             return [float(answer()) for _ in range(len(questions) + 1)]
         finally:
-            process.kill()  # it waits for more input
-            with contextlib.suppress(OSError):  # what was not written yet has no reader
+            process.kill()  # it would wait for more input
+            with contextlib.suppress(OSError):  # unwritten data can no longer be flushed
                 stdin.close()
 
 

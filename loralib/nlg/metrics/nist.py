@@ -1,4 +1,4 @@
-"""NIST (Doddington 2002) as the E2E NLG challenge's scorer counts it."""
+"""NIST (Doddington 2002) as the E2E NLG challenge's scorer computes it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .score import References, Score, check, signature
 
 __all__ = ["nist"]
 
-_MOST = 5  # the longest n-grams
-_BETA = -math.log(0.5) / math.log(1.5) ** 2  # hypotheses of 2/3 of the references' length are worth half
+_MOST = 5  # the length of the longest n-grams
+_BETA = -math.log(0.5) / math.log(1.5) ** 2  # hypotheses of 2/3 of the references' length score half
 
 
 def nist(references: References, hypotheses: Sequence[str]) -> Score:
-    """Corpus NIST-5: n-gram hits weighed by their information in the references (Doddington 2002, equations 2 and 3).
+    """Corpus NIST-5: n-gram matches weighted by information in the references (Doddington 2002, equations 2 and 3).
 
-    An n-gram's information is log2 of how often its first n-1 words occur in all references, by how often it occurs
-    itself.  Case is ignored, tokens are mteval-v13a's, the lengths compared are the hypotheses' and the references'
-    average.  As in `bleu`, n-grams that do not fit into a hypothesis count negatively.
+    An n-gram's information is log2(occurrences of its first n-1 words / its own occurrences) in all references. Case is
+    ignored, tokens are mteval-v13a's, and the length of hypotheses is compared with the average length of their
+    references. As in `bleu`, the number of n-grams can be negative.
 
     Args:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
 
     Returns:
         The score, from 0 upwards.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
 
     >>> nist([["a b c d e f"]], ["a b c d e f"]).value.__round__(4)  # log2(6) for words, 0 for what must follow
     2.585

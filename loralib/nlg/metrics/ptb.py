@@ -1,14 +1,14 @@
-r"""Words as Stanford CoreNLP 3.4.1's PTBTokenizer finds them, the tokenisation under METEOR, ROUGE-L and CIDEr.
+r"""Tokenizes like Stanford CoreNLP 3.4.1's PTBTokenizer, for METEOR, ROUGE-L and CIDEr.
 
-The official scorers of E2E and of COCO's captions run ``PTBTokenizer -preserveLines -lowerCase`` in Java and then drop
-punctuation; this module gives the same words without Java.  It works as such a lexer does: of a list of rules, the one
-with the longest match wins at every position, and the earlier one among equals.  What a rule looks ahead at counts for
-its length, which is how "Inc.x" and "Inc.xy" come apart differently.
+The official scorers of E2E and of COCO captions run ``PTBTokenizer -preserveLines -lowerCase`` in Java and then drop
+punctuation; this module returns the same words without Java. It works like that lexer: at every position the rule with
+the longest match wins, and the earlier rule if several are equally long. Lookahead counts towards the length of a
+match, which is why "Inc.x" and "Inc.xy" are split differently.
 
 The conventions are the Penn Treebank's (Marcus, Santorini and Marcinkiewicz 1993): "don't" is "do n't", brackets are
-"-lrb-" and "-rrb-", abbreviations keep their full stop, pounds are "#".  Three things may surprise, and are as they are
-there: some words hold a no-break space ("5 1/2", telephone numbers); characters that the program does not know vanish,
-emoji among them; and a line's last full stop can depend on how the next line begins (see `ptb_lines`).
+"-lrb-" and "-rrb-", abbreviations keep their full stop, pound signs are "#". Three surprising properties are those of
+the original: some words contain a no-break space ("5 1/2", telephone numbers); characters unknown to it, such as emoji,
+vanish; and a line's last full stop can depend on how the next line begins (see `ptb_lines`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Final, NamedTuple
 __all__ = ["PUNCTUATION", "ptb_instances", "ptb_lines", "ptb_words"]
 
 PUNCTUATION: Final = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
-"""What the official scorers drop.  Tokens are in lower case by then, so the brackets in fact stay."""
+"""What the official scorers drop. Tokens are already in lower case by then, so the brackets in fact stay."""
 
 
 def ptb_lines(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Splits texts as the lines of one file.
+    """Tokenizes texts as the lines of one file.
 
     Args:
-        texts: the lines, for instance all references of a data set in order; line ends within a text count as blanks.
+        texts: the lines, for instance all references of a data set in order; line breaks within a text count as spaces.
 
     Returns:
-        The words of each: what CoreNLP 3.4.1's ``PTBTokenizer -preserveLines -lowerCase`` gives, less `PUNCTUATION`.
+        The words of each: CoreNLP 3.4.1's ``PTBTokenizer -preserveLines -lowerCase`` output without `PUNCTUATION`.
 
     >>> ptb_lines(["They play in Serie A.", "The club won.", "He met Q.", "Nobody knows."])
     [('they', 'play', 'in', 'serie', 'a'), ('the', 'club', 'won'), ('he', 'met', 'q.'), ('nobody', 'knows')]
@@ -49,7 +49,7 @@ def ptb_lines(texts: Sequence[str]) -> list[tuple[str, ...]]:
 def ptb_instances(
     references: Sequence[Sequence[str]], hypotheses: Sequence[str]
 ) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Splits all that is scored as the official scorers do: one file of hypotheses, one of all references in order.
+    """Tokenizes as the official scorers do: one file of all hypotheses, one of all references in order.
 
     Returns:
         The words of each hypothesis, and of each of its references.
@@ -60,7 +60,7 @@ def ptb_instances(
 
 
 def ptb_words(text: str) -> tuple[str, ...]:
-    """Splits one text; as `ptb_lines` does where nothing follows.
+    """Tokenizes one text, like `ptb_lines` with no line after it.
 
     >>> " ".join(ptb_words("It's £20-25 (Mr. Smith can't pay), isn't it?"))
     "it 's # 20-25 -lrb- mr. smith ca n't pay -rrb- is n't it"
@@ -70,15 +70,15 @@ def ptb_words(text: str) -> tuple[str, ...]:
     return ptb_lines([text])[0]
 
 
-@lru_cache(maxsize=65536)  # references repeat, and three metrics ask for the same texts
+@lru_cache(maxsize=65536)  # references repeat, and three metrics tokenize the same texts
 def _words(line: str, after: str) -> tuple[str, ...]:
-    # Words end at blanks only, so that no-break spaces stay; but rstrip() takes one at the end, as the scorers do.
+    # Splitting only at spaces keeps no-break spaces; but like the scorers, rstrip() removes one at the end.
     tokens = " ".join(_tokens(line + after, len(line))).rstrip()
     return tuple(word for word in tokens.split(" ") if word and word not in PUNCTUATION)
 
 
 def _tokens(text: str, end: int) -> Iterator[str]:
-    """Yields the tokens of text[:end] in lower case; rules may look beyond the end."""
+    """Yields the tokens of text[:end] in lower case; rules may look ahead past `end`."""
     rules = _rules()
     position = 0
     while position < end:
@@ -86,7 +86,7 @@ def _tokens(text: str, end: int) -> Iterator[str]:
             yield from (_TWO_WORDS.get(word, word) for word in plain[0].lower().split())
             position = plain.end()
             continue
-        longest, token, next_position = position, "", position + 1  # a character that no rule knows vanishes
+        longest, token, next_position = position, "", position + 1  # a character that matches no rule vanishes
         for rule in rules:
             match = rule.pattern.match(text, position)
             if match and match.end() > longest:
@@ -96,9 +96,9 @@ def _tokens(text: str, end: int) -> Iterator[str]:
 
 
 _LINE_ENDS: Final = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
-_LOOKAHEAD: Final = 24  # characters of the lines that follow; the longest thing looked for is "Additionally"
+_LOOKAHEAD: Final = 24  # characters of the following lines; the longest word looked for is "Additionally"
 
-# Words that no rule can make longer, and blanks: most of any text, found a hundred times faster than by the rules.
+# Words that no rule could extend, and spaces: most of any text, and matched a hundred times faster than by the rules.
 _PLAIN_WORDS: Final = re.compile("(?:[A-Za-z]+ )*[A-Za-z]+(?=,? )| [ \t\u00a0\u2000-\u200a\u3000]*")
 _TWO_WORDS: Final = {
     word.replace(" ", ""): word for word in ("can not", "gon na", "got ta", "wan na", "lem me", "gim me")
@@ -109,7 +109,7 @@ _TWO_WORDS: Final = {
 
 
 def _plain(token: str) -> str:
-    return token.replace("\u00ad", "")  # soft hyphens only say where a word may be broken
+    return token.replace("\u00ad", "")  # soft hyphens only mark where a word may be broken
 
 
 def _nothing(token: str) -> str:
@@ -117,7 +117,7 @@ def _nothing(token: str) -> str:
 
 
 def _one(token: str) -> str:
-    """A token with blanks in it stays one word: they become no-break spaces."""
+    """Replaces spaces by no-break spaces, so that the token remains one word."""
     return token.replace(" ", "\u00a0")
 
 
@@ -146,7 +146,7 @@ def _ampersand(token: str) -> str:
 
 
 def _long_dash(token: str) -> str:
-    return token if len(token) > 4 else ""  # shorter ones become "-" or "--", which are punctuation
+    return token if len(token) > 4 else ""  # shorter ones would become "-" or "--", which are punctuation
 
 
 _BRACKETS: Final = dict(zip("()[]{}", "-LRB- -RRB- -LSB- -RSB- -LCB- -RCB-".split(), strict=True))
@@ -162,7 +162,7 @@ _QUOTES: Final = str.maketrans(
 
 # --- abbreviations and the like ----------------------------------------------------------------------------------
 
-# Those that can end a sentence keep their full stop before a blank; the others before anything.
+# Those that can end a sentence are matched with two characters of lookahead (see `_TABLE`), the others with none.
 _CAN_END_A_SENTENCE: Final = (
     "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu(?:rs)?|Fri"
     "|Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn|Tenn|Va|Vt|Wisc?|Wyo"
@@ -178,7 +178,7 @@ _STAND_BEFORE_A_NAME: Final = (
 )
 _MANUFACTURING: Final = "(?i:m)[ft](?i:g)"
 _STAND_BEFORE_A_NUMBER: Final = "art|ca|figs?|nos?|op|pp|prop"
-# A single letter with a full stop is an initial, unless one of these follows in upper case.
+# A single letter with a full stop is an initial, unless a word from this list follows, capitalised or in capitals.
 _START_A_SENTENCE: Final = (
     "A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|One"
     "|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You"
@@ -191,7 +191,7 @@ _FILE_TYPES: Final = (
 
 # --- characters --------------------------------------------------------------------------------------------------
 
-# Marks that go on with a word although Unicode does not call them letters.
+# Marks that continue a word although Unicode does not classify them as letters.
 _MARKS: Final = (
     "\u00ad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378-\u0379\u0384-\u0385\u03f6"
     "\u0483-\u0487\u055a-\u055f\u0591-\u05bd\u05bf\u05c1-\u05c2\u05c4-\u05c5\u05c7\u0615-\u061a\u064b-\u065e"
@@ -201,7 +201,7 @@ _MARKS: Final = (
     "\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31"
     "\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd"
 )
-# Symbols that are a token each.
+# Symbols that form a token each.
 _SYMBOLS: Final = (
     r"$%&+/;=\\^|~"
     "\u00a1\u00a5-\u00a9\u00ac\u00ae-\u00b1\u00b4\u00b6-\u00b8\u00bf\u00d7\u00f7\u037e\u0387\u0589\u05be"
@@ -215,7 +215,7 @@ _SYMBOLS: Final = (
 
 
 def _characters(category: str) -> str:
-    """The inside of a [...] for a Unicode category, within the basic plane, where CoreNLP's rules end."""
+    """Returns the inside of a [...] with a Unicode category, limited to the basic plane like CoreNLP's rules."""
     ranges: list[list[int]] = []
     for code in range(0x10000):
         if unicodedata.category(chr(code)).startswith(category):
@@ -230,13 +230,13 @@ def _characters(category: str) -> str:
 
 
 class _Rule(NamedTuple):
-    """What a token looks like (group 1; the rest is looked ahead at), and how it is written: its words, by blanks."""
+    """A pattern (group 1 is the token, the rest lookahead), and a function that writes it as words between spaces."""
 
     pattern: re.Pattern[str]
     write: Callable[[str], str]
 
 
-# Parts of rules, by name. A, D: a letter, a digit; L: what words are made of; AD, LD: these with digits.
+# Named parts of rules. A: a letter; D: a digit; L: a character of words; AD, LD: the same or a digit.
 _PARTS: Final = {
     "SPACE": "[ \t\u00a0\u2000-\u200a\u3000]",
     "HYPHEN": "[-_\u058a\u2010\u2011]",
@@ -256,7 +256,7 @@ _PARTS: Final = {
     "PATH": r'[^ \t\n\f\r"<>|()]',
     "END": r'[^ \t\n\f\r"<>|.!?(){},-]',
     "WWW": r'[^ \t\n\f\r"<>|.!?(){},]',
-    "HOST": "[^ \t\n\f\r\"`'<>|.!?(){},-_$]",  # from comma to underscore: so no digits and no capitals
+    "HOST": "[^ \t\n\f\r\"`'<>|.!?(){},-_$]",  # the range from comma to underscore excludes digits and capitals
     "USER": r'[^ \t\n\f\r"<>|(){}\u00a0]',
     "DOMAIN": r'[^ \t\n\f\r"<>|(){}.\u00a0]',
 }
@@ -269,13 +269,13 @@ _TABLE: Final[tuple[tuple[str, Callable[[str], str]], ...]] = (
     ("(&(?:MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015])", _nothing),
     ("(&amp;)", _ampersand),
     ("(&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);)", _plain),
-    # Words, and what is cut off them: can|not, 't|is, it|'s, do|n't.
+    # Words, and suffixes that are split off: can|not, 't|is, it|'s, do|n't.
     ("((?i:can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me)))(?i:not|na|ta|me)", _plain),
     ("('[tT])(?i:is|was)", _plain),
     ("({WORD}){CLITIC}", _plain),
     ("([A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*){NOT}", _plain),
     ("({WORD})", _plain),
-    # Words with an apostrophe in them: 'n', ol', 'em; O'Neil, '90s, Ba'ath; and a list.
+    # Words with an apostrophe in them: 'n', ol', 'em; O'Neil, '90s, Ba'ath; and some listed ones.
     ("({APOS}[nN]{APOS}?|[dDjJlL]{APOS}|(?i:dunkin|somethin|ol){APOS}|{APOS}(?i:em|till?|cause))", _plain),
     ("([A-HJ-XZn]{TICK}{A}{A}+|{APOS}[2-9]0[sS]|{A}+[aeiouyAEIOUY]{TICK}[aeiouA-Z]{A}*)", _plain),
     ("((?i:cont'd[.]?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o{TICK}o|cap{APOS}n|c{APOS}est))", _plain),
@@ -315,15 +315,15 @@ _TABLE: Final[tuple[tuple[str, Callable[[str], str]], ...]] = (
         r"([A-Za-z])[.](?:{SPACE}|\n)+" rf"(?:{_START_A_SENTENCE}|{_START_A_SENTENCE.upper()})" r"(?:{SPACE}|\n)",
         _plain,
     ),
-    # Telephone numbers, each form a rule of its own so that the longest is found.
+    # Telephone numbers: each form has its own rule, so that the longest match wins.
     (r"(\([0-9]{2,3}\)[ \u00a0]?[0-9]{3,4}[- \u00a0]?[0-9]{3,5})", _phone),
     (r"((?:\+\+?)?[0-9]{2,4}[- \u00a0][0-9]{3,4}[- \u00a0]?[0-9]{3,5})", _phone),
     (r"((?:\+\+?)?[0-9]{2,4}[- \u00a0][0-9]{2,4}[- \u00a0][0-9]{3,4}[- \u00a0]?[0-9]{3,5})", _phone),
     (r"((?:(?:\+\+?)?[0-9]{2,4}[.])?[0-9]{2,4}[.][0-9]{3,4}[.][0-9]{3,5})", _phone),
-    # Faces.
+    # Emoticons.
     (r"([<>]?[:;=]['o*-]?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]", _face),
     (r"([\^x=~<>'-]_[\^x=~<>'-]|\([\^x=~<>'-][_.]?[\^x=~<>'-]\)|\([\^x=~<>']-[\^x=~<>'`]\))", _face),
-    # Brackets, dots, quotes, dashes and the like; an apostrophe may open a quotation before it begins a "'re".
+    # Brackets, dots, quotes, dashes and others; an apostrophe may open a quotation rather than begin "'re".
     (r"([()\[\]{}])", _bracketed),
     (r"([.]{3,5}|(?:[.][ \u00a0]){2,4}[.]|[\u2026.,;:])", _nothing),
     (r"(')[A-Za-z][^ \t\n\r\u00a0]", _nothing),
@@ -344,7 +344,7 @@ _TABLE: Final[tuple[tuple[str, Callable[[str], str]], ...]] = (
 
 @lru_cache(maxsize=1)
 def _rules() -> tuple[_Rule, ...]:
-    """Compiles the rules; on first use, since Unicode's letters have to be gathered."""
+    """Compiles the rules; only on first use, because collecting Unicode's letters takes time."""
     letter, digit = _characters("L"), _characters("Nd")
     entity = "&[aeiouAEIOU](?:acute|grave|uml);"
     parts = _PARTS | {

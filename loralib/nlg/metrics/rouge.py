@@ -1,4 +1,4 @@
-"""ROUGE-L (Lin 2004) as COCO's and E2E's scorers count it."""
+"""ROUGE-L (Lin 2004) as COCO's and E2E's scorers compute it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from .score import References, Score, check, signature
 
 __all__ = ["lcs_length", "rouge_l"]
 
-_BETA = 1.2  # recall counts that much more than precision
+_BETA = 1.2  # weight of recall relative to precision
 
 
 def rouge_l(references: References, hypotheses: Sequence[str]) -> Score:
     """The mean over hypotheses of the F-score of the longest common subsequence with the references.
 
-    Precision and recall are each the best over all references, which need not be the same one for both.  An empty
-    text counts as one word that nothing equals but another empty text.
+    Precision and recall are each the best over all references, possibly from different ones. An empty text counts as
+    one word that equals only that of another empty text.
 
     Args:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
 
     Returns:
-        The score, from 0 to 1, with each hypothesis's own.
+        The score, from 0 to 1, with that of each hypothesis.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
 
     >>> rouge_l([["a family-friendly pub by the river"]], ["a pub by the river"]).value.__round__(4)  # P 1, R 5/6
     0.8944
@@ -46,7 +46,7 @@ def rouge_l(references: References, hypotheses: Sequence[str]) -> Score:
 
 
 def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence, one row of the table in the bits of a number (Hyyrö 2004).
+    """Returns the length of the longest common subsequence, with a table row held in an integer's bits (Hyyrö 2004).
 
     >>> lcs_length("a b c d".split(), "a c x d".split())
     3
@@ -55,7 +55,7 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
     for place, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << place
     full = (1 << len(first)) - 1
-    row = full  # a zero bit for every step of the row
+    row = full  # each zero bit marks an increment along the row
     for word in second:
         matches = row & places.get(word, 0)
         row = (row + matches | row - matches) & full

@@ -1,4 +1,4 @@
-"""What comes from sacrebleu: mteval-v13a's tokens, TER and chrF."""
+"""What is taken from sacrebleu: mteval-v13a tokens, TER and chrF."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["chrf", "ter", "words_13a"]
 
 
 def ter(references: References, hypotheses: Sequence[str]) -> Score:
-    """Translation edit rate (Snover et al. 2006): edits and shifts to the nearest reference, by average length.
+    """Translation edit rate (Snover et al. 2006): edits and shifts to the nearest reference, divided by average length.
 
     Args:
-        references: for each hypothesis its references.
-        hypotheses: one text each.
+        references: the references of each hypothesis.
+        hypotheses: the texts to score.
 
     Returns:
-        sacrebleu's TER with its defaults (case ignored, words as they stand), in percent: lower is better.
+        sacrebleu's TER with its defaults (case ignored, words split only at spaces), in percent: lower is better.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
         MissingDependencyError: sacrebleu is not installed.
 
     >>> ter([["a b c d"], ["x y", "a b"]], ["a b c e", "a b"]).value.__round__(1)
@@ -40,15 +40,15 @@ def ter(references: References, hypotheses: Sequence[str]) -> Score:
         length += sum(len(text.split()) for text in texts) / len(texts)
     value = 100 * edits / length if length else 100.0 * (edits > 0)
     counts = {len(texts) for texts in references}
-    metric.num_refs = counts.pop() if len(counts) == 1 else -1  # for the signature, as sacrebleu's own corpus does
+    metric.num_refs = counts.pop() if len(counts) == 1 else -1  # for the signature, as in sacrebleu's own corpus_score
     return Score("TER", value, str(metric.get_signature()), higher_is_better=False)
 
 
 def _edits(metric: Any, hypothesis: str, texts: Sequence[str]) -> Iterator[int]:
-    """Yields the edits to references, but to none that cannot be nearer than an earlier one.
+    """Yields the number of edits to each reference, except those that cannot be nearer than an earlier one.
 
-    Words that are in one text only cost an edit each however they are ordered; two references of three are left out
-    by that, and sacrebleu is slow.
+    A word that only one of two texts has costs at least one edit, whatever the order. This lower bound skips about two
+    references in three, and sacrebleu is slow.
     """
     words = Counter(hypothesis.lower().split())
 
@@ -68,14 +68,14 @@ def chrf(references: References, hypotheses: Sequence[str]) -> Score:
     """Character n-gram F-score (Popović 2015): n up to 6, recall twice as important as precision.
 
     Args:
-        references: for each hypothesis its references; the best counts.
-        hypotheses: one text each.
+        references: the references of each hypothesis; the best one counts.
+        hypotheses: the texts to score.
 
     Returns:
         sacrebleu's chrF2 with its defaults, in percent.
 
     Raises:
-        DataError: as `check`.
+        DataError: as for `check`.
         MissingDependencyError: sacrebleu is not installed.
 
     >>> chrf([["a river bank"]], ["a river bank"]).value
@@ -89,7 +89,7 @@ def chrf(references: References, hypotheses: Sequence[str]) -> Score:
 
 @lru_cache(maxsize=65536)
 def words_13a(text: str) -> tuple[str, ...]:
-    """Splits a text as mteval-v13a does, in lower case; an empty text is one empty word, as in E2E's scorer.
+    """Splits a text as mteval-v13a does, in lower case; an empty text gives one empty word, as in E2E's scorer.
 
     >>> words_13a("It's £20-25, isn't it?")
     ("it's", '£20', '-', '25', ',', "isn't", 'it', '?')
@@ -106,7 +106,7 @@ def _tokenizer() -> Any:
 
 
 def _lines(references: References) -> list[list[str | None]]:
-    """All first references, all second ones, ...; None where there are fewer."""
+    """Returns all first references, all second ones, and so on; None where a hypothesis has fewer."""
     return [list(line) for line in zip_longest(*references)]
 
 

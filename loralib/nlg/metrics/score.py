@@ -1,4 +1,4 @@
-"""What all metrics share: the score with its signature, and checks of what is scored."""
+"""What all metrics share: the score with its signature, and checks of the input."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ...errors import DataError, list_faults
 __all__ = ["References", "Score", "check", "signature"]
 
 References = Sequence[Sequence[str]]
-"""For each hypothesis its references: one or more, not always equally many."""
+"""The references of each hypothesis: at least one, in varying number."""
 
-_VERSION = "1"  # of the scores' definitions: raised when a number changes
+_VERSION = "1"  # version of the scores' definitions; raise it when a change alters a number
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score and how it was made.
+    """A score and how it was computed.
 
     Attributes:
         name: as the official scorers print it.
-        value: in the scale of the program that defines it (``signature`` names it).
-        signature: everything that changes the number, in sacrebleu's form.
-        instances: the score of each hypothesis, for metrics that are made of them.
+        value: on the scale of the program that defines the metric (named in ``signature``).
+        signature: everything that affects the number, in sacrebleu's format.
+        instances: the score of each hypothesis, for metrics that have one.
         higher_is_better: False for error rates.
     """
 
@@ -38,7 +38,7 @@ class Score:
 
 
 def signature(references: References, **facts: str) -> str:
-    """Says how a score was made, in sacrebleu's form: ``nrefs:1|case:lc|...``.
+    """Returns a description of how a score was computed, in sacrebleu's format: ``nrefs:1|case:lc|...``.
 
     >>> signature([["a"], ["b", "c"]], case="lc")
     'nrefs:var|case:lc|version:1'
@@ -49,11 +49,11 @@ def signature(references: References, **facts: str) -> str:
 
 
 def check(references: References, hypotheses: Sequence[str]) -> None:
-    """Makes sure that there is something to score.
+    """Checks that there is something to score.
 
     Raises:
-        DataError: no hypotheses, hypotheses that are all empty, other numbers of references and hypotheses,
-            or hypotheses without a reference.
+        DataError: there are no hypotheses, all are empty, their number differs from that of the groups of references,
+            or one has no reference.
 
     >>> check([["a"]], ["a", "b"])
     Traceback (most recent call last):

@@ -1,18 +1,18 @@
-"""Slot error rate: is every value of an E2E meaning representation said in the text?
+"""Slot error rate: does the text state every value of an E2E meaning representation?
 
-A slot counts as an error if its value is not said, be it missing, contradicted or another one.  What a text says beyond
-its meaning representation does not count.  The rule is deterministic; these are its parts:
+A slot is an error if its value is not stated: if it is missing, contradicted, or replaced by another. What a text
+states beyond its meaning representation does not count. The rule is deterministic and has these parts:
 
-- Names, places, foods, kinds and slots unknown here must stand in the text word by word.  Case, accents, hyphens, a
-  leading "the" and a plural make no difference; "British" says English, and a café or coffee house is a coffee shop.
-  The words of the name and of what is near say nothing about other slots: "Café Rouge" need not be a café.
+- Names, places, foods, kinds and unknown slots must appear in the text word for word.  Case, accents, hyphens, a
+  leading "the" and a plural make no difference; "British" states English, and a café or coffee house is a coffee shop.
+  The words of the name and near slots do not count for other slots: "Café Rouge" need not be a café.
 - Prices have three levels, however the value is written: cheap, "less than £20"; moderate, "£20-25"; high, "more than
-  £30".  The level in words, or the value's own amount, says the value.
+  £30".  A price is stated by words for its level or by the value's own amount, a level also by any amount in it.
 - Ratings have three levels too: low, 1 and 2 out of 5; average, 3 out of 5; high, 4 and 5 out of 5.  A number in the
-  text (out of 5, or stars) must be the value's number or of its level; words count only where no number is given.
-- An adjective that fits both (low, average, high, ...) belongs to the nearest word about prices or ratings.
-- Family-friendliness is a mention of families, children or kids; "no" needs a negation with it, or "adults only", and
-  "yes" that there is none.
+  text (out of 5, or stars) must be the value's number, or in its level; words count only if no number is given.
+- An adjective that suits both (low, average, high, ...) belongs to the nearest word about prices or ratings.
+- Family-friendliness is stated by a mention of families, children or kids: "no" needs a negation with the mention, or
+  "adults only"; "yes" needs a mention without one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["SlotErrors", "missing_slots", "parse_meaning", "slot_error_rate"]
 
 @dataclass(frozen=True)
 class SlotErrors:
-    """A slot error rate and how it was made.
+    """A slot error rate and how it was computed.
 
     Attributes:
-        errors: values that are not said.
-        slots: values in all.
+        errors: the number of values not stated.
+        slots: the number of all values.
     """
 
     errors: int
@@ -40,21 +40,21 @@ class SlotErrors:
 
     @property
     def value(self) -> float:
-        """The share of values that are not said, from 0 to 1."""
+        """The share of values that are not stated, from 0 to 1."""
         return self.errors / self.slots if self.slots else 0.0
 
     @property
     def signature(self) -> str:
-        """How the score was made."""
+        """How the score was computed."""
         return "values:said|case:lc|phrases:e2e|version:2"
 
 
 def slot_error_rate(meanings: Sequence[str], texts: Sequence[str]) -> SlotErrors:
-    """Counts the values of meaning representations that texts do not say.
+    """Counts the values of meaning representations that texts do not state.
 
     Args:
         meanings: E2E meaning representations, ``name : X | food : Y | ...`` (or ``name[X], food[Y]``).
-        texts: one for each.
+        texts: one for each meaning representation.
 
     >>> slot_error_rate(["name : Aromi | price : cheap | family friendly : no"], ["Aromi is inexpensive ."])
     SlotErrors(errors=1, slots=3)
@@ -64,7 +64,7 @@ def slot_error_rate(meanings: Sequence[str], texts: Sequence[str]) -> SlotErrors
 
 
 def missing_slots(meaning: str, text: str) -> list[tuple[str, str]]:
-    """Returns the slots of a meaning representation whose value a text does not say.
+    """Returns the slots of a meaning representation whose value a text does not state.
 
     >>> missing_slots("name : The Mill | customer rating : 5 out of 5 | area : riverside", "The Mill, by the river.")
     [('customer rating', '5 out of 5')]
@@ -120,7 +120,7 @@ def _is_said(slot: str, value: str, text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """Lower case, no accents, words and the marks . , £ + apart by single blanks, hyphens and other marks left out.
+    """Normalises to lower case without accents; words and . , £ + are separated by spaces, all other marks removed.
 
     >>> _words("Café Rouge isn't far - it's £20-25!")
     'cafe rouge is not far it £ 20 25 .'
@@ -160,7 +160,7 @@ _PHRASES: Final = {
 
 _LOW, _MIDDLE, _HIGH = "low", "middle", "high"
 
-# Words about a price alone, and adjectives that also suit ratings.
+# Words that only describe prices, and adjectives that also suit ratings.
 _PRICE_WORDS: Final = {
     _LOW: "cheap cheaply cheaper cheapest inexpensive affordable affordably economical budget bargain",
     _MIDDLE: "",
@@ -189,14 +189,14 @@ def _by_word(levels: dict[str, str]) -> dict[str, str]:
 _LEVEL_OF_PRICE_WORD: Final = _by_word(_PRICE_WORDS)
 _LEVEL_OF_ADJECTIVE: Final = _by_word(_ADJECTIVES)
 _ABOUT: Final = _by_word({"price": _ABOUT_PRICES, "rating": _ABOUT_RATINGS})
-_REACH: Final = 5  # words between an adjective and what it is about
+_REACH: Final = 5  # maximum distance in words between an adjective and the word it describes
 
 _NUMBERS: Final = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _STARS: Final = {"1": _LOW, "2": _LOW, "3": _MIDDLE, "4": _HIGH, "5": _HIGH}
 
 
 def _levels(text: str, about: str) -> set[str]:
-    """The levels of price or rating that a text has words for."""
+    """Returns the levels of price or rating that a text states in words."""
     words = re.sub(r"\b(high|low) (?:end|class)\b", r"\1 cost", text).split()
     found = set()
     for place, word in enumerate(words):
@@ -204,12 +204,12 @@ def _levels(text: str, about: str) -> set[str]:
             level = _LEVEL_OF_PRICE_WORD[word]
             before = words[max(0, place - 2) : place]
             if "somewhat" in before or _LEVEL_OF_ADJECTIVE.get(" ".join(before[-1:])) == _MIDDLE:
-                level = _MIDDLE  # moderately expensive
+                level = _MIDDLE  # as in "moderately expensive"
             if "not" not in before:
                 found.add(level)
         elif word in _LEVEL_OF_ADJECTIVE and _nearest(words, place) == about:
             before, after = words[max(0, place - 2) : place], words[place + 1 : place + 2]
-            # What stands before another adjective only grades it: fairly low, lower than average, not very good.
+            # An adjective before another only grades it: fairly low, lower than average, not very good.
             if {"not", "than"} & set(before) or set(after) & _LEVEL_OF_ADJECTIVE.keys():
                 continue
             found.add({"above": _HIGH, "below": _LOW}.get(before[-1] if before else "", _LEVEL_OF_ADJECTIVE[word]))
@@ -217,7 +217,7 @@ def _levels(text: str, about: str) -> set[str]:
 
 
 def _nearest(words: Sequence[str], place: int) -> str | None:
-    """What the adjective at a place is about: the nearest such word in its sentence; a conjunction counts as three."""
+    """Returns what an adjective describes: the nearest such word in its sentence; conjunctions count as three words."""
 
     def distances(step: int) -> Iterator[tuple[float, str]]:
         distance, other = 0.0, place + step
@@ -251,7 +251,7 @@ def _not_after(*phrases: str) -> str:
 
 
 def _levels_of_amounts(text: str) -> set[str]:
-    """The levels of price that a text gives by amounts of money."""
+    """Returns the levels of price that a text states as amounts of money."""
     forms = {
         _LOW: r"\b(?:less|lower|cheaper) than(?: £)? \d+|\b(?:under|below|up to)(?: £)? \d+",
         _MIDDLE: r"\b\d\d(?: £| to| and| pounds| euros| £ to){0,3} \d\d\b",
@@ -287,7 +287,7 @@ _NO: Final = (
     r"\b(?:not(?! only)|no|non|none|nor|never|un|without|isn|aren|unsuitable|inappropriate|prohibits?|discourages?)\b"
 )
 _UNFRIENDLY: Final = re.compile(
-    # A negation a few words before, unless something else is negated; or a few words after.
+    # A negation up to six words before, unless something else is negated; or up to four words after.
     rf"{_NO}(?: (?!and\b|but\b|(?<!friendly )with\b|{_NO})[^\W_]+){{0,6}} {_CHILDREN}"
     rf"|{_CHILDREN}(?: (?!and\b|but\b)[^\W_]+){{0,4}} (?:{_NO}(?: really| very| too| be)?"
     r" (?:friendly|welcome\w*|allowed|suitable|permitted|recommended|advised|appropriate|accepted|catered|visit|go)"
@@ -299,7 +299,7 @@ _UNFRIENDLY: Final = re.compile(
 
 
 def _friendliness(text: str) -> bool | None:
-    """Whether a text calls a place family-friendly; None where it says nothing of it."""
+    """Whether a text calls a place family-friendly; None if it does not say."""
     if _UNFRIENDLY.search(text):
         return False
     return True if re.search(_CHILDREN, text) else None

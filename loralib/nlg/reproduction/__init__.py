@@ -5,8 +5,8 @@
     recipe = load_recipe("smollm2-135m", model="smollm2-135m")
     print(reproduce("e2e", recipe, find_files("e2e"), "reproduced"))
 
-Each stage leaves a record of what it was made of (``stages/``).  Called again, a stage whose result still belongs to
-the same settings and inputs is skipped, one that was interrupted goes on, and one that depends on a change is made
+Each stage records what its result was made from (``stages/``). When the pipeline is called again, a stage whose
+settings and inputs are unchanged is skipped, an interrupted one continues, and one that depends on a change is run
 again.
 """
 

@@ -1,4 +1,4 @@
-"""Texts for the inputs of a test file, one JSON line each: a run that was killed goes on, no line lost or doubled."""
+"""Decodes the inputs of a test file to JSON lines; a killed run continues without losing or repeating a line."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _BLANK_LINE = "\n\n"
 def write_decoded(
     path: Path, model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, form: str
 ) -> None:
-    """Decodes the prompts that a file does not have yet, and appends them to it as they come.
+    """Decodes the prompts that are missing from a file, appending each text when it is complete.
 
     Args:
-        path: the JSONL file; a last line that a crash left half-written is cut off.
+        path: the JSONL file; a last line left incomplete by a crash is removed.
         model: adapted or not.
         tokenizer: its tokenizer.
-        prompts: all of them; a line's ``id`` is a prompt's index.
-        sampling: settings; prompt i gets the seed ``seed + i``.
-        form: of `Recipe`.
+        prompts: all prompts; the ``id`` of a line is a prompt's index.
+        sampling: the settings; prompt i uses the seed ``seed + i``.
+        form: as in `Recipe`.
 
     Raises:
         OutputError: the file cannot be written, or was written by something else.
@@ -66,15 +66,15 @@ def decode(
     form: str,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Generation]]:
-    """Yields the index of each prompt and what was written for it, as texts come to their ends.
+    """Yields each prompt's index and generated text, as texts finish.
 
     Args:
         model: adapted or not.
         tokenizer: its tokenizer.
         prompts: as `prompt_of` writes them.
-        sampling: a beam search, or how tokens are drawn.
-        form: of `Recipe`; in the paper's form a blank line ends a text too.
-        seeds: for each prompt what is added to the seed; default: its index.
+        sampling: settings for beam search or sampling.
+        form: as in `Recipe`; with "paper", a blank line ends a text too.
+        seeds: the number added to the seed for each prompt; default: its index.
     """
     rows = encode_prompts(model, tokenizer, [prompt_ids(prompt, tokenizer) for prompt in prompts])
     if sampling.num_beams > 1:
@@ -98,7 +98,7 @@ def decode(
 
 
 def end_ids(model: nn.Module, tokenizer: Any, form: str) -> frozenset[int]:
-    """The tokens that end a text; the paper's decoder takes a blank line for one too, where it is a single token."""
+    """Returns the tokens that end a text; with form "paper" also a blank line, if it is a single token."""
     ends = set(end_tokens(model, tokenizer))
     if form == "paper":
         blank = tokenizer(_BLANK_LINE, add_special_tokens=False)["input_ids"]
@@ -107,7 +107,7 @@ def end_ids(model: nn.Module, tokenizer: Any, form: str) -> frozenset[int]:
 
 
 def one_line(text: str, form: str) -> str:
-    """A text on one line, as scorers read it; in the paper's form without what follows a blank line.
+    """Returns a text on one line, as scorers read it; with form "paper", without anything after a blank line.
 
     >>> one_line(" A pub.\\n\\nAnd more", "paper"), one_line("A\\npub. ", "lines")
     ('A pub.', 'A pub.')
@@ -118,10 +118,10 @@ def one_line(text: str, form: str) -> str:
 
 
 def read_decoded(path: Path, prompts: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Reads what was decoded before, by the index of the prompt; a last line that is not whole is cut off.
+    """Reads earlier texts, by the index of their prompt; removes an incomplete last line.
 
     Raises:
-        OutputError: the file holds other things, or texts for other prompts.
+        OutputError: the file holds something else, or texts for other prompts.
     """
 
     def check(records: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The stages of a reproduction, one after another: data, base, train, decode, perplexity, scores, report."""
+"""Runs the stages of a reproduction: data, base, train, decode, perplexity, scores, report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .stages import Stages, digest
 
 __all__ = ["reproduce"]
 
-# Settings that change what is kept and shown, or where it is computed, but not what.
+# Settings that change what is kept or shown, or where it is computed, but not the result.
 _FREE: Final = frozenset(
     "model train_data valid_data data_format output_dir device target resume overwrite".split()
     + "save_steps keep_checkpoints report_to".split()
@@ -49,16 +49,16 @@ _EXAMPLES: Final = 5  # inputs whose texts are shown side by side
 
 
 def reproduce(dataset: str, recipe: Recipe, files: Files, output_dir: str | Path) -> Path:
-    """Trains, decodes and scores; skips what is there and still valid, and goes on with what was interrupted.
+    """Trains, decodes and scores; skips stages whose results are still valid, and resumes interrupted ones.
 
     Args:
         dataset: "e2e", "dart" or "webnlg".
         recipe: the settings; ``recipe.train.model`` is the base model.
         files: the data.
-        output_dir: gets the records of the stages, the adapter, the texts, the scores and the report.
+        output_dir: receives the records of the stages, the adapter, the texts, the scores and the report.
 
     Returns:
-        The report (Markdown); report.json lies beside it.
+        The path of the report (Markdown); report.json is beside it.
 
     Raises:
         LoraError: whatever goes wrong, with a message for the user.
@@ -68,7 +68,7 @@ def reproduce(dataset: str, recipe: Recipe, files: Files, output_dir: str | Path
 
 
 class _Reproduction:
-    """One reproduction: what its stages share."""
+    """The state that the stages of one reproduction share."""
 
     def __init__(self, dataset: str, recipe: Recipe, files: Files, directory: Path, shown: Path) -> None:
         self.dataset, self.recipe, self.files = dataset, recipe, files
@@ -82,10 +82,10 @@ class _Reproduction:
         self._adapted = False
 
     def run(self) -> Path:
-        """Runs what has to be run."""
+        """Runs the stages that need it and returns the path of the report."""
         run, recipe, training = self.stages.run, self.recipe, self.recipe.train
         model = {"name": training.model, "files": _model_files(training.model), "dtype": training.dtype}
-        if training.model in ("scratch", "run-demo"):  # made here: these say of which values
+        if training.model in ("scratch", "run-demo"):  # such a model is made here from these settings
             model |= {name: getattr(training, name) for name in ("hidden_dim", "num_layers", "seed")}
         sources = {split: digest(path) for split, path in self.files._asdict().items()}
         decoding = dataclasses.asdict(recipe.decode)
@@ -142,7 +142,7 @@ class _Reproduction:
         return {"texts": counts, "inputs": len(inputs), "references": sum(len(each.references) for each in inputs)}
 
     def _base(self, _: bool) -> Mapping[str, Any]:
-        """What the base model does without an adapter: a few texts, and how well it foretells the references."""
+        """Returns texts by the base model without an adapter, and its perplexity on the references."""
         model, tokenizer = self._model()
         chosen = self._shown_inputs()
         prompts = [self._prompts()[number] for number in chosen]
@@ -206,10 +206,10 @@ class _Reproduction:
         write_report(self.directory, facts)
         return {}
 
-    # What they need.
+    # What the stages need.
 
     def _model(self) -> tuple[Any, Any]:
-        """The model as it is now: the base, or adapted once it was trained or its adapter was read."""
+        """Returns the model in its current state: the base, or adapted after training or loading the adapter."""
         if self._loaded is None:
             config = self.recipe.train
             say(f"  loading {config.model}")
@@ -242,7 +242,7 @@ class _Reproduction:
 
     @functools.cached_property
     def _end_token(self) -> str:
-        # Only the paper's form needs it, and then a model is loaded anyway.
+        # Loading the model for it is no waste: only form "paper" needs it, and then the model is needed anyway.
         return str(self._model()[1].eos_token) if self.recipe.form == "paper" else ""
 
     def _measured(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class _Reproduction:
         }
 
     def _shown_inputs(self) -> list[int]:
-        """Indices of the inputs whose texts are shown, spread over the test file."""
+        """Returns the indices of the inputs whose texts are shown, spread over the test file."""
         last, count = len(self._inputs) - 1, min(_EXAMPLES, len(self._inputs))
         return [round(last * number / max(1, count - 1)) for number in range(count)]
 
@@ -281,7 +281,7 @@ def _dropped(encoded: Encoded) -> str:
 
 
 def _model_files(name: str) -> dict[str, list[int]]:
-    """Size and time of the files of a model in a directory: it is another one when they change."""
+    """Returns size and time of each file of a model in a directory; a change means another model."""
     path = Path(name).expanduser()
     if not path.is_dir():
         return {}
@@ -290,13 +290,13 @@ def _model_files(name: str) -> dict[str, list[int]]:
 
 
 def _programs() -> dict[str, dict[str, bool]]:
-    """What some scores need: they are made as soon as it is there."""
+    """Returns which optional dependencies of scores are installed, so that installing one reruns the stage."""
     packages = {name: importlib.util.find_spec(name) is not None for name in ("sacrebleu", "pycocoevalcap")}
     return {"programs": {**packages, "java": shutil.which("java") is not None}}
 
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values: of its settings those that differ from the defaults."""
+    """Returns the recipe as plain values; of its settings, only those that differ from the defaults."""
     return {
         "name": recipe.name,
         "form": recipe.form,
@@ -310,7 +310,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Settings as values that JSON knows, without places on this machine."""
+    """Returns settings as JSON values, without paths on this machine."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name not in ("output_dir", "train_data", "valid_data")}
 

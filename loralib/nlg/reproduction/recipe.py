@@ -1,4 +1,4 @@
-"""Recipes: how to train and decode for one data set, as TOML, with the figures that others published for it."""
+"""Recipes: TOML files that say how to train and decode for a data set, with scores that others published for it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DATASETS: Final = ("e2e", "dart", "webnlg")
 FORMS: Final = ("lines", "paper")
 
 _FOLDER: Final = Path(__file__).parent / "recipes"
-# Settings of training that the command gives, and a recipe cannot.
+# Training settings that come from the command, so that a recipe may not set them.
 _GIVEN: Final = ("model", "train_data", "valid_data", "data_format", "output_dir", "resume", "overwrite", "device")
 
 
 @settings_class
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained and decoded for a data set.
+    """How to train a model and decode with it for a data set.
 
     Raises:
         ConfigError: one or more settings are invalid; the message lists all of them.
@@ -60,7 +60,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with loralib.
+    """Returns the names of the recipes that come with loralib.
 
     >>> "e2e-gpt2-medium" in recipe_names()
     True
@@ -73,8 +73,8 @@ def choose_recipe(dataset: str, model: str, asked: str | None = None) -> str:
 
     Args:
         dataset: one of `DATASETS`.
-        model: a name or a directory; its last part counts.
-        asked: what the user wants: a TOML file, or a recipe by name.
+        model: a name or a directory; its last part decides.
+        asked: what the user chose: a TOML file, or a recipe by name.
 
     >>> choose_recipe("dart", "openai-community/gpt2-large"), choose_recipe("dart", "my/model")
     ('dart-gpt2-large', 'smollm2-135m')
@@ -99,18 +99,18 @@ def recipe_text(name: str) -> str:
 
 
 def load_recipe(name: str, changes: Iterable[str] = (), **given: Any) -> Recipe:
-    """Reads a recipe and makes its settings.
+    """Reads a recipe and applies changes to its settings.
 
     Args:
-        name: of one that comes with loralib, or a TOML file.
-        changes: ``key=value`` each, as ``train.lr=1e-4`` or ``max_inputs=10``; they win over the file.
-        **given: settings of training from elsewhere, as ``model=...``; they win over both.
+        name: the name of a recipe that comes with loralib, or a TOML file.
+        changes: ``key=value`` each, such as ``train.lr=1e-4`` or ``max_inputs=10``; they override the file.
+        **given: training settings from elsewhere, such as ``model=...``; they override both.
 
     Returns:
         The recipe.
 
     Raises:
-        ConfigError: it cannot be read, or has unknown keys or values that cannot be; all of them at once.
+        ConfigError: it cannot be read, or has unknown keys or invalid values; the message lists all of them.
 
     >>> load_recipe("e2e-gpt2-medium").decode.length_penalty
     0.9
@@ -164,7 +164,7 @@ def _path(name: str) -> Path:
 
 
 def _change(values: dict[str, Any], change: str) -> None:
-    """Applies ``key=value``; a value that is no TOML is text."""
+    """Applies ``key=value``; a value that is not valid TOML is taken as text."""
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {change!r} is not of the form key=value, as in train.lr=1e-4 or max_inputs=10.")

@@ -17,11 +17,11 @@ PICTURES: Final = ("loss.png", "scores.png")
 
 _TITLES: Final = {"e2e": "E2E", "dart": "DART", "webnlg": "WebNLG"}
 _NAMES: Final = {"ROUGE_L": "ROUGE-L", "SER": "slot errors"}
-# Papers print these hundredfold.
+# Scores from 0 to 1, which papers print times 100.
 _SHARES: Final = ("BLEU", "METEOR", "ROUGE_L", "SER")
 _LOWER: Final = ("TER", "SER")
 _PARTS: Final = ("all", "seen", "unseen")
-# How far the axes of these go at least; those of the others to 100.
+# The minimum extent of the axes of these scores; for the others it is 100.
 _WHOLE: Final = {"NIST": 10.0, "CIDEr": 3.0}
 
 
@@ -29,8 +29,8 @@ def write_report(directory: Path, facts: Mapping[str, Any]) -> None:
     """Writes report.json, the pictures, and report.md last.
 
     Args:
-        directory: gets the files; ``adapter/metrics.jsonl`` is there.
-        facts: what the stages found out.
+        directory: receives the files; already contains ``adapter/metrics.jsonl``.
+        facts: the results of the stages.
     """
     title = f"{_TITLES[facts['dataset']]} with {facts['model']}"
     write_json(directory / "report.json", facts)
@@ -40,11 +40,11 @@ def write_report(directory: Path, facts: Mapping[str, Any]) -> None:
 
 
 def markdown(facts: Mapping[str, Any], pictures: bool) -> str:
-    """The report as Markdown.
+    """Returns the report as Markdown.
 
     Args:
         facts: as for `write_report`.
-        pictures: whether there are any.
+        pictures: whether the pictures were drawn.
     """
     recipe = facts["recipe"]
     parts = [f"# {_TITLES[facts['dataset']]} with {facts['model']}\n", _summary(facts)]
@@ -119,7 +119,7 @@ def _how(facts: Mapping[str, Any]) -> Iterator[str]:
     settings = {"form": recipe["form"]}
     if recipe["max_inputs"]:
         settings["max_inputs"] = recipe["max_inputs"]
-    for part in ("train", "decode"):  # named as --set names them: both have a seed
+    for part in ("train", "decode"):  # with the prefixes that --set uses: both parts have a seed
         settings |= {f"{part}.{name}": value for name, value in recipe[part].items()}
     yield _table(["setting", "value"], [[f"`{name}`", _cell(str(value))] for name, value in settings.items()])
     yield ""
@@ -143,16 +143,16 @@ def _how(facts: Mapping[str, Any]) -> Iterator[str]:
 def plot_scores(
     scores: Mapping[str, Any], published: Mapping[str, Mapping[str, float]], picture: Path, title: str
 ) -> bool:
-    """Draws each score as a small plot of its own, ours beside the published figure.
+    """Draws a small plot for each score, comparing ours with the published one.
 
     Args:
-        scores: as `Evaluation.as_json` gives them.
-        published: of others, by subset and metric.
+        scores: as returned by `Evaluation.as_json`.
+        published: published scores, by subset and metric.
         picture: the PNG to write.
-        title: what stands above.
+        title: the heading of the picture.
 
     Returns:
-        False where matplotlib is not installed: no picture then.
+        Whether a picture was drawn: False if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""The files of a data set, found by name in a directory, and their rows as prompts and completions."""
+"""Finds the files of a data set in a directory, and turns their rows into prompts and completions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SPLITS", "Files", "Input", "as_source", "find_files", "group_inputs"
 
 SPLITS: Final = ("train", "valid", "test")
 
-# How published files call their parts; the first word that fits decides.
+# Words by which file names are assigned to a split.
 _WORDS: Final = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}
 _SUFFIXES: Final = {
     "e2e": (".txt", ".csv", ".jsonl"),
@@ -42,7 +42,7 @@ class Files(NamedTuple):
 
 
 class Input(NamedTuple):
-    """One input of the test file: its first row, and all its texts."""
+    """One input of the test file: its first row, and the texts of all its rows."""
 
     row: Row
     references: tuple[str, ...]
@@ -53,11 +53,11 @@ def find_files(dataset: str, directory: str | Path | None = None) -> Files:
 
     Args:
         dataset: "e2e", "dart" or "webnlg".
-        directory: holds them under their published names, or others with train, valid or dev, and test in them;
-            default: ``data/DATASET``, and for E2E the sample of a checkout (``examples/NLG/data/e2e``).
+        directory: holds files with train, valid or dev, and test in their names, as published; default:
+            ``data/DATASET``, and for E2E the sample in a checkout (``examples/NLG/data/e2e``).
 
     Raises:
-        DataError: there is no such directory, or it has no file or several for a part; with how to get the data.
+        DataError: no such directory, or a split has no file or several; the message says how to get the data.
     """
     get = _HOW_TO_GET[dataset]
     if directory is None:
@@ -75,7 +75,7 @@ def find_files(dataset: str, directory: str | Path | None = None) -> Files:
     faults = []
     for split, words in _WORDS.items():
         fitting = [path for path in there if any(word in path.stem.lower() for word in words)]
-        # E2E publishes its test inputs without references too.
+        # E2E also publishes its test inputs without references.
         fitting = [path for path in fitting if "w_refs" in path.stem] or fitting
         if len(fitting) == 1:
             files[split] = fitting[0]
@@ -96,7 +96,7 @@ def read_split(path: Path, dataset: str) -> list[Row]:
     """Reads a file of a data set as published, or as `loralib data convert` wrote it.
 
     Raises:
-        DataError: it cannot be read, is not of that data set's form, or has no rows.
+        DataError: it cannot be read, does not have that data set's form, or has no rows.
     """
     rows = read_formatted(path) if path.suffix.lower() == ".jsonl" else read_rows(path, dataset)
     if not rows:
@@ -105,7 +105,7 @@ def read_split(path: Path, dataset: str) -> list[Row]:
 
 
 def group_inputs(rows: Iterable[Row]) -> list[Input]:
-    """Joins the rows of each input, in order of first appearance.
+    """Groups rows by input, in order of first appearance.
 
     >>> [found.references for found in group_inputs([Row("a", "1"), Row("b", "2"), Row("a", "3")])]
     [('1', '3'), ('2',)]
@@ -117,12 +117,12 @@ def group_inputs(rows: Iterable[Row]) -> list[Input]:
 
 
 def prompt_of(context: str, form: str, end: str) -> str:
-    r"""Writes an input as a prompt.
+    r"""Formats an input as a prompt.
 
     Args:
         context: the linearised input.
-        form: of `Recipe`.
-        end: the end token.
+        form: as in `Recipe`.
+        end: the end-of-text token.
 
     >>> prompt_of("name : The Mill", "lines", "<end>"), prompt_of("name : The Mill", "paper", "<end>")
     ('name : The Mill\n', 'name : The Mill<end>')
@@ -134,10 +134,10 @@ def as_source(rows: Sequence[Row], path: Path, form: str, tokenizer: Any) -> Sou
     """Turns rows into training examples.
 
     Args:
-        rows: of one file.
+        rows: the rows of one file.
         path: that file, for messages.
-        form: of `Recipe`.
-        tokenizer: its end token ends a prompt of the paper's form.
+        form: as in `Recipe`.
+        tokenizer: its end-of-text token ends the prompt with form "paper".
     """
     blank = " " if form == "paper" else ""
     examples = [

@@ -1,7 +1,7 @@
-"""Stages: what was made, of what, and whether that is still so.
+"""Stages of a reproduction: records of what each result was made from, and whether it is still valid.
 
-A stage's record, ``stages/NAME.json``, holds its inputs (settings, hashes of files) and hashes of what it wrote.  A
-result is valid where the inputs are the same and the files are as they were written.
+A stage's record, ``stages/NAME.json``, holds its inputs (settings, hashes of files) and hashes of the files it wrote. A
+result is valid if the inputs are the same and the files are unchanged.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["Stages", "difference", "digest"]
 
 
 class Stages:
-    """The stages of one directory.
+    """The stages recorded in one directory.
 
     Args:
-        directory: where results go.
+        directory: where results are written.
 
     Raises:
-        OutputError: the directory holds other things than results of this command.
+        OutputError: the directory holds files that are not results of this command.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,16 +43,16 @@ class Stages:
     def run(
         self, name: str, inputs: Mapping[str, Any], make: Callable[[bool], Mapping[str, Any]], outputs: Sequence[str]
     ) -> dict[str, Any]:
-        """Runs a stage, or takes its valid result.
+        """Runs a stage, or returns its earlier result if that is still valid.
 
         Args:
-            name: of the stage.
-            inputs: all that its result depends on, as values that JSON knows.
-            make: makes the result; told whether an earlier try with the same inputs was left unfinished.
-            outputs: the files that it writes, below the directory.
+            name: the stage's name.
+            inputs: all that its result depends on, as JSON values.
+            make: makes the result; it is told whether an earlier attempt with the same inputs was interrupted.
+            outputs: the files that it writes, relative to the directory.
 
         Returns:
-            What ``make`` returned, now or then.
+            What ``make`` returned, now or earlier.
         """
         inputs = json.loads(json.dumps(inputs))
         place = self.records / f"{name}.json"
@@ -75,7 +75,7 @@ class Stages:
         else:
             say(f"{name} ...")
         spent = record["seconds"] if record is not None and unfinished else 0.0
-        # What is under way: a killed run leaves this, with the time that earlier tries took.
+        # Mark the stage as unfinished, with the time spent so far, in case the run is killed.
         clock = _Clock(spent)
         self._write(place, {"inputs": inputs, "done": False, "seconds": clock.seconds, "outputs": {}, "result": {}})
         try:
@@ -90,12 +90,12 @@ class Stages:
         return result
 
     def seconds(self, names: Sequence[str]) -> dict[str, float]:
-        """How long stages took."""
+        """Returns the seconds that stages took."""
         found = {name: self._read(self.records / f"{name}.json") for name in names}
         return {name: float(record["seconds"]) for name, record in found.items() if record is not None}
 
     def _read(self, place: Path) -> dict[str, Any] | None:
-        """A record; one that is not readable counts as none, and its stage is made again."""
+        """Returns a record, or None if it is missing or unreadable; its stage is then run again."""
         try:
             record = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -117,7 +117,7 @@ class _Clock:
 
 
 def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, or "" where there is none."""
+    """Returns the SHA-256 of a file, or "" if it cannot be read."""
     try:
         with path.open("rb") as file:
             hashed = hashlib.sha256()
@@ -129,7 +129,7 @@ def digest(path: Path) -> str:
 
 
 def difference(before: Any, after: Any) -> list[str]:
-    """Says in which values two nested mappings differ.
+    """Describes the values in which two nested mappings differ.
 
     >>> difference({"settings": {"lr": 1e-4}, "form": "lines"}, {"settings": {"lr": 2e-4}, "form": "lines"})
     ['settings.lr was 0.0001 and is 0.0002']
@@ -149,5 +149,5 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _told(name: str, before: Any, after: Any) -> str:
     if any(isinstance(value, str) and len(value) == 64 for value in (before, after)):
-        return f"{name} changed"  # hashes tell a reader nothing
+        return f"{name} changed"  # the hashes themselves would tell a reader nothing
     return f"{name} was {before} and is {after}"
