@@ -39,8 +39,8 @@ def dpo_losses(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
         -(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)
 
     Args:
-        margins: (B,) reward of the chosen answer minus that of the rejected one; a reward is ``beta * (log p of the
-            answer - that under the reference)``.
+        margins: (B,) reward of the chosen answer minus that of the rejected one; a reward is
+            ``beta * (log p of the answer - that under the reference)``.
         label_smoothing: e, the share of pairs assumed to have swapped labels (conservative DPO, Mitchell 2023, equation
             3).
     """

@@ -1,8 +1,8 @@
 """EVA: A is initialised with the directions of largest input variance (Paischer et al. 2024, arXiv:2410.07170).
 
 For inputs X of a layer, A is the top of V^T in the singular value decomposition X - mean = U S V^T, and B is zero.  The
-layers share one budget of ranks: those whose directions explain more of their inputs' variance get more, at most ``rho
-* r``.  The decomposition is updated batch by batch (Ross et al. 2008), until its directions hardly change.
+layers share one budget of ranks: those whose directions explain more input variance get more, at most ``rho * r``.  The
+decomposition is updated batch by batch (Ross et al. 2008), until its directions hardly change.
 """
 
 from __future__ import annotations
