@@ -59,6 +59,7 @@ BLOCK: Final = 64  # weights with an absmax of their own
 BLOCKS: Final = 256  # absmax with a scale of their own
 GGUF_BLOCK: Final = 32  # weights of a GGUF file with a scale of their own
 _AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
+_IN_CACHE: Final = 1 << 20  # and in NF4, where the nearest level takes several passes over them
 _BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
 aten = torch.ops.aten
 
@@ -313,13 +314,17 @@ class NF4Weight(QuantizedWeight):
     def of(cls, weight: Tensor) -> Mapping[str, Tensor]:
         flat = weight.reshape(-1)
         codes, absmax = [], []
-        for some in flat.split(_AT_ONCE):  # a multiple of the block: none is cut
+        between = _middles(levels()).tolist()
+        for some in flat.split(_IN_CACHE):  # a multiple of the block: none is cut
             blocks = F.pad(some.float(), (0, -len(some) % BLOCK)).view(-1, BLOCK)
             most = blocks.abs().amax(1)
             shares = blocks / most.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
             absmax.append(most)
-            places = torch.bucketize(shares, _middles(levels())).to(torch.uint8).view(-1)[: len(some) + len(some) % 2]
-            codes.append(places[0::2] << 4 | places[1::2])
+            places = torch.zeros(shares.shape, dtype=torch.uint8, device=shares.device)
+            for middle in between:  # 15 comparisons of numbers in the cache are faster than a search for each
+                places += shares > middle
+            pairs = places.view(-1)[: len(some) + len(some) % 2].view(-1, 2)
+            codes.append(pairs[:, 0] << 4 | pairs[:, 1])
         return {"codes": torch.cat(codes), **_absmax_parts(torch.cat(absmax))}
 
     @classmethod
