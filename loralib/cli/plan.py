@@ -43,7 +43,7 @@ def _as_in_training(name: str) -> Any:
     return dataclasses.field(default=spec.default, metadata=spec.metadata)
 
 
-_MACHINES, _TRAINING, _SERVING = "machines", "training", "serving"
+_MACHINES, _SERVING = "machines", "serving"
 
 
 @settings_class

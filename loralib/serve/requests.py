@@ -1,7 +1,7 @@
 """Requests for both generating endpoints: their fields, and conversion to sampling settings.
 
 Unknown fields that would change the result are refused by name.  Fields that common clients send and that do not affect
-the result are accepted (`_WITHOUT_EFFECT`).
+the result are accepted: from `user` on in `TextRequest`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,6 @@ _REFUSED: Final = {
     "chat_template_kwargs": "the template receives only the messages",
     "lora": "give the adapter's name as the model",
 }
-_WITHOUT_EFFECT: Final = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
-)  # fmt: skip
 _COLDEST: Final = 1e-3  # below this temperature, scaled logits overflow, so the most likely token is used
 
 

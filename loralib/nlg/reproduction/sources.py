@@ -11,9 +11,7 @@ from ...errors import DataError, list_faults
 from ..convert import read_formatted
 from ..published import Row, read_rows
 
-__all__ = ["SPLITS", "Files", "Input", "as_source", "find_files", "group_inputs", "prompt_of", "read_split"]
-
-SPLITS: Final = ("train", "valid", "test")
+__all__ = ["Files", "Input", "as_source", "find_files", "group_inputs", "prompt_of", "read_split"]
 
 # Words by which file names are assigned to a split.
 _WORDS: Final = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}
