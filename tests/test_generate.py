@@ -444,6 +444,13 @@ def test_wrong_settings_are_named_all_at_once(llama: Any) -> None:
         Generator(llama, LETTERS).add("HELLO", Sampling(num_beams=2))
 
 
+def test_a_bias_is_checked_against_the_token_table_where_there_is_one(llama: Any) -> None:
+    with pytest.raises(ConfigError, match="logit_bias has the token ids 61, but this model's end at 60"):
+        generate(llama, LETTERS, ["HELLO"], logit_bias={VOCABULARY: 1})
+    [found] = generate(Fixed({}), LETTERS, [[2]], logit_bias={3: 100}, max_new_tokens=2)  # which has no table
+    assert found.ids == (3, 3)
+
+
 # --- the choice of a token -----------------------------------------------------------------------------------------
 
 
