@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from loralib.bases import load_base, load_empty, sharded
-from loralib.errors import BaseModelError
+from loralib.errors import BaseModelError, ConfigError
 from loralib.wrapping import decoder_blocks
 
 pytestmark = [
@@ -132,6 +133,15 @@ def test_what_cannot_be_read_apart_is_read_whole(
     assert together(faults) == [[]] * SIZE
     note = f"each process reads all of {path} before keeping its share, since lm_head.weight is missing from its files"
     assert capfd.readouterr().err.count(note) == 1
+
+
+@pytest.mark.parametrize("name", ["a pretrained model", "scratch"])
+def test_shards_in_fewer_bits_are_refused(name: str, together: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path, "Llama") if name == "a pretrained model" else name
+    errors = together(lambda mesh: load_base(path, device="cpu", quantize="nf4", mesh=mesh))
+    assert [type(error) for error in errors] == [ConfigError] * SIZE
+    words = r"quantize is 'nf4' and mesh is given, expected only one of them(.|\n)*leave out quantize"
+    assert all(re.search(words, str(error)) for error in errors)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])

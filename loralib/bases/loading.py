@@ -96,7 +96,7 @@ def load_base(
         dtype: dtype of the weights: "bf16", "fp16" or "fp32"; default: see `pick_dtype` (run-demo: fp32).
         device: "cpu", "cuda", "cuda:1" or "mps"; default: the fastest available.
         quantize: quantise the weights of all linear layers except the head: "int8", or "nf4" as in QLoRA
-            (`loralib.bases.quant`); default, and "none": keep them as they are.
+            (`loralib.bases.quant`); default, and "none": keep them as they are.  Not together with a mesh.
         seed: random seed for the weights of scratch and run-demo.
         hidden_dim: width of scratch and run-demo; default: 768.
         num_layers: number of blocks of scratch and run-demo; default: 2.
@@ -111,12 +111,17 @@ def load_base(
     Raises:
         BaseModelError: there is no such model, or it cannot be downloaded or read.
         ConfigError: a size is given for a pretrained model, dtype or device is not available, or the kind of
-            quantisation is unknown.
+            quantisation is unknown or given with a mesh.
         MissingDependencyError: transformers is not installed.
     """
     name = os.fspath(name)
     device = pick_device(device)
     quantize = chosen_kind(quantize)
+    if quantize is not None and mesh is not None:
+        raise ConfigError(
+            f"quantize is {quantize!r} and mesh is given, expected only one of them: shards hold 16 or 32 bits. Leave "
+            "out mesh (in 4 bits each process needs only a quarter of the base's bytes), or leave out quantize."
+        )
     made_up = is_made_up(name)
     if made_up:
         import_transformers()  # reports it missing before anything is built
