@@ -332,6 +332,8 @@ def test_everything_is_made_once(run: Run, out: Path) -> None:
         assert words in report
     for row in ("| `max_inputs` | 4 |", "| `train.max_steps` | 3 |", "| `decode.num_beams` | 2 |"):
         assert row in report
+    assert f"Signature: `{facts['perplexity']['adapted']['signature']}`" in report
+    assert "| metric | signature |" in report
     for picture in ("loss.png", "scores.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}

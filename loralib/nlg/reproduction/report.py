@@ -92,10 +92,10 @@ def _score_table(scores: Mapping[str, Any], published: Mapping[str, Mapping[str,
 def _perplexity_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [label, *(f"{found[who][name]:.4g}" for who in ("base", "adapted"))]
-        for name, label in (("PPL", "a token"), ("PPL_word", "a word"))
+        for name, label in (("PPL", "per token"), ("PPL_word", "per word"))
     ]
     table = _table(["perplexity of the references", "base", "adapted"], rows)
-    return f"{table}\n\nMade so: `{found['adapted']['signature']}`\n"
+    return f"{table}\n\nSignature: `{found['adapted']['signature']}`\n"
 
 
 def _training(training: Mapping[str, Any]) -> str:
@@ -134,7 +134,7 @@ def _how(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"On {machine['system']}, {machine['cores']} cores, {machine['threads']} threads, PyTorch {machine['torch']}."
     yield ""
     signatures = facts["scores"]["signatures"].items()
-    yield _table(["metric", "how it was made"], [[_name(name), f"`{_cell(made)}`"] for name, made in signatures])
+    yield _table(["metric", "signature"], [[_name(name), f"`{_cell(signature)}`"] for name, signature in signatures])
     yield ""
     yield "The same scores: `loralib evaluate test.jsonl texts.txt`"
     yield ""
