@@ -312,19 +312,44 @@ def test_demo_trains_then_writes_and_stops_where_it_fails(
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="CI's entry is a bash script")
-def test_ci_runs_the_same_and_passes_the_exit_code(tmp_path: Path) -> None:
-    python = tmp_path / "python3"
-    python.write_text('#!/bin/sh\necho "$PWD $*"\n[ "$2" = --prepare ] || exit 3\n', encoding="utf-8")
-    python.chmod(0o755)
-    search = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+@pytest.mark.parametrize(
+    ("user", "programs", "note"),
+    [
+        (0, ["chromium"], ""),
+        (0, ["google-chrome"], ""),
+        (0, ["apt-get"], "--- installing chromium beside the packages\n"),
+        (0, [], "--- no chromium here; the tests of the page will skip\n"),
+        (1000, ["apt-get"], "--- no chromium here; the tests of the page will skip\n"),
+    ],
+)
+def test_ci_runs_the_same_and_passes_the_exit_code(user: int, programs: list[str], note: str, tmp_path: Path) -> None:
+    bash, dirname = shutil.which("bash"), shutil.which("dirname")
+    assert bash is not None
+    assert dirname is not None
+    told = tmp_path / "told"
+    told.touch()
+    stubs = {
+        "python3": 'echo "$PWD $*"\n[ "$2" = --prepare ] || exit 3',
+        "id": f"echo {user}",
+        "dirname": f'exec "{dirname}" "$@"',
+        **dict.fromkeys(programs, f'echo "$*" >>"{told}"'),
+    }
+    stubbed = tmp_path / "bin"  # the whole search path: nothing on this machine is found, and nothing is installed
+    stubbed.mkdir()
+    for name, body in stubs.items():
+        (stubbed / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (stubbed / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(ROOT / ".ci" / "run")],
-        env={**os.environ, "PATH": search},
+        [bash, str(ROOT / ".ci" / "run")],
+        env={**os.environ, "PATH": str(stubbed)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (3, f"{ROOT} scripts/test.py --prepare\n{ROOT} scripts/test.py\n")
+    assert done.stdout == f"{note}{ROOT} scripts/test.py --prepare\n{ROOT} scripts/test.py\n"
+    assert done.returncode == 3
+    installs = ["update -qq", "install -qq -y --no-install-recommends chromium"]
+    assert told.read_text(encoding="utf-8").splitlines() == (installs if "installing" in note else [])
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
