@@ -1,1 +1,1 @@
-"""The one owner of a model's forward pass: what makes it faster or different, and what puts it in place."""
+"""The engine: owns a model's forward pass, i.e. the faster or modified computations and how they are installed."""

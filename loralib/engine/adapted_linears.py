@@ -1,13 +1,13 @@
-"""LoRA's linears in a training step: those that read the same input are one call, the backward pass written out.
+"""Linear layers with LoRA in a training step: layers that share an input run as one call, with a manual backward pass.
 
-For the input x of q, k and v (or of a gate and its up projection), with A their A_i stacked:
+For the input x of q, k and v (or of a gate and its up projection), with the A_i stacked to A:
 
     h = x A^T,    y_i = x W_i^T + bias_i + h_i (scaling_i B_i)^T
 
-A small model's step is made of thousands of small operations, and most of them are LoRA's: casts of factors, thin
-products, scalings, sums of gradients.  Here the products of a group are one call each way (`kernels.c`), or updates are
-added where the base's output is written; all factors are cast at once when a pass begins (`cast_factors.py`).  Several
-adapters may share the products, each with rows of its own (`row_linears.py`).  Only on CPUs, where this was measured.
+A training step of a small model consists of thousands of small operations, most of them LoRA's: casts of factors, thin
+products, scalings, sums of gradients.  Here the products of a group take one call in each direction (`kernels.c`), or
+updates are added as the base's output is written; all factors are cast when a pass begins (`cast_factors.py`).
+Several adapters may share the products, each with its own rows (`row_linears.py`).  Measured, and used, only on CPUs.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ Linear = TypeVar("Linear", bound=nn.Module)
 
 
 class TrainingLinears:
-    """The linears of one model in a training step, with LoRA and without.
+    """The linear layers of one model in a training step, with and without LoRA.
 
     Args:
-        body: the modules whose adapted linears are put into groups.
-        modules: all modules of the model; of a model that is not on a CPU, none.
+        body: the modules whose adapted linear layers are grouped by input.
+        modules: all modules of the model; empty if the model is not on a CPU.
 
     Attributes:
-        modules: those that may be overridden.
-        prepacked_bytes: what prepacked copies of frozen weights will take, once a step has run both ways.
+        modules: the modules that may be overridden.
+        prepacked_bytes: size of the prepacked copies of frozen weights, once a forward and a backward pass have run.
     """
 
     def __init__(self, body: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
@@ -73,14 +73,14 @@ class TrainingLinears:
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
-        """Yields overrides that note which layers read the same tensor; run a pass through the model inside."""
+        """Yields overrides that record which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
         yield {layer: functools.partial(record_call, calls, layer) for layer in self._layers}
         self._groups = [_Group(layers, self._prepacks) for layers in groups_of(calls)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
-        """Casts all factors for one pass, forward and backward; gives the overrides of that pass."""
+        """Casts all factors for one pass, forward and backward; yields the overrides for that pass."""
         groups = [group for group in self._groups if group.is_usable()]
         overrides: dict[nn.Module, Override] = dict(self._others)
         for group in groups:
@@ -94,16 +94,16 @@ class TrainingLinears:
                 group.pending = PendingOutputs()
 
 
-# Which layers go together.
+# Grouping layers.
 
 
 def has_factors(module: nn.Module) -> TypeGuard[LoRALinear]:
-    """Returns whether a module is a linear with LoRA whose output is computed as usual."""
+    """Returns whether a module is a linear layer with LoRA that uses the standard forward."""
     return isinstance(module, LoRALinear) and module.r > 0 and FrozenLinear.accepts(module)
 
 
 def _gains(module: nn.Module) -> bool:
-    """Whether a linear without LoRA has a faster override."""
+    """Whether a linear layer without LoRA can be computed faster by an override."""
     if isinstance(module, LoRALayer) or not FrozenLinear.accepts(module):
         return False
     weight = weight_of(module)
@@ -115,18 +115,18 @@ def _needs_copy(weight: Tensor) -> bool:
 
 
 def _base_weight(layer: LoRALinear) -> Tensor:
-    """W as (out, in), also while the layer is merged."""
+    """Returns the base weight W as (out, in), even while the layer is merged."""
     return layer.base_weight.T if layer.fan_in_fan_out else layer.base_weight
 
 
 def record_call(calls: list[tuple[Linear, Tensor]], layer: Linear, x: Tensor) -> Tensor:
-    """Notes that a layer was called with a tensor, and computes its own forward."""
+    """Records a layer's call and its input, and returns the output of the layer's own forward."""
     calls.append((layer, x))
     return cast(Tensor, own_forward(layer, x))
 
 
 def groups_of(calls: Sequence[tuple[Linear, Tensor]]) -> list[list[Linear]]:
-    """Puts layers that were called one after another with the same tensor into one group."""
+    """Groups layers that were called consecutively with the same tensor."""
     groups: list[list[Linear]] = []
     known: set[Linear] = set()
     previous: Tensor | None = None
@@ -150,7 +150,7 @@ def _dtype(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 @dataclass
 class PendingOutputs:
-    """Outputs that were computed with that of the first layer of a group, and were not asked for yet."""
+    """Outputs computed together with that of a group's first layer, but not yet requested."""
 
     x: Tensor | None = None
     made_for: tuple[int, bool] = (0, False)
@@ -158,11 +158,11 @@ class PendingOutputs:
 
 
 class LinearGroup(Generic[Linear]):
-    """Linears that read the same input: called one by one, and computed together.
+    """Linear layers that read the same input: called one by one, but computed together.
 
     Attributes:
-        layers: those of the group, in the order in which they are called.
-        pending: what was computed for layers that have not been called yet.
+        layers: the group's layers, in the order in which they are called.
+        pending: outputs of layers that have not been called yet.
     """
 
     def __init__(self, layers: list[Linear]) -> None:
@@ -170,7 +170,7 @@ class LinearGroup(Generic[Linear]):
         self.pending = PendingOutputs()
 
     def run(self, number: int, x: Tensor) -> Tensor:
-        """Returns one layer's output; that of the first layer is computed together with those of the others."""
+        """Returns one layer's output; a call of the first layer computes the outputs of the others as well."""
         layer, pending = self.layers[number], self.pending
         usual = x.dtype == _dtype(layer)[0] and not torch.is_autocast_enabled(x.device.type)
         if not (usual and self._is_ready()) or x.is_inference() or x.dim() < 2 or not x.numel():
@@ -191,23 +191,23 @@ class LinearGroup(Generic[Linear]):
         return self._finished(layer, first, x)
 
     def _finished(self, layer: Linear, output: Tensor, x: Tensor) -> Tensor:
-        """Returns a layer's output (..., out) for x, of which (T, out) is what the products make."""
+        """Returns a layer's output (..., out) for x, given its output (T, out) from the products."""
         return output.view(*x.shape[:-1], output.shape[-1])
 
     def _dropped(self, layer: Linear, x: Tensor) -> Tensor | None:
-        """Returns what a layer's low-rank path sees instead of x where dropout makes it another in each layer."""
+        """Returns the dropped-out input of a layer's low-rank path, which differs between layers; None: no dropout."""
         return None
 
     def _is_ready(self) -> bool:
-        """Returns whether a pass has begun for which the layers are computed together."""
+        """Returns whether a pass has begun in which the layers are computed together."""
         raise NotImplementedError
 
     def _alone(self, number: int, x: Tensor) -> Tensor:
-        """Returns the output of a layer for an input that it is not computed for together with others."""
+        """Returns a layer's output for an input that cannot be computed together with the other layers."""
         return cast(Tensor, own_forward(self.layers[number], x))
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
-        """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths see `dropped` if it is given."""
+        """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths read `dropped` if it is given."""
         raise NotImplementedError
 
 
@@ -232,13 +232,13 @@ class _Group(LayerGroup):
         self._products = GroupProducts([FrozenWeight(w, prepack and _needs_copy(w)) for w in weights])
 
     def is_usable(self) -> bool:
-        """Returns whether all layers are what they were and compute as usual: active, with a frozen weight and bias."""
-        layers = self.layers  # one may have been removed since
+        """Returns whether all layers are unchanged and compute as usual: active, with a frozen weight and bias."""
+        layers = self.layers  # a layer's adapter may have been removed since
         active = all(isinstance(each, LoRALinear) and each._active and is_frozen(each) for each in layers)
         return active and self.own.fit()
 
     def begin(self) -> None:
-        """Takes the current weights."""
+        """Prepares the products with the current weights."""
         self._products.begin([_base_weight(layer) for layer in self.layers], list(map(_bias, self.layers)), [self.own])
 
     def _is_ready(self) -> bool:
@@ -249,10 +249,10 @@ class _Group(LayerGroup):
 
 
 class GroupProducts:
-    """The products of linears that read the same input, with the low-rank paths of one adapter or of several runs.
+    """The products of linear layers that read the same input, with the low-rank paths of one adapter or several runs.
 
     Args:
-        weights: W_i of the linears.
+        weights: W_i of the layers.
     """
 
     def __init__(self, weights: list[FrozenWeight]) -> None:
@@ -260,7 +260,7 @@ class GroupProducts:
         self.runs: list[GroupFactors] = []
         self._rows: Sequence[int] | None = None
         self._biases: list[Tensor | None] = []
-        self._known: list[int] | None = None  # addresses of biases, and what runs there were
+        self._known: list[int] | None = None  # addresses of the biases, and ids of the runs
         self._kernels: Kernels | None = None
         self._operands: dict[tuple[int, ...], GroupOperands] = {}
 
@@ -271,13 +271,13 @@ class GroupProducts:
         runs: list[GroupFactors],
         rows: Sequence[int] | None = None,
     ) -> None:
-        """Takes what there is in the next pass.
+        """Sets the weights, biases, factors and rows that the next pass uses.
 
         Args:
             weights: W_i (out_i, in).
             biases: (out_i,), or None.
-            runs: the factors of one adapter, or of each run that has rows.
-            rows: how many rows each run has; None: one adapter has all of them.
+            runs: the factors of the only adapter, or of each run that has rows in the pass.
+            rows: number of rows of each run; None: all rows belong to one adapter.
         """
         current = [known.refreshed(weight) for known, weight in zip(self.weights, weights, strict=True)]
         known = [*[0 if bias is None else bias.data_ptr() for bias in biases], *map(id, runs)]
@@ -291,14 +291,14 @@ class GroupProducts:
                 self._kernels = kernels
 
     def outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Returns outputs (T, out_i) of some linears for x (..., in); low-rank paths see `dropped` if it is given."""
+        """Returns outputs (T, out_i) of some layers for x (..., in); low-rank paths read `dropped` if it is given."""
         casts = [factor for run in self.runs for factor in run.casts_of(numbers)]
         return cast("tuple[Tensor, ...]", _GroupProduct.apply(x, dropped, self, numbers, *casts))  # type: ignore[no-untyped-call]
 
     def multiply(self, rows: Tensor, seen: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), of which the low-rank path sees `seen`.
+        """Returns h (T, R) and the outputs (T, out_i) for rows (T, in), where the low-rank path reads `seen` instead.
 
-        R is the largest rank of a run; what else is in a row of h is not defined.
+        R is the largest sum of ranks of any run; the columns of h beyond a run's own ranks are undefined.
         """
         if self._kernels is not None:
             operands = self._operands_of(numbers, [run.gradients for run in self.runs])
@@ -324,16 +324,16 @@ class GroupProducts:
         wants_x: bool,
         wants_seen: bool | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Writes the factors' gradients for those in the outputs; returns those in x and in what dropout left of it.
+        """Writes the factors' gradients, given those of the outputs; returns the gradients of x and of `seen`.
 
         Args:
-            gradients: of each output, or None where nothing depends on it.
+            gradients: gradient of each output, or None if nothing depends on it.
             seen: as for `multiply`.
             h: from `multiply`.
             numbers: as for `multiply`.
-            into: where the factors' gradients of each run go.
-            wants_x: whether the gradient in x is wanted.
-            wants_seen: whether that in `seen` is wanted; None: `seen` is x.
+            into: where to write the gradients of each run's factors.
+            wants_x: whether the gradient of x is needed.
+            wants_seen: whether the gradient of `seen` is needed; None: `seen` is x.
         """
         given = [gradient for gradient in gradients if gradient is not None]
         if self._kernels is not None and len(given) == len(numbers):
@@ -353,7 +353,7 @@ class GroupProducts:
         return of_x, of_dropped
 
     def _operands_of(self, numbers: tuple[int, ...], into: Sequence[FactorBuffers]) -> GroupOperands:
-        """Returns what some of the linears multiply with, for the kernels, and where gradients go."""
+        """Returns the kernels' operands for some of the layers, including where gradients are written."""
         usual = all(to is run.gradients for to, run in zip(into, self.runs, strict=True))
         operands = self._operands.get(numbers) if usual else None
         if operands is None:
@@ -369,14 +369,14 @@ class GroupProducts:
         return operands
 
     def _split(self, of_all: Tensor | None) -> Sequence[Any]:
-        """Returns the rows of each run, of a tensor or of None."""
+        """Splits a tensor, or None, into the rows of each run."""
         if of_all is None or self._rows is None:
             return [of_all] * len(self.runs)
         return cast(Sequence[Tensor], of_all.split(list(self._rows)))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Returns the rows of all runs below one another, filled up to the widest."""
+    """Concatenates the rows of all runs, padded to the widest."""
     if len(parts) == 1:
         return parts[0]
     widest = max(part.shape[1] for part in parts)
@@ -384,7 +384,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class _GroupProduct(torch.autograd.Function):
-    """Outputs (T, out_i) of some of a group's layers for x (..., in); low-rank paths see `dropped`, if it is there."""
+    """Outputs (T, out_i) of some of a group's layers for x (..., in); low-rank paths read `dropped` if it is given."""
 
     @staticmethod
     def forward(
@@ -417,7 +417,7 @@ class _GroupProduct(torch.autograd.Function):
 
 
 def is_frozen(layer: LoRALinear) -> bool:
-    """Whether the base weight and its bias are not trained, and the kernels can read the bias."""
+    """Whether neither base weight nor bias is trained, and the kernels can read the bias."""
     weight, bias = layer.base_weight, _bias(layer)
     if weight.requires_grad:
         return False
@@ -428,7 +428,7 @@ def _bias(layer: LoRALinear) -> Tensor | None:
     return cast("Tensor | None", layer.bias)
 
 
-# The same in PyTorch's operators: without kernels, and for an output that nothing depends on.
+# The same with PyTorch's operators: used without kernels, and if nothing depends on some output.
 
 
 def _low_rank_outputs(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
@@ -440,7 +440,7 @@ def _low_rank_outputs(x: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]
 def _low_rank_gradients(
     gradients: Sequence[Tensor | None], x: Tensor, h: Tensor, factors: Factors, into: Factors, *, wants_x: bool
 ) -> Tensor | None:
-    """Writes the factors' gradients, and returns that in x; a gradient that is None is 0."""
+    """Writes the factors' gradients, and returns the gradient of x; a gradient of None counts as 0."""
     ranks = [len(b) for b in factors.B]
     h = h[:, : sum(ranks)]
     of_h = torch.zeros_like(h)

@@ -1,16 +1,16 @@
-"""Attention in which a layout says which token sees which, for training and generation alike.
+"""Attention in which a layout says which tokens see which, for both training and generation.
 
-transformers' models look their attention function up in an interface, by a name in their config.  `interface_name`
-registers `attention` there; a `Hold` (placement.py) makes one model's modules ask for it.  A pass through the model
-hands a layout over as the argument `layout`:
+transformers' models look up their attention function in a registry, by a name in their config.  `interface_name`
+registers `attention` there, and a `Hold` (placement.py) makes one model's modules use it.  A pass through the model
+receives a layout as the argument `layout`:
 
-- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once; its
-  counterpart for GPUs is `FlexLayout` (flex.py);
-- `TreeLayout`: a step of generation, the new tokens of many sequences and their branches, over a cache of keys.
+- `PackedLayout`: a training batch as one row of consecutive examples, in which shared prompts appear once; the
+  equivalent for GPUs is `FlexLayout` (flex.py);
+- `TreeLayout`: one step of generation, with the new tokens of many sequences and their branches, over a KV cache.
 
-Both answer the same question in two forms: `blocks` for the compiled kernel, and dense masks or tiles for PyTorch's
-operators.
-Shapes: T tokens of the row; H heads of queries of width D, of which G share each of the H / G heads of keys.
+Each offers the visibility of keys in two forms: `blocks` for the compiled kernel, and dense masks or tiles for
+PyTorch's operators.
+Shapes: T tokens in the row; H query heads of width D, where G query heads share each of the H / G key heads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
     "with_layout",
 ]
 
-# What models pass to an attention function without it changing the result.
+# Arguments that models pass to an attention function but that do not change the result.
 _HARMLESS: Final = frozenset(
     {
         "cache_position",
@@ -59,12 +59,12 @@ _HARMLESS: Final = frozenset(
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """How one layer turns queries and keys into attention scores.
+    """How one layer computes attention scores from queries and keys.
 
     Attributes:
         scaling: factor of q k^T.
-        softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2); None: they stay.
-        window: a query sees only keys less than this many positions before it; None: all before it.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2); None: no soft-capping.
+        window: a query only sees keys less than this many positions before it; None: all before it.
         dropout: probability of dropping an attention weight.
     """
 
@@ -75,37 +75,37 @@ class AttentionSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether the compiled kernel computes them."""
+        """Whether the compiled kernel supports these settings."""
         return self.softcap is None and not self.dropout
 
 
 class Layout(Protocol):
-    """Which token of a row sees which."""
+    """Which tokens of a row see which."""
 
     tokens: int  # T, the length of the row
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        """Returns the attention of q (T, H, D) over the keys that it sees, given k and v (T, H / G, D) of the row."""
+        """Returns the attention of q (T, H, D) over the keys it sees, given k and v (T, H / G, D) of the row."""
 
 
-# The door: transformers' attention interface.
+# Registration in transformers' attention interface.
 
-_NAMES: Final[dict[str, str]] = {}  # ours -> the implementation that it stands for
+_NAMES: Final[dict[str, str]] = {}  # our name -> the implementation it replaces
 _THREAD: Final = threading.local()
 
 
 def interface_name(implementation: str | None) -> str | None:
-    """Returns what a held model's config answers when it is asked for its attention implementation.
+    """Returns the attention implementation that a held model's config reports.
 
-    Inside a pass that has a layout, it is a name under which `attention` stands for the original, such as "sdpa";
-    models make no mask for a name that they do not know.  Everywhere else it is the original.  A layer that runs again
-    in the backward pass, for gradient checkpointing, may do so in a thread of autograd's own.
+    In a pass with a layout, this is a name under which `attention` replaces the original, such as "sdpa"; models build
+    no mask for names they do not know.  Outside such a pass it is the original name.  With gradient checkpointing, a
+    layer may be recomputed during the backward pass in one of autograd's own threads.
     """
     if not getattr(_THREAD, "has_layout", False):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return implementation
     original = implementation or "eager"
-    name = f"loralib.{original.replace('flash', 'fa')}"  # transformers looks for "flash" in names
+    name = f"loralib.{original.replace('flash', 'fa')}"  # transformers searches names for "flash"
     if name not in _NAMES:
         from transformers import AttentionInterface
 
@@ -116,7 +116,7 @@ def interface_name(implementation: str | None) -> str | None:
 
 @contextmanager
 def with_layout() -> Iterator[None]:
-    """Makes held models call `attention` in this thread, for a pass that is given a layout."""
+    """Makes held models call `attention` in this thread, for a pass with a layout."""
     before, _THREAD.has_layout = getattr(_THREAD, "has_layout", False), True
     try:
         yield
@@ -137,44 +137,44 @@ def attention(
     layout: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes one layer's attention (the signature is that of transformers' attention interface).
+    """Computes one layer's attention, with the signature of transformers' attention interface.
 
     Args:
         module: the attention module.
-        query: (1, H, T, D), rotated already.
+        query: (1, H, T, D), with rotary positions applied.
         key: (1, H / G, T, D).
         value: (1, H / G, T, D).
-        attention_mask: must be None: the layout says who sees whom.
-        scaling: factor of the scores; None: 1 / sqrt(D).
+        attention_mask: must be None, because the layout defines visibility.
+        scaling: factor applied to the scores; None: 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
         softcap: see `AttentionSettings`.
         sliding_window: see `AttentionSettings`.
-        layout: which token sees which; None: the call is not ours, and the model's own attention computes it.
-        **others: what else models pass; refused if it could change the result.
+        layout: which tokens see which; None: the call does not come from us, and the original attention is used.
+        **others: other arguments passed by models; rejected if they could change the result.
 
     Returns:
-        (1, T, H, D), and None in the place of attention weights.
+        (1, T, H, D), and None in place of the attention weights.
 
     Raises:
-        UnsupportedModelError: the layer needs something that is not computed here.
+        UnsupportedModelError: the layer needs something that is not supported here.
     """
     if layout is None:
         names = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
         given = {name: value for name, value in names.items() if value is not None}
         return _original(module)(module, query, key, value, attention_mask, **given, **others)
     compiling = torch.compiler.is_compiling()
-    if not compiling:  # the same layer was asked before, in the trial at the start
+    if not compiling:  # checked when the same layer ran in the initial trial
         _refuse_unknown(module, query, attention_mask, sliding_window, layout, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = AttentionSettings(scaling, softcap, sliding_window, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    # A number that differs between layers would have each of them compiled anew.
+    # A layer index that differs between layers would force a separate compilation for each.
     layer = 0 if compiling else cast(int, module.layer_idx)
     return layout.attend(layer, q, k, v, settings).unsqueeze(0), None
 
 
 def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that a module had before ours was placed."""
+    """Returns the attention function that a module used before ours was installed."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = cast(Any, module.config)._attn_implementation
@@ -217,17 +217,17 @@ def _refuse_unknown(
         raise UnsupportedModelError(f"{name} does not state the size of its sliding window")
 
 
-# A training batch as one row.
+# A training batch in one row.
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Tiles of queries that see about as many keys, for PyTorch's operators.
+    """Tiles of queries with similar numbers of keys, for PyTorch's operators.
 
     Attributes:
-        numbers: (n,) which tiles of the row they are.
-        keys: (n * K,) the keys that each sees, K for each tile.
-        hidden: (n, tile, K) minus infinity where a query does not see the key, else 0.
+        numbers: (n,) indices of the tiles in the row.
+        keys: (n * K,) indices of the keys of each tile, K per tile.
+        hidden: (n, tile, K) minus infinity where a query does not see the key, otherwise 0.
     """
 
     numbers: Tensor
@@ -236,7 +236,7 @@ class _Tiles:
     _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, heads: int, group: int, dtype: torch.dtype) -> Tensor:
-        """Returns `hidden` for all heads: (n * heads, group * tile, K)."""
+        """Returns `hidden` expanded to all heads: (n * heads, group * tile, K)."""
         key = (heads, group, dtype)
         if key not in self._masks:
             count, tile, width = self.hidden.shape
@@ -246,17 +246,17 @@ class _Tiles:
 
 
 class PackedLayout:
-    """One row of consecutive examples; beginnings that they share appear once.
+    """One row of consecutive examples; prefixes that they share appear once.
 
     Args:
         ends: (T,) token k is seen by the tokens k .. ends[k] - 1.
-        positions: (T,) the place of each token in its example.
-        tile: how many queries are computed together without kernels.
+        positions: (T,) the position of each token in its example.
+        tile: number of queries computed together when there are no kernels.
     """
 
-    # The number of keys is rounded up to a multiple of this: what is left over after whole vectors is slow.
+    # The number of keys is rounded up to a multiple of this, because the remainder after whole vectors is slow.
     _KEYS = 32
-    # Tiles with at most this many keys are computed together, however few some of them see: fewer operators gain more.
+    # Tiles with at most this many keys are computed together even if few are visible: fewer operators save more time.
     _FEW_KEYS = 256
 
     def __init__(self, ends: Tensor, positions: Tensor, tile: int = 48) -> None:
@@ -274,7 +274,7 @@ class PackedLayout:
         return self._attend_in_tiles(q, k, v, settings)
 
     def blocks(self, window: int | None) -> Blocks:
-        """Returns who sees whom, for the compiled kernel.
+        """Returns which queries see which keys, for the compiled kernel.
 
         Args:
             window: see `AttentionSettings`.
@@ -284,13 +284,13 @@ class PackedLayout:
             self._blocks[window] = Blocks.of_tiles([self._tile(start, LANES, window) for start in starts])
         return self._blocks[window]
 
-    # Without kernels: tiles of queries, each against only the keys that one of its queries sees.  For 456 tokens that
-    # takes a third of the time of scaled_dot_product_attention with a dense mask, for 1,824 a tenth.
+    # Without kernels: tiles of queries, each against only the keys that at least one of them sees.  For 456 tokens this
+    # takes a third of the time of scaled_dot_product_attention with a dense mask, for 1,824 tokens a tenth.
 
     def _attend_in_tiles(self, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         (total, heads, width), kv_heads, tile = q.shape, k.shape[1], self._tile_size
         count, group = -(-total // tile), heads // kv_heads
-        # (T, H, D) -> (n, H / G, G * tile, D): the query heads that share a key head are stacked.
+        # (T, H, D) -> (n, H / G, G * tile, D): query heads that share a key head are stacked.
         q = F.pad(q, (0, 0, 0, 0, 0, count * tile - total)).view(count, tile, kv_heads, group, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * tile, width)
         k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(settings.window)
@@ -298,7 +298,7 @@ class PackedLayout:
         for part in parts:
             queries = (q if len(parts) == 1 else q[part.numbers]).flatten(0, 1)
             mask = part.mask(kv_heads, group, q.dtype)
-            # Weights are kept for the backward pass while they are small, and made again where they are not.
+            # Small weights are kept for the backward pass; large ones are recomputed.
             large = torch.is_grad_enabled() and mask.numel() > 4 * queries.numel()
             arguments = (queries, k, v, part.keys, mask, settings)
             result = (
@@ -318,7 +318,7 @@ class PackedLayout:
         return self._tiles[window]
 
     def _tile(self, start: int, size: int, window: int | None) -> tuple[Tensor, Tensor]:
-        """Returns the keys (K,) that queries from `start` on see, and which query sees which: (size, K) bool."""
+        """Returns the keys (K,) visible to any query from `start` on, and which queries see which: (size, K) bool."""
         queries = torch.arange(start, min(start + size, self.tokens))
         keys = torch.nonzero(self._ends[: int(queries[-1]) + 1] > start).flatten()
         visible = (keys <= queries[:, None]) & (queries[:, None] < self._ends[keys])
@@ -329,7 +329,7 @@ class PackedLayout:
         return keys, visible
 
     def _grouped(self, tiles: list[tuple[Tensor, Tensor]]) -> Iterator[_Tiles]:
-        """Puts tiles with about as many keys together, filled up to the same number of keys."""
+        """Groups tiles with similar numbers of keys, padded to the same number."""
         waiting = sorted(range(len(tiles)), key=lambda number: len(tiles[number][0]))
         while waiting:
             widest = len(tiles[waiting[-1]][0])
@@ -344,13 +344,13 @@ class PackedLayout:
                 keys[row, : len(index)] = index
                 hidden[row, : visible.shape[0], : visible.shape[1]].masked_fill_(visible, 0.0)
                 hidden[row, visible.shape[0] :, 0] = (
-                    0.0  # queries past the row's end see something: no softmax is 0 / 0
+                    0.0  # queries beyond the end of the row see one key, so that no softmax is 0 / 0
                 )
             yield _Tiles(torch.tensor(chosen), keys.flatten(), hidden)
 
 
 class _KernelAttention(torch.autograd.Function):
-    """Attention of q (T, H, D) over k and v (T, H / G, D), by the compiled kernel."""
+    """Attention of q (T, H, D) over k and v (T, H / G, D), using the compiled kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Tensor:
@@ -369,7 +369,7 @@ class _KernelAttention(torch.autograd.Function):
 def _tile_attention(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, hidden: Tensor, settings: AttentionSettings
 ) -> Tensor:
-    """Attention of tiles (n * heads, rows, D) over the keys at `index` (n * K) of k and v (T, heads * D)."""
+    """Returns the attention of tiles (n * heads, rows, D) over keys `index` (n * K) of k and v (T, heads * D)."""
     count = len(index) // hidden.shape[-1]
     heads, width = len(q) // count, q.shape[-1]
 
@@ -384,9 +384,9 @@ def _tile_attention(
 
 
 def masked_weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSettings) -> Tensor:
-    """Attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); softmax computes in fp32, whatever the dtype.
+    """Returns attention weights (N, rows, K) of q (N, rows, D) over k (N, K, D); the softmax is always in fp32.
 
-    AttentionSettings are rounded to the dtype of q, but scaled before that.
+    Without soft-capping, scores are scaled before they are rounded to the dtype of q.
     """
     if settings.softcap is None:
         return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=settings.scaling), -1)
@@ -396,15 +396,15 @@ def masked_weights(q: Tensor, k: Tensor, hidden: Tensor, settings: AttentionSett
     return torch.softmax(capped + hidden, -1).to(q.dtype)
 
 
-# A step of generation.
+# One step of generation.
 
 
 @dataclass
 class KVCache:
-    """Keys and values of all layers: (slots, H / G, D) each, made when a layer first writes.
+    """Keys and values of all layers: (slots, H / G, D) each, allocated when a layer first writes.
 
-    A slot holds a token.  Who owns it, and which sequences see it, is said elsewhere: several may share the slots of
-    what they have in common, and nothing is ever moved.  Slot 0 holds zeros, others anything until they are written.
+    A slot holds one token.  Its owner and the sequences that see it are tracked elsewhere: sequences may share the
+    slots of a common prefix, and nothing is ever moved.  Slot 0 holds zeros; others are uninitialised until written.
     """
 
     slots: int = 0
@@ -412,17 +412,17 @@ class KVCache:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def resize(self, slots: int) -> None:
-        """Makes room for this many tokens, or gives room back; what fits stays."""
+        """Grows or shrinks the cache to this many tokens, keeping what fits."""
         self.slots = slots
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
-                new = tensor.new_empty(slots, *tensor.shape[1:])  # what is not written takes no memory yet
+                new = tensor.new_empty(slots, *tensor.shape[1:])  # pages that were never written take no memory yet
                 common = min(slots, len(tensor))
                 new[:common] = tensor[:common]
                 store[layer] = new
 
     def store(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's keys and values (T, H / G, D) in slots (T,); returns all that the layer has."""
+        """Writes a layer's keys and values (T, H / G, D) to slots (T,); returns all of the layer's keys and values."""
         for store, new in ((self.keys, key), (self.values, value)):
             if layer not in store:
                 store[layer] = new.new_empty(self.slots, *new.shape[1:])
@@ -432,7 +432,7 @@ class KVCache:
 
 
 def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Returns a copy of another size, filled up with zeros.
+    """Returns a copy cropped or zero-padded to another shape.
 
     >>> resized(torch.ones(2, 2, dtype=torch.long), (1, 3)).tolist()
     [[1, 1, 0]]
@@ -445,11 +445,11 @@ def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a prompt that is computed in one pass.
+    """A part of a prompt that is processed in one pass.
 
     Attributes:
-        start: how many tokens of the prompt are computed already.
-        slots: (start + n,) where the prompt's tokens are, up to this part's last.
+        start: number of prompt tokens that have already been processed.
+        slots: (start + n,) slots of the prompt's tokens, up to the last of this part.
     """
 
     start: int
@@ -457,27 +457,27 @@ class Part:
 
     @property
     def count(self) -> int:
-        """n, how many tokens it has."""
+        """n, the number of tokens in this part."""
         return len(self.slots) - self.start
 
 
 @dataclass
 class TreeLayout:
-    """One row of new tokens: first that of each branch, sequence by sequence, then parts of new prompts.
+    """One row of new tokens: first one for each branch, sequence by sequence, then parts of new prompts.
 
-    Columns are the places of a sequence's tokens: each token of the tree once, a column a token, and a bit says whether
-    a branch sees it.  So beams share their prompt and all that they have in common.
+    Each token in a sequence's tree of branches has one column, and a boolean says whether a branch sees it.  So beams
+    share their prompt and everything else that they have in common.
 
     Attributes:
-        cache: where keys and values are.
-        slots: (T,) where those of the new tokens go.
-        sequence: (R,) the sequence of each branch.
-        grid_index: (R,) the branch's place in the padded grid of sequences x branches; None: the grid is full.
-        visible: (S, N, C) the columns that each branch sees, its own included.
-        branch_positions: (S, N) place of each branch's new token in its sequence.
-        positions: (S, C) place in the sequence of the token in each column.
+        cache: holds the keys and values.
+        slots: (T,) where to write those of the new tokens.
+        sequence: (R,) the sequence that each branch belongs to.
+        grid_index: (R,) the branch's index in the padded grid of sequences x branches; None: the grid is full.
+        visible: (S, N, C) which columns each branch sees, including its own.
+        branch_positions: (S, N) position of each branch's new token in its sequence.
+        positions: (S, C) position in the sequence of each column's token.
         table: (S, C) the slot of each column.
-        parts: of new prompts, in the order of their tokens.
+        parts: the parts of new prompts, in the order of their tokens.
     """
 
     cache: KVCache
@@ -496,7 +496,7 @@ class TreeLayout:
         self.tokens = len(self.slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        """Stores k and v (T, H / G, D), and returns the attention of q (T, H, D) over what each token sees."""
+        """Stores k and v (T, H / G, D), and returns the attention of q (T, H, D) over the tokens that each one sees."""
         keys, values = self.cache.store(layer, self.slots, k, v)
         results = []
         start = len(self.sequence)
@@ -505,7 +505,7 @@ class TreeLayout:
         for part in self.parts:
             own = slice(start, start + part.count)
             if part.start:
-                # In the order of the prompt, and together: what is in slots of several prompts may lie anywhere.
+                # Gathered in prompt order, because a prompt's slots may be scattered over the cache.
                 seen = keys.index_select(0, part.slots), values.index_select(0, part.slots)
             else:
                 seen = k[own], v[own]
@@ -514,31 +514,31 @@ class TreeLayout:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def blocks(self, window: int | None, group: int) -> Blocks:
-        """Returns which slots the branches see, for the compiled kernel: `group` heads of a branch share keys."""
+        """Returns which slots the branches see, for the compiled kernel; `group` query heads share keys."""
         key = (window, group)
         if key not in self._blocks:
             visible = self._within(window)
             sequences, branches, columns = visible.shape
             size = LANES // group
             visible = F.pad(visible, (0, 0, 0, -branches % size)).view(-1, size, columns)
-            blocks = len(visible) // sequences  # of each sequence
+            blocks = len(visible) // sequences  # per sequence
             in_sequence = torch.bincount(self.sequence, minlength=sequences)
             counts = (in_sequence[:, None] - size * torch.arange(blocks)).clamp(0, size).flatten()
             used = counts > 0
             owners = torch.arange(sequences).repeat_interleave(blocks)[used]
             of_columns = Blocks.of(visible[used], counts[used], owners, group)
-            # All slots are those of one text: which of them are a sequence's is what the keys say.
+            # The kernel treats all slots as one text; `keys` says which of them belong to each sequence.
             owners = owners.repeat_interleave(of_columns.starts.diff())
             slots = self.table[owners, of_columns.keys].to(torch.int32)
             self._blocks[key] = replace(of_columns, keys=slots, sequences=torch.zeros_like(of_columns.sequences))
         return self._blocks[key]
 
     def _mask(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
-        """Returns (S * kv_heads, N * group, C): 0 where a branch sees a column, a very negative number where not."""
+        """Returns (S * kv_heads, N * group, C): 0 where a branch sees a column, otherwise a very negative number."""
         key = (window, kv_heads, group, dtype)
         if key not in self._masks:
             visible = self._within(window)
-            # Not -inf: the grid's empty places see nothing, and 0 / 0 would be slow to compute with.
+            # Not -inf: empty cells of the grid see nothing, which would give NaN (0 / 0), and NaNs are slow.
             hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             hidden.masked_fill_(~visible, max(-1e30, torch.finfo(dtype).min / 2))
             sequences, branches, columns = visible.shape
@@ -552,7 +552,7 @@ class TreeLayout:
         return self.visible & (self.branch_positions[:, :, None] - self.positions[:, None] < window)
 
     def _attend_branches(self, q: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
-        """Attention of the branches (R, H, D): for each sequence one product of all its branches and all its keys."""
+        """Returns the attention of the branches (R, H, D): one product per sequence, of all its branches and keys."""
         sequences, branches, columns = self.visible.shape
         kv_heads, heads, width = keys.shape[1], *q.shape[1:]
         group = heads // kv_heads
@@ -562,10 +562,10 @@ class TreeLayout:
         grid = q
         if self.grid_index is not None:
             grid = q.new_zeros(sequences * branches, heads, width).index_copy_(0, self.grid_index, q)
-        # Heads that share keys are stacked: (S * H / G, N * G, D).
+        # Query heads that share keys are stacked: (S * H / G, N * G, D).
         grid = grid.view(sequences, branches, kv_heads, group, width).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(sequences * kv_heads, branches * group, width)
-        # Columns that nobody sees may hold anything, as NaN, which a weight of 0 does not silence; slot 0 holds zeros.
+        # Columns that no branch sees may hold NaN, which survives a weight of 0, so they use slot 0, which holds zeros.
         slots = torch.where(self.visible.any(1), self.table, 0)[:, None]
         of_heads = torch.arange(kv_heads, device=q.device)[:, None]
         keys = keys[slots, of_heads].view(sequences * kv_heads, columns, width)
@@ -577,7 +577,7 @@ class TreeLayout:
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-    """Causal attention of a prompt's last tokens, q (T, H, D), over all of them, k and v (P + T, H / G, D)."""
+    """Returns the causal attention of a prompt's last tokens, q (T, H, D), over all its k and v (P + T, H / G, D)."""
     total, group = len(k), q.shape[1] // k.shape[1]
     before = total - len(q)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -1,14 +1,14 @@
-"""Many adapters over one base: each row of a batch chooses its own, or none.
+"""Many adapters over one base model: each row of a batch uses its own adapter, or none.
 
-Adapters stay apart from the base, as values; nothing is injected.  For the rows x (T, in) of a pass, in which N
-adapters take part, with their A_i below one another as A (R, in), their scaled B_i side by side as B (out, R), and
-M (T, R) which holds a row's scale where the column belongs to its adapter and 0 elsewhere,
+Adapters are stored apart from the base; nothing is injected.  For the rows x (T, in) of a pass that uses N adapters,
+let A (R, in) be their A_i stacked vertically, B (out, R) their scaled B_i side by side, and M (T, R) the mask that
+holds a row's scale in the columns of its own adapter and 0 elsewhere.  Then
 
     y = x W^T + ((x A^T) * M) B^T
 
-are two thin products for any number of adapters.  Where many rows in a row have the same adapter, as those of a prompt,
-the products are made of that adapter alone.  With few rows the products are so small that calling PyTorch twice takes
-longer than they do; where there are compiled kernels, one call gathers the factors of each row, as Chen et al. 2023
+takes two thin products for any number of adapters.  Many consecutive rows with the same adapter, such as those of a
+prompt, are multiplied with that adapter's factors only.  With few rows, the overhead of two PyTorch calls exceeds the
+work itself; if compiled kernels are available, one call gathers the factors of each row, as Chen et al. 2023
 (arXiv:2310.18547) and Sheng et al. 2023 (arXiv:2311.03285) do on GPUs.
 """
 
@@ -42,13 +42,13 @@ from .placement import Hold, Override, Overrides, evaluating, overriding, own_fo
 
 __all__ = ["Bank", "Described", "Slot", "bank_and_base"]
 
-_LONG: Final = 16  # rows of one adapter from which on its own products are cheaper than those of all
-_SPARE: Final = 2  # stacked factors are kept while they hold at most this many times the adapters in use
+_LONG: Final = 16  # from this many rows of one adapter on, its own products are cheaper than those of all adapters
+_SPARE: Final = 2  # stacked factors are reused while they hold at most this many times the number of adapters in use
 
-_SCALES: Final = 64  # of one adapter that are remembered
+_SCALES: Final = 64  # the number of scales remembered per adapter
 _MOST_SCALE: Final = 1000.0
 
-FactorPair = tuple[Tensor, Tensor]  # A (r, in) and B^T with the scaling in it (r, out)
+FactorPair = tuple[Tensor, Tensor]  # A (r, in) and B^T including the scaling (r, out)
 
 
 @dataclass(eq=False)
@@ -56,13 +56,13 @@ class Slot:
     """One adapter in a bank.
 
     Attributes:
-        name: what it is called.
-        scale: a factor for its updates; 1: as trained.
+        name: the adapter's name.
+        scale: factor applied to its updates; 1: as trained.
         pinned: whether it always stays in memory.
         nbytes: size of its factors in memory.
-        factors: by module; None while they are on disk.
-        ranks: r of each module that it changes.
-        users: sequences that use it at the moment.
+        factors: factors by module; None while they are on disk.
+        ranks: r of each adapted module.
+        users: number of sequences using it at the moment.
     """
 
     name: str
@@ -73,23 +73,23 @@ class Slot:
     ranks: Mapping[str, int]
     users: int = 0
     file: Path | None = None
-    of: Slot | None = None  # whose factors these are, where only the scale differs
-    scaled: dict[float, Slot] = field(default_factory=dict)  # the same adapter at other scales
+    of: Slot | None = None  # the slot that owns these factors, if only the scale differs
+    scaled: dict[float, Slot] = field(default_factory=dict)  # variants of this adapter at other scales
 
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of an adapter in a bank.
+    """Information about an adapter in a bank.
 
     Attributes:
-        name: what it is called.
-        scale: the factor of its updates.
+        name: the adapter's name.
+        scale: factor applied to its updates.
         pinned: whether it always stays in memory.
         nbytes: size of its factors.
-        in_memory: whether they are there, and not on disk.
-        users: sequences that use it at the moment.
-        ranks: the different r of its modules.
-        target_modules: the last words of their names.
+        in_memory: whether the factors are in memory rather than on disk.
+        users: number of sequences using it at the moment.
+        ranks: the distinct ranks of its modules.
+        target_modules: the last components of their names.
     """
 
     name: str
@@ -109,34 +109,34 @@ class _Run:
     start: int
     stop: int
     slots: tuple[Slot | None, ...]  # of each row
-    scales: tuple[float, ...]  # of each row, as they were when the pass began
+    scales: tuple[float, ...]  # of each row, at the start of the pass
 
 
 @dataclass
 class _Stack:
-    """The factors of several adapters, one below another."""
+    """The stacked factors of several adapters."""
 
     slots: tuple[Slot, ...]
     factors: dict[str, FactorPair] = field(default_factory=dict)
-    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which slot a column belongs to, by module
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)  # index of the slot owning each column
 
 
 class Bank:
-    """Adapters by name over one plain base model.
+    """Named adapters over one plain base model.
 
-    Loading, replacing and unloading take the same time however many adapters there are.  Sequences that are being
-    generated keep the adapter that they began with, even where its name is unloaded or means another one meanwhile.
+    Loading, replacing and unloading take the same time regardless of the number of adapters.  Running sequences keep
+    the adapter they started with, even if its name is unloaded or reassigned in the meantime.
 
     Args:
-        model: a causal language model that holds no adapter.
-        max_bytes: memory for factors; the least recently used adapters wait on disk when more is needed.  None: all
-            stay in memory.
+        model: a causal language model without an adapter.
+        max_bytes: memory limit for factors; beyond it, the least recently used adapters are moved to disk.  None: no
+            limit.
 
     Attributes:
         model: the base model.
 
     Raises:
-        AdapterError: the model holds an adapter.
+        AdapterError: the model has an adapter.
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int | None = None) -> None:
@@ -150,8 +150,8 @@ class Bank:
         self._modules = {name: module for name, module in model.named_modules() if _takes_rows(module)}
         self._head = output_head(model)
         self._slots: dict[str, Slot] = {}
-        self._resident: dict[Slot, None] = {}  # those in memory, the least recently used first
-        self._nbytes = 0  # of these
+        self._resident: dict[Slot, None] = {}  # adapters in memory, least recently used first
+        self._nbytes = 0  # total size of these
         self._stack = _Stack(())
         self._lock = threading.RLock()
         self._directory: Path | None = None
@@ -187,20 +187,20 @@ class Bank:
         replace: bool = False,
         allow_base_mismatch: bool = False,
     ) -> None:
-        """Takes an adapter in.
+        """Adds an adapter to the bank.
 
         Args:
-            name: what to call it.
-            adapter: the adapter, or where it is (see `loralib.load_adapter`).
-            scale: a factor for its updates.
+            name: the adapter's name in the bank.
+            adapter: the adapter, or its location (see `loralib.load_adapter`).
+            scale: factor applied to its updates.
             pin: keep it in memory.
-            replace: whether the name may be taken already.
-            allow_base_mismatch: accept an adapter that was trained on a base with other values.
+            replace: whether to replace an adapter of the same name.
+            allow_base_mismatch: accept an adapter that was trained on a base with different weights.
 
         Raises:
-            AdapterError: the name is taken; or the adapter is damaged, does not fit the base, is more than low-rank
-                updates of linears and embeddings, or changes no logit.
-            BaseMismatchError: it was trained on another base.
+            AdapterError: the name is taken; or the adapter is damaged, does not fit the base, has anything other than
+                low-rank updates of linear layers and embeddings, or changes no logits.
+            BaseMismatchError: the adapter was trained on another base.
         """
         self._check_free(name, replace)
         value = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, model=self.model)
@@ -216,28 +216,28 @@ class Bank:
             self._keep(slot)
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter.
+        """Removes an adapter from the bank.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: there is no adapter of that name.
         """
         self._find(name)
         with self._lock:
             self._forget(name)
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Sets the factor of an adapter's updates, from the next token on.
+        """Sets the factor applied to an adapter's updates, from the next token on.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: there is no adapter of that name.
         """
         self._find(name).scale = scale
 
     def describe(self, name: str) -> Described:
-        """Tells what is known of an adapter, in the same time whether it is in memory or on disk.
+        """Returns information about an adapter, without loading it from disk.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: there is no adapter of that name.
         """
         with self._lock:
             slot = self._find(name)
@@ -247,12 +247,12 @@ class Bank:
             return Described(name, slot.scale, slot.pinned, slot.nbytes, there, slot.users, ranks, tuple(leaves))
 
     def acquire(self, name: str | None) -> Slot | None:
-        """Returns an adapter for a sequence, which gives it back with `release`; None for the base alone.
+        """Returns an adapter for use by a sequence, until `release` is called; None for the base alone.
 
-        ``name@0.5`` is the adapter called ``name`` at a scale of 0.5, for this sequence alone.
+        ``name@0.5`` is the adapter called ``name`` at a scale of 0.5, for this sequence only.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: there is no adapter of that name.
         """
         if name is None:
             return None
@@ -273,7 +273,7 @@ class Bank:
             return slot.scaled[scale]
 
     def release(self, slot: Slot | None) -> None:
-        """Takes back what `acquire` gave."""
+        """Ends a sequence's use of an adapter that `acquire` returned."""
         if slot is not None:
             with self._lock:
                 (slot.of or slot).users -= 1
@@ -282,12 +282,12 @@ class Bank:
     def overrides(
         self, rows: Sequence[tuple[Slot | None, int]], heads: Sequence[tuple[Slot | None, int]], below: Overrides
     ) -> Overrides:
-        """Returns what to call instead of the modules' forwards in one pass.
+        """Returns the functions that replace the modules' forwards in one pass.
 
         Args:
-            rows: who is in the pass, in the order of its rows: an adapter, or None, and how many rows it has.
-            heads: the same for the rows for which logits are computed.
-            below: overrides of the same modules that compute the base's part.
+            rows: the adapters in the pass, or None, in row order, each with its number of rows.
+            heads: the same for the rows whose logits are computed.
+            below: overrides of the same modules that compute the base's output.
         """
         used = {slot for slot, _ in (*rows, *heads) if slot is not None}
         if not used:
@@ -316,10 +316,10 @@ class Bank:
         return {**below, **own}
 
     def check(self, names: Sequence[str | None]) -> None:
-        """Checks that there are adapters of these names; None is the base alone.
+        """Checks that adapters of these names exist; None is the base alone.
 
         Raises:
-            AdapterError: there are not; all of them at once.
+            AdapterError: some do not exist; lists all of them.
         """
         missing = dict.fromkeys(name for name in names if name is not None and self._meant(name)[0] not in self._slots)
         if missing:
@@ -337,11 +337,11 @@ class Bank:
         )
 
     def called(self, name: str) -> str:
-        """Returns what the adapter is called that a name means, with a scale or without (see `acquire`)."""
+        """Returns the adapter's name without the scale that may follow it (see `acquire`)."""
         return self._meant(name)[0]
 
     def _meant(self, name: str) -> tuple[str, float | None]:
-        """Returns which adapter a name means, and at which scale; None: at its own."""
+        """Splits a name into the adapter's name and its scale; None: the adapter's own scale."""
         own, at, word = name.rpartition("@")
         if name in self._slots or not at:
             return name, None
@@ -364,7 +364,7 @@ class Bank:
         self._unstack(slot)
 
     def _unstack(self, slot: Slot | None) -> None:
-        """Lets go of stacked factors that are, at any scale, those of an adapter."""
+        """Discards the stacked factors if they include an adapter, at any scale."""
         if slot is not None and any(slot in (each, each.of) for each in self._stack.slots):
             self._stack = _Stack(())
 
@@ -398,12 +398,12 @@ class Bank:
         return factors
 
     def _check_effect(self, slot: Slot) -> None:
-        """Refuses an adapter that changes nothing, and a base in which rows cannot choose."""
+        """Rejects an adapter without effect, and a base in which rows cannot use different adapters."""
         table: Any = input_table(self.model)
         device = next(self.model.parameters()).device
         ids = torch.arange(8, device=device)[None] % (len(table.weight) if table is not None else 8)
         rows = [(cast("Slot | None", slot), ids.numel())]
-        # A stack of its own: another thread may be generating with the bank's.
+        # A separate stack, because another thread may be generating with the bank's.
         overrides = self._overrides(rows, rows, {}, {slot}, _Stack((slot,)))
         with Hold(self.model, self.modules, "inference"), evaluating(self.model.modules()), torch.no_grad():
             without = plain_logits(self.model, ids)
@@ -416,7 +416,7 @@ class Bank:
             )
 
     def _keep(self, slot: Slot) -> None:
-        """Counts an adapter as in memory and the most recently used."""
+        """Marks an adapter as in memory and most recently used."""
         if slot not in self._resident:
             self._nbytes += slot.nbytes
         self._resident.pop(slot, None)
@@ -431,7 +431,7 @@ class Bank:
     def _evict(self) -> None:
         while self._max_bytes is not None and self._nbytes > self._max_bytes:
             slot = next((each for each in self._resident if not each.users and not each.pinned), None)
-            if slot is None:  # all are needed
+            if slot is None:  # all are in use or pinned
                 return
             self._to_disk(slot)
 
@@ -448,7 +448,7 @@ class Bank:
         self._unstack(slot)
 
     def _stacked(self, used: set[Slot]) -> _Stack:
-        """Returns stacked factors that hold these adapters: the last ones, where they do."""
+        """Returns stacked factors that include these adapters, reusing the last ones if possible."""
         with self._lock:
             stack = self._stack
             if not used.issubset(stack.slots) or len(stack.slots) > max(_SPARE * len(used), 8):
@@ -457,7 +457,7 @@ class Bank:
 
 
 def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
-    """Returns the bank, if it is one, and the base model without what is wrapped around it."""
+    """Returns the bank, if the argument is one, and the base model without wrappers."""
     return (model, model.model) if isinstance(model, Bank) else (None, unwrapped(model))
 
 
@@ -465,10 +465,10 @@ def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
 
 
 def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
-    """Joins rows of one adapter that follow one another, and short ones of several adapters."""
+    """Joins consecutive rows of the same adapter, and short groups of different adapters."""
     runs: list[_Run] = []
     start = 0
-    scales = {slot: 1.0 if slot is None else slot.scale for slot, _ in rows}  # read once: others may set them meanwhile
+    scales = {slot: 1.0 if slot is None else slot.scale for slot, _ in rows}  # read once: other threads may change them
     for slot, group in itertools.groupby(rows, key=lambda row: row[0]):
         count = sum(number for _, number in group)
         last = runs[-1] if runs else None
@@ -483,14 +483,14 @@ def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
 
 @dataclass(frozen=True)
 class _Places:
-    """Which rows of a pass each adapter has, at which scale; `count` rows in all."""
+    """The rows of each adapter in a pass and its scale; `count` is the total number of rows."""
 
     count: int
     of: dict[Slot, tuple[float, list[int]]]
 
     @classmethod
     def of_rows(cls, rows: Sequence[tuple[Slot | None, int]]) -> _Places | None:
-        """Returns them; None where an adapter has so many rows that plain products are faster."""
+        """Returns the places; None if an adapter has so many rows that plain products are faster."""
         of: dict[Slot, tuple[float, list[int]]] = {}
         start = 0
         for slot, count in rows:
@@ -503,7 +503,7 @@ class _Places:
 def _by_kernel(
     name: str, module: nn.Module, base: Override, places: _Places | None, otherwise: Override
 ) -> Override | None:
-    """Returns what computes a linear with each row's adapter in one call; None where there is no kernel for it."""
+    """Returns a function that computes a linear layer with each row's adapter in one call; None without a kernel."""
     kernels = loaded()
     if kernels is None or places is None or isinstance(module, nn.Embedding):
         return None
@@ -538,7 +538,7 @@ def _mixed(
     masks: dict[Any, Tensor],
     x: Tensor,
 ) -> Tensor:
-    """Computes one module with each row's adapter."""
+    """Computes one module, applying each row's adapter."""
     y: Tensor = base(x)
     flat = y.view(-1, y.shape[-1])
     if len(flat) != runs[-1].stop:
@@ -563,13 +563,13 @@ def _mixed(
 
 
 def _thin(x: Tensor, A: Tensor, looks_up: bool) -> Tensor:
-    """A x for rows x (T, in), or of the rows of an embedding with the indices x (T,)."""
+    """Returns ``x A^T`` for rows x (T, in), or the columns of A for embedding indices x (T,)."""
     return F.embedding(x, A.T) if looks_up else F.linear(x, A)
 
 
 def _factors(stack: _Stack, name: str) -> FactorPair:
     if name not in stack.factors:
-        # An adapter that is on disk by now has no rows in this pass.
+        # An adapter moved to disk since has no rows in this pass.
         pairs = [(number, (slot.factors or {}).get(name)) for number, slot in enumerate(stack.slots)]
         there = [(number, pair) for number, pair in pairs if pair is not None]
         stack.columns[name] = tuple(number for number, (A, _) in there for _ in range(len(A)))
@@ -578,7 +578,7 @@ def _factors(stack: _Stack, name: str) -> FactorPair:
 
 
 def _mask(stack: _Stack, name: str, run: _Run, masks: dict[Any, Tensor], like: Tensor) -> Tensor:
-    """M (T, R): the scale of a row's adapter in the columns that belong to it."""
+    """Returns M (T, R): the scale of each row's adapter in the columns that belong to it, 0 elsewhere."""
     columns = stack.columns[name]
     key = (run.start, columns)
     if key not in masks:

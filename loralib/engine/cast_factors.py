@@ -1,9 +1,9 @@
-"""The factors of all adapted linears, cast for a pass at once, with gradients that go back through autograd at once.
+"""Casts the factors of all adapted linear layers at once for a pass, and maps their gradients back through autograd.
 
-A small model has hundreds of factors, and an operator on one of them alone costs more than its work.  `_CastFactors`
-maps them to what groups of layers multiply with (`adapted_linears.py`), A_i and scaling_i B_i^T in the dtype of the
-base, for the whole pass in one node, and its backward hands each parameter its gradient.  So accumulation, hooks and
-anomaly mode work as in any module.
+A small model has hundreds of factors, and calling an operator on a single one costs more than the operation itself.
+A single `_CastFactors` node maps them to the operands of groups of layers (`adapted_linears.py`) for a whole pass, A_i
+and scaling_i B_i^T in the dtype of the base; its backward returns each parameter's gradient.  So gradient
+accumulation, hooks and anomaly mode work as usual.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ __all__ = ["FactorBuffers", "GroupFactors", "cast_factors"]
 
 
 class FactorBuffers:
-    """Tensors in the shapes of a group's cast factors, or of their gradients.
+    """Tensors with the shapes of a group's cast factors, or of their gradients.
 
-    The B of a fused projection is spread out block-diagonally here, as in `delta.block_diagonal_B`.
+    The B of a fused projection is expanded to block-diagonal form here, as in `delta.block_diagonal_B`.
 
     Args:
-        layers: those of the group; None: a linear without LoRA, as one of rank 0.
-        shapes: (out_i, in) of each.
+        layers: the group's layers; None: a linear layer without LoRA, treated as rank 0.
+        shapes: (out_i, in) of each layer.
         kind: dtype and device.
 
     Attributes:
         ranks: r_i of each layer.
         A: (sum of r_i, in).
-        A_of: its rows of each layer, (r_i, in).
-        B: of each layer, transposed: (r_i, out_i).
-        B_blocks: of each layer, the views of that for each block of its lora_B, as (rows of the block, r).
+        A_of: the rows of A that belong to each layer, (r_i, in).
+        B: B_i of each layer, transposed: (r_i, out_i).
+        B_blocks: for each layer, views of its B for each block of lora_B, as (rows of the block, r).
     """
 
     def __init__(
@@ -59,25 +59,25 @@ class FactorBuffers:
             self.B_blocks.append([row[:, at * layer.r : (at + 1) * layer.r] for at, row in enumerate(rows)])
 
     def of(self, numbers: Sequence[int]) -> Factors:
-        """Returns those of all layers of the group, or of one."""
+        """Returns the factors of all layers of the group, or of one."""
         A = self.A if len(numbers) == len(self.ranks) else self.A_of[numbers[0]]
         return Factors(A, [self.B[number] for number in numbers])
 
 
 class GroupFactors:
-    """The factors of layers that read the same input, as they are multiplied with, and the gradients of that.
+    """The cast factors of layers that read the same input, and their gradients.
 
     Args:
         layers: as for `FactorBuffers`.
-        weights: W_i (out_i, in) of each.
+        weights: W_i (out_i, in) of each layer.
 
     Attributes:
-        layers: those of the group.
-        factors: A_i, and scaling_i B_i transposed, in the dtype of the base; each pass fills them.
-        gradients: of those.
-        sources: the factors of each layer in this pass.
-        casts: A_i and B_i of each layer as parts of the pass's graph, where there is one.
-        written: the layers whose gradients of this pass are there.
+        layers: the group's layers.
+        factors: A_i, and scaling_i B_i transposed, in the dtype of the base; refilled in each pass.
+        gradients: the gradients of `factors`.
+        sources: the uncast factors of each layer in this pass.
+        casts: A_i and B_i of each layer as part of the pass's autograd graph, if there is one.
+        written: the layers whose gradients in this pass have been assigned a buffer.
     """
 
     def __init__(self, layers: Sequence[LoRALinear | None], weights: Sequence[Tensor]) -> None:
@@ -91,7 +91,7 @@ class GroupFactors:
         self.written: set[int] = set()
 
     def fit(self) -> bool:
-        """Returns whether the layers' factors and weights still have the shapes and dtype of the buffers."""
+        """Returns whether the layers' factors and weights still match the buffers' shapes and dtype."""
         kind = (self.factors.A.dtype, self.factors.A.device)
         buffers = zip(self.layers, self.factors.ranks, self.factors.A_of, self.factors.B_blocks, strict=True)
         return all(
@@ -111,7 +111,7 @@ class GroupFactors:
         return [1.0 if layer is None else layer.scaling for layer in self.layers]
 
     def begin(self) -> None:
-        """Takes the layers' factors as they are now, and forgets the gradients of the previous pass."""
+        """Reads the layers' current factors, and discards the gradients of the previous pass."""
         self.written.clear()
         self.sources = [
             (torch.empty(A.shape), torch.empty(B.shape[::-1])) if layer is None else _sources(layer)
@@ -119,11 +119,11 @@ class GroupFactors:
         ]
 
     def casts_of(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Returns A_i and B_i of some layers, as parts of the pass's graph."""
+        """Returns A_i and B_i of some layers, as part of the pass's autograd graph."""
         return [factor for each in numbers for factor in self.casts[2 * each : 2 * each + 2]]
 
     def room_for_gradients(self, numbers: Sequence[int]) -> FactorBuffers:
-        """Returns where gradients of some layers go; layers that run more than once get another place each time."""
+        """Returns buffers for the gradients of some layers; a layer that runs again in a pass gets new buffers."""
         again = not self.written.isdisjoint(numbers)
         self.written.update(numbers)
         return self._buffers() if again else self.gradients
@@ -131,7 +131,7 @@ class GroupFactors:
 
 @contextmanager
 def cast_factors(groups: Sequence[GroupFactors]) -> Iterator[None]:
-    """Casts the factors of all groups as they are now, for one pass, forward and backward."""
+    """Casts the current factors of all groups for one pass, forward and backward."""
     for group in groups:
         group.begin()
     try:
@@ -164,7 +164,7 @@ def _cast(groups: Sequence[GroupFactors]) -> None:
 
 
 class _CastFactors(torch.autograd.Function):
-    """All factors, as their groups multiply with them: A_i, and scaling_i B_i^T, in the dtype of the base."""
+    """All factors as used by their groups: A_i, and scaling_i B_i^T, in the dtype of the base."""
 
     @staticmethod
     def forward(ctx: Any, groups: Sequence[GroupFactors], *factors: Tensor) -> tuple[Tensor, ...]:
@@ -179,8 +179,8 @@ class _CastFactors(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         groups: Sequence[GroupFactors] = ctx.groups
         layers = [(group, number, scaling) for group in groups for number, scaling in enumerate(group.scalings)]
-        # One tensor for each group, in the parameters' own dtype, so that nothing is rounded after this.  One for all
-        # would fit into no freed block of memory, of which the system would hand out each page anew.
+        # One tensor per group, in the parameters' own dtype, so that nothing is rounded afterwards.  One tensor for all
+        # would not fit into any freed block of memory, so the system would have to map every page anew.
         sizes = iter([shape.numel() for shape in ctx.shapes])
         of_groups = [list(itertools.islice(sizes, 2 * len(group.layers))) for group in groups]
         parts = [part for of in of_groups for part in torch.empty(sum(of), dtype=ctx.dtype).split(of)]
@@ -191,7 +191,7 @@ class _CastFactors(torch.autograd.Function):
         for at, (group, number, scaling) in enumerate(layers):
             grad_A, grad_B = gradients[2 * at : 2 * at + 2]
             new_A, new_B = cast("list[Tensor]", results[2 * at : 2 * at + 2])
-            if grad_A is None or grad_B is None:  # the layer took no part in what was differentiated
+            if grad_A is None or grad_B is None:  # the layer is not part of the differentiated graph
                 results[2 * at : 2 * at + 2] = [None, None]
                 continue
             kept = group.gradients
@@ -209,7 +209,7 @@ class _CastFactors(torch.autograd.Function):
 
 
 def _copy_scaled(own: list[Tensor], casts: list[Tensor], scalings: list[float], *, back: bool = False) -> None:
-    """Sets casts to factors times scalings, or back, for hundreds of them at once; rounds once."""
+    """Sets casts to factors times scalings, or the reverse with `back`, for hundreds at once; rounds only once."""
     if not own:
         return
     kernels = loaded()
@@ -228,6 +228,6 @@ def _row_blocks(B: Tensor, count: int) -> Sequence[Tensor]:
 
 
 def _sources(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """Returns a layer's factors, with lora_B as it is: blocks are spread out where they are cast."""
+    """Returns a layer's factors; the blocks of lora_B are expanded only when they are cast."""
     plain = type(layer).factors is LoRALinear.factors
     return (layer.lora_A, layer.lora_B) if plain else layer.factors()

@@ -1,7 +1,7 @@
-"""Whether a model is causal: only then is predicting the next token a task, and not reading it off.
+"""Checks whether a model is causal: otherwise it could read off the next token instead of predicting it.
 
-BERT and its kind have a head for language too, and `AutoModelForCausalLM` makes one of any of them.  Trained to predict
-the next token, such a model reads it where it stands, and its loss looks splendid.
+BERT-like models also have a language modelling head, and `AutoModelForCausalLM` accepts any of them.  Trained to
+predict the next token, such a model simply copies it from its input, with a deceptively low loss.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from .placement import Hold, evaluating
 __all__ = ["require_causal"]
 
 _CAUSAL: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
-# Tokens that are tried, of which the second half changes.
+# Number of tokens in the trial, the second half of which is changed.
 _TOKENS: Final = 16
 _OWN_LOOP: Final = (
     "`inject` and `save_adapter` accept it nevertheless: train it in your own loop, or with transformers' Trainer, "
     "with the loss that it is made for"
 )
-# Modules by which a decoder reads an encoder that is not there.
+# Modules through which a decoder attends to an encoder, which is missing here.
 _CROSS_ATTENTION: Final = ("encoder_attn", "crossattention", "EncDecAttention")
 
 
 def require_causal(model: nn.Module) -> None:
-    """Refuses a model that sees later tokens, by trying it: once for each model.
+    """Rejects a model that sees later tokens, as determined by a trial run, once per model.
 
     Args:
-        model: maps ids (B, T) to logits (B, T, V), or to an object that holds these.
+        model: maps ids (B, T) to logits (B, T, V), or to an object that holds them.
 
     Raises:
-        UnsupportedModelError: it is a sequence-to-sequence model, or one that sees later tokens, or cannot be called
-            with token ids alone.
+        UnsupportedModelError: it is a sequence-to-sequence model, sees later tokens, or cannot be called with token ids
+            alone.
         BusyModelError: it is being trained elsewhere.
     """
     if model in _CAUSAL:
@@ -71,11 +71,11 @@ def require_causal(model: nn.Module) -> None:
 
 
 def _sees_later_tokens(model: nn.Module) -> bool:
-    """Compares the logits before a change with those without it; bit for bit, and where that differs, by gradients.
+    """Whether changing later tokens changes earlier logits, bit for bit; if it does, decides by gradients.
 
-    Products of other shapes round in other ways, for example where experts get other numbers of tokens.  No gradient
-    flows back from a token to a later one all the same, in any dtype; while what a small random encoder sees of later
-    tokens may be no more than rounding in bf16.
+    Products of different shapes round differently, for example when experts receive different numbers of tokens.  But
+    in a causal model no gradient flows from a token's logits to a later token, in any dtype.  Conversely, the effect of
+    later tokens in a small random encoder may be no larger than bf16 rounding errors.
     """
     length = max(2, min(_TOKENS, last_position(model) or _TOKENS))
     half = length // 2
@@ -96,7 +96,7 @@ def _sees_later_tokens(model: nn.Module) -> bool:
 
 
 def _gradient(model: nn.Module, ids: list[int], half: int) -> Tensor | None:
-    """Returns the gradient (T, D) of the first half's logits in the embedded tokens, or None where it cannot be had."""
+    """Returns the gradient (T, D) of the first half's logits in the embedded tokens; None if it is unavailable."""
     table = input_table(model)
     if table is None:
         return None
@@ -110,10 +110,10 @@ def _gradient(model: nn.Module, ids: list[int], half: int) -> Tensor | None:
     try:
         with torch.enable_grad():
             logits = _logits(model, ids)[:half].float()
-            # Not their sum, which norms and softmaxes may keep constant.
+            # Not their plain sum, which norms and softmaxes may keep constant.
             total = (logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)).sum()
             [gradient] = torch.autograd.grad(total, embedded)
-    except Exception:  # no way back: kernels without a backward pass, tables that are used in other ways
+    except Exception:  # not differentiable: kernels without a backward pass, or embeddings used in unusual ways
         return None
     finally:
         hook.remove()
@@ -123,7 +123,7 @@ def _gradient(model: nn.Module, ids: list[int], half: int) -> Tensor | None:
 
 
 def _logits(model: nn.Module, ids: list[int]) -> Tensor:
-    """Returns the logits (T, V) of one row."""
+    """Returns the logits (T, V) of one sequence."""
     try:
         return plain_logits(model, torch.tensor([ids], device=device_of(model)))[0]
     except (LoraError, torch.OutOfMemoryError):

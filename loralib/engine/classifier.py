@@ -1,8 +1,8 @@
-"""The forward pass of one classifier of texts: the engine's linears under it, and packed rows where it is a decoder.
+"""The forward pass of a text classifier: the engine's linear layers and, for decoders, packed rows.
 
-A decoder's logits for a text are those of its last token, which sees all others: so texts lie in one packed row as in
-language modelling, and the head runs on their last states alone.  An encoder's tokens see one another in both
-directions, and its head may pool them in any way: texts are padded, and the model's own forward is what runs.
+A decoder classifies a text by the logits of its last token, which sees all others.  So texts are packed into one row as
+in language modelling, and the head runs only on their last states.  An encoder's tokens see each other in both
+directions, and its head may pool them in any way, so texts are padded and the model's own forward runs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = ["ClassifierForward"]
 
 
 class ClassifierForward(Forward):
-    """One classifier's forward pass.
+    """One text classifier's forward pass.
 
     Attributes:
-        pad: the token that stands where a text has ended; None: the model names none.
-        splits: whether the head on a text's last hidden state gives the model's own logits, and no token sees later
-            ones: then texts can be packed.
+        pad: the padding token; None: the model does not define one.
+        splits: whether the head applied to a text's last hidden state gives the model's own logits, and no token sees
+            later ones; texts can then be packed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         config = text_config(model)
         rows, self.pad = table_rows(model) or 8, getattr(config, "pad_token_id", None)
-        self._ids = [number for number in range(rows) if number != self.pad][1:6]  # which are no padding
+        self._ids = [number for number in range(rows) if number != self.pad][1:6]  # not padding
         self._takes = frozenset(inspect.signature(type(model).forward).parameters)
         super().__init__(model, compiles=False)
 
@@ -42,11 +42,11 @@ class ClassifierForward(Forward):
 
         Args:
             ids: (B, T) token ids.
-            mask: (B, T) 1 where a token is, 0 where padding is.
-            kinds: (B, T) which of two texts a token belongs to.
+            mask: (B, T) 1 for tokens, 0 for padding.
+            kinds: (B, T) token types: which of two texts each token belongs to.
 
         Raises:
-            UnsupportedModelError: the model returns something else.
+            UnsupportedModelError: the model returns no logits (B, C).
         """
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if kinds is not None and "token_type_ids" in self._takes:
@@ -56,7 +56,7 @@ class ClassifierForward(Forward):
         return self._checked(self.model(**inputs))
 
     def head(self, states: Tensor) -> Tensor:
-        """Returns the logits (R, C) that the model makes of the last hidden states (R, D) of texts."""
+        """Returns the model's logits (R, C) for the last hidden states (R, D) of texts."""
         self._states = states[:, None]
         try:
             ids = torch.full((len(states), 1), self._ids[0], device=self.device)
@@ -74,7 +74,7 @@ class ClassifierForward(Forward):
         return logits
 
     def _probe(self) -> bool:
-        """Tries whether texts can be packed; meanwhile, linears that go together are found."""
+        """Tests whether texts can be packed, and finds the groups of linear layers along the way."""
         ids = torch.tensor([self._ids], device=self.device)
         with self._linears.finding_groups() as recorders, overriding(recorders):
             whole = self.classes(ids)
@@ -86,7 +86,7 @@ class ClassifierForward(Forward):
                 hidden = self.hidden(ids)
                 fewer = self.hidden(ids[:, :-1])
                 apart = self.head(hidden[:, -1])
-            except Exception:  # its forward reaches into the body, or takes other inputs
+            except Exception:  # its forward accesses parts of the body, or takes other inputs
                 return False
         scale = float(hidden.float().std())
         is_causal = torch.allclose(hidden[:, :-1].float(), fewer.float(), rtol=1e-2, atol=1e-2 * scale)

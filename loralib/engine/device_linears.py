@@ -1,6 +1,6 @@
-"""LoRA's linears in a training step off the CPU: those that read the same input are one node of the graph.
+"""Linear layers with LoRA in a training step on GPUs: layers that share an input are one autograd node.
 
-For the input x (T, in) of q, k and v (or of a gate and its up projection), with A their A_i stacked, B_i scaled:
+For the input x (T, in) of q, k and v (or of a gate and its up projection), with the A_i stacked to A and scaled B_i:
 
     h = x A^T,    y_i = x W_i^T + bias_i + h_i B_i^T
 
@@ -8,9 +8,9 @@ and, given the gradients g_i of the outputs,
 
     u_i = g_i B_i,    dA = u^T x,    dB_i = g_i^T h_i,    dx = sum_i g_i W_i + u A
 
-x is kept once for the group and read once each way for all its A_i.  These are plain products on any device.  Casts and
-scalings of the factors stay ordinary operators, whose gradients are autograd's.  In compiled blocks none of this is
-used: there, torch.compile has the layers' own formulas.
+x is stored once per group, and read once for all A_i in each direction.  These are plain products on any device.  Casts
+and scalings of the factors remain ordinary operators, differentiated by autograd.  None of this is used in compiled
+blocks, where torch.compile works on the layers' own formulas.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["DeviceLinears"]
 
 
 class DeviceLinears:
-    """The adapted linears of one model; the counterpart of `TrainingLinears`, which is for CPUs.
+    """The adapted linear layers of one model; the counterpart of `TrainingLinears`, which is for CPUs.
 
     Args:
-        body: the modules whose adapted linears are put into groups.
+        body: the modules whose adapted linear layers are grouped by input.
 
     Attributes:
-        modules: those that may be overridden.
-        prepacked_bytes: 0: there are no copies.
+        modules: the modules that may be overridden.
+        prepacked_bytes: 0: weights are not copied.
     """
 
     prepacked_bytes = 0
@@ -51,14 +51,14 @@ class DeviceLinears:
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
-        """Yields overrides that note which layers read the same tensor; run a pass through the model inside."""
+        """Yields overrides that record which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
         yield {layer: functools.partial(record_call, calls, cast(LoRALinear, layer)) for layer in self.modules}
         self._groups = [_DeviceGroup(layers) for layers in groups_of(calls)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
-        """Yields the overrides of one pass, forward and backward."""
+        """Yields the overrides for one pass, forward and backward."""
         groups = [group for group in self._groups if group.is_usable()]
         try:
             yield {
@@ -75,7 +75,7 @@ class _DeviceGroup(LayerGroup):
     """Layers that read the same input."""
 
     def is_usable(self) -> bool:
-        """Returns whether all layers are what they were and compute as usual: active, with a frozen weight and bias."""
+        """Returns whether all layers are unchanged and compute as usual: active, with a frozen weight and bias."""
         return all(has_factors(layer) and layer._active and is_frozen(layer) for layer in self.layers)
 
     def _is_ready(self) -> bool:

@@ -1,13 +1,13 @@
-"""Attention over packed rows on GPUs: flex_attention with block masks, and a dense mask where that cannot be had.
+"""Attention over packed rows on GPUs: flex_attention with block masks, or a dense mask where it is unavailable.
 
-A packed row's tree (`data/packing.py`) is one number per token, the end of its subtree: query q sees key k exactly if
-``k <= q < ends[k]``, and in a sliding layer if q lies less than `window` positions after k.  `mask_mod` is that
-formula.  flex_attention compiles it into its kernel and skips the blocks of 128 queries and 128 keys in which no pair
-is seen; which these are follows from the least and greatest numbers of each block, on the CPU, without asking the
-device and without a T x T mask.  The dense mask is the same function, evaluated at all pairs.
+The tree of a packed row (`data/packing.py`) is one number per token, the end of its subtree: query q sees key k if and
+only if ``k <= q < ends[k]`` and, in a sliding-window layer, q is less than `window` positions after k.  `mask_mod` is
+that formula.  flex_attention compiles it into its kernel, and skips the blocks of 128 queries and 128 keys in which no
+pair is visible.  These follow from the minimum and maximum values of each block, which are computed on the CPU, without
+synchronising with the device or building a T x T mask.  The dense mask evaluates the same function for all pairs.
 
-Compiled kernels are made for shapes, so a row is padded to one of few lengths (`bucket`).  A padding token is seen by
-itself alone, and predicts nothing.
+Kernels are compiled for specific shapes, so a row is padded to one of few lengths (`bucket`).  A padding token is
+visible only to itself, and predicts nothing.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .transfer import to_device
 __all__ = ["BLOCK", "FlexLayout", "bucket", "has_compiler", "has_flex", "mask_mod"]
 
 BLOCK: Final = 128  # flex_attention's own block size
-_NARROWEST: Final = 16  # width of a head that its kernels take at least
+_NARROWEST: Final = 16  # minimum head width that its kernels support
 
 MaskMod = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 
 def bucket(tokens: int) -> int:
-    """Returns the length that a row of so many tokens is padded to: fewer than 128 more, or up to an eighth more.
+    """Returns the length that a row of this many tokens is padded to: fewer than 128 more, or up to an eighth more.
 
-    These are multiples of 128 of which, from 2,048 on, eight lie between a power of two and the next.  Not 128 itself:
-    compilers treat a row of one block as a case of its own.
+    The lengths are multiples of 128; from 2,048 on, there are eight between consecutive powers of two.  128 itself is
+    excluded, because compilers treat a row of a single block as a special case.
 
     >>> [bucket(tokens) for tokens in (1, 256, 257, 1024, 1025, 4097)]
     [256, 256, 384, 1024, 1152, 4608]
@@ -50,25 +50,25 @@ def bucket(tokens: int) -> int:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Returns whether torch.compile can make kernels for a GPU: it needs triton, which PyTorch brings on Linux."""
+    """Returns whether torch.compile can build GPU kernels: it needs triton, which PyTorch installs on Linux."""
     return importlib.util.find_spec("triton") is not None
 
 
 def has_flex(device: torch.device) -> bool:
-    """Returns whether flex_attention can be used in training: on CPUs it has no backward pass."""
+    """Returns whether flex_attention can be used in training: it has no backward pass on CPUs."""
     return device.type == "cuda" and has_compiler()
 
 
 class FlexLayout:
-    """One padded row of consecutive examples; beginnings that they share appear once.
+    """One padded row of consecutive examples; prefixes that they share appear once.
 
     Args:
-        ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, as the positions; T as of `bucket`.
-        positions: (T,) the place of each token in its example.
-        device: of the model.
-        flex: whether flex_attention may be used; else masks are dense.
-        windows: of the layers (see `AttentionSettings`), as far as known: their masks are made now.  A compiled block
-            can make none.
+        ends: (T,) token k is seen by the tokens k .. ends[k] - 1; on the CPU, like the positions; T is a `bucket`.
+        positions: (T,) the position of each token in its example.
+        device: the model's device.
+        flex: whether flex_attention may be used; otherwise masks are dense.
+        windows: window sizes of the layers (see `AttentionSettings`), if known: their masks are built now, because a
+            compiled block cannot build any.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class FlexLayout:
 
     @property
     def windows(self) -> frozenset[int | None]:
-        """The windows that layers have asked for."""
+        """The window sizes requested by layers so far."""
         return frozenset(self._block_masks) | frozenset(self._dense_masks)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Returns who sees whom in layers with this window, for flex_attention."""
+        """Returns which tokens see which in layers with this window, for flex_attention."""
         if window in self._block_masks:
             return self._block_masks[window]
         mask = _block_mask(self._ends, self._positions, window, self._rule(window), self._ends_there.device)
@@ -102,12 +102,12 @@ class FlexLayout:
         return mask
 
     def dense_mask(self, window: int | None) -> Tensor:
-        """Returns who sees whom in layers with this window: (T, T) bool."""
+        """Returns which tokens see which in layers with this window: (T, T) bool."""
         if window in self._dense_masks:
             return self._dense_masks[window]
         places = torch.arange(self.tokens, device=self._ends_there.device)
         mask = self._rule(window)(0, 0, places[:, None], places[None])
-        if not torch.compiler.is_compiling():  # there, it is a part of the code
+        if not torch.compiler.is_compiling():  # when compiling, the mask is part of the compiled code
             self._dense_masks[window] = mask
         return mask
 
@@ -125,10 +125,10 @@ class FlexLayout:
 
 
 def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
-    """Returns the function that says whether the query at index q sees the key at index k.
+    """Returns a function that says whether the query at index q sees the key at index k.
 
     Args:
-        ends: see `FlexLayout`; on the device, as the positions.
+        ends: see `FlexLayout`; on the device, like the positions.
         positions: see `FlexLayout`.
         window: see `AttentionSettings`.
     """
@@ -148,18 +148,18 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
 def _block_mask(
     ends: Tensor, positions: Tensor, window: int | None, rule: MaskMod, device: torch.device | str
 ) -> BlockMask:
-    """Returns which blocks of keys each block of queries sees: not at all, by the rule, or all of it.
+    """Returns the blocks of keys visible to each block of queries: partially, as given by the rule, or fully.
 
-    For the queries from s to s + 127 and a block of keys before them, some pair is seen exactly if the greatest end in
-    the block lies beyond s, and all are if the least is at least s + 128.  A window only takes pairs away: blocks are
-    left out, or seen whole, as far as the least and greatest positions show it.
+    For the queries s .. s + 127 and an earlier block of keys, some pair is visible if and only if the maximum end in
+    the block is greater than s, and all pairs are if the minimum end is at least s + 128.  A window only removes pairs:
+    blocks are skipped, or count as fully visible, only if their minimum and maximum positions prove it.
 
     Args:
-        ends: (T,) see `FlexLayout`; on the CPU, as the positions.
+        ends: (T,) see `FlexLayout`; on the CPU, like the positions.
         positions: (T,) see `FlexLayout`.
         window: see `AttentionSettings`.
-        rule: what says so of each pair, on the device.
-        device: where the mask is used.
+        rule: decides whether a pair is visible, on the device.
+        device: the device on which the mask is used.
     """
     count = len(ends) // BLOCK
     starts = torch.arange(count)[:, None] * BLOCK
@@ -180,13 +180,13 @@ def _block_mask(
 
 
 def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how many blocks of keys each block of queries sees (1, 1, n), and which, first (1, 1, n, n)."""
+    """Returns how many blocks of keys each block of queries sees (1, 1, n), and their indices first (1, 1, n, n)."""
     order = torch.argsort(seen.to(torch.int32), dim=-1, descending=True, stable=True)
     return seen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, settings: AttentionSettings) -> Tensor:
-    # Inside a compiled block it is compiled with that; in eager mode it is for tests on CPUs.
+    # Inside a compiled block, it is compiled along with the block; eager mode is for tests on CPUs.
     alone = q.is_cuda and not torch.compiler.is_compiling()
     attend = _compiled_flex(settings.softcap, torch.is_grad_enabled()) if alone else _attend
     return attend(q, k, v, mask, settings.scaling, settings.softcap)
@@ -200,7 +200,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float, so
 
 @functools.cache
 def _compiled_flex(softcap: float | None, with_gradients: bool) -> Callable[..., Tensor]:
-    """The same, compiled; PyTorch compiles a function a few times only, so each kind of layer has one of its own."""
+    """Returns `_attend` compiled; PyTorch limits recompilations per function, so each kind of layer gets a copy."""
     return cast("Callable[..., Tensor]", torch.compile(copied(_attend)))
 
 
@@ -213,7 +213,7 @@ def _softcap(cap: float) -> Callable[..., Tensor]:
 
 
 def _with_dense_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
-    """The same by PyTorch's other operators: for dropout, narrow heads, and where nothing can be compiled."""
+    """Computes the same with PyTorch's other operators: for dropout, narrow heads, and if nothing can be compiled."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -1,8 +1,8 @@
-"""The forward pass of one causal language model, for losses and gradients: what it computes faster, and body and head.
+"""The forward pass of a causal language model, for losses and gradients: its faster parts, and body and head apart.
 
-Most of transformers' causal language models are a head on a body.  The body then runs once, and the head on chunks of
-only those hidden states that predict something, as the model's own forward does after its body: soft-capping, scaling
-and an adapted head stay the model's own, whatever they are.
+Most causal language models in transformers consist of a body and a head.  The body then runs once, and the head runs in
+chunks over only those hidden states that predict something, exactly as the model's own forward does after its body:
+soft-capping, scaling and an adapted head remain the model's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["Forward", "Path", "device_of", "logits_of", "path_of", "plain_logits
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of a model's first parameter, where its inputs go."""
+    """Returns the device of a model's first parameter, where inputs must be placed."""
     return next(model.parameters()).device
 
 
@@ -44,9 +44,9 @@ _PATHS: Final[dict[str, Path]] = {"cpu": "cpu", "cuda": "gpu", "mps": "gpu", "xp
 
 
 def path_of(model: nn.Module) -> Path:
-    """Returns how a model is computed: in what was made for CPUs, or for GPUs, or as transformers wrote it.
+    """Returns how a model is computed: with the CPU engine, with the GPU engine, or plainly as in transformers.
 
-    The last is for all other devices, and for LORALIB_ENGINE "off".
+    The last applies to all other devices, and if LORALIB_ENGINE is "off".
     """
     if engine_mode() == "off":
         return "plain"
@@ -54,7 +54,7 @@ def path_of(model: nn.Module) -> Path:
 
 
 def runs_here(model: nn.Module) -> bool:
-    """Returns whether a model is computed in what was made for CPUs."""
+    """Returns whether a model is computed with the CPU engine."""
     return path_of(model) == "cpu"
 
 
@@ -64,7 +64,7 @@ def may_compile(device: torch.device) -> bool:
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Returns why blocks cannot be compiled for a device, or ""."""
+    """Returns why blocks cannot be compiled for a device, or "" if they can."""
     if may_compile(device):
         return ""
     if device.type != "cuda":
@@ -73,25 +73,25 @@ def why_not_compiled(device: torch.device) -> str:
 
 
 def liger_for(model: nn.Module, hidden: Tensor, logits: Tensor) -> LigerLoss | None:
-    """Returns Liger's loss for a model, if it is there and the model's head is a plain product.
+    """Returns Liger's loss for a model, if it is installed and the model's head is a plain product; else None.
 
     Args:
         model: a causal language model.
         hidden: (T, D) some hidden states.
-        logits: (T, V) what the model makes of them.
+        logits: (T, V) the model's logits for them.
     """
     head: Any = output_head(model)
     if hidden.device.type != "cuda" or engine_mode() != "full" or not has_liger() or not LigerLoss.accepts(head):
         return None
-    plain = F.linear(hidden, head.weight, head.bias)  # no soft-capping or scaling after it
+    plain = F.linear(hidden, head.weight, head.bias)  # without soft-capping or scaling
     return LigerLoss(head) if torch.allclose(plain, logits, rtol=1e-3, atol=1e-3 * float(logits.std())) else None
 
 
 def logits_of(output: Any) -> Tensor:
-    """Returns the logits (B, T, V) in what a causal language model has returned.
+    """Returns the logits (B, T, V) from the output of a causal language model.
 
     Raises:
-        UnsupportedModelError: there are none.
+        UnsupportedModelError: the output has none.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -103,10 +103,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Returns the logits (B, T, V) of ids (B, T), from a model that may be anything, which keeps no cache of them.
+    """Returns the logits (B, T, V) of ids (B, T), for any kind of model, without a KV cache.
 
     Raises:
-        UnsupportedModelError: it returns none.
+        UnsupportedModelError: the model returns no logits.
     """
     takes = inspect.signature(model.forward).parameters
     return logits_of(model(ids, use_cache=False) if "use_cache" in takes else model(ids))
@@ -117,25 +117,25 @@ class Forward:
 
     Args:
         model: a causal language model, adapted or not.
-        compiles: whether its blocks are compiled, on a GPU.
-        twins: adapted models that share its weights, where rows of a pass choose among them (`engine/row_linears.py`).
+        compiles: whether its blocks may be compiled, on a GPU.
+        twins: adapted models that share its weights; each takes some rows of a pass (`engine/row_linears.py`).
 
     Attributes:
         model: the model.
         path: see `path_of`.
-        device: where its inputs go.
+        device: where inputs must be placed.
         compiles: whether decoder blocks are compiled.
-        splits: whether it is a head on a body; else only `logits` can be computed.
-        has_layouts: whether passes may have a layout; else attention is left alone.
-        liger: computes head and loss together, where that is possible on a GPU; else None.
-        lock: for one pass at a time.
+        splits: whether the model consists of a body and a head; otherwise only `logits` can be computed.
+        has_layouts: whether passes may have a layout; otherwise attention is unchanged.
+        liger: computes head and loss together, if possible on a GPU; else None.
+        lock: allows only one pass at a time.
     """
 
     def __init__(self, model: nn.Module, *, compiles: bool = True, twins: Sequence[nn.Module] = ()) -> None:
         self.model, self.device, self.path = model, device_of(model), path_of(model)
         self._is_spread = is_spread(model)
         self._body = self._find_body() if self.path != "plain" else None
-        # Blocks that are gathered as they are called are left to PyTorch.
+        # Sharded blocks, which are gathered when they are called, are not compiled.
         compiles = compiles and self._body is not None and not self._is_spread
         self.compiles = compiles and self.path == "gpu" and may_compile(self.device)
         self._blocks = CompiledBlocks(cast(nn.Module, self._body)) if self.compiles else None
@@ -146,9 +146,9 @@ class Forward:
         )
         if self._blocks is not None:
             self._overrides = self._blocks.overrides
-        self._windows: frozenset[int | None] = frozenset()  # of the layers, as far as seen
+        self._windows: frozenset[int | None] = frozenset()  # window sizes of the layers seen so far
         self.liger: LigerLoss | None = None
-        self._states: Tensor | None = None  # what the body returns while the head runs
+        self._states: Tensor | None = None  # returned by the body while the head runs
         self._is_held = False
         self.has_layouts = self._body is not None
         self.lock = threading.RLock()
@@ -159,7 +159,7 @@ class Forward:
     def _find_linears(self, twins: Sequence[nn.Module]) -> TrainingLinears | DeviceLinears | RowLinears:
         if twins:
             return RowLinears(self.model, twins, fast=self.path == "cpu")
-        # Layers outside the body are no part of a group: the head runs several times a pass, on chunks.
+        # Layers outside the body are not grouped: the head runs several times per pass, on chunks.
         in_body = list(self._body.modules()) if self._body is not None else []
         if self.path == "cpu":
             return TrainingLinears(in_body, list(self.model.modules()))
@@ -167,7 +167,7 @@ class Forward:
 
     @contextmanager
     def dealt(self, rows: Sequence[int]) -> Iterator[None]:
-        """Gives each of the twins its number of rows, in their order, of the passes inside."""
+        """Assigns each twin, in order, its number of rows of the passes inside."""
         assert isinstance(self._linears, RowLinears)
         self._linears.rows = rows
         try:
@@ -177,15 +177,15 @@ class Forward:
 
     @property
     def prepacked_bytes(self) -> int:
-        """What prepacked copies of frozen weights will take."""
+        """Size of the prepacked copies of frozen weights."""
         return self._linears.prepacked_bytes
 
     @contextmanager
     def held(self, use: Use) -> Iterator[None]:
-        """Places what the pass needs on the model, and takes it back; inside another `held`, nothing.
+        """Installs what the pass needs on the model, and removes it afterwards; does nothing inside another `held`.
 
         Raises:
-            BusyModelError: the model is in use in a way that rules this use out.
+            BusyModelError: the model is in a conflicting use.
         """
         if self._is_held:
             yield
@@ -203,13 +203,13 @@ class Forward:
 
     @contextmanager
     def computing(self, use: Use, *, gradient: bool) -> Iterator[None]:
-        """Computes one pass, or what belongs together, with all that it needs in the model's place."""
+        """Context for one pass, or several related ones, with everything that they need installed on the model."""
         with self.lock, torch.set_grad_enabled(gradient), self.held(use), self.overriding():
             yield
 
     @contextmanager
     def overriding(self) -> Iterator[None]:
-        """Overrides modules in this thread; wrap the backward pass too, in which checkpointed layers run again."""
+        """Overrides modules in this thread; include the backward pass, which may recompute checkpointed layers."""
         body: Overrides = {} if self._body is None else {self._body: self._body_or_states}
         in_backward = self.path == "gpu" and torch.is_grad_enabled()
         with (
@@ -221,10 +221,10 @@ class Forward:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Keeps whole, for one pass both ways, what lies outside the blocks of a model that is spread over processes.
+        """Keeps the weights outside the blocks of a sharded model gathered during one pass, forward and backward.
 
-        FSDP2 gathers a module's weights when it is called.  Blocks are called as always; but embedding, last norm and
-        head belong to the model itself, which no pass calls that runs body and head apart.
+        FSDP2 gathers a module's weights when the module is called.  Blocks are called as usual; embedding, last norm
+        and head belong to the model itself, which is not called when body and head run separately.
         """
         model: Any = self.model
         if not (self._is_spread and self.splits and hasattr(model, "unshard")):
@@ -241,30 +241,30 @@ class Forward:
 
         Args:
             ids: (B, T) token ids.
-            mask: (B, T) 1 where a token is, 0 where padding is.
+            mask: (B, T) 1 for tokens, 0 for padding.
         """
         output = self._run_body(input_ids=ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
 
     def compile_blocks(self) -> None:
-        """Has blocks compiled from now on, where they can be: after a trial on short rows."""
+        """Enables compiled blocks, if supported; called after a trial on short rows."""
         if self._blocks is not None:
             self._blocks.enabled = True
 
     def row_length(self, tokens: int) -> int:
-        """Returns how long a packed row of so many tokens has to be: on a GPU, one of few lengths."""
+        """Returns the required length of a packed row with this many tokens: on a GPU, one of few lengths."""
         return bucket(tokens) if self.path == "gpu" else tokens
 
     def packed_hidden(self, ids: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
         """Returns the last hidden states (1, T, D) of a packed row.
 
         Args:
-            ids: (1, T) token ids; on the CPU, as all of these; T is a `row_length`.
-            positions: (1, T) place of each token in its example.
+            ids: (1, T) token ids; on the CPU, like the other arguments; T is a `row_length`.
+            positions: (1, T) position of each token in its example.
             ends: (T,) see `loralib.data.packing.Pack`.
 
         Raises:
-            UnsupportedModelError: the model's attention needs something that is not computed here.
+            UnsupportedModelError: the model's attention needs something that is not supported here.
         """
         layout: Layout = PackedLayout(ends, positions[0])
         if self.path == "gpu":
@@ -277,17 +277,17 @@ class Forward:
         return cast(Tensor, output.last_hidden_state)
 
     def head(self, states: Tensor) -> Tensor:
-        """Returns the logits (R, V) that the model makes of hidden states (R, D)."""
+        """Returns the model's logits (R, V) for hidden states (R, D)."""
         self._states = states[None]
         try:
-            # FSDP2's own hooks would take the end of each chunk's gradients for that of the backward pass.
+            # FSDP2's own hooks would mistake the end of a chunk's gradients for the end of the backward pass.
             output = own_forward(self.model, use_cache=False) if self._is_spread else self.model(use_cache=False)
             return logits_of(output).flatten(0, 1)
         finally:
             self._states = None
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Returns the logits (B, T, V) of a model that may be anything."""
+        """Returns the logits (B, T, V), for any kind of model."""
         return plain_logits(self.model, ids)
 
     def _run_body(self, **inputs: Any) -> Any:
@@ -304,7 +304,7 @@ class Forward:
         return body if isinstance(body, nn.Module) and hasattr(self.model, "config") else None
 
     def _probe(self) -> bool:
-        """Tries whether head and body give the model's own logits; meanwhile, linears that go together are found."""
+        """Tests whether body and head reproduce the model's own logits; also finds the groups of linear layers."""
         if self._body is None:
             return False
         ids = torch.arange(4, device=self.device)[None]
@@ -314,7 +314,7 @@ class Forward:
             try:
                 hidden = self.hidden(ids)[0]
                 apart = self.head(hidden)
-            except Exception:  # its forward reaches into the body, or takes other inputs
+            except Exception:  # its forward accesses parts of the body, or takes other inputs
                 return False
         spread = float(whole.float().std())
         self.liger = liger_for(self.model, hidden, apart)
@@ -322,7 +322,7 @@ class Forward:
 
 
 class _BodyOutput:
-    """What a body returns: the last hidden states, and None for all else that it may be asked for."""
+    """The output of a body: the last hidden states, and None for any other attribute."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states

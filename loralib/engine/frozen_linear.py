@@ -1,8 +1,8 @@
-"""Linears whose weights are frozen, with weights prepacked where that pays: the same ones for training and generation.
+"""Linear layers with frozen weights, prepacked where that pays off; shared by training and generation.
 
-oneDNN brings a bf16 weight into the processor's order at every product.  It can keep a copy in that order; the products
-are the same.  A copy pays where a frozen weight is used again and again, and where memory has room for it.  For the
-many rows of a training step, our kernels need no copy, where they can be compiled.
+oneDNN reorders a bf16 weight into the processor's layout at every product.  It can keep a copy in that layout, which
+gives the same products.  A copy pays off if a frozen weight is used repeatedly, and memory has room for it.  For the
+many rows of a training step, our kernels need no copy, if they can be compiled.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "prepacked_overrides",
 ]
 
-# Copies of larger models could fill the memory; and the larger the products, the less there is to gain.
+# Copies for larger models could fill the memory; and the larger the products, the smaller the gain.
 MAX_PREPACKED_BYTES: Final = 2**30
 
 
 def can_prepack(weight: Tensor | None) -> bool:
-    """Returns whether prepacking a weight (out, in) pays: a plain bf16 tensor, and an x86 processor with bf16 units.
+    """Returns whether prepacking a weight (out, in) pays off: plain bf16, on an x86 processor with bf16 units.
 
     Args:
-        weight: the weight of a linear, if it has one.
+        weight: the weight of a linear layer, if it has one.
     """
     return (
         weight is not None
@@ -60,13 +60,13 @@ def _has_bf16_units() -> bool:
 
 
 def kernels_for(weight: Tensor | None) -> Kernels | None:
-    """Returns the compiled kernels, if they multiply with this weight (out, in) without a copy of it."""
+    """Returns the compiled kernels, if they can multiply with this weight (out, in) without copying it."""
     kernels = loaded()
     return kernels if kernels is not None and kernels.accept_weight(weight) else None
 
 
 class PrepackedWeight:
-    """A prepacked copy of a weight W (out, in), and products with it.
+    """A prepacked copy of a weight W (out, in), with its product.
 
     Args:
         weight: W, for which `can_prepack` is true; or a transposed view of such a weight.
@@ -93,11 +93,11 @@ class FrozenWeight:
 
     Args:
         weight: W.
-        prepack: whether to keep prepacked copies, made when they are first needed.
+        prepack: whether to use prepacked copies, created when first needed.
 
     Attributes:
-        weight: W, without a gradient.
-        kernels: ours, if they multiply with it without a copy.
+        weight: W, detached from autograd.
+        kernels: our kernels, if they can multiply with it without a copy.
     """
 
     def __init__(self, weight: Tensor, prepack: bool) -> None:
@@ -107,7 +107,7 @@ class FrozenWeight:
         self._copies: dict[str, PrepackedWeight] = {}
 
     def refreshed(self, weight: Tensor) -> FrozenWeight:
-        """Returns this object if the weight is still what it was; a new one if something was merged or loaded since."""
+        """Returns this object if the weight is unchanged; a new one if something was merged or loaded since."""
         return self if state_of(weight) == self._seen else FrozenWeight(weight, self._prepack)
 
     def times(self, x: Tensor, *, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
@@ -116,7 +116,7 @@ class FrozenWeight:
         Args:
             x: (..., in); (T, in) with `added`.
             bias: (out,).
-            added: (T, out); the result may take its place.
+            added: (T, out); may be overwritten by the result.
         """
         if self._prepack:
             return self._copy("forward", self.weight).times(x, bias=bias, added=added)
@@ -125,7 +125,7 @@ class FrozenWeight:
         few = x.numel() <= FEW_ROWS * x.shape[-1] and not isinstance(self.weight, QuantizedWeight)
         if self.kernels is not None and not few:
             y = self.kernels.product(x.reshape(-1, x.shape[-1]), self.weight, bias if added is None else added)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)  # as a view it could not be changed in place
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)  # a view could not be modified in place
         return F.linear(x, self.weight, bias) if added is None else added.addmm_(x, self.weight.T)
 
     def times_transposed(self, gradient: Tensor, *, added: Tensor | None = None) -> Tensor:
@@ -133,7 +133,7 @@ class FrozenWeight:
 
         Args:
             gradient: (T, out).
-            added: (T, in); the result may take its place.
+            added: (T, in); may be overwritten by the result.
         """
         if self._prepack:
             return self._copy("backward", self._transposed).times(gradient, added=added)
@@ -148,10 +148,10 @@ class FrozenWeight:
 
 
 class FrozenLinear:
-    """Overrides a linear whose weight is frozen; a layer with LoRA adds its update to the product.
+    """Overrides a linear layer with a frozen weight; a layer with LoRA adds its update to the product.
 
     Args:
-        module: a linear for which `accepts` is true.
+        module: a linear layer for which `accepts` is true.
         prepack: see `FrozenWeight`.
     """
 
@@ -159,12 +159,12 @@ class FrozenLinear:
         self._module: Any = module
         self._kind = type(module)
         self._frozen = FrozenWeight(weight_of(module), prepack)
-        self._version, self._address = -1, 0  # of the weight when it was last looked at
+        self._version, self._address = -1, 0  # of the weight when last checked
         self._update: _Update | None = None
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Returns whether a module is a plain linear, with LoRA's update or without, that holds its weight itself."""
+        """Returns whether a module is a plain linear layer, with or without LoRA, that stores its own weight."""
         kind: Any = type(module)
         if isinstance(module, LoRALinear):
             if kind.forward is not LoRALinear.forward or kind._base_forward is not LoRALinear._base_forward:
@@ -193,13 +193,13 @@ class FrozenLinear:
         return y
 
     def forget_update(self) -> None:
-        """Has what a layer with LoRA adds read anew from it."""
+        """Makes the next call read a LoRA layer's update again."""
         self._update = None
 
     def _add_to_few_rows(self, layer: LoRALinear, x: Tensor, y: Tensor) -> bool:
-        """Adds a layer's low-rank update to y in one call of our kernel; returns False where that cannot be done.
+        """Adds a layer's low-rank update to y in one kernel call; returns False if this is not possible.
 
-        PyTorch takes seven operators for it, which at a row or two take longer than the products.
+        PyTorch needs seven operators for it, whose overhead exceeds the time of the products for a row or two.
         """
         rows = x.numel() // x.shape[-1]
         plain = x.is_contiguous() and y.is_contiguous() and not (layer.lora_dropout and layer.training)
@@ -214,7 +214,7 @@ class FrozenLinear:
 
 
 class _Update:
-    """The low-rank update of a layer as it is now, with factors cast to the dtype of its inputs."""
+    """A snapshot of a layer's low-rank update, with factors cast to the dtype of its inputs."""
 
     def __init__(self, layer: LoRALinear, dtype: torch.dtype) -> None:
         self._seen, self._kernels = _tensors_of(layer), loaded()
@@ -223,11 +223,11 @@ class _Update:
         self._calls: dict[int, RowUpdates] = {}
 
     def is_outdated(self, layer: LoRALinear) -> bool:
-        """Whether the layer's update is another one by now."""
+        """Whether the layer's update has changed since."""
         return self._seen != _tensors_of(layer) or self._whole.scale != layer.scaling
 
     def of_rows(self, count: int) -> RowUpdates | None:
-        """Returns what adds it to so many rows; None where the kernel does not take it."""
+        """Returns a function that adds the update to this many rows; None if the kernel does not support it."""
         if count not in self._calls:
             update = self._whole._replace(rows=range(count))
             if self._kernels is None or not self._kernels.accept_row_updates([update]):
@@ -237,7 +237,7 @@ class _Update:
 
 
 def _tensors_of(layer: LoRALinear) -> list[tuple[int, int | None]]:
-    """Returns what differs once an update's tensors hold other values."""
+    """Returns values that change whenever the tensors of an update change."""
     held = [t for name, t in (*layer._parameters.items(), *layer._buffers.items()) if name not in ("weight", "bias")]
     return [(t.data_ptr(), None if t.is_inference() else t._version) for t in held if t is not None]
 
@@ -247,14 +247,14 @@ def _address(tensor: Tensor) -> int:
 
 
 def frozen_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
-    """Returns ``x W^T + bias`` for x (..., in), with a gradient in x alone."""
+    """Returns ``x W^T + bias`` for x (..., in), differentiable with respect to x only."""
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _FrozenProduct.apply(x, weight, bias))  # type: ignore[no-untyped-call]
     return weight.times(x, bias=bias)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x W^T + bias`` for x (..., in), where nothing but x has a gradient."""
+    """``x W^T + bias`` for x (..., in), differentiable with respect to x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
@@ -268,16 +268,16 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def weight_of(module: Any) -> Tensor:
-    """Returns the weight that a linear computes with, merged or not, as (out, in)."""
+    """Returns the weight that a linear layer computes with, merged or not, as (out, in)."""
     weight: Tensor = module.weight
     stored_transposed = module.fan_in_fan_out if isinstance(module, LoRALinear) else is_conv1d(type(module))
     return weight.T if stored_transposed else weight
 
 
 def kernel_overrides(modules: Iterable[nn.Module]) -> Overrides:
-    """Returns overrides of the linears for which our kernels do more than PyTorch's operators in generation.
+    """Returns overrides for the linear layers that our kernels compute faster than PyTorch in generation.
 
-    These have weights that are multiplied in few bits as they are, or LoRA, whose update of few rows is one call.
+    These have quantised weights, which are multiplied directly, or LoRA, whose update of few rows is one call.
     """
 
     def gains(module: nn.Module) -> bool:
@@ -289,7 +289,7 @@ def kernel_overrides(modules: Iterable[nn.Module]) -> Overrides:
 
 
 def prepacked_overrides(modules: Iterable[nn.Module]) -> Overrides:
-    """Returns overrides with prepacked weights where that pays; none where the copies would be too large."""
+    """Returns overrides with prepacked weights where they pay off; none if the copies would be too large."""
     linears = [m for m in modules if FrozenLinear.accepts(m) and can_prepack(weight_of(m))]
     if sum(weight_of(module).nbytes for module in linears) > MAX_PREPACKED_BYTES:
         return {}

@@ -1,10 +1,10 @@
-"""Gradients of models in fp16, whose numbers end at 6e-8: scaled on their way back, and the scale taken out again.
+"""Gradients of fp16 models, which underflow below 6e-8: scaled in the backward pass, and unscaled afterwards.
 
-The gradient of one token's loss, divided by the tokens of an update, is a number that fp16 has few digits of, or none.
-So the pass back starts from a gradient that is some power of two larger, which changes no digit.  The trained factors
-are fp32, and there the power is divided out again (Micikevicius et al. 2018, section 3.2).  A gradient that overflows
-on its way is computed again from a smaller start.  The start does not depend on earlier steps, so that a run which is
-interrupted and resumed computes the same numbers.
+The gradient of one token's loss, divided by the number of tokens in an update, has few significant digits in fp16, or
+none.  So the backward pass starts from a gradient scaled by a power of two, which changes no digit.  The trained
+factors are fp32, where the scale is divided out again (Micikevicius et al. 2018, section 3.2).  A gradient that
+overflows is recomputed with a smaller scale.  The initial scale does not depend on earlier steps, so that a run which
+is interrupted and resumed computes the same numbers.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 
 __all__ = ["computes_in_half", "scaled_backward"]
 
-# The weight of one token's loss where the pass back starts, and what it falls by where that overflows.
+# Weight of one token's loss at the start of the backward pass, and the factor by which it shrinks after an overflow.
 _START: Final = 2.0**4
 _STEP: Final = 2.0**4
 _SMALLEST: Final = 2.0**-24
 
 
 def computes_in_half(model: nn.Module) -> bool:
-    """Returns whether a model, or a part of it, is in fp16."""
+    """Returns whether any part of a model is in fp16."""
     return any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
 
 def scaled_backward(compute: Callable[[float], Tensor], parameters: Sequence[nn.Parameter], scale: float) -> Tensor:
-    """Adds gradients to parameters, as `compute` alone does, but without what fp16 rounds away.
+    """Adds gradients to parameters as `compute` would on its own, but without fp16 underflow.
 
     Args:
         compute: adds the gradient of a given factor times the loss, and returns the loss ().
-        parameters: those whose gradients it adds to.
-        scale: the factor that is asked for.
+        parameters: the parameters whose gradients it adds to.
+        scale: the requested factor.
 
     Returns:
         The loss ().
@@ -62,5 +62,5 @@ def scaled_backward(compute: Callable[[float], Tensor], parameters: Sequence[nn.
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Returns whether no number of any tensor is infinite or NaN."""
+    """Returns whether all tensors are free of infinities and NaN."""
     return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

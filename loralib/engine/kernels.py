@@ -1,12 +1,12 @@
-"""Small operators in one pass over memory each, and linears with LoRA, compiled when they are first needed.
+"""Small operators that each make one pass over memory, and linear layers with LoRA, compiled on first use.
 
-Between the products of a small model, PyTorch runs thousands of operators on tensors that fit into a processor's
-cache; to call them costs about as much as their work.  `kernels.c` has the few that matter, and, for processors that
-multiply pairs of bf16, a linear whose low-rank update is part of the same sums.  It is compiled where gcc
-is found, in a second, and kept in the cache directory; where that does not work, or LORALIB_ENGINE says so, `loaded`
-returns None and PyTorch's operators do the same work.
+Between the matrix products of a small model, PyTorch runs thousands of operators on tensors that fit into the cache, so
+the call overhead is about as large as the work itself.  `kernels.c` contains the few that matter and, for processors
+with dot products of bf16 pairs, a linear layer that computes its low-rank update within the same sums.  It is compiled
+in about a second if gcc is found, and kept in the cache directory; if that fails, or LORALIB_ENGINE forbids it,
+`loaded` returns None, and PyTorch's operators are used instead.
 
-Tensors are fp32 or bf16; what is computed is rounded once, where it is stored.
+Tensors are fp32 or bf16; results are rounded once, when they are stored.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ from .placement import engine_mode
 __all__ = ["FEW_ROWS", "LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "RowUpdates", "loaded"]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
-# No -ffast-math: NaN and infinity have to come out as such, or a run that explodes would go on.
+# No -ffast-math: NaN and infinity must be preserved, or a diverging run would go unnoticed.
 _FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
-# As in kernels.c: numbers that are computed at once (in attention: queries, or heads of them), and keys.
+# As in kernels.c: numbers computed at once (in attention: queries, or heads of queries), and keys.
 LANES: Final = 16
 _KEYS: Final = 8
-# Of products: rows, columns, numbers that are summed up, and parts of a sum that are computed at once.
+# For products: rows, columns, the length of sums, and the number of parts of a sum computed at once.
 _TILE, _PANEL, _DEPTH, _PIECES = 6, 64, 4096, 64
-_READ_ON: Final = 16  # numbers that are read behind the last pairs
-# Few rows: up to here our kernel of low-rank updates is faster than PyTorch, and that of whole products is not.
+_READ_ON: Final = 16  # numbers read beyond the last pairs
+# Up to this many rows, our kernel for low-rank updates is faster than PyTorch, but our kernel for products is not.
 FEW_ROWS: Final = 64
-_BLOCK: Final = 4  # rows with the same low-rank update that are computed at once
-_AT_ONCE: Final = 64  # multiplications of bf16 pairs that take about as long as any other operator on one number
-# The size from which on a second thread gains more than it costs.
+_BLOCK: Final = 4  # rows with the same low-rank update, computed at once
+_AT_ONCE: Final = 64  # number of bf16 pair multiplications that take about as long as any other operator on one number
+# Size from which a second thread gains more than it costs.
 _GRAIN: Final = 16384
-# Threads add up gradients separately, in at most this many numbers.
+# Threads sum gradients separately, in at most this many numbers in total.
 _MAX_SUMS: Final = 2**26
 _PLAIN: Final = (
     Tensor,
     nn.Parameter,
-)  # other classes, such as quantised tensors, store numbers otherwise
+)  # other classes, such as quantised tensors, have different storage
 _KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-# The arguments of each function: p for a pointer, n for a size, f for a number, i for a flag or the count of threads.
+# Argument types of each function: p for a pointer, n for a size, f for a float, i for a flag or a number of threads.
 _ARGUMENTS: Final = {
     "rms_norm": "ppppnnfi",
     "rms_norm_back": "pppppnni",
@@ -88,7 +88,7 @@ _ARGUMENTS: Final = {
     "attention": "ppppppppppppnnnnnnnnnfi",
     "attention_back": "ppppppppppppppppnnnnnnnfi",
 }
-# Those that need a processor which multiplies pairs of bf16.
+# Functions that need a processor with dot products of bf16 pairs.
 _OF_PAIRS: Final = {
     "product": "pppppnnnnnnpni",
     "lora": "ppppppppppppppnnnnnpni",
@@ -99,16 +99,16 @@ _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i":
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which queries see which keys, for `Kernels.attention`: blocks of at most 16 lanes, a query and a head each.
+    """Which queries see which keys, for `Kernels.attention`: blocks of at most 16 lanes, one per query and head.
 
     Attributes:
-        rows: (n + 1,) block b is the queries rows[b] .. rows[b + 1] - 1.
-        sequences: (n,) the sequence whose keys it sees.
-        starts: (n + 1,) it sees keys[starts[b]], .., keys[starts[b + 1] - 1].
-        keys: places of keys in their sequence.
-        seen: which lanes see each of these keys, one bit per lane.
-        heads: how many heads of a query, all with the same keys, are consecutive lanes of one block.
-        widest: the most keys that a block sees.
+        rows: (n + 1,) block b contains the queries rows[b] .. rows[b + 1] - 1.
+        sequences: (n,) the sequence whose keys each block sees.
+        starts: (n + 1,) block b sees keys[starts[b]], .., keys[starts[b + 1] - 1].
+        keys: indices of keys in their sequence.
+        seen: which lanes see each of these keys, as one bit per lane.
+        heads: number of a query's heads that share keys and occupy consecutive lanes of one block.
+        widest: the maximum number of keys of any block.
     """
 
     rows: Tensor
@@ -126,12 +126,12 @@ class Blocks:
 
     @classmethod
     def of(cls, sees: Tensor, counts: Tensor, sequences: Tensor, heads: int = 1) -> Blocks:
-        """Returns the blocks of queries in groups.
+        """Returns the blocks for queries in groups.
 
         Args:
-            sees: (n, 16 // heads, C) bool: the keys that each query of a block sees; False for missing queries.
-            counts: (n,) how many queries each block has.
-            sequences: (n,) the sequence of each.
+            sees: (n, 16 // heads, C) bool: which keys each query of a block sees; False for missing queries.
+            counts: (n,) the number of queries of each block.
+            sequences: (n,) the sequence of each block.
             heads: see the attributes.
 
         >>> sees = torch.tensor([[[True, False, True]] + [[False] * 3] * 15])
@@ -146,7 +146,7 @@ class Blocks:
 
     @classmethod
     def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> Blocks:
-        """Returns the blocks of one text, head by head, without a mask of all its queries and keys.
+        """Returns the blocks of a single text, for heads computed one by one, without a mask of all queries and keys.
 
         Args:
             tiles: for each block, the keys (K,) that its queries see, and which query sees which of them: (L, K) bool.
@@ -169,7 +169,7 @@ class Blocks:
 
 
 def _bits(sees: Tensor, heads: int) -> Tensor:
-    """Turns which query sees each key (..., L, K) into one bit per lane (..., K)."""
+    """Converts which query sees each key (..., L, K) into one bit per lane (..., K)."""
     lanes = (((1 << heads) - 1) << (heads * torch.arange(sees.shape[-2]))).to(torch.int16)
     return (sees * lanes[:, None]).sum(-2, dtype=torch.int16)
 
@@ -179,11 +179,11 @@ def _sums(counts: Tensor) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """What layers that read the same input multiply with beside their weights, or the gradients of that.
+    """The LoRA factors of layers that read the same input, or their gradients.
 
     Attributes:
-        A: (R, in), the A_i (r_i, in) of all of them, stacked.
-        B: of each layer, B_i transposed: (r_i, out_i).
+        A: (R, in), all A_i (r_i, in) stacked.
+        B: B_i of each layer, transposed: (r_i, out_i).
     """
 
     A: Tensor
@@ -194,10 +194,10 @@ class RowUpdate(NamedTuple):
     """A low-rank update of some rows.
 
     Attributes:
-        rows: their numbers.
+        rows: the row indices.
         A: (r, in).
         B: (r, out).
-        scale: a factor.
+        scale: factor applied to the update.
     """
 
     rows: Sequence[int]
@@ -207,7 +207,7 @@ class RowUpdate(NamedTuple):
 
 
 class RowUpdates:
-    """A call of the kernel for given rows; it holds the factors whose addresses are among the arguments."""
+    """A prepared kernel call for given rows; it keeps the factors alive whose addresses are among its arguments."""
 
     def __init__(self, function: Any, updates: Sequence[RowUpdate], arguments: tuple[Any, ...]) -> None:
         self._function, self._updates, self._arguments = function, tuple(updates), arguments
@@ -217,7 +217,7 @@ class RowUpdates:
 
 
 class _Packed(ctypes.Structure):
-    """`struct packed` of kernels.c: where a quantised weight lies."""
+    """`struct packed` of kernels.c: the memory layout of a quantised weight."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("codes", "absmax", "scales", "map", "levels")),
@@ -230,7 +230,7 @@ class _Packed(ctypes.Structure):
 
 
 def _packed(weight: Tensor) -> _Packed | None:
-    """Returns where a quantised weight lies, which is found once; None for another one."""
+    """Returns the layout of a quantised weight, determined once; None for other weights."""
     if not isinstance(weight, QuantizedWeight):
         return None
     known: _Packed | None = weight.__dict__.get("_packed")
@@ -269,16 +269,16 @@ def _has_known_codes(weight: QuantizedWeight) -> bool:
 
 
 class GroupOperands:
-    """What layers that read the same input multiply with, and where the gradients of their factors go.
+    """The operands of layers that read the same input, and where the gradients of their factors are written.
 
-    Places in memory are looked up here, once: a step calls `Kernels.lora` hundreds of times.
+    Memory addresses are looked up once, here: a step calls `Kernels.lora` hundreds of times.
 
     Args:
         weights: W_i (out_i, in).
         biases: (out_i,), or None.
-        factors: A and B_i, of one adapter or of several runs, each of which has rows of its own.
-        gradients: like the factors.
-        rows: how many rows each run has; None: there is one adapter, for all rows.
+        factors: A and B_i, of a single adapter or of several runs that each have their own rows.
+        gradients: where to write their gradients, like the factors.
+        rows: number of rows of each run; None: a single adapter has all rows.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class GroupOperands:
         rows: Sequence[int] | None = None,
     ) -> None:
         packed = [_packed(weight) for weight in weights]
-        self.kept = (weights, biases, factors, gradients, packed)  # they live as long as their places are used
+        self.kept = (weights, biases, factors, gradients, packed)  # keeps them alive while their addresses are used
         self.count, self.runs, self.widths = len(weights), len(factors), [len(w) for w in weights]
         self.ranks, self.width, self.rows = [len(each.A) for each in factors], weights[0].shape[1], rows
         self.weights = (_pointers([_plain(w) for w in weights]), _addresses(packed))
@@ -305,17 +305,17 @@ class GroupOperands:
         )
 
     def sizes(self, count: int) -> tuple[Any, ...]:
-        """Returns the sizes that the functions ask for, for so many rows."""
+        """Returns the size arguments of the functions, for this many rows."""
         ends = [0, *itertools.accumulate([count] if self.rows is None else self.rows)]
         tables = (self._ranks, _int64s(ends), *self._of_weights)
         return (*tables, self.count, self.runs, max(self.ranks), count, self.width)
 
 
 class Kernels:
-    """The compiled functions.
+    """The compiled functions of `kernels.c`.
 
     Args:
-        library: what `kernels.c` was compiled to.
+        library: the compiled shared library.
 
     Raises:
         OSError: it cannot be loaded.
@@ -323,7 +323,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
-        self._own = threading.local()  # room that each thread of Python's has kept since its last product
+        self._own = threading.local()  # workspace that each Python thread keeps for its next product
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _ARGUMENTS.items():
             for dtype, kind in _KINDS.items():
@@ -335,7 +335,7 @@ class Kernels:
                 self._functions[name, torch.bfloat16] = _typed(function, arguments)
 
     def accept(self, *tensors: Tensor) -> bool:
-        """Returns whether the functions take these tensors: on the CPU, of one known dtype, in whole vectors."""
+        """Returns whether the functions support these tensors: on the CPU, of one known dtype, in whole vectors."""
         dtype = tensors[0].dtype
         return dtype in _KINDS and all(
             x.dtype == dtype and x.device.type == "cpu" and x.shape[-1] % LANES == 0 and type(x) in _PLAIN
@@ -343,7 +343,7 @@ class Kernels:
         )
 
     def accept_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        """Returns whether `rotate` takes these."""
+        """Returns whether `rotate` supports these tensors."""
         halves = x.dim() == 4 and len(x) == 1 and x.shape[-1] % (2 * LANES) == 0
         return halves and self.accept(x, cos, sin) and cos.shape == sin.shape == (1, 1, *x.shape[2:])
 
@@ -361,25 +361,25 @@ class Kernels:
         return y, factor
 
     def rms_norm_back(self, gradient: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-        """Returns the gradient in x of `rms_norm`, for the gradient (..., D) in its result."""
+        """Returns the gradient of `rms_norm` in x, given the gradient (..., D) of its result."""
         gradient, x = gradient.contiguous(), x.contiguous()
         found = torch.empty_like(x)
         self._run("rms_norm_back", gradient, x, weight, factor, found, factor.numel(), len(weight), like=x)
         return found
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns ``silu(gate) * up``, of two tensors of one shape."""
+        """Returns ``silu(gate) * up``, for two tensors of the same shape."""
         return self._each_number("swiglu", gate, up)
 
     def swiglu_back(self, gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradients in gate and up of `swiglu`, for the gradient in its result."""
+        """Returns the gradients of `swiglu` in gate and up, given the gradient of its result."""
         gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         self._run("swiglu_back", gradient, gate, up, of_gate, of_up, gate.numel(), like=gate)
         return of_gate, of_up
 
     def scaled_back(self, gradient: Tensor, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns, of ``y = (1 + step) z``, the gradient in z (T, D) for that in y, and the sums of gradient y (D,).
+        """Returns, for ``y = (1 + step) z``, the gradient in z (T, D) given that of y, and the sums of gradient y (D,).
 
         Args:
             gradient: (T, D).
@@ -396,17 +396,17 @@ class Kernels:
         return self._each_number("gelu", x)
 
     def gelu_back(self, gradient: Tensor, x: Tensor) -> Tensor:
-        """Returns the gradient in x of `gelu`, for that in its result."""
+        """Returns the gradient of `gelu` in x, given the gradient of its result."""
         return self._each_number("gelu_back", gradient, x)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
         """Returns ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)``, x1 and x2 the halves of x; back: its transpose.
 
         Args:
-            x: (1, H, T, D); copied unless the heads of a token are consecutive in memory, as a linear leaves them.
+            x: (1, H, T, D); copied unless the heads of a token are adjacent in memory, as in a linear layer's output.
             cos: (1, 1, T, D).
             sin: (1, 1, T, D).
-            back: whether x is the gradient in the result, and what is wanted is that in its input.
+            back: whether x is the gradient of the result, and the gradient of the input is computed.
         """
         _, heads, count, width = x.shape
         if x.stride(3) != 1 or x.stride(1) != width:
@@ -417,7 +417,7 @@ class Kernels:
         return found.transpose(1, 2)
 
     def log_sums(self, x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns, for each row of x (R, V): the largest number, the sum of e^(x - it), and the largest of each group.
+        """Returns, for each row of x (R, V): the maximum, the sum of e^(x - maximum), and the maximum of each group.
 
         Args:
             x: (R, V).
@@ -430,16 +430,16 @@ class Kernels:
         return most, sums, of_groups
 
     def accept_row_updates(self, updates: Sequence[RowUpdate]) -> bool:
-        """Returns whether the kernel takes these."""
+        """Returns whether `row_updates` supports these updates."""
         return all(
             self.accept(each.A, each.B) and each.A.is_contiguous() and each.B.is_contiguous() for each in updates
         )
 
     def row_updates(self, updates: Sequence[RowUpdate]) -> RowUpdates:
-        """Returns what adds low-rank updates to a linear's result, ``y += scale (x A^T) B`` in the rows of each.
+        """Returns a function that adds low-rank updates to a linear layer's result, ``y += scale (x A^T) B``.
 
-        It is called with x (n, in), and y (n, out), in which it adds up; what rows need is found here once, for many
-        steps.  A row may be named once.
+        It is called with x (n, in), and y (n, out), which it changes in the rows of each update; arguments are prepared
+        once, for many steps.  Each row may occur only once.
         """
         blocks = [(each, each.rows[at : at + _BLOCK]) for each in updates for at in range(0, len(each.rows), _BLOCK)]
         count = len(blocks)
@@ -457,7 +457,7 @@ class Kernels:
         return RowUpdates(function, updates, (places, counts, A, B, ranks, scales, count, size, width, threads))
 
     def accept_copies(self, own: Sequence[Tensor], casts: Sequence[Tensor]) -> bool:
-        """Returns whether `copy_scaled` takes these."""
+        """Returns whether `copy_scaled` supports these tensors."""
         dtype = casts[0].dtype
         return (
             dtype in _KINDS
@@ -474,16 +474,16 @@ class Kernels:
     def copy_scaled(
         self, own: Sequence[Tensor], casts: Sequence[Tensor], scales: Sequence[float], *, back: bool = False
     ) -> None:
-        """Sets each of many matrices to another times a number: casts to factors, or factors' gradients back.
+        """Sets matrices to others times a scalar: casts from factors, or the factors' gradients from those of casts.
 
         Args:
             own: (n_i, d_i) in fp32.
-            casts: (n_i, d_i), in rows or columns that are dense.
-            scales: one for each.
-            back: sets `own`, instead of `casts`.
+            casts: (n_i, d_i), with contiguous rows or contiguous columns.
+            scales: one for each matrix.
+            back: sets `own` instead of `casts`.
         """
         shapes, steps = zip(*[each.shape for each in own], strict=True), [each.stride() for each in casts]
-        # A column may have any step where there is one only.
+        # If there is only one column, its stride is irrelevant and may have any value.
         across = [1 if step[1] == 1 or each.shape[1] == 1 else step[1] for step, each in zip(steps, casts, strict=True)]
         tables = [*map(_int64s, shapes), _int64s([step[0] for step in steps]), _int64s(across)]
         threads = self._threads(sum(each.numel() for each in own))
@@ -492,21 +492,21 @@ class Kernels:
         self._call("copy_scaled", *map(_pointers, (own, casts)), *tables, numbers, len(own), back, threads, dtype=dtype)
 
     def accept_queries(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Returns whether `attention` takes these: queries, keys and values whose last dimension is that of a head."""
+        """Returns whether `attention` supports these: queries, keys and values, whose last dimension is a head's."""
         return self.accept(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns softmax(scaling q k^T) v, each query over the keys that it sees; and what `attention_back` needs.
+        """Returns softmax(scaling q k^T) v over the keys that each query sees, and the tensor `attention_back` needs.
 
         Args:
             q: (R, H, D).
             k: (T, H_kv, D), the keys of one text; or (S, H_kv, C, D), those of several.
             v: like k.
-            blocks: which query sees which keys of which text.
-            scaling: factor of the scores.
-            keep: whether what `attention_back` needs is wanted.
+            blocks: which queries see which keys of which text.
+            scaling: factor applied to the scores.
+            keep: whether to keep the tensor that `attention_back` needs.
         """
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (_, heads, width), count = q.shape, blocks.count
@@ -535,11 +535,11 @@ class Kernels:
         blocks: Blocks,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients in q, k and v of `attention` over one text, head by head, for that in its result y."""
+        """Returns the gradients of `attention` in q, k, v, over one text, head by head, given that of its result y."""
         gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
         (_, heads, width), (total, kv_heads, _) = q.shape, k.shape
         threads, parts = self._threads(q.numel()), 1
-        if kv_heads < 2 * threads:  # else each has heads of its own to add up
+        if kv_heads < 2 * threads:  # otherwise each thread sums gradients for its own heads
             threads = parts = max(1, min(threads, _MAX_SUMS // (2 * k.numel())))
         found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         sums = torch.zeros(parts, 2, k.numel())
@@ -552,7 +552,7 @@ class Kernels:
         return found
 
     def accept_weight(self, weight: Tensor | None) -> bool:
-        """Returns whether `product` and `lora` take this weight (out, in) on this machine, and its transpose."""
+        """Returns whether `product` and `lora` support this weight (out, in), and its transpose, on this machine."""
         return (
             weight is not None
             and ("product", weight.dtype) in self._functions
@@ -563,7 +563,7 @@ class Kernels:
         )
 
     def product(self, x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-        """Returns ``x W^T + added``, rounded once; a row does not depend on how many there are.
+        """Returns ``x W^T + added``, rounded once; a row's result does not depend on the number of rows.
 
         Args:
             x: (T, in).
@@ -580,7 +580,7 @@ class Kernels:
         return y
 
     def accept_factors(self, *runs: Factors) -> bool:
-        """Returns whether `lora` takes factors of these shapes and this dtype, of some runs, on this machine."""
+        """Returns whether `lora` supports factors of these shapes and dtype, for these runs, on this machine."""
         tensors = [each for A, B in runs for each in (A, *B)]
         layers = len(runs[0].B)
         here = ("lora", tensors[0].dtype) in self._functions and self.accept(*tensors) and layers + len(runs) <= _PIECES
@@ -593,12 +593,12 @@ class Kernels:
     def lora(self, x: Tensor, seen: Tensor, operands: GroupOperands) -> tuple[Tensor, list[Tensor]]:
         """Returns h = z A^T (T, R), and x W_i^T + bias_i + h_i B_i (T, out_i), rounded once.
 
-        h_i are the columns of h in which A_i has its rows.  Of several runs, each has its rows of x; R is the largest
-        of their ranks, and what else is in a row of h is not defined.
+        h_i are the columns of h that correspond to the rows of A_i.  Each of several runs has its own rows of x; R is
+        the largest of their ranks, and the columns of h beyond a run's own rank are undefined.
 
         Args:
             x: (T, in).
-            seen: z (T, in), x or what dropout left of it.
+            seen: z (T, in), x or x after dropout.
             operands: W_i, bias_i, A and B_i.
         """
         dense, of = x.contiguous(), operands
@@ -620,15 +620,15 @@ class Kernels:
         wants_x: bool,
         wants_seen: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Computes the gradients of `lora` for those in its results; returns those in x and z, if they are wanted.
+        """Computes the gradients of `lora`, given those of its results; returns those in x and z, if wanted.
 
         Args:
             gradients: (T, out_i) of each layer.
             seen: z, as for `lora`.
-            h: its first result.
-            operands: as for `lora`; what its factors get goes where they say.
+            h: the first result of `lora`.
+            operands: as for `lora`; the factors' gradients are written to its gradient tensors.
             wants_x: whether the gradient in x is wanted.
-            wants_seen: whether that in z is wanted by itself; else it is part of that in x.
+            wants_seen: whether the gradient in z is wanted separately; otherwise it is part of the gradient in x.
         """
         gradients, seen, of = [gradient.contiguous() for gradient in gradients], seen.contiguous(), operands
         count, widths = len(seen), of.widths
@@ -644,13 +644,13 @@ class Kernels:
         return of_x, of_seen
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
-        """Room in which a thread has what is multiplied, in the order in which it is, in vectors of `LANES` numbers.
+        """Returns a workspace where threads rearrange their operands, in vectors of `LANES` numbers.
 
         Args:
-            rows: of the results.
-            depth: how many products each number sums.
-            columns: of all results.
-            widths: those of the factors whose rows lie there in pairs.
+            rows: number of rows of the results.
+            depth: number of products summed for each result.
+            columns: total number of columns of all results.
+            widths: widths of the factors whose rows are stored in pairs.
         """
         threads = self._threads(rows * depth * columns // _AT_ONCE)
         panel = min(depth, _DEPTH) // 2 * _PANEL // LANES
@@ -665,7 +665,7 @@ class Kernels:
         return torch.get_num_threads() if numbers >= _GRAIN else 1
 
     def _each_number(self, name: str, *tensors: Tensor) -> Tensor:
-        """Returns what a function makes of each number of a tensor, or of those at one place of several."""
+        """Applies an elementwise function to one or more tensors."""
         given = [tensor.contiguous() for tensor in tensors]
         found = torch.empty_like(given[0])
         self._run(name, *given, found, found.numel(), like=found)
@@ -701,18 +701,18 @@ def _int64s(values: Sequence[int]) -> Any:
 
 
 def _whole(count: int) -> int:
-    """As many keys as are multiplied together at least."""
+    """Returns the count rounded up to a multiple of the keys that are multiplied together."""
     return -(-count // _KEYS) * _KEYS
 
 
 def loaded() -> Kernels | None:
-    """Returns the compiled functions, or None where they are not available or LORALIB_ENGINE rules them out."""
+    """Returns the compiled functions, or None if they are unavailable or LORALIB_ENGINE forbids them."""
     return compiled() if engine_mode() == "full" else None
 
 
 @functools.cache
 def compiled() -> Kernels | None:
-    """Returns the compiled functions, compiled at the first call; None where that does not work."""
+    """Returns the compiled functions, compiled at the first call; None if that fails."""
     compiler = shutil.which(os.environ.get("CC") or "gcc")
     try:
         return None if compiler is None else _load(compiler)
@@ -724,16 +724,16 @@ def _load(compiler: str) -> Kernels:
     made_of = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor()]
     name = f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     kept = cache_directory() / name
-    with contextlib.suppress(OSError):  # not there, or not whole
+    with contextlib.suppress(OSError):  # missing, or incomplete
         return Kernels(kept)
     with tempfile.TemporaryDirectory() as temporary:
         built = Path(temporary) / name
-        # Compiled and linked apart: what runs threads must be the library that PyTorch has brought, not another one,
-        # whose threads would get in the way of PyTorch's.
+        # Compiled and linked separately, so that OpenMP is not linked: threads must be run by the library that PyTorch
+        # loads, not a second one, whose threads would compete with PyTorch's.
         _call(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{built}.o")
         _call(compiler, "-shared", f"{built}.o", "-o", str(built))
         kernels = Kernels(built)
-        with contextlib.suppress(OutputError):  # nowhere to keep it
+        with contextlib.suppress(OutputError):  # cannot be cached
             write_whole(kept, lambda aside: shutil.copyfile(built, aside))
         return kernels
 
@@ -743,7 +743,7 @@ def _call(*command: str) -> None:
 
 
 def _processor() -> bytes:
-    """What the compiler's -march=native depends on: a cache directory may be shared by several machines."""
+    """Returns what the compiler's -march=native depends on, since machines may share a cache directory."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
         return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"model name", b"Features"))}))

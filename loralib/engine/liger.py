@@ -1,8 +1,8 @@
-"""Head and loss in Liger's fused kernel, where liger-kernel is installed: it reads a chunk's logits once.
+"""Head and loss in Liger's fused kernel, if liger-kernel is installed: it reads a chunk's logits once.
 
-Liger has one target per hidden state and no weights.  A packed row may predict several tokens from one state, and one
-token for several examples that share it: such states are repeated, which is exact.  Liger waits for the device twice
-per batch on its own account.
+Liger supports one target per hidden state, and no weights.  In a packed row, one state may predict several tokens, and
+a token may count for several examples that share it: such states are repeated, which is exact.  Liger itself
+synchronises with the device twice per batch.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class LigerLoss:
 
     @staticmethod
     def accepts(head: Any) -> bool:
-        """Returns whether a head is a plain frozen linear layer; whether the model adds to it has to be tried."""
+        """Returns whether a head is a plain frozen linear layer; whether its output is modified must be tested."""
         if type(head) is not nn.Linear:
             return False
         hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
         return not any(hooks) and not any(parameter.requires_grad for parameter in head.parameters())
 
     def is_usable(self) -> bool:
-        """Returns whether the head is still what it was."""
+        """Returns whether the head is unchanged."""
         return self.accepts(self._head)
 
     def __call__(
@@ -56,18 +56,18 @@ class LigerLoss:
         gradient_scale: float | None,
         label_smoothing: float = 0.0,
     ) -> HeadLoss:
-        """Computes what `head_loss` does.
+        """Computes the same loss as `head_loss`.
 
         Args:
             states: (R, D) hidden states.
             predictions: see `head_loss`.
-            count: the sum of their weights.
+            count: the sum of the predictions' weights.
             gradient_scale: see `head_loss`.
             label_smoothing: see `head_loss`.
         """
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        # How many rows come out is known here, so that nobody has to ask the device.
+        # The number of rows is known here, which avoids synchronising with the device.
         repeats = predictions.weights.long()
         rows, targets = (
             torch.repeat_interleave(each, repeats, output_size=count)

@@ -1,4 +1,4 @@
-"""What a model can be given: the token ids of its embedding, and how many tokens at once."""
+"""A model's limits: the token ids of its embedding, and the number of tokens at once."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..wrapping import input_table
 
 __all__ = ["context_length", "last_position", "require_ids_in_table", "table_rows"]
 
-# Tables that are computed or learned for so many positions: looking beyond their end fails, whatever the values are.
+# Names of tables that are computed or learned for a fixed number of positions: indices beyond their end always fail.
 _POSITIONS = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|positions_embed|pos_emb\w*)$")
 
 
 def text_config(model: nn.Module) -> Any:
-    """Returns the settings of the language model (those of its text part, where it also sees or hears)."""
+    """Returns the config of the language model (for a multimodal model, that of its text part)."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Returns how many tokens a model is made for, or None where its config does not say."""
+    """Returns a model's context length in tokens, or None if its config does not state it."""
     length = _configured(model)
     if length is None:
         return None
     known = _LENGTHS.get(model)
-    if known is None or known[0] != length:  # looking for tables takes as long as a small step of generation
+    if known is None or known[0] != length:  # searching for tables takes as long as a small generation step
         known = _LENGTHS[model] = (length, last_position(model) or length)
     return known[1]
 
@@ -39,9 +39,9 @@ _LENGTHS: Final[weakref.WeakKeyDictionary[nn.Module, tuple[int, int]]] = weakref
 
 
 def last_position(model: nn.Module) -> int | None:
-    """Returns how many tokens a model can compute at all, or None where nothing ends.
+    """Returns the number of tokens beyond which a model fails, or None if there is no such limit.
 
-    Learned positions end where their table does.  Rotary ones go on beyond what a model is made for, if not well.
+    Learned positions end with their table.  Rotary positions work beyond the context length, though not well.
     """
     length = _configured(model)
     if length is None:
@@ -50,7 +50,7 @@ def last_position(model: nn.Module) -> int | None:
     computed = any(_POSITIONS.search(name) for name, _ in model.named_buffers())
     if not (tables or computed or hasattr(text_config(model), "max_seq_len")):
         return None
-    # RoBERTa counts from behind its padding token, in a table of that many rows.
+    # RoBERTa starts counting after its padding token, within a table of this many rows.
     padding = tables[0].padding_idx if tables and tables[0].num_embeddings == length else None
     return length if padding is None else length - padding - 1
 
@@ -62,7 +62,7 @@ def _configured(model: nn.Module) -> int | None:
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """Returns how many token ids the embedding has, or None where it is not known."""
+    """Returns the number of rows of the token embedding, or None if unknown."""
     table = input_table(model)
     rows = getattr(table, "num_embeddings", None)
     if rows is None:
@@ -72,15 +72,15 @@ def table_rows(model: nn.Module) -> int | None:
 
 
 def require_ids_in_table(model: nn.Module, rows: Iterable[Sequence[int]], kind: str = "prompt") -> None:
-    """Refuses token ids that the model's embedding does not have.
+    """Rejects token ids that the model's embedding does not have.
 
     Args:
         model: the model.
         rows: token ids.
-        kind: what a row is, for the message.
+        kind: what a row is called in the message.
 
     Raises:
-        DataError: some have such ids; all of them at once.
+        DataError: some rows have such ids; lists all of them.
     """
     size = table_rows(model)
     if size is None:

@@ -1,4 +1,4 @@
-"""The head and its loss, chunk by chunk: logits are never held whole, and the same pass makes the gradient."""
+"""The head and its loss, chunk by chunk: the full logits are never stored, and gradients come from the same pass."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .transfer import to_device
 
 __all__ = ["HeadLoss", "Predictions", "head_log_probs", "head_loss", "in_blocks"]
 
-_BLOCK = 16  # rows of logits that stay in a core's cache while loss and gradient are made from them
+_BLOCK = 16  # rows of logits that fit into a core's cache while their loss and gradient are computed
 
 
 class Predictions(NamedTuple):
-    """What is predicted from which hidden state.
+    """Which tokens are predicted from which hidden states.
 
     Attributes:
-        rows: (N,) which of the states makes the prediction, ascending.
+        rows: (N,) index of the state that makes each prediction, ascending.
         targets: (N,) the token id to predict.
-        weights: (N,) how often it counts, float32.
-        state_weights: (R,) the sum of the weights of each state.
-        cpu_rows: `rows` on the CPU, so that nothing has to wait for a device.
+        weights: (N,) weight of the prediction, float32.
+        state_weights: (R,) the sum of the weights of each state's predictions.
+        cpu_rows: `rows` on the CPU, which avoids waiting for a device.
     """
 
     rows: Tensor
@@ -35,14 +35,14 @@ class Predictions(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor, weights: Tensor, states: int, device: torch.device) -> Predictions:
-        """Returns predictions on a device; call it before the forward pass, so that copies do not wait for that.
+        """Returns predictions on a device; call it before the forward pass, so that copies do not wait for it.
 
         Args:
-            rows: see the attributes; on the CPU, as targets and weights.
+            rows: see the attributes; on the CPU, like targets and weights.
             targets: see the attributes.
             weights: see the attributes.
             states: R, the number of hidden states.
-            device: that of the states.
+            device: the device of the states.
         """
         state_weights = torch.zeros(states).index_add_(0, rows, weights)
         there = [to_device(each, device) for each in (rows, targets, weights, state_weights)]
@@ -50,12 +50,12 @@ class Predictions(NamedTuple):
 
 
 class HeadLoss(NamedTuple):
-    """What `head_loss` returns.
+    """The result of `head_loss`.
 
     Attributes:
         total: () the summed loss, without a gradient.
-        objective: () gradient_scale times that, whose `backward` hands on the gradients that were made with it.
-        of_states: (R,) the loss of what each state predicts; None where it is not known apart.
+        objective: () gradient_scale times the total, whose `backward` passes on the gradients already computed.
+        of_states: (R,) the loss of each state's predictions; None if it is not known separately.
     """
 
     total: Tensor
@@ -64,7 +64,7 @@ class HeadLoss(NamedTuple):
 
 
 def in_blocks(logits: Tensor) -> bool:
-    """Returns whether a chunk's logits are worked on in blocks that stay in cache, as on CPUs, or as a whole."""
+    """Returns whether a chunk's logits are processed in blocks that stay in cache, as on CPUs, not as a whole."""
     return logits.device.type == "cpu"
 
 
@@ -82,15 +82,15 @@ def head_loss(
     With label smoothing e the loss of one prediction is ``(1 - e) * -log p[target] + e * mean over v of -log p[v]``.
 
     Args:
-        head: hidden states (C, D) to logits (C, V), whatever the model does there (soft-capping, scaling, LoRA).
-        states: (R, D) the hidden states that predict something.
-        predictions: which state predicts what, and with which weight.
-        gradient_scale: the gradient is that of gradient_scale * loss; None: no gradient.
+        head: maps hidden states (C, D) to logits (C, V), including soft-capping, scaling or LoRA.
+        states: (R, D) the hidden states that make predictions.
+        predictions: which states predict which tokens, and with which weights.
+        gradient_scale: the gradient of gradient_scale * loss is computed; None: no gradient.
         label_smoothing: e, from 0 to below 1.
-        chunk: how many states go through the head at once.
+        chunk: number of states that go through the head at once.
 
     Returns:
-        The loss, and what to differentiate: in the states, and in all parameters that the head trains.
+        The loss, and an objective differentiable in the states and in all parameters trained in the head.
     """
     gradients = _Gradients(states) if gradient_scale is not None else None
     of_states = torch.empty(len(states), device=states.device)
@@ -110,15 +110,15 @@ def head_loss(
 def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
     """Returns the log-probability (N,) of one target after each state, for objectives that are functions of these.
 
-    The gradient of log p in a state is one number, known only in the backward pass, times onehot - p through the head;
-    the latter is made here, in the same pass, so that logits are never held whole and never computed again (but where
-    the head itself is trained).
+    The gradient of log p in a state is a scalar, known only in the backward pass, times onehot - p propagated through
+    the head.  The latter is computed here, in the same pass, so that the full logits are never stored, nor recomputed
+    (unless the head itself is trained).
 
     Args:
         head: see `head_loss`.
-        states: (N, D) hidden states; a state that predicts several tokens is there once for each.
+        states: (N, D) hidden states; a state that predicts several tokens is repeated for each of them.
         targets: (N,) the token ids to predict.
-        chunk: how many states go through the head at once.
+        chunk: number of states that go through the head at once.
     """
     needs_gradient = torch.is_grad_enabled()
     found, leaves = states.new_empty(len(states), dtype=torch.float32), dict[Tensor, None]()
@@ -140,7 +140,7 @@ def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Te
 
 
 def _chunk_log_probs(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns log p (C,) of the targets in logits (C, V), and the gradient of weights * log p in these (C, V)."""
+    """Returns log p (C,) of the targets in logits (C, V), and the gradient of weights * log p in the logits (C, V)."""
     slope = torch.empty_like(logits) if logits.requires_grad else None
     found = torch.empty(len(logits), device=logits.device)
     block = _BLOCK if in_blocks(logits) else max(1, len(logits))
@@ -156,7 +156,7 @@ def _chunk_log_probs(logits: Tensor, targets: Tensor, weights: Tensor | None = N
 
 
 class _Again(NamedTuple):
-    """Runs a head that is trained a second time, once it is known how much each log-probability counts."""
+    """Runs a trained head a second time, once the weight of each log-probability is known."""
 
     head: Callable[[Tensor], Tensor]
     states: Tensor
@@ -164,7 +164,7 @@ class _Again(NamedTuple):
     chunk: int
 
     def gradients(self, weights: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the weighted sum in the states and in what the head trains."""
+        """Returns the gradients of the weighted sum in the states and in the head's trained tensors."""
         made = _Gradients(self.states)
         for start in range(0, len(self.states), self.chunk):
             here = slice(start, start + self.chunk)
@@ -178,7 +178,7 @@ class _Again(NamedTuple):
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probabilities whose gradients in the states are known but for a factor of each."""
+    """Log-probabilities whose gradients in the states are known up to a factor for each."""
 
     @staticmethod
     def forward(
@@ -224,10 +224,10 @@ def _chunk_loss(
 
 
 class _Gradients:
-    """Gradients of the loss in hidden states and in what the head trains, added up over chunks.
+    """Gradients of the loss in hidden states and in the head's trained tensors, summed over chunks.
 
-    They enter the backward pass of the whole model as those of one node: autograd accumulates each parameter once a
-    step, as hooks, DDP and optimisers in the backward pass expect.
+    They enter the model's backward pass as one node, so that autograd accumulates each parameter's gradient once per
+    step, as required by hooks, DDP and optimisers that run in the backward pass.
     """
 
     def __init__(self, states: Tensor) -> None:
@@ -236,7 +236,7 @@ class _Gradients:
         self.of_leaves: dict[Tensor, Tensor] = {}
 
     def add(self, start: int, part: Tensor, logits: Tensor, slope: Tensor) -> None:
-        """Adds those of one chunk: its states (C, D), their logits (C, V), and the gradient in these."""
+        """Adds the gradients of one chunk: its states (C, D), their logits (C, V), and the gradient in the logits."""
         leaves = _leaves(logits, part)
         inputs = [part, *leaves] if part.requires_grad else leaves
         results = list(torch.autograd.grad(logits, inputs, slope))
@@ -254,7 +254,7 @@ class _Gradients:
 
 
 class _Attached(torch.autograd.Function):
-    """A value whose gradients in some tensors are known already."""
+    """A value whose gradients in some tensors are already known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class _Attached(torch.autograd.Function):
 
 
 def _leaves(logits: Tensor, part: Tensor) -> list[Tensor]:
-    """Returns the trained tensors that logits were made of, but for the hidden states themselves."""
+    """Returns the trained tensors that logits depend on, except for the hidden states themselves."""
     leaves: dict[Tensor, None] = {}
     nodes, seen = [logits.grad_fn], set[Any]()
     while nodes:
@@ -276,7 +276,7 @@ def _leaves(logits: Tensor, part: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)  # of a node that accumulates a gradient
+        leaf = getattr(node, "variable", None)  # set on nodes that accumulate a gradient
         if leaf is not None and leaf is not part:
             leaves[leaf] = None
         nodes += [child for child, _ in node.next_functions]
@@ -296,7 +296,7 @@ def _loss_and_slope(
     slope, log_p = _probabilities(logits, rows, targets)
     losses = torch.zeros(len(logits), device=logits.device)
     losses.index_add_(0, rows, log_p * weights, alpha=label_smoothing - 1)
-    # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), made where p was.
+    # d loss / d logits = weight * (p - (1 - e) * onehot - e / V), computed in place of p.
     if label_smoothing:
         losses -= label_smoothing * torch.log_softmax(logits.float(), -1).mean(-1) * state_weights
         slope -= label_smoothing / slope.shape[-1]
@@ -306,14 +306,14 @@ def _loss_and_slope(
 
 
 def _probabilities(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the probabilities (C, V) of logits, in fp32, and the logarithm of some of them (N,)."""
+    """Returns the probabilities (C, V) of logits, in fp32, and the logarithms of some of them (N,)."""
     wide = logits.float()
     if in_blocks(logits):
         p = torch.softmax(wide, -1)
         log_p = p[rows, targets].log_()
         if not bool(torch.isfinite(log_p).all()):  # underflow, which is rare
             log_p = torch.log_softmax(wide, -1)[rows, targets]
-    else:  # a device is not asked: what cannot underflow comes first
+    else:  # checking for underflow would wait for the device, so the log-softmax comes first
         p = torch.log_softmax(wide, -1)
         log_p = p[rows, targets]
         p.exp_()

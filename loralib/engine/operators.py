@@ -1,8 +1,8 @@
-"""Small operators of transformers' models in fewer passes over memory.
+"""Small operators of transformers' models with fewer passes over memory.
 
-Between the products of a small model, such operators are a good part of a step.  Each override computes the formula
-that the module's name promises, and is tried on the user's own module before it is used; in bf16 it rounds once where
-theirs rounds twice.  Only on CPUs, where this was measured.
+Between the matrix products of a small model, such operators take a good part of a step.  Each override computes the
+formula that the module's name implies, and is tested on the user's own module before it is used; in bf16 it rounds once
+where theirs rounds twice.  Only on CPUs, where the benefit was measured.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .placement import Override, Overrides, own_forward
 
 __all__ = ["operator_overrides"]
 
-_VERDICTS: Final[dict[Any, bool]] = {}  # whether modules of these classes, or this function, compute what is expected
+_VERDICTS: Final[dict[Any, bool]] = {}  # whether modules of these classes, or this function, pass their check
 
 
 def operator_overrides(model: nn.Module) -> Overrides:
-    """Returns faster functions for all modules of a model that have one."""
+    """Returns the faster functions for all modules of a model for which one exists."""
     rebound: dict[Any, Any] = {}
     overrides = {module: _faster(module, rebound) for module in model.modules()}
     return {module: override for module, override in overrides.items() if override is not None}
@@ -35,7 +35,7 @@ def operator_overrides(model: nn.Module) -> Overrides:
 def _faster(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":
-        # Eight operators that keep five tensors are one.
+        # Replaces eight operators, which keep five tensors, with one.
         return functools.partial(_gelu, loaded(), module) if _verdict(_same, module, kind) else None
     if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return functools.partial(_rms_norm, loaded(), module) if _verdict(_same, module, kind) else None
@@ -47,7 +47,7 @@ def _faster(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
 
 
 def _verdict(check: Callable[[Any], bool], tried: Any, *key: Any) -> bool:
-    """Returns what a check says of something, tried once per key: the classes that decide, or the function itself."""
+    """Returns a check's result, computed once per key: the classes that determine it, or the function itself."""
     if key not in _VERDICTS:
         _VERDICTS[key] = check(tried)
     return _VERDICTS[key]
@@ -55,7 +55,7 @@ def _verdict(check: Callable[[Any], bool], tried: Any, *key: Any) -> bool:
 
 @torch.no_grad()
 def _same(module: nn.Module) -> bool:
-    """Whether a module computes what its name says: tried on a copy, with a weight that is not all ones."""
+    """Whether a module computes what its name says, tested on a copy with a weight that is not all ones."""
     try:
         twin = copy.deepcopy(module).float().requires_grad_(False)
         for weight in twin.parameters():
@@ -64,19 +64,19 @@ def _same(module: nn.Module) -> bool:
         x = torch.linspace(-3, 2, 2 * width).view(2, width)
         shorter = _rms_norm if hasattr(twin, "variance_epsilon") else _gelu
         return torch.allclose(shorter(loaded(), twin, x), twin(x), rtol=1e-5, atol=1e-6)
-    except Exception:  # whatever a module of that name is, it is not what its name says
+    except Exception:  # a module that fails here does not compute what its name says
         return False
 
 
 class _Forgetful:
-    """What a forward is given to note down for a backward that never comes."""
+    """A context for a forward that discards tensors, because no backward follows."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
 
 
 def _applied(function: Any, *given: Any) -> Any:
-    """Applies an autograd function; where no gradient is kept, its forward alone: the rest is half of such a call."""
+    """Applies an autograd function; without gradients, only its forward, which halves the cost of such a call."""
     return function.apply(*given) if torch.is_grad_enabled() else function.forward(_Forgetful(), *given)
 
 
@@ -131,8 +131,8 @@ class _RMSNorm(torch.autograd.Function):
         kernels: Kernels | None = ctx.kernels
         if kernels is not None and kernels.accept(gradient, x, weight):
             return kernels.rms_norm_back(gradient, x, weight, factor), None, None, None
-        # With f the factor and u = w g: f (u - f^2 x mean(u x)).  LayerNorm's gradient with mean 0 is that less
-        # f mean(u), and one operator has it.
+        # With f the factor and u = w g: f (u - f^2 x mean(u x)).  LayerNorm's gradient for mean 0 is that minus
+        # f mean(u), and takes a single operator.
         wide, width = factor.dtype, x.shape[-1]
         of_layer_norm = torch.ops.aten.native_layer_norm_backward(
             gradient.contiguous(),
@@ -148,19 +148,19 @@ class _RMSNorm(torch.autograd.Function):
         return of_layer_norm.add_(missing), None, None, None
 
 
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of such a block, as transformers calls them
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the submodules of such a block, as named by transformers
 
 
 @torch.no_grad()
 def _gates_as_usual(block: nn.Module) -> bool:
-    """Whether a block computes ``down(silu(gate(x)) * up(x))``: tried with other parts."""
+    """Whether a block computes ``down(silu(gate(x)) * up(x))``, tested with substitute submodules."""
     twin = copy.copy(block)
     twin.__dict__.pop("forward", None)  # a switch would compute the original
     twin._modules = {**block._modules, "gate_proj": _Line(2, -1), "up_proj": _Line(1, 3), "down_proj": _Line(0.5, 0)}
     x = torch.linspace(-3, 2, 8)[None]
     try:
         return torch.allclose(twin(x), 0.5 * F.silu(2 * x - 1) * (x + 3), rtol=1e-5, atol=1e-6)
-    except Exception:  # whatever a block of such parts is, it is not what its name says
+    except Exception:  # a block that fails here does not compute what its name says
         return False
 
 
@@ -175,7 +175,7 @@ class _Line(nn.Module):
 
 def _gated(kernels: Kernels | None, block: Any, activation: nn.Module, x: Tensor) -> Tensor:
     hooks = (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks)
-    if block.act_fn is not activation or any(hooks):  # changed since, or somebody listens
+    if block.act_fn is not activation or any(hooks):  # replaced since, or observed by hooks
         return cast(Tensor, own_forward(block, x))
     gate, up = block.gate_proj(x), block.up_proj(x)
     if kernels is not None and kernels.accept(gate, up) and gate.shape == up.shape:
@@ -199,18 +199,18 @@ class _SwiGLU(torch.autograd.Function):
         return *ctx.kernels.swiglu_back(gradient, *ctx.saved_tensors), None
 
 
-_ROTATE: Final = "apply_rotary_pos_emb"  # what the files of transformers' models call it
+_ROTATE: Final = "apply_rotary_pos_emb"  # the function's name in transformers' modeling files
 
 
 def _rotating(module: nn.Module, rebound: dict[Any, Any]) -> Override | None:
-    """The forward of an attention module that turns queries and keys by such a function, with `_rotate` in its place.
+    """Returns an attention module's forward that rotates queries and keys with `_rotate`, if it uses such a function.
 
-    It is the class's own code, in which that one name means another function: neither the class nor the file that it
-    comes from is touched.  (transformers' own way to replace the function needs a package of kernels from its hub.)
+    It is the class's own code, in which only that one name is rebound: neither the class nor its file is modified.
+    (transformers' own mechanism for replacing the function needs a package of kernels from the Hub.)
 
     Args:
         module: any module.
-        rebound: such forwards, by the original; filled here.
+        rebound: such forwards, keyed by the original; filled here.
     """
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or _ROTATE not in forward.__code__.co_names:
@@ -233,12 +233,12 @@ def _with_name(forward: types.FunctionType, rotate: Callable[..., Any]) -> types
 
 @torch.no_grad()
 def _rotates_as_usual(function: Callable[..., Any]) -> bool:
-    """Whether a model's function turns q and k as `_Rotate` does: tried."""
+    """Whether a model's function rotates q and k as `_Rotate` does, tested on random numbers."""
     draw = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(1, heads, 3, 8, generator=draw) for heads in (4, 2, 1, 1))
     try:
         theirs = function(q, k, cos[0], sin[0])
-    except Exception:  # whatever a function of that name is, it is not what its name says
+    except Exception:  # a function that fails here does not compute what its name says
         return False
     ours = (_Rotate.apply(x, cos, sin, loaded()) for x in (q, k))  # type: ignore[no-untyped-call]
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
@@ -257,7 +257,7 @@ def _rotate(kernels: Kernels | None, theirs: Callable[..., Any], *given: Any, **
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34) of x (B, H, T, D), D in two halves.
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34) of x (B, H, T, D), with D split into two halves.
 
     With x = (x1, x2): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2).
     """

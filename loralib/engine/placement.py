@@ -1,16 +1,16 @@
-"""The only file that puts anything in a model's place, and takes it back.
+"""The only file that installs anything on a model, and removes it again.
 
-Two things are placed, both on one model's own modules, never in a file's globals or on an object that another model
-reads:
+Two things are installed, both only on the model's own modules, never in a file's globals or on an object that another
+model uses:
 
-- `forward` of a module becomes a `_Switch`.  It computes the class's own forward, unless the calling thread is inside
-  `overriding(overrides)` and `overrides` has a function for this module.  So what a user, another thread or another
-  model computes meanwhile does not change by a bit.
-- `config` of a module that asks it for its attention function becomes a view of that config.  It shares all attributes,
+- A module's `forward` becomes a `_Switch`.  It runs the class's own forward, unless the calling thread is inside
+  `overriding(overrides)` and `overrides` has a function for this module.  So whatever a user, another thread or
+  another model computes in the meantime remains bit for bit the same.
+- A module's `config` that names its attention function becomes a view of that config.  It shares all attributes,
   but inside a pass that has a layout (see `attention.py`) it names our function in transformers' attention interface.
 
-A `Hold` places them for a whole run or generation.  Holds are counted, so that they can nest and overlap in threads;
-the last one to end takes everything back.
+A `Hold` installs them for a whole run or generation.  Holds are counted, so that they can nest and overlap in threads;
+the last one to end restores everything.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ Overrides = Mapping[nn.Module, Override]
 Use = Literal["training", "inference"]
 
 _LOCK: Final = threading.RLock()
-_THREAD: Final = threading.local()  # .overrides: those of the pass that this thread is inside of
+_THREAD: Final = threading.local()  # .overrides: those of the thread's current pass
 _IN_BACKWARD: Final[dict[object, Overrides]] = {}  # see `overriding`
 _MODES: Final = ("full", "torch", "off")
 
 
 def engine_mode() -> str:
-    """Returns what the environment variable LORALIB_ENGINE asks for.
+    """Returns the value of the environment variable LORALIB_ENGINE.
 
-    "full" (the default) uses all of the engine, "torch" all but the compiled kernels, and "off" places nothing: models
-    compute as transformers wrote them, batches are padded, and generation recomputes every token.
+    "full" (the default) uses all of the engine, "torch" all but the compiled kernels, and "off" installs nothing:
+    models compute as in transformers, batches are padded, and generation recomputes every token.
 
     Raises:
-        ConfigError: it has another value.
+        ConfigError: it has an unknown value.
     """
     mode = os.environ.get("LORALIB_ENGINE") or "full"
     if mode not in _MODES:
@@ -58,12 +58,12 @@ def engine_mode() -> str:
 
 @contextmanager
 def overriding(overrides: Overrides, *, in_backward: bool = False) -> Iterator[None]:
-    """Overrides modules in this thread, where a `Hold` has placed their switches.
+    """Overrides modules in this thread, if a `Hold` has installed their switches.
 
     Args:
-        overrides: for each overridden module, the function to call instead of its forward.
-        in_backward: override them in all backward passes as well, for a model that this thread alone uses.  A GPU's
-            backward pass has a thread of autograd's own, in which checkpointed layers run again.
+        overrides: the function to call instead of the forward of each overridden module.
+        in_backward: also override them in all backward passes, for a model used only by this thread.  A GPU's backward
+            pass runs in one of autograd's own threads, in which checkpointed layers are recomputed.
     """
     before = getattr(_THREAD, "overrides", None)
     _THREAD.overrides = overrides
@@ -78,14 +78,14 @@ def overriding(overrides: Overrides, *, in_backward: bool = False) -> Iterator[N
 
 
 def _overrides_of_backward(module: nn.Module) -> Overrides | None:
-    """Returns the overrides of the pass whose backward pass runs a module in this thread, if it is such a one."""
+    """Returns the overrides that apply to a module in the backward pass run by this thread; None if there are none."""
     if torch._C._current_graph_task_id() == -1:
         return None
     return next((overrides for overrides in list(_IN_BACKWARD.values()) if module in overrides), None)
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Computes a module as its class does."""
+    """Runs the forward of a module's class."""
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -94,10 +94,10 @@ def _bound_forward(module: nn.Module) -> Override:
 
 
 class _Switch:
-    """The forward of one module: its override in the pass that the calling thread is inside of, or its own."""
+    """The forward of one module: its override in the calling thread's current pass, if any, or its own forward."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)  # no cycle: a model that nobody needs any more is freed at once
+        self._module = weakref.ref(module)  # avoids a cycle, so that an unused model is freed at once
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
@@ -109,7 +109,7 @@ class _Switch:
         return own_forward(module, *args, **kwargs) if override is None else override(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        # A model that is copied or pickled meanwhile gets its class's forward, bound to the copy.
+        # A copied or pickled model gets its class's forward, bound to the copy.
         return _bound_forward, (self._module(),)
 
 
@@ -140,7 +140,7 @@ def _view_class(config_class: type, attention: Callable[[str | None], str | None
 
 
 def _view(attention: Callable[[str | None], str | None], config: Any) -> Any:
-    """A config with the same attributes, as the same dictionary, that names our attention function in our passes."""
+    """Returns a view of a config, sharing its attribute dictionary, that names our attention function in our passes."""
     view: Any = object.__new__(_view_class(type(config), attention))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
@@ -151,28 +151,28 @@ _ABSENT: Final = object()
 
 @dataclass
 class _Slot:
-    """An attribute of a module that something was placed in."""
+    """An attribute of a module in which something was installed."""
 
     original: Any
     placed: Any
     holders: int = 1
 
 
-_SLOTS: Final[dict[tuple[int, str], _Slot]] = {}  # by the module's id: holds keep their modules alive
+_SLOTS: Final[dict[tuple[int, str], _Slot]] = {}  # by the module's id, which stays valid: holds keep modules alive
 _HOLDS: Final[set[Hold]] = set()
 
 
 class Hold:
-    """What one run or generation needs in a model's place, from its construction to `release`.
+    """Everything that one run or generation installs on a model, from its construction to `release`.
 
     Args:
         model: the model.
-        modules: those that may be overridden; one whose forward was replaced by somebody else is left alone.
-        use: "training" shares the model with nobody, "inference" with other inference.
-        attention: the name of our attention function for a given one of transformers'; None: attention stays.
+        modules: the modules that may be overridden; those whose forward was replaced by other code are left alone.
+        use: "training" requires exclusive use of the model; "inference" may overlap with other inference.
+        attention: maps the name of an attention implementation of transformers to ours; None: attention is unchanged.
 
     Raises:
-        BusyModelError: the model is in use in a way that rules this use out.
+        BusyModelError: the model is in a conflicting use.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Hold:
                 raise
 
     def _refuse_conflicts(self, model: nn.Module) -> None:
-        for other in list(_HOLDS):  # a forgotten generator may be collected meanwhile
+        for other in list(_HOLDS):  # a forgotten generator may be garbage-collected in this loop
             if "training" in (self._use, other._use) and not self._modules.isdisjoint(other._modules):
                 words = {"training": "being trained", "inference": "generating or being evaluated"}
                 raise BusyModelError(
@@ -222,7 +222,7 @@ class Hold:
         self._places.append((module, name))
 
     def release(self) -> None:
-        """Takes back what no other hold needs; a second call does nothing."""
+        """Removes whatever no other hold needs; a second call does nothing."""
         with _LOCK:
             for module, name in self._places:
                 slot = _SLOTS[id(module), name]
@@ -230,7 +230,7 @@ class Hold:
                 if slot.holders:
                     continue
                 del _SLOTS[id(module), name]
-                # What somebody has put over it since stays; it finds the original where ours was.
+                # Anything installed over ours since stays; through ours, it still reaches the original.
                 if module.__dict__.get(name) is slot.placed:
                     if slot.original is _ABSENT:
                         del module.__dict__[name]
@@ -247,16 +247,16 @@ class Hold:
 
 
 def require_free(model: nn.Module, use: Use) -> None:
-    """Refuses a model that is in use in a way that rules this use out, before anything is done to it.
+    """Rejects a model that is in a conflicting use, before anything is done to it.
 
     Raises:
-        BusyModelError: it is.
+        BusyModelError: it is in use.
     """
     Hold(model, (), use).release()
 
 
 def _is_free(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's; some tools, and copies of held models, keep it on the instance."""
+    """Whether a module's forward is its class's; some tools, and copies of held models, set it on the instance."""
     forward = module.__dict__.get("forward")
     own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
     return "forward" not in module.__dict__ or own
@@ -267,9 +267,9 @@ _EVALUATED: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDi
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Switches dropout off, and back on in those modules where it was on, once no thread needs it off any more."""
+    """Turns dropout off, and back on where it was on, once no thread needs it off any more."""
     with _LOCK:
-        shared = len(_EVALUATED) > 0  # asked once: this runs at every generated token
+        shared = len(_EVALUATED) > 0  # checked once: this runs for every generated token
         switched = [module for module in modules if module.training or (shared and module in _EVALUATED)]
         for module in switched:
             _EVALUATED[module] = _EVALUATED.get(module, 0) + 1

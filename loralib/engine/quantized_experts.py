@@ -1,7 +1,7 @@
-"""Experts whose weights are held in fewer bits: each is multiplied with as it is, and none is made dense.
+"""Quantised experts, each of which is multiplied directly, without dequantising all of them.
 
-transformers multiplies with the weights of all experts at once, for which the whole stack would have to become dense.
-Here each expert's weight is a `FrozenWeight`, whose codes our kernels unpack in passing.
+transformers multiplies with the weights of all experts at once, which would require the whole stack to be dequantised.
+Here each expert's weight is a `FrozenWeight`, whose codes our kernels unpack during the product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["expert_overrides"]
 
 
 def expert_overrides(modules: Iterable[nn.Module]) -> Overrides:
-    """Returns overrides of the modules that hold experts in fewer bits and compute as `experts_forward` does."""
+    """Returns overrides for the modules with quantised experts that compute as `experts_forward` does."""
     return {module: _QuantizedExperts(module) for module in modules if _accepts(module)}
 
 
@@ -33,7 +33,7 @@ def _accepts(module: nn.Module) -> bool:
         return False
     try:
         return bool(expert_weights(module))
-    except TargetError:  # they compute in a way of their own
+    except TargetError:  # they compute in an unsupported way
         return False
 
 
@@ -51,7 +51,7 @@ class _QuantizedExperts:
         stack: Any = layer._parameters[name]
         biases = layer._parameters.get(f"{name}_bias")
         trains_bias = biases is not None and biases.requires_grad and torch.is_grad_enabled()
-        usual = isinstance(stack, QuantizedWeight) and x.dtype == stack.dtype  # else merged, or under autocast
+        usual = isinstance(stack, QuantizedWeight) and x.dtype == stack.dtype  # otherwise merged, or under autocast
         if not usual or trains_bias or torch.is_autocast_enabled(x.device.type):
             return base_product(layer, name, x, counts)
         weights = self._weights_of(layer, name)
@@ -60,7 +60,7 @@ class _QuantizedExperts:
         return grouped_product(x, counts, width, lambda n, rows: frozen_product(rows, weights[n], bias_of[n]))
 
     def _weights_of(self, layer: nn.Module, name: str) -> list[FrozenWeight]:
-        """Returns each expert's weight (out, in), which is looked up once."""
+        """Returns each expert's weight (out, in), looked up once."""
         seen, weights = self._known.get(name, (None, []))
         if seen is not layer._parameters[name]:
             weights = [FrozenWeight(weight, prepack=False) for weight in stored_as_rows(layer, name).unbind()]

@@ -1,8 +1,8 @@
-"""What depends on how long a row is: above all rotary positions.
+"""Rotary positions and other features that depend on the length of a sequence.
 
-"longrope" (Phi-3) turns all positions of a sequence in another way once it passes the length that the model was first
-trained for, and "dynamic" does for each length beyond that.  transformers asks the longest row of a batch.  So rows
-beyond that length are computed apart from others, and keys that were cached before it was passed are of no use after.
+"longrope" (Phi-3) rotates all positions of a sequence differently once it exceeds the length that the model was first
+trained for, and "dynamic" does so for each greater length.  transformers considers the longest sequence of a batch.  So
+longer sequences are computed separately, and keys cached before crossing the limit are useless afterwards.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
 
 
 def rope_limit(model: nn.Module) -> int | None:
-    """Returns the length up to which rows may be computed together; None: they may at any length."""
+    """Returns the length up to which rows may be computed together; None: at any length."""
     changing = [module for module in model.modules() if any(map(_changes, _kinds(module)))]
     limits = [_limit(getattr(module, "config", None)) for module in changing]
-    # Sparse attention (DeepSeek V3.2) chooses so many keys of a row; among equal ones its padding would decide.
+    # Sparse attention (DeepSeek V3.2) selects a fixed number of keys per row; padding would decide among equal ones.
     limits += [size for module in model.modules() if isinstance(size := getattr(module, "index_topk", None), int)]
     return min(limits, default=None)
 
 
 def remembers_length(model: nn.Module) -> bool:
-    """Returns whether positions turn as those of the longest sequence before did ("dynamic"; see `forget_length`)."""
+    """Returns whether positions depend on the longest sequence seen before ("dynamic"; see `forget_length`)."""
     return any("dynamic" in kind for module in model.modules() for kind in _kinds(module))
 
 
@@ -45,7 +45,7 @@ def _kinds(module: nn.Module) -> list[str]:
 
 
 def _limit(config: Any) -> int:
-    """Returns the shortest length that a config names, of the one that says most; 0 where it names none."""
+    """Returns the shortest length given by the first setting in `_LIMITS` that a config has; 0 if it has none."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     layers = [value for value in rope.values() if isinstance(value, Mapping)]
     for name in _LIMITS:
@@ -58,7 +58,7 @@ def _limit(config: Any) -> int:
 
 
 def apart(rows: Sequence[Row], limit: int | None, length: Callable[[Row], int] = len) -> Iterator[list[Row]]:  # type: ignore[assignment]
-    """Splits rows into those that may be computed together: all up to a limit, and beyond it those of equal length.
+    """Splits rows into groups that may be computed together: all up to a limit, and beyond it those of equal length.
 
     >>> list(apart(["ab", "abcd", "a", "abcde", "wxyz"], limit=3))
     [['ab', 'a'], ['abcd', 'wxyz'], ['abcde']]
@@ -73,6 +73,6 @@ def apart(rows: Sequence[Row], limit: int | None, length: Callable[[Row], int] =
 
 
 def forget_length(model: nn.Module) -> None:
-    """Makes "dynamic" positions forget the longest sequence they have seen, as a short one does."""
+    """Makes "dynamic" positions forget the longest sequence seen so far, by running a short one."""
     with torch.no_grad():
         plain_logits(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))

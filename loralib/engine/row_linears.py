@@ -1,13 +1,13 @@
-"""Many adapters over one base in a training step: the rows of a pass belong to runs, each with factors of its own.
+"""Many adapters over one base in a training step: each row of a pass belongs to a run that has its own factors.
 
-The rows x (T, in) of a pass lie run by run.  With x_k the rows of run k,
+The rows x (T, in) of a pass are ordered by run.  With x_k the rows of run k,
 
-    y = x W^T + bias + [x_k A_k^T (scaling_k B_k)^T for each run k, below one another]
+    y = x W^T + bias + [x_k A_k^T (scaling_k B_k)^T for each run k, stacked vertically]
 
-so that the product with the base weight is one for all runs, and each run's low-rank path is a slice.  Backward, with g
-the gradient in y and u_k = g_k scaling_k B_k: the gradient in x is ``g W + [u_k A_k]``, those of the factors are
-``u_k^T x_k`` and ``scaling_k g_k^T h_k``.  No row of one run meets a factor of another.  As in `adapted_linears.py`,
-linears that read the same input are computed together, and all factors of all runs are cast at once.
+so that all runs share one product with the base weight, and each run's low-rank path is a slice.  In the backward pass,
+with g the gradient of y and u_k = g_k scaling_k B_k, the gradient of x is ``g W + [u_k A_k]``, and those of the factors
+are ``u_k^T x_k`` and ``scaling_k g_k^T h_k``.  No row of a run meets another run's factors.  As in
+`adapted_linears.py`, layers that read the same input are computed together, and all runs' factors are cast at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["RowLinears", "why_not_shared"]
 
 
 def why_not_shared(model: nn.Module) -> str:
-    """Returns why an adapted model cannot train in a pass that it shares with others, or ""."""
+    """Returns why an adapted model cannot share training passes with others, or "" if it can."""
     layers = adapted_layers(model)
     head = output_head(model)
     in_layers = {id(tensor) for _, layer in layers for tensor in layer.trained_tensors().values()}
@@ -52,23 +52,23 @@ def why_not_shared(model: nn.Module) -> str:
 
 
 class RowLinears:
-    """The linears of a base over which several adapted models train; the counterpart of `TrainingLinears`.
+    """The linear layers of a base on which several adapters train; the counterpart of `TrainingLinears`.
 
     Args:
-        base: the model without an adapter, of which the adapted ones are twins that share its weights.
-        twins: the adapted models, one for each run.
-        fast: whether to use what was made for CPUs, or PyTorch's operators alone, as in the formula of `LoRALinear`.
+        base: the model without an adapter; the adapted ones are twins that share its weights.
+        twins: the adapted models, one per run.
+        fast: whether to use the CPU engine; otherwise PyTorch's operators only, following the formula of `LoRALinear`.
 
     Attributes:
-        modules: those that may be overridden.
-        prepacked_bytes: 0: there are no copies.
-        rows: how many rows of the pass each run has; None: the base alone is computed.
+        modules: the modules that may be overridden.
+        prepacked_bytes: 0: weights are not copied.
+        rows: number of rows of each run in the pass; None: only the base is computed.
     """
 
     prepacked_bytes = 0
 
     def __init__(self, base: nn.Module, twins: Sequence[nn.Module], *, fast: bool) -> None:
-        self._layers: dict[nn.Module, list[LoRALinear | None]] = {}  # that runs have in the place of each linear
+        self._layers: dict[nn.Module, list[LoRALinear | None]] = {}  # each run's layer in place of a linear layer
         self._names: dict[nn.Module, str] = {}
         for number, twin in enumerate(twins):
             for name, layer in adapted_layers(twin):
@@ -86,7 +86,7 @@ class RowLinears:
 
     @functools.cached_property
     def _groups(self) -> list[_RowGroup]:
-        """Made for the first pass: they hold room for the factors of all runs."""
+        """The groups, created for the first pass because they allocate buffers for the factors of all runs."""
         return [
             _RowGroup(
                 modules,
@@ -99,7 +99,7 @@ class RowLinears:
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
-        """Yields overrides that note which linears read the same tensor; run a pass through the model inside."""
+        """Yields overrides that record which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[nn.Module, Tensor]] = []
         yield {module: functools.partial(record_call, calls, module) for module in self._fast}
         groups = groups_of(calls)
@@ -108,7 +108,7 @@ class RowLinears:
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
-        """Yields the overrides of one pass, forward and backward."""
+        """Yields the overrides for one pass, forward and backward."""
         if self.rows is None:
             yield self._others
             return
@@ -126,12 +126,12 @@ class RowLinears:
 
 
 class _RowGroup(LinearGroup[nn.Module]):
-    """Linears of the base that read the same input, with the layers that runs have in their place.
+    """Linear layers of the base that read the same input, with the runs' adapted layers that replace them.
 
     Args:
-        modules: the linears.
-        names: of each.
-        layers: of each, what runs have there.
+        modules: the base's linear layers.
+        names: the name of each.
+        layers: for each, the runs' layers that replace it.
         fast: as for `RowLinears`.
     """
 
@@ -146,7 +146,7 @@ class _RowGroup(LinearGroup[nn.Module]):
         self._products = GroupProducts([FrozenWeight(weight, prepack=False) for weight in weights])
 
     def begin(self, rows: Sequence[int]) -> list[GroupFactors]:
-        """Takes the rows that each run has in the next pass; returns the factors of runs that have some."""
+        """Sets the number of rows of each run in the next pass; returns the factors of runs with rows."""
         self._rows = rows
         if not self._fast:
             return []
@@ -175,10 +175,10 @@ class _RowGroup(LinearGroup[nn.Module]):
         return self._products.outputs(x, dropped, numbers)
 
     def _checked(self, x: Tensor, number: int) -> Tensor:
-        """Returns x (T, in), if runs can be told apart in it.
+        """Returns x (T, in), after checking that its rows are those of the pass.
 
         Raises:
-            UnsupportedModelError: it has other rows than the pass.
+            UnsupportedModelError: it has a different number of rows.
         """
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != sum(self._rows):

@@ -1,6 +1,6 @@
-"""DoRA's scale of a layer's outputs: its gradients in one pass over memory.
+"""DoRA's scaling of a layer's outputs, with its gradients in one pass over memory.
 
-With y = s z for rows z (T, out) of what the products make, and g the gradient in y,
+With y = s z for rows z (T, out), the layer's output before scaling, and g the gradient of y,
 
     the gradient in z is s g, and that in s is sum(g z) = sum(g y) / s, over all rows.
 """
@@ -20,7 +20,7 @@ __all__ = ["finished"]
 
 
 def finished(layer: LoRALinear, output: Tensor) -> Tensor:
-    """Returns what a layer makes of its products (T, out), whose place that may take; see `LoRALinear.finished`."""
+    """Returns a layer's final output for its products (T, out), possibly in place; see `LoRALinear.finished`."""
     kernels = loaded()
     simple = kernels is not None and kernels.accept(output) and output.is_contiguous() and layer.bias is None
     scale = layer.output_scale() if simple and layer.output_shift() is None else None
@@ -30,11 +30,11 @@ def finished(layer: LoRALinear, output: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """``scale * z``; kept for the backward pass is the result, which its readers often keep as well."""
+    """``scale * z``; the backward pass keeps the result instead of z, since its consumers often keep it as well."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: Tensor, kernels: Kernels) -> Tensor:
-        step = (scale - 1).to(z.dtype)  # a scale near 1 is never rounded to bf16 itself
+        step = (scale - 1).to(z.dtype)  # so that a scale near 1 is not itself rounded to bf16
         y = z.addcmul_(z, step)
         ctx.mark_dirty(z)
         ctx.save_for_backward(y, scale, step)
@@ -46,4 +46,4 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         y, scale, step = ctx.saved_tensors
         of_z, sums = ctx.kernels.scaled_back(gradient, y, step)
-        return of_z, torch.where(scale == 0, 0, sums / scale), None  # a row of zeros stays one
+        return of_z, torch.where(scale == 0, 0, sums / scale), None  # a row of zeros stays zero

@@ -1,4 +1,4 @@
-"""Tensors on their way to a device, without waiting for it."""
+"""Copies of tensors to a device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["to_device"]
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Returns a tensor of the CPU on a device.
+    """Returns a copy of a CPU tensor on a device.
 
-    A plain copy to a GPU waits until the GPU has done all that it was given before.  From pinned memory it takes its
-    turn, and the program goes on.
+    A plain copy to a GPU waits until the GPU has finished all earlier work.  From pinned memory, the copy is queued,
+    and the program continues.
     """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
