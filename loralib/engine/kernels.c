@@ -1,7 +1,7 @@
-/* Small operators in one pass over memory each, and linears with LoRA in bf16 (see kernels.py).
+/* Small operators that each make one pass over memory, and linear layers with LoRA in bf16 (see kernels.py).
  *
- * Rows are computed in fp32 and rounded once, where they are stored. Vectors are the compiler's own, 16 lanes wide,
- * whatever the processor has. This file includes itself: once for each type.
+ * Rows are computed in fp32 and rounded once, when they are stored. Vectors are GCC vector extensions, 16 lanes wide on
+ * any processor. This file includes itself, once for each type.
  */
 #ifndef T
 
@@ -25,7 +25,7 @@ static inline vec load_bf16(const uint16_t *p) {
     return (vec)(__builtin_convertvector(x, bits) << 16);
 }
 
-/* To the nearest, ties to even. NaN stays NaN: those that arithmetic makes have zeros in the lower half. */
+/* Rounds to nearest, ties to even. NaN stays NaN, since NaNs produced by arithmetic have zeros in the lower half. */
 static inline void store_bf16(uint16_t *p, vec x) {
     bits b = (bits)x;
     half y = __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, half);
@@ -48,13 +48,13 @@ static inline float greatest(vec x) {
     return most;
 }
 
-/* e^x to an error of 2e-7, infinity beyond 88, and no less than e^-87: 2^n e^f with n whole and |f| <= ln 2 / 2, and the
- * series of e^f to f^7. */
+/* e^x with an error of up to 2e-7, infinity above 88, and at least e^-87: 2^n e^f with integer n and |f| <= ln 2 / 2, using the
+ * Taylor series of e^f up to f^7. */
 static inline vec vexp(vec x) {
     ints large = x > 88;
-    x = choose(x < -87, (vec){0} - 87, x); /* a NaN is not less, and stays */
+    x = choose(x < -87, (vec){0} - 87, x); /* keeps NaN, which is not less */
     x = choose(large, (vec){0}, x);
-    vec n = x * 1.44269504f + 12582912 - 12582912; /* fp32 has no digits behind the point there */
+    vec n = x * 1.44269504f + 12582912 - 12582912; /* rounds to an integer: fp32 has no fraction bits there */
     vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec e = f * (1.0f / 5040) + 1.0f / 720;
     e = e * f + 1.0f / 120;
@@ -69,9 +69,9 @@ static inline vec vexp(vec x) {
 
 static inline vec sigmoid(vec x) { return 1 / (1 + vexp(-x)); }
 
-/* What attention does in fp32, whatever the type of its tensors. */
+/* Parts of attention that compute in fp32 for any type of tensor. */
 
-#define KEYS 8 /* so many keys are multiplied together */
+#define KEYS 8 /* number of keys multiplied at once */
 #define FULL(n) (((n) + KEYS - 1) / KEYS * KEYS)
 
 /* The lanes whose bit is set. */
@@ -80,7 +80,7 @@ static inline ints seeing(uint16_t bit) {
     return (of_lane & (int32_t)bit) != 0;
 }
 
-/* scores (n) = sum over j of k (n, d) and lanes (d), n being filled up to whole groups. */
+/* scores (n) = sum over j of k (n, d) times lanes (d); n is rounded up to whole groups of keys. */
 static void dots(const float *k, const vec *lanes, vec *scores, int64_t n, int64_t d) {
     for (int64_t i = 0; i < n; i += KEYS) {
         vec acc[KEYS] = {0};
@@ -91,7 +91,7 @@ static void dots(const float *k, const vec *lanes, vec *scores, int64_t n, int64
     }
 }
 
-/* lanes (d) = sum over i of v (n, d) and weights (n), d being a whole number of groups. */
+/* lanes (d) = sum over i of v (n, d) times weights (n); d is a multiple of KEYS. */
 static void mix(const float *v, const vec *weights, vec *lanes, int64_t n, int64_t d) {
     for (int64_t j = 0; j < d; j += KEYS) {
         vec acc[KEYS] = {0};
@@ -102,7 +102,7 @@ static void mix(const float *v, const vec *weights, vec *lanes, int64_t n, int64
     }
 }
 
-/* Adds to row which[i] of `to` (rows `step` apart) the sum over lanes of weights[i] and the rows of x (LANES, d). */
+/* Adds, to each row which[i] of `to` (rows `step` apart), the sum over lanes of weights[i] times the rows of x (LANES, d). */
 static void spread(const vec *restrict weights, const float *restrict x, const int32_t *restrict which, float *restrict to,
                    int64_t step, int64_t n, int64_t d) {
     for (int64_t j = 0; j < d; j += LANES) {
@@ -127,7 +127,7 @@ struct normal {
     vec most, share;
 };
 
-/* Scores become e^(score - the largest of the lane), 0 where a lane does not see the key. */
+/* Replaces scores by e^(score - the lane's maximum), or by 0 where a lane does not see the key. */
 static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
     struct normal by = {(vec){0} - 1e30f, {0}};
     for (int64_t i = 0; i < n; i++) {
@@ -138,28 +138,28 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
         scores[i] = choose(seeing(seen[i]), vexp(scores[i] - by.most), (vec){0});
         by.share += scores[i];
     }
-    by.share = 1 / choose(by.share > 0, by.share, (vec){0} + 1); /* lanes that no query has see nothing */
+    by.share = 1 / choose(by.share > 0, by.share, (vec){0} + 1); /* lanes without a query see nothing */
     return by;
 }
 
-/* A linear with LoRA in bf16, where the processor multiplies pairs of it (arXiv:2106.09685, eq. 3); not where it has units
- * for whole tiles (AMX), which oneDNN knows how to use.
+/* A linear layer with LoRA in bf16 (arXiv:2106.09685, eq. 3), for processors with dot products of bf16 pairs; not for those with
+ * matrix units (AMX), which oneDNN uses well.
  *
- * Two numbers that are multiplied and added up at once lie in one lane: columns of a row, or two rows. */
+ * Two numbers that are multiplied and summed in one step share a lane: two columns of a row, or two rows. */
 
 #if defined __AVX512BF16__ && !defined __AMX_BF16__
 #include <immintrin.h>
 
 #define COLUMNS 32  /* of bf16, in one vector */
-#define FEW 8       /* in thin products, so many rows or columns share what is loaded of the other side */
+#define FEW 8       /* in thin products: the number of rows or columns that share each load of the other operand */
 
 static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
 static inline __m512i all_lanes_64(const void *two) { int64_t x; memcpy(&x, two, sizeof x); return _mm512_set1_epi64(x); }
 static inline __m512 madd(__m512 to, __m512i a, __m512i b) { return _mm512_dpbf16_ps(to, (__m512bh)a, (__m512bh)b); }
 
-/* Two rows of COLUMNS, the numbers of a column in one lane; and back, from two vectors of sums. */
+/* Interleaves two rows of COLUMNS numbers, so that those of a column share a lane; `rounded` makes a row of two vectors. */
 static inline void interleave(__m512i first, __m512i second, __m512i *to) {
-    /* in each lane its place in `first`, and 0x20 more for that in `second` */
+    /* each lane holds its own index in `first` and, plus 0x20, that in `second` */
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i twice = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
     const __m512i places = _mm512_add_epi32(twice, _mm512_set1_epi32(0x00200000));
@@ -169,45 +169,45 @@ static inline void interleave(__m512i first, __m512i second, __m512i *to) {
 
 static inline __m512i rounded(const __m512 *sums) { return (__m512i)_mm512_cvtne2ps_pbh(sums[1], sums[0]); }
 
-/* The share of a thread in n, in multiples of `of`. */
+/* The start of a thread's share of n, as a multiple of `of`. */
 static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
     int64_t whole = (n + of - 1) / of * thread / threads * of;
     return whole < n ? whole : n;
 }
 
-/* Products of n rows, TILE at a time, and weights, of which PANEL columns are brought into the order in which they are
- * multiplied and then stay close to the processor for all rows, while the next come from memory. */
+/* Products of n rows, TILE at a time, with weights: PANEL columns at a time are packed in the order in which they are multiplied,
+ * and stay in cache for all rows, while the next ones are prefetched from memory. */
 
 #define TILE 6
 #define PANEL 64
 #define VECTORS (PANEL / LANES)
-#define DEPTH 4096 /* so many of the numbers that are summed up lie there in that order, */
-#define PIECES 64  /* of so many parts */
+#define DEPTH 4096 /* length of the sums that are packed at once, */
+#define PIECES 64  /* and the maximum number of parts that these come from */
 
-/* A weight in fewer bits (bases/quant.py), of rows `width` long: codes in bytes, with a scale for each row; or two to a byte,
- * which stand for levels between minus and plus the absmax of their 64 numbers. With `halves`, codes have an fp16 scale for
- * 32 numbers, or, two to a byte, a scale and a minimum for 32 << shared and their parts of these for each 32. */
+/* A quantised weight (bases/quant.py) with rows of `width` numbers: byte codes with a scale for each row; or two codes per byte
+ * (NF4), which select levels between minus and plus the absmax of their 64 numbers. With `halves`, byte codes have an fp16 scale
+ * per 32 numbers; two codes per byte have a scale and a minimum per 32 << shared numbers, and codes for these per 32. */
 struct packed {
     const uint8_t *codes, *absmax;
-    const float *scales, *map, *levels; /* of absmax: for 256 of them; what their codes stand for */
+    const float *scales, *map, *levels; /* NF4: scales of 256 absmax each, values of absmax codes, the 16 levels */
     const uint16_t *halves, *minima;
-    const uint8_t *scale_codes, *minimum_codes; /* without them: 1 */
+    const uint8_t *scale_codes, *minimum_codes; /* null: all are 1 */
     float offset;
     int32_t bits;
     int64_t width, shared;
 };
 
-/* One summand x W: x (n, k) has rows `step` apart; in W (k, d), a multiple of 32 numbers wide, either rows lie `down` apart
- * and `across` is 1 and k even, or columns `across` apart, `down` is 1 and k a multiple of 32. With `packed`, W is there. Only
- * the rows begin .. end - 1 have it. */
+/* One summand x W: the rows of x (n, k) lie `step` apart. Either the rows of W (k, d) lie `down` apart, `across` is 1 and k is
+ * even; or its columns lie `across` apart, `down` is 1 and k is a multiple of 32; d always is. With `packed`, W is quantised. The
+ * summand only applies to the rows begin .. end - 1. */
 struct part {
     const uint16_t *x, *w;
     const struct packed *packed;
     int64_t step, k, down, across, begin, end;
 };
 
-/* y (n, d) = start + the sum of some parts: those whose k is a multiple of 32 first, so that they are only cut at such places.
- * The rows of `start`, if it is there, lie start_step apart: 0 for a bias. */
+/* y (n, d) = start + the sum of some parts: those whose k is a multiple of 32 come first, so that they are only split at such
+ * multiples. The rows of `start`, which may be null, lie start_step apart: 0 for a bias. */
 struct sum {
     const struct part *parts;
     uint16_t *y;
@@ -215,8 +215,8 @@ struct sum {
     int64_t count, d, start_step;
 };
 
-/* Of vectors of 64-bit numbers: r[4 i] and r[4 i + 1] get those at 2 i and 2 i + 1 of t[0], t[2], .., the two after them those of
- * t[1], t[3], .. */
+/* Transposes vectors of 64-bit numbers: r[4 i] and r[4 i + 1] receive elements 2 i and 2 i + 1 of t[0], t[2], .., and the
+ * next two those of t[1], t[3], .. */
 static inline void transpose_64(const __m512i t[LANES], __m512i r[LANES]) {
 #pragma GCC unroll 4
     for (int i = 0; i < LANES; i += 4) {
@@ -246,7 +246,7 @@ static void transpose(__m512i r[LANES]) {
     transpose_64(t, r);
 }
 
-/* The 32 numbers from `column` on of a row of codes; the numbers are rounded as PyTorch rounds them. */
+/* Dequantises 32 numbers of a row, from `column` on, rounding as PyTorch does. */
 static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t column) {
     const __m128i *codes = (const __m128i *)(w->codes + row * w->width + column);
     float by = w->halves ? _cvtsh_ss(w->halves[(row * w->width + column) / 32]) : w->scales[row];
@@ -256,9 +256,9 @@ static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t c
     return rounded(wide);
 }
 
-/* The 32 numbers whose codes lie at `codes`, which stand for 16 values. */
+/* Looks up 32 numbers by their 4-bit codes, among 16 values. */
 static inline __m512i of_values(const uint8_t *codes, __m512 values) {
-    /* twice: places have 5 bits, the fifth a foreign one */
+    /* twice: indices have 5 bits, and the fifth belongs to another code */
     __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
     return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16)), twice);
@@ -267,7 +267,7 @@ static inline __m512i of_values(const uint8_t *codes, __m512 values) {
 static inline __m512i from_4_bits(const struct packed *w, int64_t row, int64_t column) {
     int64_t at = row * w->width + column, block = at / 64;
     float most = w->map[w->absmax[block]] * w->scales[block / 256];
-    __asm__("" : "+x"(most)); /* not one operation with the sum: it would be rounded otherwise */
+    __asm__("" : "+x"(most)); /* prevents a fused multiply-add with the sum, which would round differently */
     return of_values(w->codes + at / 2, _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(most + w->offset)));
 }
 
@@ -276,12 +276,12 @@ static inline __m512i from_4_bits_and_minimum(const struct packed *w, int64_t ro
     float scale = _cvtsh_ss(w->halves[of]), minimum = _cvtsh_ss(w->minima[of]);
     if (w->scale_codes) scale *= w->scale_codes[block];
     if (w->minimum_codes) minimum *= w->minimum_codes[block];
-    __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); /* products of them are exact */
+    __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); /* their products are exact */
     return of_values(w->codes + at / 2, _mm512_fmadd_ps(codes, _mm512_set1_ps(scale), _mm512_set1_ps(minimum)));
 }
 
-/* Rows k .. k + count - 1 of the panel from column j on, of a part's W (k, d): `to` (count / 2, VECTORS). The 32 numbers from
- * (row, column) on, of W or its transpose, whichever has them side by side, are `load(row, column)`. */
+/* Packs rows k .. k + count - 1 of a part's W (k, d), in the panel starting at column j, into `to` (count / 2, VECTORS).
+ * `load(row, column)` returns 32 contiguous numbers of W or its transpose, whichever stores them contiguously. */
 #define IN_PANEL(load)                                                                                   \
     int64_t width = least(PANEL, d - j);                                                                 \
     if (of->across == 1) {                                                                               \
@@ -332,7 +332,7 @@ static void in_panel_of(const struct part *of, int64_t k, int64_t count, int64_t
     else in_panel_from_4_bits(of, k, count, j, d, to);
 }
 
-/* Asks for a share of the panel from column j on: what is asked for at once would be waited for. */
+/* Prefetches a share of the panel starting at column j: prefetching all of it at once would stall. */
 static void ask_for(const struct part *of, int64_t j, int64_t d, int64_t turn, int64_t turns) {
     int64_t width = least(PANEL, d - j), rows = of->across == 1 ? of->k : width, length = of->across == 1 ? width : of->k;
     int64_t step = of->across == 1 ? of->down : of->across, bits = of->packed ? of->packed->bits : 16;
@@ -354,7 +354,7 @@ static inline __attribute__((always_inline)) void add_up(const uint16_t *const *
     }
 }
 
-/* Rows in the tiles begin .. end - 1 of one panel, from column j on. */
+/* Computes the tiles begin .. end - 1 of rows in one panel, starting at column j. */
 static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t begin, int64_t end, __m512i *room) {
     static const uint16_t zeros[DEPTH];
     struct { const uint16_t *x; int64_t step, pairs, begin, end; } piece[PIECES];
@@ -414,7 +414,7 @@ static void multiply_panel(const struct sum *sum, int64_t j, int64_t n, int64_t 
     }
 }
 
-/* A thread's share of some sums of n rows: panels and tiles of equal work. */
+/* Computes a thread's share of some sums of n rows, such that all threads have equal numbers of tiles in panels. */
 static void multiply(const struct sum *sums, int64_t count, int64_t n, int thread, int threads, __m512i *room) {
     int64_t tiles = (n + TILE - 1) / TILE, panels = 0, before = 0;
     for (int64_t i = 0; i < count; i++) panels += (sums[i].d + PANEL - 1) / PANEL;
@@ -425,14 +425,14 @@ static void multiply(const struct sum *sums, int64_t count, int64_t n, int threa
                 multiply_panel(sums + i, j, n, at < begin ? begin - at : 0, least(tiles, end - at), room);
 }
 
-/* Where the share of a thread in n rows begins, in those of a run, of[0] .. of[1] - 1: at pairs of its rows. */
+/* The first row of a thread's share of n rows, within those of a run, of[0] .. of[1] - 1; at an even offset in the run. */
 static inline int64_t begin_in(const int64_t *of, int64_t n, int thread, int threads) {
     int64_t before = n * thread / threads - of[0], count = of[1] - of[0];
     return of[0] + (before <= 0 ? 0 : before < count ? before / 2 * 2 : count);
 }
 
-/* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); rows of h lie `step` apart. A lane has a row of a; with `fold` 2,
- * two lanes do, for every other pair of columns. */
+/* h (n, r) = x (n, d) a^T for up to 16 rows of a (r, d); the rows of h lie `step` apart. Each lane handles a row of a; with
+ * `fold` 2, two lanes do, each for every other pair of columns. */
 static inline __attribute__((always_inline)) void down_some(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n,
                                                             int64_t d, int64_t r, int64_t step, const int fold, __m512i *room) {
     int64_t count = d / 2 / fold;
@@ -468,7 +468,7 @@ static inline __attribute__((always_inline)) void down_some(const uint16_t *x, c
     }
 }
 
-/* h (n, r) = x (n, d) a^T for a (r, d); rows of h lie `step` apart. */
+/* h (n, r) = x (n, d) a^T for a (r, d); the rows of h lie `step` apart. */
 static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, int64_t d, int64_t r, int64_t step,
                  __m512i *room) {
     for (int64_t k = 0; k < r; k += LANES)
@@ -476,7 +476,7 @@ static void down(const uint16_t *x, const uint16_t *a, uint16_t *h, int64_t n, i
         else down_some(x, a + k * d, h + k, n, d, least(r - k, LANES), step, 1, room);
 }
 
-/* Rows t and t + 1 of h (n, r), the numbers of a column behind one another. */
+/* Interleaves rows t and t + 1 of h (n, r), so that the two numbers of a column are adjacent. */
 static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
     for (int64_t t = 0; t < n; t += 2)
         for (int64_t k = 0; k < r; k++) {
@@ -485,8 +485,8 @@ static void in_pairs(const uint16_t *h, uint16_t *pairs, int64_t n, int64_t r) {
         }
 }
 
-/* w (r, d) = h^T x in the columns begin .. end - 1, for pairs of rows of h, `step` apart, and x (n, d). Up to FEW pairs behind
- * those of h are read, too. */
+/* w (r, d) = h^T x in the columns begin .. end - 1, given the row pairs of h, `step` apart, and x (n, d). Reads up to FEW pairs
+ * beyond those of h. */
 static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t n, int64_t d, int64_t r, int64_t step,
                   int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += COLUMNS)
@@ -512,7 +512,7 @@ static void outer(const uint16_t *pairs, const uint16_t *x, uint16_t *w, int64_t
         }
 }
 
-/* y (n, d) = start + x (n, k) W, for a W as in a part and a start as in a sum. */
+/* y (n, d) = start + x (n, k) W, with W as in `struct part` and start as in `struct sum`. */
 void product_bf16(const uint16_t *x, const uint16_t *w, const struct packed *packed, const uint16_t *start, uint16_t *y,
                   int64_t n, int64_t k, int64_t d, int64_t start_step, int64_t down, int64_t across, vec *room,
                   int64_t room_each, int threads) {
@@ -523,10 +523,10 @@ void product_bf16(const uint16_t *x, const uint16_t *w, const struct packed *pac
         multiply(&sum, 1, n, thread, threads, (__m512i *)(room + thread * room_each));
 }
 
-/* Adapters of some runs; the rows of run q are rows[q] .. rows[q + 1] - 1. There h = z A^T is (.., R) for its A (R, d), and
- * y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for the columns h_i of h and its B_i (ranks[q, i], widths[i]); z is x (n, d),
- * or what dropout left of it. Rows of h lie `step` apart. Number (i, j) of W_i is w[i][i * across + j * down], as in a part. A
- * bias may be missing, and a rank 0. Each thread has room_each vectors of `room`. */
+/* Linear layers with the adapters of some runs; run q has the rows rows[q] .. rows[q + 1] - 1. For its A (R, d), h = z A^T is
+ * (.., R), and y_i (n, widths[i]) = x W_i^T + bias_i + h_i B_i, for the columns h_i of h and its B_i (ranks[q, i], widths[i]);
+ * z is x (n, d), or x after dropout. The rows of h lie `step` apart. Element (i, j) of W_i is w[i][i * across + j * down], as in
+ * `struct part`. A bias may be null, and a rank 0. Each thread has room_each vectors of `room`. */
 void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct packed *const *packed,
                uint16_t *const *bias, uint16_t *const *a, uint16_t *const *b, uint16_t *h, uint16_t *const *y,
                const int64_t *ranks, const int64_t *rows, const int64_t *widths, const int64_t *down_steps,
@@ -534,7 +534,7 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct 
                int64_t room_each, int threads) {
     struct part parts[count][1 + runs];
     struct sum sums[count];
-    int64_t rank[runs]; /* R of each */
+    int64_t rank[runs]; /* R of each run */
     for (int64_t q = 0; q < runs; q++) rank[q] = 0;
     for (int64_t i = 0; i < count; i++) {
         parts[i][0] = (struct part){x, w[i], packed[i], d, d, down_steps[i], across_steps[i], 0, n};
@@ -560,9 +560,9 @@ void lora_bf16(const uint16_t *x, const uint16_t *z, uint16_t *const *w, struct 
     }
 }
 
-/* Its gradients for g_i in y_i: in the rows of each run of_h = g_i B_i^T, of_x (n, d) = g_i W_i + of_h A if it is there,
- * of_a = of_h^T z and of_b_i = h_i^T g_i. With of_z, of_h A goes there instead. Pairs of rows lie in `pairs` and `of_pairs`,
- * which have a row more for each run. */
+/* Gradients of lora_bf16, given the gradients g_i of y_i. For the rows of each run: of_h = g_i B_i^T, of_a = of_h^T z,
+ * of_b_i = h_i^T g_i and, unless null, of_x (n, d) = g_i W_i + of_h A; if of_z is given, of_h A is stored there instead. Row
+ * pairs are stored in `pairs` and `of_pairs`, which have one more row for each run. */
 void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, uint16_t *const *w,
                     struct packed *const *packed, uint16_t *const *a, uint16_t *const *b, uint16_t *of_h, uint16_t *of_x,
                     uint16_t *of_z, uint16_t *const *of_a, uint16_t *const *of_b, uint16_t *pairs, uint16_t *of_pairs,
@@ -628,7 +628,7 @@ void lora_back_bf16(uint16_t *const *g, const uint16_t *z, const uint16_t *h, ui
 #undef IS_F32
 
 #ifdef __AVX512BF16__
-/* The products of x (k) and four others, pairs of them added up already. */
+/* Dot products of x (k) with four other vectors, as vectors of partial sums; pairs are summed already. */
 static inline void four_dots_bf16(const uint16_t *x, const uint16_t *const *of, int64_t k, vec *sums) {
     for (int64_t j = 0; j < k; j += COLUMNS) {
         __mmask32 there = k - j < COLUMNS ? 0xffff : 0xffffffff;
@@ -647,7 +647,7 @@ static inline void four_dots_bf16(const uint16_t *x, const uint16_t *const *of, 
 #else
 
 #if !defined __AVX512BF16__ || IS_F32
-/* The products of x (k) and four others, to be summed up. */
+/* Dot products of x (k) with four other vectors, as vectors of partial sums. */
 static inline void NAME(four_dots)(const T *x, const T *const *of, int64_t k, vec *sums) {
     for (int64_t j = 0; j < k; j += LANES) {
         vec v = LOAD(x + j);
@@ -657,7 +657,7 @@ static inline void NAME(four_dots)(const T *x, const T *const *of, int64_t k, ve
 }
 #endif
 
-/* y_i += scale (x_i A^T) B for the rows i in `places`, `count` of them and at most `few`, with A (r, k) and B (r, d). */
+/* y_i += scale (x_i A^T) B for the `count` rows i in `places`, at most `few`, with A (r, k) and B (r, d). */
 static inline __attribute__((always_inline)) void NAME(few_rows)(const T *x, T *y, const T *a, const T *b, const int32_t *places,
                                                                  int64_t count, int64_t r, int64_t k, int64_t d, float scale,
                                                                  const int few) {
@@ -684,8 +684,8 @@ static inline __attribute__((always_inline)) void NAME(few_rows)(const T *x, T *
     }
 }
 
-/* Rows x (n, k) choose their low-rank updates of y (n, d), in blocks of at most BLOCK rows with the same one: block i has the
- * counts[i] rows that places[BLOCK * i ..] name, A_i (ranks[i], k), B_i (ranks[i], d) and a scale. */
+/* Adds low-rank updates of rows x (n, k) to y (n, d), in blocks of at most BLOCK rows with the same update: block i has the
+ * counts[i] rows places[BLOCK * i ..], A_i (ranks[i], k), B_i (ranks[i], d) and a scale. */
 void NAME(row_updates)(const T *x, T *y, const int32_t *places, const int32_t *counts, T *const *a, T *const *b,
                        const int32_t *ranks, const float *scales, int64_t blocks, int64_t k, int64_t d, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -697,7 +697,7 @@ void NAME(row_updates)(const T *x, T *y, const int32_t *places, const int32_t *c
     }
 }
 
-/* The first n numbers of a vector, or all of it. */
+/* The first n numbers of a vector, padded with zeros, or all of it. */
 static inline vec NAME(load_some)(const T *from, int64_t n) {
     if (n >= LANES) return LOAD(from);
     T some[LANES] = {0};
@@ -711,8 +711,8 @@ static inline void NAME(store_some)(T *to, vec x, int64_t n) {
     if (n < LANES) memcpy(to, some, n * sizeof(T));
 }
 
-/* Many matrices at once: casts[q] = scales[q] own[q] (rows[q], columns[q]), or back, own[q] = scales[q] casts[q]. Number (i, j)
- * of own[q] is at i * columns[q] + j; that of casts[q] at i * down[q] + j * across[q], and one of these is 1. */
+/* Many matrices at once: casts[q] = scales[q] own[q] (rows[q], columns[q]), or back, own[q] = scales[q] casts[q]. Element (i, j)
+ * of own[q] is at i * columns[q] + j; that of casts[q] at i * down[q] + j * across[q], where `down` or `across` is 1. */
 void NAME(copy_scaled)(float *const *own, T *const *casts, const int64_t *rows, const int64_t *columns, const int64_t *down,
                        const int64_t *across, const float *scales, int64_t count, int back, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
@@ -728,7 +728,7 @@ void NAME(copy_scaled)(float *const *own, T *const *casts, const int64_t *rows, 
                 }
             continue;
         }
-        for (int64_t i = 0; i < n; i += LANES) /* so many rows, which lie close together, column by column */
+        for (int64_t i = 0; i < n; i += LANES) /* LANES rows, which are adjacent in a column, at once */
             for (int64_t j = 0; j < d; j++) {
                 float column[LANES] = {0}, *f = own[q] + i * d + j;
                 T *to = casts[q] + i + j * across[q];
@@ -741,7 +741,7 @@ void NAME(copy_scaled)(float *const *own, T *const *casts, const int64_t *rows, 
     }
 }
 
-/* y = w x f with f = 1 / sqrt(mean(x^2) + eps), for rows of x (n, d); f (n) is kept. */
+/* y = w x f with f = 1 / sqrt(mean(x^2) + eps), for the rows of x (n, d); f (n) is stored. */
 void NAME(rms_norm)(const T *x, const T *w, T *y, float *f, int64_t n, int64_t d, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -752,7 +752,7 @@ void NAME(rms_norm)(const T *x, const T *w, T *y, float *f, int64_t n, int64_t d
     }
 }
 
-/* Its gradient in x for g in y: f (u - f^2 x mean(u x)) with u = w g. */
+/* Gradient of rms_norm in x for the gradient g of y: f (u - f^2 x mean(u x)) with u = w g. */
 void NAME(rms_norm_back)(const T *g, const T *x, const T *w, const float *f, T *out, int64_t n, int64_t d,
                          int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -775,7 +775,7 @@ void NAME(swiglu)(const T *a, const T *b, T *y, int64_t n, int threads) {
     }
 }
 
-/* Its gradients in a and b for g in y. */
+/* Gradients of swiglu in a and b for the gradient g of y. */
 void NAME(swiglu_back)(const T *g, const T *a, const T *b, T *of_a, T *of_b, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i += LANES) {
@@ -785,11 +785,11 @@ void NAME(swiglu_back)(const T *g, const T *a, const T *b, T *of_a, T *of_b, int
     }
 }
 
-/* Of y = s z for rows z (n, d) and s = 1 + step (d): the gradient in z for g in y, and sum(g y) for each column. */
+/* For y = s z with rows z (n, d) and s = 1 + step (d): the gradient in z for the gradient g of y, and each column's sum(g y). */
 void NAME(scaled_back)(const T *g, const T *y, const T *step, T *of_z, float *sums, int64_t n, int64_t d, int threads) {
     int64_t vectors = d / LANES;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < threads; part++) { /* of the columns */
+    for (int64_t part = 0; part < threads; part++) { /* each part has a range of columns */
         int64_t begin = vectors * part / threads * LANES, end = vectors * (part + 1) / threads * LANES;
         for (int64_t i = 0; i < n; i += BLOCK) {
             int64_t stop = i + BLOCK < n ? i + BLOCK : n;
@@ -817,7 +817,7 @@ void NAME(gelu)(const T *x, T *y, int64_t n, int threads) {
     }
 }
 
-/* Its gradient in x for g in y. */
+/* Gradient of gelu in x for the gradient g of y. */
 void NAME(gelu_back)(const T *g, const T *x, T *out, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i += LANES) {
@@ -827,8 +827,8 @@ void NAME(gelu_back)(const T *g, const T *x, T *out, int64_t n, int threads) {
 }
 #undef TWICE_U
 
-/* Rotary positions of x (n, heads, d): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2); back: the transpose of that.
- * Rows of x lie `step` apart, its heads d; y is dense; cos and sin are (n, d). */
+/* Rotary positions of x (n, heads, d): (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2); with `back`, the transpose of that.
+ * Rows of x lie `step` apart, and its heads d apart; y is dense; cos and sin are (n, d). */
 void NAME(rotate)(const T *x, const T *cos, const T *sin, T *y, int64_t n, int64_t heads, int64_t d, int64_t step,
                   int back, int threads) {
     int64_t m = d / 2;
@@ -848,7 +848,7 @@ void NAME(rotate)(const T *x, const T *cos, const T *sin, T *y, int64_t n, int64
     }
 }
 
-/* For rows of x (n, d): the largest number, the sum of e^(x - the largest), and the largest of each `group` of numbers
+/* For each row of x (n, d): the maximum, the sum of e^(x - maximum), and the maximum of each `group` of numbers
  * (n, d / group). */
 void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t n, int64_t d, int64_t group, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -872,16 +872,16 @@ void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t 
     }
 }
 
-/* Attention of up to LANES queries at a time, a lane each, over a list of keys. */
+/* Attention of up to LANES queries at a time, one per lane, over a list of keys. */
 
-/* x (n, d) in fp32, of rows `step` apart, chosen by `which`; filled up with zeros to whole groups of keys. */
+/* Converts rows of x (n, d), `step` apart and selected by `which`, to fp32, padded with zeros to whole groups of keys. */
 static void NAME(widen)(const T *x, int64_t step, const int32_t *which, int64_t n, int64_t d, float *to) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < d; j += LANES) store_f32(to + i * d + j, LOAD(x + which[i] * step + j));
     memset(to + n * d, 0, (FULL(n) - n) * d * sizeof(float));
 }
 
-/* Vectors (d) whose lanes are the numbers of `count` rows, times a factor. */
+/* Transposes `count` rows, times a factor, into vectors (d) with one row per lane. */
 static void NAME(to_lanes)(const T *const *rows, int count, int64_t d, float factor, vec *to) {
     memset(to, 0, d * sizeof(vec));
     for (int lane = 0; lane < count; lane++)
@@ -901,13 +901,13 @@ static void NAME(from_lanes)(const vec *x, int count, int64_t d, T *const *rows)
         }
 }
 
-/* Attention of blocks of queries, each over a list of keys of its own.
+/* Attention of blocks of queries, each over its own list of keys.
  *
- * Block b is the rows rows[b]..rows[b + 1) of q (n, heads, d), and sees the keys keys[starts[b]..starts[b + 1]) of text texts[b].
- * `wide` heads that share keys are computed together: head h of a block's row i is lane i * wide + h, and sees key i where bit
- * i * wide + h of its `seen` is set. Numbers of k and v lie text_step, head_step and key_step apart. y is like q; `most` and
- * `share` (heads / wide, blocks, LANES) are kept, if they are there: the largest score, and 1 / the sum of the weights. Each
- * thread has room_each numbers of `room`. */
+ * Block b has the rows rows[b]..rows[b + 1) of q (n, heads, d), and sees keys[starts[b]..starts[b + 1]) of text texts[b].
+ * `wide` heads that share keys are computed together: head h of a block's row i is lane i * wide + h, and sees a key if bit
+ * i * wide + h of the key's `seen` is set. Texts, heads and keys of k and v lie text_step, head_step and key_step apart. y is
+ * like q. `most` and `share` (heads / wide, blocks, LANES), unless null, receive the largest score and 1 / the sum of weights.
+ * Each thread has room_each numbers of `room`. */
 void NAME(attention)(const T *q, const T *k, const T *v, T *y, float *most, float *share, const int32_t *rows,
                      const int32_t *texts, const int32_t *starts, const int32_t *keys, const uint16_t *seen, float *room,
                      int64_t room_each, int64_t blocks, int64_t heads, int64_t kv_heads, int64_t d, int64_t wide,
@@ -944,9 +944,9 @@ void NAME(attention)(const T *q, const T *k, const T *v, T *y, float *most, floa
         }
 }
 
-/* Its gradients in q, k and v, for g in y, where all keys are those of one text, and heads are computed one by one.
- * of_k and of_v (total, kv_heads, d) are sums of the parts (1 or threads, 2, total, kv_heads, d) of `sums`, which have to
- * be 0; with one part, threads have heads of their own. */
+/* Gradients of attention in q, k and v for the gradient g of y, where all keys belong to one text, and heads are computed singly.
+ * of_k and of_v (total, kv_heads, d) are the sums of the parts (1 or threads, 2, total, kv_heads, d) of `sums`, which must be
+ * initialised to 0; with one part, each thread has its own heads. */
 void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const T *y, const float *most, const float *share,
                           T *of_q, T *of_k, T *of_v, float *sums, const int32_t *rows, const int32_t *starts,
                           const int32_t *keys, const uint16_t *seen, float *room, int64_t room_each, int64_t total,
@@ -970,7 +970,7 @@ void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const 
             for (int64_t head = of * group; head < (of + 1) * group; head++) {
                 const T *from_q[LANES], *from_g[LANES];
                 T *to[LANES];
-                float own[LANES] = {0}; /* sum of g y of each query */
+                float own[LANES] = {0}; /* sum of g y for each query */
                 memset(wide_q, 0, 2 * LANES * d * sizeof(float));
                 for (int lane = 0; lane < count; lane++) {
                     int64_t place = ((rows[block] + lane) * heads + head) * d;
