@@ -1,13 +1,13 @@
-"""The LoRA layers: a mixin, `LoRALayer`, over the class that a layer already has.
+"""The LoRA layers: a mixin, `LoRALayer`, combined with a layer's existing class.
 
-Microsoft's classes (`Linear`, `MergedLinear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d`) are the mixins below over
-torch's own layers, with the constructor arguments of loralib 0.1.2.  `loralib.inject` builds the same kind of class
-over a module's class (`adapted_class`) and assigns it to ``module.__class__``: the base weight stays the same Parameter
+Microsoft's classes (`Linear`, `MergedLinear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d`) combine the mixins below with
+torch's own layers, and have the constructor arguments of loralib 0.1.2.  `loralib.inject` builds the same kind of class
+from a module's class (`adapted_class`) and assigns it to ``module.__class__``: the base weight stays the same Parameter
 under the same name, and ``isinstance`` keeps working.
 
-A mixin says which tensors it trains (`tensor_shapes`) and what they add to the base weight (`delta_weight`), with the
-formulas of `loralib.delta`.  A variant that trains another tensor is another mixin, a file in `loralib.variants`:
-nothing else has to know of it.
+A mixin defines which tensors it trains (`tensor_shapes`) and what they add to the base weight (`delta_weight`), using
+the formulas of `loralib.delta`.  A variant that trains another tensor is another mixin, a file in `loralib.variants`;
+no other code needs to know about it.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ __all__ = [
 
 
 class LoRALayer(nn.Module):
-    """What all LoRA layers have in common.
+    """The common base of all LoRA layers.
 
     Attributes:
-        r: the rank; 0 for a layer without adapter.
+        r: the rank; 0 for a layer without an adapter.
         lora_alpha: see `loralib.delta.scaling_of`.
         lora_dropout: probability of dropping an input of the low-rank path in training mode.
-        scaling: the factor of the update.
-        merged: whether the weight is base + update at the moment; see `merge` and `unmerge`.
+        scaling: factor applied to the update.
+        merged: whether the weight currently is base + update; see `merge` and `unmerge`.
         merge_weights: whether ``eval()`` merges and ``train()`` unmerges: Microsoft's default, off in injected layers.
         enabled: False inside `loralib.disabled`.
-        init_lora_weights: how the factors start, as in `loralib.LoraConfig`.
+        init_lora_weights: how the factors are initialised, as in `loralib.LoraConfig`.
         lora_A, lora_B: the trained factors (absent when r is 0).
     """
 
@@ -59,23 +59,23 @@ class LoRALayer(nn.Module):
     lora_alpha: float
     lora_dropout: float
     scaling: float
-    # In the instance's dictionary, where torch.compile guards it: a compiled model follows merge() and unmerge().
+    # Stored in the instance's dictionary, which torch.compile guards: a compiled model follows merge() and unmerge().
     merged: bool = False
     merge_weights: bool
     enabled: bool
     init_lora_weights: bool | str
     lora_A: Parameter
     lora_B: Parameter
-    lora_names: tuple[str, ...] = ()  # of the trained tensors that _init_lora made; the base may have names like theirs
-    fixed_names: tuple[str, ...] = ()  # of buffers that a variant keeps beside them
-    output_factors: tuple[str, ...] = ("lora_B",)  # of the trained tensors those that start at zero, behind A
-    may_rest: bool = False  # whether a batch may leave all of a layer's gradients zero
+    lora_names: tuple[str, ...] = ()  # trained tensors created by _init_lora; the base may have similar names
+    fixed_names: tuple[str, ...] = ()  # buffers that a variant keeps beside them
+    output_factors: tuple[str, ...] = ("lora_B",)  # which trained tensors start at zero and are applied after A
+    may_rest: bool = False  # whether all of a layer's gradients may be zero for a batch
 
     _weight_name = "weight"
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The names of the parameters that the layer adapts, of which all but the experts of a mixture have one."""
+        """The names of the parameters that the layer adapts: a single one, except for a mixture's experts."""
         return (self._weight_name,)
 
     def _init_lora(
@@ -87,7 +87,7 @@ class LoRALayer(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
     ) -> None:
-        """Sets the layer's attributes and, if r > 0, creates its trained tensors; the base weight must be there."""
+        """Sets the layer's attributes and, if r > 0, creates its trained tensors; the base weight must exist."""
         if r < 0:
             raise ConfigError(f"r is {r}, expected 0 (no adapter) or a positive rank")
         if not 0 <= lora_dropout <= 1:
@@ -105,17 +105,17 @@ class LoRALayer(nn.Module):
                 self.register_parameter(name, Parameter(tensor))
             self.reset_lora_parameters()
 
-    # What a mixin says about its layers.
+    # Properties defined by mixins.
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the tensors that the layer trains at rank r, by parameter name, in a fixed order.
 
-        Every name begins with ``lora_``, by which `mark_only_lora_as_trainable` and `lora_state_dict` know them.
+        Every name begins with ``lora_``, which `mark_only_lora_as_trainable` and `lora_state_dict` rely on.
         """
         raise NotImplementedError
 
     def tensor_keys(self) -> dict[str, str]:
-        """Returns the name that each trained tensor has in an adapter, by parameter name."""
+        """Returns the name of each trained tensor in an adapter, by parameter name."""
         return {name: name for name in self.tensor_shapes(1)}
 
     def trained_tensors(self) -> dict[str, Parameter]:
@@ -123,10 +123,10 @@ class LoRALayer(nn.Module):
         return {name: p for name in self.lora_names if (p := self._parameters.get(name)) is not None}
 
     def check_stored(self) -> None:
-        """Checks that the weight and the trained tensors are parameters, from which an adapter can be taken.
+        """Checks that the weight and the trained tensors are parameters, so that an adapter can be extracted.
 
         Raises:
-            AdapterError: one is computed (pruned or parametrized), or is one process' share of a tensor.
+            AdapterError: one is computed (pruned or parametrized), or is only a process' shard of a tensor.
         """
         names = self.lora_names if self.merged else (*self.weight_names, *self.lora_names)
         computed = [name for name in names if self._parameters.get(name) is None]
@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
             )
 
     def to_adapter(self) -> dict[str, Tensor]:
-        """Returns the trained tensors as an adapter holds them, by the names of `tensor_keys`."""
+        """Returns the trained tensors as stored in an adapter, by the names of `tensor_keys`."""
         keys = self.tensor_keys()
         return {keys[name]: tensor.detach() for name, tensor in self.trained_tensors().items()}
 
@@ -156,15 +156,15 @@ class LoRALayer(nn.Module):
         return self.lora_A.flatten(1), self.lora_B.flatten(1)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Returns a tensor of the base weight's shape as the matrix (out, in) that the update is added to."""
+        """Returns a tensor of the base weight's shape as the matrix (out, in) to which the update is added."""
         return weight.flatten(1)
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """Returns a matrix (out, in) in the shape of the base weight; the inverse of `as_matrix`."""
+        """Returns a matrix (out, in) reshaped to the base weight; the inverse of `as_matrix`."""
         return matrix.view(self._base_shape)
 
     def delta_weight(self) -> Tensor:
-        """Returns what the adapter adds to the base weight, in its shape and in at least fp32."""
+        """Returns what the adapter adds to the base weight, in the weight's shape and in fp32 or wider."""
         return self.as_stored(delta_weight(*self.factors(), self.scaling))
 
     def delta_weight_of(self, name: str) -> Tensor:
@@ -172,7 +172,7 @@ class LoRALayer(nn.Module):
         return self.delta_weight()
 
     def output_scale(self) -> Tensor | None:
-        """Returns what each output (out,) is multiplied with before the bias is added, in fp32; None: with 1."""
+        """Returns the factor of each output (out,), applied before the bias is added, in fp32; None: 1."""
         return None
 
     def output_shift(self) -> Tensor | None:
@@ -180,21 +180,21 @@ class LoRALayer(nn.Module):
         return None
 
     def _used_weight(self, weight: Tensor) -> Tensor:
-        """Returns the base weight as forward uses it (an embedding's max_norm changes it)."""
+        """Returns the base weight as used by forward (an embedding's max_norm changes it)."""
         return weight
 
     def begin_from(self, values: Mapping[str, Tensor]) -> None:
-        """Takes the values, by parameter name, that the trained tensors had before a resumed run's first update."""
+        """Receives the values of the trained tensors before the first update of a resumed run, by parameter name."""
 
     def is_as_base(self, values: Mapping[str, Tensor]) -> bool:
-        """Whether the layer computes as its base while its trained tensors have these values, by parameter name."""
+        """Whether the layer computes the same as its base with these values of the trained tensors, by parameter."""
         return any(not values[name].any() for name in ("lora_A", "lora_B"))
 
     def check_rank(self, r: int) -> None:
-        """Raises TargetError if the layer cannot have this rank; it is asked before there are trained tensors."""
+        """Raises TargetError if the layer cannot have this rank; called before the trained tensors are created."""
 
     def reset_lora_parameters(self) -> None:
-        """Initialises A as nn.Linear does its weight, and B to zero, so that the layer starts as its base."""
+        """Initialises A as nn.Linear does its weight, and B to zero, so that the layer starts out equal to its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -202,11 +202,11 @@ class LoRALayer(nn.Module):
 
     @property
     def base_weight(self) -> Parameter:
-        """The base weight, also while the layer is merged."""
+        """The base weight, even while the layer is merged."""
         return self.base_weight_of(self._weight_name)
 
     def base_weight_of(self, name: str) -> Parameter:
-        """Returns the base weight of that name (see `weight_names`), also while the layer is merged."""
+        """Returns the base weight of that name (see `weight_names`), even while the layer is merged."""
         weight = (self.__dict__["_unmerged"] if self.merged else self._parameters).get(name)
         if weight is None:
             raise AdapterError("its weight is computed (pruned or parametrized since inject()); undo that first")
@@ -222,7 +222,7 @@ class LoRALayer(nn.Module):
         return self.r > 0 and self.enabled and not self.merged
 
     def merge(self) -> None:
-        """Replaces the weight by base + update, computed in fp32.  The base tensor itself is kept, unchanged.
+        """Replaces the weight with base + update, computed in fp32.  The base tensor itself is kept, unchanged.
 
         The merged weight is a new Parameter: modules that share the base weight (a tied head) keep the base's values.
 
@@ -246,7 +246,7 @@ class LoRALayer(nn.Module):
         self.merged = True
 
     def _merged_tensors(self) -> dict[str, Tensor]:
-        """Returns what merging puts into the places of the base's parameters, by name."""
+        """Returns the tensors that replace the base's parameters when merging, by name."""
         merged = dict[str, Tensor]()
         for name in self.weight_names:
             delta = self.delta_weight_of(name)
@@ -258,13 +258,13 @@ class LoRALayer(nn.Module):
         return merged
 
     def unmerge(self) -> None:
-        """Puts the base weight back, bit for bit."""
+        """Restores the base weight, bit for bit."""
         if not self.merged:
             return
         originals: dict[str, Parameter | None] = self.__dict__.pop("_unmerged")
         for name, base in originals.items():
             if base is not None:
-                # Freezing or unfreezing the merged weight was meant for the weight, not for this copy of it.
+                # Freezing or unfreezing the merged weight is meant for the base weight.
                 base.requires_grad_(cast(Parameter, self._parameters[name]).requires_grad)
             self._parameters[name] = base
         self.merged = False
@@ -278,7 +278,7 @@ class LoRALayer(nn.Module):
                 self.merge()
         return self
 
-    # A state dict holds base weights, merged or not, and moving a layer moves the base weight that it keeps.
+    # A state dict holds base weights, merged or not, and moving a layer also moves the base weight it keeps.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -295,7 +295,7 @@ class LoRALayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged:
-            # torch knows which moves keep the Parameter and which need another one.
+            # torch knows which moves keep the Parameter and which create another.
             for name, base in self.__dict__["_unmerged"].items():
                 if base is not None:
                     self.__dict__["_unmerged"][name] = nn.ParameterList([base])._apply(fn)[0]
@@ -305,7 +305,7 @@ class LoRALayer(nn.Module):
         return F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class that `adapted_class` made cannot be imported by name: it is rebuilt from its two halves.
+        # Classes made by `adapted_class` cannot be imported by name, so they are rebuilt from their two halves.
         halves = type(self).__dict__.get("_halves")
         if halves is None:
             return super().__reduce_ex__(protocol)
@@ -351,11 +351,11 @@ class LoRALinear(LoRALayer):
         return self.finished(y + low_rank(self._drop(x), *self.factors(), self.scaling))
 
     def finished(self, y: Tensor, *, in_place: bool = False) -> Tensor:
-        """Returns the layer's output, of which y (..., out) is all but what a variant does after the products.
+        """Returns the layer's output, given y (..., out) before the final steps that a variant adds.
 
         Args:
-            y: of any number of rows.
-            in_place: whether the output may take the place of y.
+            y: any number of rows.
+            in_place: whether y may be overwritten by the output.
         """
         y = scale_outputs(y, self.output_scale(), cast("Tensor | None", self.bias), in_place=in_place)
         shift = self.output_shift()
@@ -363,25 +363,25 @@ class LoRALinear(LoRALayer):
 
 
 def _summed_weight(name: str) -> property:
-    """Makes a weight that is read directly, without calling the layer, read as base + update."""
+    """Creates a property that reads a weight as base + update, for code that does not call the layer."""
 
     def read(self: LoRALinear) -> Tensor:
         base = self._parameters.get(name)
-        if base is None:  # as hasattr() expects it
+        if base is None:  # as hasattr() expects
             raise AttributeError(f"{type(self).__name__} currently has no {name}")
         if is_sharded(base):
             raise UnsupportedModelError(_NOT_SHARDED.format(type(self).__name__))
         return add_delta(dense(base), self.delta_weight()) if self._active else base
 
     def write(self: LoRALinear, value: Tensor) -> None:
-        if not isinstance(value, Parameter):  # FSDP1 puts a view of its own in the parameter's place
+        if not isinstance(value, Parameter):  # FSDP1 replaces the parameter with a view of its own
             raise UnsupportedModelError(_NOT_SHARDED.format(type(self).__name__))
         self.register_parameter(name, value)
 
     return property(read, write)
 
 
-# FSDP reads a weight in order to see whether it was changed, and would take base + update for a new base.
+# FSDP reads a weight to detect changes, and would take base + update for a new base.
 _NOT_SHARDED = (
     "the weight of an adapted {} reads as base + update and cannot be spread over processes; leave it out "
     "(FSDP(..., ignored_modules=[...]), fully_shard(..., ignored_params={{...}})), or adapt other modules"
@@ -401,7 +401,7 @@ class LoRAReadLinear(LoRALinear):
 
 
 class LoRARouter(LoRALinear):
-    """The router of a mixture, a class of its own that reads its weight (experts, in): it reads as base + update."""
+    """The router of a mixture, whose class reads its weight (experts, in) directly, which returns base + update."""
 
     weight = _summed_weight("weight")
 
@@ -410,7 +410,7 @@ class LoRARouter(LoRALinear):
 
 
 class LoRAMultiheadAttention(LoRALinear):
-    """nn.MultiheadAttention, which reads its in_proj_weight (3 * embed_dim, embed_dim): it reads as base + update."""
+    """nn.MultiheadAttention, which reads its in_proj_weight (3 * embed_dim, embed_dim): it returns base + update."""
 
     _weight_name = "in_proj_weight"
 
@@ -421,7 +421,7 @@ class LoRAMultiheadAttention(LoRALinear):
 
 
 class LoRAEmbedding(LoRALayer):
-    """``y = W[i] + scaling * B A[:, i]``, where A (r, n) starts at zero and B (d, r) is normal."""
+    """``y = W[i] + scaling * B A[:, i]``, where A (r, n) starts at zero and B (d, r) is normally distributed."""
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         count, width = self._base_shape
@@ -445,7 +445,7 @@ class LoRAEmbedding(LoRALayer):
         return weight if table.max_norm is None else torch.renorm(weight, table.norm_type, 0, table.max_norm)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Looks rows up without max_norm, which rescales in place, and with a dense gradient, as A needs it."""
+        """Looks up rows without max_norm, which rescales in place, and with a dense gradient, as A needs it."""
         table = cast(nn.Embedding, self)
         return F.embedding(x, weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
 
@@ -456,14 +456,14 @@ class LoRAEmbedding(LoRALayer):
         if not self._active:
             return y
         update = F.linear(self._rows(self.lora_A.T, x), self.lora_B) * self.scaling
-        # Gemma's embedding multiplies the rows by embed_scale, and would multiply a merged weight's too.
+        # Gemma's embedding multiplies its rows by embed_scale, which also applies to a merged weight.
         scale = getattr(self, "embed_scale", None)
         y = y + (update if scale is None else update * scale).to(y.dtype)
         return scale_outputs(y, self.output_scale())
 
 
 class LoRAConv(LoRALayer):
-    """A convolution to r channels, A (r, in, *kernel), then one of size 1, B (out, r, 1, ...): PEFT's form."""
+    """A convolution to r channels, A (r, in, *kernel), then a 1x1 convolution, B (out, r, 1, ...), as in PEFT."""
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         outputs, inputs, *kernel = self._base_shape
@@ -481,10 +481,10 @@ class LoRAConv(LoRALayer):
 
 
 class LoRAFoldedConv(LoRALayer):
-    """A convolution whose update is ``B A`` reshaped to the weight: Microsoft's form.
+    """A convolution whose update is ``B A`` reshaped to the weight, as in Microsoft's loralib.
 
     With b the last kernel size and a the product of the others, A is (r*b, in*b) and B (out/groups*a, r*b).  For square
-    2-D kernels, the only ones that loralib 0.1.2 supports, these are its shapes.
+    2-D kernels, the only ones supported by loralib 0.1.2, these are its shapes.
     """
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
@@ -517,8 +517,8 @@ class LoRAFoldedConv(LoRALayer):
     def _unfolded(self, A: Tensor) -> Tensor:
         """Returns the A of PEFT's convolution.
 
-        Row o of the weight, as a matrix, is a consecutive rows of the folded product side by side: the same numbers as
-        a plain product of rank r * prod(kernel), with A repeated block-diagonally.
+        Row o of the weight, as a matrix, is `a` consecutive rows of the folded product side by side.  This equals a
+        plain product of rank r * prod(kernel), with A repeated block-diagonally.
         """
         outputs, inputs, *kernel = self._base_shape
         repeated: Tensor = torch.block_diag(*[A] * (self.lora_B.shape[0] // outputs))
@@ -548,7 +548,7 @@ class LoRAFoldedConv(LoRALayer):
 
 
 class _BuiltLayer(LoRALayer):
-    """What Microsoft's classes have in common: a constructor makes base and adapter together."""
+    """The common base of Microsoft's classes: the constructor creates base and adapter together."""
 
     def _init_lora(self, *args: Any, **kwargs: Any) -> None:
         super()._init_lora(*args, **kwargs)
@@ -556,7 +556,7 @@ class _BuiltLayer(LoRALayer):
             self.base_weight.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Initialises the base weight again and, where there is an adapter, its tensors."""
+        """Initialises the base weight again and, if there is an adapter, its tensors."""
         self.unmerge()
         super().reset_parameters()  # type: ignore[misc]
         if self.trained_tensors():
@@ -569,12 +569,12 @@ class Linear(_BuiltLayer, LoRALinear, nn.Linear):
     Args:
         in_features: size of an input.
         out_features: size of an output.
-        r: rank of the update; 0 makes a plain nn.Linear.
+        r: rank of the update; 0 makes it a plain nn.Linear.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability of dropping an input of the low-rank path in training mode.
         fan_in_fan_out: store the weight as (in, out), as GPT-2's Conv1D does.
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
-        **kwargs: for nn.Linear (bias, device, dtype).
+        **kwargs: arguments of nn.Linear (bias, device, dtype).
 
     >>> layer = Linear(8, 4, r=2, lora_alpha=4)
     >>> tuple(layer.lora_A.shape), tuple(layer.lora_B.shape), layer.scaling
@@ -603,7 +603,7 @@ class Linear(_BuiltLayer, LoRALinear, nn.Linear):
 
 
 class MergedLinear(Linear):
-    """A fused projection (as GPT-2's q, k, v in one) of which only some output blocks are adapted.
+    """A fused projection (such as GPT-2's q, k, v in one) in which only some output blocks are adapted.
 
     The other arguments are those of `Linear`.
 
@@ -640,7 +640,7 @@ class MergedLinear(Linear):
             )
         self.enable_lora = list(blocks)
         self.blocks = blocks
-        # With no block enabled there is no adapter (loralib 0.1.2 fails on the first forward).
+        # Without an enabled block there is no adapter (loralib 0.1.2 fails on the first forward).
         r = r if any(blocks) else 0
         super().__init__(
             in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
@@ -652,15 +652,15 @@ class BlockError(ConfigError, AssertionError):
 
 
 class Embedding(_BuiltLayer, LoRAEmbedding, nn.Embedding):
-    """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normal.
+    """nn.Embedding with a low-rank update: A (r, n) starts at zero, B (d, r) is normally distributed.
 
     Args:
         num_embeddings: n, the number of rows.
         embedding_dim: d, the width of a row.
-        r: rank of the update; 0 makes a plain nn.Embedding.
+        r: rank of the update; 0 makes it a plain nn.Embedding.
         lora_alpha: the update is scaled by lora_alpha / r.
         merge_weights: merge on ``eval()``, unmerge on ``train()``.
-        **kwargs: for nn.Embedding.
+        **kwargs: arguments of nn.Embedding.
     """
 
     def __init__(
@@ -677,7 +677,7 @@ class Embedding(_BuiltLayer, LoRAEmbedding, nn.Embedding):
 
 
 class _Conv(_BuiltLayer, LoRAFoldedConv):
-    """The constructor that Conv1d, Conv2d and Conv3d share."""
+    """The constructor shared by Conv1d, Conv2d and Conv3d."""
 
     def __init__(
         self,
@@ -706,13 +706,13 @@ class Conv3d(_Conv, nn.Conv3d):
     """nn.Conv3d with a low-rank update in Microsoft's form (see `LoRAFoldedConv`)."""
 
 
-# Classes over other classes.
+# Classes derived from other classes.
 
 
 def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
     """Whether a module or class is transformers' Conv1D: a linear layer whose weight is stored (in, out).
 
-    transformers is not imported for this.
+    Does not import transformers.
 
     >>> is_conv1d(nn.Linear(2, 2))
     False
@@ -722,7 +722,7 @@ def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
 
 
 def adapted_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
-    """Returns the subclass of `mixin` and `base` that keeps the name of `base`; one class for each such pair.
+    """Returns the subclass of `mixin` and `base` with the name of `base`; there is only one per pair.
 
     >>> adapted_class(LoRALinear, nn.Linear).__mro__[1:3] == (LoRALinear, LoRALayer)
     True
@@ -730,7 +730,7 @@ def adapted_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALay
     halves = (mixin, base)
     if halves not in _CLASSES:
         namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_halves": halves}
-        # Two threads may both get here: the first class counts, for both.
+        # Two threads may get here at once: both use the first class.
         _CLASSES.setdefault(halves, cast("type[LoRALayer]", type(base.__name__, halves, namespace)))
     return _CLASSES[halves]
 
@@ -739,7 +739,7 @@ _CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that a module had before `adapted_class`, which is its own where it is not adapted."""
+    """Returns the class of a module before `adapted_class`, or its own class if it is not adapted."""
     halves = type(module).__dict__.get("_halves")
     return halves[1] if halves else type(module)
 
