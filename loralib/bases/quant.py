@@ -1,24 +1,24 @@
-"""Base weights in 8 or 4 bits, which frozen layers compute with as they are (QLoRA, arXiv:2305.14314).
+"""Base weights in 8 or 4 bits, with which frozen layers compute directly (QLoRA, arXiv:2305.14314).
 
-int8   one byte a weight, and a scale for each output: ``W = codes * scales[:, None]``
-nf4    4 bits a weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax are 8-bit codes
-       themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits a weight in all
+int8   one byte per weight, and a scale for each output: ``W = codes * scales[:, None]``
+nf4    4 bits per weight, in blocks of 64: ``W = LEVELS[codes] * absmax of the block``.  The absmax values are 8-bit
+       codes themselves, in blocks of 256 (double quantisation, section 3 of the paper): 4.127 bits per weight in all
 
-Tables of tokens and heads stay in 16 bits, as in QLoRA, unless one says so: ``int8+tables`` and ``nf4+tables`` hold
+Embeddings and heads ("tables") stay in 16 bits, as in QLoRA, unless requested: ``int8+tables`` and ``nf4+tables`` store
 them as int8.
 
-Weights that others quantised may stay in the bits that they have, in blocks of 32 along a row (`loralib.bases.gguf`,
+Weights quantised by other tools may keep their own format, in blocks of 32 along a row (`loralib.bases.gguf`,
 `loralib.bases.packed`):
 
-q8_0   8 bits a weight, ``W = scale * codes``: 8.5 bits in all
-q4     4 bits a weight, ``W = scale * codes + minimum``: 5 bits in all as GGUF's Q4_0 and Q4_1, 4.625 as Q4_K, and 4.5
-       as GPTQ and AWQ with groups of 128
+q8_0   8 bits per weight, ``W = scale * codes``: 8.5 bits in all
+q4     4 bits per weight, ``W = scale * codes + minimum``: 5 bits in all for GGUF's Q4_0 and Q4_1, 4.625 for Q4_K, and
+       4.5 for GPTQ and AWQ with groups of 128
 
-The weights of a layer's experts (experts, out, in) are a stack: each is quantised like a weight of its own.
+The weights of a layer's experts (experts, out, in) are a stack, in which each weight is quantised separately.
 
-A quantised weight is a tensor in a Parameter's place, with the shape and dtype of the weight that it stands for.
-Products with it make it dense for a moment; where there are kernels (`engine/kernels.c`), only the few columns that are
-being multiplied.  Whatever else reads it, reads the dense weight.
+A quantised weight is a tensor that replaces a Parameter, with the shape and dtype of the original weight.  Products
+with it dequantise it temporarily; where there are kernels (`engine/kernels.c`), only the few columns currently being
+multiplied.  Any other access reads the dequantised weight.
 """
 
 from __future__ import annotations
@@ -55,29 +55,29 @@ __all__ = [
     "two_a_byte",
 ]
 
-BLOCK: Final = 64  # weights with an absmax of their own
-BLOCKS: Final = 256  # absmax with a scale of their own
-GGUF_BLOCK: Final = 32  # weights of a GGUF file with a scale of their own
-_AT_ONCE: Final = 1 << 24  # weights that are in fp32 at a time while they are quantised
-_IN_CACHE: Final = 1 << 20  # and in NF4, where the nearest level takes several passes over them
-_BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks of them while they are made dense, which should stay in the cache
+BLOCK: Final = 64  # weights that share an absmax
+BLOCKS: Final = 256  # absmax values that share a scale
+GGUF_BLOCK: Final = 32  # weights of a GGUF file that share a scale
+_AT_ONCE: Final = 1 << 24  # weights in fp32 at a time during quantisation
+_IN_CACHE: Final = 1 << 20  # the same for NF4, where finding the nearest level takes several passes over them
+_BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks at a time during dequantisation, which should fit into the cache
 aten = torch.ops.aten
 
 
 class QuantizedWeight(Tensor):
-    """A weight (out, in), or its transpose, that is held in fewer bits; each way to do so is a subclass.
+    """A quantised weight (out, in), or its transpose; there is a subclass for each format.
 
-    A stack of weights (experts, out, in), or of their transposes, has the parts of each, stacked.
+    In a stack of weights (experts, out, in), or of their transposes, the parts of all weights are stacked.
 
     Attributes:
         codes: integers, in the order of (out, in).
-        turned: whether this is (in, out): a transposed view, or GPT-2's way to store weights.
-        samples: what fingerprints are made of, of the weight before it was quantised (see `samples_of`).
+        turned: whether this is (in, out): a transposed view, or stored as in GPT-2.
+        samples: samples of the weight before quantisation, used for fingerprints (see `samples_of`).
     """
 
     KIND: ClassVar[str]
-    PARTS: ClassVar[tuple[str, ...]]  # names of the tensors that it consists of
-    ROUNDED: ClassVar[bool] = True  # whether there was another weight before, which an adapter should know of
+    PARTS: ClassVar[tuple[str, ...]]  # names of its tensors
+    ROUNDED: ClassVar[bool] = True  # whether a different, original weight exists, which an adapter should record
     codes: Tensor
     turned: bool
     samples: Tensor
@@ -86,7 +86,7 @@ class QuantizedWeight(Tensor):
     def __new__(
         cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, turned: bool, samples: Any
     ) -> Any:
-        """Puts a weight together; `shape` is (out, in), or (experts, out, in)."""
+        """Creates a weight from its parts; `shape` is (out, in), or (experts, out, in)."""
         *stack, outputs, inputs = shape
         seen, strides = ((inputs, outputs), (1, inputs)) if turned else ((outputs, inputs), (inputs, 1))
         weight = Tensor._make_wrapper_subclass(
@@ -103,37 +103,37 @@ class QuantizedWeight(Tensor):
         return weight
 
     def __init__(self, *args: Any) -> None:
-        """All is done in __new__, where a tensor's shape has to be known."""
+        """Does nothing: everything happens in __new__, where a tensor's shape must be known."""
 
     @classmethod
     def of(cls, weight: Tensor) -> Mapping[str, Tensor]:
-        """Returns the parts that a weight (out, in) is quantised to."""
+        """Returns the parts of the quantised form of a weight (out, in)."""
         raise NotImplementedError
 
     @classmethod
     def of_stack(cls, weights: Tensor) -> Mapping[str, Tensor]:
-        """Returns the parts that weights (experts, out, in) are quantised to."""
+        """Returns the parts of the quantised form of weights (experts, out, in)."""
         parts = [cls.of(weight) for weight in weights]
         return {name: torch.stack([of[name] for of in parts]) for name in cls.PARTS}
 
     @classmethod
     def bytes_of(cls, outputs: int, inputs: int) -> int:
-        """Returns the bytes that a weight of that shape takes."""
+        """Returns the size in bytes of a quantised weight of that shape."""
         raise NotImplementedError
 
     def rows(self, dtype: torch.dtype) -> Tensor:
-        """Returns the dense weight as (out, in)."""
+        """Returns the dequantised weight as (out, in)."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """Returns the weight as an ordinary tensor of its shape and dtype."""
+        """Returns the dequantised weight as an ordinary tensor of the same shape and dtype."""
         if self.dim() == 3:
             return torch.stack([each.dense() for each in self.each()])
         rows = self.rows(self.dtype)
         return rows.T if self.turned else rows
 
     def each(self) -> list[QuantizedWeight]:
-        """Returns the weights of a stack."""
+        """Returns the individual weights of a stack."""
         _, *shape = self.stored_shape
         places = zip(*[part.unbind() for part in self._parts().values()], strict=True)
         return [
@@ -142,17 +142,17 @@ class QuantizedWeight(Tensor):
         ]
 
     def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
-        """Returns the rows of some numbers, for a table (out, in)."""
+        """Returns the rows at these indices, for an embedding table (rows, width)."""
         return F.embedding(ids, self.dense())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes of the quantised weight."""
         return sum(part.nbytes for part in self._parts().values())
 
     @property
     def stored_shape(self) -> torch.Size:
-        """(out, in) or (experts, out, in), whichever way this tensor is turned."""
+        """(out, in) or (experts, out, in), whether or not this tensor is transposed."""
         *stack, one, other = self.shape
         return torch.Size((*stack, other, one)) if self.turned else self.shape
 
@@ -168,7 +168,7 @@ class QuantizedWeight(Tensor):
     def _mapped(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedWeight:
         return self._like({name: function(part) for name, part in self._parts().items()}, dtype)
 
-    # What PyTorch asks of a tensor that consists of others.
+    # The interface that PyTorch requires of tensors composed of other tensors.
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(self.PARTS), (self.stored_shape, self.dtype, self.turned, self.samples)
@@ -233,7 +233,7 @@ def _unbound(weight: QuantizedWeight, dim: int = 0) -> Sequence[Tensor]:
     return weight.each() if is_stack else weight.dense().unbind(dim)
 
 
-# Operators whose result is a quantised weight too. All others, products among them, see a dense one for a moment;
+# Operators whose result is also a quantised weight. All others, products among them, dequantise it temporarily;
 # autograd keeps the quantised one for the backward pass.
 _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten.detach.default: QuantizedWeight._like,
@@ -247,7 +247,7 @@ _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     aten.unbind.int: _unbound,
     aten.embedding.default: lambda weight, ids, *_: weight.looked_up(
         ids
-    ),  # a dense tensor, but not by way of all of it
+    ),  # dense, but without dequantising the whole table
 }
 
 
@@ -265,7 +265,7 @@ def _rebuild(
 
 
 class Int8Weight(QuantizedWeight):
-    """A byte a weight: ``codes`` (out, in) from -127 to 127, and ``scales`` (out,), a row's absmax / 127."""
+    """One byte per weight: ``codes`` (out, in) from -127 to 127, and ``scales`` (out,), a row's absmax / 127."""
 
     KIND = "int8"
     PARTS = ("codes", "scales")
@@ -293,7 +293,7 @@ class Int8Weight(QuantizedWeight):
 
 
 class NF4Weight(QuantizedWeight):
-    """4 bits a weight, as bitsandbytes lays them out: two in a byte, the first in its upper half.
+    """4 bits per weight, in bitsandbytes' layout: two per byte, the first in the upper half.
 
     With ``b`` a block of 64 weights, ``absmax[b] = MAP[absmax_codes[b]] * absmax_scales[b // 256] + offset``.
 
@@ -301,7 +301,7 @@ class NF4Weight(QuantizedWeight):
         codes: (out * in / 2,) bytes.
         absmax_codes: (blocks,) bytes.
         absmax_scales: (blocks / 256,) fp32.
-        offset: () fp32, the mean of all absmax.
+        offset: () fp32, the mean of all absmax values.
     """
 
     KIND = "nf4"
@@ -315,13 +315,13 @@ class NF4Weight(QuantizedWeight):
         flat = weight.reshape(-1)
         codes, absmax = [], []
         between = _middles(levels()).tolist()
-        for some in flat.split(_IN_CACHE):  # a multiple of the block: none is cut
+        for some in flat.split(_IN_CACHE):  # a multiple of the block size, so that no block is split
             blocks = F.pad(some.float(), (0, -len(some) % BLOCK)).view(-1, BLOCK)
             most = blocks.abs().amax(1)
             shares = blocks / most.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
             absmax.append(most)
             places = torch.zeros(shares.shape, dtype=torch.uint8, device=shares.device)
-            for middle in between:  # 15 comparisons of numbers in the cache are faster than a search for each
+            for middle in between:  # 15 comparisons in cache are faster than a search for each number
                 places += shares > middle
             pairs = places.view(-1)[: len(some) + len(some) % 2].view(-1, 2)
             codes.append(pairs[:, 0] << 4 | pairs[:, 1])
@@ -334,13 +334,13 @@ class NF4Weight(QuantizedWeight):
         return -(-count // 2) + blocks + 4 * -(-blocks // BLOCKS) + 4
 
     def absmax(self) -> Tensor:
-        """Returns that of each block, (blocks,) fp32."""
+        """Returns the absmax of each block, (blocks,) fp32."""
         scales = self.absmax_scales.repeat_interleave(BLOCKS)[: len(self.absmax_codes)]
         return absmax_map().to(self.device)[self.absmax_codes.long()] * scales + self.offset
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         if self.device.type == "cuda":
-            from . import bnb  # which stands on this file
+            from . import bnb  # imports this file
 
             if bnb.is_available():
                 return bnb.dequantized(self, dtype)
@@ -349,7 +349,7 @@ class NF4Weight(QuantizedWeight):
         for start in range(0, len(absmax), _BLOCKS_AT_ONCE):
             some = absmax[start : start + _BLOCKS_AT_ONCE]
             codes = self.codes[start * BLOCK // 2 : (start + len(some)) * BLOCK // 2].int()
-            codes = F.pad(codes, (0, len(some) * BLOCK // 2 - len(codes)))  # the last block may not be whole
+            codes = F.pad(codes, (0, len(some) * BLOCK // 2 - len(codes)))  # the last block may be incomplete
             values = pairs.index_select(0, codes).view(torch.float32).view(-1, BLOCK)
             found[start : start + len(some)] = values.mul_(some[:, None])
         return found.view(-1)[:count].view(self.stored_shape)
@@ -369,7 +369,7 @@ class Q8Weight(QuantizedWeight):
 
 
 class Q4Weight(QuantizedWeight):
-    """Q4_0, Q4_1 or Q4_K of a GGUF file, or what GPTQ or AWQ packed; codes lie in bytes as those of `NF4Weight` do.
+    """Q4_0, Q4_1 or Q4_K of a GGUF file, or weights packed by GPTQ or AWQ; codes are packed in bytes as in `NF4Weight`.
 
     With ``b`` a block of 32 weights, and ``s = b // n`` for the n blocks that share a scale (a power of two),
     ``W = codes * scale_codes[b] * scales[s] + minimum_codes[b] * minima[s]``.
@@ -378,7 +378,7 @@ class Q4Weight(QuantizedWeight):
         codes: (out * in / 2,) bytes.
         scales: (blocks / n,) fp16.
         minima: (blocks / n,) fp16.
-        scale_codes: (blocks,) bytes; empty where all are 1.
+        scale_codes: (blocks,) bytes; empty if all are 1.
         minimum_codes: likewise.
     """
 
@@ -406,7 +406,7 @@ class Q4Weight(QuantizedWeight):
 
 
 def two_a_byte(codes: Tensor) -> Tensor:
-    """Puts codes of 4 bits together as `Q4Weight` holds them, the first of two in the upper half of a byte.
+    """Packs 4-bit codes as in `Q4Weight`, the first of two in the upper half of a byte.
 
     >>> two_a_byte(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).tolist()
     [18, 52]
@@ -416,7 +416,7 @@ def two_a_byte(codes: Tensor) -> Tensor:
 
 
 def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
-    """Quantises the absmax (blocks,) of a weight in turn."""
+    """Quantises the absmax values (blocks,) of a weight."""
     offset = absmax.mean()
     blocks = F.pad(absmax - offset, (0, -len(absmax) % BLOCKS)).view(-1, BLOCKS)
     scales = blocks.abs().amax(1)
@@ -426,13 +426,13 @@ def _absmax_parts(absmax: Tensor) -> Mapping[str, Tensor]:
 
 
 def _middles(values: Tensor) -> Tensor:
-    """Where one value stops being the nearest, for values in rising order."""
+    """Returns the midpoints between neighbouring values, given in ascending order."""
     return (values[1:] + values[:-1]) / 2
 
 
 @functools.cache
 def levels() -> Tensor:
-    """The 16 levels of NormalFloat with 4 bits (appendix E of the paper): quantiles of a normal distribution.
+    """Returns the 16 levels of 4-bit NormalFloat (appendix E of the paper): quantiles of a normal distribution.
 
     >>> levels()[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
@@ -448,16 +448,16 @@ def levels() -> Tensor:
 
 @functools.cache
 def _pairs() -> Tensor:
-    """The two levels that each byte stands for, (256,): two fp32 in one number, to be looked up at once."""
+    """Returns the two levels that each byte stands for, (256,): two fp32 in one int64, to look up both at once."""
     table, byte = levels(), torch.arange(256)
     return torch.stack([table[byte >> 4], table[byte & 15]], 1).contiguous().view(torch.int64).view(-1)
 
 
 @functools.cache
 def absmax_map() -> Tensor:
-    """The 256 numbers of the dynamic 8-bit type (Dettmers et al. 2022, arXiv:2110.02861, section 2.1).
+    """Returns the 256 numbers of the dynamic 8-bit type (Dettmers et al. 2022, arXiv:2110.02861, section 2.1).
 
-    A sign, an exponent of ten of varying length, and in the bits that are left the middles of equal parts of 0.1 to 1.
+    A sign, a decimal exponent of varying length, and in the remaining bits the midpoints of equal parts of 0.1 to 1.
 
     >>> len(absmax_map()), absmax_map().min().item() < -0.99, absmax_map().max().item()
     (256, True, 1.0)
@@ -475,17 +475,17 @@ KINDS: Final = (*QUANTIZATIONS, *(f"{kind}{_TABLES}" for kind in QUANTIZATIONS))
 
 
 def check_kind(kind: str) -> None:
-    """Raises ConfigError unless there is such a way to quantise a model."""
+    """Raises ConfigError unless the quantisation format exists."""
     if kind not in KINDS:
         expected = f"{', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}"
         raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, KINDS)}")
 
 
 def chosen_kind(quantize: str | None) -> str | None:
-    """Returns the way to quantise that a setting names; None: none is wanted.
+    """Returns the quantisation format given by a setting; None: no quantisation.
 
     Raises:
-        ConfigError: there is no such way.
+        ConfigError: the format does not exist.
     """
     if quantize in (None, "none"):
         return None
@@ -494,7 +494,7 @@ def chosen_kind(quantize: str | None) -> str | None:
 
 
 def class_of(kind: str) -> type[QuantizedWeight]:
-    """Returns what linears' weights become in one of the KINDS."""
+    """Returns the class of linear layers' quantised weights for one of the KINDS."""
     return QUANTIZATIONS[kind.removesuffix(_TABLES)]
 
 
@@ -502,13 +502,13 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
     """Quantises a weight.
 
     Args:
-        weight: (out, in), or (in, out) if it is turned; or a stack of either.  bf16, fp16 or fp32, the dtype that it
-            seems to have afterwards.
-        kind: one of the KINDS; tables play no part here.
-        turned: whether it is stored as (in, out); it is quantised as (out, in) all the same.
+        weight: (out, in), or (in, out) if it is turned; or a stack of either.  bf16, fp16 or fp32, which remains its
+            nominal dtype.
+        kind: one of the KINDS; "+tables" has no effect here.
+        turned: whether it is stored as (in, out); it is quantised as (out, in) either way.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: the kind does not exist.
 
     >>> weight = quantize(torch.tensor([[1.0, -0.5], [0.25, 0.125]]), "int8")
     >>> weight.dense().tolist()[0][0], weight.codes.tolist()
@@ -523,18 +523,18 @@ def quantize(weight: Tensor, kind: str, *, turned: bool = False) -> QuantizedWei
 
 
 def quantize_table(weight: Tensor) -> Int8Weight:
-    """Quantises a table of tokens, or a head, (rows, width) to int8."""
+    """Quantises the weight (rows, width) of an embedding or a head to int8."""
     weight = weight.detach()
     return Int8Weight(Int8Weight.of(weight), weight.shape, weight.dtype, False, samples_of_table(weight).clone())
 
 
 def quantize_model(model: nn.Module, kind: str) -> int:
-    """Quantises the weights of a model's linears and experts in place, all but the head's; returns how many.
+    """Quantises the weights of a model's linear layers and experts in place, except for the head; returns their number.
 
-    Norms stay as they are, and embedding and head unless the kind names tables.
+    Norms are not quantised; embedding and head only if the kind includes tables.
 
     Raises:
-        ConfigError: there is no such kind, or the model has no linear.
+        ConfigError: the kind does not exist, or the model has no linear layer.
     """
     count = 0
     for module, name in _weights_of(model):
@@ -548,8 +548,8 @@ def quantize_model(model: nn.Module, kind: str) -> int:
 
 
 def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> None:
-    """Quantises the weights of embedding and head, if the kind names tables; or rounds them to such values."""
-    known: dict[int, nn.Parameter] = {}  # what is tied stays one
+    """Quantises the weights of embedding and head, if the kind includes tables; or rounds them to quantised values."""
+    known: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         if is_quantized_table(module, model, kind):
             weight: Any = module.weight
@@ -562,14 +562,14 @@ def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> Non
 
 
 def round_model(model: nn.Module, kind: str) -> float:
-    """Gives each weight of a model that a kind quantises the values that it has in fewer bits, in ordinary tensors.
+    """Rounds each weight that a kind quantises to its quantised values, stored in ordinary tensors.
 
     Args:
-        model: its weights are replaced; fingerprints still know them as they were.
-        kind: one of the KINDS; weights are rounded to bf16 first, as the base of a training run is.
+        model: its weights are replaced; fingerprints still use the original values.
+        kind: one of the KINDS; weights are rounded to bf16 first, like the base of a training run.
 
     Returns:
-        The error, ``||W' - W|| / ||W||`` over all linears and experts.
+        The error, ``||W' - W|| / ||W||`` over all linear layers and experts.
     """
     errors, norms = 0.0, 0.0
     for module, name in _weights_of(model):
@@ -585,8 +585,8 @@ def round_model(model: nn.Module, kind: str) -> float:
 
 
 def make_dense(model: nn.Module) -> None:
-    """Gives weights that a model holds in fewer bits back as ordinary tensors of the same values."""
-    known: dict[int, nn.Parameter] = {}  # what is tied stays one
+    """Dequantises a model's quantised weights to ordinary tensors of the same values."""
+    known: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
             held: Any = parameter
@@ -598,26 +598,26 @@ def make_dense(model: nn.Module) -> None:
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Yields the weights of a model that are quantised: their modules, and their names in these."""
+    """Yields the weights of a model to quantise, as modules and parameter names."""
     for path, module in list(model.named_modules()):
         yield from ((module, name) for name in quantized_weights(path, module, model))
 
 
 def quantized_weights(path: str, module: nn.Module, model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the weights of a module of a model that are quantised.
+    """Returns the names of a module's weights to quantise.
 
-    These are those of linears, but for the head's, and of experts in a tensor for all of them.
+    These are the weights of linear layers, except for the head, and of experts stored in one tensor.
 
     Args:
         path: the module's name in the model.
-        module: of the model.
-        model: that is quantised.
+        module: a module of the model.
+        model: the model to quantise.
     """
     return ("weight",) if _is_linear_within(module, model) else expert_stacks(path, module)
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
-    """Yields the linears of a model whose weights are quantised."""
+    """Yields the linear layers of a model whose weights are quantised."""
     return (module for module in list(model.modules()) if _is_linear_within(module, model))
 
 
@@ -631,7 +631,7 @@ def is_turned(module: nn.Module) -> bool:
 
 
 def is_quantized_table(module: nn.Module, model: nn.Module, kind: str) -> bool:
-    """Whether a kind quantises the weight of a module of a model as that of an embedding or a head."""
+    """Whether a kind quantises a module's weight as that of an embedding or a head."""
     if not kind.endswith(_TABLES):
         return False
     table, head = input_table(model), output_head(model)

@@ -1,15 +1,15 @@
-"""An adapter for each expert of a mixture, whose weights transformers 5 holds as one tensor (experts, out, in).
+"""Adapters for the experts of a mixture, whose weights transformers 5 stores in one tensor (experts, out, in).
 
-A router sends each token to k of the experts e.  With a low-rank update of each weight,
+A router sends each token to k experts e.  With a low-rank update of each weight,
 
     h = W[e] x + scaling * B[e] A[e] x        A (experts, r, in), B (experts, out, r)
 
-The tokens are sorted by expert, and each product is computed once for the tokens of an expert, as in transformers'
+The tokens are sorted by expert, and each product is computed once for all tokens of an expert, as in transformers'
 ``grouped_mm``.  ``W[e] + scaling * B[e] A[e]`` is never formed in training.
 
-transformers decorates the classes that compute in this way (``use_experts_implementation``), and says there how the
-weights are laid out.  `expert_weights` tries the formula on small numbers against the class's own, so that another way
-of computing is refused, not adapted wrongly.
+transformers decorates the classes that compute this way (``use_experts_implementation``), with arguments that describe
+the layout of the weights.  `expert_weights` compares the formula with the class's own forward on small tensors, so that
+classes that compute differently are rejected rather than adapted wrongly.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ __all__ = [
     "stored_as_rows",
 ]
 
-# What transformers calls the weights of experts: into the hidden layer, with its gate or without, and out of it.
+# transformers' names for the weights of experts: into the hidden layer, with or without its gate, and out of it.
 _INNER, _OUTER = ("gate_up_proj", "up_proj"), "down_proj"
 EXPERT_WEIGHTS = (*_INNER, _OUTER)  # in the order of their modules
 
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """One weight of all experts of a layer, to adapt.
+    """One weight to adapt, of all experts of a layer.
 
     Attributes:
-        name: of the parameter in its module.
+        name: name of the parameter in its module.
         r, lora_alpha: its rank and alpha.
     """
 
@@ -62,11 +62,11 @@ class ExpertWeight:
 
 
 class LoRAExperts(LoRALayer):
-    """The experts of a mixture, with a low-rank update of some of their weights for each expert.
+    """The experts of a mixture, where some of the weights have a low-rank update for each expert.
 
     Attributes:
-        adapted_weights: which weights, with their ranks.
-        scalings: the factor of the update of each.
+        adapted_weights: the adapted weights, with their ranks.
+        scalings: factor applied to the update of each weight.
     """
 
     adapted_weights: tuple[ExpertWeight, ...]
@@ -92,10 +92,10 @@ class LoRAExperts(LoRALayer):
         super()._init_lora(r, lora_alpha, lora_dropout, merge_weights, use_rslora, init_lora_weights)
         self.scalings = {w.name: scaling_of(w.r, w.lora_alpha, use_rslora) for w in self.adapted_weights}
 
-    # What is trained.
+    # Trained tensors.
 
     def _sizes(self, name: str) -> tuple[int, int, int]:
-        """Returns experts, inputs and outputs of a weight."""
+        """Returns the numbers of experts, inputs and outputs of a weight."""
         experts, rows, columns = self.base_weight_of(name).shape
         return (experts, rows, columns) if is_transposed(self) else (experts, columns, rows)
 
@@ -129,7 +129,7 @@ class LoRAExperts(LoRALayer):
     def reset_lora_parameters(self) -> None:
         for name in self.weight_names:
             A, B = self.factors_of(name)
-            nn.init.kaiming_uniform_(A.view(-1, A.shape[-1]), a=math.sqrt(5))  # each expert as a linear layer
+            nn.init.kaiming_uniform_(A.view(-1, A.shape[-1]), a=math.sqrt(5))  # each expert like a linear layer
             nn.init.zeros_(B)
 
     def is_as_base(self, values: Mapping[str, Tensor]) -> bool:
@@ -137,7 +137,7 @@ class LoRAExperts(LoRALayer):
             not values[f"lora_A_{name}"].any() or not values[f"lora_B_{name}"].any() for name in self.weight_names
         )
 
-    # What it adds.
+    # Updates.
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("experts have factors for each of their weights: factors_of")
@@ -165,7 +165,7 @@ class LoRAExperts(LoRALayer):
 def base_product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int]) -> Tensor:
     """Computes the product of the experts' base weights with rows (S, in) sorted by expert."""
     weight = stored_as_rows(layer, name)
-    weight = dense(weight) if is_sharded(weight) else weight  # one in fewer bits is made dense expert by expert
+    weight = dense(weight) if is_sharded(weight) else weight  # quantised weights are dequantised expert by expert
     return grouped_linear(x, weight, counts, layer._parameters.get(f"{name}_bias"))
 
 
@@ -179,13 +179,13 @@ def experts_forward(
     top_k_weights: Tensor,
     base_product: BaseProduct = base_product,
 ) -> Tensor:
-    """Computes the experts' outputs, each expert's for all of its tokens at once.
+    """Computes the experts' outputs, for each expert with all of its tokens at once.
 
     Args:
-        layer: the experts of a layer; adapted, where it is `LoRAExperts`.
+        layer: the experts of a layer; adapted if it is a `LoRAExperts`.
         hidden_states: (T, D).
-        top_k_index: the experts of each token (T, k).  A number past the last expert is none (expert parallelism).
-        top_k_weights: how much each counts (T, k).
+        top_k_index: the experts of each token (T, k); indices beyond the last expert are ignored (expert parallelism).
+        top_k_weights: the weight of each expert's output (T, k).
         base_product: computes a weight's product without its update.
 
     Returns:
@@ -193,18 +193,18 @@ def experts_forward(
     """
     k, theirs = top_k_index.shape[-1], cast(Any, layer)
     inner = _inner_name(layer)
-    # 1. Sort the T * k pairs of token and expert by expert: each has one run of rows.
+    # 1. Sort the T * k pairs of token and expert by expert, so that each expert has consecutive rows.
     order = top_k_index.reshape(-1).sort(stable=True).indices
     experts = len(theirs._parameters[_OUTER])
     counts = top_k_index.reshape(-1).bincount(minlength=experts)[:experts].tolist()
     x = hidden_states[order // k]  # (T k, D)
-    # 2. Into the hidden layer, through the gate, and out.
+    # 2. Into the hidden layer, through the activation or gate, and out.
     y = _product(layer, inner, x, counts, base_product)
     y = theirs._apply_gate(y) if inner == "gate_up_proj" else theirs.act_fn(y)
     y = _product(layer, _OUTER, y, counts, base_product)  # (T k, D)
     if getattr(layer, "has_post_expert_norm", False):
         y = theirs.post_expert_norm(y)
-    # 3. Back to the tokens' order, and sum what the experts say of each.
+    # 3. Restore the order of the tokens, and sum the experts' weighted outputs for each.
     y = y * top_k_weights.reshape(-1)[order, None]
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
@@ -212,7 +212,7 @@ def experts_forward(
 
 
 def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int], base_product: BaseProduct) -> Tensor:
-    """Computes a weight's product with rows (S, in) sorted by expert, with its update where it is adapted."""
+    """Computes a weight's product with rows (S, in) sorted by expert, including its update if it is adapted."""
     y = base_product(layer, name, x, counts)
     if not isinstance(layer, LoRAExperts) or not layer._active or name not in layer.weight_names:
         return y
@@ -222,7 +222,7 @@ def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int], base
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the weights are stored (experts, in, out), as gpt-oss does."""
+    """Whether the weights are stored as (experts, in, out), as in gpt-oss."""
     return bool(getattr(layer, "is_transposed", False))
 
 
@@ -236,18 +236,18 @@ def _inner_name(layer: nn.Module) -> str:
     return next(name for name in _INNER if layer._parameters.get(name) is not None)
 
 
-# Which modules are experts.
+# Detection of modules that hold experts.
 
 
 def holds_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module holds weights of experts in parameters of its own: by its name or class, and their shape."""
+    """Whether a module directly holds weights of experts, judging by its name or class and their shapes."""
     return "expert" in f"{name}.{base_class(module).__name__}".lower() and any(
         parameter is not None and parameter.dim() > 2 for parameter in module._parameters.values()
     )
 
 
 def expert_stacks(path: str, module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of a module's weights that are a stack, (experts, out, in), if it holds experts.
+    """Returns the names of a module's stacked weights, (experts, out, in), if it holds experts.
 
     Args:
         path: the module's name in its model.
@@ -263,7 +263,7 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the weights that can be adapted in a module that holds experts.
 
     Raises:
-        TargetError: it computes in a way that is not known here.
+        TargetError: it computes in an unsupported way.
     """
     base = base_class(module)
     names = tuple(name for name, p in module._parameters.items() if name in EXPERT_WEIGHTS and p is not None)
@@ -277,7 +277,7 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:
-    """Returns a copy in fp32 on the CPU; of one on the meta device, where there are no values, one filled with ones."""
+    """Returns a copy in fp32 on the CPU; a module on the meta device, which has no values, is filled with ones."""
     if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return copy.deepcopy(module).float().cpu()
     filled = copy.deepcopy(module).float().to_empty(device="cpu")
@@ -287,14 +287,14 @@ def _on_cpu(module: nn.Module) -> nn.Module:
 
 
 def kept_per_token(module: nn.Module, adapted: bool) -> int:
-    """Returns how many numbers of a token experts keep for the backward pass, in all that it goes to.
+    """Returns how many numbers experts keep for the backward pass, per token and summed over the token's experts.
 
-    In each they are the inner product's outputs, the activation's and what it is multiplied with, and the outer's
-    outputs; with an adapter also both products' inputs, and what A makes of them.
+    For each expert, these are the outputs of the inner product, of the activation and of the outer product; with an
+    adapter also the inputs of both products, and the outputs of A.
     """
     try:
         inner, outer = (cast(Tensor, module._parameters[name]).shape for name in expert_weights(module))
-    except TargetError:  # it computes in a way of its own
+    except TargetError:  # it computes in an unsupported way
         return 0
     first, last = (1, 2) if is_transposed(module) else (2, 1)
     inputs, made, hidden, outputs = inner[first], inner[last], outer[first], outer[last]
@@ -311,10 +311,10 @@ def _experts_per_token(module: nn.Module) -> int:
 
 
 def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a class computes what `experts_forward` does, tried on small numbers."""
+    """Whether a class computes the same as `experts_forward`, tested on small tensors."""
     generator = torch.Generator().manual_seed(0)
     weight, experts, hidden = cast(Tensor, module._parameters[_OUTER]), 3, 4
-    width = weight.shape[2 if is_transposed(module) else 1]  # the model's own: norms within have it
+    width = weight.shape[2 if is_transposed(module) else 1]  # the model's own, because of norms inside
     inner = 2 * hidden if _inner_name(module) == "gate_up_proj" else hidden
     sizes = {_inner_name(module): (width, inner), _OUTER: (hidden, width)}
     probe = base.__new__(base)
@@ -336,6 +336,6 @@ def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
         with torch.no_grad():
             theirs = inspect.unwrap(base.forward)(probe, x, index, weights)
             ours = experts_forward(probe, x, index, weights)
-    except Exception:  # it needs other inputs, or sizes of its own
+    except Exception:  # it needs other inputs, or fixed sizes
         return False
     return isinstance(theirs, Tensor) and theirs.shape == ours.shape and bool(torch.allclose(theirs, ours, atol=1e-4))
