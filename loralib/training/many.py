@@ -1,9 +1,9 @@
-"""Many runs in one: `loralib.train_many` and ``loralib sweep``.
+"""Trains several runs together: `loralib.train_many` and ``loralib sweep``.
 
-Runs that train plain LoRA on linear layers share one base and its passes (`shared_step.py`): each is a `Trainer` that
-says what it needs, and here one pass answers them all.  Runs of other kinds follow, one after the other.  Each has an
-ordinary run directory.  All runs that share passes save at the same updates, so that a killed sweep goes on from a
-moment that all of them have: with the same passes, and so with the same bytes.
+Runs that train plain LoRA on linear layers share one base and its passes (`shared_step.py`): each run is a `Trainer`
+that yields requests, and one pass answers all of them.  Other kinds of runs follow, one after the other.  Each has an
+ordinary run directory.  Runs that share passes save after the same updates, so that an interrupted sweep resumes from a
+state that all of them have: with the same passes, and so with bit-identical results.
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ from .trainer import (
 
 __all__ = ["run_names", "train_all"]
 
-# What is the same for all runs of a sweep: what is read and loaded, and how a pass is computed.
+# Settings that must be the same for all runs of a sweep: those of data, model and how a pass is computed.
 SAME: Final = frozenset(
     "model train_data valid_data valid_fraction data_format columns as_chat chat_template output_dir max_train_samples "
     "max_valid_samples seq_len task objective dtype quantize device hidden_dim num_layers packing share_prompts "
     "label_smoothing shard compile gradient_checkpointing resume overwrite report_to".split()
 )
-_BYTES: Final = 28  # of a trained number: itself, its start, gradient, Adam's two moments, and two casts with gradients
-_ROOM: Final = 0.8  # share of the free memory that adapters may take
-_LONGEST: Final = 80  # letters of a directory's name; sweep.json tells what runs with numbers are
+_BYTES: Final = 28  # per trained number: itself, its start, gradient, Adam's two moments, and two casts with gradients
+_ROOM: Final = 0.8  # the share of free memory that adapters may take
+_LONGEST: Final = 80  # maximum length of a directory name; sweep.json maps numbered runs to their settings
 
 
 def run_names(configs: Sequence[TrainConfig]) -> list[str]:
-    """Returns a name for each run, of the settings that differ: also the name of its directory.
+    """Returns a name for each run, built from the settings that differ; also used for its directory.
 
     Raises:
-        ConfigError: two runs are the same, or settings differ that all runs share.
+        ConfigError: two runs are identical, or settings differ that all runs must share.
 
     >>> run_names([TrainConfig(lr=1e-4, rank=8), TrainConfig(lr=3e-4, rank=8)])
     ['lr-0.0001', 'lr-0.0003']
@@ -117,7 +117,7 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def _trains_the_base(config: TrainConfig) -> list[str]:
-    """Returns the settings by which a run would train weights of the base, which the other runs share."""
+    """Returns the settings with which a run would train weights of the base, which the other runs share."""
     settings = {
         "bias": config.bias != "none",
         "modules_to_save": bool(config.modules_to_save),
@@ -178,7 +178,7 @@ class _Run:
 
 
 class _Sweep:
-    """All runs, from what their directories hold to the best one's adapter."""
+    """All runs of a sweep, from the contents of their directories to the best run's adapter."""
 
     def __init__(
         self, path: Path, model: nn.Module, data: Data, tokenizer: Any, valid_data: Data | None, reporter: Reporter
@@ -189,7 +189,7 @@ class _Sweep:
         self.runs: list[_Run] = []
 
     def add(self, names: Sequence[str], configs: Sequence[TrainConfig], stack: ExitStack) -> None:
-        """Takes the directory of each run; what a sweep to resume has finished or dropped is not done again."""
+        """Opens the directory of each run; runs finished or dropped before the sweep was resumed are not repeated."""
         known = read_record_of(self.path) if configs[0].resume else {}
         if known and set(known) != set(names):
             raise ConfigError(
@@ -207,7 +207,7 @@ class _Sweep:
             self.runs.append(run)
 
     def train(self) -> SweepResult:
-        """Trains what is left to train, and tells which run is best."""
+        """Trains the remaining runs, and reports the best run."""
         left, why_all = [run for run in self.runs if not run.is_done], _why_apart(self.model)
         for run in left:
             run.why_alone = _why_alone(run.config) or why_all
@@ -227,7 +227,7 @@ class _Sweep:
             say(f"  {run.name} trains on its own: {run.why_alone}")
 
     def write(self) -> list[Outcome]:
-        """Writes down what has become of each run so far, and returns it."""
+        """Writes the current outcome of each run to disk, and returns the outcomes."""
         same, outcomes = same_settings([each.config for each in self.runs]), list[Outcome]()
         for run in self.runs:
             settings = {name: value for name, value in run.config.to_dict().items() if name not in same}
@@ -253,7 +253,7 @@ class _Sweep:
         self.write()
 
     def drop(self, run: _Run, error: Exception) -> None:
-        """Gives a run up, and says why."""
+        """Drops a run, and prints why."""
         run.dropped = first_line(error).partition(". ")[0]
         self.reporter.say(f"Dropped {run.name}: {run.dropped}. The other runs continue.")
 
@@ -273,7 +273,7 @@ class _Sweep:
         say: Any,
         limit: Any,
     ) -> Plan:
-        """Plans a run; runs that read the same examples read them once."""
+        """Plans a run; examples are read only once for runs that use the same ones."""
         key = (config.seed, config.seq_len, limit)
         if key not in self._plans:
             self._plans[key] = make_plan(model, data, valid, tokenizer, config, self.reporter.say, limit)
@@ -283,7 +283,7 @@ class _Sweep:
         return dataclasses.replace(plan, config=chosen)
 
     def _train_together(self, runs: list[_Run]) -> list[_Run]:
-        """Trains runs in shared passes; returns those that turned out to need passes of their own."""
+        """Trains runs in shared passes; returns those that turned out to need their own passes."""
         given = {run: run.config for run in runs}
         plans = {run: self._plan(run) for run in runs}
         frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
@@ -339,7 +339,7 @@ class _Sweep:
         unit = PREFERENCE_STEPS.get(self.runs[0].config.objective, Step).unit
         try:
             plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png", unit)
-        except Exception as error:  # a picture is not worth a sweep: whatever another library raises
+        except Exception as error:  # a failed plot of any kind must not abort the sweep
             self.reporter.say(f"WARNING: {self.path / 'sweep.png'} could not be drawn: {first_line(error)}")
         if best is not None:
             _copy_adapter(best.adapter, self.path / "best")
@@ -355,7 +355,7 @@ class _Sweep:
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
-    """Copies an adapter and what belongs to it; the config last, which marks an adapter."""
+    """Copies an adapter with its files; the config comes last, because it marks a complete adapter."""
     target.mkdir(exist_ok=True)
     files = [each for each in source.iterdir() if each.is_file() and not each.name.startswith(".")]
     leave = {"metrics.jsonl", "loss.png", "README.md", "run.toml", "pytorch_model.bin"}
@@ -365,7 +365,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """Returns a model of modules of its own that hold the same parameters and buffers.
+    """Returns a copy of a model with its own modules, but the same parameters and buffers.
 
     >>> model = nn.Linear(2, 2)
     >>> twin = twin_of(model)
@@ -379,7 +379,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def _why_alone(config: TrainConfig) -> str:
-    """Returns why a run of these settings cannot share passes, or ""."""
+    """Returns why a run with these settings cannot share passes, or "" if it can."""
     reasons = {
         "DoRA rescales the base's output": config.use_dora,
         f"init_lora_weights {config.init_lora_weights} changes the base": config.init_lora_weights
@@ -393,7 +393,7 @@ def _why_alone(config: TrainConfig) -> str:
 
 
 def _why_apart(model: nn.Module) -> str:
-    """Returns why runs over this base cannot share passes, or ""."""
+    """Returns why runs on this base cannot share passes, or "" if they can."""
     config = getattr(model, "config", None)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     if drops or getattr(config, "attention_dropout", None):
@@ -418,7 +418,7 @@ class _Member:
 
 
 class _Together:
-    """Gives several runs what they need, computed in one: `Trainer` says what that is."""
+    """Answers the requests of several runs with shared passes; `Trainer` defines the requests."""
 
     def __init__(
         self,
@@ -447,7 +447,7 @@ class _Together:
         self._has_lost = False
 
     def train(self) -> None:
-        """Trains all to their ends."""
+        """Trains all runs to the end."""
         reporter = self.sweep.reporter
         if self.step.note:
             reporter.say(f"Batches are padded: {self.step.note}.")
@@ -469,7 +469,7 @@ class _Together:
                 member.trainer.metrics.close()
 
     def _round(self) -> None:
-        """Answers the needs of one kind; updates wait until all runs are ready for theirs."""
+        """Answers the requests of one kind; updates wait until all runs are ready for theirs."""
         for kind, answer in ((Validation, self._validate), (Rest, self._rest), (Gradient, self._update)):
             wanting = [member for member in self.members if isinstance(member.need, kind)]
             if wanting:
@@ -477,7 +477,7 @@ class _Together:
                 return
 
     def _send(self, member: _Member, answer: Any) -> None:
-        """Lets a run go on until it needs something; one that diverges leaves."""
+        """Resumes a run until its next request; a run that diverges leaves."""
         try:
             member.need = member.needs.send(answer)
         except StopIteration:
@@ -497,7 +497,7 @@ class _Together:
     def _finish(self, member: _Member) -> None:
         try:
             member.run.result = member.trainer.finish()
-        except TrainingError as error:  # it learned nothing
+        except TrainingError as error:  # the run learned nothing
             self.sweep.drop(member.run, error)
         finally:
             member.trainer.metrics.close()
@@ -539,7 +539,7 @@ class _Together:
         done = self._gradients(wanting)
         norms = {member: gradient_norm(member.trainer.parameters.values()) for member in wanting}
         if len(wanting) > 1 and not all(_is_finite(done[member], norms[member]) for member in wanting):
-            # What is infinite in one run could reach another through a product with 0: each once more, by itself.
+            # Infinities in one run could reach another through a product with 0, so each run is recomputed on its own.
             for member in wanting:
                 member.trainer.optimizer.zero_grad(set_to_none=True)
             done = {member: self._gradients([member])[member] for member in wanting}
@@ -575,7 +575,7 @@ def _is_finite(done: Sequence[Any], norm: Tensor) -> bool:
 
 
 def _what_it_validates(member: _Member) -> Any:
-    """Returns a key for what a run validates: before the first update, all adapters that add nothing share one."""
+    """Returns a key for what a run validates: before the first update, all adapters without effect share one."""
     need, trainer = cast(Validation, member.need), member.trainer
     apart = None if trainer.from_base and not trainer.progress.step else member.number
     return apart, need.max_tokens, tuple(map(id, need.examples))
@@ -589,7 +589,7 @@ def _validations(members: Sequence[_Member]) -> str:
 
 
 def _agree_where_to_resume(directories: Sequence[RunDirectory]) -> None:
-    """Has all runs resume at the last update that each has a checkpoint of."""
+    """Makes all runs resume at the last update for which all of them have a checkpoint."""
     if not directories[0].config.resume:
         return
     known = [{updates_of(path) for path in checkpoint_files(each.checkpoints)} for each in directories]

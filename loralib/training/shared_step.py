@@ -1,4 +1,4 @@
-"""A step that several runs take together: one pass through the base, in which each run's rows have its own adapter."""
+"""A training step shared by several runs: one pass through the base, in which each run's rows use its own adapter."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .step import Step
 
 __all__ = ["Part", "SharedStep"]
 
-Part = tuple[int, Sequence[TokenExample], float | None]  # a run's number, its batch, and its loss's scale
+Part = tuple[int, Sequence[TokenExample], float | None]  # a run's number, its batch, and the scale of its loss
 
-_TOGETHER = 4096  # tokens of a pass: more make it no faster, and would need memory for each
+_TOGETHER = 4096  # tokens per pass: more would not be faster, but need more memory
 
 
 class SharedStep(Step):
-    """Computes losses and gradients of several runs at once; of one run it is a `Step` like any other.
+    """Computes losses and gradients of several runs at once; for a single run, it works like any other `Step`.
 
     Args:
         model: the base, without an adapter.
-        twins: the adapted models, which share its weights, by the numbers of the runs.
-        options: as for `Step`.
+        twins: the adapted models, which share its weights, in the order of the runs' numbers.
+        options: see `Step`.
     """
 
     def __init__(self, model: nn.Module, twins: Sequence[nn.Module], **options: Any) -> None:
@@ -37,10 +37,10 @@ class SharedStep(Step):
         self._count = len(twins)
 
     def together(self, parts: Sequence[Part]) -> list[StepStats]:
-        """Computes batches of different runs; a gradient reaches the run's own factors alone.
+        """Computes batches of different runs in one pass; gradients only reach each run's own factors.
 
         Args:
-            parts: by ascending number of their runs; with a scale as for `forward_backward`, or all without one.
+            parts: in ascending order of run numbers; all with a scale, as for `forward_backward`, or all without one.
         """
         if any(not any(any(each.trained) for each in batch) for _, batch, _ in parts):
             raise ValueError("a batch without a trained token")
@@ -63,7 +63,7 @@ class SharedStep(Step):
         ]
 
     def _lay_out(self, batches: Sequence[Sequence[TokenExample]]) -> tuple[Pack, list[int]]:
-        """Returns all batches as one, run by run, and how many of the B * T tokens each has."""
+        """Returns all batches as one, run by run, and the number of its B * T tokens that belong to each."""
         if not self.packing:
             laid = pad([example for batch in batches for example in batch])
             return laid, [len(batch) * laid.ids.shape[1] for batch in batches]
@@ -76,7 +76,7 @@ class SharedStep(Step):
     def _losses(self, laid: Pack, counts: Sequence[int], scales: Sequence[float | None]) -> list[Tensor]:
         """Returns the summed loss of each run, after one backward pass for all of them.
 
-        One product with the head serves all runs: a prediction's weight has the run's scale in it.
+        One product with the head serves all runs, because a prediction's weight includes the run's scale.
         """
         places = torch.tensor(list(accumulate(counts, initial=0)))
         of_states = torch.searchsorted(laid.states, places)
@@ -94,7 +94,7 @@ class SharedStep(Step):
         return [part.sum() / scale for part, scale in zip(parts, given, strict=True)]
 
     def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
-        """Computes batches of different runs, in as many passes as memory asks for."""
+        """Computes batches of different runs, in as many passes as memory requires."""
         done: list[StepStats] = []
         waiting: list[Part] = []
         for part in parts:
@@ -107,11 +107,11 @@ class SharedStep(Step):
     def evaluate_all(
         self, wanted: Sequence[tuple[int, Sequence[TokenExample], int]], stop: Callable[[], bool]
     ) -> list[dict[str, float]] | None:
-        """Returns the figures of each run's examples, as `evaluate` does; None once `stop` returns True.
+        """Returns the metrics of each run's examples, like `evaluate`; None once `stop` returns True.
 
         Args:
-            wanted: by ascending number of their runs; examples, and how many tokens of them at once.
-            stop: asked between passes.
+            wanted: in ascending order of run numbers: the examples, and the maximum number of tokens per batch.
+            stop: called between passes.
         """
         batches = [list(in_batches(examples, most)) for _, examples, most in wanted]
         sums = [torch.zeros(2, dtype=torch.float64) for _ in wanted]
