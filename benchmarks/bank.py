@@ -1,13 +1,13 @@
-"""What it costs to mix adapters in one batch: SmolLM2 with up to 64 adapters of r = 16, beside PEFT and llama.cpp.
+"""The cost of mixing adapters in a batch: SmolLM2 with up to 64 adapters of r = 16, compared with PEFT and llama.cpp.
 
 python benchmarks/bank.py              twenty minutes on two cores; writes benchmarks/bank.json
-python benchmarks/bank.py --rounds 1 --steps 5      a try of two minutes
+python benchmarks/bank.py --rounds 1 --steps 5      a trial run of two minutes
 
-A step is one token of every row, greedy, with 64 tokens before it; adapters are on all linears.  All take their turns
-in each round; minima, and medians of the ratios of neighbours.  PEFT mixes by `adapter_names`, with the key-value cache
-of transformers.  llama.cpp's server gets 16 requests at once, each with its own adapter in `lora`; it loads adapters at
-its start only, and requests with different ones wait for one another.  Its step is the time for 33 tokens of every row
-less that for one token, over 32.
+A step generates one token for every row, greedily, after 64 tokens; adapters are on all linear layers.  All methods run
+in turn in each round; the figures are minima, and medians of ratios of adjacent runs.  PEFT mixes adapters by
+`adapter_names`, with transformers' key-value cache.  llama.cpp's server receives 16 requests at once, each with its own
+adapter in `lora`; it loads adapters only when it starts, and requests with different ones wait for each other.  Its
+step is the time for 33 tokens of every row minus that for one token, divided by 32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def base() -> Any:
 
 
 def adapters(count: int) -> dict[str, lora.Adapter]:
-    """Adapters of random values."""
+    """Creates adapters of random values."""
     model, values = base(), {}
     for number in range(count):
         torch.manual_seed(number)
@@ -67,7 +67,7 @@ def adapters(count: int) -> dict[str, lora.Adapter]:
 
 
 def our_steps(bank: lora.Bank, names: list[str | None]) -> Callable[[], float]:
-    """Returns what takes one step of these rows and tells its seconds."""
+    """Returns a function that runs one step for these rows and returns its duration in seconds."""
     decoder = make_decoder(bank)
     groups = [decoder.open(list(range(100 + row, 100 + row + BEFORE)), name) for row, name in enumerate(names)]
     decoder.step()
@@ -83,7 +83,7 @@ def our_steps(bank: lora.Bank, names: list[str | None]) -> Callable[[], float]:
 
 
 def peft_steps(model: Any, names: list[str]) -> Callable[[], float]:
-    """The same of PEFT: a step from the same 64 tokens, the cache cut back after it."""
+    """The same for PEFT: each step starts from the same 64 tokens, after which the cache is cropped again."""
     ids = torch.tensor([list(range(100 + row, 100 + row + BEFORE)) for row in range(len(names))])
     more = {} if len(set(names)) == 1 else {"adapter_names": names}
     if len(set(names)) == 1:
@@ -99,7 +99,7 @@ def peft_steps(model: Any, names: list[str]) -> Callable[[], float]:
             start = time.perf_counter()
             model(input_ids=torch.full((len(names), 1), 500), past_key_values=cache, use_cache=True, **more)
             seconds = time.perf_counter() - start
-        cache.crop(BEFORE - cache.get_seq_length())  # a negative number takes tokens off
+        cache.crop(BEFORE - cache.get_seq_length())  # a negative number removes tokens from the end
         return seconds
 
     return step
@@ -117,7 +117,7 @@ def peft_model(values: dict[str, lora.Adapter]) -> Any:
 
 
 def llama_cpp_steps(address: str, adapters: Sequence[int | None]) -> Callable[[], float]:
-    """The same of llama.cpp's server: a row is a request."""
+    """The same for llama.cpp's server: a row is a request."""
 
     def ask(row: int, count: int) -> None:
         scales = [{"id": number, "scale": float(number == adapters[row])} for number in range(ADAPTERS)]
@@ -137,7 +137,7 @@ def llama_cpp_steps(address: str, adapters: Sequence[int | None]) -> Callable[[]
 
 
 def loads_and_switches(bank: lora.Bank, values: dict[str, lora.Adapter]) -> dict[str, Any]:
-    """Seconds of each load, and of choosing another adapter for the next sequence."""
+    """Measures the seconds of each load, and of switching the adapter for the next sequence."""
     seconds = []
     for name, value in values.items():
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def loads_and_switches(bank: lora.Bank, values: dict[str, lora.Adapter]) -> dict
 
 
 def all_steps(bank: lora.Bank, values: dict[str, lora.Adapter], address: str) -> dict[str, Callable[[], float]]:
-    """Returns what takes a step in each way."""
+    """Returns a function for each method that runs one step."""
     mixed = [f"a{row % ADAPTERS}" for row in range(ROWS)]
     them = peft_model(values)
     return {
@@ -168,7 +168,7 @@ def all_steps(bank: lora.Bank, values: dict[str, lora.Adapter], address: str) ->
 
 
 def measure(steps: dict[str, Callable[[], float]], rounds: int, count: int) -> dict[str, list[float]]:
-    """Takes steps in turn: in each round `count` of every way, of llama.cpp one, which is a mean of 32 already."""
+    """Runs steps in turn: in each round `count` per method, but one for llama.cpp, which is already a mean of 32."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     ours = [name for name in steps if not name.startswith("llama.cpp")]
     for name in ours * 5:  # weights are prepacked after that
@@ -183,7 +183,7 @@ def measure(steps: dict[str, Callable[[], float]], rounds: int, count: int) -> d
 
 
 def ratio(first: list[float], second: list[float]) -> dict[str, float]:
-    """Returns how much longer one way takes, of its best and in the median of neighbours."""
+    """Returns how many times longer one method takes, in its best run and in the median of adjacent runs."""
     count = min(len(first), len(second))
     near = [statistics.median(part) for part in (first, second)] if len(first) != len(second) else None
     median = near[0] / near[1] if near else statistics.median(first[at] / second[at] for at in range(count))

@@ -1,8 +1,8 @@
 """Where the time of our training step goes, by kind of operator: `python benchmarks/breakdown.py`; a minute.
 
-SmolLM2-135M, batches of 8 E2E examples, as in benchmarks/train.py.  What PyTorch's profiler says of each operator's own
-time is put into kinds; what is left of the step's wall time is Python, autograd and the gaps between operators, with
-what the profiler itself costs.  Writes benchmarks/breakdown.json.
+SmolLM2-135M, batches of 8 E2E examples, as in benchmarks/train.py.  The self times of operators in PyTorch's profiler
+are grouped into kinds; the rest of a step's wall time is Python, autograd and gaps between operators, including the
+overhead of the profiler itself.  Writes benchmarks/breakdown.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loralib.data.packing import pack
 from loralib.training.memory import freeze_objects
 
 HERE = Path(__file__).resolve().parent
-# The first kind of which a part of the name is in that of an operator, or of a function of ours.
+# The first kind with a substring of the operator's, or of our function's, name applies.
 KINDS = {
     "linears with LoRA": ("_GroupProduct", "_CastFactors", "::mm", "::addmm"),
     "the head": ("_FrozenProduct", "_linear_pointwise"),

@@ -1,7 +1,7 @@
-"""Chats written for the study of learning rates: the counter of a made-up repair shop, answered in one house style.
+"""Synthetic chats for the study of learning rates: the help desk of a fictional repair shop, answered in a house style.
 
-The style and the facts can be learned; names, prices, tips and wording are drawn at random, so that no adapter can
-know an answer beforehand, as with chats that people write.
+The style and the facts can be learned; names, prices, tips and wording are random, so that no adapter can predict an
+answer exactly, as with chats written by people.
 """
 
 from __future__ import annotations

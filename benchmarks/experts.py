@@ -1,12 +1,12 @@
-"""Memory and time of training an adapter for each expert, beside the frozen model's own forward and backward pass.
+"""Memory and time of training an adapter for each expert, compared with the frozen model's forward and backward pass.
 
 python benchmarks/experts.py                     writes benchmarks/experts.json
-python benchmarks/experts.py --ways loralib      some ways only; writes nothing
+python benchmarks/experts.py --ways loralib      only some methods; writes nothing
 python benchmarks/experts.py --bits              a base in bf16, int8 and nf4: two layers of Qwen3-30B-A3B's shape
 
-Each run is a process of its own: a Qwen3-MoE shape with random weights, in fp32, three steps on random tokens.  Frozen
-is the model without an adapter, with a gradient for its embeddings alone.  The peak is that of resident memory above
-what Python had when its libraries were there: weights, adapter, gradients, optimiser and activations.
+Each run is a separate process: a model of Qwen3-MoE's shape with random weights, in fp32, three steps on random tokens.
+"Frozen" is the model without an adapter, with a gradient for its embeddings only.  The peak is that of resident memory
+beyond what Python used after importing its libraries: weights, adapter, gradients, optimiser and activations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QWEN3_30B = {
 
 
 def measure(way: str, tokens: int, steps: int) -> dict[str, float]:
-    """Trains in this process, which has imported nothing yet."""
+    """Trains in this process, which has not imported anything yet."""
     import peft
     import torch
     import transformers
@@ -76,7 +76,7 @@ def measure(way: str, tokens: int, steps: int) -> dict[str, float]:
 
 
 def measure_bits(way: str, tokens: int, steps: int) -> dict[str, float]:
-    """Trains on a base held in so many bits, as `loralib train` does; the peak is that of the steps."""
+    """Trains on a base in bf16, or quantised, as `loralib train` does; the peak is that of the steps only."""
     import torch
     import transformers
 
@@ -100,7 +100,7 @@ def measure_bits(way: str, tokens: int, steps: int) -> dict[str, float]:
     rows = torch.randint(0, QWEN3_30B["vocab_size"], (tokens // 64, 64)).tolist()
     batch = [TokenExample(tuple(row), (False,) * 32 + (True,) * 32) for row in rows]
     step = make_step(model.train())
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the peak until here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     times = []
     with keep_freed_memory(), step:
         for _ in range(steps):
@@ -138,7 +138,7 @@ def in_process(way: str, tokens: int, steps: int) -> dict[str, float]:
 
 
 def write(results: dict[str, Any]) -> None:
-    from machine import machine  # which imports PyTorch: `measure` begins without
+    from machine import machine  # imports PyTorch, which `measure` must not have done yet
 
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     facts = {**known, "machine": machine("transformers", "peft"), **results}

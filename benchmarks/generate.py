@@ -1,15 +1,15 @@
-"""Generation beside transformers' `generate` on a PEFT model: both in one process, in turn, on the same prompts.
+"""Generation compared with transformers' `generate` on a PEFT model: both in one process, in turn, on the same prompts.
 
 python benchmarks/generate.py                     beam 10, greedy, first token of 1,000; half an hour
-python benchmarks/generate.py --cases greedy      one of them; results of the others stay
-python benchmarks/generate.py --cases texts       beams beside the peer's default way to stop, which is slower: no times
-python benchmarks/generate.py --clock cpu --threads 1     processor time, where others use the machine too
+python benchmarks/generate.py --cases greedy      only this case; results of the others are kept
+python benchmarks/generate.py --cases texts       beams with the peer's default stopping, which is slower: no times
+python benchmarks/generate.py --clock cpu --threads 1     processor time, if the machine is shared
 
-Results go to benchmarks/generate.json.  SmolLM2-135M gets an adapter trained for a minute on E2E, so that texts end by
-themselves.  The peer is given what makes it fast on a CPU: a bf16 base, the adapter merged, prompts sorted by length,
-and of several batch sizes the one that is fastest here; that choice is made in a round of its own.  Its beam search
-stops early, which is faster than its default and finds less.  Both sides' texts are scored by one fp32 model.  Machines
-are shared: minima, and medians of interleaved rounds.
+Results go to benchmarks/generate.json.  SmolLM2-135M gets an adapter trained on E2E for a minute, so that texts end by
+themselves.  The peer uses its fastest settings on a CPU: a bf16 base, a merged adapter, prompts sorted by length, and
+the fastest of several batch sizes here, chosen in a separate round.  Its beam search stops early, which is faster than
+its default but finds worse texts.  Both sides' texts are scored by one fp32 model.  Machines are shared, so the figures
+are minima, and medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ SEED = 0
 BEAMS = 10
 MAX_NEW_TOKENS = 64
 CASES = ["beam", "greedy", "first", "texts"]
-TRIED = 32  # prompts on which the peer's way of beam search is chosen
+TRIED = 32  # number of prompts on which the peer's beam search settings are chosen
 LONG_PROMPT = 1000
 
 Ids = Sequence[int]
-# What is timed: continues all prompts, and returns the tokens of each, the end token included.
+# What is timed: continues all prompts, and returns the tokens of each, including the end token.
 Contender = Callable[[Sequence[Ids]], list[list[int]]]
 
 
-# Who runs.
+# The contenders.
 
 
 def train_adapter(directory: str, steps: int) -> None:
-    """Trains an adapter long enough that its texts end by themselves."""
+    """Trains an adapter long enough for its texts to end by themselves."""
     config = lora.TrainConfig(
         max_train_samples=8 * steps,
         max_steps=steps,
@@ -78,7 +78,7 @@ def peers(directory: str) -> nn.Module:
 
 
 def in_batches(model: Any, prompts: Sequence[Ids], size: int, ends: Sequence[int], **settings: Any) -> list[list[int]]:
-    """transformers' `generate` as it is used well: batches of prompts of like lengths, padded on the left."""
+    """transformers' `generate` as it is best used: batches of prompts of similar lengths, padded on the left."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     found: list[list[int]] = [[] for _ in prompts]
     for at in range(0, len(order), size):
@@ -97,11 +97,11 @@ def in_batches(model: Any, prompts: Sequence[Ids], size: int, ends: Sequence[int
     return found
 
 
-# What is compared besides time.
+# Comparisons other than time.
 
 
 def mean_score(model: nn.Module, prompts: Sequence[Ids], found: Sequence[Ids]) -> float:
-    """Mean over prompts of the sum of log-probabilities / length, the score that both searches maximise."""
+    """The mean over prompts of the sum of log-probabilities / length, the score that both searches maximise."""
     scores = []
     for prompt, ids in zip(prompts, found, strict=True):
         with torch.no_grad():
@@ -111,13 +111,13 @@ def mean_score(model: nn.Module, prompts: Sequence[Ids], found: Sequence[Ids]) -
     return statistics.mean(scores)
 
 
-# Measuring.
+# Measurements.
 
 
 def rounds_of(
     contenders: dict[str, Contender], prompts: Sequence[Ids], rounds: int, clock: Callable[[], float]
 ) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
-    """Seconds of every round, and what was generated in the last one."""
+    """Returns the seconds of every round, and what was generated in the last one."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
@@ -136,10 +136,10 @@ def compare(
     clock: Callable[[], float],
     tried: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
-    """Finds the peer's fastest way on the first prompts, then takes turns with it on all.
+    """Finds the peer's fastest settings on the first prompts, then alternates with it on all of them.
 
     Returns:
-        Times, and what both generated.
+        The times, and what both generated.
     """
     ours(prompts[:tried])  # warms up
     trials, _ = rounds_of(ways, prompts[:tried], 1, clock)
@@ -190,7 +190,7 @@ def main() -> None:
 def run(case: str, directory: str, args: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     model, tokenizer = load_adapted(directory, dtype="bf16", merged=True)
     other = peers(directory)
-    # Most of them were not trained on; and what is compared are two searches with one model, not what it learned.
+    # Most were not trained on; and two searches with the same model are compared, not what it learned.
     lines = [example for split in ("test", "valid", "train") for example in read_examples(DATA / f"{split}.txt")]
     examples = group_by_prompt(lines)[: args.prompts]
     prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
@@ -228,7 +228,7 @@ def run(case: str, directory: str, args: argparse.Namespace, clock: Callable[[],
             return [list(text.ids) for text in lora.beam_search(model, these, eos_token_id=ends, **searching)]
 
         if case == "texts":
-            # Its default, to go on while a beam may win yet, as ours does.
+            # Its default continues while a better beam is possible, as ours does.
             found = {"ours": ours(prompts), "peer": peer(args.batches[0], early_stopping=False, **searching)(prompts)}
             row = {"peer": "its default, not stopping early"}
         else:

@@ -1,16 +1,16 @@
-"""Training speed and memory on a GPU beside PEFT with transformers' Trainer, and Unsloth: a process each.
+"""Training speed and memory on a GPU, compared with PEFT with transformers' Trainer, and Unsloth: a process each.
 
-python benchmarks/gpu.py                  all shapes and ways; results go to docs/results/gpu.json, by card
+python benchmarks/gpu.py                  all shapes and methods; results go to docs/results/gpu.json, by card
 python benchmarks/gpu.py --shapes llama-1b --ways ours,peft --steps 20
-python benchmarks/gpu.py --smoke          tiny shapes on whatever is there, to see that everything runs; no results
+python benchmarks/gpu.py --smoke          tiny shapes on any device, to check that everything runs; no results
 
-Shapes are those of GPT-2 medium, Llama 1B and Llama 8B, with random weights; r = 16 on all linear layers; 4,096 tokens
-a step, once as examples as long as the model reads (at most 4,096), once as short ones.  All tokens are trained.  PEFT
-trains as its users would: bf16, FlashAttention where it is installed and else SDPA, examples in one row without padding
-(DataCollatorWithFlattening), fused AdamW.  "ours" is what the defaults do; "ours, not compiled" is --compile off.
+The shapes are GPT-2 medium, Llama 1B and Llama 8B, with random weights; r = 16 on all linear layers; 4,096 tokens per
+step, once as examples as long as the model allows (at most 4,096), once as short ones.  All tokens are trained.  PEFT
+trains as its users would: bf16, FlashAttention if installed and otherwise SDPA, examples in one row without padding
+(DataCollatorWithFlattening), fused AdamW.  "ours" uses the defaults; "ours, not compiled" is --compile off.
 
-A step is what the trainer waits for: forward, backward, clipping, AdamW.  Times are medians after `--warmup` steps.
-FLOPs are 4 for each weight of a product and token (LoRA computes no gradient of the base), 6 for those of factors, and
+A step covers what the trainer waits for: forward, backward, clipping, AdamW.  Times are medians after `--warmup` steps.
+FLOPs are 4 per weight of a product and token (LoRA computes no gradients of the base), 6 for those of factors, plus
 those of causal attention; the card's peak is a product of bf16 matrices of 8,192 x 8,192, measured here.
 """
 
@@ -67,14 +67,14 @@ WAYS = ("ours", "ours, not compiled", "peft", "unsloth")
 
 
 def base(config: Any, **options: Any) -> nn.Module:
-    """A model of this shape with random weights in bf16, made where it is used."""
+    """Creates a model of this shape with random weights in bf16, on its target device."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
 
 
 def steps_of(kind: str, config: Any, tokens: int, steps: int) -> list[list[TokenExample]]:
-    """The examples of each step, `tokens` together: as long as the model reads, or 64 to 512 tokens each."""
+    """The examples of each step, `tokens` in total: as long as the model allows, or of 64 to 512 tokens each."""
     draw = random.Random(0)
     longest = min(tokens, config.max_position_embeddings)
     result = []
@@ -91,7 +91,7 @@ def steps_of(kind: str, config: Any, tokens: int, steps: int) -> list[list[Token
 
 
 def flops_per_token(model: nn.Module, steps: Sequence[Sequence[TokenExample]]) -> float:
-    """Forward and backward, of the base (frozen) and of rank-16 factors on its linear layers, and of attention."""
+    """FLOPs of forward and backward: the frozen base, rank-16 factors on its linear layers, and attention."""
     config: Any = model.config
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     products = sum(m.weight.numel() for m in linears)
@@ -102,7 +102,7 @@ def flops_per_token(model: nn.Module, steps: Sequence[Sequence[TokenExample]]) -
     return 4 * products + 6 * factors + attention
 
 
-# The ways.
+# The methods.
 
 
 def ours(config: Any, steps: list[list[TokenExample]], compiles: str) -> list[float]:
@@ -123,7 +123,7 @@ def ours(config: Any, steps: list[list[TokenExample]], compiles: str) -> list[fl
 
 
 def by_trainer(model: nn.Module, steps: list[list[TokenExample]]) -> list[float]:
-    """transformers' Trainer, with the examples of a step in one row."""
+    """Trains with transformers' Trainer, with the examples of a step in one row."""
     seconds: list[float] = []
 
     class Clock(transformers.TrainerCallback):  # type: ignore[misc]
@@ -175,7 +175,7 @@ def peft(config: Any, steps: list[list[TokenExample]]) -> list[float]:
 
 
 def unsloth(config: Any, steps: list[list[TokenExample]]) -> list[float]:
-    """Unsloth as its notebooks use it: it reads a model from a directory, and patches transformers' Trainer."""
+    """Trains with Unsloth as in its notebooks: it reads a model from a directory, and patches transformers' Trainer."""
     from unsloth import FastLanguageModel
 
     with tempfile.TemporaryDirectory() as directory:
@@ -188,7 +188,7 @@ def unsloth(config: Any, steps: list[list[TokenExample]]) -> list[float]:
     return by_trainer(FastLanguageModel.for_training(model), steps)
 
 
-# Measuring.
+# Measurements.
 
 
 def _wait() -> None:
@@ -197,7 +197,7 @@ def _wait() -> None:
 
 
 def gemm_rate(size: int, rounds: int = 10) -> float:
-    """The best rate of a product of bf16 matrices, in FLOP/s."""
+    """The highest rate of a product of bf16 matrices, in FLOP/s."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
@@ -211,7 +211,7 @@ def gemm_rate(size: int, rounds: int = 10) -> float:
 
 
 def _peak_memory() -> float:
-    """The most that was allocated, in GiB: on the GPU, else by this process."""
+    """Peak of allocated memory in GiB: on the GPU, or otherwise of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import psutil
@@ -220,7 +220,7 @@ def _peak_memory() -> float:
 
 
 def measure(way: str, shape: str, kind: str, tokens: int, count: int, answer: Any) -> None:
-    """Runs one way in a process of its own, and puts its times, memory and FLOPs a token into a queue."""
+    """Runs one method in its own process, and puts its times, memory and FLOPs per token into a queue."""
     try:
         config = {**SHAPES, **TINY}[shape]()
         steps = steps_of(kind, config, tokens, count)

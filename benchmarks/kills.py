@@ -1,4 +1,4 @@
-"""50 runs, each killed at a random moment (SIGKILL), resumed, and compared byte for byte with one never interrupted.
+"""50 runs, each killed at a random moment (SIGKILL), resumed, and compared byte for byte with an uninterrupted one.
 
 python benchmarks/kills.py             about three minutes; writes benchmarks/kills.json; needs fork (not Windows)
 """
@@ -28,7 +28,7 @@ TRIALS = 50
 
 
 def tiny_model() -> Any:
-    """A Llama of a few thousand parameters: its steps take milliseconds, so that kills also hit saves."""
+    """Creates a Llama of a few thousand parameters: its steps take milliseconds, so that kills also hit saves."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def tiny_model() -> Any:
 
 
 def train(config: lora.TrainConfig) -> Path:
-    """One run on random examples."""
+    """Trains one run on random examples."""
     rng = random.Random(0)
     flags = (False, False, False, True, True, True)
     examples = [TokenExample(tuple(rng.randrange(23) for _ in flags), flags) for _ in range(24)]
@@ -45,7 +45,7 @@ def train(config: lora.TrainConfig) -> Path:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """What must be the same: the adapters' bytes, and every event but for the time it took."""
+    """What must be identical: the adapters' bytes, and every event except for its time."""
     return {
         "adapter": (directory / "adapter_model.safetensors").read_bytes(),
         "best": (directory / "best" / "adapter_model.safetensors").read_bytes(),

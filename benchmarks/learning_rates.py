@@ -1,10 +1,10 @@
 """Is `--lr auto` as good as a sweep?  SmolLM2 on E2E lines and on chats, over learning rate and LoRA+ ratio.
 
-python benchmarks/learning_rates.py     several hours on one core; what learning_rates.json holds is not run again
+python benchmarks/learning_rates.py     several hours on one core; results already in learning_rates.json are kept
 
 First a grid with one seed, then two more seeds for every point within 2 % of the best loss and for auto; two other
-ranks with one seed each.  Writes benchmarks/learning_rates.json and docs/results/learning-rates.md with
-its picture.  Losses do not depend on how busy the machine is.
+ranks with one seed each.  Writes benchmarks/learning_rates.json, and docs/results/learning-rates.md with its
+plot.  Losses do not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ UPDATES, SEEDS, CLOSE = 60, (0, 1, 2), 1.02
 GRID = {16: (4e-4, 8e-4), 4: (8e-4, 1.6e-3), 1: (3.2e-3,)}
 DATA = ("e2e", "chats")
 COLORS = {16: "#2171b5", 8: "#6a51a3", 4: "#238b45", 1: "#d94801"}
-WARMUP = 3  # updates: what auto makes of 60
+WARMUP = 3  # updates: the choice of auto for 60
 
 
 class Run(NamedTuple):
-    """One training run: its data, the rate of A, the LoRA+ ratio of B's rate to it, and what else varies."""
+    """One training run: its data, the learning rate of A, the LoRA+ ratio of B's rate to it, and other settings."""
 
     data: str
     lr: float
@@ -59,7 +59,7 @@ def base() -> tuple[Any, Any]:
 
 @functools.cache
 def examples(name: str, count: int) -> tuple[list[TokenExample], list[TokenExample]]:
-    """Training and validation examples of one kind of data."""
+    """Training and validation examples of one of the data sets."""
     if name == "e2e":
         train = draw(read_examples(E2E / "train.txt"), count, 0, lambda example: example.prompt)
         valid = draw(read_examples(E2E / "valid.txt"), 96, 0, lambda example: example.prompt)
@@ -70,7 +70,7 @@ def examples(name: str, count: int) -> tuple[list[TokenExample], list[TokenExamp
 
 
 def final_loss(run: Run) -> float | None:
-    """Trains once and returns the validation loss at the end; None where the run diverged."""
+    """Trains once and returns the final validation loss; None if the run diverged."""
     train, valid = examples(run.data, run.batch * run.updates)
     model, tokenizer = base()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def final_loss(run: Run) -> float | None:
 
 
 class Results:
-    """What is measured so far, kept on disk."""
+    """The results so far, stored on disk."""
 
     def __init__(self) -> None:
         rows = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
@@ -98,7 +98,7 @@ class Results:
         }
 
     def loss(self, run: Run) -> float:
-        """The loss of a run, which is made now if it is not there yet; infinite where it diverged."""
+        """The loss of a run, which is trained if there is no result yet; infinite if it diverged."""
         if run not in self.losses:
             self.losses[run] = final_loss(run)
             self.save()
@@ -111,7 +111,7 @@ class Results:
         return statistics.fmean(self.loss(run._replace(seed=seed)) for seed in SEEDS)
 
     def has_all_seeds(self, run: Run) -> bool:
-        """Whether a run was made with every seed."""
+        """Whether a run exists with every seed."""
         return all(run._replace(seed=seed) in self.losses for seed in SEEDS)
 
     def save(self) -> None:
@@ -121,12 +121,12 @@ class Results:
 
 
 def grid(data: str) -> Iterator[Run]:
-    """The points of the sweep, with the first seed."""
+    """The points of the grid, with the first seed."""
     return (Run(data, lr, ratio) for ratio, rates in GRID.items() for lr in rates)
 
 
 def auto(data: str, rank: int = 16, batch: int = 4) -> Run:
-    """The run that `--lr auto` makes."""
+    """The run with the settings of `--lr auto`."""
     train, _ = examples(data, batch * UPDATES)
     tokens = batch * statistics.fmean(sum(row.trained) for row in train)
     config = lora.TrainConfig(rank=rank)
@@ -138,12 +138,12 @@ def auto(data: str, rank: int = 16, batch: int = 4) -> Run:
 
 
 def study(results: Results, data: str) -> list[list[str]]:
-    """Measures one kind of data: auto over three seeds, the grid with the first, its best with all."""
+    """Measures one data set: auto with three seeds, the grid with the first, and its best points with all of them."""
     chosen = auto(data)
     first = {run: results.loss(run) for run in dict.fromkeys((chosen, *grid(data)))}
     limit = CLOSE * min(first.values())
     means = {run: results.mean(run) for run, loss in first.items() if loss <= limit or run == chosen}
-    # Points that were tried while the rule was sought.
+    # Points tried while the rule was developed.
     tried = [run for run in results.losses if run._replace(rank=16, seed=0) == run and run.data == data]
     first |= {run: results.loss(run) for run in tried}
     means |= {run: results.mean(run) for run in tried if results.has_all_seeds(run)}
@@ -165,7 +165,7 @@ def study(results: Results, data: str) -> list[list[str]]:
 
 
 def other_ranks(results: Results) -> list[list[str]]:
-    """Ranks 4 and 64 on E2E, one seed: auto's rate, which follows lora_alpha = 2 rank, beside that of rank 16."""
+    """Ranks 4 and 64 on E2E, one seed: auto's rate with lora_alpha = 2 rank, compared with that of rank 16."""
     rows = []
     for rank in (4, 64):
         run, same = auto("e2e", rank), auto("e2e")._replace(rank=rank)
@@ -180,7 +180,7 @@ def _four(loss: float) -> str:
 
 
 def draw_picture(results: Results) -> None:
-    """Loss over learning rate, a line for each ratio, for both kinds of data."""
+    """Plots loss against learning rate, with one line per ratio, for both data sets."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -204,7 +204,7 @@ def markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Runs what is missing and writes the JSON, the page and its picture."""
+    """Trains the missing runs and writes the JSON, the page and its plot."""
     torch.set_num_threads(1)  # the same sums in the same order on every machine of this kind
     results = Results()
     rows = [row for data in DATA for row in study(results, data)]

@@ -33,7 +33,7 @@ def texts_of(model: Any, tokenizer: Any, prompts: list[str]) -> list[Any]:
     return lora.generate(model, tokenizer, ids, max_new_tokens=80)
 
 
-# What examples/NLG/run_training.py passes.
+# The settings of examples/NLG/run_training.py.
 GUIDE = {
     "max_train_samples": 100, "max_valid_samples": 64, "seq_len": 64, "num_epochs": 2, "batch_size": 4, "lr": 1e-4,
     "warmup_steps": 0,

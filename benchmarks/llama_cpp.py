@@ -1,4 +1,4 @@
-"""llama.cpp's server (of the wheel xllamacpp) with the base and adapters of the benchmarks, in a process of its own."""
+"""llama.cpp's server (from the wheel xllamacpp) with the benchmarks' base and adapters, in a separate process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loralib.formats import export, make_portable
 
 
 def write(root: Path, adapters: Mapping[str, Adapter]) -> None:
-    """Writes the default base and adapters of it as GGUF, in bf16."""
+    """Writes the default base and its adapters as GGUF, in bf16."""
     model, _ = load_base("smollm2-135m", dtype="bf16")
     for name, adapter in adapters.items():
         export(make_portable(adapter, "llamacpp", model), "llamacpp", root / f"{name}.gguf", model)
@@ -26,7 +26,7 @@ def write(root: Path, adapters: Mapping[str, Adapter]) -> None:
 
 
 def write_base(path: Path) -> None:
-    """Writes the default base as our `load_base` has it: its 4-bit weights, as bf16."""
+    """Writes the default base as loaded by our `load_base`: its 4-bit weights, as bf16."""
     reader = gguf.GGUFReader(str(_bundled_file().locate()))
     writer = gguf.GGUFWriter(path, "llama")
     for field in reader.fields.values():
@@ -51,7 +51,7 @@ def serving(root: Path, places: int) -> Iterator[str]:
 
 
 def serve(root: Path, places: int) -> None:
-    """Runs the server until the input ends."""
+    """Runs the server until its input ends."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -68,7 +68,7 @@ def serve(root: Path, places: int) -> None:
 
 @contextlib.contextmanager
 def started(arguments: list[str], pattern: str) -> Iterator[str]:
-    """Runs a server, and tells its address once it prints it."""
+    """Starts a server, and yields its address once it prints it."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,

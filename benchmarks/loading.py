@@ -1,10 +1,10 @@
-"""Peak memory of a process while a base model of 1.5 billion parameters is read, whole or as a share of it.
+"""Peak memory of a process while it reads a base model of 1.5 billion parameters, entirely or one shard of it.
 
 python benchmarks/loading.py             writes benchmarks/loading.json
 
-The model has a Llama's shape and random weights; its files are written to a temporary directory, 2.9 GB of them.  Peaks
-are those of resident memory above what the process has once everything is imported.  Files that are mapped into memory
-count among it, although the system takes such pages back when it needs them; "private" leaves them out.
+The model has a Llama's shape and random weights; its files, of 2.9 GB, are written to a temporary directory.  Peaks are
+those of resident memory beyond what the process uses after all imports.  They include memory-mapped files, although the
+system can reclaim such pages when it needs them; "private" excludes them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_model(directory: str) -> None:
 
 
 def measure(directory: str, dtype: str) -> dict[str, Any]:
-    """Loads the model in this process, a share of it under torchrun, and tells of peaks and sizes."""
+    """Loads the model in this process, or a shard of it under torchrun, and returns peaks and sizes."""
     import torch
     import torch.distributed.tensor
     from accelerate import init_empty_weights  # noqa: F401
@@ -57,7 +57,7 @@ def measure(directory: str, dtype: str) -> dict[str, Any]:
         size = torch.distributed.get_world_size()
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (size,))
     load_tokenizer(directory)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before, private = resident("VmRSS"), resident("RssAnon")
     peaks, done = [0], threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a benchmark's figures were made on: the facts that go into its JSON."""
+"""Facts about the machine that a benchmark ran on, for its JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["machine"]
 
 
 def machine(*libraries: str) -> dict[str, Any]:
-    """Processor, cores, threads in use, and versions: PyTorch's and those of libraries that took part."""
+    """Processor, cores, threads in use, and versions of PyTorch and of other libraries involved."""
     return {
         "system": platform.system(),
         "processor": _processor(),
@@ -28,9 +28,9 @@ def machine(*libraries: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name as the system gives it; Linux gives Python only the architecture, and the name in a file.
+    """The processor's name as given by the system; on Linux, Python only knows the architecture, so a file is read.
 
-    There, with family and model: virtual machines call many processors the same.
+    It includes family and model there, because virtual machines give many processors the same name.
     """
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8", errors="replace").splitlines() if facts.is_file() else []

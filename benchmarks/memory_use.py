@@ -1,4 +1,4 @@
-"""How much memory a process has; without PyTorch, whose import would count."""
+"""Memory use of a process; without importing PyTorch, which would count."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["peak_bytes", "resident"]
 
 
 def resident(key: str) -> int:
-    """Reads a figure of this process in bytes, on Linux: VmRSS, VmHWM (its peak), RssAnon (without mapped files)."""
+    """Reads a memory figure of this process in bytes, on Linux: VmRSS, VmHWM (peak), RssAnon (without mapped files)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 def peak_bytes() -> int:
-    """Returns the most memory that this process has had."""
+    """Returns the peak memory of this process in bytes."""
     if sys.platform == "linux":
-        return resident("VmHWM")  # ru_maxrss begins with that of the process that started this one
+        return resident("VmHWM")  # ru_maxrss starts from the parent process's value
     import resource
 
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,8 @@
-"""What each of the engine's faster ways is worth: python benchmarks/operators.py [--rounds 8]; five minutes.
+"""How much each of the engine's optimisations gains: python benchmarks/operators.py [--rounds 8]; five minutes.
 
-One training step (SmolLM2-135M, and GPT-2's shape, 8 E2E examples) with everything, and with one kind of way left out
-at a time, in turn in one process.  And attention over a packed row without kernels: in tiles of queries, beside
-PyTorch's scaled_dot_product_attention with a dense mask, on one thread.  Writes benchmarks/operators.json.
+One training step (SmolLM2-135M, and GPT-2's shape, 8 E2E examples) with everything, and with one optimisation left out
+at a time, in turn in one process.  Also, attention over a packed row without kernels: in tiles of queries, compared
+with PyTorch's scaled_dot_product_attention with a dense mask, on one thread.  Writes benchmarks/operators.json.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[s
 
 
 def left_out(model: Any, step: Any, kind: str) -> dict[Any, Any]:
-    """The ways of small operators without one kind of module."""
+    """Returns the overrides of small operators without one kind of module."""
     return {module: way for module, way in step._forward._overrides.items() if kind not in type(module).__name__}
 
 
 def steps(name: str, rounds: int) -> dict[str, Any]:
-    """A step with everything, and without one kind of way at a time."""
+    """Measures a step with everything, and without one optimisation at a time."""
     work = bench.batches(bench.e2e("train"), 8, 1)[:2]
     model = bench.ours(name)
     optimizer = bench.optimizer(model)
@@ -91,7 +91,7 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
 
 
 def attention(count: int, rounds: int) -> dict[str, Any]:
-    """Forward and backward of one layer of SmolLM2's shape over a packed row, without kernels."""
+    """Measures forward and backward of one layer of SmolLM2's shape over a packed row, without kernels."""
     laid = pack(bench.batches(bench.e2e("train"), count, 4)[0])
     assert laid.ends is not None
     total = laid.ids.shape[1]

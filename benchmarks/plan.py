@@ -1,11 +1,11 @@
-"""What `loralib plan` says of memory, beside what training really takes.
+"""The memory that `loralib plan` predicts, compared with what training actually uses.
 
 python benchmarks/plan.py                        writes benchmarks/plan.json
-python benchmarks/plan.py --shapes smollm2       some shapes only; writes nothing
+python benchmarks/plan.py --shapes smollm2       only some shapes; writes nothing
 
-Each run is a process of its own that trains on random tokens for three updates and saves; the models have random
-weights.  The plan is made from the model's config alone.  Peaks are those of resident memory above what Python has
-at its start.
+Each run is a separate process that trains on random tokens for three updates and saves; the models have random
+weights.  The plan is made from the model's config only.  Peaks are those of resident memory beyond what Python uses
+when it starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
-# (examples, tokens of each, whether activations are computed again)
+# (examples, tokens per example, whether activations are recomputed)
 STEPS = {
     "smollm2": [(1, 64, 0), (4, 256, 0), (8, 512, 0), (8, 512, 1)],
     "gpt2": [(1, 64, 0), (4, 256, 0), (8, 512, 0), (8, 512, 1)],
@@ -46,7 +46,7 @@ STEPS = {
 
 
 def measure(directory: str, batch: int, length: int, checkpointing: bool) -> dict[str, float]:
-    """Trains in this process, which has imported nothing yet."""
+    """Trains in this process, which has not imported anything yet."""
     start = resident("VmRSS")
     import transformers
 
@@ -55,7 +55,7 @@ def measure(directory: str, batch: int, length: int, checkpointing: bool) -> dic
     from loralib.data import TokenExample
 
     config = transformers.AutoConfig.from_pretrained(directory)
-    dtype = pick_dtype(None, pick_device("cpu"))  # as the plan's
+    dtype = pick_dtype(None, pick_device("cpu"))  # the same as in the plan
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     rng, trained = random.Random(0), (False,) * (length // 2) + (True,) * (length - length // 2)
     data = [TokenExample(tuple(rng.randrange(1000) for _ in range(length)), trained) for _ in range(batch * 3)]
@@ -103,7 +103,7 @@ def main() -> None:
     largest = max(abs(each["off"]) for each in results)
     print(f"off by {largest:.1%} at most")
     if not args.shapes:
-        from machine import machine  # which imports PyTorch: `measure` begins without
+        from machine import machine  # imports PyTorch, which `measure` must not have done yet
 
         facts = {"machine": machine("transformers"), "shapes": SHAPES, "results": results, "off_at_most": largest}
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,19 +1,19 @@
-"""Training on preferences: our steps beside those of TRL, with the ways of it that are fastest on a CPU.
+"""Training on preferences: our steps compared with TRL's, in the configurations that are fastest on a CPU.
 
 python benchmarks/preferences.py [--rounds 3] [--sizes 2 4] [--objectives dpo orpo]
 
-SmolLM2-135M in bf16, LoRA r=16 on all its linears (TRL's by PEFT), AdamW.  Reference log-probabilities are computed
-before on both sides.  TRL runs without gradient checkpointing (its default, which is slower), once with weights and
-arithmetic in bf16 and once under autocast (its default); its batches come from its own collator, and hold pairs of
-about the same length, so that it pads little.  Three kinds of pairs, of random tokens (only lengths matter for speed):
+SmolLM2-135M in bf16, LoRA r=16 on all linear layers (in TRL by PEFT), AdamW.  Reference log-probabilities are
+precomputed on both sides.  TRL runs without gradient checkpointing (its default, which is slower), once with weights
+and arithmetic in bf16 and once under autocast (its default); its batches come from its own collator and contain pairs
+of similar lengths, so that there is little padding.  Three kinds of pairs of random tokens (only lengths affect speed):
 
-- "dialogue": answers to conversations of several turns, about as long as in Anthropic's helpfulness data, of which the
-  Llama 2 paper (arXiv:2307.09288, table 6) counts 251 tokens an example and 88 an answer;
+- "dialogue": answers to multi-turn conversations, about as long as in Anthropic's helpfulness data, for which the
+  Llama 2 paper (arXiv:2307.09288, table 6) counts 251 tokens per example and 88 per answer;
 - "chat": single questions and longer answers (median 120 and 150 tokens);
 - "short": prompts of about 40 and answers of about 25 tokens, as in E2E.
 
-Ways take their steps in turn, on the same pairs; minima and medians of ratios.  Writes into
-benchmarks/preferences.json, where other kinds stay as they are.
+Methods run their steps in turn, on the same pairs; minima and medians of ratios.  Writes to
+benchmarks/preferences.json, where results of other kinds are kept.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RATE = 1e-5
 
 
 def pairs_of(kind: str, count: int) -> list[PreferencePair]:
-    """Pairs of random tokens, whose lengths are log-normal: (median, sigma, most)."""
+    """Returns pairs of random tokens with log-normal lengths: (median, sigma, maximum)."""
     rng = random.Random(0)
 
     def some(median: int, sigma: float, most: int) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ def base() -> tuple[Any, Any]:
 
 
 def ours(objective: str) -> Callable[[Sequence[PreferencePair]], float]:
-    """A step of ours with its update."""
+    """Returns a function that runs our step, including its update."""
     model = base()[0]
     torch.manual_seed(0)
     lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -93,7 +93,7 @@ def ours(objective: str) -> Callable[[Sequence[PreferencePair]], float]:
 
 
 def theirs(objective: str, way: str) -> Callable[[Sequence[PreferencePair]], float]:
-    """A step of TRL's trainer with its update, on batches that its collator makes."""
+    """Returns a function that runs a step of TRL's trainer, including its update, on batches from its collator."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -135,7 +135,7 @@ def theirs(objective: str, way: str) -> Callable[[Sequence[PreferencePair]], flo
 
 
 def as_trl(pair: PreferencePair, objective: str) -> dict[str, Any]:
-    """A pair as TRL's collators take it."""
+    """Converts a pair to the input of TRL's collators."""
     start = len(pair.prompt)
     if objective == "dpo":
         assert pair.reference is not None
@@ -155,7 +155,7 @@ def as_trl(pair: PreferencePair, objective: str) -> dict[str, Any]:
 
 
 def measure(objective: str, kind: str, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Seconds a step of each way at each batch size."""
+    """Measures the seconds per step of each method at each batch size."""
     runs = {"ours": ours(objective), **{f"trl {way}": theirs(objective, way) for way in WAYS}}
     found: dict[str, Any] = {}
     for size in sizes:
@@ -183,7 +183,7 @@ def measure(objective: str, kind: str, sizes: Sequence[int], rounds: int) -> dic
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:
-    """By how much ours is faster: at each size than TRL's best way there, and each at its own best size."""
+    """How many times faster ours is: than TRL's fastest method at each size, and with each at its own best size."""
     result = {}
     best = {"ours": 0.0, "trl": 0.0}
     for size, each in found.items():

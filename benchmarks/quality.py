@@ -1,11 +1,11 @@
-"""Quality on E2E: adapters trained by PEFT and by us, same settings and steps, decoded and scored in the same way.
+"""Quality on E2E: adapters trained by PEFT and by us, with equal settings and steps, decoded and scored identically.
 
 python benchmarks/train.py loss --keep RUNS     trains them
 python benchmarks/quality.py RUNS               about five minutes on two cores
 
-RUNS holds seed0, seed1, ... with a PEFT directory in peft/ and in ours/, and train_loss.json with losses over time.
-Each adapter writes one text for each meaning representation of the test file by the same beam search.  Writes
-benchmarks/quality.json and docs/results/e2e-smollm2.md with its picture.
+RUNS contains seed0, seed1, ... with PEFT directories in peft/ and ours/, and train_loss.json with losses over time.
+Each adapter writes one text for each meaning representation of the test file, using the same beam search.  Writes
+benchmarks/quality.json, and docs/results/e2e-smollm2.md with its plot.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from loralib.nlg.reproduction.decode import decode, one_line
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 GOLDENS = Path(os.environ.get("LORALIB_GOLDENS") or ROOT.parent / "shared" / "goldens")
-SAMPLE = ROOT / "examples" / "NLG" / "data" / "e2e" / "test.txt"  # ours to print, unlike E2E's texts
+SAMPLE = ROOT / "examples" / "NLG" / "data" / "e2e" / "test.txt"  # ours, so it may be printed, unlike E2E's texts
 WHO = {"peft": "PEFT", "ours": "loralib"}
-# The LoRA paper's decoding of E2E (arXiv:2106.09685, table 11).
+# The LoRA paper's decoding settings for E2E (arXiv:2106.09685, table 11).
 DECODING = Sampling(num_beams=10, no_repeat_ngram_size=4, length_penalty=0.9, max_new_tokens=64)
-SHARES = ("BLEU", "METEOR", "ROUGE_L", "SER")  # printed hundredfold
+SHARES = ("BLEU", "METEOR", "ROUGE_L", "SER")  # printed times 100
 COLORS = {"peft": "#d94801", "ours": "#2171b5"}
 
 
@@ -48,7 +48,7 @@ def texts_of(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Sampl
 
 
 def score(inputs: Sequence[Example], texts: Sequence[str]) -> dict[str, Any]:
-    """All scores of one adapter's texts, SER included."""
+    """Returns all scores of one adapter's texts, including SER."""
     meanings = tuple(example.prompt.strip() for example in inputs)
     references = tuple(tuple(text.strip() for text in example.references) for example in inputs)
     return evaluate(Texts(references, tuple(texts), meanings)).as_json()
@@ -59,7 +59,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def summary(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Mean and standard deviation over seeds of each score; no worse: better, or the ranges of both overlap."""
+    """Mean and standard deviation of each score over seeds; no worse: better, or overlapping ranges."""
     first = scores["ours"][0]
     lower = {"TER", "SER"}
     rows: dict[str, dict[str, Any]] = {}
@@ -75,7 +75,7 @@ def summary(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
 
 
 def time_shares(training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Training times by seed: the same steps, and ours until its validation loss is PEFT's."""
+    """Training times by seed: for the same steps, and until our validation loss reaches PEFT's."""
     rows = []
     for run in training["results"]:
         to_goal = run.get("ours_to_goal_s")
@@ -144,7 +144,7 @@ def measure(runs: Path, data: Path, model_name: str, prompts_at_most: int | None
 
 
 def plot(training: Mapping[str, Any], picture: Path) -> None:
-    """Validation loss over training time, a line a seed."""
+    """Plots validation loss against training time, one line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -161,7 +161,7 @@ def plot(training: Mapping[str, Any], picture: Path) -> None:
     goal = statistics.fmean(run["goal"] for run in training["results"])
     axes.axhline(goal, color="#888888", linewidth=1, linestyle="--", label=f"PEFT at its end: {goal:.3f}")
     everything = [loss for run in training["results"] for who in WHO for _, _, loss in run["curves"][who]]
-    if max(everything) > 1.5 * goal:  # the base's loss would leave no room for the rest
+    if max(everything) > 1.5 * goal:  # the base's loss would compress the rest of the plot
         axes.set_ylim(min(everything) - 0.05, min(max(everything), 1.6 * goal))
     axes.set(xlabel="training time (s), validation not counted", ylabel="validation loss (nats a token)")
     axes.set_title("E2E, SmolLM2-135M: loss over time")
@@ -184,7 +184,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def document(found: Mapping[str, Any], command: str, picture: str) -> str:
-    """The page in docs/results."""
+    """Returns the page in docs/results."""
     names = {"ROUGE_L": "ROUGE-L", "SER": "slot errors"}
     times = found["times"]
     share = statistics.fmean(row["share"] for row in times)

@@ -1,12 +1,12 @@
-"""Frozen weights in 8 and 4 bits: time, memory, and whether it learns, beside bf16 and PEFT with bitsandbytes.
+"""Frozen weights in 8 and 4 bits: time, memory and learning, compared with bf16 and with PEFT with bitsandbytes.
 
 python benchmarks/quant.py steps     a training step at several lengths: SmolLM2, and Llama shapes with random weights
-python benchmarks/quant.py fits      a 7B Llama shape in NF4, whole, in one process: the peak of its memory
+python benchmarks/quant.py fits      a complete 7B Llama shape in NF4, in one process: its peak memory
 python benchmarks/quant.py learns    the loss on E2E after an epoch, 3 seeds, and PEFT's with bitsandbytes: an hour
-python benchmarks/quant.py peaks     the most memory of a process that reads the base and takes three steps
+python benchmarks/quant.py peaks     peak memory of a process that reads the base and takes three steps
 
-Each writes its part of benchmarks/quant.json.  Ways take their steps in turn; minima, and medians of ratios.  Of the
-larger shapes two layers of each are timed, between the table and the head that they would have.
+Each writes its part of benchmarks/quant.json.  Methods run their steps in turn; minima, and medians of ratios.  For the
+larger shapes, only two layers are timed, together with their full embedding and head.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 KINDS = (None, "int8", "nf4", "int8+tables", "nf4+tables")
 LENGTHS = (256, 512)
 WAYS = tuple(kind or "bf16" for kind in KINDS)
-# PEFT with bitsandbytes' NF4, and whether it is evaluated half way: its layers repack themselves then.
+# PEFT with bitsandbytes' NF4, and whether it is evaluated halfway, after which its layers are repacked.
 PEERS = {"peft": False, "peft evaluated": True}
 SHAPES: dict[str, dict[str, int]] = {
     "1.5b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_hidden_layers": 27},
@@ -57,13 +57,13 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def shape(name: str, layers: int | None = None) -> transformers.LlamaConfig:
-    """A Llama of that size, or some layers of it."""
+    """The config of a Llama of that size, or of some of its layers."""
     sizes = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     return transformers.LlamaConfig(vocab_size=32000, **sizes)
 
 
 def random_model(config: transformers.LlamaConfig, kind: str | None) -> Any:
-    """Random weights, each made in the bits in which it stays, so that memory never holds the model in 16."""
+    """Creates random weights, each quantised at once, so that the model is never in memory in 16 bits."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16()
     for linear in linears_of(model):
@@ -102,7 +102,7 @@ def adapted(model: Any) -> Any:
 
 
 def step_of(model: Any, tokens: int) -> Callable[[], Any]:
-    """A step on so many tokens, in examples of 64 of which the second half is trained."""
+    """Returns a function that runs a step on this many tokens, in examples of 64 with the second half trained."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 30000, (tokens // 64, 64), generator=generator).tolist()
     batch = [TokenExample(tuple(row), (False,) * 32 + (True,) * 32) for row in rows]
@@ -111,13 +111,13 @@ def step_of(model: Any, tokens: int) -> Callable[[], Any]:
 
 
 def base_bytes(model: Any) -> tuple[int, int]:
-    """Bytes of the base, and of the linears in it that are quantised where any are."""
+    """Bytes of the base, and of those linear layers in it that quantisation would affect."""
     linears = sum(stored_bytes(linear.weight) for linear in linears_of(model))
     return sum(map(stored_bytes, {id(p): p for p in model.parameters()}.values())), linears
 
 
 def other_layers(name: str, model: Any) -> int:
-    """Bytes of the layers that a larger shape has beside the two that are timed."""
+    """Bytes of the layers of a larger shape beyond the two that are timed."""
     if name not in SHAPES:
         return 0
     of_two = sum(map(stored_bytes, model.model.layers.parameters()))
@@ -125,7 +125,7 @@ def other_layers(name: str, model: Any) -> int:
 
 
 def steps(rounds: int) -> dict[str, Any]:
-    """Times of a step, and sizes."""
+    """Measures step times and sizes."""
     found: dict[str, Any] = {}
     for name in ("smollm2", *SHAPES):
         sizes: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def steps(rounds: int) -> dict[str, Any]:
 
 
 def fits() -> dict[str, Any]:
-    """Two steps of the whole 7B shape in NF4, with AdamW, in this process."""
+    """Takes two steps of the complete 7B shape in NF4, with AdamW, in this process."""
     model = adapted(random_model(shape("7b"), "nf4"))
     run = step_of(model, 256)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -175,7 +175,7 @@ def fits() -> dict[str, Any]:
 
 
 def run(way: str, updates: int, seed: int, examples: int) -> dict[str, Any]:
-    """One run, in a process of one thread."""
+    """Trains one run, in a single-threaded process."""
     words = [sys.executable, __file__, "one", "--ways", way, "--updates", str(updates), "--seed", str(seed)]
     words += ["--examples", str(examples)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -185,9 +185,9 @@ def run(way: str, updates: int, seed: int, examples: int) -> dict[str, Any]:
 
 
 def learns(ways: Sequence[str], updates: int, seeds: int) -> dict[str, Any]:
-    """Validation losses on E2E after so many updates of 8 examples."""
+    """Returns validation losses on E2E after this many updates of 8 examples."""
     found: dict[str, Any] = {"updates": updates, "ways": {}}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a run a core: faster than each on all cores in turn
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one run per core: faster than runs in turn on all cores
         counts = {way: 1 if way in PEERS else seeds for way in ways}
         runs = {way: [pool.submit(run, way, updates, n, 200) for n in range(counts[way])] for way in ways}
         for way, futures in runs.items():
@@ -198,7 +198,7 @@ def learns(ways: Sequence[str], updates: int, seeds: int) -> dict[str, Any]:
 
 
 def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """Adds the mean loss of each way, divided by that of bf16 with the same seeds."""
+    """Adds the mean loss of each method divided by that of bf16 with the same seeds."""
     losses = {way: of["loss"] for way, of in found["ways"].items()}
     if "bf16" not in losses:
         return found
@@ -209,14 +209,14 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def peaks(ways: Sequence[str]) -> dict[str, int]:
-    """The most memory of a process that reads the base and takes three steps of 8 examples."""
+    """Returns the peak memory of a process that reads the base and takes three steps of 8 examples."""
     found = {way: run(way, 3, 0, 8)["peak_bytes"] for way in ways}
     say(table([[way, size(peak)] for way, peak in found.items()], header=["peak memory", ""]))
     return found
 
 
 def one(way: str, updates: int, seed: int, examples: int) -> dict[str, float | None]:
-    """One run: the loss on validation examples before and after, the fastest step, the peak of memory."""
+    """Trains one run: validation loss before and after, the fastest step, peak memory."""
     train, valid = bench.e2e("train"), bench.e2e("valid")[:examples]
     batches = bench.batches(train, 8, bench.SIBLINGS, seed)[:updates]
     torch.manual_seed(seed)
@@ -230,7 +230,7 @@ def one(way: str, updates: int, seed: int, examples: int) -> dict[str, float | N
         lora.inject(model, lora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         ours, half = make_step(model), None
         step, loss_of = functools.partial(our_step, ours), functools.partial(evaluate_loss, ours, model)
-    # Of bitsandbytes, the loss before is not asked for: it is an evaluation.
+    # With bitsandbytes, the initial loss is not measured, because an evaluation would repack its layers.
     before = None if way in PEERS else loss_of(valid)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0)
     seconds = []
@@ -250,7 +250,7 @@ def our_step(step: Any, batch: Sequence[TokenExample]) -> None:
 
 
 def peft_model() -> Any:
-    """PEFT over bitsandbytes' NF4, as its guide has it."""
+    """PEFT over bitsandbytes' NF4, as in its guide."""
     import peft
 
     with tempfile.TemporaryDirectory() as directory:
@@ -300,7 +300,7 @@ def peft_loss(model: Any, examples: Sequence[TokenExample]) -> float:
 
 
 def main() -> None:
-    """Measures what is asked for and writes it into the JSON."""
+    """Measures the requested parts and writes them to the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("steps", "fits", "learns", "peaks", "one"))
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,6 +1,6 @@
 """Several processes on one machine: how fast they train together, and whether kills cost anything but time.
 
-python benchmarks/ranks.py scaling     two processes with a thread each beside one with two; the default base
+python benchmarks/ranks.py scaling     two single-threaded processes vs. one with two threads; the default base
 python benchmarks/ranks.py kills       20 ranks killed (SIGKILL) at random moments, each run restarted with resume
 python benchmarks/ranks.py             both; about 20 minutes; writes benchmarks/ranks.json
 """
@@ -34,11 +34,11 @@ from loralib.training.run_directory import checkpoint_files, last_checkpoint
 FILE = Path(__file__)
 WORDS = "the a small red old boat house river market garden opens closes sells finds near behind with without".split()
 SAVE_STEPS = 10
-WARM_UP = 3  # updates that do not count: kernels are chosen, memory is taken
+WARM_UP = 3  # updates that do not count: kernels are chosen, memory is allocated
 
 
 def started(ranks: int, threads: int, words: list[str]) -> subprocess.Popen[bytes]:
-    """Starts a Python command as one process, or as several by torchrun."""
+    """Starts a Python command as one process, or as several using torchrun."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -49,7 +49,7 @@ def started(ranks: int, threads: int, words: list[str]) -> subprocess.Popen[byte
 
 
 def write_data(path: Path, rng: random.Random) -> None:
-    """Examples like E2E's: some 60 tokens, of which half are trained, none with another's prompt."""
+    """Writes examples like E2E's: about 60 tokens, half of them trained, all with different prompts."""
     rows = [
         {"prompt": " ".join(rng.choices(WORDS, k=28)), "completion": " " + " ".join(rng.choices(WORDS, k=28))}
         for _ in range(400)
@@ -58,7 +58,7 @@ def write_data(path: Path, rng: random.Random) -> None:
 
 
 def tokens_a_second(folder: Path, ranks: int, updates: int, batch_size: int) -> float:
-    """One run on two cores: the tokens of its updates over their time."""
+    """One run on two cores: the tokens of its updates divided by their time."""
     output = folder / f"run-{ranks}"
     flags = {
         "train_data": folder / "data.jsonl", "output_dir": output, "valid_fraction": 0, "rank": 8,
@@ -75,7 +75,7 @@ def tokens_a_second(folder: Path, ranks: int, updates: int, batch_size: int) -> 
 
 
 def scaling(rounds: int, updates: int) -> dict[str, Any]:
-    """Interleaved, since the machine may be busy: the best and the median of several runs each."""
+    """Best and median of several runs each, interleaved because the machine may be busy."""
     result: dict[str, Any] = {"rounds": rounds, "updates": updates, "batch_sizes": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -98,7 +98,7 @@ def scaling(rounds: int, updates: int) -> dict[str, Any]:
 
 
 def train(output: str, updates: int) -> None:
-    """What each rank runs: a tiny model, so that kills also hit what is between updates."""
+    """Runs in each rank: a tiny model, so that kills also hit moments between updates."""
     torch.set_num_threads(1)
     rng = random.Random(0)
     flags = (False, False, False, True, True, True)
@@ -111,13 +111,13 @@ def train(output: str, updates: int) -> None:
 
 
 def updates_of(output: Path) -> int:
-    """How many updates a run has written down."""
+    """Returns the number of updates recorded by a run."""
     log = output / "metrics.jsonl"
     return max((event["step"] for event in read_metrics(log)), default=0) if log.exists() else 0
 
 
 def saved(output: Path) -> int:
-    """The update of the last checkpoint."""
+    """Returns the update of the last checkpoint."""
     last = last_checkpoint(output / "checkpoints")
     return last[0].progress.step if last is not None else 0
 
@@ -151,7 +151,7 @@ def killed(output: Path, ranks: int, updates: int, rng: random.Random, seconds: 
 
 
 def kills(count: int, updates: int, seconds: float) -> dict[str, Any]:
-    """Kills so many ranks; runs that end are compared with one that nothing disturbed, and followed by the next."""
+    """Kills this many ranks; finished runs are compared with an undisturbed one, and followed by the next."""
     rng, done, runs = random.Random(0), list[dict[str, Any]](), list[bool]()
     with tempfile.TemporaryDirectory() as name:
         truth = Path(name) / "truth"
@@ -187,13 +187,13 @@ def kills(count: int, updates: int, seconds: float) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two runs made the same adapter, bit for bit, and left no checkpoint behind."""
+    """Whether two runs produced the same adapter, bit for bit, and left no checkpoint behind."""
     a, b = read_adapter(one).tensors, read_adapter(other).tensors
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a) and not checkpoint_files(one / "checkpoints")
 
 
 def main() -> int:
-    """Measures what is asked for, and updates the JSON beside this file."""
+    """Measures the requested parts, and updates the JSON beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["scaling", "kills"])
     parser.add_argument("--rounds", type=int, default=5, help="runs of each kind, for scaling")

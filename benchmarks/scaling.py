@@ -1,14 +1,14 @@
-"""What to expect of many GPUs, computed from what a step computes and sends: the tables of docs/scaling.md.
+"""Expected scaling to many GPUs, derived from a step's computation and communication: tables of docs/scaling.md.
 
 python benchmarks/scaling.py
 
 Nothing here was measured on GPUs.  The assumptions:
 
 - a GPU computes 400 TFLOP/s in bf16, which NeMo AutoModel publishes for such training on an H100;
-- a token costs 4 FLOPs for each weight of the base's linears: a product forward, and one for the gradient of its input;
-- GPUs of a machine of eight send 300 GB/s each, and 40 GB/s each to other machines (NVLink; 400 Gb/s at 80 %);
-- each message of a ring takes 10 microseconds more;
-- gradients are summed after the backward pass; weights are gathered while others compute.
+- a token costs 4 FLOPs per weight of the base's linear layers: a forward product, and one for its input's gradient;
+- each GPU in a machine of eight sends 300 GB/s, and 40 GB/s to other machines (NVLink; 400 Gb/s at 80 %);
+- each message in a ring takes another 10 microseconds;
+- gradients are summed after the backward pass; gathering weights overlaps with computation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loralib.budget import traffic, training_budget
 
 FLOPS, INSIDE, BETWEEN, LATENCY = 400e12, 300e9, 40e9, 10e-6
 PER_MACHINE, GPUS = 8, (8, 64, 512)
-TOKENS = 8192  # of a step on each GPU
+TOKENS = 8192  # per step on each GPU
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama 8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "Llama 70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def model_of(shape: str) -> Any:
-    """Builds a model without weights, with an adapter of r = 16 on all linears."""
+    """Builds a model without weights, with an adapter of r = 16 on all linear layers."""
     import transformers
 
     config = transformers.LlamaConfig(**SHAPES[shape], vocab_size=128256, num_key_value_heads=8)
@@ -54,7 +54,7 @@ def seconds(model: Any, gpus: int, sharded: bool) -> float:
 
 
 def rows() -> list[list[str]]:
-    """Returns the table: memory of a GPU, tokens a second of all, and how much of the ideal that is."""
+    """Returns the table: memory per GPU, total tokens per second, and the fraction of ideal scaling."""
     table = []
     for shape in SHAPES:
         model = model_of(shape)

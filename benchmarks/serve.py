@@ -1,12 +1,12 @@
-"""How fast a server answers: SmolLM2 with 8 adapters of r = 16 on all linears, 1 to 64 clients, beside llama.cpp's.
+"""Server speed: SmolLM2 with 8 adapters of r = 16 on all linear layers, 1 to 64 clients, compared with llama.cpp.
 
 python benchmarks/serve.py               ten minutes on two cores; writes benchmarks/serve.json and docs/img/serve.png
-python benchmarks/serve.py --rounds 1 --alone     without llama.cpp's
+python benchmarks/serve.py --rounds 1 --alone     without llama.cpp
 
-Each client asks again as soon as it has its answer: 64 random tokens as the prompt, 32 greedy ones streamed, adapters
-in turn.  Both servers run in a process of their own and compute in bf16; llama.cpp gets the same base and adapters as
-GGUF, all of them at its start, and each request names its own.  It has 16 places; requests with different adapters do
-not share a batch there.  Both are measured in turn; the figures are medians of the rounds.
+Each client sends its next request as soon as it has its answer: a prompt of 64 random tokens, 32 greedy tokens
+streamed, adapters in turn.  Both servers run in separate processes and compute in bf16; llama.cpp gets the same base
+and adapters as GGUF, all at its start, and each request names its own adapter.  It has 16 slots, where requests with
+different adapters do not share a batch.  Both are measured in turn; the figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLIENTS = (1, 4, 16, 64)
 
 
 def make(root: Path, *, with_gguf: bool) -> None:
-    """Writes adapters of random values, and for llama.cpp these and the base as GGUF, in bf16."""
+    """Writes adapters of random values and, for llama.cpp, these and the base as GGUF, in bf16."""
     values = adapters(ADAPTERS)
     for name, adapter in values.items():
         write_peft(adapter, root / "shelf" / name)
@@ -61,11 +61,11 @@ def body_for(engine: str, number: int) -> tuple[str, dict[str, Any]]:
 
 
 async def measure(engine: str, url: str, clients: int, first: int) -> dict[str, float]:
-    """Lets so many clients ask, three times each at least, and returns tokens a second and times to the first token."""
+    """Runs this many clients, at least three requests each; returns tokens per second and times to first token."""
     count = max(6, 3 * clients if clients < 64 else 2 * clients)
     numbers = iter(range(first, first + count))
     firsts: list[float] = []
-    # A connection for each request: llama.cpp's server ends one after a stream, and does not say so before.
+    # A connection per request: llama.cpp's server closes one after a stream, without announcing it.
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
 
@@ -88,7 +88,7 @@ async def measure(engine: str, url: str, clients: int, first: int) -> dict[str, 
 
 
 def plot(figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Draws both figures over the number of clients."""
+    """Plots both figures against the number of clients."""
     _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, name, words in zip(
         axes, ("tokens_per_second", "first_token_s"), ("tokens a second", "seconds to the first token"), strict=True
@@ -129,7 +129,7 @@ def main() -> None:
             if not args.alone:
                 urls["llama.cpp"] = stack.enter_context(llama_cpp.serving(root, PLACES))
             for engine, url in urls.items():
-                asyncio.run(measure(engine, url, 2, 10**6))  # warm
+                asyncio.run(measure(engine, url, 2, 10**6))  # warms up
             for number in range(args.rounds):
                 for clients in CLIENTS:
                     for engine, url in urls.items():

@@ -1,7 +1,7 @@
-"""A server is killed (SIGKILL) at 20 random moments while it trains: jobs end with the bytes of an undisturbed run.
+"""A server is killed (SIGKILL) at 20 random moments during training: jobs end with the bytes of an undisturbed run.
 
-They also have every event once.  Every other time the processes that the server started are killed with it; else they
-find out by themselves.
+They also have every event exactly once.  Every other time, the processes started by the server are killed with it;
+otherwise they notice by themselves.
 
 python benchmarks/serve_kills.py       about ten minutes; writes benchmarks/serve_kills.json
 """
@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 class Served:
-    """`loralib serve` in a process of its own."""
+    """`loralib serve` in a separate process."""
 
     def __init__(self, state_dir: Path) -> None:
         with socket.socket() as free:
@@ -61,7 +61,7 @@ class Served:
             return False
 
     def ask(self, path: str, body: Any = None, content_type: str = "application/json") -> Any:
-        """Asks the API."""
+        """Sends a request to the API."""
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/v1/{path}", data, {"Content-Type": content_type})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -78,7 +78,7 @@ class Served:
         return str(self.ask("fine_tuning/jobs", {"model": MODEL, "training_file": file, "loralib": settings})["id"])
 
     def finish(self, job: str, patience: float = 300.0) -> float:
-        """Waits until a job has succeeded, and returns how many seconds that took."""
+        """Waits until a job has succeeded, and returns the seconds that it took."""
         started = time.monotonic()
         while (answer := self.ask(f"fine_tuning/jobs/{job}"))["status"] != "succeeded":
             if answer["status"] == "failed" or time.monotonic() - started > patience:
@@ -95,13 +95,13 @@ class Served:
         return len(children)
 
     def events(self, job: str) -> list[str]:
-        """Returns what the API says of a job's updates, in order, without times."""
+        """Returns a job's update events from the API, in order, without times."""
         events = self.ask(f"fine_tuning/jobs/{job}/events?limit=10000")["data"]
         return sorted(event["message"] for event in events if event["type"] == "metrics")
 
 
 def outcome(served: Served, state_dir: Path, job: str) -> dict[str, Any]:
-    """What must be the same: the adapters' bytes, and every event but for the time it took."""
+    """What must be identical: the adapters' bytes, and every event except for its time."""
     run = state_dir / "jobs" / job / "run"
     files = ("adapter_model.safetensors", "best/adapter_model.safetensors", "adapter_config.json", "pytorch_model.bin")
     metrics = [{k: v for k, v in e.items() if k != "step_s"} for e in read_metrics(run / "metrics.jsonl")]
@@ -109,7 +109,7 @@ def outcome(served: Served, state_dir: Path, job: str) -> dict[str, Any]:
 
 
 def trials(folder: Path, moments: Sequence[float]) -> dict[str, Any]:
-    """One job a moment (a share of the time that an undisturbed job takes): killed then, started again, compared."""
+    """Runs one job per moment (a fraction of an undisturbed job's duration): killed then, restarted, compared."""
     state_dir = folder / "state"
     served = Served(state_dir)
     file = served.upload(EXAMPLES)

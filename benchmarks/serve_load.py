@@ -1,13 +1,13 @@
-"""A server under load: thousands of requests, many at once, while adapters come and go.
+"""A server under load: thousands of requests, many at once, while adapters are loaded and unloaded.
 
 python benchmarks/serve_load.py                  some minutes on two cores; a tiny model of random values, in fp32
 python benchmarks/serve_load.py --requests 500
 
-Every reply is compared with what the same seed gives offline.  One that differs must part from it where hardly
-anything decides: where the two best tokens are within 1e-4, or the random number is that near to the server's token.
-What decides is computed by a plain forward of the model with its adapter, so that nothing which the server keeps has a
-part in it.  Adapters of other names are loaded, scaled and unloaded all the while, some of them in the middle of texts,
-and jobs train one after the other in processes of their own.
+Every reply is compared with the offline result for the same seed.  A difference is only accepted in a near-tie: if the
+two most likely tokens are within 1e-4, or the random number is that close to selecting the server's token.  This is
+decided by a plain forward of the model with its adapter, so that nothing cached by the server is involved.  Meanwhile,
+adapters of other names are loaded, scaled and unloaded, some of them while texts are being generated, and training jobs
+run one after the other in their own processes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make(root: Path) -> None:
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     config = transformers.LlamaConfig(**sizes, **heads, **ends, initializer_range=0.2)
     model = transformers.LlamaForCausalLM(config)
-    model.lm_head.weight.data *= 5  # likely tokens and unlikely ones, as trained models have them
+    model.lm_head.weight.data *= 5  # some likely tokens and some unlikely ones, as in trained models
     model.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
     model, _ = lora.load_base(str(root / "base"), dtype="fp32")
@@ -71,10 +71,10 @@ def make(root: Path) -> None:
 
 
 def request_of(number: int) -> dict[str, Any]:
-    """One of all kinds of requests, the same for a number each time."""
+    """Returns a request of any kind, always the same for a given number."""
     dice = random.Random(number)
     prompt = " ".join(dice.choices(WORDS, k=dice.choice((1, 4, 12, 40))))
-    if dice.random() < 0.3:  # what many begin with
+    if dice.random() < 0.3:  # a prefix shared by many
         prompt = " ".join(WORDS * 2) + " " + prompt
     model = dice.choice(["base", *(f"a{n}" for n in range(ADAPTERS))])
     temperature = dice.choice((0.0, 0.7, 1.0))
@@ -91,7 +91,7 @@ def sampling_of(asked: dict[str, Any]) -> Sampling:
 
 
 async def ask_all(url: str, count: int, memory: list[float]) -> tuple[dict[int, str], collections.Counter[str]]:
-    """Sends all requests, so many at once; some are streamed, and some clients go away in the middle."""
+    """Sends all requests, this many at once; some are streamed, and some clients disconnect midway."""
     replies: dict[int, str] = {}
     outcomes: collections.Counter[str] = collections.Counter()
     numbers = iter(range(count))
@@ -125,7 +125,7 @@ async def ask_all(url: str, count: int, memory: list[float]) -> tuple[dict[int, 
 
 
 def come_and_go(url: str, done: threading.Event, outcomes: collections.Counter[str]) -> None:
-    """Loads, uses, scales and unloads adapters, some while a text is generated with them."""
+    """Loads, uses, scales and unloads adapters, sometimes while a text is generated with them."""
     with httpx.Client(base_url=url, timeout=300) as http:
         number = 0
         while not done.wait(0.02):
@@ -162,10 +162,10 @@ def train(url: str, done: threading.Event, outcomes: collections.Counter[str]) -
 
 
 def compare(server: Server, root: Path, replies: dict[int, str]) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Counts replies that are what their seed gives offline, and describes those that are not."""
+    """Counts replies that equal the offline result for their seed, and describes the others."""
     model, _ = lora.load_base(str(root / "base"), dtype="fp32")
     counts, parted = {"equal": 0, "parted at a tie": 0, "different": 0}, []
-    offline = Generator(server.bank, server.tokenizer)  # keeps nothing of earlier texts
+    offline = Generator(server.bank, server.tokenizer)  # caches nothing of earlier texts
     numbers, pieces = {}, collections.defaultdict(list)
     for number in replies:
         asked = request_of(number)
@@ -195,22 +195,22 @@ def compare(server: Server, root: Path, replies: dict[int, str]) -> tuple[dict[s
 def parting(
     server: Server, model: torch.nn.Module, asked: dict[str, Any], ids: tuple[int, ...], text: str
 ) -> tuple[int, float | None]:
-    """Tells where a text parts from the offline one, and how near its token was to being chosen there.
+    """Finds where a text deviates from the offline one, and how close its token was to being chosen there.
 
-    That is the difference of log-probabilities to the likeliest token or, where tokens are drawn, how far the random
-    number, or the border of the cut, would have to lie elsewhere.  None: further than any tie.
+    This is the difference in log-probability to the most likely token or, when sampling, the change of the random
+    number, or of the truncation threshold, that would select it.  None: further away than any tie.
     """
 
     def begins(tokens: tuple[int, ...]) -> bool:
         if tokens[-1] == server.tokenizer.eos_token_id:
             return text == server.decode(tokens[:-1])
-        return text.startswith(server.decode(tokens).rstrip("\ufffd"))  # half a character
+        return text.startswith(server.decode(tokens).rstrip("\ufffd"))  # an incomplete character
 
     common = 0
     while common < len(ids) and begins(ids[: common + 1]):
         common += 1
     while common and server.decode(ids[:common]).endswith("\ufffd"):
-        common -= 1  # what parts may be a whole character against the half of one
+        common -= 1  # the difference may be a complete character against an incomplete one
     prompt = [*server.tokenizer(asked["prompt"])["input_ids"], *ids[:common]]
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[:, -1].float()
@@ -225,14 +225,14 @@ def parting(
                 for by in (-tie, tie)
                 for cut in (-tie, tie)
             ]
-            near = list(range(min(ends), max(ends) + 1))  # drawn in the order of their ids: those between are as near
+            near = list(range(min(ends), max(ends) + 1))  # sampled in order of ids: those between are as near
         if any(begins((*ids[:common], token)) for token in near if token != (*ids, -1)[common]):
             return common, tie
     return common, None
 
 
 def main() -> None:
-    """Runs the load and writes what came of it."""
+    """Runs the load and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=5000)
     count = parser.parse_args().requests
@@ -271,7 +271,7 @@ def main() -> None:
         hanging = [str(task) for task in asyncio.all_tasks(loop)] if thread.is_alive() else []
         if not hanging:
             server.close()
-    after = memory[1:]  # the first is that after a thousand requests, where there are as many
+    after = memory[1:]  # without the first figure, taken after a thousand requests if there are as many
     result = {
         "machine": machine("openai", "fastapi", "uvicorn"),
         "requests": count,

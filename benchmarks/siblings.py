@@ -1,14 +1,14 @@
-"""What prompt sharing does to learning: validation loss on E2E after the same examples, over seeds.
+"""The effect of prompt sharing on learning: validation loss on E2E after the same examples, over several seeds.
 
 python benchmarks/siblings.py --data DIR       about an hour on one core; writes benchmarks/siblings.json
-python benchmarks/siblings.py --only noise     what sharing a dropout mask does to one step's gradient; a minute
+python benchmarks/siblings.py --only noise     the effect of a shared dropout mask on one step's gradient; a minute
 python benchmarks/siblings.py --batch 32 --examples 1280 --only loss --runs "uniform shuffle" "4 siblings"
                                                larger batches, ten minutes on two cores; benchmarks/siblings_32.json
 
-DIR holds the E2E challenge's train.txt and valid.txt (default: the repository's sample, which is of that form).  Every
-run is `loralib.train` with its default settings on SmolLM2-135M, but for what its name says, the batches, and whole
-prompts with all their texts: examples drawn across prompts would have no siblings.  Results are kept after each run,
-and a run that is there already is not done again.
+DIR contains the E2E challenge's train.txt and valid.txt (default: the repository's sample of the same format).  A run
+is `loralib.train` with default settings on SmolLM2-135M, except for what its name says, the batches, and the use of
+complete prompts with all their texts: examples drawn across prompts would have no siblings, i.e. examples of the same
+prompt.  Results are saved after each run, and existing runs are not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loralib.data.packing import epoch_order
 from loralib.training.step import make_step
 
 HERE = Path(__file__).resolve().parent
-# Each run, and what it is compared with.  "own masks" trains on the very batches of "shared mask", each example alone.
+# Each run, and its baseline.  "own masks" trains on the very batches of "shared mask", but each example separately.
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "uniform shuffle": ({"max_siblings": 1}, ""),
     "4 siblings": ({"max_siblings": 4}, "uniform shuffle"),
@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def whole_prompts(examples: Sequence[Example], count: int) -> list[Example]:
-    """Random prompts with all their texts, until there are `count` examples."""
+    """Draws random prompts with all their texts, until there are `count` examples."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.prompt, []).append(example)
@@ -61,7 +61,7 @@ def validation_loss(
     settings: dict[str, Any],
 ) -> tuple[float, float]:
     """Trains one epoch; returns the loss on `valid` before and after."""
-    if not settings.get("shuffle", True):  # the order is given: that of batches with siblings
+    if not settings.get("shuffle", True):  # the order is given by the batches with siblings
         order = epoch_order(examples, batch_size, seed=seed, epoch=0, max_siblings=4)
         examples = [examples[index] for batch in order for index in batch]
     with tempfile.TemporaryDirectory() as folder:
@@ -73,13 +73,13 @@ def validation_loss(
 
 
 def noise(model: Any, examples: Sequence[TokenExample], batch_size: int, draws: int = 24) -> dict[str, float]:
-    """How much dropout alone scatters one step's gradient, with shared and with own masks.
+    """How much dropout alone scatters one step's gradient, with shared and with separate masks.
 
-    Each example alone sees the same dropout either way, so the expected gradient is the same; siblings under one mask
-    are wrong in the same direction, so it scatters more.
+    For each single example, dropout is the same either way, and so is the expected gradient; but the errors of siblings
+    that share a mask point in the same direction, so the gradient scatters more.
 
     Returns:
-        Of each, the root mean square distance of the gradient from its mean over the draws, as a share of the
+        For each, the root mean square distance of the gradient from its mean over the draws, as a fraction of the
         gradient's norm without dropout.
     """
     batch = [examples[index] for index in epoch_order(examples, batch_size, seed=0, epoch=0, max_siblings=4)[0]]
@@ -88,7 +88,7 @@ def noise(model: Any, examples: Sequence[TokenExample], batch_size: int, draws: 
     lora.inject(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)  # at B = 0 nothing of A's gradient would be seen
+            torch.nn.init.normal_(parameter, std=0.01)  # at B = 0, A would have no gradient
 
     def gradient(step: Any) -> torch.Tensor:
         model.zero_grad()
@@ -109,7 +109,7 @@ def noise(model: Any, examples: Sequence[TokenExample], batch_size: int, draws: 
 
 
 def rows(results: dict[str, dict[str, float]]) -> Iterator[tuple[str, str, str, str]]:
-    """One line a run: its losses by seed, and how much it lies above what it is compared with."""
+    """Yields one row per run: its losses by seed, and their difference from the baseline."""
     for name, (_, beside) in RUNS.items():
         losses = results.get(name, {})
         other = results.get(beside, {})
@@ -123,7 +123,7 @@ def rows(results: dict[str, dict[str, float]]) -> Iterator[tuple[str, str, str, 
 
 
 def main() -> None:
-    """Runs what is missing, and writes the JSON after each run."""
+    """Trains the missing runs, and writes the JSON after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=HERE.parent / "examples" / "NLG" / "data" / "e2e")
     parser.add_argument("--examples", type=int, default=512)
@@ -140,7 +140,7 @@ def main() -> None:
     model, tokenizer = lora.load_base("smollm2-135m")
     examples = encode(whole_prompts(read_examples(args.data / "train.txt"), args.examples), tokenizer, 128).examples
     valid = encode(read_examples(args.data / "valid.txt"), tokenizer, 128).examples
-    valid = valid[:: max(1, len(valid) // args.valid)][: args.valid]  # of all prompts
+    valid = valid[:: max(1, len(valid) // args.valid)][: args.valid]  # across all prompts
     about = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -163,7 +163,7 @@ def main() -> None:
     losses = found.setdefault("validation_loss", {})
     todo = [
         (seed, name) for seed in range(args.seeds) for name in ("uniform shuffle", "4 siblings")
-    ]  # what matters most
+    ]  # the most important results
     todo += [(seed, name) for name in RUNS for seed in range(args.seeds)]
     for seed, name in todo if args.only != "noise" else ():
         settings, _ = RUNS[name]

@@ -1,11 +1,11 @@
 """Which variant of LoRA, and at which rank?  Six of them on E2E, each at its own best learning rate, three seeds.
 
-python benchmarks/study.py train    an hour and a half on two cores, a variant a core; it goes on where it was stopped
-python benchmarks/study.py picture  draws docs/results/variants.png again, of what study.json holds
+python benchmarks/study.py train    an hour and a half on two cores, one variant per core; resumes where it was stopped
+python benchmarks/study.py picture  draws docs/results/variants.png again, from study.json
 
 SmolLM2-135M in bf16, all linear layers, lora_alpha = 2 rank, 60 updates of 4 examples (one pass over 240).  For each
-variant and rank `loralib.train_many` tries three learning rates a factor of two apart with the first seed, and further
-ones while the best is at an end; two more seeds follow at the best.  Losses do not depend on how busy a machine is.
+variant and rank, `loralib.train_many` tries three learning rates, each twice the last, with the first seed, and further
+ones while the best is at an end; two more seeds follow at the best.  Losses do not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"loraplus_lr_ratio": 1.0, "init_lora_weights": "pissa_niter_16"},
     "EVA": {"loraplus_lr_ratio": 1.0, "init_lora_weights": "eva"},
 }
-# Where the search begins; it goes on from there to either side.
+# Learning rates at which the search starts; it continues to either side.
 GUESS = {1: 6.4e-3, 8: 3.2e-3, 64: 1.6e-3}
 BESIDE = {"LoRA": 1.0, "LoRA+": 0.5, "rsLoRA": 1.0, "DoRA": 1.0, "PiSSA": 0.25, "EVA": 0.5}
 SCORES = ("BLEU", "NIST", "ROUGE_L", "CIDEr", "SER")
 COLORS = dict(zip(VARIANTS, ("#222222", "#2171b5", "#238b45", "#d94801", "#6a51a3", "#c51b8a"), strict=True))
 
-Row = dict[str, Any]  # of a run: rank, lr, seed, loss (None: dropped), and of those with the best lr, scores and bytes
+Row = dict[str, Any]  # per run: rank, lr, seed, loss (None: dropped), and at the best lr, scores and bytes
 
 
 @functools.cache
@@ -70,11 +70,11 @@ def examples(split: str, count: int) -> list[TokenExample]:
     return list(encode(rows, base()[1], 512, "clm").examples)
 
 
-# --- one variant, in a process of its own ----------------------------------------------------------------------------
+# --- one variant, in a separate process ------------------------------------------------------------------------------
 
 
 class Search:
-    """The runs of one variant, kept on disk."""
+    """The runs of one variant, stored on disk."""
 
     def __init__(self, variant: str, folder: Path, updates: int) -> None:
         self.variant, self.updates = variant, updates
@@ -89,7 +89,7 @@ class Search:
         return next((row for row in self.rows if (row["rank"], row["lr"], row["seed"]) == wanted), None)
 
     def run(self, runs: Sequence[tuple[int, float, int]]) -> None:
-        """Trains those of (rank, lr, seed) that are not there, in one sweep."""
+        """Trains the missing runs among these, given as (rank, lr, seed), in one sweep."""
         runs = [run for run in runs if self.row(*run) is None]
         if not runs:
             return
@@ -119,7 +119,7 @@ class Search:
         self.save()
 
     def tried(self, rank: int) -> dict[float, float]:
-        """Losses of the first seed by learning rate."""
+        """Returns the first seed's losses by learning rate."""
         rows = [row for row in self.rows if row["rank"] == rank and row["seed"] == SEEDS[0]]
         return {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in rows}
 
@@ -128,7 +128,7 @@ class Search:
         return min(tried, key=lambda lr: tried[lr])
 
     def beyond(self, rank: int) -> list[float]:
-        """The next learning rate to try, where the best is at an end of those that were."""
+        """Returns the next learning rate to try, if the best one is at an end of those tried."""
         tried = sorted(self.tried(rank))
         if len(tried) >= 3 + EXTRA:
             return []
@@ -137,7 +137,7 @@ class Search:
 
     def search(self) -> None:
         first = {rank: GUESS[rank] * BESIDE[self.variant] for rank in RANKS}
-        if self.variant == "rsLoRA":  # whose factor is sqrt(rank) times the other's
+        if self.variant == "rsLoRA":  # its scaling factor is sqrt(rank) times that of the others
             first = {rank: lr / 2 ** round(math.log2(rank) / 2) for rank, lr in first.items()}
         runs = [(rank, lr * factor, SEEDS[0]) for rank, lr in first.items() for factor in (0.5, 1, 2)]
         while runs:
@@ -146,7 +146,7 @@ class Search:
         self.run([(rank, self.best(rank), seed) for rank in RANKS for seed in SEEDS[1:]])
 
     def score(self, prompts_at_most: int | None) -> None:
-        """Lets the runs with the best learning rates write the test set's texts."""
+        """Generates texts for the test set with the runs at the best learning rates, and scores them."""
         inputs = group_by_prompt(read_examples(E2E / "test.txt"))[:prompts_at_most]
         model, tokenizer = base()
         for rank in RANKS:
@@ -168,7 +168,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=64)
 
 
 def train(folder: Path, updates: int, names: Sequence[str], prompts_at_most: int | None) -> None:
-    """All variants, a process of one thread each, as many at once as there are cores."""
+    """Trains all variants in single-threaded processes, as many at once as there are cores."""
 
     def run(name: str) -> None:
         words = [sys.executable, __file__, "one", "--variants", name, "--folder", str(folder)]
@@ -186,11 +186,11 @@ def without_path(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "path"}
 
 
-# --- the picture -----------------------------------------------------------------------------------------------------
+# --- the plot --------------------------------------------------------------------------------------------------------
 
 
 def draw_picture() -> None:
-    """Losses by rank at the best learning rates, and by learning rate at rank 8."""
+    """Plots losses by rank at the best learning rates, and by learning rate at rank 8."""
     from matplotlib.figure import Figure
 
     runs: dict[str, list[Row]] = results("study")["runs"]

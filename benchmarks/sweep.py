@@ -1,12 +1,12 @@
-"""Eight runs in one beside one after the other: `python benchmarks/sweep.py`; about five minutes.
+"""Eight runs trained together or one after the other: `python benchmarks/sweep.py`; about five minutes.
 
-SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs of different seeds.  A round
-is an update of each run: once in one pass (`SharedStep`), once by a step of each run as in `loralib train`.  Rounds are
-interleaved in one process; of each batch the best time counts.  Peak memory is measured apart.  What a shared pass
-cannot do without is the base's products, all rows at once: they are measured in the same run, as the bound of any gain.
+SmolLM2-135M in bf16, all linear layers, r = 16, batches of 4 E2E examples, eight runs with different seeds.  A round is
+one update of each run: once in a shared pass (`SharedStep`), once with separate steps as in `loralib train`.  Rounds
+are interleaved in one process; the best time of each batch counts.  Peak memory is measured separately.  A shared pass
+still needs the base's products, for all rows at once; they are measured in the same run, as a bound on the speedup.
 
-With --commands 60 250, instead: `loralib sweep` over eight learning rates beside eight times `loralib train`, for so
-many updates of each run, from the start of each process to its end, with validation and all else that is the default.
+With --commands 60 250, compares instead: `loralib sweep` over eight learning rates, and eight `loralib train` commands,
+with that many updates per run, from start to end of each process, including validation and other default settings.
 Writes benchmarks/sweep.json.
 """
 
@@ -47,7 +47,7 @@ BATCH, RANK = 4, 16
 
 
 def setting(runs: int, count: int) -> tuple[nn.Module, list[nn.Module], list[Any], list[list[list[Any]]]]:
-    """Returns the base, its twins, their optimisers, and `count` batches of each run."""
+    """Returns the base, its twins, their optimisers, and `count` batches for each run."""
     base = bench.base("smollm2", torch.bfloat16).train()
     twins, optimizers, work = [], [], []
     examples = bench.e2e("train")
@@ -114,7 +114,7 @@ def speed(runs: int, rounds: int, count: int) -> dict[str, float]:
 
 
 def products_of_the_base(runs: int, count: int) -> float:
-    """Returns the seconds that the products with the base's weights take, for the rows of an update of all runs."""
+    """Returns the seconds taken by products with the base's weights, for the rows of one update of all runs."""
     base, _, _, work = setting(runs, count)
     packs = [pack(own[number]) for own in work for number in range(count)]
     tokens = sum(each.processed_tokens for each in packs) // count
@@ -137,7 +137,7 @@ def products_of_the_base(runs: int, count: int) -> float:
 
 
 def memory_of(runs: int) -> int:
-    """Returns the peak memory of a process in which so many runs take three updates together."""
+    """Returns the peak memory of a process in which this many runs take three updates together."""
     base, twins, optimizers, work = setting(runs, 3)
     step = shared(base, twins)
     for number in range(3):
@@ -149,7 +149,7 @@ def memory_of(runs: int) -> int:
 
 
 def adapter_bytes(runs: int) -> int:
-    """Returns what the factors of so many runs take, with gradients and AdamW's moments, all in fp32."""
+    """Returns the bytes of this many runs' factors, with gradients and AdamW's moments, all in fp32."""
     _, twins, _, _ = setting(1, 1)
     return 16 * runs * sum(p.numel() for p in twins[0].parameters() if p.requires_grad)
 

@@ -1,4 +1,4 @@
-"""The benchmarks' results as tables for the docs; scripts/write_docs.py puts them there."""
+"""The benchmarks' results as tables for the docs; scripts/write_docs.py inserts them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DATA = {"e2e": "E2E", "mixed": "32 to 1,024 tokens"}
 
 
 def results(name: str) -> dict[str, Any]:
-    """What a benchmark has written; empty where it was not run."""
+    """Returns a benchmark's results; empty if it has not been run."""
     path = HERE / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
 def in_place(path: Path, rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """The rows in a benchmark's file, with new ones in the place of those that are alike in what is named."""
+    """Returns the rows of a benchmark's file, where new rows replace those with equal values of `names`."""
     before = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
     return list({tuple(row[name] for name in names): row for row in (*before, *rows)}.values())
 
 
 def speed(name: str = "train_speed") -> Rows:
-    """Training steps: one row for each way of ours."""
+    """Training steps: one row for each of our methods."""
     rows = results(name).get("results", ())
     also = ("times Unsloth",) if any("unsloth" in row["times"] for row in rows) else ()
     peft = ("times PEFT as it comes", "times best-tuned PEFT")
@@ -52,12 +52,12 @@ def speed(name: str = "train_speed") -> Rows:
 
 
 def times(ratio: tuple[float, float]) -> str:
-    """A ratio of the fastest rounds, and the median of rounds."""
+    """Formats the ratio of the fastest rounds, and the median over rounds."""
     return f"{ratio[0]:.2f} ({ratio[1]:.2f})"
 
 
 def time_to_loss() -> Rows:
-    """Wall time to the validation loss that PEFT ends with: two rows for each seed, and the means."""
+    """Wall time until PEFT's final validation loss is reached: two rows per seed, and the means."""
     yield "batch", "seed", "PEFT's loss", "its time", "ours", "loss after as many steps", "time", "time to PEFT's loss"
     ways = {"ours": "as it comes", "siblings": "4 siblings"}
     for rows in (results("train_loss").get("results", ()), results("train_loss_32").get("results", ())):
@@ -90,7 +90,7 @@ def time_to_loss() -> Rows:
 
 
 def memory() -> Rows:
-    """Peak memory of a process that trains."""
+    """Peak memory of a training process."""
     rows = results("train_memory").get("results", ())
     also = ("unsloth",) if any("unsloth" in row["peak_bytes"] for row in rows) else ()
     peft = ("PEFT with a bf16 base", "PEFT with autocast", "PEFT as it comes")
@@ -105,7 +105,7 @@ def memory() -> Rows:
 
 
 def comparison() -> Rows:
-    """The README's figures: SmolLM2 as it is trained by default, beside the best of each peer."""
+    """The README's figures: SmolLM2 trained with default settings, compared with the best of each peer."""
     steps = {
         (row["data"], row["batch"]): row
         for row in results("train_speed").get("results", ())
@@ -135,7 +135,7 @@ def breakdown() -> Rows:
 
 
 def generation() -> Rows:
-    """Decoding beside transformers' generate."""
+    """Decoding compared with transformers' generate."""
     yield "case", "ours", "transformers on merged PEFT", "its way", "times (median)", "BLEU", "score", "same texts"
     for row in results("generate").get("results", ()):
         timed = ("", "", row["peer"], "not timed")
@@ -151,7 +151,7 @@ def generation() -> Rows:
 
 
 def serving() -> Rows:
-    """A server's speed beside llama.cpp's, by the number of clients."""
+    """Server speed compared with llama.cpp's, by number of clients."""
     found = results("serve").get("figures", {})
     yield "clients", *(f"{engine}, {what}" for engine in found for what in ("tokens/s", "first token"))
     for clients in next(iter(found.values()), {}):
@@ -161,7 +161,7 @@ def serving() -> Rows:
 
 
 def processes() -> Rows:
-    """Two processes with a thread each beside one with two, on the same two cores."""
+    """Two single-threaded processes compared with one with two threads, on the same two cores."""
     yield "examples a step", "one process, two threads", "two processes, a thread each", "ratio"
     for batch, row in results("ranks").get("scaling", {}).get("batch_sizes", {}).items():
         one, two = row["one_process_two_threads"], row["two_processes_one_thread"]
@@ -170,14 +170,14 @@ def processes() -> Rows:
 
 
 def with_best_rate(runs: Iterable[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
-    """The runs of a study's variant at a rank and the learning rate with which its first seed has the lowest loss."""
+    """Returns a variant's runs at a rank and the learning rate at which its first seed has the lowest loss."""
     here = [run for run in runs if run["rank"] == rank and run["loss"] is not None]
     best = min((run for run in here if run["seed"] == 0), key=lambda run: run["loss"])
     return [run for run in here if run["lr"] == best["lr"]]
 
 
 def study() -> Rows:
-    """Variants of LoRA by rank, each at its best learning rate: means over seeds, and their spread."""
+    """Variants of LoRA by rank, each at its best learning rate: means over seeds, and standard deviations."""
     yield "variant", "rank", "lr", "loss", "BLEU", "ROUGE-L", "CIDEr", "SER", "adapter"
     digits = {"BLEU": 1, "ROUGE_L": 1, "CIDEr": 2, "SER": 1}
     for variant, runs in results("study").get("runs", {}).items():
@@ -192,12 +192,12 @@ def study() -> Rows:
 
 
 def mean(values: list[float], digits: int) -> str:
-    """A mean and the standard deviation."""
+    """Formats a mean and the standard deviation."""
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def variants() -> Rows:
-    """A step of each variant on E2E, and the memory of its process, beside plain LoRA's."""
+    """A step of each variant on E2E, and its process's memory, compared with plain LoRA."""
     yield "variant", "a step", "of LoRA's", "peak memory", "of LoRA's"
     found = results("variants").get("E2E", {})
     seconds, peaks = found.get("step_s", {}), found.get("peak_bytes", {})

@@ -1,22 +1,22 @@
-"""Training speed and memory beside PEFT: a process each, step by step in turn, on the same examples.
+"""Training speed and memory compared with PEFT: a process each, step by step in turn, on the same examples.
 
-python benchmarks/train.py speed          time a step, and share of the machine's GEMM rate; half an hour
-                                          with --rounds 3 --steps 2, the defaults take far longer
+python benchmarks/train.py speed          time per step, and fraction of the machine's GEMM rate; half an hour
+                                          with --rounds 3 --steps 2; the defaults take far longer
 python benchmarks/train.py memory         peak memory at 8 sequences of 512 tokens
-python benchmarks/train.py loss           wall time to the validation loss that PEFT has after an epoch; an hour
-                                          (--examples 400 --seeds 1 for a look; --keep DIR keeps the adapters)
+python benchmarks/train.py loss           wall time to PEFT's validation loss after an epoch; an hour
+                                          (--examples 400 --seeds 1 for a quick look; --keep DIR keeps the adapters)
 
-Results go to benchmarks/train_<what>.json, those of `speed` in the place of the same cases' before.  Peers train as
-they would be used, with a uniform shuffle and padding to the longest of a batch: "peft fp32" as it comes, "peft
-autocast" and "peft bf16" with what makes it fastest on a CPU.  A step is faster where glibc keeps freed memory, so
-`speed` and `loss` tell it to, for peers as for us; `memory` leaves peers the default, which needs the least.  "unsloth"
-is Unsloth's CPU path, compiled, with its own settings.  It pins other versions of much, so it needs an environment of
-its own: --unsloth_python names the Python there; without that flag it is left out.
+Results go to benchmarks/train_<what>.json; those of `speed` replace earlier results of the same cases.  Peers train as
+in normal use, with a uniform shuffle and padding to the longest of a batch: "peft fp32" as it comes, "peft autocast"
+and "peft bf16" with the fastest settings on a CPU.  A step is faster if glibc keeps freed memory, so `speed` and `loss`
+configure it to, for peers and for us; `memory` leaves peers the default, which needs the least.  "unsloth" is Unsloth's
+CPU path, compiled, with its own settings.  It requires other versions of many packages, so it needs a separate
+environment: --unsloth_python names its Python; without that flag, Unsloth is left out.
 
 A step is forward, backward, clipping and fused AdamW.
-"ours" is what the defaults do, a uniform shuffle; "ours, nothing shared" computes each example for itself; "ours, 4
-siblings" draws up to four of a prompt into a step, which computes it once; `loss` measures both.  Machines are shared:
-minima, and medians of interleaved rounds.
+"ours" uses the defaults, with a uniform shuffle; "ours, nothing shared" computes each example separately; "ours, 4
+siblings" puts up to four examples of a prompt into a step, which computes the prompt once; `loss` measures both.
+Machines are shared, so the figures are minima, and medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 if "UNSLOTH_CPU_COMPILE" in os.environ:
-    sys.path[:0] = site.getsitepackages()  # multiprocessing hands on the path of the parent, which lacks Unsloth
+    sys.path[:0] = site.getsitepackages()  # multiprocessing passes on the parent's path, which lacks Unsloth
     import unsloth  # before transformers, which it patches
 
 import torch
@@ -61,12 +61,12 @@ from loralib.training.step import make_step
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "examples" / "NLG" / "data" / "e2e"
 SEED = 0
-UNSLOTH: Path | None = None  # the Python that has it
+UNSLOTH: Path | None = None  # the Python that has it installed
 LR = 5e-4
 SIBLINGS = lora.TrainConfig().max_siblings
-MOST_SIBLINGS = 4  # of one prompt in a batch, where sharing is tried
+MOST_SIBLINGS = 4  # examples of one prompt in a batch, where sharing is tested
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What `keep_freed_memory` does, for a process that is told from outside, when it starts.
+# The equivalent of `keep_freed_memory`, for processes configured from outside, before they start.
 KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
@@ -82,7 +82,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 def base(name: str, dtype: torch.dtype) -> nn.Module:
-    """SmolLM2-135M, or GPT-2 124M's shape with random weights, which cost the same."""
+    """SmolLM2-135M, or GPT-2 124M's shape with random weights, which take the same time."""
     if name == "smollm2":
         model, _ = lora.load_base("smollm2-135m", dtype=dtype)
         return model
@@ -105,7 +105,7 @@ def peers(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def unsloth(name: str) -> nn.Module:
-    """Unsloth's CPU path as its notebooks use it; only SmolLM2, since it knows no GPT-2."""
+    """Unsloth's CPU path as in its notebooks; only for SmolLM2, since it does not support GPT-2."""
     from unsloth import FastLanguageModel
 
     with tempfile.TemporaryDirectory() as directory:
@@ -130,7 +130,7 @@ def apply(model: nn.Module, steps: torch.optim.Optimizer) -> None:
 
 
 def collate(batch: Sequence[TokenExample]) -> dict[str, torch.Tensor]:
-    """Pads to the longest, as transformers' collators do."""
+    """Pads to the longest example, like transformers' collators."""
     width = max(len(example) for example in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -164,11 +164,11 @@ def our_step(model: nn.Module, steps: torch.optim.Optimizer, share: bool) -> Cal
     return step
 
 
-# A process for each, so that none lives in the memory, or with the allocator, of another.
+# A process for each contender, so that none is affected by another's memory or allocator.
 
 
 class Contender:
-    """One way of training, in a process of its own, which waits while others train."""
+    """One way of training, in a separate process, which waits while others train."""
 
     def __init__(self, way: str, model: str, seed: int = SEED) -> None:
         self.way = way
@@ -178,7 +178,7 @@ class Contender:
         self._process = context.Process(target=serve, args=(theirs, way, model, seed), daemon=True)
         with environment(way):
             self._process.start()
-        theirs.close()  # so that a contender that dies, for lack of memory say, is not waited for
+        theirs.close()  # so that we do not wait for a contender that dies, e.g. for lack of memory
 
     def __enter__(self) -> Contender:
         return self
@@ -189,7 +189,7 @@ class Contender:
         self._process.join()
 
     def ask(self, what: str, given: Any = None) -> Any:
-        """Lets it do something, and returns what came of it."""
+        """Sends it a request, and returns the result."""
         try:
             self._pipe.send((what, given))
             return self._pipe.recv()
@@ -197,13 +197,13 @@ class Contender:
             raise SystemExit(f"{self.way!r} died over {what!r}; if the system was out of memory, free some") from error
 
     def step(self, batch: list[TokenExample]) -> float:
-        """Takes a step; returns its seconds."""
+        """Takes a step; returns its duration in seconds."""
         return float(self.ask("step", batch))
 
 
 @contextlib.contextmanager
 def environment(way: str) -> Iterator[None]:
-    """The variables that a contender's process starts with; ours needs none."""
+    """Sets the environment variables with which a contender's process starts; ours needs none."""
     before = dict(os.environ)
     if not way.startswith("ours"):
         os.environ.update(KEEP_FREED_MEMORY)
@@ -217,7 +217,7 @@ def environment(way: str) -> Iterator[None]:
 
 
 def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
-    """What a contender's process does."""
+    """The main loop of a contender's process."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(seed)
     with ExitStack() as stack:
@@ -249,7 +249,7 @@ def serve(pipe: Connection, way: str, name: str, seed: int) -> None:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Writes a PEFT directory, which either side can."""
+    """Writes a PEFT directory, which both sides support."""
     if hasattr(model, "peft_config"):
         model.save_pretrained(directory)
     else:
@@ -268,7 +268,7 @@ def e2e(split: str, count: int | None = None, data: Path = DATA) -> list[TokenEx
 
 
 def mixed_lengths(count: int) -> list[TokenExample]:
-    """Examples of 32 to 1,024 tokens without a common beginning, half of each trained; short ones are more common."""
+    """Examples of 32 to 1,024 tokens without a shared prefix, half of each trained; short ones are more common."""
     rng = random.Random(SEED)
     examples = []
     for _ in range(count):
@@ -283,11 +283,11 @@ def batches(examples: list[TokenExample], size: int, siblings: int, epoch: int =
     return [[examples[index] for index in batch] for batch in order if len(batch) == size]
 
 
-# What the machine can do, and what a step asks of it.
+# The machine's capability, and a step's demand.
 
 
 def linears(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of every linear of the body."""
+    """Name, inputs and outputs of every linear layer of the body."""
     found = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -298,10 +298,10 @@ def linears(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def flops(model: nn.Module, batch: list[TokenExample], share: bool) -> float:
-    """Multiply-adds, doubled, of the base's linears on the tokens that a step processes.
+    """Twice the number of multiply-adds in the base's linear layers, for the tokens that a step processes.
 
     Forward and the gradient of inputs: no weight gradients, since weights are frozen, and no gradient of the first
-    layer's inputs, below which nothing is trained.  LoRA's own products and attention are left out.
+    layer's inputs, below which nothing is trained.  LoRA's own products and attention are excluded.
     """
     row = pack(batch, share=share)
     shapes = linears(model)
@@ -317,7 +317,7 @@ def flops(model: nn.Module, batch: list[TokenExample], share: bool) -> float:
 
 
 def gemm_rate(model: nn.Module, tokens: int) -> float:
-    """The best FLOP/s of plain bf16 products: 2048 cubed, and the model's own shapes."""
+    """The highest FLOP/s of plain bf16 products: 2048 cubed, and the model's own shapes."""
     vocabulary, width = model.get_output_embeddings().weight.shape
     shapes = {(2048, 2048, 2048), (tokens, width, vocabulary), *((tokens, i, o) for _, i, o in linears(model))}
     best = 0.0
@@ -330,13 +330,13 @@ def gemm_rate(model: nn.Module, tokens: int) -> float:
     return best
 
 
-# Measuring.
+# Measurements.
 
 
 def interleaved(
     contenders: Sequence[Contender], work: dict[str, list[list[TokenExample]]], rounds: int
 ) -> dict[str, list[list[float]]]:
-    """Seconds of every step, [way][round][step]; in each round every contender takes all its steps."""
+    """Seconds of every step, [method][round][step]; in each round every contender takes all its steps."""
     seconds: dict[str, list[list[float]]] = {each.way: [] for each in contenders}
     for number in range(rounds + 1):
         for each in contenders:
@@ -347,17 +347,17 @@ def interleaved(
 
 
 def best_step(rounds: list[list[float]]) -> float:
-    """Mean over a contender's batches of each batch's fastest round."""
+    """The mean over a contender's batches of each batch's fastest round."""
     return statistics.mean(min(times) for times in zip(*rounds, strict=True))
 
 
 def median_ratio(a: list[list[float]], b: list[list[float]]) -> float:
-    """Median over rounds of how many times longer a took than b."""
+    """The median over rounds of how many times longer a took than b."""
     return statistics.median(sum(x) / sum(y) for x, y in zip(a, b, strict=True))
 
 
 def tokens(work: list[list[TokenExample]]) -> int:
-    """Tokens of the examples, without padding."""
+    """The number of tokens of the examples, without padding."""
     return sum(len(example) for batch in work for example in batch)
 
 
@@ -376,9 +376,9 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
             if data == "e2e":
                 shared = batches(source, size, MOST_SIBLINGS)[:count]
                 work = {f"ours, {MOST_SIBLINGS} siblings": shared, "ours, nothing shared": plain, **work}
-            # All are in memory at once, and keep what they freed.  What would not fit beside the others is left out.
+            # All are in memory at once, and keep freed memory.  What would not fit beside the others is left out.
             if data == "mixed" and name == "smollm2":
-                del work["peft bf16"]  # which was the slower one
+                del work["peft bf16"]  # the slower one
             if data == "e2e" and size <= 8:
                 work["peft fp32"] = plain
             if UNSLOTH is not None and name == "smollm2" and size <= 8:
@@ -398,7 +398,7 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
                 key=lambda peer: best_step(seconds[peer]),
             )
             for way in needed:
-                # Sharing draws other examples into a batch: what is compared is time for the same number of tokens.
+                # Sharing puts other examples into a batch, so the time for the same number of tokens is compared.
                 longer = tokens(work[way]) / tokens(plain)
                 yield {
                     "model": name,
@@ -408,7 +408,7 @@ def speed(rounds: int, steps: int, models: Sequence[str], sizes: Sequence[int]) 
                     "step_s": {k: best_step(v) for k, v in seconds.items()},
                     "median_step_s": {k: statistics.median(sum(r) / len(r) for r in v) for k, v in seconds.items()},
                     "best_tuned": best_peer,
-                    # How many times longer a peer's step is: of the fastest rounds, and the median over rounds.
+                    # How many times longer a peer's step takes: for the fastest rounds, and the median over rounds.
                     "times": {
                         peer: [
                             longer * best_step(seconds[peer]) / best_step(seconds[way]),
@@ -478,13 +478,13 @@ def peer_validation_loss(model: nn.Module, examples: list[TokenExample]) -> floa
 
 
 def to_loss(size: int, seeds: int, count: int | None, data: Path, keep: Path | None) -> Iterator[dict[str, Any]]:
-    """Each trains for an epoch, a step in turn; when are we where the best-tuned PEFT is at its end?
+    """Each trains for an epoch, taking steps in turn; when do we reach the final loss of the best-tuned PEFT?
 
-    Validation is not timed.  If an epoch is not enough for us, a second one follows.
+    Validation is not timed.  If one epoch is not enough for us, a second one follows.
     """
     examples, valid = e2e("train", count, data), e2e("valid", None, data)[::2][:200]
     way = best_peer(batches(examples, size, 1)[:3])
-    drawn = {"ours": SIBLINGS, "siblings": MOST_SIBLINGS}  # at most so many of a prompt in a batch
+    drawn = {"ours": SIBLINGS, "siblings": MOST_SIBLINGS}  # maximum number of examples of a prompt in a batch
     often = max(1, 32 // size)
     for seed in range(seeds):
         theirs = batches(examples, size, 1, epoch=seed)
@@ -540,10 +540,10 @@ def to_loss(size: int, seeds: int, count: int | None, data: Path, keep: Path | N
 
 
 class Run:
-    """A contender's way through its batches.
+    """A contender's progress through its batches.
 
     Attributes:
-        seconds: of each step.
+        seconds: duration of each step.
         curve: step, seconds until then, and validation loss.
     """
 
@@ -553,23 +553,23 @@ class Run:
         self.curve: list[tuple[int, float, float]] = []
 
     def step(self, valid: list[TokenExample] | None) -> None:
-        """Trains on the next batch; measures then, if asked to."""
+        """Trains on the next batch; then measures the validation loss, if `valid` is given."""
         self.seconds.append(self.contender.step(self.work[len(self.seconds)]))
         if valid is not None:
             self.curve.append((len(self.seconds), sum(self.seconds), self.contender.ask("loss", valid)))
 
     @property
     def loss(self) -> float:
-        """The last that was measured."""
+        """The last validation loss measured."""
         return self.curve[-1][2]
 
     def reached(self, goal: float) -> tuple[int, float, float] | None:
-        """The first point of the curve that is as good."""
+        """Returns the first point of the curve that reaches the goal."""
         return next((point for point in self.curve if point[2] <= goal), None)
 
 
 def best_peer(work: list[list[TokenExample]]) -> str:
-    """Whether a bf16 base or autocast is faster here."""
+    """Determines whether a bf16 base or autocast is faster here."""
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(way, "smollm2")) for way in ("peft bf16", "peft autocast")]
         seconds = interleaved(contenders, {each.way: work for each in contenders}, 2)
@@ -577,7 +577,7 @@ def best_peer(work: list[list[TokenExample]]) -> str:
 
 
 def find_unsloth(python: Path | None) -> None:
-    """Makes Unsloth a peer if it can be had; says so if not."""
+    """Makes Unsloth a peer if it is available; prints a note if not."""
     global UNSLOTH
     if python is None:
         return
@@ -636,7 +636,7 @@ def main() -> None:
         if args.what == "speed":
             whole = report | {"results": in_place(out, report["results"], "model", "data", "batch", "way")}
         for place in [out, *([args.keep / "train_loss.json"] if args.keep else [])]:
-            # After each row, so that what was measured stays if the rest is given up.
+            # After each row, so that results are kept if the rest is aborted.
             place.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 

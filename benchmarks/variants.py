@@ -1,8 +1,8 @@
-"""What variants of LoRA cost beside plain LoRA: `python benchmarks/variants.py`; about ten minutes.
+"""The cost of LoRA variants compared with plain LoRA: `python benchmarks/variants.py`; about ten minutes.
 
 SmolLM2-135M in bf16, all linear layers, r = 8, batches of 8 E2E examples and of 8 sequences of 512 tokens.  Each
-variant is a process of its own; they take steps in turn, and of each batch a variant's best time counts.  Peak memory
-is measured apart.  Writes benchmarks/variants.json.
+variant is a separate process; they take steps in turn, and a variant's best time for each batch counts.  Peak memory is
+measured separately.  Writes benchmarks/variants.json.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def long_examples() -> list[TokenExample]:
 
 
 def serve(pipe: Connection, variant: str, kind: str, count: int) -> None:
-    """Waits for a number of a batch, takes the step, and tells how long it took."""
+    """Waits for the number of a batch, takes the step, and reports its duration."""
     torch.set_num_threads(os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ def serve(pipe: Connection, variant: str, kind: str, count: int) -> None:
 
 
 def speeds(variants: list[str], kind: str, rounds: int, count: int) -> Iterator[tuple[str, float]]:
-    """Yields the seconds of each variant's best round of all batches."""
+    """Yields each variant's seconds for all batches, with the best round of each."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for variant in variants:
         pipes[variant], theirs = context.Pipe()

@@ -1,8 +1,8 @@
-"""Two checkouts of loralib beside each other: python benchmarks/versions.py OLD_CHECKOUT [--rounds 3]; ten minutes.
+"""Compares two checkouts of loralib: python benchmarks/versions.py OLD_CHECKOUT [--rounds 3]; ten minutes.
 
-Each case runs in one process per checkout, in turn, through public functions that both have: training steps of
+Each case runs in one process per checkout, in turn, using public functions that both have: training steps of
 SmolLM2-135M and of GPT-2's shape (8 E2E examples; `step_s` of metrics.jsonl), beam search and greedy generation, peak
-memory of training at 8 sequences of 512 tokens, and the time of `import loralib`.  Machines are shared, so minima and
+memory of training with 8 sequences of 512 tokens, and the time of `import loralib`.  Machines are shared, so minima and
 medians of ratios count.  Writes benchmarks/versions.json.
 """
 
@@ -28,7 +28,7 @@ CASES = ("train smollm2", "train gpt2", "beam search", "greedy", "import", "memo
 
 
 def training(name: str) -> Callable[[], float]:
-    """Returns what runs four updates of 8 examples and gives the time of the fastest."""
+    """Returns a function that runs four updates of 8 examples and returns the time of the fastest."""
     import torch
     import transformers
 
@@ -55,7 +55,7 @@ def training(name: str) -> Callable[[], float]:
 
 
 def generation(num_beams: int) -> Callable[[], float]:
-    """Returns what writes on after a few prompts and gives the time of that."""
+    """Returns a function that continues a few prompts and returns the time taken."""
     import torch
 
     import loralib as lora
@@ -82,7 +82,7 @@ def generation(num_beams: int) -> Callable[[], float]:
 
 
 def importing() -> float:
-    """Returns the seconds of `import loralib` in a new interpreter, without those of `import torch`."""
+    """Returns the seconds of `import loralib` in a new interpreter, excluding `import torch`."""
     code = "import torch, time; t = time.perf_counter(); import loralib; print(time.perf_counter() - t)"
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8").stdout)
 
@@ -103,7 +103,7 @@ def memory() -> float:
 
 
 def serve(case: str) -> None:
-    """Runs a case each time a line comes in, and prints its figure."""
+    """Runs a case for each input line, and prints its figure."""
     import torch
 
     torch.set_num_threads(2)
@@ -147,7 +147,7 @@ def ask(process: subprocess.Popen[str]) -> float:
 
 
 def compare(old: Path, case: str, rounds: int) -> dict[str, Any]:
-    """Runs a case in three pairs of processes: where their memory lies makes some per cent of difference."""
+    """Runs a case in three pairs of processes, because memory placement makes a difference of a few per cent."""
     checkouts = {"before": old, "after": HERE.parent}
     figures: dict[str, list[float]] = {name: [] for name in checkouts}
     for pair in range(3):
@@ -186,7 +186,7 @@ def main() -> None:
         parser.error("give the checkout to compare with")
     from machine import machine
 
-    kept = HERE / "versions.json"  # rows that are not measured again stay
+    kept = HERE / "versions.json"  # rows that are not measured again are kept
     rows = (
         {row["case"]: row for row in json.loads(kept.read_text(encoding="utf-8"))["results"]} if kept.exists() else {}
     )
