@@ -244,7 +244,9 @@ def test_a_picture_that_fails_costs_no_adapter(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
 def test_ctrl_c_in_the_demo_waits_for_what_it_started(tmp_path: Path) -> None:
     scripts = Path(__file__).resolve().parent.parent / "scripts"
-    child = "import signal, time\ntry:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    "
+    # What was started in the background, as the tests may be, ignores Ctrl+C unless it says otherwise.
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    child += "try:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    "
     child += "time.sleep(1); print('saved', flush=True); raise SystemExit(130)"
     program = f"import sys; sys.path.insert(0, {str(scripts)!r}); import environment; "
     program += f"sys.exit(environment._call([sys.executable, '-c', {child!r}]))"

@@ -127,6 +127,7 @@ def together(size: int, action: Callable[[int], Any]) -> list[Any]:
 
 def _one(pipe: Any, rank: int, action: Callable[[int], Any], environment: dict[str, Any]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)  # a fork would wait forever for the threads that the test's process had
     try:
         result = action(rank)
     except errors.LoraError as error:
