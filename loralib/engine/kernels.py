@@ -461,12 +461,9 @@ class Kernels:
         dtype = casts[0].dtype
         return (
             dtype in _KINDS
-            and all(each.dtype == dtype and each.device.type == "cpu" and 1 in each.stride() for each in casts)
+            and all(each.dtype == dtype and each.is_cpu and 1 in each.stride() for each in casts)
             and all(
-                each.dtype == torch.float32
-                and each.device.type == "cpu"
-                and each.is_contiguous()
-                and type(each) in _PLAIN
+                each.dtype == torch.float32 and each.is_cpu and each.is_contiguous() and type(each) in _PLAIN
                 for each in own
             )
         )
