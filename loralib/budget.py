@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .errors import BaseModelError, UnsupportedModelError
 from .files import free_memory
 from .injection import adapted_layers
 from .layers import LoRALayer, LoRALinear, is_conv1d
-from .variants import expert_stacks, holds_experts, is_transposed, kept_per_token
+from .variants import expert_stacks, holds_experts, kept_per_token, stored_as_rows
 from .wrapping import decoder_blocks
 
 __all__ = [
@@ -258,8 +258,8 @@ def _matrices(block: nn.Module) -> Iterator[tuple[int, tuple[int, int]]]:
         if is_linear and (shape := _shape(module)) is not None:
             yield 1, shape
         for name in expert_stacks(path, module):
-            experts, one, other = cast(Tensor, module._parameters[name]).shape
-            yield experts, ((other, one) if is_transposed(module) else (one, other))
+            experts, outputs, inputs = stored_as_rows(module, name).shape
+            yield experts, (outputs, inputs)
 
 
 def _copies(model: nn.Module) -> float:

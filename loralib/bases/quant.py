@@ -128,18 +128,18 @@ class QuantizedWeight(Tensor):
     def dense(self) -> Tensor:
         """Returns the dequantised weight as an ordinary tensor of the same shape and dtype."""
         if self.dim() == 3:
-            return torch.stack([each.dense() for each in self.each()])
+            return torch.stack([weight.dense() for weight in self.each()])
         rows = self.rows(self.dtype)
         return rows.T if self.turned else rows
 
+    def at(self, number: int) -> QuantizedWeight:
+        """Returns one weight of a stack."""
+        parts = {name: part[number] for name, part in self._parts().items()}
+        return type(self)(parts, self.stored_shape[1:], self.dtype, self.turned, self.samples)
+
     def each(self) -> list[QuantizedWeight]:
-        """Returns the individual weights of a stack."""
-        _, *shape = self.stored_shape
-        places = zip(*[part.unbind() for part in self._parts().values()], strict=True)
-        return [
-            type(self)(dict(zip(self.PARTS, of, strict=True)), torch.Size(shape), self.dtype, self.turned, self.samples)
-            for of in places
-        ]
+        """Returns all weights of a stack."""
+        return [self.at(number) for number in range(len(self))]
 
     def looked_up(self, ids: Tensor, *_: Any) -> Tensor:
         """Returns the rows at these indices, for an embedding table (rows, width)."""
@@ -224,13 +224,15 @@ def _permuted(weight: QuantizedWeight, dims: list[int]) -> Tensor:
 
 
 def _selected(weight: QuantizedWeight, dim: int, index: int) -> Tensor:
-    is_stack = weight.dim() == 3 and dim % 3 == 0
-    return weight.each()[index] if is_stack else weight.dense().select(dim, index)
+    return weight.at(index) if _is_along_stack(weight, dim) else weight.dense().select(dim, index)
 
 
 def _unbound(weight: QuantizedWeight, dim: int = 0) -> Sequence[Tensor]:
-    is_stack = weight.dim() == 3 and dim % 3 == 0
-    return weight.each() if is_stack else weight.dense().unbind(dim)
+    return weight.each() if _is_along_stack(weight, dim) else weight.dense().unbind(dim)
+
+
+def _is_along_stack(weight: QuantizedWeight, dim: int) -> bool:
+    return weight.dim() == 3 and dim % 3 == 0
 
 
 # Operators whose result is also a quantised weight. All others, products among them, dequantise it temporarily;

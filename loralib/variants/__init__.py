@@ -25,6 +25,7 @@ from .experts import (
     holds_experts,
     is_transposed,
     kept_per_token,
+    stored_as_rows,
 )
 from .starts import StartedLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
@@ -47,6 +48,7 @@ __all__ = [
     "mixin_for",
     "share_rows",
     "start_factors",
+    "stored_as_rows",
 ]
 
 Mixins = Mapping[type[LoRALayer], type[LoRALayer]]

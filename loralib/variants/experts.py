@@ -177,7 +177,7 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    base_product: BaseProduct = base_product,
+    multiply: BaseProduct = base_product,
 ) -> Tensor:
     """Computes the experts' outputs, for each expert with all of its tokens at once.
 
@@ -186,7 +186,7 @@ def experts_forward(
         hidden_states: (T, D).
         top_k_index: the experts of each token (T, k); indices beyond the last expert are ignored (expert parallelism).
         top_k_weights: the weight of each expert's output (T, k).
-        base_product: computes a weight's product without its update.
+        multiply: computes a weight's product without its update.
 
     Returns:
         (T, D).
@@ -199,9 +199,9 @@ def experts_forward(
     counts = top_k_index.reshape(-1).bincount(minlength=experts)[:experts].tolist()
     x = hidden_states[order // k]  # (T k, D)
     # 2. Into the hidden layer, through the activation or gate, and out.
-    y = _product(layer, inner, x, counts, base_product)
+    y = _product(layer, inner, x, counts, multiply)
     y = theirs._apply_gate(y) if inner == "gate_up_proj" else theirs.act_fn(y)
-    y = _product(layer, _OUTER, y, counts, base_product)  # (T k, D)
+    y = _product(layer, _OUTER, y, counts, multiply)  # (T k, D)
     if getattr(layer, "has_post_expert_norm", False):
         y = theirs.post_expert_norm(y)
     # 3. Restore the order of the tokens, and sum the experts' weighted outputs for each.
@@ -211,9 +211,9 @@ def experts_forward(
     return y[places].view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int], base_product: BaseProduct) -> Tensor:
+def _product(layer: nn.Module, name: str, x: Tensor, counts: Sequence[int], multiply: BaseProduct) -> Tensor:
     """Computes a weight's product with rows (S, in) sorted by expert, including its update if it is adapted."""
-    y = base_product(layer, name, x, counts)
+    y = multiply(layer, name, x, counts)
     if not isinstance(layer, LoRAExperts) or not layer._active or name not in layer.weight_names:
         return y
     A, B = (factor.to(x.dtype) for factor in layer.factors_of(name))
@@ -293,11 +293,10 @@ def kept_per_token(module: nn.Module, adapted: bool) -> int:
     adapter also the inputs of both products, and the outputs of A.
     """
     try:
-        inner, outer = (cast(Tensor, module._parameters[name]).shape for name in expert_weights(module))
+        inner, outer = (stored_as_rows(module, name).shape for name in expert_weights(module))
     except TargetError:  # it computes in an unsupported way
         return 0
-    first, last = (1, 2) if is_transposed(module) else (2, 1)
-    inputs, made, hidden, outputs = inner[first], inner[last], outer[first], outer[last]
+    (_, made, inputs), (_, outputs, hidden) = inner, outer
     numbers = made + hidden + outputs
     if adapted:
         numbers += inputs + hidden + sum(weight.r for weight in getattr(module, "adapted_weights", ()))
@@ -313,8 +312,8 @@ def _experts_per_token(module: nn.Module) -> int:
 def _computes_experts(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a class computes the same as `experts_forward`, tested on small tensors."""
     generator = torch.Generator().manual_seed(0)
-    weight, experts, hidden = cast(Tensor, module._parameters[_OUTER]), 3, 4
-    width = weight.shape[2 if is_transposed(module) else 1]  # the model's own, because of norms inside
+    experts, hidden = 3, 4
+    width = stored_as_rows(module, _OUTER).shape[1]  # the model's own, because of norms inside
     inner = 2 * hidden if _inner_name(module) == "gate_up_proj" else hidden
     sizes = {_inner_name(module): (width, inner), _OUTER: (hidden, width)}
     probe = base.__new__(base)
