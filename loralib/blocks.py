@@ -8,13 +8,13 @@ are, so the outputs of the projection that affect the result are the values.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .modes import evaluating
 from .targets import TargetModule
 
 __all__ = ["mixed_blocks"]
@@ -59,7 +59,7 @@ def _used_outputs(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor
     try:
         device = next(model.parameters()).device
         ids = torch.arange(3, 3 + _TEXTS, device=device)[:, None] % getattr(model.config, "vocab_size", 3 + _TEXTS)
-        with _evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(model.modules()), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             result: Tensor = model(input_ids=ids)[0]
             loss = result.float().pow(2).sum()
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -75,16 +75,3 @@ def _used_outputs(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor
 def _above_noise(gradient: Tensor) -> Tensor | None:
     sizes = gradient.float().abs().flatten(0, -2).amax(0)
     return sizes > 1e-3 * sizes.max() if sizes.max() > 0 else None
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts modules in evaluation mode without calling eval(), on which some would merge."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -19,7 +19,7 @@ ROWS = [
     ["files", "console", "settings"],
     ["hub"],
     ["allocator"],
-    ["delta", "config", "wrapping"],
+    ["delta", "config", "modes", "wrapping"],
     ["layers"],
     ["variants"],
     ["utils", "targets"],

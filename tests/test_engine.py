@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from torch import nn
 import loralib as lora
 from loralib.data.tokens import TokenExample
 from loralib.engine.attention import interface_name
-from loralib.engine.placement import Hold, engine_mode, evaluating, overriding, own_forward
+from loralib.engine.placement import Hold, engine_mode, overriding, own_forward
 from loralib.errors import BusyModelError, ConfigError, TargetError
 from loralib.generation import Generator, Sampling
 from loralib.injection import adapted_layers
+from loralib.modes import evaluating
 from loralib.training.objective import evaluate_loss
 from loralib.training.step import make_step
 
@@ -295,6 +297,26 @@ def test_a_forward_of_somebody_elses_stays() -> None:
     with Hold(layer, [layer], "inference"):
         layer.forward = theirs  # put over ours meanwhile
     assert layer.__dict__["forward"] is theirs
+
+
+def test_each_module_is_in_its_own_mode_after_generating_training_a_sweep_and_eva(tmp_path: Path) -> None:
+    model, config = llama().train(), lora.TrainConfig(max_steps=1, rank=2, warmup_steps=0)
+    model.model.layers[0].eval()
+
+    def modes() -> list[bool]:
+        return [module.training for module in model.modules()]
+
+    before = modes()
+    written(model, 1)
+    assert modes() == before
+    lora.train(model, examples(0), config.replace(output_dir=str(tmp_path / "run")), verbose=False)
+    assert modes() == before
+    lora.remove(model)
+    lora.train_many(model, examples(0), [config], output_dir=str(tmp_path / "sweep"), verbose=False)
+    assert modes() == before
+    eva = lora.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva")
+    lora.inject(model, eva, [{"input_ids": torch.arange(1, 60).view(1, -1)}])
+    assert modes() == before
 
 
 def test_evaluating_ends_with_the_last_one() -> None:

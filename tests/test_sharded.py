@@ -35,7 +35,9 @@ def together(load_file: Callable[[Path], ModuleType]) -> Any:
             torch.set_num_threads(1)
             torch.distributed.init_process_group("gloo")
             try:
-                return action(torch.distributed.device_mesh.init_device_mesh("cpu", (SIZE,)))
+                mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (SIZE,))
+                torch.distributed.barrier()  # one that leaves sooner would take with it where the others still join
+                return action(mesh)
             finally:
                 torch.distributed.destroy_process_group()
 

@@ -35,10 +35,11 @@ from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_fau
 from ..formats import read_adapter
 from ..injection import adapted_layers
 from ..layers import is_conv1d
+from ..modes import evaluating
 from ..wrapping import input_table, output_head, unwrapped
 from .forward import plain_logits
 from .kernels import FEW_ROWS, RowUpdate, loaded
-from .placement import Hold, Override, Overrides, evaluating, overriding, own_forward
+from .placement import Hold, Override, Overrides, overriding, own_forward
 
 __all__ = ["Bank", "Described", "Slot", "bank_and_base"]
 

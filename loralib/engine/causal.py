@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError, UnsupportedModelError, first_line
+from ..modes import evaluating
 from ..wrapping import input_table
 from .forward import device_of, plain_logits
 from .limits import last_position, table_rows
-from .placement import Hold, evaluating
+from .placement import Hold
 
 __all__ = ["require_causal"]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from ..modes import evaluating
 from ..wrapping import is_spread, output_head
 from .adapted_linears import TrainingLinears
 from .attention import Layout, PackedLayout, interface_name, with_layout
@@ -26,7 +27,7 @@ from .device_linears import DeviceLinears
 from .flex import FlexLayout, bucket, has_compiler, has_flex
 from .liger import LigerLoss, has_liger
 from .operators import operator_overrides
-from .placement import Hold, Overrides, Use, engine_mode, evaluating, overriding, own_forward
+from .placement import Hold, Overrides, Use, engine_mode, overriding, own_forward
 from .quantized_experts import expert_overrides
 from .row_linears import RowLinears
 from .transfer import to_device

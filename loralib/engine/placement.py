@@ -29,7 +29,7 @@ from torch import nn
 
 from ..errors import BusyModelError, ConfigError
 
-__all__ = ["Hold", "Override", "Overrides", "engine_mode", "evaluating", "overriding", "own_forward", "require_free"]
+__all__ = ["Hold", "Override", "Overrides", "engine_mode", "overriding", "own_forward", "require_free"]
 
 Override = Callable[..., Any]
 Overrides = Mapping[nn.Module, Override]
@@ -260,26 +260,3 @@ def _is_free(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
     return "forward" not in module.__dict__ or own
-
-
-_EVALUATED: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Turns dropout off, and back on where it was on, once no thread needs it off any more."""
-    with _LOCK:
-        shared = len(_EVALUATED) > 0  # checked once: this runs for every generated token
-        switched = [module for module in modules if module.training or (shared and module in _EVALUATED)]
-        for module in switched:
-            _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
-            module.training = False
-    try:
-        yield
-    finally:
-        with _LOCK:
-            for module in switched:
-                _EVALUATED[module] -= 1
-                if not _EVALUATED[module]:
-                    del _EVALUATED[module]
-                    module.training = True

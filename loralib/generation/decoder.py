@@ -25,11 +25,12 @@ from ..engine.causal import require_causal
 from ..engine.forward import device_of, logits_of, plain_logits, runs_here
 from ..engine.frozen_linear import FrozenLinear, kernel_overrides, prepacked_overrides
 from ..engine.operators import operator_overrides
-from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
+from ..engine.placement import Hold, Overrides, engine_mode, overriding
 from ..engine.quantized_experts import expert_overrides
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..errors import BusyModelError, UnsupportedModelError
 from ..injection import adapted_layers
+from ..modes import evaluating
 from ..wrapping import input_table
 from .pages import PAGE, Lease, Node, Pages, pages_of
 

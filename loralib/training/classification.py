@@ -22,10 +22,11 @@ from ..data.packing import Pack, pack
 from ..engine.classifier import ClassifierForward
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.limits import table_rows, text_config
-from ..engine.placement import engine_mode, evaluating
+from ..engine.placement import engine_mode
 from ..engine.transfer import to_device
 from ..errors import ConfigError
 from ..formats import read_adapter
+from ..modes import evaluating
 from .class_metrics import class_figures, confusion, moments, number_figures
 from .config import TrainConfig
 from .objective import StepStats

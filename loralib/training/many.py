@@ -36,6 +36,7 @@ from ..engine.row_linears import why_not_shared
 from ..errors import ConfigError, InterruptedRunError, TrainingError, first_line, list_faults
 from ..files import hold_directory
 from ..injection import adapted_layers, adapted_model
+from ..modes import keeping_modes
 from ..wrapping import is_spread
 from .config import TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing
@@ -287,7 +288,6 @@ class _Sweep:
         given = {run: run.config for run in runs}
         plans = {run: self._plan(run) for run in runs}
         frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        was_training = self.model.training
         with ONE_RUN_AT_A_TIME, stop_on_signal() as stop, ExitStack() as stack:
             require_free(self.model, "training")
             require_causal(self.model)
@@ -295,6 +295,7 @@ class _Sweep:
                 twins, apart = self._twins(plans)
                 if twins:
                     config = runs[0].config
+                    stack.enter_context(keeping_modes(self.model))
                     stack.enter_context(keep_freed_memory(lean=config.gradient_checkpointing))
                     stack.enter_context(freeze_objects())
                     stack.enter_context(
@@ -305,7 +306,6 @@ class _Sweep:
             finally:
                 for name, p in self.model.named_parameters():
                     p.requires_grad_(frozen[name])
-                self.model.train(was_training)
         return apart
 
     def _twins(self, plans: Mapping[_Run, Plan]) -> tuple[dict[_Run, nn.Module], list[_Run]]:

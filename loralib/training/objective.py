@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..engine.placement import evaluating
+from ..modes import evaluating
 from ..wrapping import is_spread
 from .ranks import ALONE, Ranks
 from .shares import deal

@@ -12,8 +12,8 @@ from torch import nn
 from ..bases.classifiers import class_names
 from ..data import Example, Labels, encode_classes
 from ..engine.limits import context_length
-from ..engine.placement import evaluating
 from ..errors import ConfigError
+from ..modes import evaluating
 from .class_metrics import class_figures, confusion, moments, number_figures, spearman
 from .classification import ClassificationStep
 

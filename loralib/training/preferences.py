@@ -19,9 +19,9 @@ from ..data import PreferencePair, TokenExample
 from ..data.packing import Pack, pad
 from ..engine.half import scaled_backward
 from ..engine.loss import head_log_probs
-from ..engine.placement import evaluating
 from ..engine.transfer import to_device
 from ..errors import UnsupportedModelError
+from ..modes import evaluating
 from ..wrapping import is_spread
 from .objective import StepStats, in_batches
 from .ranks import ALONE, Ranks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.packing import Pack, extended, pack, pad, side_by_side
 from ..data.tokens import TokenExample
 from ..engine.loss import Predictions, head_loss
-from ..engine.placement import evaluating
+from ..modes import evaluating
 from .objective import StepStats, in_batches
 from .step import Step
 

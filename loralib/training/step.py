@@ -27,10 +27,11 @@ from ..engine.causal import require_causal
 from ..engine.forward import Forward, device_of, why_not_compiled
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
-from ..engine.placement import engine_mode, evaluating
+from ..engine.placement import engine_mode
 from ..engine.rope import apart, forget_length, remembers_length, rope_limit
 from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
+from ..modes import evaluating
 from ..wrapping import is_spread
 from .objective import StepStats
 

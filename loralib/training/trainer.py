@@ -36,6 +36,7 @@ from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, Targ
 from ..formats import check_portable, load_adapter
 from ..injection import adapted_layers, adapted_model, disabled, inject, unmerge
 from ..layers import LoRALayer
+from ..modes import keeping_modes
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
 from .classification import ClassificationStep, prepare_classifier
 from .config import AUTOMATIC, TrainConfig
@@ -362,17 +363,16 @@ class Trainer:
         """Trains until the end, a signal or early stopping, and saves."""
         self.begin()
         self._announce()
-        was_training = self.model.training
-        self.model.train()
         try:
-            self.step.passes([*self.examples, *self.valid])  # uncomputable batches fail before the first update
-            with self.ranks.computing():
-                self._compute_reference()
-                with self.step:  # the engine takes over the model's forward until the last validation
-                    self._compute_all()
+            with keeping_modes(self.model):
+                self.model.train()
+                self.step.passes([*self.examples, *self.valid])  # uncomputable batches fail before the first update
+                with self.ranks.computing():
+                    self._compute_reference()
+                    with self.step:  # the engine takes over the model's forward until the last validation
+                        self._compute_all()
         finally:
             self.reporter.close_bar()
-            self.model.train(was_training)
         return self.finish()
 
     def begin(self) -> None:

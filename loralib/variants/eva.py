@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..config import LoraConfig
 from ..errors import ConfigError, list_faults
+from ..modes import evaluating
 
 __all__ = ["EvaStart", "EvaTarget", "eva_start"]
 
@@ -65,15 +66,12 @@ def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[
     """
     settings = {"rho": 2.0, "tau": 0.99, "use_label_mask": True} | dict(config.eva_config or {})
     most = {target.name: round(target.r * settings["rho"]) for target in targets}
-    inputs, was_training = _Inputs(targets, most), model.training
-    model.eval()
-    try:
+    inputs = _Inputs(targets, most)
+    with evaluating(model.modules()):
         for batch in batches:
             inputs.see(model, batch, _counted_rows(batch, bool(settings["use_label_mask"])))
             if all(spread.cosine >= settings["tau"] for spread in inputs.spreads.values()):
                 break
-    finally:
-        model.train(was_training)
     few = [target.name for target in targets if len(inputs.of(target.name).directions) < target.r]
     if few:
         raise ConfigError(
