@@ -156,7 +156,7 @@ def batches(draw, longest=3 * WINDOW):
 
 
 # Building a model is slow and steps leave nothing behind in it, so one model serves all examples.
-several = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+several = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture
@@ -184,6 +184,20 @@ def random_batch(seed, lengths):
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, VOCABULARY, (5,), generator=generator).tolist()
     return [example(prompt + torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), 5) for n in lengths]
+
+
+def test_values_may_be_narrower_than_keys():
+    """DeepSeek-V3: 128 and 192 wide."""
+    sizes = {name: _LLAMA[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+    widths = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    dense = {"first_k_dense_replace": 99}
+    model = built(lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**sizes, **heads, **widths, **dense)
+    ))  # fmt: skip
+    step = make_step(model)
+    assert step.packing, step.note
+    assert_same_step(model, random_batch(0, [50, 3, 58, 40]), step)
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -293,6 +293,7 @@ class PackedLayout:
         # (T, H, D) -> (n, H / G, G * tile, D): query heads that share a key head are stacked.
         q = F.pad(q, (0, 0, 0, 0, 0, count * tile - total)).view(count, tile, kv_heads, group, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * tile, width)
+        v_width = v.shape[-1]  # DeepSeek's values are narrower than its keys
         k, v, parts = k.flatten(1), v.flatten(1), self._tiles_of(settings.window)
         results = []
         for part in parts:
@@ -304,11 +305,11 @@ class PackedLayout:
             result = (
                 checkpoint(_tile_attention, *arguments, use_reentrant=False) if large else _tile_attention(*arguments)
             )
-            results.append(result.view(-1, kv_heads, group, tile, width))
+            results.append(result.view(-1, kv_heads, group, tile, v_width))
         y = results[0]
         if len(parts) > 1:
             y = torch.cat(results)[torch.argsort(torch.cat([part.numbers for part in parts]))]
-        return y.permute(0, 3, 1, 2, 4).reshape(count * tile, heads, width)[:total]
+        return y.permute(0, 3, 1, 2, 4).reshape(count * tile, heads, v_width)[:total]
 
     def _tiles_of(self, window: int | None) -> list[_Tiles]:
         if window not in self._tiles:
@@ -371,11 +372,11 @@ def _tile_attention(
 ) -> Tensor:
     """Returns the attention of tiles (n * heads, rows, D) over keys `index` (n * K) of k and v (T, heads * D)."""
     count = len(index) // hidden.shape[-1]
-    heads, width = len(q) // count, q.shape[-1]
+    heads = len(q) // count
 
     def gather(x: Tensor) -> Tensor:  # (n * heads, K, D)
-        rows = x.index_select(0, index).view(count, -1, heads, width).transpose(1, 2)
-        return rows.reshape(count * heads, -1, width)
+        rows = x.index_select(0, index).view(count, len(index) // count, heads, -1).transpose(1, 2)
+        return rows.reshape(count * heads, len(index) // count, -1)
 
     weights = masked_weights(q, gather(k), hidden, settings)
     if settings.dropout:
