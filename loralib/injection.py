@@ -54,6 +54,7 @@ __all__ = [
     "adapted_model",
     "disabled",
     "eva_start_for",
+    "find_targets",
     "fingerprint",
     "first_fingerprint",
     "inject",
@@ -186,9 +187,7 @@ def inject(
             f"{', ...' if len(by_hand) > 3 else ''}); inject() adapts plain layers"
         )
     config = with_head(model, config)
-    targets = match_modules(model, config)
-    if faults := mixed_blocks(model, targets):
-        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    targets = find_targets(model, config)
     if config.init_lora_weights != "eva":
         if batches is not None or eva is not None:
             raise ConfigError(
@@ -198,10 +197,27 @@ def inject(
     return _inject_eva(model, config, targets, eva or _eva_start(model, config, targets, batches))
 
 
+def find_targets(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
+    """Returns the modules that `inject` would adapt, without changing any.
+
+    Raises:
+        TargetError: as in `inject`.
+    """
+    targets = match_modules(model, with_head(model, config))
+    if faults := mixed_blocks(model, targets):
+        raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
+    linears = _linears(targets)
+    others = [target for target in targets if target not in linears and not target.token_indices]
+    if config.init_lora_weights == "eva" and others:
+        faults = [f"{target.name} is of class {type(target.module).__name__}" for target in others]
+        fix = "Leave them out of target_modules, or leave out init_lora_weights."
+        raise TargetError(list_faults("init_lora_weights 'eva' is for linear layers alone", faults, fix))
+    return targets
+
+
 def eva_start_for(model: nn.Module, config: LoraConfig, batches: Iterable[Any]) -> EvaStart:
     """Returns the EVA initialisation that `inject` would compute from these batches, for a config that uses EVA."""
-    config = with_head(model, config)
-    return _eva_start(model, config, match_modules(model, config), batches)
+    return _eva_start(model, config, match_modules(model, with_head(model, config)), batches)
 
 
 def _eva_start(

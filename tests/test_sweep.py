@@ -17,7 +17,7 @@ from torch import nn
 import loralib as lora
 from loralib import errors
 from loralib.cli import main
-from loralib.data import TokenExample
+from loralib.data import PreferencePair, TokenExample
 from loralib.engine.adapted_linears import GroupProducts
 from loralib.engine.row_linears import why_not_shared
 from loralib.injection import adapted_layers, eva_start_for
@@ -233,6 +233,37 @@ def test_a_run_that_diverges_is_dropped_and_the_others_do_not_notice(
     by_itself = alone(tmp_path / "alone", configs[0])
     assert result.runs[0].result.losses == pytest.approx(by_itself.losses, abs=1e-5)
     assert result.best.name == "lr-0.001"
+
+
+def test_a_validation_that_is_not_a_number_is_that_of_one_run(tmp_path: Path) -> None:
+    configs = [RUNS[0].replace(eval_steps=1), RUNS[0].replace(eval_steps=1, lr=1e30)]
+    good, bad = sweep(tmp_path / "sweep", configs).runs
+    assert "validation loss" in bad.dropped
+    by_itself = alone(tmp_path / "alone", configs[0])
+    torch.testing.assert_close(
+        torch.tensor(good.result.valid_losses), torch.tensor(by_itself.valid_losses), rtol=1e-5, atol=0
+    )
+
+
+def test_settings_that_no_run_could_have_are_refused_before_any_has_trained(tmp_path: Path) -> None:
+    configs = [RUNS[0], RUNS[0].replace(rank=5000, init_lora_weights="pissa"), RUNS[0].replace(target_modules="nosuch")]
+    with pytest.raises(errors.ConfigError) as told:
+        sweep(tmp_path / "sweep", configs)
+    assert "rank-5000" in str(told.value)
+    assert "nosuch" in str(told.value)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_runs_that_learn_from_preferences_train_one_by_one(tmp_path: Path, objective: str) -> None:
+    pairs = [
+        PreferencePair((3, 5, n), (False, False, True), TokenExample((3, 5, n + 9), (False, False, True)))
+        for n in range(6, 14)
+    ]
+    configs = [lora.TrainConfig(objective=objective, rank=2, lr=lr, max_steps=2, warmup_steps=0) for lr in (1e-3, 3e-3)]
+    result = lora.train_many(tiny_model(), pairs, configs, output_dir=str(tmp_path / "sweep"), verbose=False)
+    lora.train(tiny_model(), pairs, configs[0].replace(output_dir=str(tmp_path / "alone")), verbose=False)
+    assert adapters(result)["lr-0.001"] == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def test_eva_starts_as_in_peft() -> None:
         assert (A @ layer.lora_A.T).norm(dim=1).min() > 0.98
 
 
+def test_eva_of_another_layer_than_a_linear_one_is_refused() -> None:
+    config = lora.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights="eva")
+    with pytest.raises(lora.LoraError, match=r"linear layers alone(.|\n)*embed_tokens is of class Embedding"):
+        lora.inject(llama(), config, [torch.ones(4, 8, dtype=torch.long)])
+
+
 def test_eva_takes_no_padding_and_tells_when_data_is_too_little() -> None:
     ids = torch.randint(0, 40, (4, 8), generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(ids, (0, 3), value=1)

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from ..allocator import keep_freed_memory
 from ..budget import free_on
 from ..console import counted, size
-from ..data import CLASSIFY, OBJECTIVES
+from ..data import CLASSIFY, PREFERENCES
 from ..engine.causal import require_causal
 from ..engine.forward import device_of
 from ..engine.half import computes_in_half
 from ..engine.placement import require_free
 from ..engine.rope import rope_limit
 from ..engine.row_linears import why_not_shared
-from ..errors import ConfigError, InterruptedRunError, TrainingError, first_line, list_faults
+from ..errors import ConfigError, InterruptedRunError, LoraError, TrainingError, first_line, list_faults
 from ..files import hold_directory
 from ..injection import adapted_layers, adapted_model
 from ..modes import keeping_modes
@@ -61,6 +61,7 @@ from .trainer import (
     TrainResult,
     Validation,
     adapt,
+    check_fit,
     finished,
     gradient_norm,
     plan_for,
@@ -213,6 +214,7 @@ class _Sweep:
         for run in left:
             run.why_alone = _why_alone(run.config) or why_all
         together, apart = [run for run in left if not run.why_alone], [run for run in left if run.why_alone]
+        self._check(left)
         self._tell(together, apart)
         self.write()
         if together:
@@ -220,6 +222,17 @@ class _Sweep:
         for run in apart:
             self._train_alone(run)
         return self._result()
+
+    def _check(self, runs: Sequence[_Run]) -> None:
+        """Refuses settings that do not fit the model, before any run has trained."""
+        faults = []
+        for run in runs:
+            try:
+                check_fit(self.model, run.config)
+            except LoraError as error:
+                faults.append(f"{run.name}: {error}")
+        if faults:
+            raise ConfigError(list_faults("these runs cannot be trained", faults, "Leave their values out."))
 
     def _tell(self, together: Sequence[_Run], apart: Sequence[_Run]) -> None:
         say = self.reporter.say
@@ -387,7 +400,7 @@ def _why_alone(config: TrainConfig) -> str:
         "lora_bias adds to the base's output": config.lora_bias,
         "rows of an embedding or head are trained": config.trainable_token_indices is not None,
         "dropout draws random numbers that are specific to the run": config.lora_dropout > 0,
-        f"its objective is {config.objective}": config.objective not in OBJECTIVES,
+        f"its objective is {config.objective}": config.objective in PREFERENCES,
     }
     return next((why for why, holds in reasons.items() if holds), "")
 
@@ -526,13 +539,20 @@ class _Together:
             same.setdefault(_what_it_validates(member), []).append(member)
         needs = [(members[0].number, cast(Validation, members[0].need)) for members in same.values()]
         wanted = [(number, need.examples, need.max_tokens) for number, need in needs]
-        figures = self.step.unsmoothed().evaluate_all(wanted, lambda: bool(self.stop))  # type: ignore[attr-defined]
+        figures = self._evaluated(wanted)
+        if figures is not None and len(wanted) > 1 and not all(math.isfinite(each["loss"]) for each in figures):
+            # As in `_update`: what is not finite in one run could have reached another.
+            apart = [self._evaluated([each]) for each in wanted]
+            figures = None if None in apart else [each[0] for each in apart if each is not None]
         share = (time.perf_counter() - started) / len(wanting)
         for at, members in enumerate(same.values()):
             for member in members:
                 self._send(member, Computed(None if figures is None else dict(figures[at]), share))
         if figures is not None and self.members:
             self.sweep.reporter.say(_validations(self.members))
+
+    def _evaluated(self, wanted: Sequence[tuple[int, Any, int]]) -> list[dict[str, float]] | None:
+        return self.step.unsmoothed().evaluate_all(wanted, lambda: bool(self.stop))  # type: ignore[attr-defined,no-any-return]
 
     def _update(self, wanting: Sequence[_Member]) -> None:
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from ..adapter import apply_adapter
 from ..allocator import keep_freed_memory
 from ..bases import with_chat_template
 from ..bases.classifiers import class_names, new_modules
+from ..config import LoraConfig
 from ..console import counted
 from ..data import CLASSIFY, PREFERENCES, Labels, PreferencePair, TokenExample
 from ..data.packing import epoch_order
@@ -34,7 +35,7 @@ from ..engine.causal import require_causal
 from ..engine.placement import require_free
 from ..errors import ConfigError, InterruptedRunError, NothingLearnedError, TargetError, list_faults
 from ..formats import check_portable, load_adapter
-from ..injection import adapted_layers, adapted_model, disabled, inject, unmerge
+from ..injection import adapted_layers, adapted_model, disabled, find_targets, inject, unmerge
 from ..layers import LoRALayer
 from ..modes import keeping_modes
 from ..wrapping import adapting_spread, is_spread, refuse_process_groups
@@ -64,6 +65,7 @@ __all__ = [
     "Trainer",
     "Validation",
     "adapt",
+    "check_fit",
     "finished",
     "plan_for",
     "run",
@@ -217,12 +219,24 @@ def _refuse_unvalidated(config: TrainConfig) -> None:
         )
 
 
+def check_fit(model: nn.Module, config: TrainConfig) -> None:
+    """Checks that `adapt` can give a model the new adapter of a run, without changing the model.
+
+    Raises:
+        TargetError: a module cannot be adapted with these settings.
+        AdapterError: the adapter would not be usable in the tool it is meant for.
+    """
+    lora = _adapter_settings(model, config)
+    if config.from_adapter is None:
+        if config.target != "none":
+            check_portable(lora, model, config.target)
+        find_targets(model, lora)
+
+
 def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStarts | None = None) -> None:
     """Injects an adapter unless the model has one, and makes sure that it is not merged; see `data_start`."""
     config, injected = plan.config, None
-    lora = config.lora_config()
-    if new := [name for name in new_modules(model) if not lora.saves(name)]:
-        lora = lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new])
+    lora = _adapter_settings(model, config)
     if config.from_adapter is not None:
         if adapted_layers(model):
             raise ConfigError("the model already has an adapter: leave out from_adapter, or pass a model without one")
@@ -239,6 +253,13 @@ def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStart
     for note in full_precision(model):
         reporter.say(note)
     reporter.adapter(model, injected, config)
+
+
+def _adapter_settings(model: nn.Module, config: TrainConfig) -> LoraConfig:
+    """Returns the settings of a run's adapter; modules that the base model lacks are trained in full."""
+    lora = config.lora_config()
+    new = [name for name in new_modules(model) if not lora.saves(name)]
+    return lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new]) if new else lora
 
 
 def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
