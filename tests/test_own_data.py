@@ -23,6 +23,7 @@ from loralib.formats import read_adapter
 from loralib.injection import adapted_layers
 from loralib.settings import read_toml
 from loralib.training import plan, run_directory
+from loralib.training.job import run_job
 from loralib.training.learning_rate import automatic_learning_rate
 
 VOCABULARY = 23
@@ -259,3 +260,17 @@ def test_ctrl_c_in_the_demo_waits_for_what_it_started(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=20)[0] == "saved\n"
     assert process.returncode == 130
+
+
+def test_faults_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": 3}\n', encoding="utf-8")
+    (tmp_path / "valid.jsonl").write_text('{"prompt": 4, "completion": "b"}\n', encoding="utf-8")
+    files = {"train_data": str(tmp_path / "train.jsonl"), "valid_data": str(tmp_path / "valid.jsonl")}
+    with pytest.raises(lora.LoraError, match=r"train.jsonl(.|\n)*valid.jsonl"):
+        run_job(lora.TrainConfig(**files, output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_modules_that_cannot_be_read_are_told_with_other_settings() -> None:
+    with pytest.raises(lora.LoraError, match=r"rank is -1(.|\n)*'q_proj\(', which is not a valid regular expression"):
+        lora.TrainConfig(rank=-1, target_modules="q_proj(")

@@ -489,6 +489,9 @@ def test_merging_into_rounded_weights_says_how_far_off_they_are(base, tmp_path, 
     assert 8 < error < 11
     merged, _ = lora.load_base(tmp_path / "merged", dtype="bf16", device="cpu")
     held, _ = load_adapted(out, model=str(base), dtype="bf16", device="cpu", quantize="nf4", merged=True)
+    assert "precision" not in capsys.readouterr().err
+    load_adapted(out, model=str(base), dtype="bf16", device="cpu")
+    assert "in a different precision than in training" in capsys.readouterr().err
     theirs = dict(held.named_parameters())
     for name, ours in merged.named_parameters():
         assert torch.allclose(ours.float(), dense(theirs[name]).float(), atol=1e-2), name

@@ -21,6 +21,7 @@ from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
 __all__ = [
+    "apply_and_tell",
     "base_of",
     "common_base",
     "load_adapted",
@@ -112,12 +113,19 @@ def load_adapted(
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
-        resize_tables_for(value, base)
-        apply_adapter(base, value)
+        apply_and_tell(adapter, value, base)
         if merged:
             merge(base)
         tokenizer = tokenizer_for(adapter, base, tokenizer)
     return base.eval(), tokenizer
+
+
+def apply_and_tell(name: str, adapter: Adapter, base: nn.Module) -> None:
+    """Applies an adapter, and says so if the base is not quantised as it was in training."""
+    resize_tables_for(adapter, base)
+    report = apply_adapter(base, adapter)
+    if report.base in ("quantized", "copy"):
+        say(f"note: {name}: {report}", file=sys.stderr)
 
 
 def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:

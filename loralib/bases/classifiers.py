@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..adapter import LABELS, Adapter, apply_adapter
+from ..adapter import LABELS, Adapter
 from ..allocator import keep_freed_memory
 from ..errors import AdapterError, BaseModelError, ConfigError, first_line, list_faults
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..targets import HEADS
-from .adapted import base_of, tokenizer_for
+from .adapted import apply_and_tell, base_of, tokenizer_for
 from .device import pick_device, pick_dtype
 from .loading import (
     DEFAULT_BASE,
@@ -30,7 +30,6 @@ from .loading import (
     model_directory,
     quiet_reading,
     refuse_sizes,
-    resize_tables_for,
     tokenizer_in,
 )
 from .made_up import build_base, is_made_up
@@ -135,8 +134,7 @@ def load_adapted_classifier(adapter: str, model: str | None = None, **options: A
         )
     base, tokenizer = load_classifier(base_of(value, model), labels_in(value), **options)
     value = with_present_names(value, base)
-    resize_tables_for(value, base)
-    apply_adapter(base, value)
+    apply_and_tell(adapter, value, base)
     return base.eval(), tokenizer_for(adapter, base, tokenizer)
 
 

@@ -341,7 +341,7 @@ class TrainConfig:
         if self.num_epochs == 0 and self.max_steps == 0:
             faults.append("num_epochs and max_steps are both 0, expected at least one of them to be positive")
         faults += self._objective_faults() + self._task_faults()
-        for parse in (self._blocks, self._token_indices):
+        for parse in (self._blocks, self._token_indices, self._patterns):
             try:
                 parse()
             except ConfigError as error:
@@ -450,6 +450,10 @@ class TrainConfig:
         if isinstance(self.enable_lora, str):
             return parse_enable_lora(self.enable_lora, self._targets())
         return {name: tuple(map(bool, blocks)) for name, blocks in (self.enable_lora or {}).items()}
+
+    def _patterns(self) -> LoraConfig:
+        """Checks the names of modules, which `LoraConfig` alone knows how to read."""
+        return LoraConfig(target_modules=self._targets(), target_parameters=_names(self.target_parameters))
 
     def _token_indices(self) -> Sequence[int] | Mapping[str, Sequence[int]] | None:
         rows = self.trainable_token_indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..data import CLASSIFY, Encoded, Labels, Source, load_examples, read_sources
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .classification import labels_for
 from .config import TrainConfig
 from .plan import how_to_read
@@ -55,7 +55,13 @@ def run_job(config: TrainConfig) -> TrainResult:
 
 def read_data(config: TrainConfig) -> tuple[list[Source], list[Source] | None, Labels | None]:
     """Reads the training and validation files named in a run's settings, and determines their labels."""
-    kinds = how_to_read(config)
-    valid = None if config.valid_data is None else read_sources(config.valid_data, **kinds)
-    train = read_sources(config.train_data, **kinds)
+    kinds, faults, read = how_to_read(config), list[str](), list[Any]()
+    for data in (config.train_data, config.valid_data):
+        try:
+            read.append(None if data is None else read_sources(data, **kinds))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    train, valid = read
     return train, valid, labels_for(config, train, valid) if config.task == CLASSIFY else None

@@ -129,6 +129,8 @@ def _trains_the_base(config: TrainConfig) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "auto"
     text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
     if isinstance(value, (list, tuple)):
         text = "+".join(map(str, value))

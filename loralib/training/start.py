@@ -141,7 +141,7 @@ def adapter_to_train_on(config: TrainConfig, model: nn.Module) -> Adapter:
             list_faults(
                 f"training keeps the shape of {config.from_adapter}, but these settings differ from it",
                 faults,
-                "Leave these settings out. For another rank, run `loralib combine ADAPTER=1 NEW --rank N` and "
+                "Leave these settings out. For another rank, run `loralib combine ADAPTER -o NEW --rank N` and "
                 "continue from NEW; for anything else, train a new adapter.",
             )
         )
