@@ -23,7 +23,16 @@ from ..console import counted, say
 from ..data import prompt_ids
 from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, add_quantize, output_held, read, read_with_base
+from ._adapters import (
+    DTYPES,
+    PROMPTS,
+    add_adapter_arguments,
+    add_quantize,
+    check_checkpoint_flags,
+    output_held,
+    read,
+    read_with_base,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
             "larger than most of what an adapter adds, so rounding would undo it. Serve the merged model as written; "
             "or keep base and adapter separate, as `loralib generate --adapter DIR --quantize nf4` does."
         )
+    check_checkpoint_flags(args, args.adapter, args.initial_adapter)
     with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
         _merge(args)
 
