@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> None:
         near, known = did_you_mean(args.dataset, reproduction.DATASETS), ", ".join(reproduction.DATASETS)
         raise ConfigError(f"there is no data set {args.dataset!r}.{near} Known: {known}.")
     name = reproduction.choose_recipe(args.dataset, args.model, args.recipe)
+    flags = {"seed": args.seed, "dtype": args.dtype}
+    changes = [*args.changes, *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
+    recipe = reproduction.load_recipe(name, changes, model=args.model, device=args.device)
     if args.print_recipe:
-        say(reproduction.recipe_text(name), end="")
+        say(reproduction.recipe_text(name, changes), end="")
         return
-    given = {"seed": args.seed, "dtype": args.dtype, "device": args.device}
-    given = {key: value for key, value in given.items() if value is not None}
-    recipe = reproduction.load_recipe(name, args.changes, model=args.model, **given)
     files = reproduction.find_files(args.dataset, args.data)
     last = Path(args.model).name or "model"
     output = Path("reproduced") / f"{args.dataset}-{last}" if args.output_dir is None else args.output_dir
