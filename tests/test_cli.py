@@ -66,7 +66,7 @@ def test_which_flags_take_several_values() -> None:
 
 
 def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parsed(Sampling, "--logit_bias", "13=-5", "7=1.5").logit_bias == {13: -5, 7: 1.5}
+    assert parsed(Sampling, "--logit_bias", "13=-5", "--logit_bias", "7=1.5").logit_bias == {13: -5, 7: 1.5}
     assert parsed(Sampling, "--logit_bias", "13=-5,7=1.5").logit_bias == {13: -5, 7: 1.5}
     assert parsed(Sampling, "--logit_bias=13=-5").logit_bias == {13: -5}
     with pytest.raises(ConfigError, match=r"logit_bias\[13\] is 200.0, expected a number of at least -100 and at most"):
@@ -81,9 +81,9 @@ def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: py
 
 
 def parsed(config: Any, *argv: str) -> Any:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_fields(parser, config)
-    return from_args(config, parser.parse_args(argv))
+    return from_args(config, parser.parse(argv))
 
 
 def test_a_second_spelling_is_a_flag_a_key_and_an_argument(tmp_path: Path) -> None:

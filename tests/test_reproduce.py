@@ -503,14 +503,14 @@ def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_print_recipe_applies_and_checks_changes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["reproduce", "webnlg", "--model", "gpt2-large", "--print_recipe", "--seed", "7", "--dtype", "bf16", "--set"]
-    assert main([*words, "train.rank=5", "max_inputs=50"]) == 0
+    words = ["reproduce", "webnlg", "--model", "gpt2-large", "--print_recipe", "--seed", "7", "--dtype", "bf16"]
+    assert main([*words, "--set", "train.rank=5", "max_inputs=50"]) == 0
     path = tmp_path / "mine.toml"
     path.write_text(capsys.readouterr().out, encoding="utf-8")
     mine, theirs = load_recipe(str(path)), load_recipe("webnlg-gpt2-large")
     assert (mine.train, mine.max_inputs) == (theirs.train.replace(rank=5, seed=7, dtype="bf16"), 50)
     assert (mine.decode, mine.published) == (theirs.decode, theirs.published)
-    assert main([*words, "train.rnk=5"]) == 2
+    assert main([*words, "--set", "train.rnk=5"]) == 2
     assert "train.rnk is not a setting. Did you mean 'rank'" in capsys.readouterr().err
 
 
