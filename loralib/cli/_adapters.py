@@ -170,7 +170,7 @@ def add_reading(parser: argparse._ActionsContainer, help: str, default: str | No
     """Adds the flags that say how to read training data, the same as in `loralib train`."""
     add_format(parser, help, *FORMATS[1:], default=default)
     text = "which field has which meaning, as in prompt=question,completion=answer; `system=` leaves a field out"
-    parser.add_argument("--columns", metavar="MAP", help=text)
+    parser.add_argument("--columns", metavar="TEXT", help=text)
 
 
 def add_as_chat(parser: argparse._ActionsContainer) -> None:
