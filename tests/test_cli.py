@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import loralib as lora
+from loralib.bases.device import DTYPES
 from loralib.cli import COMMANDS, add_fields, from_args, main, parser_of
 from loralib.cli._flags import Parser
 from loralib.cli._inference import InferenceConfig
@@ -113,8 +114,17 @@ def test_two_spellings_of_one_setting_contradict_each_other(tmp_path: Path) -> N
 def test_help_shows_the_first_spelling_alone(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
-    shown = set(re.findall(r"--\w+", re.sub(r"(?m)^ *loralib .*$", "", capsys.readouterr().out)))
+    text = capsys.readouterr().out
+    assert "`" not in text  # which is for Markdown
+    shown = set(re.findall(r"--\w+", re.sub(r"(?m)^ *loralib .*$", "", text)))
     assert not shown & {"--base", "--format", "--batch", "--lora_dim"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_dtype_is_chosen_alike_everywhere(command: str) -> None:
+    writes = command in ("convert", "export-base", "merge")  # to files, for which auto means nothing
+    chosen = [action.choices for action in parser_of(command)._actions if action.dest == "dtype"]
+    assert chosen in ([], [DTYPES[1:] if writes else DTYPES])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..bases import load_adapted, load_base, resize_tables_for
 from ..bases.classifiers import is_classifier, labels_in, load_classifier
-from ..bases.device import pick_device, pick_dtype
+from ..bases.device import DTYPES, pick_device, pick_dtype
 from ..bases.made_up import is_made_up
 from ..bases.quant import KINDS
 from ..config import LoraConfig, parse_enable_lora
@@ -27,7 +27,7 @@ from ..training.ranks import Ranks
 from ._flags import add_flag, add_list
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
-DTYPES = ("fp32", "bf16", "fp16")
+FILE_DTYPES = DTYPES[1:]  # what auto means depends on the machine, and files may go to another
 # Varied prompts, used when the user gives none.
 PROMPTS = (
     "name : The Wooden Boat | Type : coffee shop | food : Italian | area : harbour\n",
@@ -56,7 +56,7 @@ class Output(argparse.Action):
 def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> tuple[nn.Module, Any]:
     """Loads the base and adapter that the flags name on each rank, in the same dtype on all (see `load_adapted`)."""
     device, dtype = ranks.device(args.device), args.dtype
-    if ranks.size > 1 and dtype is None and not is_made_up(args.model or ""):
+    if ranks.size > 1 and dtype == "auto" and not is_made_up(args.model or ""):
         dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
     return ranks.in_turn(
         lambda: load_adapted(
@@ -106,9 +106,14 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
     else:
         parser.add_argument("--adapter", metavar="ADAPTER", help=text)
     add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    add_dtype(parser, "dtype of the base model; auto uses bf16 where it is fast (default auto)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     add_quantize(parser, "store the base's weights in fewer bits")
+
+
+def add_dtype(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
+    """Adds ``--dtype``, for computing."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=help)
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:

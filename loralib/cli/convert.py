@@ -25,7 +25,7 @@ from ..config import HUB_NAMES
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import export, how_to_run, make_portable, modelfile, write_microsoft
-from ._adapters import DTYPES, add_adapter_arguments, check_checkpoint_flags, output_held, read, read_with_base
+from ._adapters import FILE_DTYPES, add_adapter_arguments, check_checkpoint_flags, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tool that will use the result (default peft); microsoft: a flat file for Microsoft's loralib, "
         "unchanged",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
+    parser.add_argument("--dtype", choices=FILE_DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the result; its error is printed")
     parser.add_argument(
         "--max_error",

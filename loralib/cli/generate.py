@@ -367,9 +367,9 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     if getattr(args, "adapters", None):
         result["model"] = common_base(args.adapters.items(), args.model)
         result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
-    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
-    if args.quantize != "none":
-        result["quantize"] = args.quantize
+    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge") if getattr(args, name)}
+    defaults = {"dtype": "auto", "quantize": "none"}
+    result |= {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     # As they are read back from JSON: lists for tuples, and strings for the ids of --logit_bias.

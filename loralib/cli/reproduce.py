@@ -16,6 +16,7 @@ from pathlib import Path
 from ..console import say
 from ..errors import ConfigError, did_you_mean
 from ..nlg import reproduction
+from ._adapters import add_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", metavar="DIR", help="directory for all results (default: reproduced/NAME-MODEL)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="random seed for training (default: the recipe's)")
-    parser.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="dtype of the base model (default: the recipe's)"
-    )
+    add_dtype(parser, "dtype of the base model (default: the recipe's)", default=None)
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     parser.add_argument(
         "--print_recipe", action="store_true", help="print the recipe as TOML, as a starting point for your own"
