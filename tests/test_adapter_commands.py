@@ -380,10 +380,11 @@ def test_help_teaches(command: str, capsys: Any) -> None:
     assert f"loralib {command}" in shown
     assert "--model" in shown
     assert "--base" not in shown  # the second spelling
+    assert "--requantize" not in shown  # which is refused
 
 
 def test_export_base(base: Path, adapter: str, tmp_path: Path, capsys: Any) -> None:
-    assert run("export-base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0
+    assert run("export_base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0  # with _ or - as in flags
     assert "identical, bit for bit" in capsys.readouterr().out
     X = torch.tensor([[5, 9, 20, 33]])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()

@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 def _expected(parse: Any) -> str:
     """Describes the words that `parse` takes."""
-    return _EXPECTED.get(parse) or getattr(parse, "expected", "numbers")
+    return str(_EXPECTED.get(parse) or getattr(parse, "expected", "numbers"))
 
 
 def _whole_or_auto(word: str) -> int | str:

@@ -1,8 +1,8 @@
 """Classify texts with the labels that a classifier's adapter has learned, and show their probabilities.
 
-  loralib predict --adapter lora_model "What a lovely film."
-  loralib predict --adapter lora_model --input test.jsonl
-  loralib predict --adapter lora_model --input texts.txt --output labels.jsonl
+loralib predict --adapter lora_model "What a lovely film."
+loralib predict --adapter lora_model --input test.jsonl
+loralib predict --adapter lora_model --input texts.txt --output labels.jsonl
 
 A file holds rows of text (and text_pair), as for training, or, if it is a .txt, one text per line.  If it has labels,
 metrics are shown too.  The output has one JSON line per text: its label and the probability of each label.

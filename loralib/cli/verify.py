@@ -1,8 +1,8 @@
 """Check whether a running server applies an adapter correctly.
 
-  loralib verify http://localhost:8000 --adapter lora_model
-  loralib verify http://localhost:8080 --adapter lora_model --model 0
-  loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
+loralib verify http://localhost:8000 --adapter lora_model
+loralib verify http://localhost:8080 --adapter lora_model --model 0
+loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
 
 The server is asked for the log-probabilities of texts with the adapter and with the base alone, which are then compared
 with those computed locally.  It can be loralib's own server, vLLM, SGLang, llama.cpp, Ollama, or any other with
