@@ -63,7 +63,7 @@ def setting(
         choices: the only allowed values; None allows any.
         several: how its flag takes several values. "names": ``--x a,b`` or ``--x a b``. "files": the same, but a comma
             in the name of an existing file does not split it. "repeat": ``--x a --x b``. "pairs", for a mapping of
-            integers to numbers: ``--x 5=1.5 7=-2``. None: one value.
+            integers to numbers: ``--x 5=1.5,7=-2``, or ``--x 5=1.5 --x 7=-2``. None: one value.
         at_least: lower bound, inclusive. Bounds and `rule` apply to each value of a mapping.
         above: lower bound, exclusive.
         at_most: upper bound, inclusive.

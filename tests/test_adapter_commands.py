@@ -153,9 +153,9 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
         "transformer.h.0.attn.c_attn.lora_B": torch.randn(12, 4),
     }
     torch.save({"model_state_dict": {f"module.{name}": t for name, t in tensors.items()}}, tmp_path / "gpt2.bin")
-    how = ("--lora_dim", 4, "--lora_alpha", 32, "--target_modules", "c_attn", "--enable_lora", "1,0,1")
+    how = ("--trained_rank", 4, "--lora_alpha", 32, "--target_modules", "c_attn", "--enable_lora", "1,0,1")
     assert run("convert", tmp_path / "gpt2.bin", tmp_path / "gpt2", *how) == 0
-    again = ("--rank", 4, "--lora-alpha", 32, "--target_modules", "c_attn,", "--enable_lora", "c_attn=1,0,1")
+    again = ("--lora_dim", 4, "--lora-alpha", 32, "--target_modules", "c_attn,", "--enable_lora", "c_attn=1,0,1")
     assert run("convert", tmp_path / "gpt2.bin", tmp_path / "again", *again) == 0
     first, second = (lora.read_adapter(tmp_path / name) for name in ("gpt2", "again"))
     assert first.config == second.config
@@ -172,7 +172,7 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
         "classifier.out_proj.bias": torch.randn(3),
     }
     torch.save(nlu, tmp_path / "nlu.bin")
-    how = ("--lora_dim", 2, "--lora_alpha", 2, "--target_modules", "query", "--modules_to_save", "classifier")
+    how = ("--trained_rank", 2, "--lora_alpha", 2, "--target_modules", "query", "--modules_to_save", "classifier")
     assert run("convert", tmp_path / "nlu.bin", tmp_path / "nlu", *how) == 0
     back = lora.read_adapter(tmp_path / "nlu")
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in nlu.items())
@@ -184,6 +184,20 @@ def test_convert_microsoft_checkpoints(tmp_path: Path, capsys: Any) -> None:
     assert run("convert", tmp_path / "nlu", tmp_path / "no", "--target", "vllm") == 2
     assert "classifier.dense.weight: of the modules trained in full, vLLM loads only" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_the_rank_that_a_checkpoint_was_trained_with_and_that_of_the_result(tmp_path: Path, capsys: Any) -> None:
+    path, how = tmp_path / "ours.bin", ("--lora_alpha", 4, "--target_modules", "q")
+    torch.save({"q.lora_A": torch.randn(4, 8), "q.lora_B": torch.randn(8, 4)}, path)
+    assert run("inspect", path, "--rank", 4, *how) == run("inspect", path, "--trained_rank", 4, *how) == 0
+    for words in (("convert", path, tmp_path / "a"), ("combine", path, "-o", tmp_path / "b")):
+        assert run(*words, "--trained_rank", 4, *how, "--rank", 2) == 0
+        assert lora.read_adapter(words[-1]).config.r == 2
+        assert run(*words, "--rank", 4, *how) == 2
+        assert "ours.bin does not store its settings, so it also needs --trained_rank" in capsys.readouterr().err
+    # An adapter that stores its settings may stand beside one that does not.
+    assert run("combine", path, tmp_path / "a", "-o", tmp_path / "c", "--trained_rank", 4, *how) == 0
+    assert lora.read_adapter(tmp_path / "c").config.r == 6
 
 
 def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -315,7 +329,17 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("convert", "nowhere", "out"), "nowhere does not exist"),
     (("convert", "ADAPTER", "out", "--rank", "0"), "--rank is 0"),
     (("convert", "ADAPTER", "out", "--target", "mlx", "--model", "nowhere/at/all"), "nowhere/at/all"),
-    (("inspect", "FILE", "--lora_alpha", "4"), "needs --rank, --lora_alpha and --target_modules"),
+    (("inspect", "FILE", "--lora_alpha", "4"), "x.bin does not store its settings, so it also needs --trained_rank"),
+    (("inspect", "nowhere", "--lora_alpha", "4"), "nowhere does not exist"),
+    *(
+        ((*command, "--rank", "7", "--enable_lora", "q=1,0"), f"own settings; leave out {needless}")
+        for command, needless in (
+            (("inspect", "ADAPTER"), "--trained_rank, --enable_lora"),
+            (("merge", "ADAPTER", "out"), "--trained_rank, --enable_lora"),
+            (("convert", "ADAPTER", "out"), "--enable_lora"),
+            (("combine", "ADAPTER", "ADAPTER", "-o", "out"), "--enable_lora"),
+        )
+    ),
     (("convert", "ADAPTER", ""), "the output is ''"),
     (("merge", "ADAPTER", " "), "the output is ' '"),
     (("merge", "ADAPTER"), "required: OUTPUT"),
@@ -327,8 +351,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--energy", "0.5"), "resizes a single adapter"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1"), "2 adapters and 1 weights"),
     (("combine", "ADAPTER", "ADAPTER", "-o", "out", "--weights", "1,x"), "'1,x' was given, expected numbers"),
-    (("convert", "FILE", "out"), "--lora_dim, --lora_alpha, --target_modules"),
-    (("convert", "FILE", "out", "--lora_dim", "4"), "needs --rank, --lora_alpha and --target_modules"),
+    (("convert", "FILE", "out"), "--trained_rank, --lora_alpha, --target_modules"),
+    (("convert", "FILE", "out", "--lora_dim", "4"), "so it also needs --lora_alpha, --target_modules"),
     (
         ("convert", "FILE", "o", "--lora_dim", "4", "--lora_alpha", "4", "--target_modules", "q", "--enable_lora", "2"),
         "expected a 1 or 0 for each block of each projection",
@@ -356,10 +380,11 @@ def test_help_teaches(command: str, capsys: Any) -> None:
     assert f"loralib {command}" in shown
     assert "--model" in shown
     assert "--base" not in shown  # the second spelling
+    assert "--requantize" not in shown  # which is refused
 
 
 def test_export_base(base: Path, adapter: str, tmp_path: Path, capsys: Any) -> None:
-    assert run("export-base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0
+    assert run("export_base", tmp_path / "b", "--model", base, "--dtype", "fp32") == 0  # with _ or - as in flags
     assert "identical, bit for bit" in capsys.readouterr().out
     X = torch.tensor([[5, 9, 20, 33]])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()

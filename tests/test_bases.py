@@ -272,7 +272,8 @@ def test_another_made_up_base_is_built_by_name_and_by_its_sizes(monkeypatch: pyt
     model, _ = load_base("small-demo", hidden_dim=8, num_layers=1, device="cpu")
     assert model.name_or_path == "small-demo-8x1-seed0"
     assert model.head.weight.dtype == torch.bfloat16
-    again, _ = load_base(model.name_or_path, device="cpu")
+    again, _ = load_base(model.name_or_path, dtype="auto", device="cpu")
+    assert again.head.weight.dtype == torch.bfloat16
     assert torch.equal(again.head.weight, model.head.weight)
     with pytest.raises(BaseModelError, match="could not be downloaded"):
         load_base("small-demo-8x1", device="cpu")

@@ -435,7 +435,7 @@ def test_predict_gives_labels_probabilities_and_metrics(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "labels.jsonl"
-    assert main(["predict", "--adapter", str(run), "--data", str(data / "valid.jsonl"), "--output", str(out)]) == 0
+    assert main(["predict", "--adapter", str(run), "--input", str(data / "valid.jsonl"), "--output", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 32
     assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5) for line in lines)

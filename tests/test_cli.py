@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import loralib as lora
+from loralib.bases.device import DTYPES
 from loralib.cli import COMMANDS, add_fields, from_args, main, parser_of
 from loralib.cli._flags import Parser
 from loralib.cli._inference import InferenceConfig
@@ -66,7 +67,7 @@ def test_which_flags_take_several_values() -> None:
 
 
 def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parsed(Sampling, "--logit_bias", "13=-5", "7=1.5").logit_bias == {13: -5, 7: 1.5}
+    assert parsed(Sampling, "--logit_bias", "13=-5", "--logit_bias", "7=1.5").logit_bias == {13: -5, 7: 1.5}
     assert parsed(Sampling, "--logit_bias", "13=-5,7=1.5").logit_bias == {13: -5, 7: 1.5}
     assert parsed(Sampling, "--logit_bias=13=-5").logit_bias == {13: -5}
     with pytest.raises(ConfigError, match=r"logit_bias\[13\] is 200.0, expected a number of at least -100 and at most"):
@@ -81,9 +82,9 @@ def test_a_mapping_is_given_as_pairs_and_what_has_no_flag_is_python_s(capsys: py
 
 
 def parsed(config: Any, *argv: str) -> Any:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_fields(parser, config)
-    return from_args(config, parser.parse_args(argv))
+    return from_args(config, parser.parse(argv))
 
 
 def test_a_second_spelling_is_a_flag_a_key_and_an_argument(tmp_path: Path) -> None:
@@ -113,9 +114,17 @@ def test_two_spellings_of_one_setting_contradict_each_other(tmp_path: Path) -> N
 def test_help_shows_the_first_spelling_alone(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
-    shown = set(re.findall(r"--\w+", re.sub(r"(?m)^ *loralib .*$", "", capsys.readouterr().out)))
-    assert not shown & {"--base", "--format", "--batch"}
-    assert ("--lora_dim" in shown) == (command in ("convert", "combine"))  # where --rank is the result's
+    text = capsys.readouterr().out
+    assert "`" not in text  # which is for Markdown
+    shown = set(re.findall(r"--\w+", re.sub(r"(?m)^ *loralib .*$", "", text)))
+    assert not shown & {"--base", "--format", "--batch", "--lora_dim"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_dtype_is_chosen_alike_everywhere(command: str) -> None:
+    writes = command in ("convert", "export-base", "merge")  # to files, for which auto means nothing
+    chosen = [action.choices for action in parser_of(command)._actions if action.dest == "dtype"]
+    assert chosen in ([], [DTYPES[1:] if writes else DTYPES])
 
 
 @dataclass(frozen=True)

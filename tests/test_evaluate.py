@@ -230,10 +230,8 @@ def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixtu
         ("a\n\n\nb\n", "x\ny\nz\n", [], "references.txt:3: a blank line where a reference was expected"),
         ("a\n\nb\n", "\n\n", [], "texts.txt is empty"),
         ("", "x\n", [], "references.txt is empty"),
-        ("a\n", "x\n", ["--layout", "grops"], "there is no layout 'grops'. Did you mean 'groups'?"),
         ("a\n", "x\n", ["--layout", "directory"], "contains no files reference0, reference1"),
         ("a\n", "x\n", ["--layout", "data"], "no `||`"),
-        ("a\n", "x\n", ["--subset", "seem"], "there is no subset 'seem'. Did you mean 'seen' or 'unseen'?"),
         ("a\n", "x\n", ["--subset", "seen"], "cannot tell which inputs are seen"),
         ("a\n", "x\n", ["--metrics", "bluu"], "Did you mean 'bleu'?"),
         ("a\n", "x\n", ["--source", "none.txt"], "none.txt does not exist"),
@@ -248,6 +246,24 @@ def test_mistakes_give_one_message(
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--layout", "grops"],
+            "'grops' was given, expected one of auto, groups, directory, data. Did you mean 'groups'?",
+        ),
+        (["--subset", "seem"], "'seem' was given, expected one of all, seen, unseen. Did you mean 'seen'"),
+    ],
+)
+def test_choices_are_checked_before_files_are_read(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "nowhere.txt", "nowhere.txt", *flags])
+    assert message in capsys.readouterr().err
 
 
 def test_directories_that_do_not_fit(write: Write, hypothesis: Path) -> None:
@@ -318,6 +334,10 @@ def test_texts_and_a_model_are_scored_together(write: Write, capsys: pytest.Capt
     [
         ([], "there is nothing to score: give HYP, a file with one text per line, or use --perplexity"),
         (["texts.txt", "--adapter", "x", "--model", "y"], "--model needs --perplexity\n  --adapter needs --perplexity"),
+        (
+            ["texts.txt", "--dtype", "bf16", "--quantize", "nf4"],
+            "--dtype needs --perplexity\n  --quantize needs",
+        ),
         ([*TINY, "--subset", "seen", "--metrics", "BLEU"], "--subset needs HYP\n  --metrics needs HYP"),
         ([*TINY, "--adapter", "nowhere"], "nowhere"),
         ([*TINY, "--format", "dart"], "not JSON"),

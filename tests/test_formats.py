@@ -204,6 +204,11 @@ def test_an_adapter_for_another_base(saved: Path) -> None:
         lora.load_adapter(wide, saved)
 
 
+def test_an_adapter_that_stores_its_settings_is_given_no_others(saved: Path) -> None:
+    with pytest.raises(AdapterError, match="stores its own settings; leave out config"):
+        lora.load_adapter(net(), saved, config=CONFIG)
+
+
 def test_the_name_of_the_base_goes_along(tmp_path: Path) -> None:
     model = trained(config=CONFIG.replace(base_model_name_or_path="some/base"))
     lora.save_adapter(model, tmp_path)

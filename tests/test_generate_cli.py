@@ -197,13 +197,13 @@ def test_texts_of_a_base_in_other_bits_are_other_texts(tmp_path: Path, capsys: p
 
 def test_a_run_with_a_bias_on_tokens_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "texts.jsonl"
-    command = ["generate", "x", "y", *TINY, "--max_new_tokens", "2", "--output", str(output), "--logit_bias"]
-    assert main([*command, "5=100"]) == 0
+    command = ["generate", *TINY, "--max_new_tokens", "2", "--output", str(output), "--logit_bias"]
+    assert main([*command, "5=100", "x", "y"]) == 0  # the prompts may stand behind it
     whole = output.read_bytes()
     output.write_bytes(whole.splitlines(keepends=True)[0])  # a run that was killed after its first text
-    assert main([*command, "5=100"]) == 0
+    assert main([*command, "5=100", "x", "y"]) == 0
     assert output.read_bytes() == whole
-    assert main([*command, "6=100"]) == 2
+    assert main([*command, "6=100", "x", "y"]) == 2
     assert "logit_bias" in capsys.readouterr().err
 
 

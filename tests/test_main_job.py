@@ -405,7 +405,7 @@ def test_directories_that_hold_no_adapter(run: Run, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_say_its_settings(run: Run, tiny_adapter: Path) -> None:
     result = run("run_inference", "--adapter", str(tiny_adapter / "pytorch_model.bin"))
-    refused(result, "contains no settings", "`loralib convert` with --lora_dim")
+    refused(result, "contains no settings", "`loralib convert` with --trained_rank")
 
 
 def test_an_adapter_for_another_base(run: Run, tiny_adapter: Path) -> None:

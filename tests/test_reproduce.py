@@ -175,6 +175,14 @@ def test_recipes_that_cannot_be(name: str, changes: list[str], message: str) -> 
         load_recipe(name, changes)
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_change_replaces_any_spelling_of_a_setting(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[train]\nlora_dim = 16\n", encoding="utf-8")
+    for recipe in (name, str(tmp_path / "mine.toml")):
+        for change in ("train.rank=5", "train.lora_dim=5"):
+            assert load_recipe(recipe, [change]).train.rank == 5
+
+
 def test_changes_win_over_the_file_and_the_command_over_both() -> None:
     recipe = load_recipe("smollm2-135m", ["train.schedule=cosine", "train.seed=1", "decode.num_beams=4"], seed=2)
     assert (recipe.train.schedule, recipe.train.seed, recipe.decode.num_beams) == ("cosine", 2, 4)
@@ -492,6 +500,18 @@ def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     path.write_text(capsys.readouterr().out, encoding="utf-8")
     mine, theirs = load_recipe(str(path)), load_recipe("e2e-gpt2-large")
     assert (mine.train, mine.decode, mine.published) == (theirs.train, theirs.decode, theirs.published)
+
+
+def test_print_recipe_applies_and_checks_changes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["reproduce", "webnlg", "--model", "gpt2-large", "--print_recipe", "--seed", "7", "--dtype", "bf16"]
+    assert main([*words, "--set", "train.rank=5", "max_inputs=50"]) == 0
+    path = tmp_path / "mine.toml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    mine, theirs = load_recipe(str(path)), load_recipe("webnlg-gpt2-large")
+    assert (mine.train, mine.max_inputs) == (theirs.train.replace(rank=5, seed=7, dtype="bf16"), 50)
+    assert (mine.decode, mine.published) == (theirs.decode, theirs.published)
+    assert main([*words, "--set", "train.rnk=5"]) == 2
+    assert "train.rnk is not a setting. Did you mean 'rank'" in capsys.readouterr().err
 
 
 # --- the other data sets, and the report -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import nn
 
 import loralib as lora
 from loralib import errors
-from loralib.cli import main
+from loralib.cli import main, parser_of
 from loralib.data import PreferencePair, TokenExample
 from loralib.engine.adapted_linears import GroupProducts
 from loralib.engine.row_linears import why_not_shared
@@ -25,7 +25,7 @@ from loralib.training import many, run_directory, start, trainer
 from loralib.training.report import read_metrics
 from loralib.training.run_directory import checkpoint_files
 from loralib.training.shared_step import SharedStep
-from loralib.training.sweep_job import configs_of
+from loralib.training.sweep_job import SWEPT, configs_of
 
 VOCABULARY = 48
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 7, "eval_steps": 3, "save_steps": 2, "keep_checkpoints": 1}
@@ -366,11 +366,28 @@ def test_the_command_takes_lists_from_flags_and_files(tmp_path: Path, capsys: py
         'model = "scratch"\nhidden_dim = 32\nnum_layers = 1\nlr = [1e-3, 1e-2]\nmax_steps = 2\n', encoding="utf-8"
     )
     command = ["sweep", "--config", str(config), "--train_data", str(data), "--output_dir", str(tmp_path / "sweep")]
-    assert main([*command, "--rank", "2,4", "--use_rslora", "true,false", "--valid_fraction", "0"]) == 0
+    assert main([*command, "--rank", "2", "4", "--use_rslora", "true,false", "--valid_fraction", "0"]) == 0
     assert len(list((tmp_path / "sweep").glob("*rank-*/adapter_config.json"))) == 8
     assert "8 runs: 8 trained together" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--rank", "0,x"])
     assert "'0,x' was given, expected whole numbers separated by commas" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--target_modules", "c_attn", "c_proj"])
+    assert "'c_attn c_proj' was given, expected one word" in capsys.readouterr().err
     assert main([*command, "--rank=-1,0"]) == 2
     assert "rank is -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--no_correct_bias"], {"correct_bias": [False]}),
+        (["--correct_bias", "--use_dora", "true", "false"], {"correct_bias": [True], "use_dora": [True, False]}),
+        (["--lr", "1e-4", "auto,2e-4"], {"lr": [1e-4, None, 2e-4]}),
+        (["--target_modules", "all-linear;q_proj,v_proj"], {"target_modules": ("all-linear", ["q_proj", "v_proj"])}),
+    ],
+)
+def test_flags_list_values(flags: list[str], expected: dict[str, Any]) -> None:
+    args = parser_of("sweep").parse_args(flags)
+    assert {name: value for name, value in vars(args).items() if name in SWEPT and value is not None} == expected

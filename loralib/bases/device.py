@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Final, cast
 
 import torch
 
 from ..errors import ConfigError, did_you_mean
 
-__all__ = ["pick_device", "pick_dtype"]
+__all__ = ["DTYPES", "pick_device", "pick_dtype"]
 
+DTYPES: Final = ("auto", "fp32", "bf16", "fp16")  # the names in flags and settings
 _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,

@@ -49,7 +49,7 @@ def build_base(
 
     Args:
         name: name of the base, with or without sizes.
-        dtype: dtype of all weights except LoRA's own, which stay in fp32; default: the base's default.
+        dtype: dtype of all weights except LoRA's own, which stay in fp32; None or "auto": the base's default.
         device: device for choosing the default dtype; the model is built on the CPU.
         seed: random seed for the weights; ignored if the name contains one.
         hidden_dim: width of the model; default: 768.
@@ -81,7 +81,7 @@ def build_base(
     with torch.random.fork_rng(devices=[]):  # preserves the caller's random state
         torch.manual_seed(seed)
         model: Any = build(hidden_dim, num_layers)
-    weight_dtype = pick_dtype(default_dtype if dtype is None else dtype, device)
+    weight_dtype = pick_dtype(default_dtype if dtype in (None, "auto") else dtype, device)
     for key, parameter in model.named_parameters():
         if "lora_" not in key:
             parameter.data = parameter.data.to(weight_dtype)

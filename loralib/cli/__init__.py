@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         say(f"loralib {__version__}")
         return 0
-    command, *rest = arguments
+    command, *rest = arguments[0].replace("_", "-"), *arguments[1:]
     if command not in COMMANDS:
         say(f"loralib: there is no command {command!r}.{did_you_mean(command, COMMANDS)}", file=sys.stderr)
         say(f"Commands: {', '.join(COMMANDS)}", file=sys.stderr)

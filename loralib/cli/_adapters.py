@@ -13,7 +13,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..bases import load_adapted, load_base, resize_tables_for
 from ..bases.classifiers import is_classifier, labels_in, load_classifier
-from ..bases.device import pick_device, pick_dtype
+from ..bases.device import DTYPES, pick_device, pick_dtype
 from ..bases.made_up import is_made_up
 from ..bases.quant import KINDS
 from ..config import LoraConfig, parse_enable_lora
@@ -21,13 +21,13 @@ from ..console import say
 from ..data import FORMATS
 from ..errors import BaseModelError, ConfigError, OutputError
 from ..files import hold_output
-from ..formats import is_read_with_base, read_adapter, with_present_names
+from ..formats import is_read_with_base, locate_adapter, read_adapter, stores_settings, with_present_names
 from ..formats.tensors import CONFIG_FILE, MLX_FILE, PEFT_FILE, PEFT_PICKLE
 from ..training.ranks import Ranks
 from ._flags import add_flag, add_list
 
 ADAPTER_HELP = "a PEFT or MLX directory, a GGUF LoRA file, or a checkpoint of Microsoft's loralib"
-DTYPES = ("fp32", "bf16", "fp16")
+FILE_DTYPES = DTYPES[1:]  # what auto means depends on the machine, and files may go to another
 # Varied prompts, used when the user gives none.
 PROMPTS = (
     "name : The Wooden Boat | Type : coffee shop | food : Italian | area : harbour\n",
@@ -56,7 +56,7 @@ class Output(argparse.Action):
 def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> tuple[nn.Module, Any]:
     """Loads the base and adapter that the flags name on each rank, in the same dtype on all (see `load_adapted`)."""
     device, dtype = ranks.device(args.device), args.dtype
-    if ranks.size > 1 and dtype is None and not is_made_up(args.model or ""):
+    if ranks.size > 1 and dtype == "auto" and not is_made_up(args.model or ""):
         dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
     return ranks.in_turn(
         lambda: load_adapted(
@@ -68,8 +68,8 @@ def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> 
 def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = None, makes_rank: bool = False) -> None:
     """Adds the adapter, its base model, the output, and the settings that a Microsoft checkpoint does not store.
 
-    `output` is the help text of the output path, if the command writes one. `makes_rank` tells whether ``--rank`` of
-    this command means the rank of its result.
+    `output` is the help text of the output path, if the command writes one; for `makes_rank`, see
+    `add_checkpoint_arguments`.
     """
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument(
@@ -82,12 +82,14 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, output: str | None = 
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, makes_rank: bool) -> None:
-    """Adds the base model, and the settings that a Microsoft checkpoint does not store."""
+    """Adds the base model, and the settings that a Microsoft checkpoint does not store.
+
+    `makes_rank` tells whether ``--rank`` of this command means the rank of its result.
+    """
     add_flag(parser, "--model", "--base", help="base model: a name or path (default: the one named in the adapter)")
     group = parser.add_argument_group("for a checkpoint of Microsoft's loralib, which does not store its settings")
-    names = ("--lora_dim",) if makes_rank else ("--rank", "--lora_dim")
-    text = "rank r that it was trained with" + (" (or --rank, if the result keeps the rank)" if makes_rank else "")
-    add_flag(group, *names, dest="lora_dim", type=int, metavar="N", help=text)
+    others = ("--lora_dim",) if makes_rank else ("--lora_dim", "--rank")
+    add_flag(group, "--trained_rank", *others, type=int, metavar="N", help="rank r that it was trained with")
     group.add_argument("--lora_alpha", type=float, metavar="X", help="lora_alpha that it was trained with")
     add_list(group, "--target_modules", metavar="NAMES", help="adapted modules, as in q_proj,v_proj")
     text = "adapted blocks of fused projections, as in c_attn=1,0,1 (q and v of GPT-2)"
@@ -104,9 +106,14 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
     else:
         parser.add_argument("--adapter", metavar="ADAPTER", help=text)
     add_flag(parser, "--model", "--base", help="base model (default: the adapter's, else smollm2-135m)")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 where it is fast)")
+    add_dtype(parser, "dtype of the base model; auto uses bf16 where it is fast (default auto)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     add_quantize(parser, "store the base's weights in fewer bits")
+
+
+def add_dtype(parser: argparse._ActionsContainer, help: str, default: str | None = "auto") -> None:
+    """Adds ``--dtype``, for computing."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=help)
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
@@ -168,7 +175,7 @@ def add_reading(parser: argparse._ActionsContainer, help: str, default: str | No
     """Adds the flags that say how to read training data, the same as in `loralib train`."""
     add_format(parser, help, *FORMATS[1:], default=default)
     text = "which field has which meaning, as in prompt=question,completion=answer; `system=` leaves a field out"
-    parser.add_argument("--columns", metavar="MAP", help=text)
+    parser.add_argument("--columns", metavar="TEXT", help=text)
 
 
 def add_as_chat(parser: argparse._ActionsContainer) -> None:
@@ -179,22 +186,35 @@ def add_as_chat(parser: argparse._ActionsContainer) -> None:
 
 def read(path: str, args: argparse.Namespace, model: nn.Module | None = None) -> Adapter:
     """Reads an adapter in any format; GGUF and MLX need `model`."""
-    return read_adapter(path, config=_settings_of_checkpoint(args), model=model)
+    needs_settings = locate_adapter(path).is_file() and not stores_settings(path)
+    return read_adapter(path, config=_settings_of_checkpoint(path, args) if needs_settings else None, model=model)
 
 
-def _settings_of_checkpoint(args: argparse.Namespace) -> LoraConfig | None:
+def check_checkpoint_flags(args: argparse.Namespace, *adapters: str | None) -> None:
+    """Refuses the flags for Microsoft checkpoints if all of a command's adapters store their own settings."""
+    given, paths = _checkpoint_flags(args), [path for path in adapters if path]
+    if given and all(map(stores_settings, paths)):
+        verb = "stores its" if len(paths) == 1 else "store their"
+        raise ConfigError(f"{', '.join(paths)} {verb} own settings; leave out {', '.join(given)}")
+
+
+def _checkpoint_flags(args: argparse.Namespace) -> list[str]:
+    """Returns those flags for Microsoft checkpoints that were given."""
+    names = ("trained_rank", "lora_alpha", "target_modules", "enable_lora", "modules_to_save")
+    return [f"--{name}" for name in names if getattr(args, name) is not None]
+
+
+def _settings_of_checkpoint(path: str, args: argparse.Namespace) -> LoraConfig | None:
     """Returns the settings of a Microsoft checkpoint if any of its flags was given, else None."""
-    given = ("lora_dim", "lora_alpha", "target_modules", "enable_lora", "modules_to_save")
-    if all(getattr(args, name) is None for name in given):
+    given = _checkpoint_flags(args)
+    if not given:
         return None
-    if args.lora_dim is None and getattr(args, "rank", None) is not None:
-        # With such a checkpoint --rank means its rank, not the result's; see the help of --lora_dim.
-        args.lora_dim, args.rank = args.rank, None
-    if args.lora_dim is None or args.lora_alpha is None or args.target_modules is None:
-        raise ConfigError("a checkpoint of Microsoft's loralib needs --rank, --lora_alpha and --target_modules")
+    missing = [name for name in ("--trained_rank", "--lora_alpha", "--target_modules") if name not in given]
+    if missing:
+        raise ConfigError(f"{path} does not store its settings, so it also needs {', '.join(missing)}")
     blocks = {} if args.enable_lora is None else parse_enable_lora(args.enable_lora, args.target_modules)
     return LoraConfig(
-        r=args.lora_dim,
+        r=args.trained_rank,
         lora_alpha=args.lora_alpha,
         target_modules=args.target_modules,
         enable_lora=blocks,

@@ -21,7 +21,14 @@ __all__ = ["Parser", "add_fields", "add_flag", "add_list", "from_args"]
 
 Config = TypeVar("Config")
 
-_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", "files": "FILE", "names": "NAME", "pairs": "N=X"}
+_METAVARS: Final[dict[Any, str]] = {
+    int: "N",
+    float: "X",
+    str: "TEXT",
+    "files": "FILE",
+    "names": "NAME",
+    "pairs": "N=X,...",
+}
 # Heading of the group that --help shows first: settings declared with `common`.
 _COMMON: Final = "most commonly used flags"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
@@ -51,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
         formatter.add_text(self.epilog)
-        return formatter.format_help()
+        return formatter.format_help().replace("`", "")  # help texts also stand in the docs, as Markdown
 
     def _place(self, group: Any) -> int:
         """Returns a group's sort key in the help: positional arguments, common flags, others, --help itself."""
@@ -77,8 +84,12 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:
-            expected = _EXPECTED.get(cast(Any, action.type)) or getattr(action.type, "expected", "another value")
-            raise argparse.ArgumentError(action, f"{text!r} was given, expected {expected}") from None
+            raise argparse.ArgumentError(action, f"{text!r} was given, expected {_expected(action.type)}") from None
+
+
+def _expected(parse: Any) -> str:
+    """Describes the words that `parse` takes."""
+    return str(_EXPECTED.get(parse) or getattr(parse, "expected", "numbers"))
 
 
 def _whole_or_auto(word: str) -> int | str:
@@ -102,22 +113,30 @@ def _files(word: str) -> list[str]:
     return [word] if exists else _comma_list(word)
 
 
+def _lists_of_names(word: str) -> tuple[Any, ...]:
+    return tuple(parse_target_modules(each) for each in word.split(";") if each.strip())
+
+
 def _pairs(word: str) -> dict[int, float]:
     pairs = [part.partition("=") for part in _comma_list(word)]
     return {int(key): float(value) for key, _, value in pairs}
 
 
-_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {
-    "names": parse_target_modules,
-    "files": _files,
-    "pairs": _pairs,
-}
+class _Update(argparse.Action):
+    """Adds a mapping to those of earlier uses of the flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
+
+
+_SPLIT: Final[dict[str | None, Callable[[str], Any]]] = {"names": parse_target_modules, "files": _files}
 _EXPECTED: Final[dict[Any, str]] = {
     int: "a whole number",
     float: "a number",
     _whole_or_auto: f"a whole number, or {AUTO}",
     _number_or_auto: f"a number, or {AUTO}",
-    _pairs: "pairs such as 13=-5",
+    _pairs: "pairs such as 13=-5,7=1.5",
+    _lists_of_names: 'one word: "q_proj,v_proj" adapts both in each run, "q_proj;v_proj" is two choices',
 }
 
 
@@ -137,21 +156,25 @@ def add_list(
     class Words(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             try:
-                lists = [items(word) for word in values]
+                value = _joined([items(word) for word in values]) if values else self.const
             except ValueError:
-                expected = _EXPECTED.get(items, "numbers")
-                raise argparse.ArgumentError(self, f"{' '.join(values)!r} was given, expected {expected}") from None
-            setattr(namespace, self.dest, _joined(lists))
+                told = f"{' '.join(values)!r} was given, expected {_expected(items)}"
+                raise argparse.ArgumentError(self, told) from None
+            setattr(namespace, self.dest, value)
 
-    add_flag(group, *names, nargs="+", action=Words, **options)
+    add_flag(group, *names, **{"nargs": "+", "action": Words, **options})
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Merges the values parsed from the words of a list: lists, mappings, or strings that are one item each."""
+    """Merges the values parsed from the words of a list: lists, or strings that are one item each.
+
+    Raises:
+        ValueError: a word is a whole list of alternatives, a tuple, to which the other words could belong or not.
+    """
     if len(parts) == 1:
         return parts[0]
-    if isinstance(parts[0], dict):
-        return {key: value for part in parts for key, value in part.items()}
+    if any(isinstance(part, tuple) for part in parts):
+        raise ValueError
     return [item for part in parts for item in ([part] if isinstance(part, str) else part)]
 
 
@@ -172,10 +195,6 @@ def _truth(word: str) -> bool:
     return word.lower() == "true"
 
 
-def _lists_of_names(word: str) -> tuple[Any, ...]:
-    return tuple(parse_target_modules(each) for each in word.split(";") if each.strip())
-
-
 def add_fields(
     parser: argparse.ArgumentParser,
     config: type,
@@ -185,7 +204,7 @@ def add_fields(
     """Adds a flag with help for each `setting` of a dataclass, in its group, and ``--config FILE.toml``.
 
     Settings declared as `common` form the first group. `defaults` override the fields' own. Settings in `several` take
-    any number of values separated by commas, or by semicolons if each value is a list of names.
+    lists of values; if each value is a list of names, semicolons separate them.
     """
     parser.add_argument("--config", metavar="FILE.toml", help="read settings from a TOML file; flags take precedence")
     groups: dict[str, Any] = {}
@@ -202,32 +221,38 @@ def add_fields(
         kind = next((kind for kind in kinds_of(hints[spec.name]) if kind in (bool, int, float, str)), str)
         default = (defaults or {}).get(spec.name, None if spec.default is dataclasses.MISSING else spec.default)
         text = about["help"].replace("%", "%%")
+        shown = AUTO if about["auto"] and default is None else default
+        with_default = text + ("" if shown in (None, ()) else f" (default {_shown(shown)})")
+        if kind is bool and default:
+            off = {"action": "store_const", "const": [False] if spec.name in several else False}
+            group.add_argument(f"--no_{spec.name}", dest=spec.name, default=None, help=f"do not {text}", **off)
         if spec.name in several:
-            items = _lists_of_names if about["several"] == "names" else _each(kind)
-            shown = AUTO if about["auto"] and default is None else default
-            text += "" if shown in (None, ()) else f" (default {_shown(shown)})"
-            once = {"nargs": "?", "const": [True]} if kind is bool else {}
-            add_flag(group, *names, type=items, metavar=f"{_METAVARS.get(kind, 'X')},...", help=text, **once)
+            add_list(group, *names, **_several_of(kind, about["several"] == "names"), help=with_default)
             continue
         if kind is bool:
-            if default:
-                group.add_argument(
-                    f"--no_{spec.name}", dest=spec.name, action="store_false", default=None, help=f"do not {text}"
-                )
-                text = argparse.SUPPRESS
-            add_flag(group, *names, action="store_true", default=None, help=text)
+            add_flag(group, *names, action="store_true", default=None, help=argparse.SUPPRESS if default else text)
             continue
-        shown = AUTO if about["auto"] and default is None else default
         options = {
             "choices": about["choices"],
             "metavar": None if about["choices"] else _metavar(spec, kind),
-            "help": text + ("" if shown in (None, ()) else f" (default {_shown(shown)})"),
+            "help": with_default,
         }
-        if about["several"] in _SPLIT:
+        if about["several"] == "pairs":
+            add_flag(group, *names, type=_pairs, action=_Update, **options)
+        elif about["several"] in _SPLIT:
             add_list(group, *names, items=_SPLIT[about["several"]], **options)
         else:
             action = "append" if about["several"] == "repeat" else "store"
             add_flag(group, *names, action=action, type=_OR_AUTO[kind] if about["auto"] else kind, **options)
+
+
+def _several_of(kind: Any, is_names: bool) -> dict[str, Any]:
+    """Returns the options of a flag that takes several values where its setting takes one."""
+    if is_names:
+        return {"items": _lists_of_names, "metavar": ("NAME,...", ";NAME,...")}
+    if kind is bool:
+        return {"items": _each(bool), "metavar": "true,false", "nargs": "*", "const": [True]}
+    return {"items": _each(kind), "metavar": _METAVARS[kind]}
 
 
 def _metavar(spec: Any, kind: Any) -> str:

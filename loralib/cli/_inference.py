@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
 from ..bases import base_of, load_base, tokenizer_for, trained_on_chats
+from ..bases.device import DTYPES
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.examples import Example, chat_of
@@ -48,7 +49,7 @@ class InferenceConfig:
     max_new_tokens: int = setting(60, "maximum number of tokens to generate per text", "inference", at_least=1)
     no_merge: bool = setting(False, "skip merging", "inference")
     seed: int = setting(0, "random seed for choosing meaning representations", "inference")
-    dtype: str = setting("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference")
+    dtype: str = setting("fp32", "fp32 shows that merging changes nothing; bf16 rounds", "inference", DTYPES)
     device: str | None = setting(None, "cpu, cuda, mps, ...; default: the fastest available", "inference")
 
     def __post_init__(self) -> None:

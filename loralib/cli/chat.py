@@ -1,7 +1,7 @@
 """Chat with a base model and, if given, an adapter.
 
-  loralib chat --adapter lora_model
-  loralib chat --model ./my-model --system "Answer in one sentence." --temperature 0
+loralib chat --adapter lora_model
+loralib chat --model ./my-model --system "Answer in one sentence." --temperature 0
 
 Turns are formatted with the model's chat template, or, with --plain, as simple text for a model without one.  When the
 conversation outgrows the model's context, its oldest turns are dropped, with a message.  Ctrl-C stops an answer; /exit

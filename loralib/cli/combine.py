@@ -16,7 +16,14 @@ from ..combine import METHODS, combine, resize
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import write_peft
-from ._adapters import ADAPTER_HELP, Output, add_checkpoint_arguments, output_held, read_with_base
+from ._adapters import (
+    ADAPTER_HELP,
+    Output,
+    add_checkpoint_arguments,
+    check_checkpoint_flags,
+    output_held,
+    read_with_base,
+)
 from ._flags import add_list
 
 
@@ -53,6 +60,7 @@ def _numbers(word: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
+    check_checkpoint_flags(args, *args.adapters)
     with output_held(args.output, *args.adapters):
         _combine(args)
 

@@ -1,9 +1,9 @@
 """Print a script that lets a shell complete commands and flags with the Tab key.
 
-  bash        loralib completion bash > ~/.local/share/bash-completion/completions/loralib
-  zsh         loralib completion zsh > "${fpath[1]}/_loralib"
-  fish        loralib completion fish > ~/.config/fish/completions/loralib.fish
-  PowerShell  loralib completion powershell >> $PROFILE
+bash        loralib completion bash > ~/.local/share/bash-completion/completions/loralib
+zsh         loralib completion zsh > "${fpath[1]}/_loralib"
+fish        loralib completion fish > ~/.config/fish/completions/loralib.fish
+PowerShell  loralib completion powershell >> $PROFILE
 
 It takes effect in newly opened shells.  Print it again after an update, which may add flags.
 """

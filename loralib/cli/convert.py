@@ -2,7 +2,7 @@
 
 loralib convert lora_model portable --target vllm
 loralib convert lora_model lora.gguf --target llamacpp --model smollm2-135m
-loralib convert GPT2_M.bin adapter --lora_dim 4 --lora_alpha 32 --target_modules c_attn --enable_lora c_attn=1,0,1
+loralib convert GPT2_M.bin adapter --trained_rank 4 --lora_alpha 32 --target_modules c_attn --enable_lora 1,0,1
 
 Other tools silently ignore some settings of an adapter: rsLoRA, per-module alphas, PiSSA's initialisation.  The result
 needs none of them: the scaling is part of the weights, and all modules have the same rank.  Whatever cannot be
@@ -25,7 +25,7 @@ from ..config import HUB_NAMES
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import export, how_to_run, make_portable, modelfile, write_microsoft
-from ._adapters import DTYPES, add_adapter_arguments, output_held, read, read_with_base
+from ._adapters import FILE_DTYPES, add_adapter_arguments, check_checkpoint_flags, output_held, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tool that will use the result (default peft); microsoft: a flat file for Microsoft's loralib, "
         "unchanged",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
+    parser.add_argument("--dtype", choices=FILE_DTYPES, help="dtype of the result (default: unchanged; GGUF: fp32)")
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the result; its error is printed")
     parser.add_argument(
         "--max_error",
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Converts the adapter and checks the written result."""
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank is {args.rank}, expected a whole number of at least 1")
+    check_checkpoint_flags(args, args.adapter, args.initial_adapter)
     is_directory = args.target not in ("llamacpp", "microsoft")
     with output_held(args.output, args.adapter, args.initial_adapter, is_directory=is_directory):
         _convert(args)

@@ -69,6 +69,7 @@ def _add_preview(actions: Any) -> None:
     preview.add_argument(
         "--seq_len",
         type=int,
+        metavar="N",
         help="maximum tokens per example; longer examples are dropped, never truncated (default: no limit)",
     )
     preview.add_argument(
@@ -78,12 +79,12 @@ def _add_preview(actions: Any) -> None:
         "completions (default: clm or dpo, depending on the data)",
     )
     preview.add_argument(
-        "--max_samples", type=int, help="draw this many examples, from as many prompts as possible; 0: all"
+        "--max_samples", type=int, metavar="N", help="draw this many examples, from as many prompts as possible; 0: all"
     )
     preview.add_argument(
-        "--seed", type=int, default=0, help="random seed for drawing examples (default: 0, as in training)"
+        "--seed", type=int, default=0, metavar="N", help="random seed for drawing examples (default: 0, as in training)"
     )
-    preview.add_argument("--count", type=int, default=5, help="number of examples to show (default: 5)")
+    preview.add_argument("--count", type=int, default=5, metavar="N", help="number of examples to show (default: 5)")
     preview.add_argument(
         "--color",
         choices=("auto", "always", "never"),
@@ -178,7 +179,9 @@ def _add_convert(actions: Any) -> None:
     parser.add_argument("input", help="the published file")
     parser.add_argument("output", help="the JSONL file to write")
     add_format(parser, "format of the input", "e2e", "jsonl", "dart", "webnlg")
-    parser.add_argument("--vocab", help="a directory with GPT-2's vocab.json and merges.txt: write token ids")
+    parser.add_argument(
+        "--vocab", metavar="DIR", help="a directory with GPT-2's vocab.json and merges.txt: write token ids"
+    )
     parser.add_argument("--add_bos", action="store_true", help="end each context with the end-of-text token")
     parser.add_argument("--add_eos", action="store_true", help="end each completion with the end-of-text token")
 
@@ -218,13 +221,23 @@ def _add_decode(actions: Any) -> None:
         "same inputs to the scorers' layout: one file with blank lines for E2E, a directory with "
         "reference0, reference1, ... for DART and WebNLG.",
     )
-    decode.add_argument("--vocab", required=True, help="a directory with GPT-2's vocab.json and merges.txt")
-    decode.add_argument("--sample_file", required=True, help="JSONL with id and predict")
-    decode.add_argument("--input_file", required=True, help="the JSONL file from loralib data convert that was decoded")
-    decode.add_argument("--output_pred_file", required=True, help="file for the predictions, one per line")
-    decode.add_argument("--output_ref_file", required=True, help="file for the references; a directory, except for e2e")
+    decode.add_argument(
+        "--vocab", required=True, metavar="DIR", help="a directory with GPT-2's vocab.json and merges.txt"
+    )
+    decode.add_argument("--sample_file", required=True, metavar="FILE", help="JSONL with id and predict")
+    decode.add_argument(
+        "--input_file", required=True, metavar="FILE", help="the JSONL file from loralib data convert that was decoded"
+    )
+    decode.add_argument(
+        "--output_pred_file", required=True, metavar="FILE", help="file for the predictions, one per line"
+    )
+    decode.add_argument(
+        "--output_ref_file", required=True, metavar="PATH", help="file for the references; a directory, except for e2e"
+    )
     decode.add_argument("--ref_type", default="e2e", choices=("e2e", "webnlg", "dart"), help="layout of references")
-    decode.add_argument("--ref_num", type=int, default=4, help="number of reference files, except for e2e (default: 4)")
+    decode.add_argument(
+        "--ref_num", type=int, default=4, metavar="N", help="number of reference files, except for e2e (default: 4)"
+    )
     decode.add_argument("--tokenize", action="store_true", help="put spaces around punctuation")
     decode.add_argument("--lower", action="store_true", help="convert to lower case")
     decode.add_argument(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from ..console import say, table
 from ..data import read_examples
 from ..errors import ConfigError, list_faults
-from ..nlg.evaluation import Evaluation, evaluate, metric_names, read_texts
+from ..nlg.evaluation import LAYOUTS, SUBSETS, Evaluation, evaluate, metric_names, read_texts
 from ..nlg.perplexity import Perplexity, perplexity
 from ..training.ranks import joined
 from ._adapters import add_as_chat, add_model_arguments, add_reading, load_on
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "needed with --perplexity)",
     )
     parser.add_argument(
-        "--layout", default="auto", help="layout of REF: groups, directory or data (default: auto, which detects it)"
+        "--layout", default="auto", choices=LAYOUTS, help="layout of REF (default: auto, which detects it)"
     )
     parser.add_argument(
         "--source",
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subset",
         default="all",
-        help="all, seen or unseen: score only these WebNLG categories (default: all, plus seen and unseen if the "
-        "categories are known)",
+        choices=SUBSETS,
+        help="score only these WebNLG categories (default: all, plus seen and unseen if the categories are known)",
     )
     add_list(
         parser,
@@ -107,12 +108,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "there is nothing to score: give HYP, a file with one text per line, or use --perplexity to score a model."
         )
-    if args.perplexity and args.hypothesis is None:
-        without = {"layout": "auto", "source": None, "subset": "all", "metrics": None}
-        faults = [f"--{name} needs HYP" for name, default in without.items() if getattr(args, name) != default]
-    else:
-        names = ("model", "adapter", "data_format", "columns", "as_chat", "dtype", "device")
-        faults = [f"--{name} needs --perplexity" for name in names if getattr(args, name) and not args.perplexity]
+    needed, unused = "", dict[str, Any]()
+    if args.hypothesis is None:
+        needed, unused = "HYP", {"layout": "auto", "source": None, "subset": "all", "metrics": None}
+    elif not args.perplexity:
+        needed, unused = "--perplexity", {"model": None, "adapter": None, "data_format": None, "columns": None}
+        unused |= {"as_chat": False, "dtype": "auto", "device": None, "quantize": "none"}
+    faults = [f"--{name} needs {needed}" for name, default in unused.items() if getattr(args, name) != default]
     if faults:
         raise ConfigError(
             list_faults("these flags would have no effect", faults, "Leave them out, or add what they need.")

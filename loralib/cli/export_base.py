@@ -18,7 +18,7 @@ from ..console import say
 from ..errors import BaseModelError
 from ..files import write_text
 from ..formats import save_merged
-from ._adapters import DTYPES, Output, output_held
+from ._adapters import FILE_DTYPES, Output, output_held
 from ._flags import add_flag
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the output directory and the base."""
     parser.add_argument("output", action=Output, metavar="DIR", help="directory to write")
     add_flag(parser, "--model", "--base", default=DEFAULT_BASE, help=f"base model (default {DEFAULT_BASE})")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="dtype of the weights (default bf16)")
+    parser.add_argument("--dtype", default="bf16", choices=FILE_DTYPES, help="dtype of the weights (default bf16)")
 
 
 def run(args: argparse.Namespace) -> None:

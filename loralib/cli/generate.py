@@ -1,10 +1,10 @@
 """Generate text with a base model and, if given, an adapter.
 
-  loralib generate "name : The Tall Fiddler | Type : pub | area : riverside" --adapter lora_model
-  loralib generate --input test.txt --adapter lora_model --output texts.jsonl --num_beams 10
-  loralib generate "The harbour" --adapter calm=out/calm --adapter bold=out/bold
-  loralib generate --input test.jsonl --adapter calm=out/calm --adapter bold=out/bold --adapter_column style
-  echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
+loralib generate "name : The Tall Fiddler | Type : pub | area : riverside" --adapter lora_model
+loralib generate --input test.txt --adapter lora_model --output texts.jsonl --num_beams 10
+loralib generate "The harbour" --adapter calm=out/calm --adapter bold=out/bold
+loralib generate --input test.jsonl --adapter calm=out/calm --adapter bold=out/bold --adapter_column style
+echo "Once upon a time" | loralib generate --temperature 0.8 --top_p 0.9
 
 Prompts come from the command line, from standard input (one per line), or from a file: lines of text, E2E lines with or
 without a text after ``||``, or any format that training accepts.  An adapter that was trained on chats gets each prompt
@@ -367,9 +367,9 @@ def made_with(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
     if getattr(args, "adapters", None):
         result["model"] = common_base(args.adapters.items(), args.model)
         result["adapters"] = {name: _digest(path) for name, path in args.adapters.items()}
-    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge", "dtype") if getattr(args, name)}
-    if args.quantize != "none":
-        result["quantize"] = args.quantize
+    result |= {name: getattr(args, name) for name in ("as_chat", "raw", "merge") if getattr(args, name)}
+    defaults = {"dtype": "auto", "quantize": "none"}
+    result |= {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
     plain = dataclasses.asdict(Sampling())
     chosen = {name: value for name, value in dataclasses.asdict(sampling).items() if value != plain[name]}
     # As they are read back from JSON: lists for tuples, and strings for the ids of --logit_bias.

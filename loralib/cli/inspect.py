@@ -14,7 +14,7 @@ import argparse
 
 from ..console import counted, say
 from ..inspection import inspect_adapter, plot, verify
-from ._adapters import PROMPTS, add_adapter_arguments, read, read_with_base
+from ._adapters import PROMPTS, add_adapter_arguments, check_checkpoint_flags, read, read_with_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; returns 1 if something is wrong with the adapter."""
+    check_checkpoint_flags(args, args.adapter, args.initial_adapter)
     if args.verify:
         args.model = args.verify
     adapter, model, tokenizer = read_with_base(args.adapter, args, lambda _: bool(args.verify))

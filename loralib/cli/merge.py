@@ -23,13 +23,23 @@ from ..console import counted, say
 from ..data import prompt_ids
 from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
-from ._adapters import DTYPES, PROMPTS, add_adapter_arguments, add_quantize, output_held, read, read_with_base
+from ._adapters import (
+    FILE_DTYPES,
+    PROMPTS,
+    add_adapter_arguments,
+    add_quantize,
+    check_checkpoint_flags,
+    output_held,
+    read,
+    read_with_base,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the output and how to write it."""
     add_adapter_arguments(parser, "directory of the merged model")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="dtype of the merged weights (default bf16)")
+    text = "dtype of the merged weights in the files; not auto, which depends on the machine (default bf16)"
+    parser.add_argument("--dtype", default="bf16", choices=FILE_DTYPES, help=text)
     parser.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="maximum size of each weight file (default 5GB)"
     )
@@ -37,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="compare logits on this text; may be repeated"
     )
     add_quantize(parser, "merge into the base's weights as quantised during a run with --quantize")
-    parser.add_argument("--requantize", action="store_true", help="not supported; prints the reason")
+    parser.add_argument("--requantize", action="store_true", help=argparse.SUPPRESS)  # refused, with the reason
     parser.add_argument(
         "--allow_base_mismatch",
         action="store_true",
@@ -53,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             "larger than most of what an adapter adds, so rounding would undo it. Serve the merged model as written; "
             "or keep base and adapter separate, as `loralib generate --adapter DIR --quantize nf4` does."
         )
+    check_checkpoint_flags(args, args.adapter, args.initial_adapter)
     with output_held(args.output, args.adapter, args.initial_adapter, what="model"):
         _merge(args)
 

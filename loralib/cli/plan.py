@@ -1,8 +1,8 @@
 """Work out what fits in memory, before anything is loaded, and which command to run.
 
-  loralib plan --model gpt2 --batch_size 8 --seq_len 512
-  loralib plan --model meta-llama/Llama-3.1-8B --gpus 8 --gpu_memory 80
-  loralib plan --model ./my-model --gpus 1 --gpu_memory 24 --serve --requests 64 --context 4096
+loralib plan --model gpt2 --batch_size 8 --seq_len 512
+loralib plan --model meta-llama/Llama-3.1-8B --gpus 8 --gpu_memory 80
+loralib plan --model ./my-model --gpus 1 --gpu_memory 24 --serve --requests 64 --context 4096
 
 Only the model's config.json is needed.  Without --gpus, the plan is for this machine's memory.  The exit code is 0 if
 something fits, and 1 if nothing does.

@@ -1,8 +1,8 @@
 """Classify texts with the labels that a classifier's adapter has learned, and show their probabilities.
 
-  loralib predict --adapter lora_model "What a lovely film."
-  loralib predict --adapter lora_model --data test.jsonl
-  loralib predict --adapter lora_model --data texts.txt --output labels.jsonl
+loralib predict --adapter lora_model "What a lovely film."
+loralib predict --adapter lora_model --input test.jsonl
+loralib predict --adapter lora_model --input texts.txt --output labels.jsonl
 
 A file holds rows of text (and text_pair), as for training, or, if it is a .txt, one text per line.  If it has labels,
 metrics are shown too.  The output has one JSON line per text: its label and the probability of each label.
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the texts, and the output."""
     parser.add_argument("text", nargs="*", metavar="TEXT", help="texts to classify")
     add_model_arguments(parser)
-    add_flag(parser, "--data", "--input", metavar="FILE", help="file of texts: .jsonl, .csv, .tsv, ..., or .txt")
+    add_flag(parser, "--input", "--data", metavar="FILE", help="file of texts: .jsonl, .csv, .tsv, ..., or .txt")
     add_reading(parser, "format of the file")
     add_flag(
         parser, "--output", "-o", metavar="FILE", help="file for the results, one JSON line per text; - for the console"
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
         for fault, wrong in {
             "no classifier given: give --adapter DIR (or --model, for a merged one)": args.adapter is None
             and args.model is None,
-            "no text given: give one or more TEXT, or --data FILE": not args.text and args.data is None,
-            "texts and --data are both given, expected only one of them": bool(args.text) and args.data is not None,
+            "no text given: give one or more TEXT, or --input FILE": not args.text and args.input is None,
+            "texts and --input are both given, expected only one of them": bool(args.text) and args.input is not None,
             f"--batch_size is {args.batch_size}, expected at least 1": args.batch_size < 1,
         }.items()
         if wrong
@@ -88,11 +88,11 @@ def _examples(args: argparse.Namespace) -> list[Example]:
         if empty := [number for number, text in enumerate(args.text, 1) if not text.strip()]:
             raise DataError(f"text {', '.join(map(str, empty))} is empty, so there is nothing to classify")
         return [Example(((text, False),), (), f"text {number}") for number, text in enumerate(args.text, 1)]
-    path = Path(args.data).expanduser()
+    path = Path(args.input).expanduser()
     if args.data_format == "auto" and path.suffix.lower() == ".txt":
         lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(read_lines(path, "texts"), 1)]
         return [Example(((line, False),), (), where) for where, line in lines if line]
-    return read_unlabelled(args.data, args.data_format, columns=args.columns)
+    return read_unlabelled(args.input, args.data_format, columns=args.columns)
 
 
 def _pairs(examples: Sequence[Example], results: Sequence[Prediction]) -> list[tuple[Example, Prediction]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..console import say
 from ..errors import ConfigError, did_you_mean
 from ..nlg import reproduction
+from ._adapters import add_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", metavar="DIR", help="directory for all results (default: reproduced/NAME-MODEL)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="random seed for training (default: the recipe's)")
-    parser.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="dtype of the base model (default: the recipe's)"
-    )
+    add_dtype(parser, "dtype of the base model (default: the recipe's)", default=None)
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     parser.add_argument(
         "--print_recipe", action="store_true", help="print the recipe as TOML, as a starting point for your own"
@@ -61,12 +60,12 @@ def run(args: argparse.Namespace) -> None:
         near, known = did_you_mean(args.dataset, reproduction.DATASETS), ", ".join(reproduction.DATASETS)
         raise ConfigError(f"there is no data set {args.dataset!r}.{near} Known: {known}.")
     name = reproduction.choose_recipe(args.dataset, args.model, args.recipe)
+    flags = {"seed": args.seed, "dtype": args.dtype}
+    changes = [*args.changes, *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
+    recipe = reproduction.load_recipe(name, changes, model=args.model, device=args.device)
     if args.print_recipe:
-        say(reproduction.recipe_text(name), end="")
+        say(reproduction.recipe_text(name, changes), end="")
         return
-    given = {"seed": args.seed, "dtype": args.dtype, "device": args.device}
-    given = {key: value for key, value in given.items() if value is not None}
-    recipe = reproduction.load_recipe(name, args.changes, model=args.model, **given)
     files = reproduction.find_files(args.dataset, args.data)
     last = Path(args.model).name or "model"
     output = Path("reproduced") / f"{args.dataset}-{last}" if args.output_dir is None else args.output_dir

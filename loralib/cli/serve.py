@@ -1,7 +1,7 @@
 """Serve a base model and any number of adapters over OpenAI's HTTP API, with a web page.
 
-  loralib serve --adapter restaurants=lora_model
-  loralib serve --model ./my-model --adapters ./adapters --port 8080
+loralib serve --adapter restaurants=lora_model
+loralib serve --model ./my-model --adapters ./adapters --port 8080
 
 Clients choose an adapter as the model of a request.  Ctrl-C lets running requests finish, then stops the server.
 """

@@ -1,8 +1,8 @@
 """Check whether a running server applies an adapter correctly.
 
-  loralib verify http://localhost:8000 --adapter lora_model
-  loralib verify http://localhost:8080 --adapter lora_model --model 0
-  loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
+loralib verify http://localhost:8000 --adapter lora_model
+loralib verify http://localhost:8080 --adapter lora_model --model 0
+loralib verify http://localhost:11434 --adapter lora_model --model mine --base_model smollm2
 
 The server is asked for the log-probabilities of texts with the adapter and with the base alone, which are then compared
 with those computed locally.  It can be loralib's own server, vLLM, SGLang, llama.cpp, Ollama, or any other with
@@ -24,7 +24,7 @@ from ..engine.limits import context_length
 from ..errors import BaseModelError, ConfigError, DataError
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..verify import Reference, Verdict, Vocabulary, connect, judge
-from ._adapters import ADAPTER_HELP, DTYPES
+from ._adapters import ADAPTER_HELP, add_dtype
 from ._flags import add_flag
 
 _LONGEST: Final = 256  # maximum number of tokens of a text
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base_model", metavar="NAME", help="the server's name for the base (default: the one it reports)"
     )
     add_flag(parser, "--reference", metavar="MODEL", help="base model to compute with locally (default: the adapter's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the local computation (default fp32)")
+    add_dtype(parser, "dtype of the local computation (default fp32)", default="fp32")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cpu)", default="cpu")
     parser.add_argument(
         "--prompt",

@@ -49,6 +49,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "save_trained_weights",
+    "stores_settings",
     "with_present_names",
     "write_gguf",
     "write_microsoft",
@@ -95,10 +96,15 @@ def read_adapter(
             names from an older version of transformers.
 
     Raises:
-        AdapterError: there is no adapter at the path, or it cannot be read without `config` or `model`.
+        AdapterError: there is no adapter at the path, it cannot be read without `config` or `model`, or it stores its
+            own settings, which `config` would contradict.
         FormatError: a file is corrupt.
     """
     path = locate_adapter(path)
+    if config is not None and stores_settings(path):
+        raise AdapterError(
+            f"{path} stores its own settings; leave out config, which is for checkpoints of Microsoft's loralib"
+        )
     if is_read_with_base(path):
         gguf = path.is_file()
         if model is None:
@@ -117,7 +123,7 @@ def read_adapter(
         raise AdapterError(
             f"{path} is a checkpoint of Microsoft's loralib, which contains no settings; give "
             "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python, or convert it to a directory "
-            "that every command reads: `loralib convert` with --lora_dim, --lora_alpha, --target_modules"
+            "that every command reads: `loralib convert` with --trained_rank, --lora_alpha, --target_modules"
         )
     if config is None:
         raise AdapterError(
@@ -131,6 +137,12 @@ def is_read_with_base(path: str | os.PathLike[str]) -> bool:
     """Tells whether reading an adapter requires its base model: GGUF and MLX use their own module names."""
     path = locate_adapter(path)
     return (path.is_file() and is_gguf(path)) or is_mlx(path)
+
+
+def stores_settings(path: str | os.PathLike[str]) -> bool:
+    """Tells whether an adapter stores its settings: all do but Microsoft's checkpoints."""
+    path = locate_adapter(path)
+    return path.is_dir() or is_gguf(path)
 
 
 def locate_adapter(path: str | os.PathLike[str]) -> Path:

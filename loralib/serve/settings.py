@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from ..bases.device import DTYPES
 from ..bases.quant import KINDS
 from ..settings import check, setting, settings_class
 
@@ -29,7 +30,7 @@ class ServeConfig:
         None, "directory of adapters: all are loaded, and it is the only place to load more from at run time", "model",
         common=True,
     )  # fmt: skip
-    dtype: str | None = setting(None, "fp32, bf16 or fp16 (default: bf16 where it is fast)", "model")
+    dtype: str = setting("auto", "dtype of the base model; auto uses bf16 where it is fast", "model", DTYPES)
     device: str | None = setting(None, "cpu, cuda, mps, ... (default: the fastest available)", "model")
     quantize: str = setting("none", "store the base's weights in fewer bits: int8 or nf4", "model",
                             ("none", *KINDS))  # fmt: skip

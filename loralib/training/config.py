@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bases.device import DTYPES
 from ..bases.quant import KINDS
 from ..config import ALL_LINEAR, LoraConfig, parse_enable_lora, parse_target_modules, parse_token_indices
 from ..data import FORMATS, OBJECTIVES, PREFERENCES
@@ -127,7 +128,7 @@ class TrainConfig:
         "auto",
         "dtype of the frozen base model; auto uses bf16 where it is fast",
         _DATA,
-        ("auto", "fp32", "bf16", "fp16"),
+        DTYPES,
     )
     quantize: str = setting(
         "none",

@@ -33,6 +33,7 @@ __all__ = [
     "read_record",
     "run_record",
     "settings_and_versions",
+    "settings_text",
     "versions",
     "write_record",
     "write_settings",
@@ -64,7 +65,12 @@ def write_record(directory: Path, config: TrainConfig, record: Mapping[str, Any]
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes settings as a TOML file for ``--config``, leaving out those that are None."""
-    write_text(path, "\n".join(_lines(settings)) + "\n")
+    write_text(path, settings_text(settings))
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Returns settings as TOML, leaving out those that are None."""
+    return "\n".join(_lines(settings)) + "\n"
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,7 +30,6 @@ def configs_of(values: Mapping[str, Any]) -> list[TrainConfig]:
 
     Raises:
         ConfigError: settings are invalid; all are listed.
-        ConfigError: settings are invalid; all are listed.
 
     >>> [(config.lr, config.rank) for config in configs_of({"lr": [1e-4, 3e-4], "rank": [8]})]
     [(0.0001, 8), (0.0003, 8)]

@@ -11,8 +11,9 @@ from typing import Any, Final
 from ...bases import DEFAULT_BASE
 from ...errors import ConfigError, LoraError, did_you_mean, list_faults
 from ...generation import Sampling
-from ...settings import check, parse_toml, read_toml, setting, setting_faults, settings_class
+from ...settings import canonical, check, parse_toml, read_toml, setting, setting_faults, settings_class
 from ...training import TrainConfig
+from ...training.record import settings_text
 from ..metrics import SCORES
 
 __all__ = ["DATASETS", "FORMS", "Recipe", "choose_recipe", "load_recipe", "recipe_names", "recipe_text"]
@@ -86,16 +87,14 @@ def choose_recipe(dataset: str, model: str, asked: str | None = None) -> str:
     return next((name for name in (f"{dataset}-{last}", last) if name in names), DEFAULT_BASE)
 
 
-def recipe_text(name: str) -> str:
-    """Returns the TOML of a recipe.
+def recipe_text(name: str, changes: Iterable[str] = ()) -> str:
+    """Returns a recipe as TOML: with changes (see `load_recipe`), or as its file has it, comments included.
 
     Raises:
         ConfigError: there is no such recipe or file.
     """
-    try:
-        return _path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {name} cannot be read: {error}") from error
+    values, changed = _read(name), _read(name, changes)
+    return _path(name).read_text(encoding="utf-8") if changed == values else settings_text(changed)
 
 
 def load_recipe(name: str, changes: Iterable[str] = (), **given: Any) -> Recipe:
@@ -115,9 +114,7 @@ def load_recipe(name: str, changes: Iterable[str] = (), **given: Any) -> Recipe:
     >>> load_recipe("e2e-gpt2-medium").decode.length_penalty
     0.9
     """
-    values = read_toml(_path(name), f"recipe {name}")
-    for change in changes:
-        _change(values, change)
+    values = _read(name, changes)
     train, decode = _table(values, "train"), _table(values, "decode")
     published = _table(values, "published")
     faults = [f"train.{key} is given by the command, not by a recipe" for key in _GIVEN if key in train]
@@ -163,8 +160,15 @@ def _path(name: str) -> Path:
     )
 
 
+def _read(name: str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    values = read_toml(_path(name), f"recipe {name}")
+    for change in changes:
+        _change(values, change)
+    return values
+
+
 def _change(values: dict[str, Any], change: str) -> None:
-    """Applies ``key=value``; a value that is not valid TOML is taken as text."""
+    """Applies ``key=value``, which replaces any other spelling of the key; text that is not TOML is a string."""
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {change!r} is not of the form key=value, as in train.lr=1e-4 or max_inputs=10.")
@@ -180,6 +184,10 @@ def _change(values: dict[str, Any], change: str) -> None:
             raise ConfigError(
                 f"--set {change!r}: {name} is not a table of the recipe. Its tables are train and decode."
             )
+    config = {"train": TrainConfig, "decode": Sampling}.get(".".join(tables), Recipe)
+    same = [name for name in place if canonical(config, {name: value}) == canonical(config, {last: value})]
+    for other in same:
+        del place[other]
     place[last] = value
 
 
