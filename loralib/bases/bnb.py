@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..injection import samples_of
+from ..layers import is_conv1d
 from .quant import BLOCK, BLOCKS, Int8Weight, NF4Weight, QuantizedWeight, absmax_map, levels
 
 __all__ = ["dequantized", "is_available", "take_over"]
@@ -70,7 +71,7 @@ def _as_before(module: Any, weight: Tensor) -> nn.Module:
     """Creates a linear layer of the original class; GPT-2's Conv1D stores its weight transposed."""
     source: type[nn.Module] = getattr(module, "source_cls", None) or nn.Linear
     with torch.device("meta"):
-        if source.__name__ == "Conv1D":
+        if is_conv1d(source):
             linear: Any = cast(Any, source)(module.out_features, module.in_features)
             weight = weight.T
         else:

@@ -18,6 +18,7 @@ from ..bases.device import DTYPES
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.examples import Example, chat_of
+from ..engine.forward import device_of, plain_logits
 from ..errors import ConfigError, LoraError
 from ..formats import read_adapter
 from ..generation import generate
@@ -121,7 +122,7 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
     say(table(rows, ("adapter", "")))
     ids = _batch(tokenizer, examples)
     with torch.no_grad():
-        logits = _logits(model, ids)
+        logits = plain_logits(model, ids.to(device_of(model)))
     predicted = logits[0, :10].argmax(-1).tolist()
     say()
     say(f"input  {list(ids.shape)}")
@@ -172,11 +173,11 @@ def _show_merging(
 ) -> None:
     ids = _batch(tokenizer, examples)
     with torch.no_grad():
-        apart = _logits(model, ids).float()
+        apart = plain_logits(model, ids.to(device_of(model))).float()
         started = time.perf_counter()
         merge(model)
         took = time.perf_counter() - started
-        merged = _logits(model, ids).float()
+        merged = plain_logits(model, ids.to(device_of(model))).float()
     largest = float(apart.abs().max())
     difference = float((apart - merged).abs().max())
     # Allows for the rounding error of a few hundred additions, relative to the largest logit.
@@ -228,12 +229,6 @@ def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: in
         token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
     ]
     return torch.tensor((ids * (rows * width))[: rows * width]).view(rows, width)
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    output = model(ids.to(next(model.parameters()).device))
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
 
 
 def _say_text(label: str, text: str) -> None:
