@@ -493,7 +493,7 @@ def test_on_other_devices_nothing_is_placed(device, monkeypatch):
     else:
         monkeypatch.setattr(forward, "device_of", lambda model: torch.device(device))
     found = forward.Forward(model)
-    with found.held("training"), found.overriding():
+    with found.hold_model("training"), found.overriding():
         assert placed(model) == before
         assert type(model.config) is transformers.LlamaConfig
     assert not found.has_layouts
@@ -510,12 +510,12 @@ def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(device, monkeypatch):
     inject(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     found = forward.Forward(model)
     assert found.path == "gpu"
-    with found.held("training"):
+    with found.hold_model("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     layers = [f"model.layers.{number}.self_attn.{name}" for number in range(2) for name in ("q_proj", "v_proj")]
     assert forwards == ["model", *layers]
     monkeypatch.setattr(forward, "may_compile", lambda device: True)
-    with forward.Forward(model).held("training"):
+    with forward.Forward(model).hold_model("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     assert forwards == ["model", *(f"model.layers.{number}" for number in range(2))]
 

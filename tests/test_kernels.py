@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralib.engine import kernels as kernels_module
-from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, RowUpdate, compiled, loaded
+from loralib.engine.kernels import Factors, GroupOperands, Kernels, RowUpdate, VisibilityBlocks, compiled, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -92,8 +92,8 @@ def test_gelu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, erro
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (400, 1536)])
 def test_scaled_back(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
     y, gradient, step = (draw(*size, dtype=dtype, seed=seed) for seed, size in enumerate((shape, shape, shape[1:])))
-    of_z, sums = kernels.scaled_back(gradient, y, step)
-    close(of_z, gradient.double() * (1 + step.double()), error)
+    grad_z, sums = kernels.scaled_back(gradient, y, step)
+    close(grad_z, gradient.double() * (1 + step.double()), error)
     close(sums, (gradient.double() * y.double()).sum(0), 1e-5)
 
 
@@ -134,9 +134,9 @@ def test_blocks_of_tiles_are_those_of_a_mask() -> None:
     """Three full blocks, and one of a single query, with keys that nobody of a block sees left out."""
     sees = (torch.rand(49, 60, generator=torch.Generator().manual_seed(0)) < 0.1) | torch.eye(49, 60).bool()
     starts = torch.arange(0, 49, 16)
-    whole = Blocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
+    whole = VisibilityBlocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
     tiles = [(part.any(0).nonzero()[:, 0], part[:, part.any(0)]) for part in sees.split(16)]
-    for name, found in vars(Blocks.of_tiles(tiles)).items():
+    for name, found in vars(VisibilityBlocks.of_tiles(tiles)).items():
         expected = vars(whole)[name]
         assert torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
 
@@ -161,7 +161,7 @@ def test_attention_and_its_gradients(
     sees = (torch.rand(total, total, generator=torch.Generator().manual_seed(seed)) < 0.4) | torch.eye(total).bool()
     padded = F.pad(sees, (0, 0, 0, -total % 16)).view(-1, 16, total)
     starts = 16 * torch.arange(len(padded))
-    blocks = Blocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
+    blocks = VisibilityBlocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
     y, kept = kernels.attention(q, k, v, blocks, 0.3, keep=True)
     assert kept is not None
@@ -195,7 +195,7 @@ def test_attention_of_the_branches_of_several_texts(kernels: Kernels, group: int
             parts.append(F.pad(block, (0, 0, 0, size - len(block))))
             sizes.append(len(block))
             of_texts.append(text)
-    blocks = Blocks.of(torch.stack(parts), torch.tensor(sizes), torch.tensor(of_texts), heads=group)
+    blocks = VisibilityBlocks.of(torch.stack(parts), torch.tensor(sizes), torch.tensor(of_texts), heads=group)
     found, kept = kernels.attention(q, keys, values, blocks, 0.5)
     assert kept is None
     for rows, mine, text in zip(q.split(counts), sees.split(counts), texts, strict=True):
@@ -260,28 +260,28 @@ def test_linears_with_lora_and_their_gradients(
     if not (kernels.accept_factors(Factors(A, B)) and all(map(kernels.accept_weight, weights))):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
-    of_A, of_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
-    operands = GroupOperands(weights, biases, [Factors(A, B)], [Factors(of_A, of_B)])
+    grad_A, grad_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
+    operands = GroupOperands(weights, biases, [Factors(A, B)], [Factors(grad_A, grad_B)])
     h, outputs = kernels.lora(x, seen, operands)
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
         expected = x.double() @ weight.double().T + part @ b.double()
         close(output, expected if bias is None else expected + bias.double(), 2**-8)
 
-    of_x, of_seen = kernels.lora_back(gradients, seen, h, operands, wants_x=True, wants_seen=case["drops"])
-    of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
+    grad_x, grad_seen = kernels.lora_back(gradients, seen, h, operands, wants_x=True, wants_seen=case["drops"])
+    grad_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
     through_weights = sum(g.double() @ weight.double() for g, weight in zip(gradients, weights, strict=True))
-    assert of_x is not None
+    assert grad_x is not None
     if case["drops"]:
-        assert of_seen is not None
-        close(of_x, through_weights, 2**-8)
-        close(of_seen, of_h @ A.double(), 2**-6)
+        assert grad_seen is not None
+        close(grad_x, through_weights, 2**-8)
+        close(grad_seen, grad_h @ A.double(), 2**-6)
     else:
-        assert of_seen is None
-        close(of_x, through_weights + of_h @ A.double(), 2**-6)
-    for gradient, of_part in zip(of_A.split(ranks), of_h.split(ranks, 1), strict=True):
+        assert grad_seen is None
+        close(grad_x, through_weights + grad_h @ A.double(), 2**-6)
+    for gradient, of_part in zip(grad_A.split(ranks), grad_h.split(ranks, 1), strict=True):
         close(gradient, of_part.T @ seen.double(), 2**-6)
-    for gradient, part, of_output in zip(of_B, h.double().split(ranks, 1), gradients, strict=True):
+    for gradient, part, of_output in zip(grad_B, h.double().split(ranks, 1), gradients, strict=True):
         close(gradient, part.T @ of_output.double(), 2**-6)
     unwanted = kernels.lora_back(gradients, seen, h, operands, wants_x=False, wants_seen=False)
     assert unwanted == (None, None)
@@ -321,9 +321,9 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
         found = [Factors(torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]) for A, B in factors]
         operands = GroupOperands(weights, biases, factors, found, rows)
         h, outputs = kernels.lora(x, x, operands)
-        of_x, _ = kernels.lora_back(gradients, x, h, operands, wants_x=True, wants_seen=False)
-        assert of_x is not None
-        return [*outputs, of_x, *[each for A, B in found for each in (A, *B)]]
+        grad_x, _ = kernels.lora_back(gradients, x, h, operands, wants_x=True, wants_seen=False)
+        assert grad_x is not None
+        return [*outputs, grad_x, *[each for A, B in found for each in (A, *B)]]
 
     together = both_ways(x, gradients, factors, counts)
     of_rows, of_factors = together[: len(widths) + 1], together[len(widths) + 1 :]
@@ -440,16 +440,16 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     assert not kernels.gelu(x)[1].isfinite().all()
     assert not kernels.gelu_back(x, x)[1].isfinite().all()
     heads = x.view(4, 1, 32)
-    blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
+    blocks = VisibilityBlocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
     if kernels.accept_weight(weight):
         operands = GroupOperands([weight], [None], [Factors(A, B)], [Factors(A.clone(), [B[0].clone()])])
         h, (y,) = kernels.lora(x, x, operands)
         assert not y[1].isfinite().any()
-        of_x, _ = kernels.lora_back([x], x, h, operands, wants_x=True, wants_seen=False)
-        assert of_x is not None
-        assert not of_x[1].isfinite().any()
+        grad_x, _ = kernels.lora_back([x], x, h, operands, wants_x=True, wants_seen=False)
+        assert grad_x is not None
+        assert not grad_x[1].isfinite().any()
         assert not kernels.product(x, weight)[1].isfinite().any()
 
 

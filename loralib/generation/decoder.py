@@ -27,7 +27,7 @@ from ..engine.frozen_linear import FrozenLinear, kernel_overrides, prepacked_ove
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, evaluating, overriding
 from ..engine.quantized_experts import expert_overrides
-from ..engine.rope import apart, forget_length, remembers_length, rope_limit
+from ..engine.rope import forget_length, remembers_length, rope_limit, split_by_length
 from ..errors import BusyModelError, UnsupportedModelError
 from ..injection import adapted_layers
 from ..wrapping import input_table
@@ -249,7 +249,7 @@ class CachedDecoder(Decoder):
         self.max_tokens, self._max_prompt_tokens = max_tokens, max_prompt_tokens
         self._cache = KVCache()
         self._pages = Pages(None if max_tokens is None else max_tokens // PAGE)
-        self._roots: _Roots | None = _Roots(model) if reuse else None
+        self._roots: _CacheRoots | None = _CacheRoots(model) if reuse else None
         self._steps = 0
         self._last: tuple[Any, Overrides] | None = None  # the last step's rows, and the overrides for them
         # Which columns each branch of each group sees (rows, N, C), the position of each token in its sequence (rows,
@@ -559,7 +559,7 @@ class PlainDecoder(Decoder):
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
         slots = [group.slot for group in self._groups for _ in group.paths]
-        parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
+        parts = list(split_by_length(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
         with evaluating(self._model.modules()):
             results = [self._logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts]
             places = torch.empty(len(rows), dtype=torch.long, device=self._device)
@@ -594,7 +594,7 @@ def _after_last(logits: Tensor, last: Tensor) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), last]
 
 
-class _Roots:
+class _CacheRoots:
     """The roots of cached texts: one for each way of computing them, valid while the weights stay unchanged."""
 
     def __init__(self, model: nn.Module) -> None:

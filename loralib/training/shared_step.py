@@ -49,7 +49,10 @@ class SharedStep(Step):
         for (number, _, _), count in zip(parts, counts, strict=True):
             rows[number] = count
         gradient = parts[0][2] is not None
-        with self._forward.dealt(rows), self._computing("training" if gradient else "inference", gradient=gradient):
+        with (
+            self._forward.assigned_rows(rows),
+            self._computing("training" if gradient else "inference", gradient=gradient),
+        ):
             totals = self._losses(laid, counts, [scale for *_, scale in parts])
         return [
             StepStats(
@@ -87,10 +90,10 @@ class SharedStep(Step):
         states, head = self._states(laid, laid.states)
         options: dict[str, Any] = {"chunk": self._chunk, "label_smoothing": self._label_smoothing}
         found = head_loss(head, states, predictions, gradient_scale=None if scales[0] is None else 1.0, **options)
-        assert found.of_states is not None
+        assert found.state_losses is not None
         if scales[0] is not None:
             found.objective.backward()
-        parts = found.of_states.split(of_states.diff().tolist())
+        parts = found.state_losses.split(of_states.diff().tolist())
         return [part.sum() / scale for part, scale in zip(parts, given, strict=True)]
 
     def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
