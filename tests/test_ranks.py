@@ -439,7 +439,7 @@ def test_a_rank_that_is_gone_is_told_from_a_fault_of_the_model() -> None:
 def test_who_finds_a_rank_gone_tells_of_it_before_obeying_its_launcher() -> None:
     """The launcher's SIGTERM used to end it first, silently, in one of twenty kills."""
     handler = signal.getsignal(signal.SIGTERM)
-    group = ranks_module._Group.__new__(ranks_module._Group)
+    group = ranks_module._ProcessGroup.__new__(ranks_module._ProcessGroup)
     try:
         with trainer.stop_on_signal():
             assert "has died" in str(group.blame(RuntimeError("Connection closed by peer")))
@@ -574,8 +574,8 @@ def test_a_build_without_a_backend_says_so(lacking: str, monkeypatch: pytest.Mon
 def test_one_process_is_the_case_of_one_rank() -> None:
     assert ALONE.is_first
     assert ALONE.gather(3) == [3]
-    assert ALONE.first(lambda: 4) == ALONE.together(lambda: 4) == ALONE.in_turn(lambda: 4) == 4
-    assert ALONE.most(5) == 5
+    assert ALONE.on_first_rank(lambda: 4) == ALONE.on_all_ranks(lambda: 4) == ALONE.in_turn(lambda: 4) == 4
+    assert ALONE.max(5) == 5
     assert torch.equal(ALONE.sum(torch.ones(2)), torch.ones(2))
     assert json.dumps(ALONE.device("cpu")) == '"cpu"'
     assert not ranks_module.launched()

@@ -112,7 +112,7 @@ def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(bot
             nn.init.normal_(layer.lora_B, std=0.1)
     options = {"packing": True, "share_prompts": True, "label_smoothing": 0.0, "chunk_tokens": 256, "compiles": False}
     batches = [examples(3, seed=5), examples(4, seed=6)]
-    done = SharedStep(base, twins, **options).together([(n, batch, 0.1) for n, batch in enumerate(batches)])
+    done = SharedStep(base, twins, **options).in_one_pass([(n, batch, 0.1) for n, batch in enumerate(batches)])
     assert all(p.grad is None for p in twins[2].parameters())
     assert all(p.grad is None for p in base.parameters())
     for twin, batch, stats in zip(twins, batches, done, strict=False):
@@ -142,7 +142,7 @@ def test_linears_that_read_the_same_input_are_one_product_for_all_runs(monkeypat
     step = SharedStep(
         base, twins, packing=True, share_prompts=True, label_smoothing=0.0, chunk_tokens=256, compiles=False
     )
-    step.together([(0, examples(2, seed=5), 0.1), (1, examples(3, seed=6), 0.1)])
+    step.in_one_pass([(0, examples(2, seed=5), 0.1), (1, examples(3, seed=6), 0.1)])
     assert calls == [(3, 2), (1, 2), (2, 2), (1, 2)] * 2
 
 

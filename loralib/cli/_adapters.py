@@ -57,7 +57,7 @@ def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> 
     """Loads the base and adapter that the flags name on each rank, in the same dtype on all (see `load_adapted`)."""
     device, dtype = ranks.device(args.device), args.dtype
     if ranks.size > 1 and dtype is None and not is_made_up(args.model or ""):
-        dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
+        dtype = ranks.on_first_rank(lambda: str(pick_dtype(None, pick_device(device))))
     return ranks.in_turn(
         lambda: load_adapted(
             args.adapter, model=args.model, dtype=dtype, device=device, quantize=args.quantize, merged=merged

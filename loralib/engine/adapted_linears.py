@@ -69,14 +69,14 @@ class TrainingLinears:
             others = [module for module in others if not _needs_copy(weight_of(module))]
         self.modules: list[nn.Module] = [*self._layers, *others]
         self._others: Overrides = {module: FrozenLinear(module, _needs_copy(weight_of(module))) for module in others}
-        self._groups: list[_Group] = []
+        self._groups: list[_TrainingGroup] = []
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
         """Yields overrides that record which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
         yield {layer: functools.partial(record_call, calls, layer) for layer in self._layers}
-        self._groups = [_Group(layers, self._prepacks) for layers in groups_of(calls)]
+        self._groups = [_TrainingGroup(layers, self._prepacks) for layers in groups_of(calls)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
@@ -222,7 +222,7 @@ class LayerGroup(LinearGroup[LoRALinear]):
         return layer._drop(x) if drops else None
 
 
-class _Group(LayerGroup):
+class _TrainingGroup(LayerGroup):
     """Layers with LoRA in a training step."""
 
     def __init__(self, layers: list[LoRALinear], prepack: bool) -> None:

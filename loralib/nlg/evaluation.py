@@ -249,7 +249,7 @@ def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None
 
 
 @dataclass(frozen=True)
-class _Group:
+class _InputGroup:
     """The first row of an input, and the texts of all its rows."""
 
     first: Row
@@ -319,12 +319,12 @@ def _reference_files(path: Path) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def _read_data(path: Path) -> list[_Group]:
+def _read_data(path: Path) -> list[_InputGroup]:
     format = guess_format(path)
     rows = read_rows(path, format) if format in ("e2e", "dart", "webnlg") else _read_records(path, format)
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _InputGroup] = {}
     for row in rows:
-        groups.setdefault(row.context, _Group(row, [])).texts.append(row.completion.strip())
+        groups.setdefault(row.context, _InputGroup(row, [])).texts.append(row.completion.strip())
     return list(groups.values())
 
 
