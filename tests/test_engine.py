@@ -487,7 +487,7 @@ def test_weights_may_change_between_two_generations_of_one_generator() -> None:
         number = generator.add([5, 6, 7], Sampling(max_new_tokens=12, min_new_tokens=12))
         tokens: list[int] = []
         while len(generator):
-            tokens += [token for piece in generator.step() if piece.request == number for token in piece.ids]
+            tokens += [token for chunk in generator.step() if chunk.request == number for token in chunk.ids]
         return tokens
 
     go()

@@ -252,8 +252,8 @@ def test_a_request_that_joins_later_waits_for_those_whose_positions_it_would_cha
     requests = [(PROMPTS[0], 6), (PROMPTS[1], 4), (PROMPTS[2], 8), (PROMPTS[0], 3)]
     numbers = [generator.add(*request) for request in ((p, Sampling(max_new_tokens=n)) for p, n in requests)]
     while len(generator):
-        for piece in generator.step():
-            texts.setdefault(piece.request, []).extend(piece.ids)
+        for chunk in generator.step():
+            texts.setdefault(chunk.request, []).extend(chunk.ids)
     assert [texts[number] for number in numbers] == [greedy(model, *request) for request in requests]
 
 

@@ -27,7 +27,7 @@ from loralib.engine.causal import require_causal
 from loralib.engine.frozen_linear import prepacked_overrides
 from loralib.engine.placement import Hold, overriding
 from loralib.errors import ConfigError, DataError
-from loralib.generation import Generator, Piece, Sampling, beam_search, decoder, generate, stream
+from loralib.generation import Generator, Sampling, TextChunk, beam_search, decoder, generate, stream
 from loralib.generation.decoder import CachedDecoder, PlainDecoder, make_decoder
 from loralib.generation.sampling import banned_tokens, choose, penalize
 from loralib.generation.text import TextStream
@@ -323,18 +323,18 @@ def test_a_generator_notices_that_its_model_was_trained_between_two_requests(lla
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = Generator(model, LETTERS)
 
-    def written() -> list[Piece]:
+    def written() -> list[TextChunk]:
         generator.add(PROMPTS[0], Sampling(temperature=0.0, max_new_tokens=12))
-        pieces = []
+        chunks = []
         while len(generator):
-            pieces += generator.step()
-        return pieces
+            chunks += generator.step()
+        return chunks
 
-    before = [token for piece in written() for token in piece.ids]
+    before = [token for chunk in written() for token in chunk.ids]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    after = [token for piece in written() for token in piece.ids]
+    after = [token for chunk in written() for token in chunk.ids]
     expected = [token for token in alone(model, PROMPTS[0], 12) if token != END]
     assert after == expected != before
 
@@ -348,11 +348,11 @@ def test_drawn_tokens_depend_on_the_request_alone(llama: Any) -> None:
     generator = Generator(llama, LETTERS, max_requests=3)
     for number, prompt in enumerate(PROMPTS[:2] + PROMPTS[3:]):
         generator.add(prompt, Sampling(max_new_tokens=5 + number, temperature=0.5 * number, seed=number))
-    pieces: list[Piece] = generator.step()
+    chunks: list[TextChunk] = generator.step()
     wanted = generator.add(PROMPTS[2], own)
     while len(generator):
-        pieces += generator.step()
-    assert tuple(token for piece in pieces if piece.request == wanted for token in piece.ids) == expected
+        chunks += generator.step()
+    assert tuple(token for chunk in chunks if chunk.request == wanted for token in chunk.ids) == expected
     other = generate(llama, LETTERS, [PROMPTS[2]], own, seed=8)
     assert other[0].ids != expected
     twice = generate(llama, LETTERS, [PROMPTS[2], PROMPTS[2]], own)
@@ -377,21 +377,21 @@ def test_cancelled_request_sends_no_more_and_disturbs_nobody(llama: Any) -> None
     generator = Generator(llama, LETTERS)
     for prompt in PROMPTS:
         generator.add(prompt, Sampling(max_new_tokens=9))
-    pieces = generator.step()
+    chunks = generator.step()
     generator.cancel(1)
     while len(generator):
-        pieces += generator.step()
-    joined = [tuple(token for piece in pieces if piece.request == number for token in piece.ids) for number in range(5)]
+        chunks += generator.step()
+    joined = [tuple(token for chunk in chunks if chunk.request == number for token in chunk.ids) for number in range(5)]
     assert joined == [expected[0], expected[1][:1], *expected[2:]]
 
 
 def test_pieces_join_to_the_result_and_end_once(llama: Any) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.0, stop="Z")
-    pieces = list(stream(llama, LETTERS, PROMPTS, sampling))
+    chunks = list(stream(llama, LETTERS, PROMPTS, sampling))
     for number, result in enumerate(generate(llama, LETTERS, PROMPTS, sampling)):
-        own = [piece for piece in pieces if piece.request == number]
-        assert "".join(piece.text for piece in own) == result.text
-        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [result.finish_reason]
+        own = [chunk for chunk in chunks if chunk.request == number]
+        assert "".join(chunk.text for chunk in own) == result.text
+        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [result.finish_reason]
         assert "Z" not in result.text
 
 
@@ -549,30 +549,30 @@ class Bytes:
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
     stream_of_text = TextStream(Bytes(), stops)
-    pieces = []
+    chunks = []
     for token in text.encode("utf-8"):
-        pieces.append(stream_of_text.add(token))
+        chunks.append(stream_of_text.add(token))
         if stream_of_text.stopped:
             break
-    pieces.append(stream_of_text.finish())
+    chunks.append(stream_of_text.finish())
     ends = [text.find(stop) for stop in stops if stop in text]
     # Of two stops the one that is complete first counts.
     if ends:
         done = min(text.find(stop) + len(stop) for stop in stops if stop in text)
         cut = min(place for place in ends if place <= done)
         assert stream_of_text.stopped
-        assert "".join(pieces) in {text[:place] for place in ends if place <= cut or place < done}
+        assert "".join(chunks) in {text[:place] for place in ends if place <= cut or place < done}
     else:
-        assert "".join(pieces) == text
+        assert "".join(chunks) == text
 
 
 def test_real_tokenizer_streams_what_it_decodes(smollm2: Any) -> None:
     _, tokenizer = smollm2
     text = "Héllo 语 wörld 🎉🎉, don't  stop . now\n\n end"
     stream_of_text = TextStream(tokenizer)
-    pieces = [stream_of_text.add(token) for token in tokenizer(text)["input_ids"]]
-    assert "".join(pieces) + stream_of_text.finish() == text
-    assert all("\ufffd" not in piece for piece in pieces)
+    chunks = [stream_of_text.add(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(chunks) + stream_of_text.finish() == text
+    assert all("\ufffd" not in chunk for chunk in chunks)
 
 
 # --- beam search ---------------------------------------------------------------------------------------------------

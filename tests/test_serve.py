@@ -30,7 +30,7 @@ from loralib.bases import load_tokenizer, trained_on_chats
 from loralib.cli import main
 from loralib.cli.serve import open_port
 from loralib.generation import Sampling
-from loralib.generation.service import Ticket
+from loralib.generation.service import RequestHandle
 from loralib.serve import jobs, shelf
 from loralib.serve import running as serve_running
 from loralib.serve.requests import ChatRequest, CompletionRequest
@@ -109,7 +109,7 @@ def test_a_completion_is_what_its_seed_gives_offline(client: openai.OpenAI, runn
     assert reply.model == model
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+def test_a_stream_is_the_whole_answer_in_chunks(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "calm", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.8, "seed": 7, "n": 2}
     whole = client.completions.create(**asked)
     texts = {0: "", 1: ""}
@@ -425,7 +425,7 @@ def test_a_client_that_goes_away_ends_its_request(running: Running, stream: bool
     cancelled = threading.Event()
     cancel = service.cancel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service, "cancel", lambda ticket: (cancel(ticket), cancelled.set()))
+        patch.setattr(service, "cancel", lambda handle: (cancel(handle), cancelled.set()))
         body = json.dumps({**COMPLETION, "max_tokens": 200, "stream": stream, "ignore_eos": True}).encode()
         with hold(running):
             with connected(running, body, "/v1/completions"):
@@ -440,7 +440,7 @@ def test_a_reader_that_stops_reading_fills_no_memory(running: Running, monkeypat
     monkeypatch.setattr(serve_running, "_MOST_UNREAD", 64)
     ended = threading.Event()
     cancel = running.server.service.cancel
-    monkeypatch.setattr(running.server.service, "cancel", lambda ticket: (cancel(ticket), ended.set()))
+    monkeypatch.setattr(running.server.service, "cancel", lambda handle: (cancel(handle), ended.set()))
     asked = {**COMPLETION, "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 4, "logprobs": 20}
     with connected(running, json.dumps(asked).encode(), "/v1/completions", buffer=4096) as raw:
         assert ended.wait(60)
@@ -853,14 +853,14 @@ def test_the_guide_names_flags_and_fields_that_exist(guide: str) -> None:
     assert all(f"`{name}`" in text for name in without_effect)
 
 
-def test_a_request_that_is_cancelled_waits_for_no_more_pieces() -> None:
+def test_a_request_that_is_cancelled_waits_for_no_more_chunks() -> None:
     class Silent:
         """A service that takes requests in and never says anything of them."""
 
-        def submit(self, *_: Any, **__: Any) -> Ticket:
-            return Ticket(0, 1)
+        def submit(self, *_: Any, **__: Any) -> RequestHandle:
+            return RequestHandle(0, 1)
 
-        def cancel(self, ticket: Ticket) -> None:
+        def cancel(self, handle: RequestHandle) -> None:
             pass
 
     async def ask() -> list[Any]:
@@ -870,10 +870,10 @@ def test_a_request_that_is_cancelled_waits_for_no_more_pieces() -> None:
         run.submit()
 
         async def collected() -> list[Any]:
-            return [piece async for piece in run.pieces()]
+            return [chunk async for chunk in run.chunks()]
 
         waiting = asyncio.ensure_future(collected())
-        await asyncio.sleep(0)  # it waits for a piece now
+        await asyncio.sleep(0)  # it waits for a chunk now
         run.cancel()
         return await asyncio.wait_for(waiting, 10)
 

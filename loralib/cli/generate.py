@@ -324,8 +324,8 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
     for number, ids in enumerate(rows):
         if number:
             say()
-        for piece in stream(model, tokenizer, [ids], dataclasses.replace(sampling, seed=sampling.seed + number)):
-            say(piece.text, end="")
+        for chunk in stream(model, tokenizer, [ids], dataclasses.replace(sampling, seed=sampling.seed + number)):
+            say(chunk.text, end="")
         say()
 
 

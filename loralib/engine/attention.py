@@ -34,7 +34,7 @@ __all__ = [
     "KVCache",
     "Layout",
     "PackedLayout",
-    "Part",
+    "PromptChunk",
     "TreeLayout",
     "attention",
     "interface_name",
@@ -444,12 +444,12 @@ def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a prompt that is processed in one pass.
+class PromptChunk:
+    """A chunk of a prompt, processed in one pass.
 
     Attributes:
         start: number of prompt tokens that have already been processed.
-        slots: (start + n,) slots of the prompt's tokens, up to the last of this part.
+        slots: (start + n,) slots of the prompt's tokens, up to the last of this chunk.
     """
 
     start: int
@@ -457,13 +457,13 @@ class Part:
 
     @property
     def count(self) -> int:
-        """n, the number of tokens in this part."""
+        """n, the number of tokens in this chunk."""
         return len(self.slots) - self.start
 
 
 @dataclass
 class TreeLayout:
-    """One row of new tokens: first one for each branch, sequence by sequence, then parts of new prompts.
+    """One row of new tokens: first one for each branch, sequence by sequence, then chunks of new prompts.
 
     Each token in a sequence's tree of branches has one column, and a boolean says whether a branch sees it.  So beams
     share their prompt and everything else that they have in common.
@@ -477,7 +477,7 @@ class TreeLayout:
         branch_positions: (S, N) position of each branch's new token in its sequence.
         positions: (S, C) position in the sequence of each column's token.
         table: (S, C) the slot of each column.
-        parts: the parts of new prompts, in the order of their tokens.
+        prompt_chunks: the chunks of new prompts, in the order of their tokens.
     """
 
     cache: KVCache
@@ -488,7 +488,7 @@ class TreeLayout:
     branch_positions: Tensor
     positions: Tensor
     table: Tensor
-    parts: list[Part]
+    prompt_chunks: list[PromptChunk]
     _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
     _blocks: dict[tuple[int | None, int], VisibilityBlocks] = field(default_factory=dict)
 
@@ -502,15 +502,15 @@ class TreeLayout:
         start = len(self.sequence)
         if start:
             results.append(self._attend_branches(q[:start], keys, values, settings))
-        for part in self.parts:
-            own = slice(start, start + part.count)
-            if part.start:
+        for chunk in self.prompt_chunks:
+            own = slice(start, start + chunk.count)
+            if chunk.start:
                 # Gathered in prompt order, because a prompt's slots may be scattered over the cache.
-                seen = keys.index_select(0, part.slots), values.index_select(0, part.slots)
+                seen = keys.index_select(0, chunk.slots), values.index_select(0, chunk.slots)
             else:
                 seen = k[own], v[own]
             results.append(_attend_causally(q[own], *seen, settings))
-            start += part.count
+            start += chunk.count
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def blocks(self, window: int | None, group: int) -> VisibilityBlocks:
