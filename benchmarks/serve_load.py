@@ -66,7 +66,7 @@ def make(root: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(std=0.2)
-        lora.save_adapter(model, root / "shelf" / f"a{number}")
+        lora.save_adapter(model, root / "adapters" / f"a{number}")
         lora.remove(model)
 
 
@@ -182,7 +182,7 @@ def compare(server: Server, root: Path, replies: dict[int, str]) -> tuple[dict[s
             counts["equal"] += 1
             continue
         if adapter:
-            lora.load_adapter(model, root / "shelf" / adapter)
+            lora.load_adapter(model, root / "adapters" / adapter)
         at, within = parting(server, model, asked, ids, text)
         if adapter:
             lora.remove(model)
@@ -240,7 +240,7 @@ def main() -> None:
         root = Path(directory)
         make(root)
         config = ServeConfig(
-            model=str(root / "base"), adapters=str(root / "shelf"), dtype="fp32", page=False, max_jobs=1,
+            model=str(root / "base"), adapters=str(root / "adapters"), dtype="fp32", page=False, max_jobs=1,
             state_dir=str(root / "state"), cache_tokens=16384,
         )  # fmt: skip
         server = start(config)

@@ -48,10 +48,10 @@ class Patient(FakeProcess):
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     base = tiny_base(tmp_path / "base")
     for seed, name in enumerate(("calm", "bold", "spare")):
-        tiny_adapter(base, tmp_path / "shelf" / name, seed)
+        tiny_adapter(base, tmp_path / "adapters" / name, seed)
     FakeProcess.made = []
     monkeypatch.setattr(jobs_module, "TrainingProcess", Patient)
-    places = {"model": str(base), "adapters": str(tmp_path / "shelf"), "state_dir": str(tmp_path / "state")}
+    places = {"model": str(base), "adapters": str(tmp_path / "adapters"), "state_dir": str(tmp_path / "state")}
     running = Running(ServeConfig(**places, dtype="fp32", max_tokens=20))
     yield running
     running.close()

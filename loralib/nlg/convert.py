@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Decoded",
     "EncodedRow",
-    "Prediction",
+    "PredictedIds",
     "decode_predictions",
     "encode_rows",
     "format_encoded",
@@ -44,7 +44,7 @@ class EncodedRow(TypedDict):
     completion: list[int]
 
 
-class Prediction(NamedTuple):
+class PredictedIds(NamedTuple):
     """The token ids that a model generated for one row of the input file."""
 
     id: int
@@ -172,25 +172,25 @@ class Decoded:
         ]
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
+def read_predictions(path: str | Path) -> list[PredictedIds]:
     """Reads the token ids that a beam search wrote: JSONL with ``id`` and ``predict``.
 
     Raises:
         DataError: the file cannot be read, or lines have another form; all such lines are listed.
     """
 
-    def parse(record: Any) -> Prediction:
+    def parse(record: Any) -> PredictedIds:
         ids = record["predict"]
         if type(record["id"]) is not int or not all(type(token) is int and token >= 0 for token in ids):
             raise TypeError
-        return Prediction(record["id"], list(ids))
+        return PredictedIds(record["id"], list(ids))
 
     return _read_records(path, parse, '{"id": number, "predict": [numbers]}', "Make it with a beam search.")
 
 
 def decode_predictions(
     rows: Sequence[Row],
-    predictions: Iterable[Prediction],
+    predictions: Iterable[PredictedIds],
     bpe: Tokenizer,
     *,
     tokenize: bool = False,

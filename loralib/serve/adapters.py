@@ -57,8 +57,8 @@ def get_model(request: Request, model: str) -> dict[str, Any]:
 def list_adapters(request: Request) -> dict[str, Any]:
     """Lists adapters, and the directories of further ones that can be loaded."""
     server: Server = request.app.state.server
-    shelf = server.adapters
-    return {"object": "list", "data": _described(server), "unused": shelf.unused()}
+    store = server.adapters
+    return {"object": "list", "data": _described(server), "unused": store.unused()}
 
 
 @router.post("/v1/adapters", status_code=201)

@@ -15,9 +15,9 @@ from ..generation import Sampling
 from ..generation.service import RequestHandle, Service
 from ..generation.streaming import TextChunk
 from .errors import RequestError
-from .metrics import Metrics
+from .metrics import ServerMetrics
 
-__all__ = ["ClientGoneError", "Run", "Text", "unless_gone", "until_gone"]
+__all__ = ["ClientGoneError", "Run", "TextState", "unless_gone", "until_gone"]
 
 Result = TypeVar("Result")
 _MOST_UNREAD: Final = 4096  # maximum number of chunks waiting for a slow client; corresponds to minutes of a text
@@ -28,7 +28,7 @@ class ClientGoneError(Exception):
 
 
 @dataclass
-class Text:
+class TextState:
     """The state of one text.
 
     Attributes:
@@ -74,9 +74,9 @@ class Run:
         ends: frozenset[int],
         decode: Callable[[Sequence[int]], str],
         seconds: float,
-        metrics: Metrics,
+        metrics: ServerMetrics,
     ) -> None:
-        self.texts = [Text(ids) for ids in prompts]
+        self.texts = [TextState(ids) for ids in prompts]
         self._service, self._samplings, self._adapter, self._client = service, samplings, adapter, client
         self._ends, self._decode, self._metrics = ends, decode, metrics
         self._began = time.monotonic()
@@ -178,7 +178,7 @@ class Run:
         self._arrived.put_nowait((number, RequestError(words, 408, "read_too_slowly")))
         self.cancel()
 
-    def _noted(self, text: Text, chunk: TextChunk) -> TextChunk:
+    def _noted(self, text: TextState, chunk: TextChunk) -> TextChunk:
         """Counts a chunk, and ends the text at an end token that the model's thread does not know."""
         if text.first is None:
             text.first = time.monotonic() - self._began

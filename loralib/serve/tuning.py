@@ -20,9 +20,9 @@ from ..errors import did_you_mean
 from ..settings import settings_schema
 from ..training import TrainConfig
 from .bodies import WHOLE, Body
-from .jobs import NOT_SETTABLE, OVER, Checkpoint, Event, Job, Jobs
+from .jobs import NOT_SETTABLE, OVER, Event, Job, JobCheckpoint, Jobs
 from .state import RequestError
-from .uploads import Files, Upload, UploadedFile
+from .uploads import FileStore, Upload, UploadedFile
 
 __all__ = ["router"]
 
@@ -100,7 +100,7 @@ class _Form:
         if self.upload is not None:
             self.upload.close()
 
-    def finish(self, files: Files) -> UploadedFile:
+    def finish(self, files: FileStore) -> UploadedFile:
         """Keeps the uploaded file.
 
         Raises:
@@ -486,11 +486,11 @@ def _event(event: Event) -> dict[str, Any]:
     }
 
 
-def _checkpoint_id(checkpoint: Checkpoint) -> str:
+def _checkpoint_id(checkpoint: JobCheckpoint) -> str:
     return f"ftckpt-{checkpoint.job.partition('-')[2]}-{checkpoint.step}"
 
 
-def _checkpoint(checkpoint: Checkpoint, adapter: str) -> dict[str, Any]:
+def _checkpoint(checkpoint: JobCheckpoint, adapter: str) -> dict[str, Any]:
     return {
         "id": _checkpoint_id(checkpoint),
         "object": "fine_tuning.job.checkpoint",

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Learned",
-    "Metrics",
-    "NoMetrics",
+    "MetricsWriter",
+    "NullMetricsWriter",
     "Reporter",
     "is_our_card",
     "plot_losses",
@@ -173,7 +173,7 @@ def _listed(figures: Mapping[str, float]) -> str:
     return "".join(f", {name} {value:.3f}" for name, value in figures.items())
 
 
-class Metrics:
+class MetricsWriter:
     """Appends events to metrics.jsonl, one JSON object per line, and optionally to TensorBoard.
 
     Args:
@@ -269,8 +269,8 @@ class Metrics:
             ) from error
 
 
-class NoMetrics:
-    """Stands in for `Metrics` in processes that do not write them."""
+class NullMetricsWriter:
+    """Stands in for `MetricsWriter` in processes that do not write them."""
 
     note = ""
 

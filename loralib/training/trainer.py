@@ -46,7 +46,7 @@ from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates
 from .preferences import PREFERENCE_STEPS, DPOStep, reference_of
 from .ranks import Ranks, joined
 from .record import run_record, settings_and_versions, write_record
-from .report import Metrics, NoMetrics, Reporter
+from .report import MetricsWriter, NullMetricsWriter, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
 from .start import EvaStarts, adapter_to_train_on, data_start, full_precision, refuse_other_variant, spread
@@ -354,11 +354,11 @@ class Trainer:
         self.gradients_checked = self.progress.step > 0
         self._saved = -1  # the update after which a checkpoint was written
         self.from_base = reporter.from_base = starts_as_base(model, self.initial)
-        self.metrics = self._open_metrics() if ranks.is_first else NoMetrics()
+        self.metrics = self._open_metrics() if ranks.is_first else NullMetricsWriter()
 
-    def _open_metrics(self) -> Metrics:
+    def _open_metrics(self) -> MetricsWriter:
         tensorboard = self.config.report_to == "tensorboard"
-        return Metrics(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
+        return MetricsWriter(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
 
     def train(self) -> TrainResult:
         """Trains until the end, a signal or early stopping, and saves."""
