@@ -166,7 +166,7 @@ def test_all_faulty_lines_are_told_at_once(tmp_path: Path) -> None:
     assert f"{path}:3: 2 `||` in 'x||y||z'" in message
     assert f"{path}:5" in message
     assert "meaning representation||text" in message
-    assert "3 lines are not" in message
+    assert "3 lines do not match" in message
 
 
 def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         ("a.json", '[{"tripleset": [["a", "b"]], "annotations": []}, {"annotations": []}]', "2 of 2 differ"),
         ("a.json", '{"entries": [{"1": {"category": "x"}}]}', "'modifiedtripleset' is missing"),
         ("a.json", '{"entries": 3}', "list 'entries'"),
-        ("a.json", "[" * 100_000, "is not of that form"),
+        ("a.json", "[" * 100_000, "does not match"),
         ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "\\udc00"}]}]', "1 of 1 differ"),
         ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": 3}]}]', "1 of 1 differ"),
         ("a.xml", '<!DOCTYPE e [<!ENTITY a "aaaa">]><e>&a;</e>', "defines XML entities"),

@@ -322,7 +322,7 @@ def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "lone surrogate"),
         ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "Did you mean 'prompt'?"),
         ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines are not of that form"),
+        ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines do not match"),
         ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', "a.json[1]: prompt is a number"),
         ("a.jsonl", "\n", "is empty, expected one JSON object per line"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),

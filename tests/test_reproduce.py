@@ -483,7 +483,7 @@ def test_a_prompt_longer_than_the_context(run: Run, data: Path) -> None:
 @pytest.mark.usefixtures("out")
 def test_a_model_that_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "one_line", lambda text, form: "")
-    assert "wrote nothing for any of 4 inputs: it stops at once" in run("decode.num_beams=3", code=2)
+    assert "generated no text for any of 4 inputs: it stops immediately" in run("decode.num_beams=3", code=2)
 
 
 def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -110,12 +110,12 @@ def add_model_arguments(parser: argparse._ActionsContainer, *, several: bool = F
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
-    """Adds ``--quantize``."""
+    """Adds ``--quantize``, the form of the base's weights; `help` says what it applies to."""
     parser.add_argument("--quantize", choices=("none", *KINDS), default="none", help=f"{help} (default none)")
 
 
 def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, default: str | None = "auto") -> None:
-    """Adds ``--data_format``."""
+    """Adds ``--data_format`` with the choices auto and `formats`; `help` says which file it describes."""
     text = f"{help} (default auto)"
     add_flag(parser, "--data_format", "--format", default=default, choices=("auto", *formats), help=text)
 
@@ -172,7 +172,7 @@ def add_reading(parser: argparse._ActionsContainer, help: str, default: str | No
 
 
 def add_as_chat(parser: argparse._ActionsContainer) -> None:
-    """Adds ``--as_chat``."""
+    """Adds ``--as_chat``, which turns prompts and completions into chats."""
     text = "format prompts and completions with the model's chat template"
     parser.add_argument("--as_chat", action="store_true", help=text)
 

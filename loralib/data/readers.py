@@ -19,7 +19,7 @@ from ..errors import DataError, did_you_mean, list_faults
 from .classes import CLASSES
 from .examples import Example, chat_of, meaning_prompt
 from .fields import RecordOptions, parse_columns
-from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
+from .lines import decoded, do_not_match, read_bytes, read_lines, shown, split_lines
 from .preferences import PREFERENCE_FORMS
 from .records import RECORDS, UnreadableRecord, read_rows
 from .tables import (
@@ -558,7 +558,7 @@ def _read_e2e(path: Path) -> list[Example]:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
             fix += " For a file of plain text, choose the format 'text' (--data_format text)."
-        heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
+        heading = f"expected `meaning representation||text`, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, fix))
     return examples
 

@@ -30,7 +30,7 @@ from .fields import (
     named,
     text_of,
 )
-from .lines import are_not
+from .lines import do_not_match
 from .preferences import PREFERENCE_FORMS, one_example, two_records
 from .turns import turns_of
 
@@ -71,7 +71,7 @@ def read_rows(
             faults.append(f"{where}: {error}")
     reader.check_columns()
     if faults:
-        heading = f"expected {form}, but {are_not(len(faults), reader.unit)} of that form"
+        heading = f"expected {form}, but {do_not_match(len(faults), reader.unit)}"
         raise DataError(list_faults(heading, faults, "Fix or remove them."))
     reader.check_fields()
     return examples, reader.notes()

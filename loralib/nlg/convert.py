@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, TypeVar
 
-from ..data.lines import are_not, is_text, read_lines, shown
+from ..data.lines import do_not_match, is_text, read_lines, shown
 from ..errors import DataError, list_faults
 from .published import Row
 
@@ -252,6 +252,6 @@ def _read_records(path: str | Path, parse: Callable[[Any], Record], form: str, f
         except (KeyError, RecursionError, TypeError, ValueError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        heading = f"expected {form} on each line, but {are_not(len(faults))} of that form"
+        heading = f"expected {form} on each line, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, fix))
     return records

@@ -174,7 +174,7 @@ class Run:
         if self._arrived.qsize() < _MOST_UNREAD:
             self._arrived.put_nowait((number, chunk))
             return
-        words = "the answer was read too slowly; read it as it arrives, or make the request without stream"
+        words = "the answer was read too slowly; read it as it arrives, or send the request without `stream`"
         self._arrived.put_nowait((number, RequestError(words, 408, "read_too_slowly")))
         self.cancel()
 

@@ -175,14 +175,14 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    """Lists files, newest first."""
+    """Lists uploaded files, newest first unless `order` is asc: at most `limit`, after the file with the id `after`."""
     files = [file for file in _jobs(request).files.list() if purpose in (None, file.purpose)]
     return _page(files[::-1] if order == "asc" else files, after, limit, lambda file: file.id, _file)
 
 
 @router.get("/v1/files/{file_id}")
 def get_file(request: Request, file_id: str) -> dict[str, Any]:
-    """Describes a file."""
+    """Returns an uploaded file's name, size and purpose, and how its examples are read."""
     return _file(_jobs(request).files.get(file_id))
 
 
@@ -234,7 +234,7 @@ class Preferences(Body):
 
 
 class Method(Body):
-    """The training method."""
+    """The training method, supervised or dpo (preferences), with its hyperparameters."""
 
     type: Literal["supervised", "dpo"] = "supervised"
     supervised: Supervised | None = None
@@ -258,7 +258,7 @@ class Method(Body):
 
 
 class JobRequest(Body):
-    """A training job."""
+    """A training job to queue: the base model, ids of uploaded files, and settings; `loralib` has our own ones."""
 
     model: str
     training_file: str
@@ -316,14 +316,14 @@ def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> 
 
 @router.get("/v1/fine_tuning/jobs")
 def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists jobs, newest first."""
+    """Lists training jobs, newest first: at most `limit` of them, after the job with the id `after`."""
     jobs = _jobs(request)
     return _page(jobs.list(), after, limit, lambda job: job.id, lambda job: _job(jobs, job))
 
 
 @router.get("/v1/fine_tuning/jobs/{fine_tuning_job_id}")
 def get_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
-    """Describes a job."""
+    """Returns a training job: its status, settings, progress and, once it has succeeded, its adapter's name."""
     jobs = _jobs(request)
     return _job(jobs, jobs.get(fine_tuning_job_id))
 

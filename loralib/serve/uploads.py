@@ -112,7 +112,13 @@ def _without_paths() -> Iterator[None]:
 
 
 class FileStore:
-    """The uploaded files of a server.  Any thread may use it."""
+    """The uploaded files of a server: their content on disk, and what is known about them in the database.
+
+    Any thread may use it.
+
+    Args:
+        state: the server's directory and database.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state

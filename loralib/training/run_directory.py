@@ -614,8 +614,8 @@ class RunDirectory:
         """Returns the error for a non-finite or exploding loss or gradient: what is saved, and what to try."""
         if progress.step == 0:
             return TrainingError(
-                f"{fault}: the model itself produces this, since nothing has been trained yet. Try --dtype fp32, and "
-                "check the model's weights."
+                f"{fault}: the base model itself produces this, since nothing has been trained yet. "
+                "Try --dtype fp32, and check the model's weights."
             )
         best = progress.best_validation()
         saved = f" {self.best} contains the adapter from update {best[0]}." if best else ""

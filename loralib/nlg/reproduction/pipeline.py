@@ -195,8 +195,9 @@ class _Reproduction:
     def _scores(self, _: bool) -> Mapping[str, Any]:
         if not self.texts.read_text(encoding="utf-8").strip():
             raise DataError(
-                f"the adapted model wrote nothing for any of {len(self._inputs)} inputs: it stops at once, so there "
-                f"is nothing to score ({self.shown / 'texts.jsonl'}). Train longer, or set decode.min_new_tokens."
+                f"the adapted model generated no text for any of {len(self._inputs)} inputs: it stops immediately, "
+                f"so there is nothing to score ({self.shown / 'texts.jsonl'}). "
+                "Train longer, or set decode.min_new_tokens."
             )
         done = evaluate(read_texts(self.test, self.texts, "data")).as_json()
         write_json(self.directory / "scores.json", done)
