@@ -25,7 +25,7 @@ LETTERS = {"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "Ċ": 5, "<|endoftext|>": 6
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     bos_token_id = None
     eos_token_id = 0

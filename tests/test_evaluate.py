@@ -1,4 +1,4 @@
-"""Scoring files: the layouts of references, WebNLG's seen and unseen categories, slot errors, and what goes wrong."""
+"""Scoring files: layouts of references, WebNLG's seen and unseen categories, slot errors, and error messages."""
 
 from __future__ import annotations
 

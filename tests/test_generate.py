@@ -70,7 +70,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 2
 
 
 def make(config: Any) -> Any:
-    """A small model whose next tokens are neither certain nor all alike."""
+    """A small model whose next tokens are neither certain nor equally likely."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -93,7 +93,7 @@ def llama() -> Any:
 
 
 class Letters:
-    """A tokenizer: one letter a token, and a space for the end."""
+    """A tokenizer with one token per letter; a space is the end token."""
 
     eos_token_id = END
     bos_token_id = None
@@ -111,7 +111,7 @@ LETTERS = Letters()
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy decoding as plainly as can be."""
+    """Greedy decoding in its simplest form."""
     ids: list[int] = []
     while len(ids) < count:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_greedy_is_the_likeliest_token_each_time(model: Any) -> None:
 
 @pytest.mark.usefixtures("both_ways")
 def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
-    """Texts open and close at different times, branches part and die; columns are moved to where there is room."""
+    """Texts begin and end at different times, branches split and end, and columns are moved to free places."""
     cached, plain = CachedDecoder(model), PlainDecoder(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -165,7 +165,7 @@ def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
 
 @pytest.mark.usefixtures("both_ways")
 def test_parts_of_prompts_and_shared_beginnings_change_no_logits(model: Any) -> None:
-    """Prompts are computed in parts, some after others that begin alike; each has the logits of all its tokens."""
+    """Prompts are computed in chunks, some after others with the same prefix; all their logits are right."""
     decoder = CachedDecoder(model, max_tokens=16 * 40, reuse=True, max_prompt_tokens=9)
     generator = torch.Generator().manual_seed(1)
     same = torch.randint(VOCABULARY, (40,), generator=generator).tolist()
@@ -250,7 +250,7 @@ def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> 
 def test_rounding_in_one_step_of_the_trial_costs_no_cache(
     llama: Any, monkeypatch: pytest.MonkeyPatch, steps: int, kind: type
 ) -> None:
-    """In bf16 two tokens may be as far apart as this with some adapters; all of the trial's tokens are not."""
+    """In bf16 and with some adapters, two tokens may deviate this much, but never all tokens of the trial."""
     left, step = iter(range(steps)), CachedDecoder.step
 
     def rounded(self: CachedDecoder) -> torch.Tensor:
@@ -263,7 +263,7 @@ def test_rounding_in_one_step_of_the_trial_costs_no_cache(
 
 
 def test_prepacked_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepacked from the first step on; on processors without bf16 units nothing is, and nothing differs."""
+    """Weights are prepacked from the first step on; without bf16 units they are not, and results are the same."""
     model = copy.deepcopy(llama).to(torch.bfloat16)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_adapted_model_merged_or_not(llama: Any) -> None:
 
 
 def test_a_generator_notices_that_its_model_was_trained_between_two_requests(llama: Any) -> None:
-    """By whatever optimiser: not every one counts its changes of a tensor."""
+    """With any optimiser, because not every one updates version counters."""
     model = copy.deepcopy(llama)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = Generator(model, LETTERS)
@@ -520,7 +520,7 @@ def test_penalty_ban_and_minimum_are_those_of_transformers(
 
 @pytest.mark.parametrize("own", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9, top_k=1500)])
 def test_rounding_hardly_changes_what_is_drawn(own: Sampling) -> None:
-    """Among many nearly equal tokens it changes their order, which must not matter."""
+    """Rounding changes the order of nearly equal tokens, which must not matter."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2000, generator=generator) / 50
     rounded = logits + 1e-5 * torch.randn(1, 2000, generator=generator)
@@ -579,7 +579,7 @@ def test_real_tokenizer_streams_what_it_decodes(smollm2: Any) -> None:
 
 
 class Table(nn.Module):
-    """A model without any structure: the logits of each text are random numbers of its own."""
+    """A model without any structure: each text has its own random logits."""
 
     def __init__(self, seed: int, vocabulary: int, spread: float) -> None:
         super().__init__()
@@ -596,7 +596,7 @@ class Table(nn.Module):
 
 
 def paper_search(model: Table, prompt: list[int], beams: int, limit: int, power: float, minimum: int) -> Any:
-    """The decoder as the paper's code does it: nothing is left out, nothing stops before the limit."""
+    """The decoder of the paper's code: no shortcuts, and no early stopping."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     best: tuple[float, tuple[int, ...]] = (-math.inf, ())
     for length in range(1, limit + 1):
@@ -667,7 +667,7 @@ def test_wide_search_finds_the_best_of_all_texts() -> None:
 
 
 class Fixed(nn.Module):
-    """A model with given probabilities, and a count of the rows that it computed."""
+    """A model with given probabilities that counts the rows it computes."""
 
     def __init__(self, probabilities: dict[tuple[int, ...], list[float]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The compiled kernels: the formulas in fp64, of tensors of any shape that they take; and what happens without them."""
+"""The compiled kernels: compared with formulas in fp64 for all accepted shapes; and what happens without them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_swiglu_of_numbers_beyond_the_range_of_exp(kernels: Kernels) -> None:
 @DTYPES
 @pytest.mark.parametrize("dense", [True, False])
 def test_rotation_and_back(kernels: Kernels, dense: bool, dtype: torch.dtype, error: float) -> None:
-    """Back is the transpose: turned there and back, with cos^2 + sin^2 = 1, x is what it was."""
+    """The inverse is the transpose: rotating forth and back, with cos^2 + sin^2 = 1, returns x."""
     x = draw(1, 7, 3, 32, dtype=dtype).transpose(1, 2) if dense else draw(1, 3, 7, 32, dtype=dtype)
     angle = draw(7, 32).double()
     angle[:, 16:] = angle[:, :16]
@@ -131,7 +131,7 @@ def attentions(draw_: Any) -> dict[str, Any]:
 
 
 def test_blocks_of_tiles_are_those_of_a_mask() -> None:
-    """Three full blocks, and one of a single query, with keys that nobody of a block sees left out."""
+    """Three full blocks, and one with a single query; keys that no query of a block sees are left out."""
     sees = (torch.rand(49, 60, generator=torch.Generator().manual_seed(0)) < 0.1) | torch.eye(49, 60).bool()
     starts = torch.arange(0, 49, 16)
     whole = VisibilityBlocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
@@ -142,7 +142,7 @@ def test_blocks_of_tiles_are_those_of_a_mask() -> None:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Tensor:
-    """Of q (R, H, D) over k and v (T, H_kv, D), where sees (R, T)."""
+    """The attention of q (R, H, D) over k and v (T, H_kv, D), where `sees` (R, T) is true."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = torch.einsum("rhd,thd->hrt", q, k) * scaling
     return torch.einsum("hrt,thd->rhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), v)
@@ -243,7 +243,7 @@ def factors(draw_: Any) -> dict[str, Any]:
 def test_linears_with_lora_and_their_gradients(
     kernels: Kernels, monkeypatch_module: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
-    """h is rounded where it is kept, as it would be by a linear; all else follows from what was kept."""
+    """h is rounded when it is stored, as by a linear layer; the rest is computed from the stored values."""
     count, width, ranks, widths, seed = (case[name] for name in ("count", "width", "ranks", "widths", "seed"))
 
     def half(*shape: int, number: int) -> Tensor:
@@ -302,7 +302,7 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
     widths: list[int],
     threads: int,
 ) -> None:
-    """Rows of a run follow those of another, with an adapter of its own of any rank, or none; bit for bit as alone."""
+    """Several runs, each with its own adapter of any rank or none, in one call; bit for bit the same as alone."""
     seeds = iter(range(1000))
 
     def half(*shape: int) -> Tensor:
@@ -347,7 +347,7 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
 def test_many_factors_are_cast_and_their_gradients_handed_back(
     kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]], seed: int
 ) -> None:
-    """As PyTorch rounds them, in rows or in columns, which may be part of something wider."""
+    """Rounded as by PyTorch, row- or column-wise, also as part of a wider tensor."""
     own = [draw(rows, columns, seed=seed + number) for number, (rows, columns, _) in enumerate(shapes)]
     rooms = [
         torch.full((columns, rows + 3) if turned else (rows, columns + 5), torch.nan, dtype=dtype)
@@ -387,7 +387,7 @@ def test_products_with_weights(
     added: str,
     threads: int,
 ) -> None:
-    """Of more numbers than are brought into order at once, too; and a row's do not depend on the others'."""
+    """Also with more numbers than are rearranged at once; each row is independent of the others."""
     width, wide = shape
     x, weight = draw(rows, width, dtype=torch.bfloat16), draw(wide, width, dtype=torch.bfloat16, seed=1)
     shapes = {"nothing": (0,), "a bias": (wide,), "rows": (rows, wide)}
@@ -432,7 +432,7 @@ def test_each_row_gets_the_low_rank_update_that_it_chose(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -> None:
-    """A run that explodes has to notice."""
+    """A run that diverges must notice it."""
     x = draw(4, 32).bfloat16()
     x[1, 3] = value
     assert not kernels.rms_norm(x, x[0], 1e-5)[0][1].isfinite().all()

@@ -398,7 +398,7 @@ def test_too_many_waiting_requests_are_told_to_come_again(running: Running) -> N
 
 
 class hold:
-    """Keeps the model's thread busy, so that nothing is generated meanwhile."""
+    """Blocks the model's thread, so that nothing is generated meanwhile."""
 
     def __init__(self, running: Running) -> None:
         self._service, self._go = running.server.service, threading.Event()
@@ -436,7 +436,7 @@ def test_a_client_that_goes_away_ends_its_request(running: Running, stream: bool
 
 
 def test_a_reader_that_stops_reading_fills_no_memory(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it does not read waits up to a bound; then its texts end, and it is told why if it reads on."""
+    """Unread chunks are queued up to a limit; then its texts end, and it is told why if it continues to read."""
     monkeypatch.setattr(serve_running, "_MOST_UNREAD", 64)
     ended = threading.Event()
     cancel = running.server.service.cancel
@@ -465,7 +465,7 @@ def connected(
     kind: str = "application/json",
     key: str = "",
 ) -> Iterator[socket.socket]:
-    """Sends a request over a socket of its own; `more`: bytes that are announced and do not come."""
+    """Sends a request over its own socket; `more`: bytes that are announced, but not sent."""
     listener, before = running.socket, running.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     with socket.socket() as raw:
         if buffer:
@@ -702,7 +702,7 @@ def test_a_base_without_a_template(places: Path, tmp_path: Path) -> None:
 
 
 def test_small_packets_are_sent_at_once() -> None:
-    """Else each answer on a connection that is kept, and each token of a stream, waits for 40 ms."""
+    """Otherwise, each answer on a kept-alive connection, and each token of a stream, is delayed by 40 ms."""
     with open_port("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         connection, _ = listener.accept()
         with connection:
@@ -737,7 +737,7 @@ def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path
 def test_a_job_on_chats_trains_with_the_server_s_template(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base has no template: neither would its job have, if the server's did not go with it."""
+    """The base has no template, so the job must use the server's."""
     base = shutil.copytree(places / "base", tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -855,7 +855,7 @@ def test_the_guide_names_flags_and_fields_that_exist(guide: str) -> None:
 
 def test_a_request_that_is_cancelled_waits_for_no_more_chunks() -> None:
     class Silent:
-        """A service that takes requests in and never says anything of them."""
+        """A service that accepts requests and never responds."""
 
         def submit(self, *_: Any, **__: Any) -> RequestHandle:
             return RequestHandle(0, 1)

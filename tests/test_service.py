@@ -1,4 +1,4 @@
-"""The service: each request is what it would be alone, whoever else asks, leaves, fails or begins as it does."""
+"""The service: each request has the same result as alone, even if others join, leave, fail or share its prefix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VOCABULARY = 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and one for the end."""
+    """A tokenizer with one token per byte, and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -49,7 +49,7 @@ TOKENIZER = byte_tokenizer()
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    """A small model whose next tokens are neither certain nor all alike, and two adapters."""
+    """A small model whose next tokens are neither certain nor equally likely, and two adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -141,7 +141,7 @@ REQUESTS = st.lists(
 def test_each_request_is_what_it_would_be_alone(
     bank: Bank, mode: str, requests: Any, reuse: bool, part: int, room: int, most: int, seed: int
 ) -> None:
-    """They join and are cancelled at any time, in a cache that has little room."""
+    """They join and are cancelled at any time, with a small cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORALIB_ENGINE", mode)
         rng = random.Random(seed)
@@ -198,7 +198,7 @@ def test_many_threads_ask_at_once(bank: Bank) -> None:
 
 
 def reused(generator: Generator, prompt: list[int], adapter: str | None = None, count: int = 4) -> int | None:
-    """How many tokens of a prompt were not computed again; what comes of it is checked."""
+    """Returns how many tokens of a prompt were reused, after checking the result."""
     number = generator.add(prompt, Sampling(max_new_tokens=count), adapter)
     chunks = finish(generator)[number]
     assert ids_of(chunks) == alone(generator._given, prompt, Sampling(max_new_tokens=count), adapter)
@@ -370,7 +370,7 @@ def test_clients_take_turns(bank: Bank) -> None:
 
 
 def test_a_large_request_is_overtaken_so_often_and_no_more(bank: Bank) -> None:
-    """It needs all the room there is, and small ones would always fit."""
+    """It needs the whole cache, while small ones would always fit."""
     generator = Generator(bank, TOKENIZER, cache_tokens=96, reuse=True)
     small = Sampling(max_new_tokens=8, min_new_tokens=8)
     for number in range(2):
@@ -401,7 +401,7 @@ def test_nobody_waits_behind_one_that_does_not_fit_yet() -> None:
 
 
 class Held:
-    """A request whose service is held between two steps until it is let go."""
+    """A request whose service is blocked between two steps until it is released."""
 
     def __init__(self, service: Service) -> None:
         self.go, held = threading.Event(), threading.Event()
@@ -602,7 +602,7 @@ def check(found: TokenLogprob, expected: torch.Tensor, token: int, count: int) -
 
 @pytest.mark.parametrize("mode", ["full", "off"])
 def test_log_probabilities_are_the_model_s_own(bank: Bank, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever penalties and temperature make of them, and though the prompt is computed in parts."""
+    """Regardless of penalties and temperature, and even if the prompt is computed in chunks."""
     monkeypatch.setenv("LORALIB_ENGINE", mode)
     prompt = text(0, 300)
     own = Sampling(max_new_tokens=6, temperature=0.5, frequency_penalty=1, logprobs=3, prompt_logprobs=True)
@@ -713,7 +713,7 @@ def test_a_schema_needs_a_tokenizer_that_can_be_read(bank: Bank) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process' threads")
 def test_waiting_threads_of_a_computation_end_and_begin_again() -> None:
-    """Those of the thread that loaded a model would put the service's to sleep at each operator."""
+    """Otherwise, those of the thread that loaded the model would slow down the service's thread at each operator."""
 
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
