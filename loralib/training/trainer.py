@@ -797,10 +797,8 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
         NothingLearnedError: the trained parameters have the same effect as their `initial` values.
     """
     if not _has_learned(model, initial):
-        count = len(initial)
-        changed = "nothing in the adapter's only tensor" if count == 1 else f"none of the adapter's {count} tensors"
         raise NothingLearnedError(
-            f"training changed {changed} in {counted(steps, 'update')}. "
+            f"training changed none of the adapter's {counted(len(initial), 'tensor')} in {counted(steps, 'update')}. "
             f"Raise --lr (now {lr:g}) and look at metrics.jsonl."
         )
 
