@@ -544,7 +544,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize(("spoilt", "told"), [(1, "before training: the model itself"), (3, "after update 4. .*best")])
+@pytest.mark.parametrize(
+    ("spoilt", "told"), [(1, "before training: the base model itself"), (3, "after update 4. .*best")]
+)
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path, spoilt: int, told: str) -> None:
     model = tiny_model()
     seen: list[int] = []
