@@ -43,7 +43,7 @@ def make(root: Path, *, with_gguf: bool) -> None:
     """Writes adapters of random values and, for llama.cpp, these and the base as GGUF, in bf16."""
     values = adapters(ADAPTERS)
     for name, adapter in values.items():
-        write_peft(adapter, root / "shelf" / name)
+        write_peft(adapter, root / "adapters" / name)
     if with_gguf:
         llama_cpp.write(root, values)
 
@@ -119,7 +119,7 @@ def main() -> None:
             "--model",
             "smollm2-135m",
             "--adapters",
-            str(root / "shelf"),
+            str(root / "adapters"),
             "--dtype",
             "bf16",
         ]

@@ -66,7 +66,7 @@ def make(root: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(std=0.2)
-        lora.save_adapter(model, root / "shelf" / f"a{number}")
+        lora.save_adapter(model, root / "adapters" / f"a{number}")
         lora.remove(model)
 
 
@@ -166,23 +166,23 @@ def compare(server: Server, root: Path, replies: dict[int, str]) -> tuple[dict[s
     model, _ = lora.load_base(str(root / "base"), dtype="fp32")
     counts, parted = {"equal": 0, "parted at a tie": 0, "different": 0}, []
     offline = Generator(server.bank, server.tokenizer)  # caches nothing of earlier texts
-    numbers, pieces = {}, collections.defaultdict(list)
+    numbers, chunks = {}, collections.defaultdict(list)
     for number in replies:
         asked = request_of(number)
         adapter = None if asked["model"] == "base" else asked["model"]
         numbers[number] = offline.add(asked["prompt"], sampling_of(asked), adapter)
     while len(offline):
-        for piece in offline.step():
-            pieces[piece.request].append(piece)
+        for chunk in offline.step():
+            chunks[chunk.request].append(chunk)
     for number, text in sorted(replies.items()):
-        asked, own = request_of(number), pieces[numbers[number]]
+        asked, own = request_of(number), chunks[numbers[number]]
         adapter = None if asked["model"] == "base" else asked["model"]
-        ids, alone = tuple(token for piece in own for token in piece.ids), "".join(piece.text for piece in own)
+        ids, alone = tuple(token for chunk in own for token in chunk.ids), "".join(chunk.text for chunk in own)
         if alone == text:
             counts["equal"] += 1
             continue
         if adapter:
-            lora.load_adapter(model, root / "shelf" / adapter)
+            lora.load_adapter(model, root / "adapters" / adapter)
         at, within = parting(server, model, asked, ids, text)
         if adapter:
             lora.remove(model)
@@ -240,7 +240,7 @@ def main() -> None:
         root = Path(directory)
         make(root)
         config = ServeConfig(
-            model=str(root / "base"), adapters=str(root / "shelf"), dtype="fp32", page=False, max_jobs=1,
+            model=str(root / "base"), adapters=str(root / "adapters"), dtype="fp32", page=False, max_jobs=1,
             state_dir=str(root / "state"), cache_tokens=16384,
         )  # fmt: skip
         server = start(config)

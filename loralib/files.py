@@ -120,7 +120,7 @@ def resume_lines(
     """Reads the JSON lines that an interrupted run appended, and truncates an incomplete last line.
 
     Args:
-        path: the file; it need not exist.
+        path: the file; it does not have to exist.
         first: the first key in each line.
         check: called with the records before truncation; if it raises, the file stays unchanged. KeyError, TypeError
             and ValueError mean that another program wrote the file.
@@ -194,7 +194,7 @@ def hold_directory(directory: str | os.PathLike[str], flag: str = "--output_dir"
 
 @contextlib.contextmanager
 def hold_file(path: str | os.PathLike[str], flag: str, *, wait: bool = False) -> Iterator[None]:
-    """Locks a file that a run appends to, as `hold_directory` locks a directory; the file need not exist.
+    """Locks a file that a run appends to, as `hold_directory` locks a directory; the file does not have to exist.
 
     Args:
         path: the file; its directory is created if needed.

@@ -34,7 +34,7 @@ def allowed() -> set[str]:
 
 
 class Rest:
-    """Stands for all finders, and finds what they do but for what is hidden: modules, and what is known of packages."""
+    """Replaces all module finders: finds what they find, except hidden packages and their metadata."""
 
     def __init__(self, finders: list[Any], names: set[str]) -> None:
         self.finders, self.names = finders, names

@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the modules that have the longest tests: two workers end together if the last ones are short."""
+    """Runs the modules with the longest tests first, so that two workers finish at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
@@ -67,7 +67,7 @@ def modest_threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
-    """What a test writes need not outlive a power cut; tests of what it would outlive replace fsync themselves."""
+    """Disables fsync: what tests write does not have to survive a power cut; tests of that replace fsync themselves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -75,7 +75,7 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen_objects() -> Iterator[None]:
-    """Keeps runs, which set all objects aside for as long as they last, from giving back those that are for good."""
+    """Keeps objects frozen: a run freezes all of them for its duration, and would unfreeze the session's as well."""
     set_aside = SimpleNamespace(collect=gc.collect, freeze=lambda: None, unfreeze=lambda: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loralib.training.memory.gc", set_aside)
@@ -84,7 +84,7 @@ def frozen_objects() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["kernels", "operators"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs tests with the compiled kernels, where there is a compiler, and with PyTorch's operators in their place."""
+    """Runs tests both with the compiled kernels, if there is a compiler, and with PyTorch's operators instead."""
     from loralib.engine.kernels import compiled, loaded
 
     compiled.cache_clear()
@@ -99,7 +99,7 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def load_file() -> Callable[[Path], ModuleType]:
-    """Imports a script or an example, which belong to no package: each call makes a module of its own."""
+    """Imports a script or an example, which are not part of a package; each call returns a new module."""
 
     def load(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -75,7 +75,7 @@ class Running:
 
 
 class FakeProcess:
-    """Stands for a training process; the test says what it writes and how it ends."""
+    """A fake training process; the test decides what it writes and how it ends."""
 
     made: list[FakeProcess]
 
@@ -93,7 +93,7 @@ class FakeProcess:
     leave = stop
 
     def train(self, *steps: int) -> None:
-        """Writes the events of updates, as a run that has begun does."""
+        """Writes the events of updates, as a running training does."""
         names = ("epoch", "lr", "examples", "tokens", "trained_tokens")
         with (self.directory / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
             for step in steps:

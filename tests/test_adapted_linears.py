@@ -1,4 +1,4 @@
-"""Linears that are computed together give what each gives by itself: outputs, gradients, and nothing left behind."""
+"""Linear layers computed in one product have the same outputs and gradients as alone, and leave nothing behind."""
 
 import copy
 from contextlib import contextmanager
@@ -122,7 +122,7 @@ def test_blocks_of_a_fused_projection():
 
 
 def test_outputs_that_are_scaled():
-    """As DoRA does, where a trained number for each output comes in between the product and the bias."""
+    """As in DoRA, where each output is scaled by a trained number before the bias is added."""
     net = adapted(use_dora=True)
     with torch.no_grad():
         net.q.lora_magnitude_vector.mul_(1.5)
@@ -157,7 +157,7 @@ def test_a_trained_bias_is_left_to_the_layer_itself():
 
 @pytest.mark.usefixtures("both_ways")
 def test_a_bias_of_another_dtype_is_refused_as_by_the_layer_itself():
-    """A kernel would take its bits for numbers."""
+    """A kernel would misread its bits."""
     net, x = adapted(torch.bfloat16, 16), torch.randn(2, 6 * 16).bfloat16()
     linears = learned(net, x)
     net.q.bias.data = net.q.bias.data.float()
@@ -242,7 +242,7 @@ def test_half_precision_gives_the_gradients_of_each_layer_alone_but_for_rounding
 
 
 class Odd(nn.Module):
-    """Layers that are found together and later run apart, or once more, or in place."""
+    """Layers that are grouped at first, and later run separately, repeatedly or in place."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ def passed(net, x, linears=None):
 @pytest.mark.bf16_units
 @pytest.mark.parametrize("limit", [2**30, 0])
 def test_prepacked_frozen_weights(limit, monkeypatch):
-    """As near to the exact numbers as without; where the copies are too large there are none."""
+    """Results are as accurate as without them; copies that would be too large are not made."""
     monkeypatch.setattr(adapted_linears, "MAX_PREPACKED_BYTES", limit)
     monkeypatch.setenv("LORALIB_ENGINE", "torch")
     net, x = headed(), torch.randn(3, 5, 8).bfloat16()

@@ -1,4 +1,4 @@
-"""Adapters as values: taken from a model, put on one strictly or not at all, and belonging to a base."""
+"""Adapters as values: taken from a model, applied completely or not at all, and bound to a base."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def changed(adapter: Adapter, **tensors: Tensor | None) -> Adapter:
-    """The adapter with other tensors; None takes one away."""
+    """The adapter with some tensors replaced; None removes one."""
     kept = {name: t for name, t in adapter.tensors.items() if tensors.get(name, t) is not None}
     return Adapter(adapter.config, {**kept, **{n: t for n, t in tensors.items() if t is not None}}, adapter.metadata)
 

@@ -430,7 +430,7 @@ def test_convert_says_how_to_use_the_result(
 
 
 def test_a_modelfile_has_the_template_as_ollama_writes_it(smollm2: tuple[Any, Any]) -> None:
-    """The model's template, rendered, is what Ollama makes of ours: its loop over messages is a few replacements."""
+    """The Modelfile's template renders like the model's own; replacements imitate Ollama's loop over messages."""
     tokenizer = smollm2[1]
     text = modelfile("lora.gguf", tokenizer)
     template = text.partition('TEMPLATE """')[2].partition('"""')[0]

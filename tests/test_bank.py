@@ -155,14 +155,14 @@ def test_running_sequences_keep_the_adapter_they_began_with(bank):
     bank, values = bank
     generator = Generator(bank, Letters())
     generator.add(PROMPTS[0], Sampling(max_new_tokens=6), "plain")
-    pieces = generator.step()
+    chunks = generator.step()
     bank.load("plain", values["wide"], replace=True)
     generator.add(PROMPTS[0], Sampling(max_new_tokens=6), "plain")
-    pieces += generator.step()
+    chunks += generator.step()
     bank.unload("plain")
     while len(generator):
-        pieces += generator.step()
-    texts = [tuple(token for piece in pieces if piece.request == number for token in piece.ids) for number in (0, 1)]
+        chunks += generator.step()
+    texts = [tuple(token for chunk in chunks if chunk.request == number for token in chunk.ids) for number in (0, 1)]
     assert texts == [alone(bank.model, values[name], PROMPTS[0], max_new_tokens=6).ids for name in ("plain", "wide")]
 
 

@@ -1,4 +1,4 @@
-"""What an adapter stands on and what it brings along: bases, tables, heads, and other libraries' settings."""
+"""What an adapter needs from its base, and what it contains: tables, heads, and other libraries' settings."""
 
 from __future__ import annotations
 

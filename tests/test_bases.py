@@ -159,7 +159,7 @@ def test_what_reading_the_bundle_needs_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_reader_finds_out_which_gguf_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Python 3.10 the first transformers 5 ask the module, which does not say; they then read nothing."""
+    """On Python 3.10, the first releases of transformers 5 read nothing if the module does not state its version."""
     import gguf
     import transformers
 

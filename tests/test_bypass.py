@@ -1,4 +1,4 @@
-"""No adapter is silently without effect: wherever something goes past a module's forward, it is handled or refused."""
+"""No adapter silently has no effect: where code bypasses a module's forward, that is handled or refused."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def run(model: nn.Module, forward: Callable[[nn.Module], Tensor], mode: str) -> Tensor:
-    """One forward in train, eval or no_grad; dropout's masks are the same each time."""
+    """One forward pass in train, eval or no_grad mode, with the same dropout masks each time."""
     torch.manual_seed(3)
     model.train(mode == "train")
     with torch.set_grad_enabled(mode != "no_grad"):
@@ -171,7 +171,7 @@ def test_every_adapted_layer_acts_in_every_mode(name: str) -> None:
     layers = adapted_layers(model)
     assert len(layers) == len(report.targets)
     for mode in MODES:
-        torch.testing.assert_close(run(model, forward, mode), before[mode])  # the adapter starts as nothing
+        torch.testing.assert_close(run(model, forward, mode), before[mode])  # a new adapter has no effect
     for path, layer in layers:
         start = layer.lora_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
         nn.init.normal_(start)
@@ -243,7 +243,7 @@ def test_a_parametrization_on_top_of_an_adapter_comes_off_first() -> None:
     assert model(x).shape == before.shape
 
 
-# accelerate's hooks, which put a forward on the instance.
+# accelerate's hooks, which replace an instance's forward.
 
 
 def net() -> Any:
@@ -362,7 +362,7 @@ def int8() -> nn.Module:
 
 
 class Packed(Tensor):
-    """Stands for the tensor subclasses that quantisation libraries make."""
+    """A tensor subclass, like those of quantisation libraries."""
 
 
 def subclassed() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Models that are not causal, and inputs that a model has no place for, are refused before anything is computed."""
+"""Models that are not causal, and inputs that a model does not support, are refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_with_a_head_for_language_is_not_causal(name: str, dtype: torch.dtype) -> None:
-    """At their initial weights, in bf16, what they see of later tokens is less than rounding."""
+    """At initial weights and in bf16, the influence of later tokens is smaller than rounding errors."""
     model = build(getattr(transformers, f"{name}Config")(**SMALL)).to(dtype)
     with pytest.raises(UnsupportedModelError, match=r"not causal.*inject"):
         require_causal(model)
@@ -123,7 +123,7 @@ def test_causal_models_pass(config: Any, dtype: torch.dtype) -> None:
 
 
 def test_rounding_is_not_taken_for_sight() -> None:
-    """A product whose rounding depends on all tokens, as experts' do, moves logits of earlier ones in no gradient."""
+    """If rounding depends on all tokens, as with experts, logits of earlier tokens vary, but no gradients."""
 
     class Rounded(nn.Module):
         def __init__(self) -> None:

@@ -80,7 +80,7 @@ def classifier(shape: str, labels: int = 3, seed: int = 0) -> Any:
 
 
 def rows(count: int, labels: int = 3, seed: int = 0) -> list[ClassRow]:
-    """Random texts of several lengths, some of which begin alike."""
+    """Random texts of several lengths, some with the same beginning."""
     rng = random.Random(seed)
     start = [rng.randrange(5, 80) for _ in range(4)]
     made = []
@@ -119,7 +119,7 @@ def words() -> Any:
 
 
 def reviews(count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows whose label one word tells."""
+    """Rows whose label depends on one word."""
     rng = random.Random(seed)
     kinds = {"good": ["good", "great", "fine"], "bad": ["bad", "poor", "awful"]}
     made = []
@@ -536,7 +536,7 @@ def test_columns_and_tables_are_read(tmp_path: Path) -> None:
 
 
 def told(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that fails prints."""
+    """Runs a command that fails, and returns what it prints."""
     assert main(argv) == 2
     return capsys.readouterr().err
 

@@ -155,7 +155,7 @@ def test_ten_flags_are_those_that_most_people_need() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_short_of_a_wall(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Usage is one line, what the command is for comes next, and every flag says what it does."""
+    """The usage takes one line, followed by the purpose of the command; every flag says what it does."""
     with pytest.raises(SystemExit):
         main([command, "--help"])
     usage, blank, about, *_ = capsys.readouterr().out.splitlines()

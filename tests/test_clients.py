@@ -167,7 +167,7 @@ def write_base(kind: str, model: Any, path: Path) -> None:
 
 
 def llama_cpp(base: Path, adapter: Path | None, ids: Sequence[int], steps: int = 4, top: int = V) -> Any:
-    """Lets llama.cpp continue greedily; returns its tokens and the log-probabilities at each step."""
+    """Generates greedily with llama.cpp; returns its tokens and the log-probabilities at each step."""
     settings = xllamacpp.CommonParams()
     settings.model.path = str(base)
     settings.n_ctx = 128
@@ -342,7 +342,7 @@ def test_peft_finds_base_and_class_by_itself(kind: str, tmp_path: Path) -> None:
 
 
 def trained_in_peft(kind: str, directory: Path, **settings: Any) -> Tensor:
-    """Lets PEFT make, change and save an adapter; returns the logits it computes with it."""
+    """Creates, changes and saves an adapter with PEFT; returns the logits that PEFT computes with it."""
     from peft import LoraConfig as Config
     from peft import get_peft_model
 

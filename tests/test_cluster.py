@@ -1,4 +1,4 @@
-"""What starts training on clusters: each file is what its system reads, and each command in it is one of ours.
+"""Files that start training on clusters: each is valid for its system, and contains valid commands of loralib.
 
 Slurm has no parser in Python: the script is checked by bash, and its directives against what `sbatch` knows.  The
 Kubernetes files are checked by the models of kubeflow-trainer-api, and SkyPilot's by SkyPilot, where these packages are
@@ -39,7 +39,7 @@ def read(name: str) -> str:
 
 
 def shell_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yields each torchrun command, with the file that it is from."""
+    """Yields each torchrun command with its file."""
     job = yaml.safe_load(read("trainjob.yaml"))["spec"]["trainer"]
     yield "trainjob.yaml", [*job["command"], *job["args"]]
     (node,) = yaml.safe_load(read("jobset.yaml"))["spec"]["replicatedJobs"]
@@ -82,7 +82,7 @@ def test_the_slurm_script_is_one() -> None:
 
 
 def unknown(model: Any, value: Any, where: str = "") -> list[str]:
-    """Returns the keys of a value that a pydantic model made of it has not taken; such a model ignores them."""
+    """Returns the keys of a value that a pydantic model ignores."""
     if isinstance(value, dict):
         kept = model if isinstance(model, dict) else {} if model is None else model
         return [

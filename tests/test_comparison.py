@@ -1,4 +1,4 @@
-"""What the table in README.md says of us and of PEFT, row by row: the same task is given to both."""
+"""The comparison with PEFT in README.md, row by row: both are given the same task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Small(nn.Module):
 
 
 def ours(model: nn.Module, *targets: str) -> nn.Module:
-    """The model with an adapter of ours that does something."""
+    """The model with a loralib adapter that has an effect."""
     lora.inject(model, lora.LoraConfig(r=4, target_modules=list(targets)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -39,14 +39,14 @@ def ours(model: nn.Module, *targets: str) -> nn.Module:
 
 
 def theirs(model: nn.Module, *targets: str) -> peft.PeftModel:
-    """The model with an adapter of PEFT's that does something."""
+    """The model with a PEFT adapter that has an effect."""
     return peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False), mixed=False
     )
 
 
 def rewrite(directory: Path, *, without: str = "", extra: str = "") -> None:
-    """Takes a tensor out of an adapter's file, or puts one in."""
+    """Removes a tensor from an adapter's file, or adds one."""
     tensors = load_file(directory / WEIGHTS)
     tensors = {name: tensor for name, tensor in tensors.items() if not (without and without in name)}
     if extra:

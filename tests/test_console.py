@@ -86,7 +86,7 @@ sys.exit(text)
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_what_is_redirected_keeps_every_letter(encoding: str) -> None:
-    """A file is read by programs, for which the console's code page means nothing."""
+    """Programs read files without regard to the console's code page."""
     code = f"""{ALONE}
 ensure_safe()
 for text in sys.stdin:
@@ -102,7 +102,7 @@ for text in sys.stdin:
 
 
 def test_strict_consoles_do_crash_without_it() -> None:
-    """So the tests above can fail."""
+    """Shows that the tests above can fail."""
     assert run(f"print({VIETNAMESE!r})", "cp1252").returncode == 1
 
 
@@ -125,7 +125,7 @@ def test_one_thing_is_not_several(number: int, noun: str, text: str) -> None:
 
 
 def on_screen(sent: str) -> list[str]:
-    """The lines that a terminal shows after it was sent this text: a carriage return goes back, to write over."""
+    """The lines that a terminal shows for this text; a carriage return overwrites the line."""
     lines = []
     for sent_line in sent.split("\n"):
         line, column = "", 0

@@ -58,7 +58,7 @@ REWRITES = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}<|im_end
 
 
 def make_tokenizer(*, starts: bool = False, template: str | None = None) -> Any:
-    """One token a byte, so that lengths can be told by looking; 'starts' puts a start token first."""
+    """One token per byte, so that lengths are obvious; 'starts' adds a start token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -166,7 +166,7 @@ def test_all_faulty_lines_are_told_at_once(tmp_path: Path) -> None:
     assert f"{path}:3: 2 `||` in 'x||y||z'" in message
     assert f"{path}:5" in message
     assert "meaning representation||text" in message
-    assert "3 lines are not" in message
+    assert "3 lines do not match" in message
 
 
 def test_faulty_json_lines_are_told_at_once(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         ("a.json", '[{"tripleset": [["a", "b"]], "annotations": []}, {"annotations": []}]', "2 of 2 differ"),
         ("a.json", '{"entries": [{"1": {"category": "x"}}]}', "'modifiedtripleset' is missing"),
         ("a.json", '{"entries": 3}', "list 'entries'"),
-        ("a.json", "[" * 100_000, "is not of that form"),
+        ("a.json", "[" * 100_000, "does not match"),
         ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "\\udc00"}]}]', "1 of 1 differ"),
         ("a.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": 3}]}]', "1 of 1 differ"),
         ("a.xml", '<!DOCTYPE e [<!ENTITY a "aaaa">]><e>&a;</e>', "defines XML entities"),
@@ -459,7 +459,7 @@ def test_chat_with_another_template() -> None:
 
 
 def rows_of(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
-    """The text of each row of an example, and what is trained of it."""
+    """The text of each row of an example, and its trained parts."""
     encoded = encode([example], tokenizer, None)
     return [(tokenizer.decode(row.ids), trained_text(row, tokenizer)) for row in encoded.examples]
 
@@ -514,14 +514,14 @@ def chat(*contents: str) -> Example:
 
 
 def test_an_answer_that_stands_in_the_template_s_own_words_is_found() -> None:
-    """A short one, such as "t" or "", is in "<think>" and everywhere."""
+    """A short answer, such as "t" or "", also occurs in "<think>"."""
     tokenizer = make_tokenizer(template=CHATML)
     example = tokenize(chat("Hi", "", "assistant", "assistant"), tokenizer)
     assert trained_text(example, tokenizer) == "<|im_end|>assistant<|im_end|>"
 
 
 def test_answers_are_rows_of_their_own_where_the_template_rewrites_earlier_ones() -> None:
-    """Each is trained as generation would write it: with the empty thoughts that are taken away later."""
+    """Each is trained as it would be generated: with the empty thoughts that the template removes in later turns."""
     tokenizer = make_tokenizer(template=THINKS)
     first, second = rows_of(chat("Hi", "t", "Hi?", "k"), tokenizer)
     assert first[1] == "<think>\n\n</think>\n\nt<|im_end|>"
@@ -552,7 +552,7 @@ def test_chats_without_an_answer_are_dropped(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 def test_pieces_have_the_ids_that_they_have_in_their_place(scheme: str) -> None:
-    """Tokenizers of Llama 2's kind put a blank before whatever they are given; an answer in its place has none."""
+    """Tokenizers like Llama 2's add a space before any text; an answer within its chat has none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

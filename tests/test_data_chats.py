@@ -20,7 +20,7 @@ SPECIAL += ["<|user|>", "<|assistant|>", "<|system|>", "<start_of_turn>", "<end_
 
 
 def make_tokenizer(template: str | None, eos: str = "</s>") -> Any:
-    """One token a byte besides the special ones."""
+    """One token per byte, besides the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

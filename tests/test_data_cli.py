@@ -17,7 +17,7 @@ from loralib.cli import run_command
 from loralib.data import load_examples
 from loralib.errors import DataError, OutputError
 from loralib.nlg import fetch as e2e
-from loralib.nlg.convert import Prediction, decode_predictions, load_bpe
+from loralib.nlg.convert import PredictedIds, decode_predictions, load_bpe
 from loralib.nlg.published import Row
 from loralib.training import TrainConfig
 
@@ -25,7 +25,7 @@ LETTERS = {"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "Ċ": 5, "<|endoftext|>": 6
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     bos_token_id = None
     eos_token_id = 0
@@ -246,13 +246,13 @@ def test_predictions_that_do_not_belong(tmp_path: Path, vocabulary: Path) -> Non
     bpe = load_bpe(vocabulary)
     rows = [Row("a", "x"), Row("b", "y")]
     with pytest.raises(DataError) as caught:
-        decode_predictions(rows, [Prediction(0, [1]), Prediction(2, [1]), Prediction(1, [99])], bpe)
+        decode_predictions(rows, [PredictedIds(0, [1]), PredictedIds(2, [1]), PredictedIds(1, [99])], bpe)
     assert "id 2: the input only has rows 0 to 1" in str(caught.value)
     assert "id 1: token 99" in str(caught.value)
     with pytest.raises(DataError, match="no prediction for these contexts:\n  'b'"):
-        decode_predictions(rows, [Prediction(0, [1])], bpe)
+        decode_predictions(rows, [PredictedIds(0, [1])], bpe)
     with pytest.raises(DataError, match="needs rows with 'cate'"):
-        decode_predictions(rows, [Prediction(0, [1]), Prediction(1, [1])], bpe, filter="seen")
+        decode_predictions(rows, [PredictedIds(0, [1]), PredictedIds(1, [1])], bpe, filter="seen")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The page "Your own data": each file in it is read as it says, and each cell about us names a test that exists."""
+"""The page "Your own data": each file in it is read as stated, and each cell about loralib names an existing test."""
 
 from __future__ import annotations
 

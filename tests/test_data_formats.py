@@ -489,7 +489,7 @@ def test_what_the_e2e_format_is_called(tmp_path: Path) -> None:
 
 
 class Letters:
-    """One token a character."""
+    """A tokenizer with one token per character."""
 
     bos_token_id, eos_token_id = None, 0
 

@@ -1,4 +1,4 @@
-"""`python scripts/demo.py --page`: what it runs, and that it shows the page once there is one."""
+"""`python scripts/demo.py --page`: what it runs, and that it opens the page once the server answers."""
 
 from __future__ import annotations
 

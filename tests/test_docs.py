@@ -1,4 +1,4 @@
-"""What the docs say is so: snippets and commands run, links lead somewhere, and numbers and tables are true."""
+"""The docs are correct: snippets and commands run, links are valid, and numbers and tables are true."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(path: Path) -> SimpleNamespace:
-    """What a script defines, already when tests are collected."""
+    """Loads a script when tests are collected."""
     return SimpleNamespace(**runpy.run_path(str(path)))
 
 
@@ -136,7 +136,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -> 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory that looks like a checkout with a file of one's own, as far as the README's paths go."""
+    """A current directory with the paths that the README uses: those of a checkout, and a user's own file."""
     data = Path("examples/NLG/data")
     shutil.copytree(ROOT / data, tmp_path / data)
     RECORDER.own_file(tmp_path / "mine.jsonl")
@@ -209,7 +209,7 @@ def commands(name: str) -> Iterator[list[str]]:
 
 
 def parsed(module: Any, name: str, words: list[str]) -> None:
-    """Parses a command's words as it would, and makes its settings, without running it."""
+    """Parses a command's words and creates its settings, without running it."""
     quiet = SimpleNamespace(__doc__="", add_arguments=module.add_arguments, run=lambda args: 0)
     assert run_command(quiet, name, words) == 0
 
@@ -258,7 +258,7 @@ PEFT_PAGE = "docs/coming-from-peft.md"
 
 @pytest.fixture(scope="module")
 def theirs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that PEFT made, of the rank that the page's has."""
+    """An adapter made by PEFT, with the rank on the page."""
     import peft
     import transformers
 
@@ -523,7 +523,7 @@ PATH = "docs/how-it-works.md"
 
 
 def stops() -> Iterator[tuple[str, str]]:
-    """Each name that the reading path tells to read, after the file that it is in."""
+    """Each name in the reading path, with its file."""
     for header, *rows in tables(PATH):
         assert header[:2] == ["file", "read"]
         for file, names, _ in rows:

@@ -1,4 +1,4 @@
-"""One owner of the forward pass: what it puts in a model's place acts in its own passes alone, and is taken back."""
+"""The engine replaces forwards only during its own passes, and restores them afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIZES = {
 
 
 class Letters:
-    """A tokenizer of one token a number."""
+    """A tokenizer with one token per number."""
 
     eos_token_id = 0
 
@@ -80,12 +80,12 @@ def written(model: Any, count: int = 16, num_beams: int = 1) -> list[tuple[int, 
 
 
 def places(model: nn.Module) -> list[dict[str, Any]]:
-    """What stands in each module's own dictionary, but for tensors."""
+    """The contents of each module's __dict__, except tensors."""
     return [{name: value for name, value in m.__dict__.items() if name[0] != "_"} for m in model.modules()]
 
 
 def together(*jobs: Callable[[], Any]) -> list[Any]:
-    """Runs jobs in threads of their own that start at once; returns their results, or raises their first error."""
+    """Runs jobs in threads that start at the same time; returns their results, or raises their first error."""
     results: list[Any] = [None] * len(jobs)
     errors: list[BaseException] = []
     start = threading.Barrier(len(jobs))
@@ -403,7 +403,7 @@ def test_a_frozen_factor_gets_no_gradient_and_a_tensor_hook_changes_one(mode: st
 
 @pytest.mark.distributed
 def test_ddp_synchronises_gradients(tmp_path: Any) -> None:
-    """One process is enough to see that DDP's reducer is told of every gradient: else it raises at the next pass."""
+    """One process is enough: if DDP's reducer missed a gradient, it would raise at the next pass."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0,
                                          world_size=1)  # fmt: skip
     try:
@@ -432,7 +432,7 @@ def test_ddp_synchronises_gradients(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "torch"], indirect=True)
 def test_an_adapted_head_takes_part_in_the_one_backward_pass(mode: str) -> None:
-    """The head runs in chunks; each parameter's gradient is accumulated once a step all the same."""
+    """The head runs in chunks, but each parameter's gradient is accumulated once per step."""
     model, batch = adapted(target_modules=["q_proj", "lm_head"]), examples(0)
     expected = reference(model, batch)
     later: list[str] = []
@@ -472,7 +472,7 @@ def test_a_model_that_asks_for_the_name_of_its_attention_is_padded_and_right() -
 
 
 def test_a_config_is_never_changed() -> None:
-    """Also by a model that is made of it, or a setting that is made, while a generator is at work."""
+    """Even while a generator is running, or a model is created from it."""
     model = adapted()
     generator = Generator(model, Letters())
     generator.add([5, 6, 7])
@@ -509,7 +509,7 @@ def test_weights_may_change_between_two_generations_of_one_generator() -> None:
         number = generator.add([5, 6, 7], Sampling(max_new_tokens=12, min_new_tokens=12))
         tokens: list[int] = []
         while len(generator):
-            tokens += [token for piece in generator.step() if piece.request == number for token in piece.ids]
+            tokens += [token for chunk in generator.step() if chunk.request == number for token in chunk.ids]
         return tokens
 
     go()

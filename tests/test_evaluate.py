@@ -1,4 +1,4 @@
-"""Scoring files: the layouts of references, WebNLG's seen and unseen categories, slot errors, and what goes wrong."""
+"""Scoring files: layouts of references, WebNLG's seen and unseen categories, slot errors, and error messages."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_json_lines_that_hold_no_texts(write: Write, capsys: pytest.CaptureFixtu
     texts = write("texts.jsonl", '{"text": "x"}\n{"text": 3}\n[]\nx\n')
     assert main(["evaluate", str(write("references.txt", "a\nb\n")), str(texts)]) == 2
     error = capsys.readouterr().err
-    assert "with 'text', but 3 lines are not of that form" in error
+    assert "with 'text', but 3 lines do not match" in error
     assert "texts.jsonl:3: '[]'" in error
 
 

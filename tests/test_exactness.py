@@ -1,4 +1,4 @@
-"""A packed, prompt-shared step is the padded one: trees of common beginnings, gaps in what is trained, more models."""
+"""Packed steps with shared prompts equal padded ones: trees of shared prefixes, partly trained texts, more models."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def trees(draw: Any) -> list[TokenExample]:
 
 
 def padded(model: Any, batch: list[TokenExample], scale: float) -> float:
-    """The step as anyone would write it."""
+    """The step in its simplest form."""
     width = max(map(len, batch))
     ids = torch.tensor([[*example.ids, *[2] * (width - len(example))] for example in batch])
     mask = torch.tensor([[1] * len(example) + [0] * (width - len(example)) for example in batch])

@@ -92,7 +92,7 @@ def model_of(family: str = "mixtral") -> Any:
 
 
 def filled(model: Any, seed: int = 1) -> Any:
-    """Gives an adapter values as if it had been trained."""
+    """Fills an adapter with values, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -198,7 +198,7 @@ def test_other_layouts_compute_as_when_merged(family: str, name: str, config: st
 
 
 class NoLargeTensor(TorchDispatchMode):
-    """Fails if anything computes a tensor of so many numbers; views of tensors that there are do not count."""
+    """Fails if anything computes a tensor with this many numbers; views of existing tensors do not count."""
 
     def __init__(self, numbers: int, model: nn.Module) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
-    """PEFT takes gate_proj of a DeepSeek's dense layers and shared experts for that of older transformers' experts."""
+    """PEFT mistakes gate_proj of DeepSeek's dense layers and shared experts for that of older transformers' experts."""
     lora.save_adapter(adapted("deepseek_v3"), tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path)

@@ -201,7 +201,7 @@ PROMPTS = [[RANDOM.randrange(3, VOCABULARY) for _ in range(length)] for length i
 
 @functools.cache
 def built(name: str) -> Any:
-    """A model whose next tokens are neither certain nor all alike."""
+    """A model whose next tokens are neither certain nor equally likely."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_config(configs()[name])
@@ -217,7 +217,7 @@ def built(name: str) -> Any:
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """What the model writes where each token is computed from nothing, by a model that has seen nothing else."""
+    """What a fresh copy of the model generates if each token is computed without a cache."""
     model = copy.deepcopy(model)
     ids = list(prompt)
     for _ in range(count):
@@ -252,8 +252,8 @@ def test_a_request_that_joins_later_waits_for_those_whose_positions_it_would_cha
     requests = [(PROMPTS[0], 6), (PROMPTS[1], 4), (PROMPTS[2], 8), (PROMPTS[0], 3)]
     numbers = [generator.add(*request) for request in ((p, Sampling(max_new_tokens=n)) for p, n in requests)]
     while len(generator):
-        for piece in generator.step():
-            texts.setdefault(piece.request, []).extend(piece.ids)
+        for chunk in generator.step():
+            texts.setdefault(chunk.request, []).extend(chunk.ids)
     assert [texts[number] for number in numbers] == [greedy(model, *request) for request in requests]
 
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and a directory belongs to one run at a time."""
+"""Files are written completely or not at all, and a directory belongs to one run at a time."""
 
 from __future__ import annotations
 

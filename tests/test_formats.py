@@ -1,4 +1,4 @@
-"""Adapter files: PEFT directories and Microsoft checkpoints, whole or not at all, and nothing in them is run."""
+"""Adapter files: PEFT directories and Microsoft checkpoints are read completely or not at all, and run no code."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_other_tools_read_the_name_that_our_base_has_on_the_hub(tmp_path: Path) 
 
 
 class Hostile:
-    """Would make a file when unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -342,7 +342,7 @@ def test_a_trained_head_has_to_be_named(tmp_path: Path) -> None:
 
 
 def test_biases_masks_and_doubled_convolutions_of_old_files(tmp_path: Path) -> None:
-    """A layer that is called attn keeps its bias; GPT-2's mask of that name, and conv.conv's twins, are passed over."""
+    """The bias of a layer called attn is kept; GPT-2's mask of that name and duplicates in conv.conv are ignored."""
     model = nn.ModuleDict({"attn": lora.Linear(4, 4, r=2), "conv": lora.Conv2d(2, 2, 3, r=2)})
     lora.mark_only_lora_as_trainable(model, bias="lora_only")
     for parameter in model.parameters():

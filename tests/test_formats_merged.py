@@ -141,7 +141,7 @@ def test_report_stands_beside_the_rounding_to_be_expected(dtype: torch.dtype) ->
 
 
 def test_rounding_that_adds_up_is_expected() -> None:
-    """A base that was quantised before: all weights are one of few values, whose rounding errors have one sign."""
+    """A base that was quantised before: all weights have one of a few values, whose rounding errors have one sign."""
     base = qwen2()
     with torch.no_grad():
         for parameter in base.parameters():

@@ -1,4 +1,4 @@
-"""Portable export: what is refused, and why; what is said; GGUF and MLX files there and back."""
+"""Portable export: what is refused and why, what is reported, and round trips of GGUF and MLX files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def gpt2() -> Any:
 
 
 def tiny(kind: str, **more: Any) -> Any:
-    """A causal language model of a kind, on no device: only names and shapes count."""
+    """A causal language model on the meta device: only names and shapes matter."""
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, "tie_word_embeddings": False, **more})
@@ -281,7 +281,7 @@ def test_damage_is_not_exported() -> None:
 
 
 def test_what_was_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that changes a bit is found out."""
+    """A bit that the disk changed is detected."""
     from loralib.formats import portable as module
 
     def bad_read(path: Any) -> Adapter:

@@ -1,4 +1,4 @@
-"""Prepacked weights: the same products, and a copy that is never used for other values than its own."""
+"""Prepacked weights: products are the same, and a copy is never used once its weight has changed."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_what_gains_nothing_is_left_as_it_is():
 
 @pytest.mark.bf16_units
 def test_a_weight_that_could_be_trained_is_prepacked_where_no_gradient_is_wanted(monkeypatch):
-    """A base model that nobody froze, as under a bank: its generation must not take the slow way."""
+    """A base model that is not frozen, as in a bank: generation must not take the slow path."""
     linear = nn.Linear(64, 32, dtype=torch.bfloat16)
     used = []
     times = PrepackedWeight.times
@@ -114,7 +114,7 @@ KINDS = {
 
 
 def adapted(kind, dtype):
-    """A model of one linear (48, 32) with LoRA that was trained a little."""
+    """A model of one linear layer (48, 32) with a briefly trained adapter."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48)).to(dtype)
     lora.inject(model, lora.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | KINDS[kind]))
@@ -130,7 +130,7 @@ def adapted(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_layer_computes_few_rows_as_it_says_and_notices_what_changes(kind, dtype):
-    """Between one call and the next a factor is trained, the scaling set, and the adapter switched off and merged."""
+    """Between calls, a factor is trained, the scaling is changed, and the adapter is disabled and merged."""
     model = adapted(kind, dtype)
     layer, x = model[0], drawn(1, 70, 32, dtype=dtype)
     overrides = kernel_overrides(model.modules())

@@ -126,7 +126,7 @@ def mutate(data: bytes, luck: random.Random) -> bytes:
 
 
 def peak_memory() -> int:
-    """Most memory that this process ever had, in bytes; 0 where the system does not say."""
+    """The peak memory of this process in bytes; 0 if the system does not report it."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -185,7 +185,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def numbers(tensors: Iterable[Tensor]) -> Counter[Any]:
-    """What is the same for tensors that were transposed or whose rows were reordered."""
+    """Values that are invariant to transposing a tensor and reordering its rows."""
     each = ((tensor.dtype, tensor.element_size(), bits(tensor)) for tensor in tensors)
     return Counter((kind, *sorted(data[i : i + size] for i in range(0, len(data), size))) for kind, size, data in each)
 
@@ -535,7 +535,7 @@ def test_tensors_that_are_not_there(tmp_path: Path) -> None:
 
 
 def archive(program: bytes) -> bytes:
-    """A file in torch.save's form with a program of our own: what its unpickler runs."""
+    """A file in torch.save's format with a given pickle program."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         for name, part in {"data.pkl": program, "version": b"3\n", "byteorder": b"little"}.items():
@@ -586,7 +586,7 @@ def test_an_archive_behind_a_file_of_the_old_form_is_not_checked_in_its_place(tm
 
 
 def test_mappings_that_hold_themselves(tmp_path: Path) -> None:
-    """Each tensor is looked at once, although there are 100**8 ways to it."""
+    """Each tensor is checked once, although 100**8 paths lead to it."""
     inner: dict[str, Any] = {"q.lora_A": torch.zeros(1)}
     for _ in range(8):
         inner = {str(number): inner for number in range(100)}
@@ -741,7 +741,7 @@ def test_reports_on_many_faults_stay_short() -> None:
 
 
 def test_names_that_look_like_messages() -> None:
-    """A colon in a module's name once hid which modules are damaged."""
+    """A colon in a module's name used to hide which modules are damaged."""
     tensors = {"a:b.lora_A": torch.ones(2, 3), "a:b.lora_embedding_B": torch.ones(4, 2)}
     assert "a:b: lora_B is missing" in str(inspect_adapter(Adapter(LoraConfig(r=2, target_modules=["b"]), tensors)))
     flat = {"conv.lora_A": torch.ones(2, 3, 3), "conv.lora_B": torch.ones(0, 2, 1)}

@@ -27,7 +27,7 @@ from loralib.engine.causal import require_causal
 from loralib.engine.frozen_linear import prepacked_overrides
 from loralib.engine.placement import Hold, overriding
 from loralib.errors import ConfigError, DataError
-from loralib.generation import Generator, Piece, Sampling, beam_search, decoder, generate, stream
+from loralib.generation import Generator, Sampling, TextChunk, beam_search, decoder, generate, stream
 from loralib.generation.decoder import CachedDecoder, PlainDecoder, make_decoder
 from loralib.generation.sampling import banned_tokens, choose, penalize
 from loralib.generation.text import TextStream
@@ -70,7 +70,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 2
 
 
 def make(config: Any) -> Any:
-    """A small model whose next tokens are neither certain nor all alike."""
+    """A small model whose next tokens are neither certain nor equally likely."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -93,7 +93,7 @@ def llama() -> Any:
 
 
 class Letters:
-    """A tokenizer: one letter a token, and a space for the end."""
+    """A tokenizer with one token per letter; a space is the end token."""
 
     eos_token_id = END
     bos_token_id = None
@@ -111,7 +111,7 @@ LETTERS = Letters()
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy decoding as plainly as can be."""
+    """Greedy decoding in its simplest form."""
     ids: list[int] = []
     while len(ids) < count:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_greedy_is_the_likeliest_token_each_time(model: Any) -> None:
 
 @pytest.mark.usefixtures("both_ways")
 def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
-    """Texts open and close at different times, branches part and die; columns are moved to where there is room."""
+    """Texts begin and end at different times, branches split and end, and columns are moved to free places."""
     cached, plain = CachedDecoder(model), PlainDecoder(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -165,7 +165,7 @@ def test_tree_of_branches_has_the_logits_of_its_paths(model: Any) -> None:
 
 @pytest.mark.usefixtures("both_ways")
 def test_parts_of_prompts_and_shared_beginnings_change_no_logits(model: Any) -> None:
-    """Prompts are computed in parts, some after others that begin alike; each has the logits of all its tokens."""
+    """Prompts are computed in chunks, some after others with the same prefix; all their logits are right."""
     decoder = CachedDecoder(model, max_tokens=16 * 40, reuse=True, max_prompt_tokens=9)
     generator = torch.Generator().manual_seed(1)
     same = torch.randint(VOCABULARY, (40,), generator=generator).tolist()
@@ -250,7 +250,7 @@ def test_model_that_computes_other_logits_with_a_cache_gets_none(llama: Any) -> 
 def test_rounding_in_one_step_of_the_trial_costs_no_cache(
     llama: Any, monkeypatch: pytest.MonkeyPatch, steps: int, kind: type
 ) -> None:
-    """In bf16 two tokens may be as far apart as this with some adapters; all of the trial's tokens are not."""
+    """In bf16 and with some adapters, two tokens may deviate this much, but never all tokens of the trial."""
     left, step = iter(range(steps)), CachedDecoder.step
 
     def rounded(self: CachedDecoder) -> torch.Tensor:
@@ -263,7 +263,7 @@ def test_rounding_in_one_step_of_the_trial_costs_no_cache(
 
 
 def test_prepacked_weights_compute_the_same_and_notice_a_merge(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepacked from the first step on; on processors without bf16 units nothing is, and nothing differs."""
+    """Weights are prepacked from the first step on; without bf16 units they are not, and results are the same."""
     model = copy.deepcopy(llama).to(torch.bfloat16)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     with torch.no_grad():
@@ -318,23 +318,23 @@ def test_adapted_model_merged_or_not(llama: Any) -> None:
 
 
 def test_a_generator_notices_that_its_model_was_trained_between_two_requests(llama: Any) -> None:
-    """By whatever optimiser: not every one counts its changes of a tensor."""
+    """With any optimiser, because not every one updates version counters."""
     model = copy.deepcopy(llama)
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = Generator(model, LETTERS)
 
-    def written() -> list[Piece]:
+    def written() -> list[TextChunk]:
         generator.add(PROMPTS[0], Sampling(temperature=0.0, max_new_tokens=12))
-        pieces = []
+        chunks = []
         while len(generator):
-            pieces += generator.step()
-        return pieces
+            chunks += generator.step()
+        return chunks
 
-    before = [token for piece in written() for token in piece.ids]
+    before = [token for chunk in written() for token in chunk.ids]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    after = [token for piece in written() for token in piece.ids]
+    after = [token for chunk in written() for token in chunk.ids]
     expected = [token for token in alone(model, PROMPTS[0], 12) if token != END]
     assert after == expected != before
 
@@ -348,11 +348,11 @@ def test_drawn_tokens_depend_on_the_request_alone(llama: Any) -> None:
     generator = Generator(llama, LETTERS, max_requests=3)
     for number, prompt in enumerate(PROMPTS[:2] + PROMPTS[3:]):
         generator.add(prompt, Sampling(max_new_tokens=5 + number, temperature=0.5 * number, seed=number))
-    pieces: list[Piece] = generator.step()
+    chunks: list[TextChunk] = generator.step()
     wanted = generator.add(PROMPTS[2], own)
     while len(generator):
-        pieces += generator.step()
-    assert tuple(token for piece in pieces if piece.request == wanted for token in piece.ids) == expected
+        chunks += generator.step()
+    assert tuple(token for chunk in chunks if chunk.request == wanted for token in chunk.ids) == expected
     other = generate(llama, LETTERS, [PROMPTS[2]], own, seed=8)
     assert other[0].ids != expected
     twice = generate(llama, LETTERS, [PROMPTS[2], PROMPTS[2]], own)
@@ -377,21 +377,21 @@ def test_cancelled_request_sends_no_more_and_disturbs_nobody(llama: Any) -> None
     generator = Generator(llama, LETTERS)
     for prompt in PROMPTS:
         generator.add(prompt, Sampling(max_new_tokens=9))
-    pieces = generator.step()
+    chunks = generator.step()
     generator.cancel(1)
     while len(generator):
-        pieces += generator.step()
-    joined = [tuple(token for piece in pieces if piece.request == number for token in piece.ids) for number in range(5)]
+        chunks += generator.step()
+    joined = [tuple(token for chunk in chunks if chunk.request == number for token in chunk.ids) for number in range(5)]
     assert joined == [expected[0], expected[1][:1], *expected[2:]]
 
 
 def test_pieces_join_to_the_result_and_end_once(llama: Any) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.0, stop="Z")
-    pieces = list(stream(llama, LETTERS, PROMPTS, sampling))
+    chunks = list(stream(llama, LETTERS, PROMPTS, sampling))
     for number, result in enumerate(generate(llama, LETTERS, PROMPTS, sampling)):
-        own = [piece for piece in pieces if piece.request == number]
-        assert "".join(piece.text for piece in own) == result.text
-        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [result.finish_reason]
+        own = [chunk for chunk in chunks if chunk.request == number]
+        assert "".join(chunk.text for chunk in own) == result.text
+        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [result.finish_reason]
         assert "Z" not in result.text
 
 
@@ -520,7 +520,7 @@ def test_penalty_ban_and_minimum_are_those_of_transformers(
 
 @pytest.mark.parametrize("own", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9, top_k=1500)])
 def test_rounding_hardly_changes_what_is_drawn(own: Sampling) -> None:
-    """Among many nearly equal tokens it changes their order, which must not matter."""
+    """Rounding changes the order of nearly equal tokens, which must not matter."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2000, generator=generator) / 50
     rounded = logits + 1e-5 * torch.randn(1, 2000, generator=generator)
@@ -549,37 +549,37 @@ class Bytes:
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
     stream_of_text = TextStream(Bytes(), stops)
-    pieces = []
+    chunks = []
     for token in text.encode("utf-8"):
-        pieces.append(stream_of_text.add(token))
+        chunks.append(stream_of_text.add(token))
         if stream_of_text.stopped:
             break
-    pieces.append(stream_of_text.finish())
+    chunks.append(stream_of_text.finish())
     ends = [text.find(stop) for stop in stops if stop in text]
     # Of two stops the one that is complete first counts.
     if ends:
         done = min(text.find(stop) + len(stop) for stop in stops if stop in text)
         cut = min(place for place in ends if place <= done)
         assert stream_of_text.stopped
-        assert "".join(pieces) in {text[:place] for place in ends if place <= cut or place < done}
+        assert "".join(chunks) in {text[:place] for place in ends if place <= cut or place < done}
     else:
-        assert "".join(pieces) == text
+        assert "".join(chunks) == text
 
 
 def test_real_tokenizer_streams_what_it_decodes(smollm2: Any) -> None:
     _, tokenizer = smollm2
     text = "Héllo 语 wörld 🎉🎉, don't  stop . now\n\n end"
     stream_of_text = TextStream(tokenizer)
-    pieces = [stream_of_text.add(token) for token in tokenizer(text)["input_ids"]]
-    assert "".join(pieces) + stream_of_text.finish() == text
-    assert all("\ufffd" not in piece for piece in pieces)
+    chunks = [stream_of_text.add(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(chunks) + stream_of_text.finish() == text
+    assert all("\ufffd" not in chunk for chunk in chunks)
 
 
 # --- beam search ---------------------------------------------------------------------------------------------------
 
 
 class Table(nn.Module):
-    """A model without any structure: the logits of each text are random numbers of its own."""
+    """A model without any structure: each text has its own random logits."""
 
     def __init__(self, seed: int, vocabulary: int, spread: float) -> None:
         super().__init__()
@@ -596,7 +596,7 @@ class Table(nn.Module):
 
 
 def paper_search(model: Table, prompt: list[int], beams: int, limit: int, power: float, minimum: int) -> Any:
-    """The decoder as the paper's code does it: nothing is left out, nothing stops before the limit."""
+    """The decoder of the paper's code: no shortcuts, and no early stopping."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     best: tuple[float, tuple[int, ...]] = (-math.inf, ())
     for length in range(1, limit + 1):
@@ -667,7 +667,7 @@ def test_wide_search_finds_the_best_of_all_texts() -> None:
 
 
 class Fixed(nn.Module):
-    """A model with given probabilities, and a count of the rows that it computed."""
+    """A model with given probabilities that counts the rows it computes."""
 
     def __init__(self, probabilities: dict[tuple[int, ...], list[float]]) -> None:
         super().__init__()

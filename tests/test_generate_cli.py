@@ -1,4 +1,4 @@
-"""loralib generate: prompts from everywhere, text as it comes, files that a killed run goes on with."""
+"""loralib generate: sources of prompts, streamed text, and files that are resumed after a kill."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_only_line_feeds_separate_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text from the web or a PDF holds other separators, and Windows another code page and a byte-order mark."""
+    """Text from the web or a PDF contains other separators; Windows uses another code page and a byte-order mark."""
     lines = ["first\u2028part\x85of\x0bone\x0cprompt\x1c\x1d\x1e\u2029.", "Tiếng Việt"]
     piped = io.BytesIO("\ufeff{}\r\n\r\n{}".format(*lines).encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="cp1252"))
@@ -322,7 +322,7 @@ def test_several_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "lone surrogate"),
         ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "Did you mean 'prompt'?"),
         ("a.jsonl", '{"prompt": "a"}\nb\n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines are not of that form"),
+        ("a.jsonl", '{"prompt": 3}\nb\n', "with prompt or messages, but 2 lines do not match"),
         ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', "a.json[1]: prompt is a number"),
         ("a.jsonl", "\n", "is empty, expected one JSON object per line"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl:1 has no prompt"),

@@ -1,4 +1,4 @@
-"""Base models in GGUF files: their numbers are the file's, and blocks that are known stay in memory as they are."""
+"""Base models in GGUF files: values equal the file's, and known blocks are kept in memory unchanged."""
 
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def test_a_file_may_be_brought_into_other_bits(tmp_path):
 
 
 def test_the_scaling_of_llama_3_is_not_lost(tmp_path):
-    """transformers reads neither the factors that llama.cpp keeps nor their origin: its logits are others."""
+    """transformers reads neither the factors that llama.cpp stores nor their origin, so its logits differ."""
     model = made("llama", rope_parameters=LLAMA_3, max_position_embeddings=131072)
     plain = made("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     factors = (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()

@@ -106,7 +106,7 @@ def batch_of(seed=0, prompts=2, completions=3, longest=40):
 
 
 def packed_row(seed):
-    """Such a batch as a row, padded to a bucket, and the number of its tokens."""
+    """Such a batch as one row, padded to a bucket, and its number of tokens."""
     row = pack(batch_of(seed, prompts=3, longest=90))
     return extended(row, bucket(row.processed_tokens)), row.processed_tokens
 
@@ -127,13 +127,13 @@ def assert_same(made, expected):
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What one test had compiled is not there in the next."""
+    """Discards compiled code between tests."""
     torch.compiler.reset()
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Chooses the GPU's way for models on the CPU; where nothing can be compiled, at first."""
+    """Uses the GPU's code paths for models on the CPU, without compiling at first."""
 
     def choose(way):
         monkeypatch.setattr(forward, "path_of", lambda model: "gpu")
@@ -212,7 +212,7 @@ def test_losses_and_gradients_are_those_of_the_cpus_way(make, way, on_gpu):
 
 
 class Reads(TorchDispatchMode):
-    """Notes where the program waits for values of "device" tensors: parameters, and what is computed from them."""
+    """Records where the program waits for values of "device" tensors: parameters, and what is computed from them."""
 
     _ASK = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim")
 
@@ -237,7 +237,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Begins to note reads of a model's values; ways that no operator shows are watched by name."""
+    """Records reads of a model's values; reads that are no operator are watched by name."""
 
     def begin(model):
         mode = Reads(model)
@@ -304,7 +304,7 @@ def test_the_lengths_of_ten_steps_are_compiled_once_and_once_as_a_variable(on_gp
 
 @pytest.mark.parametrize("way", ["dense", "compiled"])
 def test_checkpointed_blocks_run_again_in_autograds_own_thread(way, on_gpu, monkeypatch):
-    """A GPU's backward pass does not run in the thread that asked for it."""
+    """A GPU's backward pass does not run in the thread that started it."""
     model, batch = adapted(llama), batch_of()
     expected = computed(make_step(model), model, batch)
     on_gpu(way)
@@ -351,7 +351,7 @@ def test_where_the_compiler_fails_training_goes_on(on_gpu, monkeypatch):
 
 
 class Net(nn.Module):
-    """q, k and v read the same input, and the last layer reads what comes of them."""
+    """q, k and v read the same input, and the last layer reads their outputs."""
 
     def __init__(self):
         super().__init__()
@@ -493,7 +493,7 @@ def test_on_other_devices_nothing_is_placed(device, monkeypatch):
     else:
         monkeypatch.setattr(forward, "device_of", lambda model: torch.device(device))
     found = forward.Forward(model)
-    with found.held("training"), found.overriding():
+    with found.hold_model("training"), found.overriding():
         assert placed(model) == before
         assert type(model.config) is transformers.LlamaConfig
     assert not found.has_layouts
@@ -510,12 +510,12 @@ def test_on_a_gpu_nothing_is_placed_that_was_made_for_cpus(device, monkeypatch):
     inject(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     found = forward.Forward(model)
     assert found.path == "gpu"
-    with found.held("training"):
+    with found.hold_model("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     layers = [f"model.layers.{number}.self_attn.{name}" for number in range(2) for name in ("q_proj", "v_proj")]
     assert forwards == ["model", *layers]
     monkeypatch.setattr(forward, "may_compile", lambda device: True)
-    with forward.Forward(model).held("training"):
+    with forward.Forward(model).hold_model("training"):
         forwards = [name for name, kinds in placed(model).items() if "forward" in kinds]
     assert forwards == ["model", *(f"model.layers.{number}" for number in range(2))]
 

@@ -36,7 +36,7 @@ def adapted(dtype: torch.dtype) -> Any:
 
 
 def gradients(dtype: torch.dtype, scale: float, parts: int = 1, **settings: Any) -> torch.Tensor:
-    """All gradients of an update, in one row and per token."""
+    """All gradients of an update, concatenated and per token."""
     model = adapted(dtype)
     step = make_step(model, **settings)
     for part in range(parts):

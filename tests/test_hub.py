@@ -1,4 +1,4 @@
-"""Adapters and bases by their ids on the hub: what is fetched, and what is said where there is nothing to fetch."""
+"""Adapters and bases by their ids on the Hub: what is fetched, and the error if there is nothing to fetch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = lora.LoraConfig(r=2, target_modules=["0"])
 
 
 class Fake:
-    """The hub's client, with repositories that are folders; it remembers what was downloaded."""
+    """A fake Hub client whose repositories are folders; it records downloads."""
 
     def __init__(self, root: Path, reachable: bool) -> None:
         import huggingface_hub.constants
@@ -62,7 +62,7 @@ class Fake:
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
-    """Puts a hub in the real one's place, whose repositories are folders of `tmp_path`."""
+    """Replaces the Hub by one whose repositories are folders of `tmp_path`."""
 
     def start(reachable: bool = True) -> Fake:
         fake = Fake(tmp_path, reachable)

@@ -1,4 +1,4 @@
-"""inject, remove, merge, unmerge and disabled: what they match, change, report and give back."""
+"""inject, remove, merge, unmerge and disabled: what they match, change, report and restore."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def stir(model: nn.Module, scale: float = 0.5) -> None:
-    """Gives every trained parameter some value, as training would."""
+    """Gives every trained parameter a random value, as if it had been trained."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,7 +75,7 @@ def stir(model: nn.Module, scale: float = 0.5) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that remove must give back: bits, identity, classes, flags."""
+    """All that remove must restore: bits, identity, classes, flags."""
     return {
         "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "same": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
@@ -326,7 +326,7 @@ def test_without_an_adapter_there_is_nothing_to_remove_or_merge() -> None:
 
 @pytest.mark.parametrize("step", ["_adapt", "_trainable_copies", "_guard_methods", "_report"])
 def test_a_failure_in_between_leaves_the_model_untouched(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that nobody foresaw, such as running out of memory at the third layer."""
+    """Even an unexpected one, such as running out of memory at the third layer."""
     module = sys.modules["loralib.injection"]
     real, calls = getattr(module, step), iter((True, True, False))
 
@@ -560,7 +560,7 @@ def test_a_tied_head_trained_in_full_leaves_the_table_alone() -> None:
 
 
 def test_tied_biases_train_as_one() -> None:
-    """BERT's head holds its bias twice; training one copy of two would do nothing."""
+    """BERT's head contains its bias twice; training only one copy would have no effect."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = hf.BertForMaskedLM(hf.BertConfig(**sizes, vocab_size=40)).eval()
     head = model.cls.predictions
@@ -645,7 +645,7 @@ def test_a_copy_saves_itself_and_not_the_original(tmp_path: Any) -> None:
 
 
 def test_compiled_models_follow_merging_and_disabling() -> None:
-    """torch.compile keeps what it traced until a guard says otherwise: what is merged must not be added again."""
+    """torch.compile reuses a trace until a guard fails; a merged update must not be added again."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     x = torch.tensor([[1, 4, 7]])

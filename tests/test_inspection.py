@@ -1,4 +1,4 @@
-"""Inspection: numbers without the whole update, and every fault of an adapter named in plain words."""
+"""Inspection: statistics without the full update matrix, and every fault of an adapter in plain words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loralib.inspection import CheckResult, inspect_adapter, plot, verify
 
 
 class Characters:
-    """A tokenizer: a letter is a token, and "." ends."""
+    """A tokenizer with one token per letter; "." is the end token."""
 
     eos_token_id: int | None = 1
     bos_token_id = None

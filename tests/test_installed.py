@@ -1,4 +1,4 @@
-"""The package as others have it: built, installed outside the checkout, and used there on files of one's own."""
+"""The package as users have it: built, installed outside the checkout, and used on their own files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that sees the packages of this one, and loralib as ``pip install .`` puts it there."""
+    """An environment with the packages of this one, and loralib as installed by ``pip install .``."""
     place = tmp_path_factory.mktemp("installed")
     source, home = place / "source", place / "home"
     shutil.copytree(ROOT / "loralib", source / "loralib", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""An injected model trains in other people's loops: the examples run, learn, and save adapters that load."""
+"""Injected models train in other training loops: the examples run, learn, and save adapters that can be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploaded files and training jobs of a server: through the official client, killed, full, and asked for nonsense."""
+"""Uploaded files and training jobs of a server: with the official client, kills, full disks and invalid requests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def client_of(app: FastAPI) -> Any:
 
 
 def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
-    """An application with the routes of files and jobs alone."""
+    """An application with only the routes for files and jobs."""
     app = FastAPI()
     install(app)
     app.include_router(tuning.router)

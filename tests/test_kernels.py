@@ -1,4 +1,4 @@
-"""The compiled kernels: the formulas in fp64, of tensors of any shape that they take; and what happens without them."""
+"""The compiled kernels: compared with formulas in fp64 for all accepted shapes; and what happens without them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralib.engine import kernels as kernels_module
-from loralib.engine.kernels import Blocks, Factors, GroupOperands, Kernels, RowUpdate, compiled, loaded
+from loralib.engine.kernels import Factors, GroupOperands, Kernels, RowUpdate, VisibilityBlocks, compiled, loaded
 from loralib.generation.beam import best_tokens
 
 DTYPES = pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
@@ -92,8 +92,8 @@ def test_gelu(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, erro
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (400, 1536)])
 def test_scaled_back(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
     y, gradient, step = (draw(*size, dtype=dtype, seed=seed) for seed, size in enumerate((shape, shape, shape[1:])))
-    of_z, sums = kernels.scaled_back(gradient, y, step)
-    close(of_z, gradient.double() * (1 + step.double()), error)
+    grad_z, sums = kernels.scaled_back(gradient, y, step)
+    close(grad_z, gradient.double() * (1 + step.double()), error)
     close(sums, (gradient.double() * y.double()).sum(0), 1e-5)
 
 
@@ -105,7 +105,7 @@ def test_swiglu_of_numbers_beyond_the_range_of_exp(kernels: Kernels) -> None:
 @DTYPES
 @pytest.mark.parametrize("dense", [True, False])
 def test_rotation_and_back(kernels: Kernels, dense: bool, dtype: torch.dtype, error: float) -> None:
-    """Back is the transpose: turned there and back, with cos^2 + sin^2 = 1, x is what it was."""
+    """The inverse is the transpose: rotating forth and back, with cos^2 + sin^2 = 1, returns x."""
     x = draw(1, 7, 3, 32, dtype=dtype).transpose(1, 2) if dense else draw(1, 3, 7, 32, dtype=dtype)
     angle = draw(7, 32).double()
     angle[:, 16:] = angle[:, :16]
@@ -131,18 +131,18 @@ def attentions(draw_: Any) -> dict[str, Any]:
 
 
 def test_blocks_of_tiles_are_those_of_a_mask() -> None:
-    """Three full blocks, and one of a single query, with keys that nobody of a block sees left out."""
+    """Three full blocks, and one with a single query; keys that no query of a block sees are left out."""
     sees = (torch.rand(49, 60, generator=torch.Generator().manual_seed(0)) < 0.1) | torch.eye(49, 60).bool()
     starts = torch.arange(0, 49, 16)
-    whole = Blocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
+    whole = VisibilityBlocks.of(F.pad(sees, (0, 0, 0, 15)).view(4, 16, 60), (49 - starts).clamp(max=16), torch.zeros(4))
     tiles = [(part.any(0).nonzero()[:, 0], part[:, part.any(0)]) for part in sees.split(16)]
-    for name, found in vars(Blocks.of_tiles(tiles)).items():
+    for name, found in vars(VisibilityBlocks.of_tiles(tiles)).items():
         expected = vars(whole)[name]
         assert torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Tensor:
-    """Of q (R, H, D) over k and v (T, H_kv, D), where sees (R, T)."""
+    """The attention of q (R, H, D) over k and v (T, H_kv, D), where `sees` (R, T) is true."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = torch.einsum("rhd,thd->hrt", q, k) * scaling
     return torch.einsum("hrt,thd->rhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), v)
@@ -161,7 +161,7 @@ def test_attention_and_its_gradients(
     sees = (torch.rand(total, total, generator=torch.Generator().manual_seed(seed)) < 0.4) | torch.eye(total).bool()
     padded = F.pad(sees, (0, 0, 0, -total % 16)).view(-1, 16, total)
     starts = 16 * torch.arange(len(padded))
-    blocks = Blocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
+    blocks = VisibilityBlocks.of(padded, (total - starts).clamp(max=16), torch.zeros_like(starts))
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
     y, kept = kernels.attention(q, k, v, blocks, 0.3, keep=True)
     assert kept is not None
@@ -195,7 +195,7 @@ def test_attention_of_the_branches_of_several_texts(kernels: Kernels, group: int
             parts.append(F.pad(block, (0, 0, 0, size - len(block))))
             sizes.append(len(block))
             of_texts.append(text)
-    blocks = Blocks.of(torch.stack(parts), torch.tensor(sizes), torch.tensor(of_texts), heads=group)
+    blocks = VisibilityBlocks.of(torch.stack(parts), torch.tensor(sizes), torch.tensor(of_texts), heads=group)
     found, kept = kernels.attention(q, keys, values, blocks, 0.5)
     assert kept is None
     for rows, mine, text in zip(q.split(counts), sees.split(counts), texts, strict=True):
@@ -243,7 +243,7 @@ def factors(draw_: Any) -> dict[str, Any]:
 def test_linears_with_lora_and_their_gradients(
     kernels: Kernels, monkeypatch_module: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
-    """h is rounded where it is kept, as it would be by a linear; all else follows from what was kept."""
+    """h is rounded when it is stored, as by a linear layer; the rest is computed from the stored values."""
     count, width, ranks, widths, seed = (case[name] for name in ("count", "width", "ranks", "widths", "seed"))
 
     def half(*shape: int, number: int) -> Tensor:
@@ -260,28 +260,28 @@ def test_linears_with_lora_and_their_gradients(
     if not (kernels.accept_factors(Factors(A, B)) and all(map(kernels.accept_weight, weights))):
         pytest.skip("this processor does not multiply pairs of bf16, or better than that")
     monkeypatch_module.setattr(kernels, "_threads", lambda numbers: case["threads"])
-    of_A, of_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
-    operands = GroupOperands(weights, biases, [Factors(A, B)], [Factors(of_A, of_B)])
+    grad_A, grad_B = torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]
+    operands = GroupOperands(weights, biases, [Factors(A, B)], [Factors(grad_A, grad_B)])
     h, outputs = kernels.lora(x, seen, operands)
     close(h, seen.double() @ A.double().T, 2**-7)
     for output, part, b, weight, bias in zip(outputs, h.double().split(ranks, 1), B, weights, biases, strict=True):
         expected = x.double() @ weight.double().T + part @ b.double()
         close(output, expected if bias is None else expected + bias.double(), 2**-8)
 
-    of_x, of_seen = kernels.lora_back(gradients, seen, h, operands, wants_x=True, wants_seen=case["drops"])
-    of_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
+    grad_x, grad_seen = kernels.lora_back(gradients, seen, h, operands, wants_x=True, wants_seen=case["drops"])
+    grad_h = torch.cat([g.double() @ b.double().T for g, b in zip(gradients, B, strict=True)], 1)
     through_weights = sum(g.double() @ weight.double() for g, weight in zip(gradients, weights, strict=True))
-    assert of_x is not None
+    assert grad_x is not None
     if case["drops"]:
-        assert of_seen is not None
-        close(of_x, through_weights, 2**-8)
-        close(of_seen, of_h @ A.double(), 2**-6)
+        assert grad_seen is not None
+        close(grad_x, through_weights, 2**-8)
+        close(grad_seen, grad_h @ A.double(), 2**-6)
     else:
-        assert of_seen is None
-        close(of_x, through_weights + of_h @ A.double(), 2**-6)
-    for gradient, of_part in zip(of_A.split(ranks), of_h.split(ranks, 1), strict=True):
+        assert grad_seen is None
+        close(grad_x, through_weights + grad_h @ A.double(), 2**-6)
+    for gradient, of_part in zip(grad_A.split(ranks), grad_h.split(ranks, 1), strict=True):
         close(gradient, of_part.T @ seen.double(), 2**-6)
-    for gradient, part, of_output in zip(of_B, h.double().split(ranks, 1), gradients, strict=True):
+    for gradient, part, of_output in zip(grad_B, h.double().split(ranks, 1), gradients, strict=True):
         close(gradient, part.T @ of_output.double(), 2**-6)
     unwanted = kernels.lora_back(gradients, seen, h, operands, wants_x=False, wants_seen=False)
     assert unwanted == (None, None)
@@ -302,7 +302,7 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
     widths: list[int],
     threads: int,
 ) -> None:
-    """Rows of a run follow those of another, with an adapter of its own of any rank, or none; bit for bit as alone."""
+    """Several runs, each with its own adapter of any rank or none, in one call; bit for bit the same as alone."""
     seeds = iter(range(1000))
 
     def half(*shape: int) -> Tensor:
@@ -321,9 +321,9 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
         found = [Factors(torch.full_like(A, torch.nan), [torch.full_like(b, torch.nan) for b in B]) for A, B in factors]
         operands = GroupOperands(weights, biases, factors, found, rows)
         h, outputs = kernels.lora(x, x, operands)
-        of_x, _ = kernels.lora_back(gradients, x, h, operands, wants_x=True, wants_seen=False)
-        assert of_x is not None
-        return [*outputs, of_x, *[each for A, B in found for each in (A, *B)]]
+        grad_x, _ = kernels.lora_back(gradients, x, h, operands, wants_x=True, wants_seen=False)
+        assert grad_x is not None
+        return [*outputs, grad_x, *[each for A, B in found for each in (A, *B)]]
 
     together = both_ways(x, gradients, factors, counts)
     of_rows, of_factors = together[: len(widths) + 1], together[len(widths) + 1 :]
@@ -347,7 +347,7 @@ def test_each_run_has_the_rows_and_gradients_it_has_alone(
 def test_many_factors_are_cast_and_their_gradients_handed_back(
     kernels: Kernels, dtype: torch.dtype, error: float, shapes: list[tuple[int, int, bool]], seed: int
 ) -> None:
-    """As PyTorch rounds them, in rows or in columns, which may be part of something wider."""
+    """Rounded as by PyTorch, row- or column-wise, also as part of a wider tensor."""
     own = [draw(rows, columns, seed=seed + number) for number, (rows, columns, _) in enumerate(shapes)]
     rooms = [
         torch.full((columns, rows + 3) if turned else (rows, columns + 5), torch.nan, dtype=dtype)
@@ -387,7 +387,7 @@ def test_products_with_weights(
     added: str,
     threads: int,
 ) -> None:
-    """Of more numbers than are brought into order at once, too; and a row's do not depend on the others'."""
+    """Also with more numbers than are rearranged at once; each row is independent of the others."""
     width, wide = shape
     x, weight = draw(rows, width, dtype=torch.bfloat16), draw(wide, width, dtype=torch.bfloat16, seed=1)
     shapes = {"nothing": (0,), "a bias": (wide,), "rows": (rows, wide)}
@@ -432,7 +432,7 @@ def test_each_row_gets_the_low_rank_update_that_it_chose(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -> None:
-    """A run that explodes has to notice."""
+    """A run that diverges must notice it."""
     x = draw(4, 32).bfloat16()
     x[1, 3] = value
     assert not kernels.rms_norm(x, x[0], 1e-5)[0][1].isfinite().all()
@@ -440,16 +440,16 @@ def test_what_is_not_a_number_stays_to_be_seen(kernels: Kernels, value: float) -
     assert not kernels.gelu(x)[1].isfinite().all()
     assert not kernels.gelu_back(x, x)[1].isfinite().all()
     heads = x.view(4, 1, 32)
-    blocks = Blocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
+    blocks = VisibilityBlocks.of(torch.ones(1, 16, 4, dtype=torch.bool), torch.tensor([4]), torch.tensor([0]))
     assert not kernels.attention(heads, heads, heads, blocks, 1.0)[0].isfinite().all()
     A, B, weight = draw(2, 32).bfloat16(), [draw(2, 32).bfloat16()], draw(32, 32).bfloat16()
     if kernels.accept_weight(weight):
         operands = GroupOperands([weight], [None], [Factors(A, B)], [Factors(A.clone(), [B[0].clone()])])
         h, (y,) = kernels.lora(x, x, operands)
         assert not y[1].isfinite().any()
-        of_x, _ = kernels.lora_back([x], x, h, operands, wants_x=True, wants_seen=False)
-        assert of_x is not None
-        assert not of_x[1].isfinite().any()
+        grad_x, _ = kernels.lora_back([x], x, h, operands, wants_x=True, wants_seen=False)
+        assert grad_x is not None
+        assert not grad_x[1].isfinite().any()
         assert not kernels.product(x, weight)[1].isfinite().any()
 
 

@@ -1,4 +1,4 @@
-"""The layers: what they compute, that merging is undone exactly, and that no fault of loralib 0.1.2 is here."""
+"""The layers: what they compute, exact unmerging, and none of the bugs of loralib 0.1.2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def fill(layer: Any, seed: int = 0) -> Any:
-    """Gives a layer factors that do something."""
+    """Fills a layer's factors with random values, so that they have an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for factor in (layer.lora_A, layer.lora_B):
@@ -286,7 +286,7 @@ def test_a_state_dict_holds_base_weights_also_while_merged(number: int) -> None:
 @every_layer
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_while_merged_loads(number: int, assign: bool) -> None:
-    """loralib 0.1.2 then changes nothing, and corrupts the base on the next train()."""
+    """loralib 0.1.2 ignores it, and corrupts the base on the next train()."""
     layer, x = layers()[number]
     other, _ = layers()[number]
     with torch.no_grad():
@@ -384,7 +384,7 @@ def test_blocks_that_do_not_divide_are_refused() -> None:
 @every_layer
 @pytest.mark.parametrize("merged", [False, True])
 def test_layers_pickle_and_copy(number: int, merged: bool, dropout: float) -> None:
-    """Those of loralib 0.1.2 without dropout hold a lambda, and do not."""
+    """Those of loralib 0.1.2 without dropout contain a lambda, and cannot be pickled."""
     layer, x = layers()[number]
     layer.lora_dropout = dropout
     layer.train(not merged)

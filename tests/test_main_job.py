@@ -1,4 +1,4 @@
-"""The front door: run_training.py and run_inference.py, what they print, what they leave, and what they refuse."""
+"""run_training.py and run_inference.py: what they print, write and refuse."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_running_again_replaces_our_files_and_leaves_others(run: Run, tmp_path: 
 
 
 class Full(io.StringIO):
-    """A stdout that takes a few lines and then no more, as a pipe without a reader or a file on a full disk."""
+    """A stdout that accepts a few lines and then fails, like a pipe without a reader or a file on a full disk."""
 
     def __init__(self, error: type[OSError], most: int) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_a_toml_file_gives_settings_and_flags_win(run: Run, tmp_path: Path) -> N
 
 
 def test_values_of_another_kind_in_a_toml_file(run: Run, tmp_path: Path) -> None:
-    """A text where a switch is expected would else count as on."""
+    """Otherwise, a text in place of a boolean would count as true."""
     (tmp_path / "bad.toml").write_text(
         'packing = "no"\nseed = 1.5\nlr = true\nmodel = 3\noutput_dir = ["here"]\nenable_lora = 3\ntrain_data = [1]\n',
         encoding="utf-8",
@@ -283,7 +283,7 @@ ALL_LETTERS = "name : Phở Hà Nội | price : £20 → 25 | rating : ★★★
 
 
 def test_what_is_redirected_never_crashes(tiny_adapter: Path, tmp_path: Path) -> None:
-    """Where Python would write in another code page, with text that the page lacks."""
+    """Even if Python uses a code page that lacks some characters of the text."""
     done = subprocess.run(
         [
             sys.executable, str(NLG / "run_inference.py"), "--adapter", str(tiny_adapter), "--max_new_tokens", "4",
@@ -413,7 +413,7 @@ def test_an_adapter_for_another_base(run: Run, tiny_adapter: Path) -> None:
 
 
 def test_one_of_several_adapters_for_another_base(run: Run, tiny_adapter: Path, tmp_path: Path) -> None:
-    """It is said before the first one has shown anything."""
+    """The error is raised before anything is shown of the first one."""
     model, _ = lora.load_base("scratch", hidden_dim=32, num_layers=1, seed=1, dtype="fp32")
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["c_attn"]))
     lora.save_adapter(model, tmp_path / "other")
@@ -491,7 +491,7 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_the_demo_needs_no_package_beyond_its_pins(default_run: SimpleNamespace) -> None:
-    """Tests run where more is installed, which hid that accelerate was missing: the base could not be converted."""
+    """The test environment has more packages, which hid that accelerate was missing to convert the base."""
     assert default_run.code == 0, default_run.err
     told = "once" in default_run.err
     assert told or "LORALIB_CONVERTED_ALONE" in os.environ, "the base was not converted anew"

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process during a run, what lives is left alone, and nothing is worse after it."""
+"""Freed memory stays with the process during a run, live objects are left alone, and nothing is worse afterwards."""
 
 import gc
 import subprocess

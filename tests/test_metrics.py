@@ -1,4 +1,4 @@
-"""Scores of text: values worked out by hand, equality with sacrebleu, edge cases, and what goes wrong."""
+"""Scores of text: values computed by hand, equality with sacrebleu, edge cases, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/models.md says of each family of models, tried on a small random one: training, text, PEFT, merging."""
+"""The claims of docs/models.md about each family, tested on a small random model: training, texts, PEFT, merging."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Numbers:
-    """A tokenizer of one token a number."""
+    """A tokenizer with one token per number."""
 
     eos_token_id = 0
 
@@ -93,7 +93,7 @@ def small(family: str) -> Any:
 
 
 def tried(family: str, place: Path) -> list[str]:
-    """Tries a family; returns the row that the page should have for it."""
+    """Tests a family; returns the row that the page should have for it."""
     base = small(family)
     torch.manual_seed(0)
     model = copy.deepcopy(base)

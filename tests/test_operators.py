@@ -1,4 +1,4 @@
-"""Faster operators of transformers' models: the same numbers and gradients, and only where they are the same."""
+"""Faster operators for transformers' models have the same values and gradients, and are used only if they do."""
 
 import types
 from contextlib import contextmanager
@@ -114,7 +114,7 @@ def rotated(function, q, k, cos, sin, *others):
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
 def test_rotary_positions(family):
-    """The attention's own code calls another function; its file and its class are never touched."""
+    """The attention's code calls another function; its module and its class are not modified."""
     config = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 8, "vocab_size": 8}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))

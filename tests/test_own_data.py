@@ -1,4 +1,4 @@
-"""A run on people's own data: what it chooses by itself, what it records, and what it starts from."""
+"""A run on a user's own data: automatic settings, what is recorded, and starting from an adapter."""
 
 from __future__ import annotations
 

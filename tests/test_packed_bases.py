@@ -1,4 +1,4 @@
-"""Bases that GPTQ and AWQ packed: the numbers are theirs, and stay in 4 bits."""
+"""Bases packed by GPTQ and AWQ: values are the same, and stay in 4 bits."""
 
 import json
 
@@ -52,7 +52,7 @@ def tensors_of(method: str, form: str, weight: torch.Tensor, size: int, bits: in
 
 
 def write(directory, method="gptq", form="gptq", bits=4, act_order=False, size=64, tokenizer=None, changes=()):
-    """Writes a small base as one of them does; returns a dense model of the same numbers."""
+    """Writes a small base in one of these formats; returns a dense model with the same values."""
     torch.manual_seed(0)
     widths = {"hidden_size": 2 * size, "intermediate_size": 4 * size}
     config = LlamaConfig(**widths, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer))

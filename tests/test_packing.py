@@ -7,7 +7,7 @@ from loralib.data.tokens import TokenExample
 
 @st.composite
 def batches(draw):
-    """Examples over few ids, so that many begin alike, with any token but the first trained or not."""
+    """Examples over few ids, so that many share a prefix; each token except the first may be trained."""
     count = draw(st.integers(1, 6))
     examples = []
     for _ in range(count):

@@ -73,7 +73,7 @@ def served(app: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def at_once(warm_command: Callable[..., Any]) -> Iterator[None]:
-    """Jobs and exports begin at once, in processes of their own all the same."""
+    """Jobs and exports start immediately, but still in their own processes."""
     with pytest.MonkeyPatch.context() as patch:
         for place in ("loralib.serve.process", "loralib.serve.page.exports"):
             patch.setattr(f"{place}.loralib_command", warm_command)
@@ -98,7 +98,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, site: SimpleNamespace) -> Iterator[Callable[..., Any]]:
-    """Opens the page; in the end, nothing that it said to the console was an error that the test did not expect."""
+    """Opens the page; at the end, checks that its console has no unexpected errors."""
     contexts, said = [], []
 
     def open_page(at: str = "", expects: str | None = None, **settings: Any) -> Any:
@@ -124,7 +124,7 @@ def visit(browser: Any, site: SimpleNamespace) -> Iterator[Callable[..., Any]]:
 
 
 def train(page: Any, name: str, settings: dict[str, str]) -> None:
-    """Fills the form in and starts a job."""
+    """Fills in the form and starts a job."""
     page.locator("input[type=file]").set_input_files(
         {"name": f"{name}.jsonl", "mimeType": "application/jsonl", "buffer": EXAMPLES.encode()}
     )
@@ -136,7 +136,7 @@ def train(page: Any, name: str, settings: dict[str, str]) -> None:
 
 
 def tab_to(page: Any, name: str) -> None:
-    """Presses Tab until what has the focus is called so."""
+    """Presses Tab until the element with this name has the focus."""
     for _ in range(40):
         page.keyboard.press("Tab")
         if page.evaluate(FOCUSED).strip() == name:
@@ -227,7 +227,7 @@ def test_the_keyboard_alone_makes_an_adapter_of_a_file_and_compares_it(trained: 
 
 
 def drop(page: Any, place: str, *, name: str, content: str) -> None:
-    """Drags a file over a place and lets it go there, as a browser tells the page."""
+    """Drags a file onto an element and drops it there, with a browser's events."""
     data = page.evaluate_handle(
         "([name, text]) => { const data = new DataTransfer(); data.items.add(new File([text], name)); return data; }",
         [name, content],
@@ -358,7 +358,7 @@ def test_faults_of_settings_are_told_before_the_start(visit: Callable[..., Any],
 
 @pytest.fixture(scope="module")
 def stopped(browser: Any, site: SimpleNamespace, trained: SimpleNamespace) -> SimpleNamespace:
-    """A job that is stopped, goes on, and is cancelled, by clicks: the step that each began with."""
+    """A job that is paused, resumed and cancelled by clicks: the step that each started at."""
     page = browser.new_page(locale="en-US")
     page.set_default_timeout(60_000)
     page.on("dialog", lambda dialog: dialog.accept())
@@ -608,7 +608,7 @@ VIEWS = ("compare", "train", "train/{job}", "runs", "adapters")
 
 
 def each_view(page: Any, trained: SimpleNamespace) -> Iterator[str]:
-    """Opens one view after another, with all that can be unfolded."""
+    """Opens one view after another, with all details expanded."""
     for view in VIEWS:
         page.goto(page.url.partition("#")[0] + f"#{view.format(job=trained.job)}")
         page.locator("h1:visible").wait_for()
@@ -676,7 +676,7 @@ def test_every_text_stands_out_from_what_is_behind_it(
 
 
 def test_every_word_on_the_page_is_in_its_list_of_words(visit: Callable[..., Any], trained: SimpleNamespace) -> None:
-    """Each text of the list is marked: what is not, is data or a number, or was forgotten."""
+    """Marks each text of the list; an unmarked text is data, a number, or missing from the list."""
     page = visit()
     marked = re.sub(r'"((?:[^"\\]|\\.)*)"(?=,$|\],$)', r'"⟦\1⟧"', WORDS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     marked = re.sub(r'\["((?:[^"⟦\\]|\\.)*)", "⟦', r'["⟦\1⟧", "⟦', marked)

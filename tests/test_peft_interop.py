@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and come from it with the same logits, to 1e-5 in fp32."""
+"""Adapters exchanged with PEFT in both directions have the same logits, to 1e-5 in fp32."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_classifiers_of_peft_name_heads_that_are_not_there(tmp_path: Path) -> No
 
 
 def test_older_files_of_peft(tmp_path: Path) -> None:
-    """adapter_model.bin, and names that still carry the adapter's."""
+    """adapter_model.bin, and names that still contain the adapter's name."""
     theirs = in_peft(llama(), target_modules=["q_proj", "embed_tokens"])
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=False)
     state = load_file(tmp_path / "adapter_model.safetensors")
@@ -364,7 +364,7 @@ def test_fused_blocks_of_attention(tmp_path: Path) -> None:
 
 
 class Plain(nn.Module):
-    """What `ByHand` is without LoRA."""
+    """The same as `ByHand`, without LoRA."""
 
     def __init__(self, transposed: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`loralib plan`: what it says of memory is what a step keeps, and what it proposes is a command that there is."""
+"""`loralib plan`: memory estimates match what a step keeps, and proposed commands exist."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_the_cache_has_keys_and_values_of_all_layers() -> None:
 def test_processes_send_what_the_formula_says(
     size: int, sharded: bool, load_file: Callable[[Path], ModuleType], tmp_path: Path
 ) -> None:
-    """Of a ring: of all that is gathered (N - 1) / N, of what is reduced twice that; here the tensors are counted."""
+    """In a ring: a fraction (N - 1) / N of what is gathered, twice that of what is reduced; tensors are counted."""
     start = load_file(Path(__file__).with_name("test_ranks.py")).together
 
     def count(rank: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Learning from preferences: the losses are TRL's, the rows are those of several tools, and a run ranks better."""
+"""Preference training: losses equal TRL's, rows of several tools are read, and runs learn to rank."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_formulas() -> None:
 
 
 def some_pairs(seed: int = 0, vocabulary: int = 53) -> list[PreferencePair]:
-    """Of many lengths; two have one prompt, and two of these one answer."""
+    """Pairs of many lengths; two share a prompt, and two of these share an answer."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int) -> tuple[int, ...]:
@@ -234,7 +234,7 @@ def test_a_prompt_is_computed_once_for_both_answers() -> None:
 
 
 def test_two_halves_of_an_update_add_up_to_the_whole() -> None:
-    """The two parts of ORPO's loss are averages over different things, which both are those of the update."""
+    """The two parts of ORPO's loss are averages over different counts, both taken over the whole update."""
     found = []
     for batches in ([some_pairs()], [some_pairs()[:1], some_pairs()[1:]]):
         model = adapted(53)
@@ -464,7 +464,7 @@ def test_a_run_learns_to_rank_answers(objective: str, tmp_path: Path, capsys: py
 
 
 class StoppedError(Exception):
-    """What ends a run in the middle."""
+    """Ends a run prematurely."""
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["read again", "computed again"])

@@ -42,7 +42,7 @@ def test_names_are_sorted_unique_and_there() -> None:
 
 
 def test_every_modules_all_is_true() -> None:
-    """Each name a module lists in __all__ is there, once."""
+    """Each name in a module's __all__ exists, and is listed once."""
     for info in pkgutil.walk_packages(lora.__path__, "loralib."):
         if info.name.endswith("__main__"):
             continue

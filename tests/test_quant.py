@@ -62,7 +62,7 @@ def quantized(make, kind):
 
 
 def dense_copy(model):
-    """The same numbers in ordinary tensors."""
+    """The same values in ordinary tensors."""
     model = copy.deepcopy(model)
     make_dense(model)
     return model
@@ -445,7 +445,7 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
 
 
 class OfAnotherMethod(nn.Linear):
-    """What transformers gives for a base that is quantised in a way that is not known here."""
+    """What transformers returns for a base that is quantised in an unknown way."""
 
     def __init__(self, can: bool) -> None:
         super().__init__(2, 2)

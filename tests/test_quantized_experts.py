@@ -1,4 +1,4 @@
-"""Experts in 8 and 4 bits: each is a weight of its own, and no step makes all of them dense."""
+"""Experts in 8 and 4 bits: each is quantised separately, and no step makes all of them dense."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def quantized(kind: str, family: str = "qwen3_moe", seed: int = 0) -> Any:
 
 
 def dense_copy(model: Any) -> Any:
-    """The same numbers in ordinary tensors."""
+    """The same values in ordinary tensors."""
     model = copy.deepcopy(model)
     make_dense(model)
     return model
@@ -97,7 +97,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def none_may_be_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stack that is made dense from here on fails the test; the weight of one expert may be."""
+    """From now on, the test fails if a whole stack is made dense; a single expert's weight may be."""
     as_dense = QuantizedWeight.dense
 
     def of_one(weight: QuantizedWeight) -> Tensor:

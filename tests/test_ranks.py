@@ -1,4 +1,4 @@
-"""Several processes train as one: the same losses, the same adapter, and one end for all.
+"""Several processes train like one: the same losses, the same adapter, and all end together.
 
 Ranks are forked from the test, with gloo between them and one thread each; what a launcher tells its processes by
 environment variables is set here.  A few whole commands, at the end, are started by torchrun itself.
@@ -52,7 +52,7 @@ VOCABULARY = 29
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The children of a fork have none of their parent's threads; drawing and collecting garbage take time."""
+    """Forked processes lack their parent's threads; plots and garbage collection would take time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +72,7 @@ def tiny_model(**changes: Any) -> Any:
 
 
 def some_examples(count: int = 40, seed: int = 0) -> list[TokenExample]:
-    """Of many lengths; several share a prompt."""
+    """Examples of many lengths; several share a prompt."""
     rng = random.Random(seed)
     prompts = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randrange(2, 9))) for _ in range(count // 3 + 1)]
     result = []
@@ -96,7 +96,7 @@ def train(config: lora.TrainConfig, model: Any = None, **given: Any) -> Any:
 
 
 def together(size: int, action: Callable[[int], Any]) -> list[Any]:
-    """Does something in so many processes that know of each other; returns their results, or the errors they raised."""
+    """Runs an action in several connected processes; returns their results, or the errors they raised."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,7 +140,7 @@ def _one(pipe: Any, rank: int, action: Callable[[int], Any], environment: dict[s
 
 
 def all_alike(results: list[Any]) -> Any:
-    """Returns what all ranks have returned, which is the same."""
+    """Checks that all ranks returned the same, and returns it."""
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -149,7 +149,7 @@ def all_alike(results: list[Any]) -> Any:
 
 
 def is_close(mine: Path, theirs: Path, tolerance: float = 1e-5) -> bool:
-    """Whether two directories hold the same adapter, but for rounding."""
+    """Whether two directories contain the same adapter, except for rounding."""
     (a, b) = (read_adapter(each) for each in (mine, theirs))
     names = [(each / "adapter_config.json").read_text() for each in (mine, theirs)]
     assert list(a.tensors) == list(b.tensors)
@@ -176,7 +176,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Runs of one process."""
+    """Results of runs in a single process."""
     folder, done = tmp_path_factory.mktemp("alone"), dict[str, Path]()
 
     def run(way: str) -> Path:
@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_other_ranks_and_from_spread_to_whole(alone: Callable
 
 
 def at_pass(model: Any, number: int, action: Callable[[], object]) -> None:
-    """Does something in the middle of a model's pass of that number."""
+    """Runs an action in the middle of the model's pass with this number."""
     passes = itertools.count(1)
     model.model.layers[1].mlp.register_forward_hook(lambda *_: action() and None if next(passes) == number else None)
 
@@ -419,7 +419,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_resuming_goes_on(alone: Callable
 
 
 def test_a_rank_that_is_gone_is_told_from_a_fault_of_the_model() -> None:
-    """A model that is spread over the ranks waits for them itself, in the middle of a pass."""
+    """A sharded model waits for the other ranks by itself, in the middle of a pass."""
 
     def run(rank: int) -> Any:
         with joined() as ranks:
@@ -437,9 +437,9 @@ def test_a_rank_that_is_gone_is_told_from_a_fault_of_the_model() -> None:
 
 
 def test_who_finds_a_rank_gone_tells_of_it_before_obeying_its_launcher() -> None:
-    """The launcher's SIGTERM used to end it first, silently, in one of twenty kills."""
+    """In one of twenty kills, the launcher's SIGTERM used to end it first, without a message."""
     handler = signal.getsignal(signal.SIGTERM)
-    group = ranks_module._Group.__new__(ranks_module._Group)
+    group = ranks_module._ProcessGroup.__new__(ranks_module._ProcessGroup)
     try:
         with trainer.stop_on_signal():
             assert "has died" in str(group.blame(RuntimeError("Connection closed by peer")))
@@ -574,8 +574,8 @@ def test_a_build_without_a_backend_says_so(lacking: str, monkeypatch: pytest.Mon
 def test_one_process_is_the_case_of_one_rank() -> None:
     assert ALONE.is_first
     assert ALONE.gather(3) == [3]
-    assert ALONE.first(lambda: 4) == ALONE.together(lambda: 4) == ALONE.in_turn(lambda: 4) == 4
-    assert ALONE.most(5) == 5
+    assert ALONE.on_first_rank(lambda: 4) == ALONE.on_all_ranks(lambda: 4) == ALONE.in_turn(lambda: 4) == 4
+    assert ALONE.max(5) == 5
     assert torch.equal(ALONE.sum(torch.ones(2)), torch.ones(2))
     assert json.dumps(ALONE.device("cpu")) == '"cpu"'
     assert not ranks_module.launched()
@@ -608,7 +608,7 @@ def training(folder: Path, output: Path, *words: str) -> list[str]:
 
 
 def spoken(words: list[str], size: int) -> list[tuple[int, str, str]]:
-    """Runs a command in several processes; returns the exit code of each, and what it said on stdout and stderr."""
+    """Runs a command in several processes; returns the exit code, stdout and stderr of each."""
 
     def run(rank: int) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()

@@ -1,4 +1,4 @@
-"""loralib reproduce: recipes, data found by name, stages that are skipped, resumed and made again, and the report."""
+"""loralib reproduce: recipes, data found by name, stages that are skipped, resumed and repeated, and the report."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end: not to be changed."""
+    """A finished run; tests must not change it."""
     folder = tmp_path_factory.mktemp("finished")
     assert main(command(write_data(folder / "data"), folder / "out")) == 0
     return folder / "out"
@@ -80,13 +80,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that run, where `run` goes on."""
+    """A copy of that run, which `run` continues."""
     shutil.copytree(finished, tmp_path / "out")
     return tmp_path / "out"
 
 
 def made(printed: str) -> dict[str, str]:
-    """What became of each stage: the first word after its name."""
+    """The outcome of each stage: the first word after its name."""
     stages = ("data", "base", "train", "decode", "perplexity", "scores", "report")
     lines = [line for line in printed.splitlines() if line.startswith(stages)]
     told = {"...": "made", ": already done": "kept", ": running again": "again", ": continuing": "resumed"}
@@ -391,7 +391,7 @@ def test_a_result_that_was_changed_or_went_is_made_again(run: Run, out: Path) ->
 
 
 class Killed(BaseException):
-    """What no handler catches, as a kill."""
+    """An exception that no handler catches, like a kill."""
 
 
 def test_a_run_that_was_killed_goes_on(
@@ -491,7 +491,7 @@ def test_a_prompt_longer_than_the_context(run: Run, data: Path) -> None:
 @pytest.mark.usefixtures("out")
 def test_a_model_that_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "one_line", lambda text, form: "")
-    assert "wrote nothing for any of 4 inputs: it stops at once" in run("decode.num_beams=3", code=2)
+    assert "generated no text for any of 4 inputs: it stops immediately" in run("decode.num_beams=3", code=2)
 
 
 def test_print_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ MACHINES = list(product(["3.10", "3.11", "3.12", "3.13"], ["linux", "win32", "da
 
 @pytest.fixture
 def environment(load_file: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """scripts/environment.py at work on an empty checkout, with its commands recorded instead of run."""
+    """scripts/environment.py in an empty checkout, with its commands recorded instead of run."""
     module = load_file(ENVIRONMENT)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements" / "run.txt").write_text("one==1\n", encoding="utf-8")
@@ -217,9 +217,9 @@ environment.subprocess.Popen = Slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "whole_group"), [("SIGINT", True), ("SIGHUP", True), ("SIGTERM", False)])
 def test_a_stopped_demo_waits_until_training_has_saved(name: str, whole_group: bool) -> None:
-    """A terminal signals all that it started; whoever stops a container signals the first process.
+    """A terminal signals all its processes, but stopping a container signals only the first one.
 
-    The signal comes while the first process is still busy with having started the other.
+    The signal arrives while the first process is still starting the other.
     """
     code = f"{STARTS_SLOWLY}; sys.exit(environment._call([sys.executable, '-c', {SAVES_SLOWLY!r}]))"
     with subprocess.Popen(
@@ -243,7 +243,7 @@ def test_old_pythons_are_told(script: str, version: tuple[int, ...], monkeypatch
 
 @pytest.fixture
 def script(load_file: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Makes main() of a script whose environment is there and whose commands go to a function instead."""
+    """Returns main() of a script whose environment exists and whose commands are passed to a function."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
     def main_of(name: str, run: Callable[[list[str]], int]) -> Callable[[], int]:
@@ -371,7 +371,7 @@ def pins(file: str) -> list[Requirement]:
 
 
 def chosen(requirements: list[Requirement], machine: tuple[str, str]) -> dict[str, str]:
-    """Returns what pip would install there, by name; a package that is pinned twice there is a fault."""
+    """Returns the packages that pip would install there, by name; each must be pinned only once."""
     versions: dict[str, str] = {}
     for requirement in requirements:
         if applies(requirement, machine):

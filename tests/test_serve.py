@@ -30,8 +30,8 @@ from loralib.bases import load_tokenizer, trained_on_chats
 from loralib.cli import main
 from loralib.cli.serve import open_port
 from loralib.generation import Sampling
-from loralib.generation.service import Ticket
-from loralib.serve import jobs, shelf
+from loralib.generation.service import RequestHandle
+from loralib.serve import adapter_store, jobs
 from loralib.serve import running as serve_running
 from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.running import Run
@@ -47,8 +47,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two adapters that are loaded at the start, and one that is not."""
     root = tmp_path_factory.mktemp("serve")
     base = tiny_base(root / "base")
-    tiny_adapter(base, root / "shelf" / "calm", 1)
-    tiny_adapter(base, root / "shelf" / "bold", 2)
+    tiny_adapter(base, root / "adapters" / "calm", 1)
+    tiny_adapter(base, root / "adapters" / "bold", 2)
     tiny_adapter(base, root / "later", 3)
     return root
 
@@ -56,7 +56,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(places: Path) -> Iterator[Running]:
     config = ServeConfig(
-        model=str(places / "base"), adapters=str(places / "shelf"), dtype="fp32", max_tokens=200,
+        model=str(places / "base"), adapters=str(places / "adapters"), dtype="fp32", max_tokens=200,
         state_dir=str(places / "state"), max_jobs=0, max_body_mb=0.2, max_requests=8, max_waiting=4,
     )  # fmt: skip
     running = Running(config)
@@ -109,7 +109,7 @@ def test_a_completion_is_what_its_seed_gives_offline(client: openai.OpenAI, runn
     assert reply.model == model
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+def test_a_stream_is_the_whole_answer_in_chunks(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "calm", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.8, "seed": 7, "n": 2}
     whole = client.completions.create(**asked)
     texts = {0: "", 1: ""}
@@ -398,7 +398,7 @@ def test_too_many_waiting_requests_are_told_to_come_again(running: Running) -> N
 
 
 class hold:
-    """Keeps the model's thread busy, so that nothing is generated meanwhile."""
+    """Blocks the model's thread, so that nothing is generated meanwhile."""
 
     def __init__(self, running: Running) -> None:
         self._service, self._go = running.server.service, threading.Event()
@@ -425,7 +425,7 @@ def test_a_client_that_goes_away_ends_its_request(running: Running, stream: bool
     cancelled = threading.Event()
     cancel = service.cancel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service, "cancel", lambda ticket: (cancel(ticket), cancelled.set()))
+        patch.setattr(service, "cancel", lambda handle: (cancel(handle), cancelled.set()))
         body = json.dumps({**COMPLETION, "max_tokens": 200, "stream": stream, "ignore_eos": True}).encode()
         with hold(running):
             with connected(running, body, "/v1/completions"):
@@ -436,11 +436,11 @@ def test_a_client_that_goes_away_ends_its_request(running: Running, stream: bool
 
 
 def test_a_reader_that_stops_reading_fills_no_memory(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it does not read waits up to a bound; then its texts end, and it is told why if it reads on."""
+    """Unread chunks are queued up to a limit; then its texts end, and it is told why if it continues to read."""
     monkeypatch.setattr(serve_running, "_MOST_UNREAD", 64)
     ended = threading.Event()
     cancel = running.server.service.cancel
-    monkeypatch.setattr(running.server.service, "cancel", lambda ticket: (cancel(ticket), ended.set()))
+    monkeypatch.setattr(running.server.service, "cancel", lambda handle: (cancel(handle), ended.set()))
     asked = {**COMPLETION, "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 4, "logprobs": 20}
     with connected(running, json.dumps(asked).encode(), "/v1/completions", buffer=4096) as raw:
         assert ended.wait(60)
@@ -465,7 +465,7 @@ def connected(
     kind: str = "application/json",
     key: str = "",
 ) -> Iterator[socket.socket]:
-    """Sends a request over a socket of its own; `more`: bytes that are announced and do not come."""
+    """Sends a request over its own socket; `more`: bytes that are announced, but not sent."""
     listener, before = running.socket, running.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     with socket.socket() as raw:
         if buffer:
@@ -500,7 +500,7 @@ def test_a_slow_reader_stalls_nobody(running: Running, client: openai.OpenAI) ->
 
 
 def test_adapters_come_change_and_go(running: Running, places: Path, post: Any, client: openai.OpenAI) -> None:
-    tiny_adapter(places / "base", places / "shelf" / "new", 9)
+    tiny_adapter(places / "base", places / "adapters" / "new", 9)
     with httpx.Client(base_url=running.url) as http:
         assert http.get("/v1/adapters").json()["unused"] == ["new"]
         made = post("/v1/adapters", {"name": "fresh", "path": "new", "scale": 0.5})
@@ -522,8 +522,8 @@ def test_adapters_come_change_and_go(running: Running, places: Path, post: Any, 
 
 
 def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, places: Path, post: Any) -> None:
-    tiny_adapter(places / "base", places / "shelf" / "brief", 11)
-    tiny_adapter(places / "base", places / "shelf" / "second", 12)
+    tiny_adapter(places / "base", places / "adapters" / "brief", 11)
+    tiny_adapter(places / "base", places / "adapters" / "second", 12)
     assert post("/v1/adapters", {"name": "brief"}).status_code == 201
     expected = offline(running, "Hi", "brief", max_new_tokens=100, min_new_tokens=100, temperature=1.0, seed=2).text
     body = {**COMPLETION, "model": "brief", "max_tokens": 100, "ignore_eos": True, "seed": 2, "stream": True}
@@ -543,16 +543,16 @@ def test_a_text_ends_with_the_adapter_that_it_began_with(running: Running, place
 def test_one_name_is_loaded_by_one_request_at_a_time(
     running: Running, places: Path, post: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_adapter(places / "base", places / "shelf" / "twin", 13)
+    tiny_adapter(places / "base", places / "adapters" / "twin", 13)
     reads, go = threading.Event(), threading.Event()
-    read = shelf.read_adapter
+    read = adapter_store.read_adapter
 
     def slow(*args: Any, **settings: Any) -> Any:
         reads.set()
         assert go.wait(60)
         return read(*args, **settings)
 
-    monkeypatch.setattr(shelf, "read_adapter", slow)
+    monkeypatch.setattr(adapter_store, "read_adapter", slow)
     replies: list[httpx.Response] = []
     first = threading.Thread(target=lambda: replies.append(post("/v1/adapters", {"name": "twin"})))
     first.start()
@@ -584,7 +584,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_paths_out_of_the_directory_are_refused(running: Running, places: Path, post: Any, path: str) -> None:
-    link = places / "shelf" / "link"
+    link = places / "adapters" / "link"
     if path == "link" and not link.is_symlink():
         link.symlink_to(places / "later")
     reply = post("/v1/adapters", {"name": "x", "path": path})
@@ -594,7 +594,7 @@ def test_paths_out_of_the_directory_are_refused(running: Running, places: Path, 
 
 
 def test_a_file_that_links_out_is_refused(places: Path, post: Any) -> None:
-    inner = places / "shelf" / "linked"
+    inner = places / "adapters" / "linked"
     inner.mkdir(exist_ok=True)
     (inner / "adapter_config.json").symlink_to(places / "later" / "adapter_config.json")
     assert post("/v1/adapters", {"name": "x", "path": "linked"}).status_code == 403
@@ -606,9 +606,9 @@ def test_adapters_that_would_not_work_are_refused_in_words(places: Path, post: A
     config = transformers.GPT2Config(vocab_size=49152, n_embd=32, n_layer=1, n_head=2, n_positions=CONTEXT)
     transformers.GPT2LMHeadModel(config).save_pretrained(other)
     load_tokenizer().save_pretrained(other)
-    tiny_adapter(other, places / "shelf" / "foreign", 1)
-    tiny_adapter(places / "base", places / "shelf" / "void", 1, std=0.0)
-    broken = tiny_adapter(places / "base", places / "shelf" / "broken", 1) / "adapter_model.safetensors"
+    tiny_adapter(other, places / "adapters" / "foreign", 1)
+    tiny_adapter(places / "base", places / "adapters" / "void", 1, std=0.0)
+    broken = tiny_adapter(places / "base", places / "adapters" / "broken", 1) / "adapter_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     for name, words in (("foreign", "16"), ("void", "changes no logit"), ("broken", "adapter_model.safetensors")):
         reply = post("/v1/adapters", {"name": name})
@@ -702,7 +702,7 @@ def test_a_base_without_a_template(places: Path, tmp_path: Path) -> None:
 
 
 def test_small_packets_are_sent_at_once() -> None:
-    """Else each answer on a connection that is kept, and each token of a stream, waits for 40 ms."""
+    """Otherwise, each answer on a kept-alive connection, and each token of a stream, is delayed by 40 ms."""
     with open_port("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         connection, _ = listener.accept()
         with connection:
@@ -711,7 +711,7 @@ def test_small_packets_are_sent_at_once() -> None:
 
 def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loralib", "serve", "--model", str(places / "base"), "--dtype", "fp32", "--port",
-               "0", "--state_dir", str(tmp_path), "--adapter", f"calm={places / 'shelf' / 'calm'}", "--no_page",
+               "0", "--state_dir", str(tmp_path), "--adapter", f"calm={places / 'adapters' / 'calm'}", "--no_page",
                "--max_jobs", "0"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -737,7 +737,7 @@ def test_the_command_serves_until_it_is_told_to_end(places: Path, tmp_path: Path
 def test_a_job_on_chats_trains_with_the_server_s_template(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base has no template: neither would its job have, if the server's did not go with it."""
+    """The base has no template, so the job must use the server's."""
     base = shutil.copytree(places / "base", tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -781,8 +781,8 @@ def test_little_memory_for_adapters_and_little_time_to_end(
 ) -> None:
     """Adapters take turns in memory, with the same answers; a text that is not done in time ends with an error."""
     config = ServeConfig(
-        str(places / "base"), adapter=[f"{name}={places / 'shelf' / name}" for name in ("calm", "bold")], dtype="fp32",
-        page=False, state_dir=str(tmp_path), max_jobs=0,
+        str(places / "base"), adapter=[f"{name}={places / 'adapters' / name}" for name in ("calm", "bold")],
+        dtype="fp32", page=False, state_dir=str(tmp_path), max_jobs=0,
         adapter_memory_mb=running.server.adapters.describe("calm")["bytes"] * 1.5 / 1e6,
     )  # fmt: skip
     small = Running(config)
@@ -823,8 +823,8 @@ def test_the_guide_s_examples_work(
     [python] = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     exec(python.replace("localhost:8000", f"localhost:{running.port}"), {})
     assert "'calm'" in capfd.readouterr().out
-    if not (places / "shelf" / "new").exists():
-        tiny_adapter(places / "base", places / "shelf" / "new", 9)
+    if not (places / "adapters" / "new").exists():
+        tiny_adapter(places / "base", places / "adapters" / "new", 9)
     block = next(
         block for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "curl" in block
     )
@@ -853,14 +853,14 @@ def test_the_guide_names_flags_and_fields_that_exist(guide: str) -> None:
     assert all(f"`{name}`" in text for name in without_effect)
 
 
-def test_a_request_that_is_cancelled_waits_for_no_more_pieces() -> None:
+def test_a_request_that_is_cancelled_waits_for_no_more_chunks() -> None:
     class Silent:
-        """A service that takes requests in and never says anything of them."""
+        """A service that accepts requests and never responds."""
 
-        def submit(self, *_: Any, **__: Any) -> Ticket:
-            return Ticket(0, 1)
+        def submit(self, *_: Any, **__: Any) -> RequestHandle:
+            return RequestHandle(0, 1)
 
-        def cancel(self, ticket: Ticket) -> None:
+        def cancel(self, handle: RequestHandle) -> None:
             pass
 
     async def ask() -> list[Any]:
@@ -870,10 +870,10 @@ def test_a_request_that_is_cancelled_waits_for_no_more_pieces() -> None:
         run.submit()
 
         async def collected() -> list[Any]:
-            return [piece async for piece in run.pieces()]
+            return [chunk async for chunk in run.chunks()]
 
         waiting = asyncio.ensure_future(collected())
-        await asyncio.sleep(0)  # it waits for a piece now
+        await asyncio.sleep(0)  # it waits for a chunk now
         run.cancel()
         return await asyncio.wait_for(waiting, 10)
 

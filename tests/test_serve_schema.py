@@ -1,4 +1,4 @@
-"""The OpenAPI schema is true: schemathesis makes requests from it, right and wrong ones, for every route.
+"""The OpenAPI schema is correct: schemathesis derives valid and invalid requests from it, for every route.
 
 A right request may still be refused for what no schema says: two fields do not go together, a prompt is too long for
 the model.  The code of such an error tells it from one that the schema had to rule out.
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 class Patient(FakeProcess):
-    """A training process that goes on until it is stopped."""
+    """A training process that continues until it is stopped."""
 
     def stop(self, kill_after: float | None = None) -> None:
         self.end(143)
@@ -48,24 +48,24 @@ class Patient(FakeProcess):
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     base = tiny_base(tmp_path / "base")
     for seed, name in enumerate(("calm", "bold", "spare")):
-        tiny_adapter(base, tmp_path / "shelf" / name, seed)
+        tiny_adapter(base, tmp_path / "adapters" / name, seed)
     FakeProcess.made = []
     monkeypatch.setattr(jobs_module, "TrainingProcess", Patient)
-    places = {"model": str(base), "adapters": str(tmp_path / "shelf"), "state_dir": str(tmp_path / "state")}
+    places = {"model": str(base), "adapters": str(tmp_path / "adapters"), "state_dir": str(tmp_path / "state")}
     running = Running(ServeConfig(**places, dtype="fp32", max_tokens=20))
     yield running
     running.close()
 
 
 class Existing:
-    """Puts names of what exists into most requests: with made-up names all would end with 404."""
+    """Puts existing names into most requests; with random names, all would end with 404."""
 
     def __init__(self, running: Running) -> None:
         self._jobs = running.server.jobs
         self._count = 0
 
     def put_into(self, case: Any) -> None:
-        """Changes texts that name something; what is wrong about a request stays wrong."""
+        """Replaces names in a request; invalid parts stay invalid."""
         self._count += 1
         if self._count % 5 == 0:
             return
@@ -81,7 +81,7 @@ class Existing:
             self._reconcile(body)
 
     def _reconcile(self, body: dict[str, Any]) -> None:
-        """Makes fields go together, in most requests: the schema does not say which do."""
+        """Makes fields compatible in most requests, since the schema does not say which are."""
         if "top_logprobs" in body:
             body["logprobs"] = True
         if "stream_options" in body:

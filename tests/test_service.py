@@ -1,4 +1,4 @@
-"""The service: each request is what it would be alone, whoever else asks, leaves, fails or begins as it does."""
+"""The service: each request has the same result as alone, even if others join, leave, fail or share its prefix."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import loralib as lora
 from loralib.engine.bank import Bank
 from loralib.engine.threads import release_threads
 from loralib.errors import AdapterError, BusyServerError, ConfigError, DataError
-from loralib.generation import Generator, Piece, Sampling, TokenLogprob, generate
+from loralib.generation import Generator, Sampling, TextChunk, TokenLogprob, generate
 from loralib.generation.decoder import CachedDecoder
-from loralib.generation.pages import PAGE, Lease, Node, Pages, pages_of
+from loralib.generation.pages import PAGE, Node, Pages, SequencePages, pages_of
 from loralib.generation.queueing import FairQueue
 from loralib.generation.service import Service, default_cache_tokens
 
@@ -34,7 +34,7 @@ VOCABULARY = 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and one for the end."""
+    """A tokenizer with one token per byte, and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -49,7 +49,7 @@ TOKENIZER = byte_tokenizer()
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    """A small model whose next tokens are neither certain nor all alike, and two adapters."""
+    """A small model whose next tokens are neither certain nor equally likely, and two adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -89,16 +89,16 @@ def alone(model: Any, prompt: list[int], own: Sampling, adapter: str | None = No
     return generate(model, TOKENIZER, [prompt], own, adapters=[adapter])[0].ids
 
 
-def finish(generator: Generator) -> dict[int, list[Piece]]:
-    pieces: dict[int, list[Piece]] = {}
+def finish(generator: Generator) -> dict[int, list[TextChunk]]:
+    chunks: dict[int, list[TextChunk]] = {}
     while len(generator):
-        for piece in generator.step():
-            pieces.setdefault(piece.request, []).append(piece)
-    return pieces
+        for chunk in generator.step():
+            chunks.setdefault(chunk.request, []).append(chunk)
+    return chunks
 
 
-def ids_of(pieces: list[Piece]) -> tuple[int, ...]:
-    return tuple(token for piece in pieces for token in piece.ids)
+def ids_of(chunks: list[TextChunk]) -> tuple[int, ...]:
+    return tuple(token for chunk in chunks for token in chunk.ids)
 
 
 # --- each request is what it would be alone ------------------------------------------------------------------------
@@ -141,14 +141,14 @@ REQUESTS = st.lists(
 def test_each_request_is_what_it_would_be_alone(
     bank: Bank, mode: str, requests: Any, reuse: bool, part: int, room: int, most: int, seed: int
 ) -> None:
-    """They join and are cancelled at any time, in a cache that has little room."""
+    """They join and are cancelled at any time, with a small cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORALIB_ENGINE", mode)
         rng = random.Random(seed)
         generator = Generator(
             bank, TOKENIZER, max_requests=most, max_prompt_tokens=part, cache_tokens=room, reuse=reuse
         )
-        waiting, begun, cancelled, pieces = list(requests), {}, set(), {}
+        waiting, begun, cancelled, chunks = list(requests), {}, set(), {}
         while waiting or len(generator):
             while waiting and rng.random() < 0.5:
                 prompt, own, adapter, client = request = waiting.pop(0)
@@ -157,11 +157,11 @@ def test_each_request_is_what_it_would_be_alone(
                 number = rng.choice(list(begun))
                 generator.cancel(number)
                 cancelled.add(number)
-            for piece in generator.step():
-                pieces.setdefault(piece.request, []).append(piece)
+            for chunk in generator.step():
+                chunks.setdefault(chunk.request, []).append(chunk)
             assert mode == "off" or generator.used_tokens <= room
         for number, (prompt, own, adapter, _) in begun.items():
-            expected, got = alone(bank, prompt, own, adapter), ids_of(pieces.get(number, []))
+            expected, got = alone(bank, prompt, own, adapter), ids_of(chunks.get(number, []))
             assert got == (expected[: len(got)] if number in cancelled else expected)
         if mode != "off" and not reuse:
             assert generator.used_tokens == 0
@@ -198,12 +198,12 @@ def test_many_threads_ask_at_once(bank: Bank) -> None:
 
 
 def reused(generator: Generator, prompt: list[int], adapter: str | None = None, count: int = 4) -> int | None:
-    """How many tokens of a prompt were not computed again; what comes of it is checked."""
+    """Returns how many tokens of a prompt were reused, after checking the result."""
     number = generator.add(prompt, Sampling(max_new_tokens=count), adapter)
-    pieces = finish(generator)[number]
-    assert ids_of(pieces) == alone(generator._given, prompt, Sampling(max_new_tokens=count), adapter)
-    assert all(piece.cached_tokens is None for piece in pieces[1:])
-    return pieces[0].cached_tokens
+    chunks = finish(generator)[number]
+    assert ids_of(chunks) == alone(generator._given, prompt, Sampling(max_new_tokens=count), adapter)
+    assert all(chunk.cached_tokens is None for chunk in chunks[1:])
+    return chunks[0].cached_tokens
 
 
 @pytest.fixture
@@ -228,13 +228,13 @@ def test_only_the_same_adapter_at_the_same_scale_reuses(generator: Generator, ba
         bank.set_scale("first", 0.5)
         assert [reused(generator, prompt, "first"), reused(generator, prompt, "second")] == [0, 32]
         number = generator.add(text(3, 40), Sampling(max_new_tokens=30, min_new_tokens=30), "first")
-        pieces = generator.step()
+        chunks = generator.step()
         bank.set_scale("first", 1.0)  # for a while
-        pieces += generator.step()
+        chunks += generator.step()
         bank.set_scale("first", 0.5)
-        pieces += finish(generator)[number]
+        chunks += finish(generator)[number]
         # Its prompt was computed at this scale, and not all of its answer.
-        assert reused(generator, [*text(3, 40), *ids_of(pieces)], "first") == 32
+        assert reused(generator, [*text(3, 40), *ids_of(chunks)], "first") == 32
     finally:
         bank.set_scale("first", 1.0)
     assert reused(generator, prompt, "first") == 32  # as before
@@ -294,10 +294,10 @@ def test_completions_of_one_prompt_compute_it_once(bank: Bank, generator: Genera
     prompt = text(0, 100)
     for seed in range(5):
         generator.add(prompt, Sampling(max_new_tokens=1, temperature=1, seed=seed))
-    pieces = finish(generator)
+    chunks = finish(generator)
     hook.remove()
     assert seen == [100, 4 * (100 - 96)]
-    assert [pieces[number][0].cached_tokens for number in range(5)] == [0, 96, 96, 96, 96]
+    assert [chunks[number][0].cached_tokens for number in range(5)] == [0, 96, 96, 96, 96]
     assert generator.counts.reused_tokens == 4 * 96
 
 
@@ -306,7 +306,7 @@ def test_a_long_prompt_stalls_nobody(bank: Bank) -> None:
     short = generator.add(text(0, 10), Sampling(max_new_tokens=12, min_new_tokens=12))
     generator.step()
     long = generator.add(text(1, 150), Sampling(max_new_tokens=3))
-    rounds = [[piece.request for piece in generator.step()] for _ in range(5)]
+    rounds = [[chunk.request for chunk in generator.step()] for _ in range(5)]
     assert rounds == [[short]] * 4 + [[short, long]]
     assert ids_of(finish(generator)[long])[-1:] == alone(bank, text(1, 150), Sampling(max_new_tokens=3))[-1:]
 
@@ -318,7 +318,7 @@ def test_a_long_prompt_stalls_nobody(bank: Bank) -> None:
 @given(st.integers(0, 10**6), st.integers(6, 20))
 def test_pages_are_owned_once_and_never_more_than_there_are(seed: int, budget: int) -> None:
     rng, pages, root = random.Random(seed), Pages(budget), Node()
-    open_: list[tuple[Lease, list[int], int]] = []
+    open_: list[tuple[SequencePages, list[int], int]] = []
 
     def tree(node: Node) -> list[Node]:
         return [each for child in node.children.values() for each in (child, *tree(child))]
@@ -327,22 +327,22 @@ def test_pages_are_owned_once_and_never_more_than_there_are(seed: int, budget: i
         if rng.random() < 0.5:
             tokens = [rng.randrange(2)] * rng.randrange(1, 60) + [rng.randrange(3)] * rng.randrange(1, 30)
             total = len(tokens) + rng.randrange(40)
-            lease = pages.lease(tokens, total, root)
-            if lease is not None:
-                assert len(lease.nodes) * PAGE < len(tokens)
-                pages.extend(lease, pages_of(total))
-                assert len(lease.pages) == pages_of(total)
+            sequence = pages.reserve(tokens, total, root)
+            if sequence is not None:
+                assert len(sequence.nodes) * PAGE < len(tokens)
+                pages.extend(sequence, pages_of(total))
+                assert len(sequence.pages) == pages_of(total)
                 if rng.random() < 0.7:
-                    pages.share(lease, tokens)
-                open_.append((lease, tokens, total))
+                    pages.share(sequence, tokens)
+                open_.append((sequence, tokens, total))
             else:
                 assert open_ or pages_of(total) > budget  # what fits at all fits when nothing else is there
         elif open_:
-            lease, tokens, total = open_.pop(rng.randrange(len(open_)))
-            pages.share(lease, tokens + [7] * (total - len(tokens)) if rng.random() < 0.5 else [])
-            pages.release(lease)
+            sequence, tokens, total = open_.pop(rng.randrange(len(open_)))
+            pages.share(sequence, tokens + [7] * (total - len(tokens)) if rng.random() < 0.5 else [])
+            pages.release(sequence)
         kept = tree(root)
-        own = [page for lease, *_ in open_ for page in set(lease.pages) - {node.page for node in lease.nodes}]
+        own = [page for sequence, *_ in open_ for page in set(sequence.pages) - {node.page for node in sequence.nodes}]
         owned = [node.page for node in kept] + own
         assert len(owned) == len(set(owned))
         assert 0 not in owned
@@ -351,8 +351,8 @@ def test_pages_are_owned_once_and_never_more_than_there_are(seed: int, budget: i
         assert pages.count <= budget + 1
         assert sum(node.users > 0 for node in kept) == pages._locked
         assert {node for node in kept if not node.users} == set(pages._idle)
-    for lease, *_ in open_:
-        pages.release(lease)
+    for sequence, *_ in open_:
+        pages.release(sequence)
     pages.clear()
     assert pages.used == 0
     assert sorted(pages._free) == list(range(1, pages.count))
@@ -365,12 +365,12 @@ def test_clients_take_turns(bank: Bank) -> None:
     generator = Generator(bank, TOKENIZER, max_requests=1)
     greedy = [generator.add(text(number, 3), Sampling(max_new_tokens=1), client="greedy") for number in range(20)]
     modest = generator.add(text(30, 3), Sampling(max_new_tokens=1), client="modest")
-    order = [piece.request for _ in range(21) for piece in generator.step()]
+    order = [chunk.request for _ in range(21) for chunk in generator.step()]
     assert order == [greedy[0], modest, *greedy[1:]]
 
 
 def test_a_large_request_is_overtaken_so_often_and_no_more(bank: Bank) -> None:
-    """It needs all the room there is, and small ones would always fit."""
+    """It needs the whole cache, while small ones would always fit."""
     generator = Generator(bank, TOKENIZER, cache_tokens=96, reuse=True)
     small = Sampling(max_new_tokens=8, min_new_tokens=8)
     for number in range(2):
@@ -380,7 +380,7 @@ def test_a_large_request_is_overtaken_so_often_and_no_more(bank: Bank) -> None:
     order: list[int] = []
     for number in range(200):
         generator.add(text(number, 8), small, client=f"small {number % 7}")
-        order += [piece.request for piece in generator.step() if piece.finish_reason is not None]
+        order += [chunk.request for chunk in generator.step() if chunk.finish_reason is not None]
         if large in order:
             break
     assert large in order
@@ -401,7 +401,7 @@ def test_nobody_waits_behind_one_that_does_not_fit_yet() -> None:
 
 
 class Held:
-    """A request whose service is held between two steps until it is let go."""
+    """A request whose service is blocked between two steps until it is released."""
 
     def __init__(self, service: Service) -> None:
         self.go, held = threading.Event(), threading.Event()
@@ -425,11 +425,11 @@ def ask(service: Service, prompt: list[int], own: Sampling, adapter: str | None 
 
 
 def rest(got: Any) -> list[Any]:
-    """All pieces up to the last one, or to an error."""
-    pieces = []
-    while not pieces or not (isinstance(pieces[-1], BaseException) or pieces[-1].finish_reason):
-        pieces.append(got.get(timeout=30))
-    return pieces
+    """All chunks up to the last one, or to an error."""
+    chunks = []
+    while not chunks or not (isinstance(chunks[-1], BaseException) or chunks[-1].finish_reason):
+        chunks.append(got.get(timeout=30))
+    return chunks
 
 
 LONG = Sampling(max_new_tokens=400, min_new_tokens=400)
@@ -487,8 +487,8 @@ def test_cancelled_while_it_waits_runs_or_has_ended(service: Service, bank: Bank
 def test_a_listener_that_raises_ends_its_request_alone(service: Service, bank: Bank) -> None:
     called: list[Any] = []
 
-    def broken(piece: Any) -> None:
-        called.append(piece)
+    def broken(chunk: Any) -> None:
+        called.append(chunk)
         raise ValueError("a bug")
 
     service.submit(text(0, 4), LONG, listener=broken)
@@ -505,10 +505,10 @@ def test_an_error_in_one_request_ends_that_one_alone(service: Service, bank: Ban
     own = Sampling(max_new_tokens=270, min_new_tokens=270)
     _, good = ask(service, text(1, 4), own, "first")
     held.release()
-    pieces = rest(bad)
-    assert len(pieces) == 257
-    assert isinstance(pieces[-1], ConfigError)
-    assert "no token is left to choose after 256 tokens: the settings ban all of them" in str(pieces[-1])
+    chunks = rest(bad)
+    assert len(chunks) == 257
+    assert isinstance(chunks[-1], ConfigError)
+    assert "no token is left to choose after 256 tokens: the settings ban all of them" in str(chunks[-1])
     assert ids_of(rest(good)) == service.call(lambda: alone(bank, text(1, 4), own, "first"))
 
 
@@ -602,7 +602,7 @@ def check(found: TokenLogprob, expected: torch.Tensor, token: int, count: int) -
 
 @pytest.mark.parametrize("mode", ["full", "off"])
 def test_log_probabilities_are_the_model_s_own(bank: Bank, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever penalties and temperature make of them, and though the prompt is computed in parts."""
+    """Regardless of penalties and temperature, and even if the prompt is computed in chunks."""
     monkeypatch.setenv("LORALIB_ENGINE", mode)
     prompt = text(0, 300)
     own = Sampling(max_new_tokens=6, temperature=0.5, frequency_penalty=1, logprobs=3, prompt_logprobs=True)
@@ -624,14 +624,14 @@ def test_a_prompt_may_be_scored_alone(bank: Bank, generator: Generator) -> None:
     reused(generator, prompt, "first")
     number = generator.add(prompt, Sampling(max_new_tokens=0, prompt_logprobs=True), "first")
     other = generator.add(prompt, Sampling(max_new_tokens=3), "first")
-    pieces = finish(generator)
-    [piece] = pieces[number]
-    assert (piece.ids, piece.text, piece.finish_reason, piece.cached_tokens) == ((), "", "length", 0)
-    assert piece.prompt_logprobs is not None
+    chunks = finish(generator)
+    [chunk] = chunks[number]
+    assert (chunk.ids, chunk.text, chunk.finish_reason, chunk.cached_tokens) == ((), "", "length", 0)
+    assert chunk.prompt_logprobs is not None
     [result] = generate(bank, TOKENIZER, [prompt], adapters=["first"], max_new_tokens=0, prompt_logprobs=True)
-    for one, two in zip(piece.prompt_logprobs[1:], result.prompt_logprobs[1:], strict=True):
+    for one, two in zip(chunk.prompt_logprobs[1:], result.prompt_logprobs[1:], strict=True):
         assert one.logprob == pytest.approx(two.logprob, abs=1e-5)
-    assert ids_of(pieces[other]) == alone(bank, prompt, Sampling(max_new_tokens=3), "first")
+    assert ids_of(chunks[other]) == alone(bank, prompt, Sampling(max_new_tokens=3), "first")
     with pytest.raises(ConfigError, match="max_new_tokens is 0, expected at least 1"):
         Sampling(max_new_tokens=0)
 
@@ -713,7 +713,7 @@ def test_a_schema_needs_a_tokenizer_that_can_be_read(bank: Bank) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process' threads")
 def test_waiting_threads_of_a_computation_end_and_begin_again() -> None:
-    """Those of the thread that loaded a model would put the service's to sleep at each operator."""
+    """Otherwise, those of the thread that loaded the model would slow down the service's thread at each operator."""
 
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))

@@ -1,4 +1,4 @@
-"""A base model that is spread over processes: each reads its own rows, and together they are what load_base reads."""
+"""A base model sharded over processes: each reads its own rows, which together equal what load_base reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 3  # which divides hardly any of the shapes below
 
 @pytest.fixture(scope="module")
 def together(load_file: Callable[[Path], ModuleType]) -> Any:
-    """Does something in several processes that know of each other (see test_ranks.py), given a mesh of them."""
+    """Runs an action in several connected processes (see test_ranks.py), given a mesh of them."""
     start = load_file(Path(__file__).with_name("test_ranks.py")).together
 
     def run(action: Callable[[Any], Any]) -> list[Any]:

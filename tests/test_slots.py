@@ -1,4 +1,4 @@
-"""Slot errors: the generator's texts say all their values, other meanings' texts do not, negation counts."""
+"""Slot errors: generated texts contain all their values, texts of other meanings do not, and negation counts."""
 
 from __future__ import annotations
 

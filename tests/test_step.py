@@ -97,7 +97,7 @@ def model(request):
 
 
 def plain_step(model, batch, scale, label_smoothing=0.0):
-    """The step as anyone would write it: padded to the longest, all logits, PyTorch's own loss."""
+    """The step in its simplest form: padded to the longest example, all logits, PyTorch's loss."""
     width = max(len(example.ids) for example in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -161,7 +161,7 @@ several = settings(max_examples=12, deadline=None, suppress_health_check=list(He
 
 @pytest.fixture
 def step_of(model):
-    """Makes steps, which try themselves at first, and each of them once: a run takes all its steps with one, too."""
+    """Creates each kind of step once, because it tests itself first; a run also uses a single one."""
     return functools.cache(functools.partial(make_step, model))
 
 
@@ -351,7 +351,7 @@ def test_a_leak_between_examples_is_found():
 
 
 class Recurrent(nn.Module):
-    """A model of nobody's making, with a stacked memory of all that came before."""
+    """An unusual model with a recurrent memory of all previous tokens."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -412,7 +412,7 @@ def test_the_models_own_activation_is_back_after_a_step():
 
 
 def test_a_step_of_gpt2_shapes_saves_no_parts_of_the_activation():
-    """The eight operators of the tanh GELU would keep several tensors of the MLP's width for the backward pass."""
+    """The eight operators of the tanh GELU would store several tensors of the MLP's width for the backward pass."""
     model, kept = built(gpt2), []
     width = model.config.n_embd * 4
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[-1] == width) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Many runs in one: each has the losses that it has by itself, and none knows of the others."""
+"""Many runs trained together: each has the same losses as alone, and none affects the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RUNS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_runs() -> Iterator[None]:
-    """Leaves out what takes most of a tiny run's time and few of these tests are about."""
+    """Skips what takes most of a tiny run's time and matters to few of these tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def test_every_run_has_the_losses_it_has_by_itself(
 
 
 def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(both_ways: None) -> None:
-    """In bf16, where sums are rounded in another order; the third run takes no part."""
+    """In bf16, sums are rounded in another order; the third run is not in this pass."""
     base = tiny_model().to(torch.bfloat16)
     twins = [many.twin_of(base) for _ in range(3)]
     for number, twin in enumerate(twins):
@@ -112,7 +112,7 @@ def test_gradients_of_a_shared_pass_are_those_of_each_run_and_reach_it_alone(bot
             nn.init.normal_(layer.lora_B, std=0.1)
     options = {"packing": True, "share_prompts": True, "label_smoothing": 0.0, "chunk_tokens": 256, "compiles": False}
     batches = [examples(3, seed=5), examples(4, seed=6)]
-    done = SharedStep(base, twins, **options).together([(n, batch, 0.1) for n, batch in enumerate(batches)])
+    done = SharedStep(base, twins, **options).in_one_pass([(n, batch, 0.1) for n, batch in enumerate(batches)])
     assert all(p.grad is None for p in twins[2].parameters())
     assert all(p.grad is None for p in base.parameters())
     for twin, batch, stats in zip(twins, batches, done, strict=False):
@@ -142,7 +142,7 @@ def test_linears_that_read_the_same_input_are_one_product_for_all_runs(monkeypat
     step = SharedStep(
         base, twins, packing=True, share_prompts=True, label_smoothing=0.0, chunk_tokens=256, compiles=False
     )
-    step.together([(0, examples(2, seed=5), 0.1), (1, examples(3, seed=6), 0.1)])
+    step.in_one_pass([(0, examples(2, seed=5), 0.1), (1, examples(3, seed=6), 0.1)])
     assert calls == [(3, 2), (1, 2), (2, 2), (1, 2)] * 2
 
 
@@ -167,7 +167,7 @@ def test_runs_of_eva_share_what_they_start_from(tmp_path: Path, monkeypatch: pyt
 def test_the_base_is_validated_once_for_all_runs_that_start_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first update an adapter whose B is zero computes what the base does; afterwards each has its own."""
+    """Before the first update, adapters whose B is zero compute the same as the base; afterwards, losses differ."""
     validated: list[int] = []
     evaluate_all = SharedStep.evaluate_all
 
@@ -272,14 +272,14 @@ def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
 
 
 class _KilledError(BaseException):
-    """Stands for SIGKILL: nothing is saved or tidied up on the way out but what a `finally` does."""
+    """Simulates SIGKILL: nothing is saved or cleaned up, except by `finally`."""
 
 
 @pytest.mark.parametrize("moment", [2, 6, 11])
 def test_a_killed_sweep_resumes_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Whatever it was doing: here it dies at some write of a checkpoint, of which other runs have later ones."""
+    """At any moment: here, it dies while writing a checkpoint, and other runs have later ones."""
     configs = [*RUNS[:3], RUNS[0].replace(lr=1e30)]  # one of them is dropped on the way
     whole = adapters(sweep(tmp_path / "whole", configs))
     write, writes = run_directory.save_checkpoint, 0

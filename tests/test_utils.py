@@ -40,7 +40,7 @@ def test_only_lora_trains() -> None:
 
 
 def test_the_state_dict_holds_the_adapter_and_no_mask_buffers() -> None:
-    """With bias="all" loralib 0.1.2 also saves every buffer that is called bias."""
+    """With bias="all", loralib 0.1.2 also saves every buffer called bias."""
     model = Block()
     assert set(lora.lora_state_dict(model)) == FACTORS
     assert set(lora.lora_state_dict(model, bias="lora_only")) == FACTORS | {"attn.bias"}

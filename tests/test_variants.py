@@ -1,4 +1,4 @@
-"""What a variant has to say, and where: another trained tensor in one class, another storage of weights in one line."""
+"""How to add a variant: another trained tensor takes one class, another storage of weights takes one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
 
 
 class MagnitudeLinear(LoRALinear):
-    """As DoRA: a third tensor scales the rows of W + delta."""
+    """Like DoRA: a third tensor scales the rows of W + delta."""
 
     lora_magnitude_vector: Parameter
     computed: int  # a setting of its own, which must be gone after remove()
@@ -65,7 +65,7 @@ def net() -> nn.Sequential:
 
 
 def trained() -> nn.Sequential:
-    """A model whose adapter was trained for some steps, each of the three tensors by its own gradients."""
+    """A model whose adapter was trained for some steps; each of the three tensors has its own gradients."""
     model = net()
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["0", "2"]))
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -127,7 +127,7 @@ def test_it_merges_switches_off_and_is_removed_bit_exactly() -> None:
 
 
 def test_the_base_weight_is_made_dense_by_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a weight that is kept at half its size."""
+    """Here, a weight that is stored at half its size."""
     layer = lora.Linear(4, 3, r=2, merge_weights=False)
     nn.init.ones_(layer.lora_B)
     weight, delta = layer.weight.clone(), layer.delta_weight()

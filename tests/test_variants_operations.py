@@ -1,4 +1,4 @@
-"""Each variant in each part of the program: it is computed there, or refused by name with the way out."""
+"""Each variant in each part of the program: it is supported, or refused by name with a way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants of LoRA train as in PEFT, merge exactly, and go without a trace; files are in test_peft_interop."""
+"""Variants of LoRA train as in PEFT, merge exactly, and can be removed without a trace; files: test_peft_interop."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_variant_that_the_model_s_own_adapter_is_not_is_refused(tmp_path: Path
 
 
 def test_eva_starts_as_in_peft() -> None:
-    """The same directions up to their sign, ranks and scalings; the top of exact decompositions."""
+    """The same directions up to their sign, the same ranks and scalings; those of an exact decomposition."""
     batches = [torch.randint(0, 40, (16, 20), generator=torch.Generator().manual_seed(n)) for n in range(3)]
     settings: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "down_proj"], "init_lora_weights": "eva"}
     with warnings.catch_warnings():
@@ -318,7 +318,7 @@ def test_norms_follow_what_is_loaded_and_cast() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_dora_in_bf16_is_that_of_pytorchs_operators(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an odd rank, too, which the kernels of linears with LoRA do not take."""
+    """Also with an odd rank, which the kernels for linear layers with LoRA do not support."""
 
     def gradients(engine: str) -> list[Tensor]:
         monkeypatch.setenv("LORALIB_ENGINE", engine)

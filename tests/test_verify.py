@@ -1,4 +1,4 @@
-"""loralib verify: what servers of five kinds are asked, and what their answers are judged to be."""
+"""loralib verify: requests to servers of five kinds, and the verdicts on their answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ V = 64
 
 
 class Letters:
-    """A tokenizer of 64 tokens, each a word; 1 is the beginning of a text."""
+    """A tokenizer of 64 tokens, each a word; 1 is the start token."""
 
     bos_token_id = 1
 
@@ -101,7 +101,7 @@ KINDS = ("echo", "prompt_logprobs", "generated", "SGLang", "Ollama")
 
 
 def fake(kind: str, adapted: Any, read: Callable[[list[int]], list[int]] = list) -> Answer:
-    """A server of a kind; `read` is what becomes of a prompt's tokens before the model sees them."""
+    """A fake server of a kind; `read` maps a prompt's tokens to those that the model sees."""
     base = tiny_llama()
 
     def answer(path: str, body: Any) -> Any:
@@ -148,7 +148,7 @@ def of_prompt(model: Any, ids: list[int], body: Any) -> Any:
 
 
 def generated(model: Any, ids: list[int], body: Any) -> Any:
-    """A server that tells nothing of prompts: log-probabilities of what it generates alone."""
+    """A server that reports only the log-probabilities of generated tokens."""
     if body.get("echo") or "prompt_logprobs" in body:
         return 400, {"error": {"message": "not supported"}}
     steps = greedy(model, ids, body["max_tokens"])
@@ -164,7 +164,7 @@ def sglang(model: Any, ids: list[int], body: Any) -> Any:
 
 
 def ollama(model: Any, ids: list[int], body: Any) -> Any:
-    """Ollama's /api/generate; it has no numbers of tokens, but their count."""
+    """Ollama's /api/generate; it reports the number of tokens, but not their ids."""
     entries = [
         {
             "token": f"<t{token}>",
@@ -223,7 +223,7 @@ def judged(
 
 
 def permuted(order: str) -> Any:
-    """A model whose adapter has the rows of q and k in the order that llama.cpp has, or in none that anybody has."""
+    """A model whose adapter has the rows of q and k in llama.cpp's order, or in an unknown one."""
     model = with_adapter(ADAPTER)
     for layer in model.model.layers:
         for linear, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
@@ -488,7 +488,7 @@ def test_llama_cpp_s_server_is_judged(
 def own_server(
     tmp_path_factory: pytest.TempPathFactory, load_file: Callable[[Path], Any]
 ) -> Iterator[tuple[str, Path]]:
-    """Our own server with the adapter `mine`, and where its base and adapters are."""
+    """Our own server with the adapter `mine`, and the directory of its base and adapters."""
     from loralib.serve.app import create_app
     from loralib.serve.server import start
     from loralib.serve.settings import ServeConfig

@@ -1,4 +1,4 @@
-"""Models inside wrappers: what is adapted, saved and loaded is the model, under its own names; or it is refused."""
+"""Models inside wrappers: the model itself is adapted, saved and loaded, under its own names, or it is refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compiled(model: nn.Module) -> Any:
 
 
 def part(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
-    """Puts a wrapper around one block of the model."""
+    """Wraps one block of the model."""
 
     def wrapped(model: Any) -> nn.Module:
         model.blocks[0] = wrap(model.blocks[0])

@@ -1,4 +1,4 @@
-"""Processes of loralib that begin at once: forked from one that has already imported everything, not started anew.
+"""Processes of loralib that start quickly: forked from one that has already imported everything.
 
 A test that watches a server start several of them waits for three seconds of imports each time.  What they do stays the
 same: each is a process of its own, with its own files, which can be killed.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def warm_processes(directory: Path) -> Iterator[Callable[..., tuple[list[str], dict[str, str]]]]:
-    """Gives what stands in for `loralib_command`; where this system cannot fork, that function itself."""
+    """Yields a replacement for `loralib_command`; that function itself if the system cannot fork."""
     if not hasattr(os, "fork"):
         from loralib.serve.process import loralib_command
 
@@ -42,7 +42,7 @@ def warm_processes(directory: Path) -> Iterator[Callable[..., tuple[list[str], d
 
 
 def origin(address: str) -> None:
-    """Imports what commands need, and forks for each that is asked for, until its standard input ends."""
+    """Imports what commands need, and forks for each requested one, until its standard input ends."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import torch
@@ -99,7 +99,7 @@ def become(connection: socket.socket) -> None:
 
 
 def client(address: str, words: list[str]) -> int:
-    """Hands its files to a forked process, and ends as that one does."""
+    """Passes its files to a forked process, and exits with the same status."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         message = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()

@@ -27,16 +27,16 @@ from ..errors import BaseModelError, FormatError, MissingDependencyError, first_
 from ..formats.gguf import GGUFTensor, gguf_header, reorder_rows
 from ..injection import samples_of
 from ..layers import is_conv1d
-from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of, two_a_byte
+from .quant import GGUF_BLOCK, Q4Weight, Q8Weight, QuantizedWeight, linears_of, pack_nibbles
 
-__all__ = ["check_file", "keep_blocks", "read_dense", "read_tokenizer", "whereabouts"]
+__all__ = ["check_file", "from_pretrained_args", "keep_blocks", "read_dense", "read_tokenizer"]
 
 _Stored = dict[str, tuple[GGUFTensor, memoryview]]
 
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def whereabouts(path: Path) -> tuple[str, dict[str, Any]]:
+def from_pretrained_args(path: Path) -> tuple[str, dict[str, Any]]:
     """Returns arguments of transformers' ``from_pretrained`` that locate a model: a directory, or a GGUF file."""
     return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
 
@@ -70,7 +70,7 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     fields = check_file(path)
-    where, options = whereabouts(path)
+    where, options = from_pretrained_args(path)
     causal: Any = transformers.AutoModelForCausalLM
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # hides the reader's progress bar, which ignores settings
@@ -130,7 +130,7 @@ def read_tokenizer(path: Path) -> tuple[Any, str]:
     import transformers
 
     fields = check_file(path)
-    where, options = whereabouts(path)
+    where, options = from_pretrained_args(path)
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where, **options, local_files_only=True)
     except Exception as error:
@@ -281,7 +281,7 @@ def _q4_k(blocks: Tensor, out: int, width: int) -> _Parts:
     minima = torch.cat([second & 63, lower >> 4 | second >> 2 & 48], 1)
     codes = blocks[:, 16:].reshape(-1, GGUF_BLOCK)
     pairs = torch.stack((codes & 15, codes >> 4), 1).view(-1, GGUF_BLOCK)
-    parts = {"codes": two_a_byte(pairs), "scales": _halves(blocks[:, :2]), "minima": -_halves(blocks[:, 2:4])}
+    parts = {"codes": pack_nibbles(pairs), "scales": _halves(blocks[:, :2]), "minima": -_halves(blocks[:, 2:4])}
     return Q4Weight, parts | {"scale_codes": scales.reshape(-1), "minimum_codes": minima.reshape(-1)}
 
 
@@ -289,7 +289,7 @@ def _q4(codes: Tensor, scales: Tensor, minima: Tensor) -> _Parts:
     """Codes of which each byte holds one from the first and one from the second half of a block."""
     ones = torch.empty(0, dtype=torch.uint8)
     parts = {"scales": scales, "minima": minima, "scale_codes": ones, "minimum_codes": ones.clone()}
-    return Q4Weight, {"codes": two_a_byte(torch.cat((codes & 15, codes >> 4), 1))} | parts
+    return Q4Weight, {"codes": pack_nibbles(torch.cat((codes & 15, codes >> 4), 1))} | parts
 
 
 def _halves(two_bytes: Tensor) -> Tensor:

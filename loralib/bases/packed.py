@@ -19,7 +19,7 @@ from torch import Tensor
 from ..console import counted
 from ..errors import BaseModelError, list_faults
 from ..injection import samples_of
-from .quant import GGUF_BLOCK, Q4Weight, quantize, quantize_tables, two_a_byte
+from .quant import GGUF_BLOCK, Q4Weight, pack_nibbles, quantize, quantize_tables
 from .quantized_reading import finish_reading, replacing
 from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
 
@@ -150,7 +150,7 @@ def _kept(codes: Tensor, zeros: Tensor, scales: Tensor, size: int, dtype: torch.
     blocks = size // GGUF_BLOCK
     shared = scales.repeat_interleave(blocks // (blocks & -blocks), 1).view(-1)  # by a power of two of blocks each
     parts = {
-        "codes": two_a_byte(codes),
+        "codes": pack_nibbles(codes),
         "scales": shared,
         "minima": -shared,
         "scale_codes": torch.empty(0, dtype=torch.uint8),

@@ -48,11 +48,11 @@ __all__ = [
     "Q8Weight",
     "QuantizedWeight",
     "make_dense",
+    "pack_nibbles",
     "quantize",
     "quantize_model",
     "quantize_tables",
     "round_model",
-    "two_a_byte",
 ]
 
 BLOCK: Final = 64  # weights that share an absmax
@@ -407,10 +407,10 @@ class Q4Weight(QuantizedWeight):
         return found.view(self.stored_shape)
 
 
-def two_a_byte(codes: Tensor) -> Tensor:
+def pack_nibbles(codes: Tensor) -> Tensor:
     """Packs 4-bit codes as in `Q4Weight`, the first of two in the upper half of a byte.
 
-    >>> two_a_byte(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).tolist()
+    >>> pack_nibbles(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).tolist()
     [18, 52]
     """
     pairs = codes.reshape(-1, 2)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import BaseModelError
 from ..formats.tensors import read_header
 from ..wrapping import decoder_blocks, named_tensors, submodule
-from .gguf import whereabouts
+from .gguf import from_pretrained_args
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -65,7 +65,7 @@ def empty_model(path: Path, dtype: torch.dtype) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    where, options = whereabouts(path)
+    where, options = from_pretrained_args(path)
     config = transformers.AutoConfig.from_pretrained(where, **options, local_files_only=True, trust_remote_code=False)
     causal: Any = transformers.AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):

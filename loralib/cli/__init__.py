@@ -158,5 +158,5 @@ def _detach_broken_streams() -> None:
             if stream is not None:
                 stream.flush()
         except OSError:
-            with contextlib.suppress(OSError):  # a replaced stream need not have a file descriptor
+            with contextlib.suppress(OSError):  # a replaced stream may not have a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -57,7 +57,7 @@ def load_on(ranks: Ranks, args: argparse.Namespace, *, merged: bool = False) -> 
     """Loads the base and adapter that the flags name on each rank, in the same dtype on all (see `load_adapted`)."""
     device, dtype = ranks.device(args.device), args.dtype
     if ranks.size > 1 and dtype == "auto" and not is_made_up(args.model or ""):
-        dtype = ranks.first(lambda: str(pick_dtype(None, pick_device(device))))
+        dtype = ranks.on_first_rank(lambda: str(pick_dtype(None, pick_device(device))))
     return ranks.in_turn(
         lambda: load_adapted(
             args.adapter, model=args.model, dtype=dtype, device=device, quantize=args.quantize, merged=merged
@@ -117,12 +117,12 @@ def add_dtype(parser: argparse._ActionsContainer, help: str, default: str | None
 
 
 def add_quantize(parser: argparse._ActionsContainer, help: str) -> None:
-    """Adds ``--quantize``."""
+    """Adds ``--quantize``, the form of the base's weights; `help` says what it applies to."""
     parser.add_argument("--quantize", choices=("none", *KINDS), default="none", help=f"{help} (default none)")
 
 
 def add_format(parser: argparse._ActionsContainer, help: str, *formats: str, default: str | None = "auto") -> None:
-    """Adds ``--data_format``."""
+    """Adds ``--data_format`` with the choices auto and `formats`; `help` says which file it describes."""
     text = f"{help} (default auto)"
     add_flag(parser, "--data_format", "--format", default=default, choices=("auto", *formats), help=text)
 
@@ -179,7 +179,7 @@ def add_reading(parser: argparse._ActionsContainer, help: str, default: str | No
 
 
 def add_as_chat(parser: argparse._ActionsContainer) -> None:
-    """Adds ``--as_chat``."""
+    """Adds ``--as_chat``, which turns prompts and completions into chats."""
     text = "format prompts and completions with the model's chat template"
     parser.add_argument("--as_chat", action="store_true", help=text)
 

@@ -33,7 +33,7 @@ __all__ = ["InferenceConfig", "run_inference"]
 @settings_class
 @dataclass(frozen=True)
 class InferenceConfig:
-    """The settings of run_inference.py."""
+    """The settings of run_inference.py: which adapters to load, and what to generate with them."""
 
     adapter: str | Sequence[str] = setting(
         "lora_model",

@@ -157,9 +157,9 @@ class Conversation:
         self._answers += 1
         said: list[str] = []
         try:
-            for piece in stream(self._model, self._tokenizer, [ids], own):
+            for chunk in stream(self._model, self._tokenizer, [ids], own):
                 # The model itself generates the space after "Assistant:".
-                text = piece.text if said or not self._plain else piece.text.lstrip()
+                text = chunk.text if said or not self._plain else chunk.text.lstrip()
                 if text:
                     said.append(text)
                     say(text, end="")

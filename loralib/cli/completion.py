@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the completion script."""
+    """Prints a script that completes loralib's commands and flags in the shell `args.shell`."""
     try:
         import shtab
     except ImportError as error:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the chosen action."""
+    """Runs `loralib data`: `args.action` is preview, convert, decode or e2e."""
     {"preview": _preview, "convert": _convert, "decode": _decode, "e2e": _e2e}[args.action](args)
 
 

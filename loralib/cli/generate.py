@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         if args.adapters:
             _run_named(args, sampling, ranks)
             return
-        prompts = ranks.first(lambda: _as_turns(args, _prompts(args)))
+        prompts = ranks.on_first_rank(lambda: _as_turns(args, _prompts(args)))
         if args.output is None:
             _print(*_load(args, prompts, ranks), sampling, args.batch_size, ranks)
             return
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 def _held(output: str, ranks: Ranks) -> Iterator[None]:
     """Locks the output file on the rank that writes it."""
     with contextlib.ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(hold_file(output, "--output")))
+        ranks.on_first_rank(lambda: stack.enter_context(hold_file(output, "--output")))
         yield
 
 
@@ -195,7 +195,7 @@ def _sort_adapters(args: argparse.Namespace) -> None:
 
 
 def _run_named(args: argparse.Namespace, sampling: Sampling, ranks: Ranks) -> None:
-    tasks = ranks.first(lambda: _tasks(args))
+    tasks = ranks.on_first_rank(lambda: _tasks(args))
     if args.output is None:
         texts = _named_texts(args, tasks, 0, sampling, ranks)
         for number, ((text, _), name) in enumerate(zip(texts, _names(tasks), strict=True)):
@@ -204,7 +204,7 @@ def _run_named(args: argparse.Namespace, sampling: Sampling, ranks: Ranks) -> No
     with _held(args.output, ranks):
         settings = made_with(args, sampling)
         prompts = [example.prompt for example, _ in tasks]
-        done = ranks.first(lambda: resume(Path(args.output), prompts, settings, _names(tasks)))
+        done = ranks.on_first_rank(lambda: resume(Path(args.output), prompts, settings, _names(tasks)))
         if done < len(tasks):
             numbered = enumerate(_named_texts(args, tasks, done, sampling, ranks), done)
             lines = (
@@ -324,8 +324,8 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
     for number, ids in enumerate(rows):
         if number:
             say()
-        for piece in stream(model, tokenizer, [ids], dataclasses.replace(sampling, seed=sampling.seed + number)):
-            say(piece.text, end="")
+        for chunk in stream(model, tokenizer, [ids], dataclasses.replace(sampling, seed=sampling.seed + number)):
+            say(chunk.text, end="")
         say()
 
 
@@ -335,7 +335,7 @@ def _print(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: 
 def _write(args: argparse.Namespace, prompts: Sequence[Example], sampling: Any, ranks: Ranks) -> None:
     """Appends the texts that the file does not contain yet."""
     settings = made_with(args, sampling)
-    done = ranks.first(lambda: resume(Path(args.output), [example.prompt for example in prompts], settings))
+    done = ranks.on_first_rank(lambda: resume(Path(args.output), [example.prompt for example in prompts], settings))
     if done:
         say(f"{args.output} already has {done} of {counted(len(prompts), 'text')}; continuing from there")
     if done == len(prompts):

@@ -20,7 +20,7 @@ __all__ = [
     "PASSED",
     "QUESTIONS",
     "SYSTEM",
-    "How",
+    "RecordOptions",
     "flag_of",
     "json_of",
     "kind_of",
@@ -56,7 +56,7 @@ COLUMNS_FIX: Final = (
 )
 
 
-class How(NamedTuple):
+class RecordOptions(NamedTuple):
     """How to turn records into examples.
 
     Attributes:

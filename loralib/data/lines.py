@@ -10,7 +10,7 @@ from typing import Final
 
 from ..errors import DataError, did_you_mean, list_faults
 
-__all__ = ["are_not", "decoded", "is_text", "read_bytes", "read_lines", "read_text", "shown", "split_lines"]
+__all__ = ["decoded", "do_not_match", "is_text", "read_bytes", "read_lines", "read_text", "shown", "split_lines"]
 
 
 def read_bytes(path: str | Path, expected: str = "some text") -> bytes:
@@ -130,7 +130,8 @@ def _why_not_utf8(path: Path, raw: bytes, expected: str) -> str:
             faults.append(f"{path}:{number}: {byte} ({error.reason})")
         offset += len(line) + 1
     fix = "Save the file as UTF-8 (many editors: Save As, Encoding), or convert it: iconv -f CP1252 -t UTF-8."
-    return list_faults(f"{path} is not UTF-8: {are_not(len(faults))}", faults, fix)
+    lines = f"{len(faults):,} line{'s' * (len(faults) != 1)}"
+    return list_faults(f"{path} is not UTF-8: {lines} cannot be decoded", faults, fix)
 
 
 def is_text(value: object) -> bool:
@@ -153,6 +154,6 @@ def shown(line: str, width: int = 60) -> str:
     return repr(line if len(line) <= width else line[: width - 3] + "...")
 
 
-def are_not(count: int, unit: str = "line") -> str:
-    """Returns "1 line is not" or "N lines are not"."""
-    return f"1 {unit} is not" if count == 1 else f"{count:,} {unit}s are not"
+def do_not_match(count: int, unit: str = "line") -> str:
+    """Returns "1 line does not match" or "N lines do not match"."""
+    return f"1 {unit} does not match" if count == 1 else f"{count:,} {unit}s do not match"

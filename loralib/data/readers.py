@@ -18,10 +18,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ..errors import DataError, did_you_mean, list_faults
 from .classes import CLASSES
 from .examples import Example, chat_of, meaning_prompt
-from .fields import How, parse_columns
-from .lines import are_not, decoded, read_bytes, read_lines, shown, split_lines
+from .fields import RecordOptions, parse_columns
+from .lines import decoded, do_not_match, read_bytes, read_lines, shown, split_lines
 from .preferences import PREFERENCE_FORMS
-from .records import RECORDS, Fault, read_rows
+from .records import RECORDS, UnreadableRecord, read_rows
 from .tables import (
     columns_of_csv,
     hub_rows,
@@ -112,7 +112,7 @@ def read_sources(
             given.
     """
     preferences = None if objective is None else objective in PREFERENCES
-    how = How(parse_columns(columns), as_chat, preferences=preferences, classes=objective == CLASSIFY)
+    options = RecordOptions(parse_columns(columns), as_chat, preferences=preferences, classes=objective == CLASSIFY)
     if isinstance(data, (str, Path, Source)) or is_table(data) or _are_examples(data):
         data = [data]
     if not isinstance(data, Sequence):
@@ -126,7 +126,7 @@ def read_sources(
         kinds = " and ".join(sorted({type(item).__name__ for item in data}))
         raise DataError(f"{name} contains {kinds}, expected {_DATA}")
     names = [name if len(data) == 1 else f"{name}[{index}]" for index in range(len(data))]
-    sources = [_source(item, format, how, name) for item, name in zip(data, names, strict=True)]
+    sources = [_source(item, format, options, name) for item, name in zip(data, names, strict=True)]
     for source, item, name in zip(sources, data, names, strict=True):
         _require_objective(source, str(item) if isinstance(item, (str, Path)) else name, objective)
     return sources
@@ -170,25 +170,25 @@ _DATA: Final = (
 )
 
 
-def _source(item: Any, format: str, how: How, name: str) -> Source:
+def _source(item: Any, format: str, options: RecordOptions, name: str) -> Source:
     if isinstance(item, Source):
         return item
     if isinstance(item, (str, Path)):
         path, weight = parse_source(item) if isinstance(item, str) else (item, 1.0)
-        return _read(path, format, how)._replace(weight=weight)
+        return _read(path, format, options)._replace(weight=weight)
     if _are_examples(item):
-        return Source([chat_of(example) if how.as_chat and not example.messages else example for example in item])
-    form = f"records with {_records(how)}"
-    examples, notes = read_rows(rows_of_table(item, name), name, how, form)
+        return Source([chat_of(example) if options.as_chat and not example.messages else example for example in item])
+    form = f"records with {_records(options)}"
+    examples, notes = read_rows(rows_of_table(item, name), name, options, form)
     return Source(_some(_with_references(examples), name, form), 1.0, notes)
 
 
-def _records(how: How) -> str:
-    if how.classes:
-        return "text" if how.prompts else CLASSES
-    if how.preferences is None:
+def _records(options: RecordOptions) -> str:
+    if options.classes:
+        return "text" if options.prompts else CLASSES
+    if options.preferences is None:
         return f"{RECORDS}, or {PREFERENCE_FORMS}"
-    return PREFERENCE_FORMS if how.preferences else "prompt or messages" if how.prompts else RECORDS
+    return PREFERENCE_FORMS if options.preferences else "prompt or messages" if options.prompts else RECORDS
 
 
 def _are_examples(item: Any) -> bool:
@@ -222,7 +222,7 @@ def read_examples(
         DataError: the file is missing, empty or not UTF-8, lines have another form (all are listed), or fields would be
             left out that affect what the model sees.
     """
-    return _read(path, format, How(parse_columns(columns), as_chat)).examples
+    return _read(path, format, RecordOptions(parse_columns(columns), as_chat)).examples
 
 
 def read_unlabelled(path: str | Path, format: str = "auto", *, columns: Columns = None) -> list[Example]:
@@ -236,7 +236,7 @@ def read_unlabelled(path: str | Path, format: str = "auto", *, columns: Columns 
     Raises:
         DataError: as for `read_examples`, or a record has no text.
     """
-    return _read(path, format, How(parse_columns(columns), prompts=True, classes=True)).examples
+    return _read(path, format, RecordOptions(parse_columns(columns), prompts=True, classes=True)).examples
 
 
 def read_prompts(
@@ -254,8 +254,8 @@ def read_prompts(
     Raises:
         DataError: as for `read_examples`, or a line has no prompt.
     """
-    how = How(parse_columns(columns), as_chat, prompts=True)
-    examples = group_by_prompt(_read(path, format, how).examples)
+    options = RecordOptions(parse_columns(columns), as_chat, prompts=True)
+    examples = group_by_prompt(_read(path, format, options).examples)
     _refuse_empty(examples)
     return examples
 
@@ -306,7 +306,7 @@ def read_prompts_with(
         (where, {k: v for k, v in record.items() if k != field} if isinstance(record, Mapping) else record)
         for where, record in rows
     ]
-    examples, _ = read_rows(rest, str(path), How(parse_columns(columns), prompts=True), _EXPECTED[format])
+    examples, _ = read_rows(rest, str(path), RecordOptions(parse_columns(columns), prompts=True), _EXPECTED[format])
     groups: dict[str, list[int]] = {}
     for number, value in enumerate(found):
         groups.setdefault(str(value or "").strip(), []).append(number)
@@ -392,7 +392,7 @@ def _kind_of_json(raw: bytes) -> str:
     return "dart" if isinstance(first, dict) and {"tripleset", "annotations"} & first.keys() else "jsonl"
 
 
-def _read(path: str | Path, format: str, how: How) -> Source:
+def _read(path: str | Path, format: str, options: RecordOptions) -> Source:
     """Reads whatever a path or a Hub id refers to."""
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}.{did_you_mean(format, FORMATS)} Known: {', '.join(FORMATS)}.")
@@ -401,25 +401,25 @@ def _read(path: str | Path, format: str, how: How) -> Source:
         return _read_folder(path, format)
     if not path.exists() and is_hub_id(name := path.as_posix()):
         rows: Iterable[tuple[str, Any]] = hub_rows(name)
-        form = f"rows with {_records(how)}"
-        examples, notes = read_rows(rows, name, how, form)
+        form = f"rows with {_records(options)}"
+        examples, notes = read_rows(rows, name, options, form)
         return Source(_some(_with_references(examples), name, form), 1.0, notes)
     raw = read_bytes(path, _EXPECTED[_BY_NAME.get(_suffix(path), "e2e") if format == "auto" else format])
     if format == "auto":
         format = _guess(path, raw)
     if format in _ROWS:
-        form = _EXPECTED[format].replace(RECORDS, _records(how))
-        examples, notes = read_rows(_ROWS[format](raw, path), str(path), how, form)
+        form = _EXPECTED[format].replace(RECORDS, _records(options))
+        examples, notes = read_rows(_ROWS[format](raw, path), str(path), options, form)
     else:
-        examples, notes = _read_lines_of(path, format, how)
+        examples, notes = _read_lines_of(path, format, options)
     return Source(_some(_with_references(examples), path, _EXPECTED[format]), 1.0, notes)
 
 
-def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tuple[str, ...]]:
+def _read_lines_of(path: Path, format: str, options: RecordOptions) -> tuple[list[Example], tuple[str, ...]]:
     """Reads a file of a format without records."""
-    if how.columns:
+    if options.columns:
         raise DataError(f"{path} is read as {format}, which has no columns. Leave out columns, or set data_format.")
-    if how.classes:
+    if options.classes:
         raise DataError(
             f"{path} is read as {format}, which has no labels. Give .jsonl, .csv, .tsv, .parquet or .arrow with "
             f"{CLASSES}."
@@ -429,15 +429,15 @@ def _read_lines_of(path: Path, format: str, how: How) -> tuple[list[Example], tu
         raise DataError(
             f"{path}: the reader for {key} files is in loralib.nlg. Add `import loralib.nlg` to your program."
         )
-    examples = (_bare_prompts(path) if how.prompts and key == "e2e" else []) or _READERS[key](path)
-    if how.as_chat:
+    examples = (_bare_prompts(path) if options.prompts and key == "e2e" else []) or _READERS[key](path)
+    if options.as_chat:
         if format == "text":
             raise DataError(
                 f"{path} is plain text, without prompts and completions that as_chat could turn into chats. Leave "
                 "out as_chat."
             )
         examples = [chat_of(example) for example in examples]
-    name = _NAMES.get(format, format) + (", as chats" if how.as_chat else "")
+    name = _NAMES.get(format, format) + (", as chats" if options.as_chat else "")
     return examples, (f"{path}: {name}, {len(examples):,} example{'s' * (len(examples) != 1)}",)
 
 
@@ -558,7 +558,7 @@ def _read_e2e(path: Path) -> list[Example]:
         fix = "Put `||` between the meaning representation and its text, or remove the lines."
         if not examples:
             fix += " For a file of plain text, choose the format 'text' (--data_format text)."
-        heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
+        heading = f"expected `meaning representation||text`, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, fix))
     return examples
 
@@ -577,7 +577,7 @@ def _rows_of_json(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         except _TwiceError as error:
             raise DataError(f"{path}: {error}") from None
         except (RecursionError, ValueError):
-            yield f"{path}:{lines[0][0]}", Fault(_DEEP)
+            yield f"{path}:{lines[0][0]}", UnreadableRecord(_DEEP)
             return
         else:
             records = value if isinstance(value, list) else [value]
@@ -607,11 +607,11 @@ def _record(line: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_object)
     except _TwiceError as error:
-        return Fault(str(error))
+        return UnreadableRecord(str(error))
     except json.JSONDecodeError as error:
-        return Fault(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
+        return UnreadableRecord(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
     except (RecursionError, ValueError):
-        return Fault(_DEEP)
+        return UnreadableRecord(_DEEP)
 
 
 def _is_json_line(line: str) -> bool:

@@ -1,7 +1,7 @@
 """Turns records (JSON objects, rows of tables) into `Example` values: chats, prompts with completions, or plain text.
 
 The names of its fields tell what a record contains.  No field is lost silently: one that affects what the model sees is
-used or refused, and any other unused field is reported (see `Account`).
+used or refused, and any other unused field is reported (see `RecordReader`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .fields import (
     PASSED,
     QUESTIONS,
     SYSTEM,
-    How,
+    RecordOptions,
     flag_of,
     json_of,
     kind_of,
@@ -30,26 +30,28 @@ from .fields import (
     named,
     text_of,
 )
-from .lines import are_not
+from .lines import do_not_match
 from .preferences import PREFERENCE_FORMS, one_example, two_records
 from .turns import turns_of
 
-__all__ = ["RECORDS", "Fault", "read_rows"]
+__all__ = ["RECORDS", "UnreadableRecord", "read_rows"]
 
 RECORDS: Final = "prompt and completion, instruction and output, question and answer, messages, conversations, or text"
 
 
-class Fault(str):
-    """Takes the place of a record that could not be read, and says why."""
+class UnreadableRecord(str):
+    """Takes the place of a record that could not be read; its text says why."""
 
 
-def read_rows(rows: Iterable[tuple[str, Any]], name: str, how: How, form: str) -> tuple[list[Example], tuple[str, ...]]:
+def read_rows(
+    rows: Iterable[tuple[str, Any]], name: str, options: RecordOptions, form: str
+) -> tuple[list[Example], tuple[str, ...]]:
     """Makes an example of every record.
 
     Args:
-        rows: each record with its location, for messages; or a `Fault` instead of the record.
+        rows: each record with its location, for messages; or an `UnreadableRecord` instead of the record.
         name: the source of the records, for messages.
-        how: how to read them.
+        options: how to read them.
         form: what the file should contain, for messages.
 
     Returns:
@@ -58,28 +60,28 @@ def read_rows(rows: Iterable[tuple[str, Any]], name: str, how: How, form: str) -
     Raises:
         DataError: records have another form, or fields would be lost; all are listed.
     """
-    account = Account(name, how)
+    reader = RecordReader(name, options)
     examples, faults = [], []
     for where, record in rows:
         try:
-            if isinstance(record, Fault):
+            if isinstance(record, UnreadableRecord):
                 raise DataError(str(record))
-            examples.append(account.example(record, where))
+            examples.append(reader.example(record, where))
         except DataError as error:
             faults.append(f"{where}: {error}")
-    account.check_columns()
+    reader.check_columns()
     if faults:
-        heading = f"expected {form}, but {are_not(len(faults), account.unit)} of that form"
+        heading = f"expected {form}, but {do_not_match(len(faults), reader.unit)}"
         raise DataError(list_faults(heading, faults, "Fix or remove them."))
-    account.check_fields()
-    return examples, account.notes()
+    reader.check_fields()
+    return examples, reader.notes()
 
 
-class Account:
+class RecordReader:
     """Reads the records of a file, and keeps track of their forms and unused fields."""
 
-    def __init__(self, name: str, how: How) -> None:
-        self.name, self.how = name, how
+    def __init__(self, name: str, options: RecordOptions) -> None:
+        self.name, self.options = name, options
         self.unit = "line" if name.endswith((".jsonl", ".ndjson", ".txt")) else "record"
         self.shapes: Counter[str] = Counter()
         self.records = 0
@@ -95,10 +97,10 @@ class Account:
             raise DataError(f"found {kind_of(record)}, expected an object")
         self.records += 1
         self.columns |= dict.fromkeys(map(str, record))
-        record = mapped(record, self.how.columns)
-        example, shape, used = _from_record(record, where, self.how)
+        record = mapped(record, self.options.columns)
+        example, shape, used = _from_record(record, where, self.options)
         self.shapes[shape] += 1
-        self.open_ended += example.messages[example.last_answer + 1 :] != () and not self.how.prompts
+        self.open_ended += example.messages[example.last_answer + 1 :] != () and not self.options.prompts
         self.turn_fields.update({name for turn in example.messages for name in turn.fields if name not in MATTERS})
         texts = [text for each in (example, example.rejected) if each is not None for text in _texts(each)]
         for name, value in record.items():
@@ -113,9 +115,9 @@ class Account:
 
     def check_columns(self) -> None:
         """Refuses a column mapping that names fields which no record has."""
-        wanted = {name: named(spec) or [spec or name] for name, spec in self.how.columns.items()}
+        wanted = {name: named(spec) or [spec or name] for name, spec in self.options.columns.items()}
         faults = [
-            f"{key}={self.how.columns[key]}: no record has {name!r}.{did_you_mean(name, self.columns)}"
+            f"{key}={self.options.columns[key]}: no record has {name!r}.{did_you_mean(name, self.columns)}"
             for key, names in wanted.items()
             for name in names
             if name not in self.columns
@@ -129,14 +131,14 @@ class Account:
         """Refuses fields that would be lost although they affect what the model sees."""
         faults = [
             f"{name!r} in {len(places):,} of {self.records:,} records (the first: {places[0]}) is not part of "
-            f"{shape}.{_remedy(name, question, self.how)}"
+            f"{shape}.{_remedy(name, question, self.options)}"
             for (name, shape, question), places in self.refused.items()
         ]
         if faults:
             names = dict.fromkeys(name for name, _, _ in self.refused)
             fix = (
                 "To train without them, leave them out explicitly: "
-                f"{flag_of(self.how.columns, dict.fromkeys(names, ''))}"
+                f"{flag_of(self.options.columns, dict.fromkeys(names, ''))}"
             )
             raise DataError(list_faults(f"{self.name} has fields that would be left out of training", faults, fix))
 
@@ -173,15 +175,15 @@ def _is_said(value: Any, texts: list[str]) -> bool:
     return said in texts or (len(said) > 20 and any(said in text for text in texts))
 
 
-def _remedy(name: str, question: str, how: How) -> str:
+def _remedy(name: str, question: str, options: RecordOptions) -> str:
     if name in ("chosen", "rejected"):
         return " This is preference data, for --objective dpo or orpo."
-    if name in (*SYSTEM, "history", *PASSED) and question and not how.as_chat:
+    if name in (*SYSTEM, "history", *PASSED) and question and not options.as_chat:
         return " --as_chat turns it into a chat, which has a place for it."
     if question and name in (*QUESTIONS, "document", "passage"):
         parts = (question, name) if name == "input" else (name, question)
         joined = "\n".join(f"{{{part}}}" for part in parts)
-        return f" To make it part of the {question}: {flag_of(how.columns, {question: joined})}"
+        return f" To make it part of the {question}: {flag_of(options.columns, {question: joined})}"
     return ""
 
 
@@ -194,18 +196,18 @@ _ALPACA: Final = (
 _ALPACA_INPUT: Final = ", paired with an input that provides further context"
 
 
-def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]]:
+def _from_record(record: dict[str, Any], where: str, options: RecordOptions) -> tuple[Example, str, set[str]]:
     """Returns the example, the name of the record's form, and the fields that were used."""
-    if how.classes:
-        return class_example(record, where, needs_label=not how.prompts, columns=how.columns)
-    if how.preferences is not False:
-        found = _preference(record, where, how)
+    if options.classes:
+        return class_example(record, where, needs_label=not options.prompts, columns=options.columns)
+    if options.preferences is not False:
+        found = _preference(record, where, options)
         if found is not None:
             return found
     present = {name for name, value in record.items() if value is not None}
     for names in (present, set(record)):  # tables have null where a row lacks a field
         for read in (_chat, _pair, _plain):
-            found = read(record, names, where, how)
+            found = read(record, names, where, options)
             if found is not None:
                 return found
     known = (*QUESTIONS, *ANSWERS, *CHATS, "text")
@@ -217,19 +219,19 @@ def _from_record(record: dict[str, Any], where: str, how: How) -> tuple[Example,
         is_chat = isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list)
         flag = {"messages" if is_chat else "completion": "chosen", **({"rejected": ""} if "rejected" in record else {})}
         learn = "--objective dpo (or orpo) learns from both answers"
-        more = f" This is preference data: {learn}; to train on the chosen ones: {flag_of(how.columns, flag)}"
+        more = f" This is preference data: {learn}; to train on the chosen ones: {flag_of(options.columns, flag)}"
     elif wrapper := next((key for key, value in record.items() if _holds_records(value)), None):
         more = f" {wrapper!r} contains a list of records: give a file with only that list."
     elif record:
         more += " To use other fields, name them with --columns."
-    expected = "prompt or messages" if how.prompts else RECORDS
+    expected = "prompt or messages" if options.prompts else RECORDS
     raise DataError(f"found {keys}, expected {expected}.{near}{more}")
 
 
-def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+def _preference(record: dict[str, Any], where: str, options: RecordOptions) -> tuple[Example, str, set[str]] | None:
     present = {name for name, value in record.items() if value is not None}
     two = two_records(record, present)
-    if two is None and how.preferences is None:
+    if two is None and options.preferences is None:
         return None
     if two is None:
         keys = ", ".join(map(repr, record)) or "nothing"
@@ -237,7 +239,7 @@ def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, 
         raise DataError(
             f"found {keys}, expected {PREFERENCE_FORMS}.{near} To use other fields, name them with --columns."
         )
-    plain, sides, used = how._replace(preferences=False), list[Example](), set[str]()
+    plain, sides, used = options._replace(preferences=False), list[Example](), set[str]()
     for name, side in (("chosen", two.chosen), ("rejected", two.rejected)):
         try:
             example, shape, of_side = _from_record(side, where, plain)
@@ -245,7 +247,7 @@ def _preference(record: dict[str, Any], where: str, how: How) -> tuple[Example, 
             raise DataError(f"{name}: {error}") from None
         sides.append(example)
         used |= of_side
-    shape = two.shape + (", as chats" if how.as_chat and shape.endswith("as a chat") else "")
+    shape = two.shape + (", as chats" if options.as_chat and shape.endswith("as a chat") else "")
     return one_example(*sides), shape, used - two.stands_in - {"completion", "messages"} | two.used
 
 
@@ -255,13 +257,15 @@ def _holds_records(value: Any) -> bool:
     return isinstance(first, dict) and any(name in first for name in (*QUESTIONS, *ANSWERS, *CHATS, "text"))
 
 
-def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+def _chat(
+    record: dict[str, Any], names: set[str], where: str, options: RecordOptions
+) -> tuple[Example, str, set[str]] | None:
     key = next((key for key in CHATS if key in names), None)
     if key is not None:
         turns = turns_of(record[key], key)
         shape = f"chat ({key})" if key == "messages" else f"ShareGPT chat ({key})"
         used = {key}
-    elif isinstance(record.get("prompt"), list) and ({"completion", "response"} & names or how.prompts):
+    elif isinstance(record.get("prompt"), list) and ({"completion", "response"} & names or options.prompts):
         answer = next((name for name in ANSWERS if name in names), None)
         given = [turn._replace(trained=False) for turn in turns_of(record["prompt"], "prompt")]
         turns, shape, used = given, "chat (prompt and completion as turns)", {"prompt"}
@@ -278,17 +282,19 @@ def _chat(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
             turns = [Turn("system", record[system]), *turns]
         elif turns[0].content.strip() != record[system].strip():
             raise DataError(f"{system!r} and the first turn of {key!r} are both system prompts. Remove one")
-    if how.prompts and turns[-1].role != "assistant":  # the answer to be generated follows the last turn
+    if options.prompts and turns[-1].role != "assistant":  # the answer to be generated follows the last turn
         turns = [turn._replace(trained=False) for turn in turns]
-    if not how.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
+    if not options.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
         raise DataError(f"{key or 'completion'!r} has no turn with role 'assistant' to train on")
     return Example((), (), where, tuple(turns), _passed(record, used)), shape, used
 
 
-def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+def _pair(
+    record: dict[str, Any], names: set[str], where: str, options: RecordOptions
+) -> tuple[Example, str, set[str]] | None:
     answers = [name for name in ANSWERS if name in names]
     question = next((name for name in QUESTIONS if name in names), None)
-    if question is None or not (answers or how.prompts):
+    if question is None or not (answers or options.prompts):
         return None
     if question == "context" and answers not in (
         ["completion"],
@@ -317,7 +323,7 @@ def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
             prompt, completion = meaning_prompt(prompt), completion.strip()
         elif (question, answer) not in (("prompt", "completion"), ("prompt", None)) and prompt == prompt.rstrip():
             prompt += "\n"
-    if not how.as_chat:
+    if not options.as_chat:
         return Example.of(prompt, completion, where), shape, used
     history = _history(record.get("history"))
     turns = [*history, Turn("user", asked.strip()), *([Turn("assistant", completion.strip())] if answer else [])]
@@ -329,10 +335,12 @@ def _pair(record: dict[str, Any], names: set[str], where: str, how: How) -> tupl
     return Example((), (), where, tuple(turns), _passed(record, used)), f"{shape}, as a chat", used
 
 
-def _plain(record: dict[str, Any], names: set[str], where: str, how: How) -> tuple[Example, str, set[str]] | None:
+def _plain(
+    record: dict[str, Any], names: set[str], where: str, options: RecordOptions
+) -> tuple[Example, str, set[str]] | None:
     if "text" not in names:
         return None
-    if how.as_chat:
+    if options.as_chat:
         raise DataError("'text' has no prompt and completion that as_chat could turn into a chat. Leave out as_chat")
     return Example(((text_of(record, "text"), True),), (), where), "text", {"text"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, MissingDependencyError, did_you_mean, first_line
-from .records import Fault
+from .records import UnreadableRecord
 
 __all__ = [
     "hub_rows",
@@ -53,12 +53,12 @@ def rows_of_csv(text: str, path: Path) -> Rows:
             raise DataError(f"{path}:1: column 1 has no name. Name all columns in the first row.")
         names[0] = "row number"  # the index column written by pandas
     for line, row in rows:
-        if isinstance(row, Fault):
+        if isinstance(row, UnreadableRecord):
             yield f"{path}:{line}", row
         elif len(row) != len(names):
             hint = " Is a text that contains a separator missing its quotes?" if len(row) > len(names) else ""
             count = f"{len(row)} field{'s' * (len(row) != 1)}"
-            yield f"{path}:{line}", Fault(f"{count}, expected {len(names)} ({', '.join(names)}).{hint}")
+            yield f"{path}:{line}", UnreadableRecord(f"{count}, expected {len(names)} ({', '.join(names)}).{hint}")
         else:
             yield f"{path}:{line}", dict(zip(names, row, strict=True))
 
@@ -76,7 +76,7 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             row = next(reader, None)
         except csv.Error as error:
             reason = "a quote is not closed" if "end of data" in str(error) else str(error)
-            yield line, Fault(f"not a row of CSV: {reason}")
+            yield line, UnreadableRecord(f"not a row of CSV: {reason}")
             return
         if row is None:
             return
@@ -86,7 +86,7 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _checked_names(path: Path, line: int, row: Any) -> list[str]:
-    if isinstance(row, Fault):
+    if isinstance(row, UnreadableRecord):
         raise DataError(f"{path}:{line}: {row}")
     names = [name.strip() for name in row]
     twice = sorted({name for name in names if name and names.count(name) > 1})

@@ -69,14 +69,14 @@ class TrainingLinears:
             others = [module for module in others if not _needs_copy(weight_of(module))]
         self.modules: list[nn.Module] = [*self._layers, *others]
         self._others: Overrides = {module: FrozenLinear(module, _needs_copy(weight_of(module))) for module in others}
-        self._groups: list[_Group] = []
+        self._groups: list[_TrainingGroup] = []
 
     @contextmanager
     def finding_groups(self) -> Iterator[Overrides]:
         """Yields overrides that record which layers read the same tensor; run a pass through the model inside."""
         calls: list[tuple[LoRALinear, Tensor]] = []
         yield {layer: functools.partial(record_call, calls, layer) for layer in self._layers}
-        self._groups = [_Group(layers, self._prepacks) for layers in groups_of(calls)]
+        self._groups = [_TrainingGroup(layers, self._prepacks) for layers in groups_of(calls)]
 
     @contextmanager
     def ready(self) -> Iterator[Overrides]:
@@ -222,7 +222,7 @@ class LayerGroup(LinearGroup[LoRALinear]):
         return layer._drop(x) if drops else None
 
 
-class _Group(LayerGroup):
+class _TrainingGroup(LayerGroup):
     """Layers with LoRA in a training step."""
 
     def __init__(self, layers: list[LoRALinear], prepack: bool) -> None:
@@ -341,16 +341,16 @@ class GroupProducts:
             return self._kernels.lora_back(given, seen, h, operands, wants_x=wants_x, wants_seen=bool(wants_seen))
         low_rank_input = wants_x if wants_seen is None else wants_seen
         parts = zip(*map(self._split, (seen, h, *gradients)), strict=True)
-        of_parts = [
+        grad_parts = [
             _low_rank_gradients(own, x, h_k, run.factors.of(numbers), to.of(numbers), wants_x=low_rank_input)
             for run, to, (x, h_k, *own) in zip(self.runs, into, parts, strict=True)
         ]
-        of_seen = _joined(cast(list[Tensor], of_parts)) if low_rank_input else None
-        of_x, of_dropped = (of_seen, None) if wants_seen is None else (None, of_seen)
+        grad_seen = _joined(cast(list[Tensor], grad_parts)) if low_rank_input else None
+        grad_x, grad_dropped = (grad_seen, None) if wants_seen is None else (None, grad_seen)
         for number, gradient in zip(numbers, gradients, strict=True):
             if wants_x and gradient is not None:
-                of_x = self.weights[number].times_transposed(gradient, added=of_x)
-        return of_x, of_dropped
+                grad_x = self.weights[number].times_transposed(gradient, added=grad_x)
+        return grad_x, grad_dropped
 
     def _operands_of(self, numbers: tuple[int, ...], into: Sequence[FactorBuffers]) -> GroupOperands:
         """Returns the kernels' operands for some of the layers, including where gradients are written."""
@@ -405,15 +405,15 @@ class _GroupProduct(torch.autograd.Function):
         seen, h = ctx.saved_tensors
         into = [run.room_for_gradients(numbers) for run in products.runs]
         wants_seen = ctx.needs_input_grad[1] if ctx.drops else None
-        of_inputs = products.differentiate(
+        grad_inputs = products.differentiate(
             gradients, seen, h, numbers, into, wants_x=ctx.needs_input_grad[0], wants_seen=wants_seen
         )
-        of_x, of_dropped = (None if each is None else each.view(ctx.shape) for each in of_inputs)
-        of_casts: list[Tensor | None] = []
-        for of_run in into:
+        grad_x, grad_dropped = (None if each is None else each.view(ctx.shape) for each in grad_inputs)
+        grad_casts: list[Tensor | None] = []
+        for buffers in into:
             for number, gradient in zip(numbers, gradients, strict=True):
-                of_casts += [None, None] if gradient is None else [of_run.A_of[number], of_run.B[number]]
-        return of_x, of_dropped, None, None, *of_casts
+                grad_casts += [None, None] if gradient is None else [buffers.A_of[number], buffers.B[number]]
+        return grad_x, grad_dropped, None, None, *grad_casts
 
 
 def is_frozen(layer: LoRALinear) -> bool:
@@ -443,11 +443,11 @@ def _low_rank_gradients(
     """Writes the factors' gradients, and returns the gradient of x; a gradient of None counts as 0."""
     ranks = [len(b) for b in factors.B]
     h = h[:, : sum(ranks)]
-    of_h = torch.zeros_like(h)
-    splits = zip(gradients, h.split(ranks, 1), of_h.split(ranks, 1), factors.B, into.B, strict=True)
-    for gradient, h_i, of_h_i, b, of_b in splits:
+    grad_h = torch.zeros_like(h)
+    splits = zip(gradients, h.split(ranks, 1), grad_h.split(ranks, 1), factors.B, into.B, strict=True)
+    for gradient, h_i, grad_h_i, b, grad_b in splits:
         if gradient is not None:
-            torch.mm(gradient, b.T, out=of_h_i)
-            torch.mm(h_i.T, gradient, out=of_b)
-    torch.mm(of_h.T, x, out=into.A)
-    return of_h @ factors.A if wants_x else None
+            torch.mm(gradient, b.T, out=grad_h_i)
+            torch.mm(h_i.T, gradient, out=grad_b)
+    torch.mm(grad_h.T, x, out=into.A)
+    return grad_h @ factors.A if wants_x else None

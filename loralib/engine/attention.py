@@ -27,14 +27,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UnsupportedModelError
-from .kernels import LANES, Blocks, Kernels, loaded
+from .kernels import LANES, Kernels, VisibilityBlocks, loaded
 
 __all__ = [
     "AttentionSettings",
     "KVCache",
     "Layout",
     "PackedLayout",
-    "Part",
+    "PromptChunk",
     "TreeLayout",
     "attention",
     "interface_name",
@@ -263,7 +263,7 @@ class PackedLayout:
         self._ends, self._positions, self._tile_size = ends, positions, tile
         self.tokens = len(ends)
         self._tiles: dict[int | None, list[_Tiles]] = {}
-        self._blocks: dict[int | None, Blocks] = {}
+        self._blocks: dict[int | None, VisibilityBlocks] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Returns the attention of q (T, H, D) over k and v (T, H / G, D)."""
@@ -273,7 +273,7 @@ class PackedLayout:
             return cast(Tensor, _KernelAttention.apply(q, k, v, blocks, settings.scaling))  # type: ignore[no-untyped-call]
         return self._attend_in_tiles(q, k, v, settings)
 
-    def blocks(self, window: int | None) -> Blocks:
+    def blocks(self, window: int | None) -> VisibilityBlocks:
         """Returns which queries see which keys, for the compiled kernel.
 
         Args:
@@ -281,7 +281,7 @@ class PackedLayout:
         """
         if window not in self._blocks:
             starts = range(0, self.tokens, LANES)
-            self._blocks[window] = Blocks.of_tiles([self._tile(start, LANES, window) for start in starts])
+            self._blocks[window] = VisibilityBlocks.of_tiles([self._tile(start, LANES, window) for start in starts])
         return self._blocks[window]
 
     # Without kernels: tiles of queries, each against only the keys that at least one of them sees.  For 456 tokens this
@@ -354,7 +354,7 @@ class _KernelAttention(torch.autograd.Function):
     """Attention of q (T, H, D) over k and v (T, H / G, D), using the compiled kernel."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: VisibilityBlocks, scaling: float) -> Tensor:
         y, kept = cast(Kernels, loaded()).attention(q, k, v, blocks, scaling, keep=True)
         ctx.blocks, ctx.scaling, ctx.kept = blocks, scaling, kept
         ctx.save_for_backward(q, k, v, y)
@@ -445,12 +445,12 @@ def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a prompt that is processed in one pass.
+class PromptChunk:
+    """A chunk of a prompt, processed in one pass.
 
     Attributes:
         start: number of prompt tokens that have already been processed.
-        slots: (start + n,) slots of the prompt's tokens, up to the last of this part.
+        slots: (start + n,) slots of the prompt's tokens, up to the last of this chunk.
     """
 
     start: int
@@ -458,13 +458,13 @@ class Part:
 
     @property
     def count(self) -> int:
-        """n, the number of tokens in this part."""
+        """n, the number of tokens in this chunk."""
         return len(self.slots) - self.start
 
 
 @dataclass
 class TreeLayout:
-    """One row of new tokens: first one for each branch, sequence by sequence, then parts of new prompts.
+    """One row of new tokens: first one for each branch, sequence by sequence, then chunks of new prompts.
 
     Each token in a sequence's tree of branches has one column, and a boolean says whether a branch sees it.  So beams
     share their prompt and everything else that they have in common.
@@ -478,7 +478,7 @@ class TreeLayout:
         branch_positions: (S, N) position of each branch's new token in its sequence.
         positions: (S, C) position in the sequence of each column's token.
         table: (S, C) the slot of each column.
-        parts: the parts of new prompts, in the order of their tokens.
+        prompt_chunks: the chunks of new prompts, in the order of their tokens.
     """
 
     cache: KVCache
@@ -489,9 +489,9 @@ class TreeLayout:
     branch_positions: Tensor
     positions: Tensor
     table: Tensor
-    parts: list[Part]
+    prompt_chunks: list[PromptChunk]
     _masks: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
-    _blocks: dict[tuple[int | None, int], Blocks] = field(default_factory=dict)
+    _blocks: dict[tuple[int | None, int], VisibilityBlocks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens = len(self.slots)
@@ -503,18 +503,18 @@ class TreeLayout:
         start = len(self.sequence)
         if start:
             results.append(self._attend_branches(q[:start], keys, values, settings))
-        for part in self.parts:
-            own = slice(start, start + part.count)
-            if part.start:
+        for chunk in self.prompt_chunks:
+            own = slice(start, start + chunk.count)
+            if chunk.start:
                 # Gathered in prompt order, because a prompt's slots may be scattered over the cache.
-                seen = keys.index_select(0, part.slots), values.index_select(0, part.slots)
+                seen = keys.index_select(0, chunk.slots), values.index_select(0, chunk.slots)
             else:
                 seen = k[own], v[own]
             results.append(_attend_causally(q[own], *seen, settings))
-            start += part.count
+            start += chunk.count
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def blocks(self, window: int | None, group: int) -> Blocks:
+    def blocks(self, window: int | None, group: int) -> VisibilityBlocks:
         """Returns which slots the branches see, for the compiled kernel; `group` query heads share keys."""
         key = (window, group)
         if key not in self._blocks:
@@ -527,7 +527,7 @@ class TreeLayout:
             counts = (in_sequence[:, None] - size * torch.arange(blocks)).clamp(0, size).flatten()
             used = counts > 0
             owners = torch.arange(sequences).repeat_interleave(blocks)[used]
-            of_columns = Blocks.of(visible[used], counts[used], owners, group)
+            of_columns = VisibilityBlocks.of(visible[used], counts[used], owners, group)
             # The kernel treats all slots as one text; `keys` says which of them belong to each sequence.
             owners = owners.repeat_interleave(of_columns.starts.diff())
             slots = self.table[owners, of_columns.keys].to(torch.int32)

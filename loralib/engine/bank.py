@@ -41,7 +41,7 @@ from .forward import plain_logits
 from .kernels import FEW_ROWS, RowUpdate, loaded
 from .placement import Hold, Override, Overrides, overriding, own_forward
 
-__all__ = ["Bank", "Described", "Slot", "bank_and_base"]
+__all__ = ["AdapterStatus", "Bank", "Slot", "bank_and_base"]
 
 _LONG: Final = 16  # from this many rows of one adapter on, its own products are cheaper than those of all adapters
 _SPARE: Final = 2  # stacked factors are reused while they hold at most this many times the number of adapters in use
@@ -79,8 +79,8 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Described:
-    """Information about an adapter in a bank.
+class AdapterStatus:
+    """The settings and state of an adapter in a bank.
 
     Attributes:
         name: the adapter's name.
@@ -104,7 +104,7 @@ class Described:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RowRun:
     """Rows from `start` to `stop` that are computed together: with one adapter, or with several and a mask."""
 
     start: int
@@ -114,7 +114,7 @@ class _Run:
 
 
 @dataclass
-class _Stack:
+class _StackedFactors:
     """The stacked factors of several adapters."""
 
     slots: tuple[Slot, ...]
@@ -153,7 +153,7 @@ class Bank:
         self._slots: dict[str, Slot] = {}
         self._resident: dict[Slot, None] = {}  # adapters in memory, least recently used first
         self._nbytes = 0  # total size of these
-        self._stack = _Stack(())
+        self._stack = _StackedFactors(())
         self._lock = threading.RLock()
         self._directory: Path | None = None
 
@@ -234,8 +234,8 @@ class Bank:
         """
         self._find(name).scale = scale
 
-    def describe(self, name: str) -> Described:
-        """Returns information about an adapter, without loading it from disk.
+    def describe(self, name: str) -> AdapterStatus:
+        """Returns the settings and state of an adapter, without loading it from disk.
 
         Raises:
             AdapterError: there is no adapter of that name.
@@ -245,7 +245,7 @@ class Bank:
             leaves = sorted({module.rpartition(".")[2] for module in slot.ranks})
             ranks = tuple(sorted(set(slot.ranks.values())))
             there = slot.factors is not None
-            return Described(name, slot.scale, slot.pinned, slot.nbytes, there, slot.users, ranks, tuple(leaves))
+            return AdapterStatus(name, slot.scale, slot.pinned, slot.nbytes, there, slot.users, ranks, tuple(leaves))
 
     def acquire(self, name: str | None) -> Slot | None:
         """Returns an adapter for use by a sequence, until `release` is called; None for the base alone.
@@ -301,10 +301,10 @@ class Bank:
         heads: Sequence[tuple[Slot | None, int]],
         below: Overrides,
         used: set[Slot],
-        stack: _Stack,
+        stack: _StackedFactors,
     ) -> Overrides:
         plans = {False: _runs(rows), True: _runs(heads)}
-        places = {False: _Places.of_rows(rows), True: _Places.of_rows(heads)}
+        groups = {False: _RowGroups.of_rows(rows), True: _RowGroups.of_rows(heads)}
         masks: dict[Any, Tensor] = {}
         changed = {name for slot in used for name in cast("Mapping[str, FactorPair]", slot.factors)}
         own: dict[nn.Module, Override] = {}
@@ -313,7 +313,7 @@ class Bank:
             is_head = module is self._head
             base = below.get(module) or functools.partial(own_forward, module)
             mixed = functools.partial(_mixed, name, module, base, plans[is_head], stack, masks)
-            own[module] = _by_kernel(name, module, base, places[is_head], mixed) or mixed
+            own[module] = _by_kernel(name, module, base, groups[is_head], mixed) or mixed
         return {**below, **own}
 
     def check(self, names: Sequence[str | None]) -> None:
@@ -367,7 +367,7 @@ class Bank:
     def _unstack(self, slot: Slot | None) -> None:
         """Discards the stacked factors if they include an adapter, at any scale."""
         if slot is not None and any(slot in (each, each.of) for each in self._stack.slots):
-            self._stack = _Stack(())
+            self._stack = _StackedFactors(())
 
     def _factors_of(self, adapter: Adapter) -> dict[str, FactorPair]:
         plain = expand_blocks(adapter)
@@ -405,7 +405,7 @@ class Bank:
         ids = torch.arange(8, device=device)[None] % (len(table.weight) if table is not None else 8)
         rows = [(cast("Slot | None", slot), ids.numel())]
         # A separate stack, because another thread may be generating with the bank's.
-        overrides = self._overrides(rows, rows, {}, {slot}, _Stack((slot,)))
+        overrides = self._overrides(rows, rows, {}, {slot}, _StackedFactors((slot,)))
         with Hold(self.model, self.modules, "inference"), evaluating(self.model.modules()), torch.no_grad():
             without = plain_logits(self.model, ids)
             with overriding(overrides):
@@ -448,12 +448,12 @@ class Bank:
         slot.scaled.clear()
         self._unstack(slot)
 
-    def _stacked(self, used: set[Slot]) -> _Stack:
+    def _stacked(self, used: set[Slot]) -> _StackedFactors:
         """Returns stacked factors that include these adapters, reusing the last ones if possible."""
         with self._lock:
             stack = self._stack
             if not used.issubset(stack.slots) or len(stack.slots) > max(_SPARE * len(used), 8):
-                stack = self._stack = _Stack(tuple(sorted(used, key=lambda slot: slot.name)))
+                stack = self._stack = _StackedFactors(tuple(sorted(used, key=lambda slot: slot.name)))
             return stack
 
 
@@ -465,9 +465,9 @@ def bank_and_base(model: nn.Module | Bank) -> tuple[Bank | None, nn.Module]:
 # --- one pass --------------------------------------------------------------------------------------------------------
 
 
-def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
+def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_RowRun]:
     """Joins consecutive rows of the same adapter, and short groups of different adapters."""
-    runs: list[_Run] = []
+    runs: list[_RowRun] = []
     start = 0
     scales = {slot: 1.0 if slot is None else slot.scale for slot, _ in rows}  # read once: other threads may change them
     for slot, group in itertools.groupby(rows, key=lambda row: row[0]):
@@ -475,23 +475,23 @@ def _runs(rows: Sequence[tuple[Slot | None, int]]) -> list[_Run]:
         last = runs[-1] if runs else None
         own, factors = (slot,) * count, (scales[slot],) * count
         if count < _LONG and last is not None and last.stop - last.start < _LONG * max(1, len(set(last.slots))):
-            runs[-1] = _Run(last.start, start + count, (*last.slots, *own), (*last.scales, *factors))
+            runs[-1] = _RowRun(last.start, start + count, (*last.slots, *own), (*last.scales, *factors))
         else:
-            runs.append(_Run(start, start + count, own, factors))
+            runs.append(_RowRun(start, start + count, own, factors))
         start += count
     return runs
 
 
 @dataclass(frozen=True)
-class _Places:
+class _RowGroups:
     """The rows of each adapter in a pass and its scale; `count` is the total number of rows."""
 
     count: int
     of: dict[Slot, tuple[float, list[int]]]
 
     @classmethod
-    def of_rows(cls, rows: Sequence[tuple[Slot | None, int]]) -> _Places | None:
-        """Returns the places; None if an adapter has so many rows that plain products are faster."""
+    def of_rows(cls, rows: Sequence[tuple[Slot | None, int]]) -> _RowGroups | None:
+        """Returns the groups; None if an adapter has so many rows that plain products are faster."""
         of: dict[Slot, tuple[float, list[int]]] = {}
         start = 0
         for slot, count in rows:
@@ -502,21 +502,21 @@ class _Places:
 
 
 def _by_kernel(
-    name: str, module: nn.Module, base: Override, places: _Places | None, otherwise: Override
+    name: str, module: nn.Module, base: Override, groups: _RowGroups | None, otherwise: Override
 ) -> Override | None:
     """Returns a function that computes a linear layer with each row's adapter in one call; None without a kernel."""
     kernels = loaded()
-    if kernels is None or places is None or isinstance(module, nn.Embedding):
+    if kernels is None or groups is None or isinstance(module, nn.Embedding):
         return None
     updates = [
         RowUpdate(rows, *pair, scale)
-        for slot, (scale, rows) in places.of.items()
+        for slot, (scale, rows) in groups.of.items()
         if (pair := cast("Mapping[str, FactorPair]", slot.factors).get(name)) is not None
     ]
     if not updates or not kernels.accept_row_updates(updates):
         return None
     add, A = kernels.row_updates(updates), updates[0].A
-    dtype, numbers = A.dtype, places.count * A.shape[1]
+    dtype, numbers = A.dtype, groups.count * A.shape[1]
 
     def call(x: Tensor) -> Tensor:
         if x.dtype != dtype or x.numel() != numbers or not x.is_contiguous():
@@ -534,8 +534,8 @@ def _mixed(
     name: str,
     module: nn.Module,
     base: Override,
-    runs: list[_Run],
-    stack: _Stack,
+    runs: list[_RowRun],
+    stack: _StackedFactors,
     masks: dict[Any, Tensor],
     x: Tensor,
 ) -> Tensor:
@@ -568,7 +568,7 @@ def _thin(x: Tensor, A: Tensor, looks_up: bool) -> Tensor:
     return F.embedding(x, A.T) if looks_up else F.linear(x, A)
 
 
-def _factors(stack: _Stack, name: str) -> FactorPair:
+def _factors(stack: _StackedFactors, name: str) -> FactorPair:
     if name not in stack.factors:
         # An adapter moved to disk since has no rows in this pass.
         pairs = [(number, (slot.factors or {}).get(name)) for number, slot in enumerate(stack.slots)]
@@ -578,7 +578,7 @@ def _factors(stack: _Stack, name: str) -> FactorPair:
     return stack.factors[name]
 
 
-def _mask(stack: _Stack, name: str, run: _Run, masks: dict[Any, Tensor], like: Tensor) -> Tensor:
+def _mask(stack: _StackedFactors, name: str, run: _RowRun, masks: dict[Any, Tensor], like: Tensor) -> Tensor:
     """Returns M (T, R): the scale of each row's adapter in the columns that belong to it, 0 elsewhere."""
     columns = stack.columns[name]
     key = (run.start, columns)

@@ -115,24 +115,24 @@ class _JointProduct(torch.autograd.Function):
         weights, A, B = kept[:count], kept[count : 2 * count], kept[2 * count :]
         ranks = [len(a) for a in A]
         u = torch.zeros_like(h)
-        of_x: Tensor | None = None
-        of_B: list[Tensor | None] = []
+        grad_x: Tensor | None = None
+        grad_B: list[Tensor | None] = []
         for g, h_i, u_i, weight, b in zip(gradients, h.split(ranks, 1), u.split(ranks, 1), weights, B, strict=True):
             if g is None:  # nothing depends on this output
-                of_B.append(None)
+                grad_B.append(None)
                 continue
             torch.mm(g, b, out=u_i)
-            of_B.append(g.T @ h_i)
+            grad_B.append(g.T @ h_i)
             if ctx.needs_input_grad[0]:
-                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
-        of_A = [None if g is None else a for g, a in zip(gradients, (u.T @ seen).split(ranks), strict=True)]
-        of_dropped = None
+                grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
+        grad_A = [None if g is None else a for g, a in zip(gradients, (u.T @ seen).split(ranks), strict=True)]
+        grad_dropped = None
         if ctx.drops and ctx.needs_input_grad[1]:
-            of_dropped = (u @ torch.cat(A)).view(ctx.shape)
-        elif not ctx.drops and of_x is not None:
-            of_x = of_x.addmm_(u, torch.cat(A))
-        of_x = None if of_x is None else of_x.view(ctx.shape)
-        return of_x, of_dropped, *[None] * (2 * count), *of_A, *of_B
+            grad_dropped = (u @ torch.cat(A)).view(ctx.shape)
+        elif not ctx.drops and grad_x is not None:
+            grad_x = grad_x.addmm_(u, torch.cat(A))
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, grad_dropped, *[None] * (2 * count), *grad_A, *grad_B
 
 
 def _quarters(given: Sequence[Any]) -> Iterator[list[Any]]:

@@ -153,7 +153,7 @@ class Forward:
         self._is_held = False
         self.has_layouts = self._body is not None
         self.lock = threading.RLock()
-        with self.held("inference"), evaluating(model.modules()), torch.no_grad():
+        with self.hold_model("inference"), evaluating(model.modules()), torch.no_grad():
             self.splits = False
             self.splits = self._probe()
 
@@ -167,7 +167,7 @@ class Forward:
         return DeviceLinears([] if self.compiles else in_body)
 
     @contextmanager
-    def dealt(self, rows: Sequence[int]) -> Iterator[None]:
+    def assigned_rows(self, rows: Sequence[int]) -> Iterator[None]:
         """Assigns each twin, in order, its number of rows of the passes inside."""
         assert isinstance(self._linears, RowLinears)
         self._linears.rows = rows
@@ -182,8 +182,8 @@ class Forward:
         return self._linears.prepacked_bytes
 
     @contextmanager
-    def held(self, use: Use) -> Iterator[None]:
-        """Installs what the pass needs on the model, and removes it afterwards; does nothing inside another `held`.
+    def hold_model(self, use: Use) -> Iterator[None]:
+        """Installs what the pass needs on the model, and removes it afterwards; does nothing if it is already held.
 
         Raises:
             BusyModelError: the model is in a conflicting use.
@@ -205,7 +205,7 @@ class Forward:
     @contextmanager
     def computing(self, use: Use, *, gradient: bool) -> Iterator[None]:
         """Context for one pass, or several related ones, with everything that they need installed on the model."""
-        with self.lock, torch.set_grad_enabled(gradient), self.held(use), self.overriding():
+        with self.lock, torch.set_grad_enabled(gradient), self.hold_model(use), self.overriding():
             yield
 
     @contextmanager

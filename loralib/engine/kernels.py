@@ -47,7 +47,17 @@ from ..errors import OutputError
 from ..files import cache_directory, write_whole
 from .placement import engine_mode
 
-__all__ = ["FEW_ROWS", "LANES", "Blocks", "Factors", "GroupOperands", "Kernels", "RowUpdate", "RowUpdates", "loaded"]
+__all__ = [
+    "FEW_ROWS",
+    "LANES",
+    "Factors",
+    "GroupOperands",
+    "Kernels",
+    "RowUpdate",
+    "RowUpdates",
+    "VisibilityBlocks",
+    "loaded",
+]
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 # No -ffast-math: NaN and infinity must be preserved, or a diverging run would go unnoticed.
@@ -98,7 +108,7 @@ _TYPES: Final[dict[str, Any]] = {"p": c_void_p, "n": c_int64, "f": c_float, "i":
 
 
 @dataclass(frozen=True)
-class Blocks:
+class VisibilityBlocks:
     """Which queries see which keys, for `Kernels.attention`: blocks of at most 16 lanes, one per query and head.
 
     Attributes:
@@ -125,7 +135,7 @@ class Blocks:
         return len(self.sequences)
 
     @classmethod
-    def of(cls, sees: Tensor, counts: Tensor, sequences: Tensor, heads: int = 1) -> Blocks:
+    def of(cls, sees: Tensor, counts: Tensor, sequences: Tensor, heads: int = 1) -> VisibilityBlocks:
         """Returns the blocks for queries in groups.
 
         Args:
@@ -135,7 +145,7 @@ class Blocks:
             heads: see the attributes.
 
         >>> sees = torch.tensor([[[True, False, True]] + [[False] * 3] * 15])
-        >>> blocks = Blocks.of(sees, counts=torch.tensor([1]), sequences=torch.tensor([0]))
+        >>> blocks = VisibilityBlocks.of(sees, counts=torch.tensor([1]), sequences=torch.tensor([0]))
         >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
         ([0, 2], [0, 2], [0, 1])
         """
@@ -145,13 +155,13 @@ class Blocks:
         return cls._listed(counts, sequences, of_each, keys, bits[block, keys], heads)
 
     @classmethod
-    def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> Blocks:
+    def of_tiles(cls, tiles: Sequence[tuple[Tensor, Tensor]]) -> VisibilityBlocks:
         """Returns the blocks of a single text, for heads computed one by one, without a mask of all queries and keys.
 
         Args:
             tiles: for each block, the keys (K,) that its queries see, and which query sees which of them: (L, K) bool.
 
-        >>> blocks = Blocks.of_tiles([(torch.tensor([0, 2]), torch.tensor([[True, True]]))])
+        >>> blocks = VisibilityBlocks.of_tiles([(torch.tensor([0, 2]), torch.tensor([[True, True]]))])
         >>> blocks.keys.tolist(), blocks.starts.tolist(), blocks.rows.tolist()
         ([0, 2], [0, 2], [0, 1])
         """
@@ -163,7 +173,7 @@ class Blocks:
     @classmethod
     def _listed(
         cls, counts: Tensor, sequences: Tensor, of_each: Tensor, keys: Tensor, seen: Tensor, heads: int
-    ) -> Blocks:
+    ) -> VisibilityBlocks:
         rows, starts, widest = _sums(counts), _sums(of_each), int(of_each.max())
         return cls(rows, sequences.to(torch.int32), starts, keys.to(torch.int32), seen, heads, widest)
 
@@ -387,9 +397,9 @@ class Kernels:
             step: (D,).
         """
         gradient, y = gradient.contiguous(), y.contiguous()
-        of_z, sums = torch.empty_like(y), torch.zeros(y.shape[-1])
-        self._run("scaled_back", gradient, y, step, of_z, sums, y.numel() // len(step), len(step), like=y)
-        return of_z, sums
+        grad_z, sums = torch.empty_like(y), torch.zeros(y.shape[-1])
+        self._run("scaled_back", gradient, y, step, grad_z, sums, y.numel() // len(step), len(step), like=y)
+        return grad_z, sums
 
     def gelu(self, x: Tensor) -> Tensor:
         """Returns ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
@@ -493,7 +503,7 @@ class Kernels:
         return self.accept(q, k, v) and q.shape[-1] == k.shape[-1] == v.shape[-1]
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, *, keep: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: VisibilityBlocks, scaling: float, *, keep: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Returns softmax(scaling q k^T) v over the keys that each query sees, and the tensor `attention_back` needs.
 
@@ -529,7 +539,7 @@ class Kernels:
         v: Tensor,
         y: Tensor,
         kept: Tensor,
-        blocks: Blocks,
+        blocks: VisibilityBlocks,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the gradients of `attention` in q, k, v, over one text, head by head, given that of its result y."""
@@ -631,14 +641,14 @@ class Kernels:
         count, widths = len(seen), of.widths
         depth = sum(widths) + sum(of.ranks)
         room, each, threads = self._room_for_products(count, depth, of.width, of.width, *widths)
-        of_h = torch.empty_like(h)
-        of_x, of_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
+        grad_h = torch.empty_like(h)
+        grad_x, grad_seen = (torch.empty_like(seen) if wanted else None for wanted in (wants_x, wants_seen))
         of_pairs = (count + of.runs) * h.shape[1]
         pairs = h.new_empty(2 * of_pairs + _READ_ON)  # of h, and of its gradient
         given = (_pointers(gradients), seen, h, *of.weights, of.A, of.B)
-        results = (of_h, of_x, of_seen, of.grad_A, of.grad_B, pairs, pairs[of_pairs:])
+        results = (grad_h, grad_x, grad_seen, of.grad_A, of.grad_B, pairs, pairs[of_pairs:])
         self._call("lora_back", *given, *results, *of.sizes(count), room, each, threads, dtype=seen.dtype)
-        return of_x, of_seen
+        return grad_x, grad_seen
 
     def _room_for_products(self, rows: int, depth: int, columns: int, *widths: int) -> tuple[Tensor, int, int]:
         """Returns a workspace where threads rearrange their operands, in vectors of `LANES` numbers.

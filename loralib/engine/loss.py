@@ -55,12 +55,12 @@ class HeadLoss(NamedTuple):
     Attributes:
         total: () the summed loss, without a gradient.
         objective: () gradient_scale times the total, whose `backward` passes on the gradients already computed.
-        of_states: (R,) the loss of each state's predictions; None if it is not known separately.
+        state_losses: (R,) the loss of each state's predictions; None if it is not known separately.
     """
 
     total: Tensor
     objective: Tensor
-    of_states: Tensor | None = None
+    state_losses: Tensor | None = None
 
 
 def in_blocks(logits: Tensor) -> bool:
@@ -93,18 +93,18 @@ def head_loss(
         The loss, and an objective differentiable in the states and in all parameters trained in the head.
     """
     gradients = _Gradients(states) if gradient_scale is not None else None
-    of_states = torch.empty(len(states), device=states.device)
+    state_losses = torch.empty(len(states), device=states.device)
     scale = 1.0 if gradient_scale is None else gradient_scale
     for start in range(0, len(states), chunk):
         part = states.detach()[start : start + chunk]
         with torch.set_grad_enabled(gradients is not None):
             logits = head(part.requires_grad_(gradients is not None and states.requires_grad))
-        of_states[start : start + chunk], slope = _chunk_loss(logits, predictions, start, label_smoothing, scale)
+        state_losses[start : start + chunk], slope = _chunk_loss(logits, predictions, start, label_smoothing, scale)
         if gradients is not None and slope is not None:
             gradients.add(start, part, logits, slope)
-    total = of_states.sum()
+    total = state_losses.sum()
     objective = total if gradients is None else gradients.attached_to(total * scale)
-    return HeadLoss(total, objective, of_states)
+    return HeadLoss(total, objective, state_losses)
 
 
 def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
@@ -122,20 +122,20 @@ def head_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, targets: Te
     """
     needs_gradient = torch.is_grad_enabled()
     found, leaves = states.new_empty(len(states), dtype=torch.float32), dict[Tensor, None]()
-    of_states = torch.empty_like(states) if needs_gradient and states.requires_grad else None
+    grad_states = torch.empty_like(states) if needs_gradient and states.requires_grad else None
     for start in range(0, len(states), chunk):
         part, here = states.detach()[start : start + chunk], slice(start, start + chunk)
         with torch.set_grad_enabled(needs_gradient):
-            logits = head(part.requires_grad_(of_states is not None))
+            logits = head(part.requires_grad_(grad_states is not None))
         found[here], slope = _chunk_log_probs(logits, targets[here])
         if slope is not None:
             leaves |= dict.fromkeys(_leaves(logits, part))
-        if slope is not None and of_states is not None and not leaves:
-            (of_states[here],) = torch.autograd.grad(logits, part, slope)
+        if slope is not None and grad_states is not None and not leaves:
+            (grad_states[here],) = torch.autograd.grad(logits, part, slope)
     if not needs_gradient:
         return found
-    again = _Again(head, states, targets, chunk) if leaves else None
-    result: Tensor = _LogProbs.apply(found, of_states, again, states, *leaves)  # type: ignore[no-untyped-call]
+    recompute = _HeadRecompute(head, states, targets, chunk) if leaves else None
+    result: Tensor = _LogProbs.apply(found, grad_states, recompute, states, *leaves)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -155,7 +155,7 @@ def _chunk_log_probs(logits: Tensor, targets: Tensor, weights: Tensor | None = N
     return found, slope
 
 
-class _Again(NamedTuple):
+class _HeadRecompute(NamedTuple):
     """Runs a trained head a second time, once the weight of each log-probability is known."""
 
     head: Callable[[Tensor], Tensor]
@@ -174,7 +174,7 @@ class _Again(NamedTuple):
             _, slope = _chunk_log_probs(logits, self.targets[here], weights[here])
             assert slope is not None
             made.add(start, part, logits, slope)
-        return made.of_states, *(made.of_leaves.get(leaf) for leaf in leaves)
+        return made.grad_states, *(made.grad_leaves.get(leaf) for leaf in leaves)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -182,18 +182,23 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: Tensor, of_states: Tensor | None, again: _Again | None, states: Tensor, *leaves: Tensor
+        ctx: Any,
+        found: Tensor,
+        grad_states: Tensor | None,
+        recompute: _HeadRecompute | None,
+        states: Tensor,
+        *leaves: Tensor,
     ) -> Tensor:
-        ctx.of_states, ctx.again, ctx.leaves = of_states, again, leaves
+        ctx.grad_states, ctx.recompute, ctx.leaves = grad_states, recompute, leaves
         return found.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.again is not None:
-            return None, None, None, *ctx.again.gradients(weights, ctx.leaves)
-        of_states = ctx.of_states
-        return None, None, None, None if of_states is None else of_states * weights[:, None].to(of_states.dtype)
+        if ctx.recompute is not None:
+            return None, None, None, *ctx.recompute.gradients(weights, ctx.leaves)
+        grad_states = ctx.grad_states
+        return None, None, None, None if grad_states is None else grad_states * weights[:, None].to(grad_states.dtype)
 
 
 def _chunk_loss(
@@ -232,23 +237,23 @@ class _Gradients:
 
     def __init__(self, states: Tensor) -> None:
         self._states = states
-        self.of_states = torch.empty_like(states) if states.requires_grad else None
-        self.of_leaves: dict[Tensor, Tensor] = {}
+        self.grad_states = torch.empty_like(states) if states.requires_grad else None
+        self.grad_leaves: dict[Tensor, Tensor] = {}
 
     def add(self, start: int, part: Tensor, logits: Tensor, slope: Tensor) -> None:
         """Adds the gradients of one chunk: its states (C, D), their logits (C, V), and the gradient in the logits."""
         leaves = _leaves(logits, part)
         inputs = [part, *leaves] if part.requires_grad else leaves
         results = list(torch.autograd.grad(logits, inputs, slope))
-        if self.of_states is not None:
-            self.of_states[start : start + len(part)] = results.pop(0)
+        if self.grad_states is not None:
+            self.grad_states[start : start + len(part)] = results.pop(0)
         for leaf, gradient in zip(leaves, results, strict=True):
-            self.of_leaves[leaf] = self.of_leaves[leaf] + gradient if leaf in self.of_leaves else gradient
+            self.grad_leaves[leaf] = self.grad_leaves[leaf] + gradient if leaf in self.grad_leaves else gradient
 
     def attached_to(self, objective: Tensor) -> Tensor:
         """Returns the objective () as a function of the states and the head's parameters."""
-        inputs = [*([] if self.of_states is None else [self._states]), *self.of_leaves]
-        gradients = [*([] if self.of_states is None else [self.of_states]), *self.of_leaves.values()]
+        inputs = [*([] if self.grad_states is None else [self._states]), *self.grad_leaves]
+        gradients = [*([] if self.grad_states is None else [self.grad_states]), *self.grad_leaves.values()]
         result: Tensor = _Attached.apply(objective, gradients, *inputs)  # type: ignore[no-untyped-call]
         return result
 

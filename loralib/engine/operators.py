@@ -68,7 +68,7 @@ def _same(module: nn.Module) -> bool:
         return False
 
 
-class _Forgetful:
+class _NoSaveContext:
     """A context for a forward that discards tensors, because no backward follows."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
@@ -77,7 +77,7 @@ class _Forgetful:
 
 def _applied(function: Any, *given: Any) -> Any:
     """Applies an autograd function; without gradients, only its forward, which halves the cost of such a call."""
-    return function.apply(*given) if torch.is_grad_enabled() else function.forward(_Forgetful(), *given)
+    return function.apply(*given) if torch.is_grad_enabled() else function.forward(_NoSaveContext(), *given)
 
 
 def _gelu(kernels: Kernels | None, module: nn.Module, x: Tensor) -> Tensor:

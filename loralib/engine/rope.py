@@ -15,7 +15,7 @@ from torch import nn
 
 from .forward import device_of, plain_logits
 
-__all__ = ["apart", "forget_length", "remembers_length", "rope_limit"]
+__all__ = ["forget_length", "remembers_length", "rope_limit", "split_by_length"]
 
 Row = TypeVar("Row")
 _LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
@@ -57,10 +57,10 @@ def _limit(config: Any) -> int:
     return 0
 
 
-def apart(rows: Sequence[Row], limit: int | None, length: Callable[[Row], int] = len) -> Iterator[list[Row]]:  # type: ignore[assignment]
+def split_by_length(rows: Sequence[Row], limit: int | None, length: Callable[[Row], int] = len) -> Iterator[list[Row]]:  # type: ignore[assignment]
     """Splits rows into groups that may be computed together: all up to a limit, and beyond it those of equal length.
 
-    >>> list(apart(["ab", "abcd", "a", "abcde", "wxyz"], limit=3))
+    >>> list(split_by_length(["ab", "abcd", "a", "abcde", "wxyz"], limit=3))
     [['ab', 'a'], ['abcd', 'wxyz'], ['abcde']]
     """
     if limit is None:

@@ -45,5 +45,5 @@ class _Scaled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         y, scale, step = ctx.saved_tensors
-        of_z, sums = ctx.kernels.scaled_back(gradient, y, step)
-        return of_z, torch.where(scale == 0, 0, sums / scale), None  # a row of zeros stays zero
+        grad_z, sums = ctx.kernels.scaled_back(gradient, y, step)
+        return grad_z, torch.where(scale == 0, 0, sums / scale), None  # a row of zeros stays zero

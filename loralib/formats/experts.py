@@ -28,7 +28,7 @@ from ..injection import tensor_at
 from ..variants import EXPERT_WEIGHTS, expert_weights, holds_experts
 from ..wrapping import named_modules, named_parameters, submodule
 
-__all__ = ["apart", "from_peft", "of_experts", "parameter_names", "to_peft", "together", "with_both"]
+__all__ = ["from_peft", "of_experts", "parameter_names", "stack_experts", "to_peft", "unstack_experts", "with_both"]
 
 _WRAPPED = re.compile(r"(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
 _MAX_STEPS = 1e9  # upper limit for `matching_steps`; corresponds to a few seconds
@@ -168,7 +168,7 @@ class _Projection:
     outputs: int
 
 
-def apart(adapter: Adapter, model: nn.Module) -> Adapter:
+def unstack_experts(adapter: Adapter, model: nn.Module) -> Adapter:
     """Converts an adapter to one module per expert and projection, named as in the model's checkpoints.
 
     The parts of a weight share its A and get their rows of its B, which is exact.  If one weight of a layer is adapted,
@@ -228,7 +228,7 @@ def _factors(adapter: Adapter, projection: _Projection) -> tuple[Tensor, Tensor]
     return like.new_zeros(count, r, projection.inputs), like.new_zeros(count, projection.outputs, r)
 
 
-def together(adapter: Adapter, model: nn.Module) -> Adapter:
+def stack_experts(adapter: Adapter, model: nn.Module) -> Adapter:
     """Converts an adapter of experts that are separate modules to one of weights that hold all experts.
 
     Parts of a weight that share the same A become one update of that rank; otherwise the ranks are added, with a

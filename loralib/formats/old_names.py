@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..config import with_ranks
 from ..errors import AdapterError, list_faults
 from ..wrapping import named_parameters, unwrapped
-from .experts import together
+from .experts import stack_experts
 
 __all__ = ["with_present_names"]
 
@@ -40,7 +40,7 @@ def with_present_names(adapter: Adapter, model: nn.Module) -> Adapter:
     if not lost:
         return adapter
     if any(_EXPERT.search(f".{name}.") for name in lost):
-        adapter = together(adapter, model)
+        adapter = stack_experts(adapter, model)
         held = set(adapter.expert_weights)
         lost = [name for name in adapter.modules if name not in present and name not in held]
     experts = [name for name in lost if _EXPERT.search(f".{name}.")]

@@ -132,7 +132,7 @@ def with_experts(adapter: Adapter, model: nn.Module | None) -> tuple[Adapter, st
             "vLLM identifies adapters of experts by their names in checkpoints; give the base model (--model)"
         )
     if type(model).__name__ not in _EXPERTS_IN_ONE:
-        return experts.apart(adapter, model), "each expert now has its own modules, as vLLM expects (exact)"
+        return experts.unstack_experts(adapter, model), "each expert now has its own modules, as vLLM expects (exact)"
     return experts.with_both(adapter, model), "the experts stay in one tensor, as vLLM expects for this model"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .beam import Hypothesis, beam_search
 from .sampling import Sampling, TokenLogprob
-from .streaming import Generation, Generator, Piece, generate, stream
+from .streaming import Generation, Generator, TextChunk, generate, stream
 
 __all__ = [
     "Generation",
     "Generator",
     "Hypothesis",
-    "Piece",
     "Sampling",
+    "TextChunk",
     "TokenLogprob",
     "beam_search",
     "generate",

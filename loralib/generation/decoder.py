@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.attention import KVCache, Part, TreeLayout, interface_name, resized, with_layout
+from ..engine.attention import KVCache, PromptChunk, TreeLayout, interface_name, resized, with_layout
 from ..engine.bank import Bank, Slot, bank_and_base
 from ..engine.causal import require_causal
 from ..engine.forward import device_of, logits_of, plain_logits, runs_here
@@ -27,12 +27,12 @@ from ..engine.frozen_linear import FrozenLinear, kernel_overrides, prepacked_ove
 from ..engine.operators import operator_overrides
 from ..engine.placement import Hold, Overrides, engine_mode, overriding
 from ..engine.quantized_experts import expert_overrides
-from ..engine.rope import apart, forget_length, remembers_length, rope_limit
+from ..engine.rope import forget_length, remembers_length, rope_limit, split_by_length
 from ..errors import BusyModelError, UnsupportedModelError
 from ..injection import adapted_layers
 from ..modes import evaluating
 from ..wrapping import input_table
-from .pages import PAGE, Lease, Node, Pages, pages_of
+from .pages import PAGE, Node, Pages, SequencePages, pages_of
 
 __all__ = ["Decoder", "SequenceGroup", "make_decoder"]
 
@@ -62,7 +62,7 @@ class SequenceGroup:
         row: its index among the open groups.
         parents, tokens: what the next step adds: token i to a copy of branch parents[i].
         paths: the tokens of each branch, if there is no cache.
-        lease: the pages of its keys and values.
+        pages: the pages of its keys and values.
         known: number of prompt tokens whose keys and values were already cached.
         done: number of prompt tokens that have been computed.
         text: the tokens computed so far, as long as there is a single branch.
@@ -79,7 +79,7 @@ class SequenceGroup:
     parents: Sequence[int] = ()
     tokens: Sequence[int] = ()
     paths: list[tuple[int, ...]] = field(default_factory=list)
-    lease: Lease | None = None
+    pages: SequencePages | None = None
     known: int = 0
     done: int = 0
     text: list[int] = field(default_factory=list)
@@ -250,7 +250,7 @@ class CachedDecoder(Decoder):
         self.max_tokens, self._max_prompt_tokens = max_tokens, max_prompt_tokens
         self._cache = KVCache()
         self._pages = Pages(None if max_tokens is None else max_tokens // PAGE)
-        self._roots: _Roots | None = _Roots(model) if reuse else None
+        self._roots: _CacheRoots | None = _CacheRoots(model) if reuse else None
         self._steps = 0
         self._last: tuple[Any, Overrides] | None = None  # the last step's rows, and the overrides for them
         # Which columns each branch of each group sees (rows, N, C), the position of each token in its sequence (rows,
@@ -278,10 +278,10 @@ class CachedDecoder(Decoder):
         if root is not None and not group.scored and self._is_coming(group.prompt, root):
             return False
         # Scored prompts need logits after each token, so all of their tokens are computed.
-        group.lease = self._pages.lease([] if group.scored else group.prompt, tokens, root)
-        if group.lease is None:
+        group.pages = self._pages.reserve([] if group.scored else group.prompt, tokens, root)
+        if group.pages is None:
             return False
-        group.known = group.done = len(group.lease.nodes) * PAGE
+        group.known = group.done = len(group.pages.nodes) * PAGE
         self._mapped.append(0)
         return True
 
@@ -291,17 +291,17 @@ class CachedDecoder(Decoder):
         first = prompt[: (kept + 1) * PAGE]
         return len(first) < len(prompt) and any(
             not group.length
-            and group.lease is not None
-            and group.lease.root is root
+            and group.pages is not None
+            and group.pages.root is root
             and group.prompt[: len(first)] == first
             for group in self._groups
         )
 
     def close(self, group: SequenceGroup, *, keep: bool = True) -> None:
-        assert group.lease is not None
+        assert group.pages is not None
         if keep:
             self._share(group, group.text)
-        self._pages.release(group.lease)
+        self._pages.release(group.pages)
         super().close(group)
 
     def close_all(self) -> None:
@@ -311,14 +311,14 @@ class CachedDecoder(Decoder):
 
     def _share(self, group: SequenceGroup, tokens: Sequence[int]) -> None:
         """Keeps what was computed for a group, provided that others would compute the same."""
-        lease = group.lease
-        if self._roots is None or lease is None or lease.root is None or not tokens:
+        pages = group.pages
+        if self._roots is None or pages is None or pages.root is None or not tokens:
             return
         scale = None if group.slot is None else group.slot.scale
-        if scale == group.scale and self._roots.find(self._pages, group.slot, scale) is lease.root:
-            self._pages.share(lease, tokens)
+        if scale == group.scale and self._roots.find(self._pages, group.slot, scale) is pages.root:
+            self._pages.share(pages, tokens)
         else:
-            lease.root = None  # the scale or a weight has changed since
+            pages.root = None  # the scale or a weight has changed since
 
     def _forget(self, group: SequenceGroup) -> None:
         if len(self._groups) == 1:
@@ -414,7 +414,7 @@ class CachedDecoder(Decoder):
             row += len(group.tokens)
             if self._roots is not None:
                 if group.scale != (None if group.slot is None else group.slot.scale):
-                    cast(Lease, group.lease).root = None
+                    cast(SequencePages, group.pages).root = None
                 group.text += group.tokens
         for group, count in parts:
             group.done += count
@@ -445,9 +445,9 @@ class CachedDecoder(Decoder):
         seen = alive.sum(1).tolist() if growing else []
         needed = [seen[group.row] + len(group.tokens) for group in growing]
         for group, columns in zip(growing, needed, strict=True):
-            self._pages.extend(cast(Lease, group.lease), pages_of(columns))
+            self._pages.extend(cast(SequencePages, group.pages), pages_of(columns))
         for group, count in parts:
-            self._pages.extend(cast(Lease, group.lease), pages_of(group.done + count))
+            self._pages.extend(cast(SequencePages, group.pages), pages_of(group.done + count))
         prompts = [len(group.prompt) for group in self._groups if not group.length]
         if self._fit(max([*needed, *prompts, branches]), alive):
             parents_see = resized(parents_see, (len(group_rows), self._columns))
@@ -461,17 +461,17 @@ class CachedDecoder(Decoder):
         self._positions[at_group, at_column] = at_position
         branch_positions = self._positions.new_zeros(len(self._groups) * branches)
         branch_positions[grid_index] = at_position
-        pieces = [Part(group.done, table[group.row, : group.done + count]) for group, count in parts]
+        chunks = [PromptChunk(group.done, table[group.row, : group.done + count]) for group, count in parts]
         layout = TreeLayout(
             cache=self._cache,
-            slots=torch.cat([table[at_group, at_column], *(piece.slots[piece.start :] for piece in pieces)]),
+            slots=torch.cat([table[at_group, at_column], *(chunk.slots[chunk.start :] for chunk in chunks)]),
             sequence=at_group,
             grid_index=None if len(group_rows) == len(self._groups) * branches else grid_index,
             visible=visible[: len(self._groups)],
             branch_positions=branch_positions.view(len(self._groups), branches),
             positions=self._positions[: len(self._groups)],
             table=table[: len(self._groups)],
-            parts=pieces,
+            prompt_chunks=chunks,
         )
         self._visible = visible if branches else self._visible.new_zeros(self._rows, 1, self._columns)
         for group, count in parts:
@@ -495,7 +495,7 @@ class CachedDecoder(Decoder):
         columns: list[int] = []
         pages: list[int] = []
         for group in self._groups:
-            own, known = cast(Lease, group.lease).pages, self._mapped[group.row]
+            own, known = cast(SequencePages, group.pages).pages, self._mapped[group.row]
             count = min(len(own), self._table.shape[1])
             if count > known:
                 rows += [group.row] * (count - known)
@@ -560,7 +560,7 @@ class PlainDecoder(Decoder):
             group.rows = slice(len(rows), len(rows) + len(group.paths))
             rows += group.paths
         slots = [group.slot for group in self._groups for _ in group.paths]
-        parts = list(apart(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
+        parts = list(split_by_length(range(len(rows)), self._rope_limit, lambda row: len(rows[row])))
         with evaluating(self._model.modules()):
             results = [self._logits([rows[n] for n in part], [slots[n] for n in part]) for part in parts]
             places = torch.empty(len(rows), dtype=torch.long, device=self._device)
@@ -595,7 +595,7 @@ def _after_last(logits: Tensor, last: Tensor) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), last]
 
 
-class _Roots:
+class _CacheRoots:
     """The roots of cached texts: one for each way of computing them, valid while the weights stay unchanged."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,9 +1,10 @@
 """Ownership of the cache's pages, and the prefixes that are kept for reuse by other texts.
 
-A page holds the keys and values of 16 consecutive tokens.  A sequence has a `Lease`: first pages that it shares with
-others, for its prefix, then its own.  Kept pages form a tree: each node is a page, and its children are the pages that
-may follow, indexed by their tokens; a path from a root to a node thus spells out the prefix of a text.  Each root
-stands for one way of computing, for example with one adapter; the creator of the roots must ensure this.
+A page holds the keys and values of 16 consecutive tokens.  The pages of a sequence (`SequencePages`) begin with those
+of its prefix that it shares with others, followed by its own.  Kept pages form a tree: each node is a page, and its
+children are the pages that may follow, indexed by their tokens; a path from a root to a node thus spells out the prefix
+of a text.  Each root stands for one way of computing, for example with one adapter; the creator of the roots must
+ensure this.
 
 The most pages that a sequence may need are reserved for it when it begins, so that none fails halfway.  Kept pages that
 are not in use are evicted when room is needed, the least recently used first.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["PAGE", "Lease", "Node", "Pages", "pages_of"]
+__all__ = ["PAGE", "Node", "Pages", "SequencePages", "pages_of"]
 
 PAGE: Final = 16
 
@@ -29,7 +30,7 @@ class Node:
         parent: the preceding node; None: it is a root, or was evicted.
         tokens: its tokens.
         children: nodes that may follow.
-        users: number of leases whose path contains it.
+        users: number of sequences whose path contains it.
     """
 
     page: int = 0
@@ -40,7 +41,7 @@ class Node:
 
 
 @dataclass(eq=False)
-class Lease:
+class SequencePages:
     """The pages of one sequence.
 
     Attributes:
@@ -99,8 +100,8 @@ class Pages:
             nodes.append(node)
         return nodes
 
-    def lease(self, prompt: Sequence[int], tokens: int, root: Node | None = None) -> Lease | None:
-        """Gives a sequence the pages it needs, or returns None if there are not enough at the moment.
+    def reserve(self, prompt: Sequence[int], tokens: int, root: Node | None = None) -> SequencePages | None:
+        """Reserves the pages that a sequence needs, or returns None if there are not enough at the moment.
 
         Args:
             prompt: its beginning; the last token is never shared, since at least one has to be computed.
@@ -117,11 +118,11 @@ class Pages:
         self.promised += promised
         while self.budget is not None and self.used > self.budget:
             self._give_up(next(iter(self._idle)))
-        return Lease(root, nodes, [node.page for node in nodes], promised)
+        return SequencePages(root, nodes, [node.page for node in nodes], promised)
 
-    def extend(self, lease: Lease, count: int) -> None:
+    def extend(self, sequence: SequencePages, count: int) -> None:
         """Adds pages to a sequence until it has `count` of them."""
-        more = count - len(lease.pages)
+        more = count - len(sequence.pages)
         if more <= 0:
             return
         if len(self._free) < more:
@@ -130,36 +131,36 @@ class Pages:
                 count = min(count, self.budget + 1)
             self._free = [*range(count - 1, self.count - 1, -1), *self._free]
             self.count = count
-        lease.pages += reversed(self._free[-more:])
+        sequence.pages += reversed(self._free[-more:])
         del self._free[-more:]
 
-    def share(self, lease: Lease, tokens: Sequence[int]) -> None:
+    def share(self, sequence: SequencePages, tokens: Sequence[int]) -> None:
         """Keeps the full pages that a sequence has stored, for reuse by others."""
-        if lease.root is None:
+        if sequence.root is None:
             return
-        node = lease.nodes[-1] if lease.nodes else lease.root
-        for number in range(len(lease.nodes), len(tokens) // PAGE):
+        node = sequence.nodes[-1] if sequence.nodes else sequence.root
+        for number in range(len(sequence.nodes), len(tokens) // PAGE):
             own = tuple(tokens[number * PAGE : (number + 1) * PAGE])
             child = node.children.get(own)
             if child is None:
-                child = node.children[own] = Node(lease.pages[number], node, own)
+                child = node.children[own] = Node(sequence.pages[number], node, own)
                 self.promised -= 1
-                lease.promised -= 1
+                sequence.promised -= 1
             self._lock(child)
-            lease.nodes.append(child)
+            sequence.nodes.append(child)
             node = child
 
-    def release(self, lease: Lease) -> None:
+    def release(self, sequence: SequencePages) -> None:
         """Takes back the pages of a sequence."""
-        self.promised -= lease.promised
-        shared = {node.page for node in lease.nodes}
-        self._free += [page for page in reversed(lease.pages) if page not in shared]
-        for node in reversed(lease.nodes):
+        self.promised -= sequence.promised
+        shared = {node.page for node in sequence.nodes}
+        self._free += [page for page in reversed(sequence.pages) if page not in shared]
+        for node in reversed(sequence.nodes):
             node.users -= 1
             if not node.users:
                 self._locked -= 1
                 self._idle[node] = None
-        lease.nodes, lease.pages, lease.promised = [], [], 0
+        sequence.nodes, sequence.pages, sequence.promised = [], [], 0
 
     def clear(self) -> None:
         """Evicts all kept pages that are not in use."""

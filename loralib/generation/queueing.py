@@ -63,7 +63,7 @@ class FairQueue(Generic[Item]):
         return item
 
     def remove(self, item: Item) -> None:
-        """Removes an item."""
+        """Removes an item before its turn; does nothing if it is not in the queue."""
         for client, line in list(self._lines.items()):
             if item in line:
                 if line[0] is item:
@@ -73,6 +73,6 @@ class FairQueue(Generic[Item]):
                     del self._lines[client]
 
     def clear(self) -> None:
-        """Removes all items."""
+        """Removes the items of all clients, and forgets how often they were overtaken."""
         self._lines.clear()
         self._overtaken.clear()

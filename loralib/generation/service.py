@@ -21,12 +21,12 @@ from ..engine.threads import release_threads
 from ..errors import BusyServerError, UnsupportedModelError
 from .pages import PAGE
 from .sampling import Sampling
-from .streaming import Generator, Piece, Prompt
+from .streaming import Generator, Prompt, TextChunk
 
-__all__ = ["Service", "ServiceStats", "Ticket", "default_cache_tokens"]
+__all__ = ["RequestHandle", "Service", "ServiceStats", "default_cache_tokens"]
 
 Result = TypeVar("Result")
-Listener = Callable[[Piece | BaseException], None]
+Listener = Callable[[TextChunk | BaseException], None]
 
 # Number of prompt tokens per step; bounds how long running requests wait for their next token.
 _PROMPT_TOKENS: Final = 512
@@ -35,11 +35,11 @@ _SOME_TOKENS: Final = 65_536
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """A request that was accepted.
+class RequestHandle:
+    """Identifies a request that was accepted, to cancel it.
 
     Attributes:
-        number: the number that its pieces carry.
+        number: the number that its chunks carry.
         prompt_tokens: length of its prompt.
     """
 
@@ -125,7 +125,7 @@ class Service:
         *,
         client: str = "",
         listener: Listener,
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Accepts a request, without waiting for the model.
 
         Args:
@@ -133,7 +133,7 @@ class Service:
             sampling: its settings.
             adapter: the name of an adapter in the bank; None: only the base.
             client: who makes the request: clients take turns.
-            listener: called with each piece, or with the error that ended the request, in the model's thread, possibly
+            listener: called with each chunk, or with the error that ended the request, in the model's thread, possibly
                 before this method returns; it must return immediately.  If it raises, it is not called again.
 
         Raises:
@@ -150,30 +150,30 @@ class Service:
             self._refuse_more()
             self._listeners[request.number] = listener
             self._calls.put(lambda: self._generator.queue(request, client))
-        return Ticket(request.number, len(request.ids))
+        return RequestHandle(request.number, len(request.ids))
 
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, client: str = ""
-    ) -> Iterator[Piece]:
-        """Yields the pieces of one request; see `submit`.  Closing the iterator cancels it."""
-        pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
-        ticket = self.submit(prompt, sampling, adapter, client=client, listener=pieces.put)
+    ) -> Iterator[TextChunk]:
+        """Yields the chunks of one request; see `submit`.  Closing the iterator cancels it."""
+        chunks: queue.SimpleQueue[TextChunk | BaseException] = queue.SimpleQueue()
+        handle = self.submit(prompt, sampling, adapter, client=client, listener=chunks.put)
         try:
             while True:
-                piece = pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-                if piece.finish_reason is not None:
+                chunk = chunks.get()
+                if isinstance(chunk, BaseException):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
         finally:
-            self.cancel(ticket)
+            self.cancel(handle)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Cancels a request, unless it has ended: its listener receives at most a piece that is already on its way."""
+    def cancel(self, handle: RequestHandle) -> None:
+        """Cancels a request, unless it has ended: its listener receives at most a chunk that is already on its way."""
         with self._lock:
-            if self._listeners.pop(ticket.number, None) is not None:
-                self._calls.put(lambda: self._generator.cancel(ticket.number))
+            if self._listeners.pop(handle.number, None) is not None:
+                self._calls.put(lambda: self._generator.cancel(handle.number))
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Runs a function in the model's thread, between two steps, and returns its result.
@@ -257,12 +257,12 @@ class Service:
 
     def _step(self) -> None:
         try:
-            pieces = self._generator.step()
+            chunks = self._generator.step()
         except Exception as error:  # errors that concern a single request arrive through `_end_with`
             self._end_all(error)
             return
-        for piece in pieces:
-            self._tell(piece.request, piece, last=piece.finish_reason is not None)
+        for chunk in chunks:
+            self._tell(chunk.request, chunk, last=chunk.finish_reason is not None)
 
     def _end_with(self, number: int, error: Exception) -> None:
         self._tell(number, error, last=True)
@@ -272,13 +272,13 @@ class Service:
         for number in list(self._listeners):
             self._tell(number, error, last=True)
 
-    def _tell(self, number: int, piece: Piece | BaseException, *, last: bool) -> None:
+    def _tell(self, number: int, chunk: TextChunk | BaseException, *, last: bool) -> None:
         with self._lock:
             listener = self._listeners.pop(number, None) if last else self._listeners.get(number)
         if listener is None:  # cancelled
             return
         try:
-            listener(piece)
+            listener(chunk)
         except Exception:
             if not last:
                 with self._lock:

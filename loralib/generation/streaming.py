@@ -1,4 +1,4 @@
-"""The token stream behind all generation: requests join and leave a batch, and pieces of text come out."""
+"""The token stream behind all generation: requests join and leave a batch, and chunks of text come out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .queueing import FairQueue
 from .sampling import NO_NUMBER, NOTHING_LEFT, Sampling, TokenLogprob, choose, log_probabilities, penalize
 from .text import TextStream, check_prompts, end_tokens, new_tokens
 
-__all__ = ["Generation", "Generator", "Piece", "generate", "stream"]
+__all__ = ["Generation", "Generator", "TextChunk", "generate", "stream"]
 
 Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """The next part of one request's result.
 
     Attributes:
@@ -38,8 +38,8 @@ class Piece:
         finish_reason: None while it continues; "stop": the end token or a stop text came; "length": the limit did.
         score: score of a beam search, see `Hypothesis`.
         logprobs: one for each of `ids`, if the settings request them.
-        prompt_logprobs: in the first piece, if the settings request them; None for the first token.
-        cached_tokens: in the first piece, the number of prompt tokens that did not have to be computed again.
+        prompt_logprobs: in the first chunk, if the settings request them; None for the first token.
+        cached_tokens: in the first chunk, the number of prompt tokens that did not have to be computed again.
     """
 
     request: int
@@ -59,11 +59,11 @@ class Generation:
     Attributes:
         text: the generated text, without the prompt, the end token and the stop text.
         ids: its tokens (including those of the stop text).
-        finish_reason: "stop" or "length", see `Piece`.
+        finish_reason: "stop" or "length", see `TextChunk`.
         prompt_tokens: length of the prompt.
         score: score of a beam search, see `Hypothesis`.
-        logprobs: see `Piece`.
-        prompt_logprobs: see `Piece`.
+        logprobs: see `TextChunk`.
+        prompt_logprobs: see `TextChunk`.
     """
 
     text: str
@@ -186,7 +186,7 @@ class Generator:
     def add(
         self, prompt: Prompt, sampling: Sampling | None = None, adapter: str | None = None, *, client: str = ""
     ) -> int:
-        """Adds a request; returns the number that its pieces will carry.
+        """Adds a request; returns the number that its chunks will carry.
 
         Args:
             prompt: a text, or token ids.
@@ -229,7 +229,7 @@ class Generator:
         self._blocked = False
 
     def cancel(self, number: int) -> None:
-        """Cancels a request, which yields no more pieces; has no effect if the request has ended."""
+        """Cancels a request, which yields no more chunks; has no effect if the request has ended."""
         for request in [request for request in self._waiting if request.number == number]:
             self._waiting.remove(request)
         for request in [request for request in self._running if request.number == number]:
@@ -241,7 +241,7 @@ class Generator:
         self._running.clear()
         self._decoder.close_all()
 
-    def step(self) -> list[Piece]:
+    def step(self) -> list[TextChunk]:
         """Computes one token for every running request, or a part of its prompt.
 
         Raises:
@@ -266,7 +266,7 @@ class Generator:
         going.sort(key=lambda request: request.row)  # the decoder may have moved groups to other rows
         return [*self._score_prompts(logits), *self._continue(going, logits)]
 
-    def _score_prompts(self, logits: Tensor) -> Iterator[Piece]:
+    def _score_prompts(self, logits: Tensor) -> Iterator[TextChunk]:
         """Records the log-probabilities of prompt tokens, and ends requests that want nothing else."""
         for request in [request for request in self._running if request.sampling.prompt_logprobs]:
             group, scores = request.group, request.prompt_logprobs
@@ -277,10 +277,10 @@ class Generator:
             scores += log_probabilities(rows[: len(ids)], ids, [request.sampling.logprobs or 0] * len(ids))
             if group.length and not request.limit:
                 self._leave(request)
-                yield self._piece(request, "", (), "length")
+                yield self._chunk(request, "", (), "length")
 
-    def _continue(self, requests: list[_Request], logits: Tensor) -> Iterator[Piece]:
-        """Chooses the next token of each request and yields the resulting pieces."""
+    def _continue(self, requests: list[_Request], logits: Tensor) -> Iterator[TextChunk]:
+        """Chooses the next token of each request and yields the resulting chunks."""
         requests = [request for request in requests if request.limit]
         if not requests:
             return
@@ -311,19 +311,19 @@ class Generator:
             try:
                 if row in errors:
                     raise errors[row]
-                piece = self._advance(request, token, scores.get(row))
+                chunk = self._advance(request, token, scores.get(row))
             except Exception as error:
                 self._fail(request, error)
                 continue
-            if piece.finish_reason is None:
+            if chunk.finish_reason is None:
                 assert request.group is not None
                 request.group.grow([0], [token])
             else:
                 self._leave(request)
-            yield piece
+            yield chunk
 
-    def _advance(self, request: _Request, token: int, score: TokenLogprob | None) -> Piece:
-        """Returns the piece that results from the token chosen for a request."""
+    def _advance(self, request: _Request, token: int, score: TokenLogprob | None) -> TextChunk:
+        """Returns the chunk that results from the token chosen for a request."""
         if token == NOTHING_LEFT:
             raise ConfigError(
                 f"no token is left to choose after {len(request.generated)} tokens: the settings ban all of them. "
@@ -335,7 +335,7 @@ class Generator:
                 "tokens: its weights or the adapter's are damaged, or its dtype has too little range (try fp32)"
             )
         if token in self._ends:
-            return self._piece(request, request.text.finish(), (), "stop")
+            return self._chunk(request, request.text.finish(), (), "stop")
         request.generated.append(token)
         self.counts.generated_tokens += 1
         if request.constraint is not None:
@@ -347,22 +347,22 @@ class Generator:
         elif done or len(request.generated) == request.limit:
             text += request.text.finish()
             reason = "stop" if done or request.text.stopped else "length"
-        return self._piece(request, text, (token,), reason, () if score is None else (score,))
+        return self._chunk(request, text, (token,), reason, () if score is None else (score,))
 
-    def _piece(
+    def _chunk(
         self,
         request: _Request,
         text: str,
         ids: tuple[int, ...],
         reason: str | None,
         logprobs: tuple[TokenLogprob, ...] = (),
-    ) -> Piece:
+    ) -> TextChunk:
         if request.begun:
-            return Piece(request.number, text, ids, reason, None, logprobs)
+            return TextChunk(request.number, text, ids, reason, None, logprobs)
         request.begun = True
         assert request.group is not None
         scores = tuple(request.prompt_logprobs) if request.sampling.prompt_logprobs else None
-        return Piece(request.number, text, ids, reason, None, logprobs, scores, request.group.known)
+        return TextChunk(request.number, text, ids, reason, None, logprobs, scores, request.group.known)
 
     def _admit(self) -> None:
         while not self._blocked and len(self._running) < self._max_requests:
@@ -427,8 +427,8 @@ def stream(
     prompts: Sequence[Prompt],
     sampling: Sampling | Sequence[Sampling] | None = None,
     adapters: Sequence[str | None] | None = None,
-) -> Iterator[Piece]:
-    """Generates for many prompts at once and yields each piece as it is produced.
+) -> Iterator[TextChunk]:
+    """Generates for many prompts at once and yields each chunk as it is produced.
 
     Args:
         model: a causal language model, adapted or not; or a `Bank` of adapters for one.
@@ -481,8 +481,8 @@ def _searched(
     prompts: Sequence[Sequence[int]],
     settings: Sequence[Sampling],
     adapters: Sequence[str | None],
-) -> Iterator[Piece]:
-    """Yields one piece per prompt, as a beam search knows its result only at the end."""
+) -> Iterator[TextChunk]:
+    """Yields one chunk per prompt, as a beam search knows its result only at the end."""
     own = settings[0]
     if any(replace(other, seed=own.seed) != own for other in settings):
         raise ConfigError(
@@ -492,8 +492,8 @@ def _searched(
     for number, best in search(model, prompts, own, ends, adapters=adapters):
         ids = best.ids[: len(best.ids) - best.ended]
         text = TextStream(tokenizer)
-        pieces = [text.add(token) for token in ids]
-        yield Piece(number, "".join(pieces) + text.finish(), ids, "stop" if best.ended else "length", best.score)
+        texts = [text.add(token) for token in ids]
+        yield TextChunk(number, "".join(texts) + text.finish(), ids, "stop" if best.ended else "length", best.score)
 
 
 def generate(
@@ -532,22 +532,22 @@ def generate(
             )
         sampling = replace(sampling or Sampling(), **settings)
     rows = encode_prompts(bank_and_base(model)[1], tokenizer, prompts)
-    pieces: list[list[Piece]] = [[] for _ in rows]
-    for piece in stream(model, tokenizer, rows, sampling, adapters):
-        pieces[piece.request].append(piece)
-    return [join(own, row) for own, row in zip(pieces, rows, strict=True)]
+    chunks: list[list[TextChunk]] = [[] for _ in rows]
+    for chunk in stream(model, tokenizer, rows, sampling, adapters):
+        chunks[chunk.request].append(chunk)
+    return [join(own, row) for own, row in zip(chunks, rows, strict=True)]
 
 
-def join(pieces: Sequence[Piece], prompt: Sequence[int]) -> Generation:
-    """Joins all pieces of one request into a result."""
+def join(chunks: Sequence[TextChunk], prompt: Sequence[int]) -> Generation:
+    """Joins all chunks of one request into a result."""
     return Generation(
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.ids),
-        pieces[-1].finish_reason or "length",
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.ids),
+        chunks[-1].finish_reason or "length",
         len(prompt),
-        pieces[-1].score,
-        tuple(each for piece in pieces for each in piece.logprobs),
-        pieces[0].prompt_logprobs,
+        chunks[-1].score,
+        tuple(each for chunk in chunks for each in chunk.logprobs),
+        chunks[0].prompt_logprobs,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, TypeVar
 
-from ..data.lines import are_not, is_text, read_lines, shown
+from ..data.lines import do_not_match, is_text, read_lines, shown
 from ..errors import DataError, list_faults
 from .published import Row
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Decoded",
     "EncodedRow",
-    "Prediction",
+    "PredictedIds",
     "decode_predictions",
     "encode_rows",
     "format_encoded",
@@ -44,7 +44,7 @@ class EncodedRow(TypedDict):
     completion: list[int]
 
 
-class Prediction(NamedTuple):
+class PredictedIds(NamedTuple):
     """The token ids that a model generated for one row of the input file."""
 
     id: int
@@ -172,25 +172,25 @@ class Decoded:
         ]
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
+def read_predictions(path: str | Path) -> list[PredictedIds]:
     """Reads the token ids that a beam search wrote: JSONL with ``id`` and ``predict``.
 
     Raises:
         DataError: the file cannot be read, or lines have another form; all such lines are listed.
     """
 
-    def parse(record: Any) -> Prediction:
+    def parse(record: Any) -> PredictedIds:
         ids = record["predict"]
         if type(record["id"]) is not int or not all(type(token) is int and token >= 0 for token in ids):
             raise TypeError
-        return Prediction(record["id"], list(ids))
+        return PredictedIds(record["id"], list(ids))
 
     return _read_records(path, parse, '{"id": number, "predict": [numbers]}', "Make it with a beam search.")
 
 
 def decode_predictions(
     rows: Sequence[Row],
-    predictions: Iterable[Prediction],
+    predictions: Iterable[PredictedIds],
     bpe: Tokenizer,
     *,
     tokenize: bool = False,
@@ -252,6 +252,6 @@ def _read_records(path: str | Path, parse: Callable[[Any], Record], form: str, f
         except (KeyError, RecursionError, TypeError, ValueError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        heading = f"expected {form} on each line, but {are_not(len(faults))} of that form"
+        heading = f"expected {form} on each line, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, fix))
     return records

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..data.lines import are_not, read_lines, read_text, shown
+from ..data.lines import do_not_match, read_lines, read_text, shown
 from ..data.readers import SEPARATOR, guess_format, read_examples
 from ..errors import ConfigError, DataError, MissingDependencyError, did_you_mean, list_faults
 from .convert import read_formatted
@@ -212,7 +212,7 @@ def read_texts(
         if len(groups) != len(hypotheses):
             raise DataError(
                 f"{source} has {len(groups)} inputs, but {hypothesis} has {len(hypotheses)} texts. "
-                "Give the data file that the texts were written for."
+                "Pass the data file that the texts were generated from."
             )
     rows = [group.first for group in groups or ()]
     return Texts(
@@ -241,7 +241,7 @@ def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             faults.append(f"{path}:{number}: {shown(line)}")
     if faults:
-        heading = f"expected one JSON object per line with 'text', but {are_not(len(faults))} of that form"
+        heading = f"expected one JSON object per line with 'text', but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, "Give what loralib generate wrote, or a file of texts."))
     if all(isinstance(id, int) for id, _ in records):
         records.sort(key=lambda record: record[0])
@@ -249,7 +249,7 @@ def _read_hypotheses(path: Path, split: Callable[[str], list[str]] | None = None
 
 
 @dataclass(frozen=True)
-class _Group:
+class _InputGroup:
     """The first row of an input, and the texts of all its rows."""
 
     first: Row
@@ -319,12 +319,12 @@ def _reference_files(path: Path) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def _read_data(path: Path) -> list[_Group]:
+def _read_data(path: Path) -> list[_InputGroup]:
     format = guess_format(path)
     rows = read_rows(path, format) if format in ("e2e", "dart", "webnlg") else _read_records(path, format)
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _InputGroup] = {}
     for row in rows:
-        groups.setdefault(row.context, _Group(row, [])).texts.append(row.completion.strip())
+        groups.setdefault(row.context, _InputGroup(row, [])).texts.append(row.completion.strip())
     return list(groups.values())
 
 

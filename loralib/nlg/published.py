@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from xml.etree import ElementTree
 
-from ..data.lines import are_not, is_text, read_lines, read_text, shown
+from ..data.lines import do_not_match, is_text, read_lines, read_text, shown
 from ..data.readers import SEPARATOR, Example, meaning_prompt, register_reader
 from ..errors import DataError, list_faults
 
@@ -79,7 +79,7 @@ def _read_e2e(path: Path) -> list[Row]:
         elif line.strip():
             faults.append(f"{path}:{number}: no `||` in {shown(line)}")
     if faults:
-        heading = f"expected `meaning representation||text`, but {are_not(len(faults))} of that form"
+        heading = f"expected `meaning representation||text`, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, "Fix or remove the lines."))
     return rows
 
@@ -102,7 +102,7 @@ def read_e2e_csv(text: str, path: str) -> list[Row]:
         else:
             faults.append(f"{path}:{table.line_num}: {shown(record['mr'] or '')}")
     if faults:
-        heading = f"expected mr as `name[value], ...` and ref as text, but {are_not(len(faults))} of that form"
+        heading = f"expected mr as `name[value], ...` and ref as text, but {do_not_match(len(faults))}"
         raise DataError(list_faults(heading, faults, "Fix or remove the lines."))
     return rows
 

@@ -22,7 +22,7 @@ Scale = Annotated[float, Field(ge=-1000, le=1000, description="factor by which i
 
 
 class AdapterRequest(Body):
-    """An adapter to load."""
+    """An adapter to load: the name that requests will use for it, its directory and its scale."""
 
     name: Name
     path: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
@@ -33,7 +33,7 @@ class AdapterRequest(Body):
 
 
 class ScaleRequest(Body):
-    """What to change about an adapter."""
+    """The new scale of a loaded adapter."""
 
     scale: Scale
 
@@ -57,8 +57,8 @@ def get_model(request: Request, model: str) -> dict[str, Any]:
 def list_adapters(request: Request) -> dict[str, Any]:
     """Lists adapters, and the directories of further ones that can be loaded."""
     server: Server = request.app.state.server
-    shelf = server.adapters
-    return {"object": "list", "data": _described(server), "unused": shelf.unused()}
+    store = server.adapters
+    return {"object": "list", "data": _described(server), "unused": store.unused()}
 
 
 @router.post("/v1/adapters", status_code=201)
@@ -79,7 +79,7 @@ def load_adapter(request: Request, body: AdapterRequest) -> dict[str, Any]:
 
 @router.get("/v1/adapters/{name:path}")
 def get_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Describes an adapter."""
+    """Returns an adapter's rank, target modules, scale, memory and origin; it must be loaded."""
     server: Server = request.app.state.server
     return server.adapters.describe(name)
 

@@ -33,9 +33,9 @@ from ..training.run_directory import checkpoint_files
 from .preview import Preview, make_preview
 from .process import LogTail, MetricsTail, TrainingProcess, last_words
 from .state import RequestError, State, new_id, now
-from .uploads import Files
+from .uploads import FileStore
 
-__all__ = ["NOT_SETTABLE", "OVER", "Checkpoint", "Event", "Job", "Jobs", "Progress"]
+__all__ = ["NOT_SETTABLE", "OVER", "Event", "Job", "JobCheckpoint", "JobProgress", "Jobs"]
 
 OVER: Final = ("succeeded", "failed", "cancelled")
 # Settings that name paths or belong to the server, and those with their own arguments.
@@ -122,7 +122,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class JobCheckpoint:
     """Training state on disk from which a job can continue."""
 
     job: str
@@ -132,7 +132,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """The progress of a job.
 
     Attributes:
@@ -209,7 +209,7 @@ class Jobs:
         self._closing: float | None = None
         try:
             self._directory.mkdir(exist_ok=True)
-            self.files = Files(self._state)
+            self.files = FileStore(self._state)
             self._recover()
         except OSError as error:
             self._state.close()
@@ -343,17 +343,17 @@ class Jobs:
         )  # fmt: skip
         return [_event(row) for row in rows]
 
-    def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
+    def checkpoints(self, job_id: str) -> Sequence[JobCheckpoint]:
         """Returns the training states of a job on disk, newest first."""
         job = self.get(job_id)
         found = []
         for path in reversed(checkpoint_files(job.run / "checkpoints")):
             with suppress(OSError, ValueError):
                 step = int(path.stem.partition("-")[2])
-                found.append(Checkpoint(job_id, step, int(path.stat().st_mtime), self._metrics_at(job_id, step)))
+                found.append(JobCheckpoint(job_id, step, int(path.stat().st_mtime), self._metrics_at(job_id, step)))
         return found
 
-    def progress(self, job_id: str, *, curves: bool = True) -> Progress:
+    def progress(self, job_id: str, *, curves: bool = True) -> JobProgress:
         """Returns the progress of a job; with `curves`, including all losses so far, otherwise only the latest."""
         job = self.get(job_id)
         rows = self._state.rows(
@@ -368,7 +368,7 @@ class Jobs:
         left = None
         if job.status == "running" and steps and seconds:
             left = max(0, steps - last["step"]) * sum(seconds) / len(seconds)
-        return Progress(
+        return JobProgress(
             last["step"],
             steps,
             [(event["step"], event["train_loss"]) for event in train],

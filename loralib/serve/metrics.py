@@ -11,13 +11,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..generation.service import ServiceStats
 
-__all__ = ["Counting", "Metrics"]
+__all__ = ["Counting", "ServerMetrics"]
 
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATES: Final = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-class Metrics:
+class ServerMetrics:
     """The metrics of one server, in their own registry.
 
     Args:
@@ -90,7 +90,7 @@ class Metrics:
 class Counting:
     """Middleware that counts responses."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -66,7 +66,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class StreamOptions(Body):
-    """Options for streaming."""
+    """Options for streaming: whether a last chunk has the token counts; obfuscation is accepted and ignored."""
 
     include_usage: bool | None = None
     include_obfuscation: SkipJsonSchema[bool | None] = None

@@ -1,4 +1,4 @@
-"""The texts of one request as they are generated: pieces pass from the model's thread to the event loop."""
+"""The texts of one request as they are generated: chunks pass from the model's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, Final, TypeVar
 from starlette.types import Message, Receive
 
 from ..generation import Sampling
-from ..generation.service import Service, Ticket
-from ..generation.streaming import Piece
+from ..generation.service import RequestHandle, Service
+from ..generation.streaming import TextChunk
 from .errors import RequestError
-from .metrics import Metrics
+from .metrics import ServerMetrics
 
-__all__ = ["ClientGoneError", "Run", "Text", "unless_gone", "until_gone"]
+__all__ = ["ClientGoneError", "Run", "TextState", "unless_gone", "until_gone"]
 
 Result = TypeVar("Result")
-_MOST_UNREAD: Final = 4096  # maximum number of pieces waiting for a slow client; corresponds to minutes of a text
+_MOST_UNREAD: Final = 4096  # maximum number of chunks waiting for a slow client; corresponds to minutes of a text
 
 
 class ClientGoneError(Exception):
@@ -28,21 +28,21 @@ class ClientGoneError(Exception):
 
 
 @dataclass
-class Text:
+class TextState:
     """The state of one text.
 
     Attributes:
         ids: the prompt's tokens.
-        ticket: the ticket of its request.
+        handle: the handle of its request.
         generated: the tokens generated so far.
         said: the number of characters sent so far.
         cached: number of prompt tokens that did not have to be computed.
-        first: seconds until the first piece; None: none yet.
+        first: seconds until the first chunk; None: none yet.
         is_over: whether it has ended.
     """
 
     ids: Sequence[int]
-    ticket: Ticket | None = None
+    handle: RequestHandle | None = None
     generated: list[int] = field(default_factory=list)
     said: int = 0
     cached: int = 0
@@ -74,15 +74,15 @@ class Run:
         ends: frozenset[int],
         decode: Callable[[Sequence[int]], str],
         seconds: float,
-        metrics: Metrics,
+        metrics: ServerMetrics,
     ) -> None:
-        self.texts = [Text(ids) for ids in prompts]
+        self.texts = [TextState(ids) for ids in prompts]
         self._service, self._samplings, self._adapter, self._client = service, samplings, adapter, client
         self._ends, self._decode, self._metrics = ends, decode, metrics
         self._began = time.monotonic()
         self.deadline = self._began + seconds
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[tuple[int, Piece | BaseException] | None] = asyncio.Queue()  # None: cancelled
+        self._arrived: asyncio.Queue[tuple[int, TextChunk | BaseException] | None] = asyncio.Queue()  # None: cancelled
         self._cancelled = False
 
     def submit(self) -> None:
@@ -94,7 +94,7 @@ class Run:
         try:
             for number, (text, sampling) in enumerate(zip(self.texts, self._samplings, strict=True)):
                 listener = self._listener(number)
-                text.ticket = self._service.submit(
+                text.handle = self._service.submit(
                     text.ids, sampling, self._adapter, client=self._client, listener=listener
                 )
                 if self._cancelled:
@@ -105,8 +105,8 @@ class Run:
         if self._cancelled:
             self.cancel()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Yields pieces as they arrive, with the number of their text, until all texts are over or cancelled.
+    async def chunks(self) -> AsyncGenerator[tuple[int, TextChunk], None]:
+        """Yields chunks as they arrive, with the number of their text, until all texts are over or cancelled.
 
         Raises:
             RequestError: it took too long.
@@ -122,32 +122,32 @@ class Run:
                 ) from None
             if arrived is None:
                 return
-            number, piece = arrived
-            if isinstance(piece, BaseException):
-                raise piece
+            number, chunk = arrived
+            if isinstance(chunk, BaseException):
+                raise chunk
             text = self.texts[number]
             if text.is_over:
                 continue
-            piece = self._noted(text, piece)
-            if piece.finish_reason is not None:
+            chunk = self._noted(text, chunk)
+            if chunk.finish_reason is not None:
                 text.is_over = True
                 left -= 1
                 if text.first is not None:
                     self._metrics.text(text.first, time.monotonic() - self._began, len(text.generated))
-            yield number, piece
+            yield number, chunk
 
     def cancel(self) -> None:
-        """Ends all running texts, and `pieces`; may be called from any thread.
+        """Ends all running texts, and `chunks`; may be called from any thread.
 
-        On Python 3.11, `asyncio.wait_for` may lose a task's cancellation if a piece arrives at the same moment, so the
-        consumer of `pieces` is notified as well.
+        On Python 3.11, `asyncio.wait_for` may lose a task's cancellation if a chunk arrives at the same moment, so the
+        consumer of `chunks` is notified as well.
         """
         self._cancelled = True
         with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
             self._loop.call_soon_threadsafe(self._arrived.put_nowait, None)
         for text in self.texts:
-            if text.ticket is not None and not text.is_over:
-                self._service.cancel(text.ticket)
+            if text.handle is not None and not text.is_over:
+                self._service.cancel(text.handle)
 
     def usage(self) -> dict[str, Any]:
         """Returns the numbers of tokens read and generated, in OpenAI's format."""
@@ -161,38 +161,38 @@ class Run:
             "prompt_tokens_details": {"cached_tokens": sum(text.cached for text in prompts), "audio_tokens": 0},
         }
 
-    def _listener(self, number: int) -> Callable[[Piece | BaseException], None]:
-        def listen(piece: Piece | BaseException) -> None:
-            self._loop.call_soon_threadsafe(self._arrive, number, piece)
+    def _listener(self, number: int) -> Callable[[TextChunk | BaseException], None]:
+        def listen(chunk: TextChunk | BaseException) -> None:
+            self._loop.call_soon_threadsafe(self._arrive, number, chunk)
 
         return listen
 
-    def _arrive(self, number: int, piece: Piece | BaseException) -> None:
-        """Queues a piece; if the client reads too slowly, ends its texts, to bound memory use."""
+    def _arrive(self, number: int, chunk: TextChunk | BaseException) -> None:
+        """Queues a chunk; if the client reads too slowly, ends its texts, to bound memory use."""
         if self._cancelled:
             return
         if self._arrived.qsize() < _MOST_UNREAD:
-            self._arrived.put_nowait((number, piece))
+            self._arrived.put_nowait((number, chunk))
             return
-        words = "the answer was read too slowly; read it as it arrives, or make the request without stream"
+        words = "the answer was read too slowly; read it as it arrives, or send the request without `stream`"
         self._arrived.put_nowait((number, RequestError(words, 408, "read_too_slowly")))
         self.cancel()
 
-    def _noted(self, text: Text, piece: Piece) -> Piece:
-        """Counts a piece, and ends the text at an end token that the model's thread does not know."""
+    def _noted(self, text: TextState, chunk: TextChunk) -> TextChunk:
+        """Counts a chunk, and ends the text at an end token that the model's thread does not know."""
         if text.first is None:
             text.first = time.monotonic() - self._began
-        text.cached = getattr(piece, "cached_tokens", None) or text.cached
-        end = next((at for at, token in enumerate(piece.ids) if token in self._ends), None)
+        text.cached = getattr(chunk, "cached_tokens", None) or text.cached
+        end = next((at for at, token in enumerate(chunk.ids) if token in self._ends), None)
         if end is None:
-            text.generated += piece.ids
-            text.said += len(piece.text)
-            return piece
-        text.generated += piece.ids[:end]
+            text.generated += chunk.ids
+            text.said += len(chunk.text)
+            return chunk
+        text.generated += chunk.ids[:end]
         rest = self._decode(text.generated)[text.said :]  # includes text held back as a possible stop text
-        if text.ticket is not None:
-            self._service.cancel(text.ticket)
-        return replace(piece, text=rest, ids=piece.ids[:end], logprobs=piece.logprobs[:end], finish_reason="stop")
+        if text.handle is not None:
+            self._service.cancel(text.handle)
+        return replace(chunk, text=rest, ids=chunk.ids[:end], logprobs=chunk.logprobs[:end], finish_reason="stop")
 
 
 async def until_gone(receive: Receive) -> None:

@@ -13,11 +13,11 @@ from ..errors import AdapterError, ConfigError, LoraError, did_you_mean, list_fa
 from ..formats import locate_adapter
 from ..generation.service import Service
 from ..generation.text import end_with_turns
+from .adapter_store import AdapterStore, adapter_directories, directory_below
 from .errors import RequestError
 from .jobs import Jobs
-from .metrics import Metrics
+from .metrics import ServerMetrics
 from .settings import ServeConfig
-from .shelf import Shelf, adapter_directories, directory_below
 
 __all__ = ["Server", "start"]
 
@@ -43,8 +43,8 @@ class Server:
     bank: Bank
     tokenizer: Any
     service: Service
-    adapters: Shelf
-    metrics: Metrics
+    adapters: AdapterStore
+    metrics: ServerMetrics
     jobs: Jobs
     is_closing: bool = field(default=False)
 
@@ -115,7 +115,7 @@ def start(config: ServeConfig) -> Server:
     end_with_turns(model, tokenizer)
     memory = config.adapter_memory_mb
     bank = Bank(model, max_bytes=None if memory is None else int(memory * 1e6))
-    adapters = Shelf(bank, tokenizer, name, root)
+    adapters = AdapterStore(bank, tokenizer, name, root)
     faults = []
     for called, source in wanted:
         try:
@@ -134,7 +134,7 @@ def start(config: ServeConfig) -> Server:
         cache_tokens=config.cache_tokens,
     )
     adapters.call = service.call
-    metrics = Metrics(service.stats, lambda: _in_memory(bank))
+    metrics = ServerMetrics(service.stats, lambda: _in_memory(bank))
     try:
         jobs = Jobs(
             config.state_dir,

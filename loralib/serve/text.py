@@ -22,7 +22,7 @@ from ..data import prompt_ids
 from ..engine.limits import context_length
 from ..errors import DataError
 from ..generation import Sampling
-from ..generation.streaming import Piece, encode_prompts
+from ..generation.streaming import TextChunk, encode_prompts
 from .errors import RequestError, body_of, fault_of
 from .logprobs import Names, chat_logprobs, completion_logprobs
 from .requests import ChatRequest, CompletionRequest, sampling_of
@@ -154,11 +154,11 @@ async def _answer(request: Request, body: CompletionRequest | ChatRequest, run: 
     return JSONResponse({**shape.head(whole=True), "choices": choices, "usage": run.usage()})
 
 
-async def _collected(run: Run) -> list[list[Piece]]:
-    pieces: list[list[Piece]] = [[] for _ in run.texts]
-    async for number, piece in run.pieces():
-        pieces[number].append(piece)
-    return pieces
+async def _collected(run: Run) -> list[list[TextChunk]]:
+    chunks: list[list[TextChunk]] = [[] for _ in run.texts]
+    async for number, chunk in run.chunks():
+        chunks[number].append(chunk)
+    return chunks
 
 
 class _Events(Response):
@@ -201,9 +201,9 @@ class _Events(Response):
         try:
             for choice in self._shape.first(len(self._run.texts)):
                 yield {**head, "choices": [choice], **usage}
-            async with aclosing(self._run.pieces()) as pieces:
-                async for number, piece in pieces:
-                    for choice in self._shape.parts(number, piece):
+            async with aclosing(self._run.chunks()) as chunks:
+                async for number, chunk in chunks:
+                    for choice in self._shape.parts(number, chunk):
                         yield {**head, "choices": [choice], **usage}
         except Exception as error:
             # The status has already been sent; clients look for errors in the events.
@@ -235,11 +235,11 @@ class _Shape:
         """Returns the initial choices of a stream."""
         raise NotImplementedError
 
-    def parts(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Returns the choices of a stream for one piece."""
+    def parts(self, number: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        """Returns the choices of a stream for one chunk."""
         raise NotImplementedError
 
-    def whole(self, texts: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:
+    def whole(self, texts: Sequence[Sequence[TextChunk]]) -> list[dict[str, Any]]:
         """Returns the choices of a response that is not streamed."""
         raise NotImplementedError
 
@@ -258,42 +258,44 @@ class _Completion(_Shape):
         self._offsets: dict[int, int] = {}
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        # With log-probabilities, the prompt is sent together with the first piece, which contains them.
+        # With log-probabilities, the prompt is sent together with the first chunk, which contains them.
         if not self._echo or self._logprobs is not None:
             return []
         return [self._choice(number, self._echoed[number // self._n], None, None) for number in range(count)]
 
-    def parts(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        text, logprobs = piece.text, None
+    def parts(self, number: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        text, logprobs = chunk.text, None
         if self._logprobs is not None:
             begins = number not in self._offsets
             echoes = self._echo and begins
             text = (self._echoed[number // self._n] if echoes else "") + text
             offset = self._offsets.get(number, 0 if self._echo else self._prompt_length(number))
-            logprobs, self._offsets[number] = self._scores(number, [piece], offset, echoes)
-        if not text and piece.finish_reason is None and not (logprobs and logprobs["tokens"]):
+            logprobs, self._offsets[number] = self._scores(number, [chunk], offset, echoes)
+        if not text and chunk.finish_reason is None and not (logprobs and logprobs["tokens"]):
             return []
-        return [self._choice(number, text, logprobs, piece.finish_reason)]
+        return [self._choice(number, text, logprobs, chunk.finish_reason)]
 
-    def whole(self, texts: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:
+    def whole(self, texts: Sequence[Sequence[TextChunk]]) -> list[dict[str, Any]]:
         choices = []
-        for number, pieces in enumerate(texts):
-            text = "".join(piece.text for piece in pieces)
+        for number, chunks in enumerate(texts):
+            text = "".join(chunk.text for chunk in chunks)
             text = self._echoed[number // self._n] + text if self._echo else text
             logprobs = None
             if self._logprobs is not None:
                 offset = 0 if self._echo else self._prompt_length(number)
-                logprobs, _ = self._scores(number, pieces, offset, self._echo)
-            choices.append(self._choice(number, text, logprobs, pieces[-1].finish_reason))
+                logprobs, _ = self._scores(number, chunks, offset, self._echo)
+            choices.append(self._choice(number, text, logprobs, chunks[-1].finish_reason))
         return choices
 
     def _prompt_length(self, number: int) -> int:
         """Returns the length of the prompt's text, because offsets count from its start, as in OpenAI's API."""
         return len(self._names.text(self._rows[number // self._n]))
 
-    def _scores(self, number: int, pieces: Sequence[Piece], offset: int, echoes: bool) -> tuple[dict[str, Any], int]:
-        prompt = pieces[0].prompt_logprobs if echoes else None
-        scores = [score for piece in pieces for score in piece.logprobs]
+    def _scores(
+        self, number: int, chunks: Sequence[TextChunk], offset: int, echoes: bool
+    ) -> tuple[dict[str, Any], int]:
+        prompt = chunks[0].prompt_logprobs if echoes else None
+        scores = [score for chunk in chunks for score in chunk.logprobs]
         ids = self._rows[number // self._n] if echoes else []
         return completion_logprobs(self._names, ids, [*(prompt or ()), *scores], offset, bool(self._logprobs))
 
@@ -312,28 +314,28 @@ class _Chat(_Shape):
         said = {"role": "assistant", "content": "", "refusal": None}
         return [{"index": n, "delta": said, "logprobs": None, "finish_reason": None} for n in range(count)]
 
-    def parts(self, number: int, piece: Piece) -> list[dict[str, Any]]:
+    def parts(self, number: int, chunk: TextChunk) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = []
-        if piece.text or (self._logprobs and piece.logprobs):
-            scores = chat_logprobs(self._names, piece.logprobs) if self._logprobs else None
+        if chunk.text or (self._logprobs and chunk.logprobs):
+            scores = chat_logprobs(self._names, chunk.logprobs) if self._logprobs else None
             choices.append(
-                {"index": number, "delta": {"content": piece.text}, "logprobs": scores, "finish_reason": None}
+                {"index": number, "delta": {"content": chunk.text}, "logprobs": scores, "finish_reason": None}
             )
-        if piece.finish_reason is not None:
-            choices.append({"index": number, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
+        if chunk.finish_reason is not None:
+            choices.append({"index": number, "delta": {}, "logprobs": None, "finish_reason": chunk.finish_reason})
         return choices
 
-    def whole(self, texts: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:
+    def whole(self, texts: Sequence[Sequence[TextChunk]]) -> list[dict[str, Any]]:
         choices = []
-        for number, pieces in enumerate(texts):
-            scores = [score for piece in pieces for score in piece.logprobs]
-            message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        for number, chunks in enumerate(texts):
+            scores = [score for chunk in chunks for score in chunk.logprobs]
+            message = {"role": "assistant", "content": "".join(chunk.text for chunk in chunks), "refusal": None}
             choices.append(
                 {
                     "index": number,
                     "message": message,
                     "logprobs": chat_logprobs(self._names, scores) if self._logprobs else None,
-                    "finish_reason": pieces[-1].finish_reason,
+                    "finish_reason": chunks[-1].finish_reason,
                 }
             )
         return choices

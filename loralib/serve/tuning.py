@@ -20,9 +20,9 @@ from ..errors import did_you_mean
 from ..settings import settings_schema
 from ..training import TrainConfig
 from .bodies import WHOLE, Body
-from .jobs import NOT_SETTABLE, OVER, Checkpoint, Event, Job, Jobs
+from .jobs import NOT_SETTABLE, OVER, Event, Job, JobCheckpoint, Jobs
 from .state import RequestError
-from .uploads import Files, Upload, UploadedFile
+from .uploads import FileStore, Upload, UploadedFile
 
 __all__ = ["router"]
 
@@ -100,7 +100,7 @@ class _Form:
         if self.upload is not None:
             self.upload.close()
 
-    def finish(self, files: Files) -> UploadedFile:
+    def finish(self, files: FileStore) -> UploadedFile:
         """Keeps the uploaded file.
 
         Raises:
@@ -175,14 +175,14 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    """Lists files, newest first."""
+    """Lists uploaded files, newest first unless `order` is asc: at most `limit`, after the file with the id `after`."""
     files = [file for file in _jobs(request).files.list() if purpose in (None, file.purpose)]
     return _page(files[::-1] if order == "asc" else files, after, limit, lambda file: file.id, _file)
 
 
 @router.get("/v1/files/{file_id}")
 def get_file(request: Request, file_id: str) -> dict[str, Any]:
-    """Describes a file."""
+    """Returns an uploaded file's name, size and purpose, and how its examples are read."""
     return _file(_jobs(request).files.get(file_id))
 
 
@@ -234,7 +234,7 @@ class Preferences(Body):
 
 
 class Method(Body):
-    """The training method."""
+    """The training method, supervised or dpo (preferences), with its hyperparameters."""
 
     type: Literal["supervised", "dpo"] = "supervised"
     supervised: Supervised | None = None
@@ -258,7 +258,7 @@ class Method(Body):
 
 
 class JobRequest(Body):
-    """A training job."""
+    """A training job to queue: the base model, ids of uploaded files, and settings; `loralib` has our own ones."""
 
     model: str
     training_file: str
@@ -316,14 +316,14 @@ def _settings(given: Hyperparameters, seed: int | None, own: dict[str, Any]) -> 
 
 @router.get("/v1/fine_tuning/jobs")
 def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists jobs, newest first."""
+    """Lists training jobs, newest first: at most `limit` of them, after the job with the id `after`."""
     jobs = _jobs(request)
     return _page(jobs.list(), after, limit, lambda job: job.id, lambda job: _job(jobs, job))
 
 
 @router.get("/v1/fine_tuning/jobs/{fine_tuning_job_id}")
 def get_job(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
-    """Describes a job."""
+    """Returns a training job: its status, settings, progress and, once it has succeeded, its adapter's name."""
     jobs = _jobs(request)
     return _job(jobs, jobs.get(fine_tuning_job_id))
 
@@ -486,11 +486,11 @@ def _event(event: Event) -> dict[str, Any]:
     }
 
 
-def _checkpoint_id(checkpoint: Checkpoint) -> str:
+def _checkpoint_id(checkpoint: JobCheckpoint) -> str:
     return f"ftckpt-{checkpoint.job.partition('-')[2]}-{checkpoint.step}"
 
 
-def _checkpoint(checkpoint: Checkpoint, adapter: str) -> dict[str, Any]:
+def _checkpoint(checkpoint: JobCheckpoint, adapter: str) -> dict[str, Any]:
     return {
         "id": _checkpoint_id(checkpoint),
         "object": "fine_tuning.job.checkpoint",

@@ -20,7 +20,7 @@ from ..errors import LoraError, OutputError, did_you_mean, first_line
 from ..files import remove_file, write_errors
 from .state import RequestError, State, new_id, now
 
-__all__ = ["Files", "Upload", "UploadedFile"]
+__all__ = ["FileStore", "Upload", "UploadedFile"]
 
 PURPOSES: Final = ("fine-tune",)
 _ID: Final = re.compile(r"file-[A-Za-z0-9]{24}", re.ASCII)
@@ -111,8 +111,14 @@ def _without_paths() -> Iterator[None]:
         raise OutputError(f"the upload was not kept: {error.strerror}") from error
 
 
-class Files:
-    """The uploaded files of a server.  Any thread may use it."""
+class FileStore:
+    """The uploaded files of a server: their content on disk, and what is known about them in the database.
+
+    Any thread may use it.
+
+    Args:
+        state: the server's directory and database.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state

@@ -154,7 +154,7 @@ class ClassificationStep:
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> ClassificationStep:
-        self._run.enter_context(self._forward.held("training"))
+        self._run.enter_context(self._forward.hold_model("training"))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -42,12 +42,12 @@ def run_job(config: TrainConfig) -> TrainResult:
     with joined() as ranks:
         ranks.require_same(settings_and_versions(config))
         # Checks whatever needs no model before loading one: the data, the directory, the adapter.
-        sources, valid_sources, labels = ranks.together(lambda: read_data(config))
+        sources, valid_sources, labels = ranks.on_all_ranks(lambda: read_data(config))
         reporter = Reporter(ranks.is_first)
         with hold_run(config, ranks) as directory:
-            if (ended := ranks.first(directory.finished_run)) is not None:
+            if (ended := ranks.on_first_rank(directory.finished_run)) is not None:
                 return finished(directory, ended, reporter)
-            ranks.first(directory.look)
+            ranks.on_first_rank(directory.look)
             reporter.say(f"Loading {base_for(config)} ...")
             model, tokenizer = load_base_for(config, ranks, labels)
             return run_in(directory, model, sources, config, tokenizer, valid_sources, reporter, ranks)

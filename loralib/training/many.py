@@ -46,16 +46,16 @@ from .ranks import ALONE, joined
 from .record import run_record
 from .report import Reporter, plot_runs
 from .run_directory import RunDirectory, checkpoint_files, hold_run, updates_of
-from .shared_step import Part, SharedStep
+from .shared_step import RunBatch, SharedStep
 from .start import EvaStarts
 from .step import Step, make_step
 from .sweep_record import Outcome, SweepResult, read_record_of, same_settings, sweep_table, write_record_of
 from .trainer import (
     ONE_RUN_AT_A_TIME,
-    Computed,
     Gradient,
-    Need,
-    Rest,
+    Pause,
+    Request,
+    Response,
     StopRequest,
     Trainer,
     TrainResult,
@@ -165,7 +165,7 @@ def train_all(
 
 
 @dataclass(eq=False)
-class _Run:
+class _SweepRun:
     """One run of a sweep."""
 
     name: str
@@ -190,7 +190,7 @@ class _Sweep:
         self.path, self.model, self.reporter = path, model, reporter
         self._given = (data, tokenizer, valid_data)
         self._plans: dict[Any, Plan] = {}
-        self.runs: list[_Run] = []
+        self.runs: list[_SweepRun] = []
 
     def add(self, names: Sequence[str], configs: Sequence[TrainConfig], stack: ExitStack) -> None:
         """Opens the directory of each run; runs finished or dropped before the sweep was resumed are not repeated."""
@@ -202,7 +202,7 @@ class _Sweep:
             )
         for name, config in zip(names, configs, strict=True):
             config = config.replace(output_dir=str(self.path / name))
-            run = _Run(name, config, stack.enter_context(hold_run(config, ALONE)))
+            run = _SweepRun(name, config, stack.enter_context(hold_run(config, ALONE)))
             run.dropped = known.get(name, {}).get("dropped", "")
             run.last_loss = known.get(name, {}).get("loss")
             run.directory.look()
@@ -225,7 +225,7 @@ class _Sweep:
             self._train_alone(run)
         return self._result()
 
-    def _check(self, runs: Sequence[_Run]) -> None:
+    def _check(self, runs: Sequence[_SweepRun]) -> None:
         """Refuses settings that do not fit the model, before any run has trained."""
         faults = []
         for run in runs:
@@ -236,7 +236,7 @@ class _Sweep:
         if faults:
             raise ConfigError(list_faults("these runs cannot be trained", faults, "Leave their values out."))
 
-    def _tell(self, together: Sequence[_Run], apart: Sequence[_Run]) -> None:
+    def _tell(self, together: Sequence[_SweepRun], apart: Sequence[_SweepRun]) -> None:
         say = self.reporter.say
         say(f"{counted(len(self.runs), 'run')}: {len(together)} trained together, {len(apart)} one by one")
         for run in apart:
@@ -252,7 +252,7 @@ class _Sweep:
         write_record_of(self.path, outcomes)
         return outcomes
 
-    def _train_alone(self, run: _Run) -> None:
+    def _train_alone(self, run: _SweepRun) -> None:
         data, tokenizer, valid_data = self._given
         self.reporter.say(f"Training {run.name} ...")
         twin, silent = twin_of(self.model), Reporter(False)
@@ -268,12 +268,12 @@ class _Sweep:
                 p.requires_grad_(frozen[name])
         self.write()
 
-    def drop(self, run: _Run, error: Exception) -> None:
+    def drop(self, run: _SweepRun, error: Exception) -> None:
         """Drops a run, and prints why."""
         run.dropped = first_line(error).partition(". ")[0]
         self.reporter.say(f"Dropped {run.name}: {run.dropped}. The other runs continue.")
 
-    def _plan(self, run: _Run) -> Plan:
+    def _plan(self, run: _SweepRun) -> Plan:
         data, tokenizer, valid_data = self._given
         return plan_for(
             run.directory, self.model, data, run.config, tokenizer, valid_data, Reporter(False), ALONE, self._planned
@@ -298,7 +298,7 @@ class _Sweep:
         chosen = automatic_settings(model, config.replace(**read), plan.train, lambda _: None)
         return dataclasses.replace(plan, config=chosen)
 
-    def _train_together(self, runs: list[_Run]) -> list[_Run]:
+    def _train_together(self, runs: list[_SweepRun]) -> list[_SweepRun]:
         """Trains runs in shared passes; returns those that turned out to need their own passes."""
         given = {run: run.config for run in runs}
         plans = {run: self._plan(run) for run in runs}
@@ -317,14 +317,14 @@ class _Sweep:
                         gradient_checkpointing(self.model) if config.gradient_checkpointing else nullcontext()
                     )
                     stack.enter_context(explain_out_of_memory(lambda: "Put fewer runs into one sweep."))
-                    _Together(self, twins, plans, given, stop).train()
+                    _SharedPasses(self, twins, plans, given, stop).train()
             finally:
                 for name, p in self.model.named_parameters():
                     p.requires_grad_(frozen[name])
         return apart
 
-    def _twins(self, plans: Mapping[_Run, Plan]) -> tuple[dict[_Run, nn.Module], list[_Run]]:
-        twins: dict[_Run, nn.Module] = {}
+    def _twins(self, plans: Mapping[_SweepRun, Plan]) -> tuple[dict[_SweepRun, nn.Module], list[_SweepRun]]:
+        twins: dict[_SweepRun, nn.Module] = {}
         apart, needed, eva_starts = [], 0, EvaStarts()
         free = free_on(device_of(self.model))
         for run, plan in plans.items():
@@ -425,22 +425,22 @@ class _Member:
     """A run that takes part in shared passes."""
 
     number: int
-    run: _Run
+    run: _SweepRun
     trainer: Trainer
-    needs: Any
-    need: Need | None = None
+    requests: Any
+    request: Request | None = None
     spent: float = field(default=0.0)
 
 
-class _Together:
+class _SharedPasses:
     """Answers the requests of several runs with shared passes; `Trainer` defines the requests."""
 
     def __init__(
         self,
         sweep: _Sweep,
-        twins: Mapping[_Run, nn.Module],
-        plans: Mapping[_Run, Plan],
-        given: Mapping[_Run, TrainConfig],
+        twins: Mapping[_SweepRun, nn.Module],
+        plans: Mapping[_SweepRun, Plan],
+        given: Mapping[_SweepRun, TrainConfig],
         stop: StopRequest,
     ) -> None:
         config = next(iter(plans.values())).config
@@ -458,7 +458,7 @@ class _Together:
         for number, (run, twin) in enumerate(twins.items()):
             record = run_record(twin, given[run], plans[run].data)
             trainer = Trainer(twin, plans[run], record, run.directory, Reporter(False), stop, ALONE, self.step)
-            self.members.append(_Member(number, run, trainer, trainer.needs()))
+            self.members.append(_Member(number, run, trainer, trainer.requests()))
         self._has_lost = False
 
     def train(self) -> None:
@@ -485,8 +485,8 @@ class _Together:
 
     def _round(self) -> None:
         """Answers the requests of one kind; updates wait until all runs are ready for theirs."""
-        for kind, answer in ((Validation, self._validate), (Rest, self._rest), (Gradient, self._update)):
-            wanting = [member for member in self.members if isinstance(member.need, kind)]
+        for kind, answer in ((Validation, self._validate), (Pause, self._pause), (Gradient, self._update)):
+            wanting = [member for member in self.members if isinstance(member.request, kind)]
             if wanting:
                 answer(wanting)
                 return
@@ -494,7 +494,7 @@ class _Together:
     def _send(self, member: _Member, answer: Any) -> None:
         """Resumes a run until its next request; a run that diverges leaves."""
         try:
-            member.need = member.needs.send(answer)
+            member.request = member.requests.send(answer)
         except StopIteration:
             self._leave(member)
             self._finish(member)
@@ -518,9 +518,9 @@ class _Together:
             member.trainer.metrics.close()
         self.sweep.write()
 
-    def _rest(self, resting: Sequence[_Member]) -> None:
-        needs = [member.need for member in resting if isinstance(member.need, Rest)]
-        if self.stop or self._has_lost or any(need.is_due or need.is_over for need in needs):
+    def _pause(self, pausing: Sequence[_Member]) -> None:
+        requests = [member.request for member in pausing if isinstance(member.request, Pause)]
+        if self.stop or self._has_lost or any(request.is_due or request.is_over for request in requests):
             for member in self.members:  # all at the same update, and before any of them ends
                 member.trainer.save()
         if self._has_lost:
@@ -531,7 +531,7 @@ class _Together:
             raise self.stop.error(
                 f"stopped after update {done} and saved. Run the same command with --resume to continue."
             )
-        for member in resting:
+        for member in pausing:
             self._send(member, None)
 
     def _validate(self, wanting: Sequence[_Member]) -> None:
@@ -539,8 +539,8 @@ class _Together:
         same: dict[Any, list[_Member]] = {}
         for member in wanting:
             same.setdefault(_what_it_validates(member), []).append(member)
-        needs = [(members[0].number, cast(Validation, members[0].need)) for members in same.values()]
-        wanted = [(number, need.examples, need.max_tokens) for number, need in needs]
+        requests = [(members[0].number, cast(Validation, members[0].request)) for members in same.values()]
+        wanted = [(number, request.examples, request.max_tokens) for number, request in requests]
         figures = self._evaluated(wanted)
         if figures is not None and len(wanted) > 1 and not all(math.isfinite(each["loss"]) for each in figures):
             # As in `_update`: what is not finite in one run could have reached another.
@@ -549,7 +549,7 @@ class _Together:
         share = (time.perf_counter() - started) / len(wanting)
         for at, members in enumerate(same.values()):
             for member in members:
-                self._send(member, Computed(None if figures is None else dict(figures[at]), share))
+                self._send(member, Response(None if figures is None else dict(figures[at]), share))
         if figures is not None and self.members:
             self.sweep.reporter.say(_validations(self.members))
 
@@ -570,15 +570,15 @@ class _Together:
         tokens = {member: sum(stats.tokens for stats in done[member]) for member in wanting}
         for member in wanting:
             share = seconds * tokens[member] / max(1, sum(tokens.values()))
-            self._send(member, Computed(done[member], share, norms.get(member)))
+            self._send(member, Response(done[member], share, norms.get(member)))
         self._show(seconds, sum(tokens.values()))
 
     def _gradients(self, wanting: Sequence[_Member]) -> dict[_Member, list[Any]]:
-        batches = {m: m.need.batches for m in wanting if isinstance(m.need, Gradient)}
+        batches = {m: m.request.batches for m in wanting if isinstance(m.request, Gradient)}
         done: dict[_Member, list[Any]] = {member: [] for member in wanting}
         for turn in range(max(map(len, batches.values()))):
             here = [member for member in wanting if turn < len(batches[member])]
-            parts: list[Part] = [(member.number, *batches[member][turn]) for member in here]
+            parts: list[RunBatch] = [(member.number, *batches[member][turn]) for member in here]
             for member, stats in zip(here, self.step.in_passes(parts), strict=True):
                 done[member].append(stats)
         return done
@@ -598,9 +598,9 @@ def _is_finite(done: Sequence[Any], norm: Tensor) -> bool:
 
 def _what_it_validates(member: _Member) -> Any:
     """Returns a key for what a run validates: before the first update, all adapters without effect share one."""
-    need, trainer = cast(Validation, member.need), member.trainer
+    request, trainer = cast(Validation, member.request), member.trainer
     apart = None if trainer.from_base and not trainer.progress.step else member.number
-    return apart, need.max_tokens, tuple(map(id, need.examples))
+    return apart, request.max_tokens, tuple(map(id, request.examples))
 
 
 def _validations(members: Sequence[_Member]) -> str:

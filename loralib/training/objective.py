@@ -128,7 +128,7 @@ def evaluate(
     mine, stats = dealt[ranks.rank], list[StepStats]()
     with evaluating(model.modules()):
         for number in range(max(map(len, dealt))):
-            if stop is not None and ranks.most(stop()):
+            if stop is not None and ranks.max(stop()):
                 return None
             if number < len(mine):
                 stats.append(step.loss(batches[mine[number]]))

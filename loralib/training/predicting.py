@@ -62,7 +62,7 @@ def predict(
     step = ClassificationStep(model, labels)
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))
     results: list[Prediction] = [Prediction("")] * len(rows)
-    with evaluating(model.modules()), step._forward.held("inference"):
+    with evaluating(model.modules()), step._forward.hold_model("inference"):
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             for number, logits in zip(numbers, step.logits([rows[number] for number in numbers]), strict=True):

@@ -3,9 +3,9 @@
 torchrun starts one command several times, and gives each process its number, the rank, in environment variables.  The
 rest of the package goes through `Ranks`, whose methods are trivial for a single process.
 
-Rank 0 prints and writes files.  What it does or decides alone is shared with the others by `first`; actions that may
-fail on a single rank are run by `together`.  A rank that fails elsewhere publishes its error and closes its
-connections: ranks that wait for it then fail with the same error immediately instead of after a timeout.
+Rank 0 prints and writes files.  What it does or decides alone is shared with the others by `on_first_rank`; actions
+that may fail on a single rank are run by `on_all_ranks`.  A rank that fails elsewhere publishes its error and closes
+its connections: ranks that wait for it then fail with the same error immediately instead of after a timeout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """A single process: rank 0 of 1.  `_Group` implements several.
+    """A single process: rank 0 of 1.  `_ProcessGroup` implements several.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -81,7 +81,7 @@ class Ranks:
         """
         return numbers
 
-    def most(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """Returns the maximum of a number over all ranks."""
         return number
 
@@ -89,11 +89,11 @@ class Ranks:
         """Returns the values of all ranks, in rank order, on every rank."""
         return [value]
 
-    def first(self, action: Callable[[], _T]) -> _T:
+    def on_first_rank(self, action: Callable[[], _T]) -> _T:
         """Runs an action on rank 0 only, and returns its result on all ranks; if it fails, all raise its error."""
         return action()
 
-    def together(self, action: Callable[[], _T]) -> _T:
+    def on_all_ranks(self, action: Callable[[], _T]) -> _T:
         """Runs an action on every rank; if it fails on some, all raise an error that says where."""
         return action()
 
@@ -124,7 +124,7 @@ class Ranks:
 ALONE: Final = Ranks()
 
 
-class _Group(Ranks):
+class _ProcessGroup(Ranks):
     """The ranks of PyTorch's default process group."""
 
     def __init__(self, store: Any) -> None:
@@ -179,7 +179,7 @@ class _Group(Ranks):
             parameter.grad = part.to(parameter.dtype) if ranks else None
         return cast(Tensor, sums)
 
-    def most(self, number: int) -> int:
+    def max(self, number: int) -> int:
         tensor = torch.tensor([number])
         with self._explained():
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._cpu)
@@ -191,7 +191,7 @@ class _Group(Ranks):
             torch.distributed.all_gather_object(values, value, group=self._cpu)
         return values
 
-    def first(self, action: Callable[[], _T]) -> _T:
+    def on_first_rank(self, action: Callable[[], _T]) -> _T:
         outcome: list[Any] = [None, None]
         if self.is_first:
             outcome = list(_outcome(action))
@@ -202,7 +202,7 @@ class _Group(Ranks):
             raise _unpacked(fault)
         return cast(_T, result)
 
-    def together(self, action: Callable[[], _T]) -> _T:
+    def on_all_ranks(self, action: Callable[[], _T]) -> _T:
         result, fault = _outcome(action)
         faults = self.gather(fault)
         if not any(faults):
@@ -216,8 +216,8 @@ class _Group(Ranks):
 
     def in_turn(self, action: Callable[[], _T]) -> _T:
         leads = os.environ.get("LOCAL_RANK", str(self.rank)) == "0"
-        ahead = self.together(action if leads else lambda: None)
-        return cast(_T, self.together((lambda: ahead) if leads else action))
+        ahead = self.on_all_ranks(action if leads else lambda: None)
+        return cast(_T, self.on_all_ranks((lambda: ahead) if leads else action))
 
     def seed(self, seed: int, update: int) -> None:
         digest = hashlib.sha256(f"{seed} {update} {self.rank}".encode()).digest()
@@ -365,7 +365,7 @@ def joined() -> Iterator[Ranks]:
         return
     available = torch.distributed.is_available()
     if available and torch.distributed.is_initialized():
-        with _current(_Group(_default_store()) if torch.distributed.get_world_size() > 1 else ALONE) as ranks:
+        with _current(_ProcessGroup(_default_store()) if torch.distributed.get_world_size() > 1 else ALONE) as ranks:
             yield ranks
         return
     if not launched():
@@ -391,7 +391,7 @@ def _current(ranks: Ranks) -> Iterator[Ranks]:
         _JOINED.remove(ranks)
 
 
-def _start_group() -> _Group:
+def _start_group() -> _ProcessGroup:
     dist: Any = torch.distributed
     if missing := [name for name in _NEEDED if name not in os.environ]:
         raise ConfigError(
@@ -416,7 +416,7 @@ def _start_group() -> _Group:
         raise ConfigError(
             f"the other processes of this run cannot be reached at {where}: {first_line(error)}"
         ) from error
-    return _Group(dist.PrefixStore("loralib", store))
+    return _ProcessGroup(dist.PrefixStore("loralib", store))
 
 
 def _default_store() -> Any:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Learned",
-    "Metrics",
-    "NoMetrics",
+    "MetricsWriter",
+    "NullMetricsWriter",
     "Reporter",
     "is_our_card",
     "plot_losses",
@@ -126,7 +126,7 @@ class Reporter:
         self._epoch = ""
 
     def close_bar(self) -> None:
-        """Closes the progress bar."""
+        """Removes the progress bar, if `start_bar` has shown one; later messages are printed below it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -173,7 +173,7 @@ def _listed(figures: Mapping[str, float]) -> str:
     return "".join(f", {name} {value:.3f}" for name, value in figures.items())
 
 
-class Metrics:
+class MetricsWriter:
     """Appends events to metrics.jsonl, one JSON object per line, and optionally to TensorBoard.
 
     Args:
@@ -252,7 +252,7 @@ class Metrics:
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes metrics.jsonl and, with TensorBoard, writes its remaining events; nothing can be added afterwards."""
         self._file.close()
         if self._board is not None:
             with suppress(OSError):  # flushes the rest; `sync` has already reported failures
@@ -269,22 +269,22 @@ class Metrics:
             ) from error
 
 
-class NoMetrics:
-    """Stands in for `Metrics` in processes that do not write them."""
+class NullMetricsWriter:
+    """Stands in for `MetricsWriter` in processes that do not write them."""
 
     note = ""
 
     def add(
         self, event: str, progress: Progress, loss: float, lr: float, seconds: float, more: Mapping[str, float]
     ) -> None:
-        """Does nothing."""
+        """Ignores an event; the arguments are those of `MetricsWriter.add`."""
 
     def sync(self) -> int:
-        """Returns 0."""
+        """Returns 0, the length of a file that is never written."""
         return 0
 
     def close(self) -> None:
-        """Does nothing."""
+        """Does nothing, since there is no file to close."""
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

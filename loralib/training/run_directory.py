@@ -399,11 +399,11 @@ def hold_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunDirectory]:
         ConfigError: some rank sees another directory.
     """
     with ExitStack() as stack:
-        path = ranks.first(lambda: stack.enter_context(hold_directory(config.output_dir)))
+        path = ranks.on_first_rank(lambda: stack.enter_context(hold_directory(config.output_dir)))
         if ranks.size > 1:
-            mark = ranks.first(lambda: _mark(path))
+            mark = ranks.on_first_rank(lambda: _mark(path))
             blind = [rank for rank, sees in enumerate(ranks.gather(mark.exists())) if not sees]
-            ranks.first(lambda: remove_file(mark))
+            ranks.on_first_rank(lambda: remove_file(mark))
             if blind:
                 raise ConfigError(
                     f"output_dir {path} is not the same directory on rank {', '.join(map(str, blind))} as on rank 0: "
@@ -568,7 +568,9 @@ class RunDirectory:
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:
         """Saves the adapter, on rank 0; if the base is sharded, all ranks help to compute its fingerprint."""
-        (ranks.together if is_spread(model) else ranks.first)(lambda: save_adapter(model, directory) and None)
+        (ranks.on_all_ranks if is_spread(model) else ranks.on_first_rank)(
+            lambda: save_adapter(model, directory) and None
+        )
 
     def write_results(
         self,
@@ -580,9 +582,9 @@ class RunDirectory:
     ) -> int:
         """Writes a run's results, the adapter before any description of it; returns the size of its tensors."""
         learned = Learned.of(model, self.config.model)
-        ranks.first(lambda: self._write_microsoft(learned.adapter))
+        ranks.on_first_rank(lambda: self._write_microsoft(learned.adapter))
         self.save_adapter(model, self.path, ranks)
-        ranks.first(lambda: self._describe(learned, progress, data, say))
+        ranks.on_first_rank(lambda: self._describe(learned, progress, data, say))
         return learned.adapter.nbytes
 
     def _write_microsoft(self, adapter: Adapter) -> None:
@@ -612,8 +614,8 @@ class RunDirectory:
         """Returns the error for a non-finite or exploding loss or gradient: what is saved, and what to try."""
         if progress.step == 0:
             return TrainingError(
-                f"{fault}: the model itself produces this, since nothing has been trained yet. Try --dtype fp32, and "
-                "check the model's weights."
+                f"{fault}: the base model itself produces this, since nothing has been trained yet. "
+                "Try --dtype fp32, and check the model's weights."
             )
         best = progress.best_validation()
         saved = f" {self.best} contains the adapter from update {best[0]}." if best else ""

@@ -16,11 +16,11 @@ from ..modes import evaluating
 from .objective import StepStats, in_batches
 from .step import Step
 
-__all__ = ["Part", "SharedStep"]
+__all__ = ["RunBatch", "SharedStep"]
 
-Part = tuple[int, Sequence[TokenExample], float | None]  # a run's number, its batch, and the scale of its loss
+RunBatch = tuple[int, Sequence[TokenExample], float | None]  # a run's number, its batch, and the scale of its loss
 
-_TOGETHER = 4096  # tokens per pass: more would not be faster, but need more memory
+_TOKENS_PER_PASS = 4096  # more would not be faster, but need more memory
 
 
 class SharedStep(Step):
@@ -36,7 +36,7 @@ class SharedStep(Step):
         super().__init__(model, twins=twins, **options)
         self._count = len(twins)
 
-    def together(self, parts: Sequence[Part]) -> list[StepStats]:
+    def in_one_pass(self, parts: Sequence[RunBatch]) -> list[StepStats]:
         """Computes batches of different runs in one pass; gradients only reach each run's own factors.
 
         Args:
@@ -49,7 +49,10 @@ class SharedStep(Step):
         for (number, _, _), count in zip(parts, counts, strict=True):
             rows[number] = count
         gradient = parts[0][2] is not None
-        with self._forward.dealt(rows), self._computing("training" if gradient else "inference", gradient=gradient):
+        with (
+            self._forward.assigned_rows(rows),
+            self._computing("training" if gradient else "inference", gradient=gradient),
+        ):
             totals = self._losses(laid, counts, [scale for *_, scale in parts])
         return [
             StepStats(
@@ -87,22 +90,22 @@ class SharedStep(Step):
         states, head = self._states(laid, laid.states)
         options: dict[str, Any] = {"chunk": self._chunk, "label_smoothing": self._label_smoothing}
         found = head_loss(head, states, predictions, gradient_scale=None if scales[0] is None else 1.0, **options)
-        assert found.of_states is not None
+        assert found.state_losses is not None
         if scales[0] is not None:
             found.objective.backward()
-        parts = found.of_states.split(of_states.diff().tolist())
+        parts = found.state_losses.split(of_states.diff().tolist())
         return [part.sum() / scale for part, scale in zip(parts, given, strict=True)]
 
-    def in_passes(self, parts: Sequence[Part]) -> list[StepStats]:
+    def in_passes(self, parts: Sequence[RunBatch]) -> list[StepStats]:
         """Computes batches of different runs, in as many passes as memory requires."""
         done: list[StepStats] = []
-        waiting: list[Part] = []
+        waiting: list[RunBatch] = []
         for part in parts:
-            if waiting and sum(sum(map(len, batch)) for _, batch, _ in [*waiting, part]) > _TOGETHER:
-                done += self.together(waiting)
+            if waiting and sum(sum(map(len, batch)) for _, batch, _ in [*waiting, part]) > _TOKENS_PER_PASS:
+                done += self.in_one_pass(waiting)
                 waiting = []
             waiting.append(part)
-        return done + (self.together(waiting) if waiting else [])
+        return done + (self.in_one_pass(waiting) if waiting else [])
 
     def evaluate_all(
         self, wanted: Sequence[tuple[int, Sequence[TokenExample], int]], stop: Callable[[], bool]
@@ -120,7 +123,7 @@ class SharedStep(Step):
                 if stop():
                     return None
                 here = [at for at, own in enumerate(batches) if turn < len(own)]
-                parts: list[Part] = [(wanted[at][0], batches[at][turn], None) for at in here]
+                parts: list[RunBatch] = [(wanted[at][0], batches[at][turn], None) for at in here]
                 for at, stats in zip(here, self.in_passes(parts), strict=True):
                     sums[at] += stats.sums.double().cpu()
         return [self.figures(each.tolist()) for each in sums]

@@ -66,9 +66,9 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE, labels: Labels | No
     if ranks.size > 1:
         ranks.in_turn(lambda: load_tokenizer(name) and None)  # downloads and conversions happen once per machine
         if dtype is None and not is_made_up(name):  # picking a dtype measures the CPU, and one rank's might seem slow
-            dtype = ranks.first(lambda: pick_dtype(None, pick_device(device)))
+            dtype = ranks.on_first_rank(lambda: pick_dtype(None, pick_device(device)))
     if config.shard and not is_made_up(name):
-        ranks.together(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
+        ranks.on_all_ranks(lambda: require_room(load_empty(name, dtype=dtype), name, ranks.size, _room(device, ranks)))
     load = functools.partial(
         load_base if labels is None else functools.partial(load_classifier, labels=labels.names),
         name,
@@ -80,7 +80,9 @@ def load_base_for(config: TrainConfig, ranks: Ranks = ALONE, labels: Labels | No
         num_layers=config.num_layers,
         **({"mesh": mesh} if labels is None else {}),
     )
-    return load() if config.shard else ranks.together(load)  # a sharded model is loaded in steps agreed by all ranks
+    return (
+        load() if config.shard else ranks.on_all_ranks(load)
+    )  # a sharded model is loaded in steps agreed by all ranks
 
 
 def _room(device: str | None, ranks: Ranks) -> float | None:

@@ -28,7 +28,7 @@ from ..engine.forward import Forward, device_of, why_not_compiled
 from ..engine.half import computes_in_half, scaled_backward
 from ..engine.loss import Predictions, head_loss
 from ..engine.placement import engine_mode
-from ..engine.rope import apart, forget_length, remembers_length, rope_limit
+from ..engine.rope import forget_length, remembers_length, rope_limit, split_by_length
 from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
 from ..modes import evaluating
@@ -89,7 +89,7 @@ class Step:
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> Step:
-        self._run.enter_context(self._forward.held("training"))
+        self._run.enter_context(self._forward.hold_model("training"))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -120,7 +120,7 @@ class Step:
 
     def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
         """Splits a batch into the parts that go through the model one after another; usually just one."""
-        return list(apart(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
+        return list(split_by_length(batch, self._rope_limit, _computed_tokens)) or [list(batch)]
 
     def count(self, examples: Sequence[TokenExample]) -> int:
         """Returns the number of terms in the loss of these examples: their trained tokens."""
@@ -237,7 +237,7 @@ class Step:
             return "the environment variable LORALIB_ENGINE is off"
         if not self._forward.splits:
             return f"{type(self._model).__name__} is not built like transformers' causal language models"
-        with torch.no_grad(), evaluating(self._model.modules()), self._forward.held("inference"):
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.hold_model("inference"):
             try:
                 return self._packing_fault()
             except UnsupportedModelError as error:

@@ -48,7 +48,7 @@ from .plan import Data, Plan, examples_at_once, length_limit, make_plan, updates
 from .preferences import PREFERENCE_STEPS, DPOStep, reference_of
 from .ranks import Ranks, joined
 from .record import run_record, settings_and_versions, write_record
-from .report import Metrics, NoMetrics, Reporter
+from .report import MetricsWriter, NullMetricsWriter, Reporter
 from .run_directory import Checkpoint, Progress, RunDirectory, hash_tensors, hold_run, run_settings
 from .shares import shares
 from .start import EvaStarts, adapter_to_train_on, data_start, full_precision, refuse_other_variant, spread
@@ -56,10 +56,10 @@ from .step import Step, make_step
 
 __all__ = [
     "ONE_RUN_AT_A_TIME",
-    "Computed",
     "Gradient",
-    "Need",
-    "Rest",
+    "Pause",
+    "Request",
+    "Response",
     "StopRequest",
     "TrainResult",
     "Trainer",
@@ -118,7 +118,7 @@ def run(
         ranks.require_same(settings_and_versions(config))
         reporter = Reporter(verbose and ranks.is_first)
         with hold_run(config, ranks) as directory:
-            if (ended := ranks.first(directory.finished_run)) is not None:
+            if (ended := ranks.on_first_rank(directory.finished_run)) is not None:
                 return finished(directory, ended, reporter, str(load_adapter(model, directory.path)))
             return run_in(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
 
@@ -192,16 +192,16 @@ def plan_for(
 ) -> Plan:
     """Plans a run (see `make_plan`), and tells its directory what to save beside the adapter."""
     # What the program chose stays fixed for the whole run, whatever is free or known on resuming.
-    then = ranks.first(directory.look)
+    then = ranks.on_first_rank(directory.look)
     chosen = {name: then[name] for name in AUTOMATIC if getattr(config, name) is None and then.get(name) is not None}
     if config.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, config.chat_template)
     settings = config.replace(**chosen)
     classifies = config.task == CLASSIFY
     if classifies:
-        data, valid_data = ranks.together(lambda: prepare_classifier(model, settings, tokenizer, data, valid_data))
+        data, valid_data = ranks.on_all_ranks(lambda: prepare_classifier(model, settings, tokenizer, data, valid_data))
     limit = length_limit(model, settings, ranks)
-    plan = ranks.together(lambda: plan_by(model, data, valid_data, tokenizer, settings, reporter.say, limit))
+    plan = ranks.on_all_ranks(lambda: plan_by(model, data, valid_data, tokenizer, settings, reporter.say, limit))
     config = plan.config
     directory.config, directory.tokenizer = config, tokenizer
     directory.chats = tokenizer is not None and not classifies and are_chats(plan.train, tokenizer)
@@ -294,14 +294,14 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Validation:
-    """A request for metrics on examples, at most `max_tokens` tokens at once; the answer is None after a signal."""
+    """A request for metrics on examples, at most `max_tokens` tokens at once; the result is None after a signal."""
 
     examples: list[Any]
     max_tokens: int
 
 
 @dataclass(frozen=True)
-class Rest:
+class Pause:
     """A request for nothing: between two updates, a run can be saved and stopped.
 
     Attributes:
@@ -313,12 +313,12 @@ class Rest:
     is_over: bool = False
 
 
-Need = Gradient | Validation | Rest
+Request = Gradient | Validation | Pause
 
 
 @dataclass(frozen=True)
-class Computed:
-    """The answer to a request.
+class Response:
+    """The response to a request.
 
     Attributes:
         result: the `StepStats` of each batch, or metrics.
@@ -360,7 +360,9 @@ class Trainer:
         self.step = step
         directory.unit, directory.shown = self.step.unit, self.step.shown
         ranks.require_same({**self.settings, "the adapter's first values": hash_tensors(self.initial)})
-        checkpoint = ranks.first(lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say))
+        checkpoint = ranks.on_first_rank(
+            lambda: directory.checkpoint_to_resume(self.settings, self.parameters, reporter.say)
+        )
         if checkpoint is None:
             torch.manual_seed(config.seed)
         else:
@@ -374,11 +376,11 @@ class Trainer:
         self.gradients_checked = self.progress.step > 0
         self._saved = -1  # the update after which a checkpoint was written
         self.from_base = reporter.from_base = starts_as_base(model, self.initial)
-        self.metrics = self._open_metrics() if ranks.is_first else NoMetrics()
+        self.metrics = self._open_metrics() if ranks.is_first else NullMetricsWriter()
 
-    def _open_metrics(self) -> Metrics:
+    def _open_metrics(self) -> MetricsWriter:
         tensorboard = self.config.report_to == "tensorboard"
-        return Metrics(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
+        return MetricsWriter(self.directory.path, self.progress, self.updates_per_epoch, tensorboard)
 
     def train(self) -> TrainResult:
         """Trains until the end, a signal or early stopping, and saves."""
@@ -398,32 +400,34 @@ class Trainer:
 
     def begin(self) -> None:
         """Records the run's settings and facts, before its first update."""
-        self.ranks.first(lambda: write_record(self.directory.path, self.config, self.record))
+        self.ranks.on_first_rank(lambda: write_record(self.directory.path, self.config, self.record))
 
     def _compute_all(self) -> None:
         """Answers all of the run's requests with its own step, until it is over."""
-        needs, answer = self.needs(), None
+        requests, answer = self.requests(), None
         with suppress(StopIteration):
             while True:
-                answer = self._answer(needs.send(answer))
+                answer = self._answer(requests.send(answer))
 
-    def _answer(self, need: Need) -> Any:
+    def _answer(self, request: Request) -> Any:
         started = time.perf_counter()
-        if isinstance(need, Gradient):
-            done = [self.step.forward_backward(batch, loss_scale=scale) for batch, scale in self._passes(need.batches)]
-            return Computed(done, time.perf_counter() - started)
-        if isinstance(need, Validation):
+        if isinstance(request, Gradient):
+            done = [
+                self.step.forward_backward(batch, loss_scale=scale) for batch, scale in self._passes(request.batches)
+            ]
+            return Response(done, time.perf_counter() - started)
+        if isinstance(request, Validation):
             figures = evaluate(
                 self.step.unsmoothed(),
                 self.model,
-                need.examples,
-                max_tokens=need.max_tokens,
+                request.examples,
+                max_tokens=request.max_tokens,
                 stop=lambda: bool(self.stop),
                 ranks=self.ranks,
             )
-            return Computed(figures, time.perf_counter() - started)
+            return Response(figures, time.perf_counter() - started)
         self._stop_if_asked()
-        if need.is_due:
+        if request.is_due:
             self.save()
         return None
 
@@ -434,7 +438,7 @@ class Trainer:
         pairs = list(dict.fromkeys(cast("list[PreferencePair]", [*self.examples, *self.valid])))
         key = {name: self.settings[name] for name in ("training data", "validation data", "base model")}
         key["adapter"] = hash_tensors(self.initial)
-        known = self.ranks.first(lambda: self.directory.read_reference(key))
+        known = self.ranks.on_first_rank(lambda: self.directory.read_reference(key))
         if known is None:
             self.reporter.say(f"Computing the reference for {counted(len(pairs), 'pair')} ...")
             with disabled(self.model) if self.reporter.from_base else holding(self.parameters, self.initial):
@@ -447,7 +451,7 @@ class Trainer:
                     ranks=self.ranks,
                     show=self.reporter.verbose,
                 )
-            self.ranks.first(lambda: self.directory.write_reference(key, known))
+            self.ranks.on_first_rank(lambda: self.directory.write_reference(key, known))
         of = dict(zip(pairs, [(chosen, rejected) for chosen, rejected in known.tolist()], strict=True))
         for rows in (self.examples, self.valid):
             rows[:] = [replace(pair, reference=of[pair]) for pair in cast("list[PreferencePair]", rows)]
@@ -458,7 +462,7 @@ class Trainer:
         return max(2048, self.config.batch_size * max(map(len, self.examples)))
 
     def _stop_before_start(self) -> None:
-        if number := self.ranks.most(self.stop.signal_number):
+        if number := self.ranks.max(self.stop.signal_number):
             self.stop.signal_number = number
             raise self.stop.error("stopped before the first update. Run the same command again.")
 
@@ -476,15 +480,15 @@ class Trainer:
         tokens = max(map(len, self.examples)) * examples_at_once(config, self.ranks)
         self.reporter.memory(*memory_estimate(self.model, tokens, config.gradient_checkpointing))
 
-    def needs(self) -> Generator[Need, Any, None]:
-        """Goes through the epochs; yields what the run needs, and is sent what was computed (see `Need`).
+    def requests(self) -> Generator[Request, Any, None]:
+        """Goes through the epochs; yields requests, and is sent their responses.
 
-        This way a run need not know what computes it: its own step, or a pass that it shares with other runs.
+        This way a run does not have to know what computes it: its own step, or a pass that it shares with other runs.
         """
         progress, config = self.progress, self.config
         if progress.owes_validation(config.eval_steps, self.total):
             yield from self._validate()
-            yield Rest()
+            yield Pause()
         self.reporter.start_bar(progress.step, self.total)
         # Sharing prompts only saves time if they are computed once; otherwise a uniform shuffle learns better.
         max_siblings = config.max_siblings if self.step.share_prompts else 1
@@ -505,7 +509,7 @@ class Trainer:
                 if progress.is_due(config.eval_steps, self.total):
                     yield from self._validate()
                 is_over = self._is_over()
-                yield Rest(is_due=not is_over and progress.is_due(config.save_steps, self.total), is_over=is_over)
+                yield Pause(is_due=not is_over and progress.is_due(config.save_steps, self.total), is_over=is_over)
                 if is_over:
                     break
         if progress.epoch_weight:  # stopped in the middle of an epoch
@@ -517,7 +521,7 @@ class Trainer:
                 + " no better than the best one before."
             )
 
-    def _update(self, batches: list[list[TokenExample]]) -> Generator[Need, Any, None]:
+    def _update(self, batches: list[list[TokenExample]]) -> Generator[Request, Any, None]:
         """Requests the gradient of one update's batches, checks it, and applies it."""
         progress, config = self.progress, self.config
         paper = config.arithmetic == "paper"
@@ -609,7 +613,7 @@ class Trainer:
         validation_follows = complete and bool(self.valid) and self.progress.is_due(self.config.eval_steps, self.total)
         self.reporter.epoch(len(self.progress.train_losses), loss, validation_follows)
 
-    def _validate(self) -> Generator[Need, Any, None]:
+    def _validate(self) -> Generator[Request, Any, None]:
         """Requests the validation loss, skipped if a signal comes; saves the adapter if it is the best so far."""
         if not self.valid:
             return
@@ -636,7 +640,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Ends the run on all ranks if any of them received a signal."""
-        if number := self.ranks.most(self.stop.signal_number):
+        if number := self.ranks.max(self.stop.signal_number):
             self.stop.signal_number = number
             self.save()
             raise self.stop.error(
@@ -650,7 +654,7 @@ class Trainer:
         self.progress.finished, self.progress.ranks = finished, self.ranks.size
         state = Checkpoint.capture(self.progress, self.settings, self.parameters, self.initial, self.optimizer)
         self.ranks.require_same({f"the adapter after update {self.progress.step}": hash_tensors(state.parameters)})
-        self.ranks.first(lambda: self.directory.save(state))
+        self.ranks.on_first_rank(lambda: self.directory.save(state))
         self._saved = self.progress.step
 
     def finish(self) -> TrainResult:
@@ -658,13 +662,13 @@ class Trainer:
         progress = self.progress
         check_learned(self.model, self.initial, progress.step, self.config.peak_lr)
         if self._saved != progress.step:
-            self.save()  # if anything below fails, --resume need not recompute anything
+            self.save()  # if anything below fails, --resume does not have to recompute anything
         adapter_bytes = self.directory.write_results(
             self.model, progress, self.record["data"], self.reporter.say, self.ranks
         )
         if self.config.keep_checkpoints:
             self.save(finished=True)
-        self.ranks.first(self._close_record)
+        self.ranks.on_first_rank(self._close_record)
         return TrainResult(
             output_dir=self.directory.path,
             steps=progress.step,
@@ -815,8 +819,7 @@ def check_learned(model: nn.Module, initial: Mapping[str, Tensor], steps: int, l
     """
     if not _has_learned(model, initial):
         raise NothingLearnedError(
-            f"the adapter ended as it began: its {counted(len(initial), 'tensor')} changed nothing in "
-            f"{counted(steps, 'update')}. "
+            f"training changed none of the adapter's {counted(len(initial), 'tensor')} in {counted(steps, 'update')}. "
             f"Raise --lr (now {lr:g}) and look at metrics.jsonl."
         )
 

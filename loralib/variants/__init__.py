@@ -27,7 +27,7 @@ from .experts import (
     kept_per_token,
     stored_as_rows,
 )
-from .starts import StartedLinear, start_factors
+from .starts import WeightInitLinear, start_factors
 from .token_rows import ROWS, TokenRowsEmbedding, TokenRowsHead, share_rows
 
 __all__ = [
@@ -60,7 +60,7 @@ _DORA: Final[Mixins] = {
     LoRAConv: DoRAConv,
 }
 _BIASED: Final[Mixins] = {LoRALinear: BiasedLinear}
-_STARTED: Final[Mixins] = {LoRALinear: StartedLinear}
+_WEIGHT_INIT: Final[Mixins] = {LoRALinear: WeightInitLinear}
 _KINDS: Final[Mapping[type[LoRALayer], str]] = {
     LoRALinear: "a linear layer",
     LoRAReadLinear: "a linear layer whose weight is read without calling it",
@@ -84,7 +84,7 @@ def mixin_for(plain: type[LoRALayer], config: LoraConfig) -> type[LoRALayer]:
     if config.lora_bias:
         variants["lora_bias"] = _BIASED
     if config.changes_base:
-        variants[f"init_lora_weights {config.init_lora_weights!r}"] = _STARTED
+        variants[f"init_lora_weights {config.init_lora_weights!r}"] = _WEIGHT_INIT
     for setting, mixins in variants.items():
         if plain not in mixins:
             raise TargetError(f"{setting} does not support {_KINDS[plain]}; leave out this module or the setting")

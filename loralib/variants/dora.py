@@ -23,7 +23,7 @@ __all__ = ["DoRAConv", "DoRAEmbedding", "DoRALayer", "DoRALinear", "DoRAReadLine
 
 
 @dataclass
-class _Kept:
+class _NormCache:
     """Cached values of a layer: the squared norms of W's rows, and the norms of the rows of W + s B A."""
 
     of_base: tuple[Any, ...]  # identifies the state of W
@@ -40,7 +40,7 @@ class DoRALayer(LoRALayer):
     """
 
     lora_magnitude_vector: Parameter
-    _kept: _Kept
+    _norm_cache: _NormCache
 
     def tensor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         outputs = self.as_matrix(torch.empty(self._base_shape, device="meta")).shape[0]
@@ -68,14 +68,14 @@ class DoRALayer(LoRALayer):
             if torch.compiler.is_compiling():
                 return self._computed_norms(row_squares(self.as_matrix(dense(self.base_weight))))
             of_base = state_of(self.base_weight)
-            kept = self.__dict__.get("_kept")
-            if kept is None or kept.of_base != of_base:
-                kept = self._kept = _Kept(of_base, row_squares(self.as_matrix(dense(self.base_weight))))
+            cache = self.__dict__.get("_norm_cache")
+            if cache is None or cache.of_base != of_base:
+                cache = self._norm_cache = _NormCache(of_base, row_squares(self.as_matrix(dense(self.base_weight))))
             # Compared by value, because not every optimiser updates version counters.
-            if self.training or kept.factors is None or not all(map(torch.equal, kept.factors, self._pair())):
-                kept.norms = self._computed_norms(kept.squares)
-                kept.factors = None if self.training else tuple(factor.detach().clone() for factor in self._pair())
-            return cast(Tensor, kept.norms)
+            if self.training or cache.factors is None or not all(map(torch.equal, cache.factors, self._pair())):
+                cache.norms = self._computed_norms(cache.squares)
+                cache.factors = None if self.training else tuple(factor.detach().clone() for factor in self._pair())
+            return cast(Tensor, cache.norms)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B
@@ -86,11 +86,11 @@ class DoRALayer(LoRALayer):
     # New tensors may be allocated at the addresses of the cached ones.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
-        self.__dict__.pop("_kept", None)
+        self.__dict__.pop("_norm_cache", None)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("_kept", None)
+        self.__dict__.pop("_norm_cache", None)
         super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -70,7 +70,7 @@ def eva_start(model: nn.Module, targets: Sequence[EvaTarget], batches: Iterable[
     with evaluating(model.modules()):
         for batch in batches:
             inputs.see(model, batch, _counted_rows(batch, bool(settings["use_label_mask"])))
-            if all(spread.cosine >= settings["tau"] for spread in inputs.spreads.values()):
+            if all(pca.cosine >= settings["tau"] for pca in inputs.pcas.values()):
                 break
     few = [target.name for target in targets if len(inputs.of(target.name).directions) < target.r]
     if few:
@@ -115,7 +115,7 @@ def _shared_out(targets: Sequence[EvaTarget], inputs: _Inputs, most: Mapping[str
 
 
 @dataclass
-class _Spread:
+class _IncrementalPCA:
     """Mean and principal directions (at most `count`) of the rows seen so far."""
 
     count: int
@@ -168,11 +168,11 @@ class _Inputs:
     def __init__(self, targets: Sequence[EvaTarget], most: Mapping[str, int]) -> None:
         self._targets, self._most = targets, most
         self._first: dict[str, str] = {}  # maps each layer to the first one with the same input
-        self.spreads: dict[str, _Spread] = {}
+        self.pcas: dict[str, _IncrementalPCA] = {}
 
-    def of(self, name: str) -> _Spread:
+    def of(self, name: str) -> _IncrementalPCA:
         """Returns the statistics of a layer's inputs."""
-        return self.spreads.get(self._first.get(name, ""), _Spread(0))
+        return self.pcas.get(self._first.get(name, ""), _IncrementalPCA(0))
 
     def see(self, model: nn.Module, batch: Any, counted: Tensor | None) -> None:
         """Runs one batch and updates the statistics of the layers' inputs."""
@@ -194,13 +194,13 @@ class _Inputs:
             for name, x in seen.items():
                 self._first[name] = by_tensor.setdefault(id(x), name)
             for name, first in self._first.items():
-                spread = self.spreads.setdefault(first, _Spread(0))
-                spread.count = max(spread.count, self._most[name])
-        for name, spread in self.spreads.items():
+                pca = self.pcas.setdefault(first, _IncrementalPCA(0))
+                pca.count = max(pca.count, self._most[name])
+        for name, pca in self.pcas.items():
             if name in seen:
                 x = seen[name]
                 rows = x[counted] if counted is not None else x.reshape(-1, x.shape[-1])
-                spread.see(rows.float())
+                pca.see(rows.float())
 
 
 def _note(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:

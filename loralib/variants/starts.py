@@ -20,7 +20,7 @@ from ..delta import dense, olora_factors, pissa_factors
 from ..errors import TargetError
 from ..layers import LoRALinear
 
-__all__ = ["StartedLinear", "start_factors"]
+__all__ = ["WeightInitLinear", "start_factors"]
 
 
 def start_factors(start: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def start_factors(start: str, weight: Tensor, r: int, scaling: float) -> tuple[T
     return pissa_factors(weight, r, scaling, int(niter) if niter else None)
 
 
-class StartedLinear(LoRALinear):
+class WeightInitLinear(LoRALinear):
     """A linear layer whose factors are initialised from its weight.
 
     Attributes:

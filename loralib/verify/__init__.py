@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .asking import Asker, Vocabulary, connect
-from .judging import Observed, Reference, Verdict, judge
+from .asking import ServerClient, Vocabulary, connect
+from .judging import Reference, ServerLogprobs, Verdict, judge
 
-__all__ = ["Asker", "Observed", "Reference", "Verdict", "Vocabulary", "connect", "judge"]
+__all__ = ["Reference", "ServerClient", "ServerLogprobs", "Verdict", "Vocabulary", "connect", "judge"]

@@ -15,9 +15,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final, Protocol
 
 from ..errors import ConfigError, UnreachableServerError, did_you_mean, list_faults
-from .judging import Observed
+from .judging import ServerLogprobs
 
-__all__ = ["Asker", "Vocabulary", "connect"]
+__all__ = ["ServerClient", "Vocabulary", "connect"]
 
 _LARGEST: Final = 64 * 2**20  # maximum bytes of a response
 _PROMPT: Final = 12  # tokens of a prompt to continue, for servers that report nothing about prompts
@@ -65,7 +65,7 @@ class Vocabulary:
         return self._ids.get(name)
 
 
-class Asker(Protocol):
+class ServerClient(Protocol):
     """A running server.
 
     Attributes:
@@ -78,7 +78,7 @@ class Asker(Protocol):
     adapter: str | None
     base: str | None
 
-    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[ServerLogprobs]:
         """Returns log-probabilities of the texts or of their continuations, with the adapter or with the base alone.
 
         Raises:
@@ -95,7 +95,7 @@ def connect(
     base_model: str | None = None,
     api_key: str | None = None,
     timeout: float = 120,
-) -> Asker:
+) -> ServerClient:
     """Finds out the kind of server, and the names of the adapter and the base there.
 
     Args:
@@ -255,7 +255,7 @@ class _OpenAI:
         self._models = {str(entry.get("id")): entry.get("parent") for entry in entries if isinstance(entry, dict)}
         self.adapter: str | None = self._known(model, "--model") if model else self._only_adapter()
         self.base: str | None = self._known(base_model, "--base_model") if base_model else self._base()
-        self._way: Callable[[Ids, str], Observed] | None = None
+        self._way: Callable[[Ids, str], ServerLogprobs] | None = None
 
     def _known(self, name: str, flag: str) -> str:
         if name not in self._models:
@@ -279,14 +279,14 @@ class _OpenAI:
             return str(parent)
         return roots[0] if len(roots) == 1 else None
 
-    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[ServerLogprobs]:
         name = self.adapter if adapted else self.base
         assert name is not None
         if self._way is None:
             self._way = self._working(rows[0], name)
         return [self._way(row, name) for row in rows]
 
-    def _working(self, row: Ids, name: str) -> Callable[[Ids, str], Observed]:
+    def _working(self, row: Ids, name: str) -> Callable[[Ids, str], ServerLogprobs]:
         reasons = []
         ways = {"echo": self._echoed, "prompt_logprobs": self._of_prompt, "logprobs": self._continued}
         for label, way in ways.items():
@@ -300,7 +300,7 @@ class _OpenAI:
                 reasons.append(f"{label}: the answer has an unexpected shape ({error!r})")
         raise _unusable(self._client, reasons)
 
-    def _echoed(self, row: Ids, name: str) -> Observed:
+    def _echoed(self, row: Ids, name: str) -> ServerLogprobs:
         body = {"max_tokens": 0, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
         try:
             choice = self._choice(row, name, body)
@@ -314,17 +314,17 @@ class _OpenAI:
         named = [self._vocabulary.id(token) for token in tokens[: len(row)]]
         if len(named) < len(row) or any(a not in (None, b) for a, b in zip(named, row, strict=True)):
             raise ValueError("the answer is about different tokens than the prompt's")
-        return Observed(tuple(row), _values(row, scores))
+        return ServerLogprobs(tuple(row), _values(row, scores))
 
-    def _of_prompt(self, row: Ids, name: str) -> Observed:
+    def _of_prompt(self, row: Ids, name: str) -> ServerLogprobs:
         choice = self._choice(row, name, {"max_tokens": 1, "prompt_logprobs": 1, "return_token_ids": True})
         entries = choice["prompt_logprobs"]
         scores = [
             None if entry is None else entry[str(token)]["logprob"] for token, entry in zip(row, entries, strict=True)
         ]
-        return Observed(tuple(row), _values(row, scores))
+        return ServerLogprobs(tuple(row), _values(row, scores))
 
-    def _continued(self, row: Ids, name: str) -> Observed:
+    def _continued(self, row: Ids, name: str) -> ServerLogprobs:
         start = row[:_PROMPT]
         body = {"max_tokens": _NEW, "logprobs": _TOP, "return_tokens_as_token_ids": True}
         scores = self._choice(start, name, body)["logprobs"]
@@ -349,7 +349,7 @@ def _values(row: Ids, scores: Sequence[float | None]) -> tuple[tuple[int, int, f
     return tuple((at, token, float(score)) for at, (token, score) in pairs if at and score is not None)
 
 
-def _continuation(start: Ids, steps: Any, id_of: Callable[[Any], int | None]) -> Observed:
+def _continuation(start: Ids, steps: Any, id_of: Callable[[Any], int | None]) -> ServerLogprobs:
     """Returns the log-probabilities reported during a continuation, up to the first token whose id is uncertain."""
     ids, values = list(start), []
     for token, top in steps:
@@ -361,7 +361,7 @@ def _continuation(start: Ids, steps: Any, id_of: Callable[[Any], int | None]) ->
         if token is None:
             break
         ids.append(token)
-    return Observed(tuple(ids), tuple(values))
+    return ServerLogprobs(tuple(ids), tuple(values))
 
 
 # --- SGLang ----------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ class _SGLang:
         self.adapter: str | None = model.rpartition(":")[2]  # the model name in its OpenAI API is base:adapter
         self.base: str | None = str(info["model_path"])
 
-    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[ServerLogprobs]:
         result = []
         for row in rows:
             body: dict[str, Any] = {
@@ -393,7 +393,7 @@ class _SGLang:
             try:
                 entries = self._client.request("/generate", body)["meta_info"]["input_token_logprobs"]
                 _check_read(self._client, row, [entry[1] for entry in entries])
-                result.append(Observed(tuple(row), _values(row, [entry[0] for entry in entries])))
+                result.append(ServerLogprobs(tuple(row), _values(row, [entry[0] for entry in entries])))
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise _unusable(self._client, [f"/generate: {error!r}"]) from None
         return result
@@ -418,7 +418,7 @@ class _LlamaCpp:
         self.adapter: str | None = names[str(chosen[0]["id"])] if chosen else None
         self.base: str | None = "the same with all adapters at scale 0"
 
-    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[ServerLogprobs]:
         scales = dict.fromkeys(self._ids, 0.0)
         if adapted and self._chosen is not None:
             # The scale that the server applies; one set to 0 is applied only on request, so it is requested at 1.
@@ -472,10 +472,10 @@ class _Ollama:
         self.adapter: str | None = model
         self.base: str | None = base_model
 
-    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[Observed]:
+    def ask(self, rows: Sequence[Ids], adapted: bool) -> list[ServerLogprobs]:
         return [self._continued(row[:_PROMPT], self.adapter if adapted else self.base) for row in rows]
 
-    def _continued(self, start: Ids, name: str | None) -> Observed:
+    def _continued(self, start: Ids, name: str | None) -> ServerLogprobs:
         sendable = self._vocabulary.sendable(start)
         for sent in sendable:
             answer = self._answer(sent, name)

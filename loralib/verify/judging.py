@@ -21,7 +21,7 @@ from ..formats import make_portable
 from ..formats.gguf import permuted_heads, reorder_rows
 from ..injection import adapted_layers, disabled, remove
 
-__all__ = ["Observed", "Reference", "Verdict", "judge"]
+__all__ = ["Reference", "ServerLogprobs", "Verdict", "judge"]
 
 _SCALES: Final = (-2.0, -1.0, -0.5, 0.0, *(2.0**power for power in range(-6, 6)))
 _ATTENTION: Final = re.compile(r"attn|attention")
@@ -35,7 +35,7 @@ Rows = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Change:
+class Deviation:
     """A way in which a server may compute an adapter differently.
 
     Attributes:
@@ -47,11 +47,11 @@ class Change:
     rows: Rows | None = None
 
 
-_AS_IT_SHOULD = Change()
+_NO_DEVIATION = Deviation()
 
 
 @dataclass(frozen=True)
-class Observed:
+class ServerLogprobs:
     """What a server reported about one text.
 
     Attributes:
@@ -104,21 +104,21 @@ class Reference:
             return None
         return lambda name, B: reorder_rows(B, heads[name], to_gguf=to_gguf)
 
-    def __call__(self, texts: Sequence[Observed], change: Change | None) -> Tensor:
+    def __call__(self, texts: Sequence[ServerLogprobs], deviation: Deviation | None) -> Tensor:
         """Returns the log-probability of each observed token.
 
         Args:
             texts: what the server reported.
-            change: how to compute the adapter; None for the base alone.
+            deviation: how to compute the adapter; None for the base alone.
         """
-        if change is None:
+        if deviation is None:
             with disabled(self._model):
                 return self._computed(texts)
         try:
             for name, layer, scaling, B in self._layers:
-                layer.scaling = scaling * change.factor(name)
-                if change.rows is not None and B is not None:
-                    layer.lora_B = nn.Parameter(change.rows(name, B.detach()), requires_grad=False)
+                layer.scaling = scaling * deviation.factor(name)
+                if deviation.rows is not None and B is not None:
+                    layer.lora_B = nn.Parameter(deviation.rows(name, B.detach()), requires_grad=False)
             return self._computed(texts)
         finally:
             for _, layer, scaling, B in self._layers:
@@ -127,7 +127,7 @@ class Reference:
                     layer.lora_B = B
 
     @torch.no_grad()
-    def _computed(self, texts: Sequence[Observed]) -> Tensor:
+    def _computed(self, texts: Sequence[ServerLogprobs]) -> Tensor:
         parts = []
         for text in texts:
             ids = torch.tensor([text.ids], device=device_of(self._model))
@@ -191,7 +191,7 @@ class _Figures:
         return self.from_adapter <= max(_EXACT, 0.1 * self.effect)
 
 
-def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Observed] | None) -> Verdict:
+def judge(reference: Reference, adapted: Sequence[ServerLogprobs], base: Sequence[ServerLogprobs] | None) -> Verdict:
     """Finds what explains the server's log-probabilities.
 
     Args:
@@ -200,9 +200,9 @@ def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Obse
         base: the server's values without it; None if the base cannot be queried.
     """
     found = _found(adapted)
-    without, with_all = reference(adapted, None), reference(adapted, _AS_IT_SHOULD)
+    without, with_all = reference(adapted, None), reference(adapted, _NO_DEVIATION)
     own = None if base is None else (_gap(_found(base), reference(base, None)))
-    other = None if base is None else (_gap(_found(base), reference(base, _AS_IT_SHOULD)))
+    other = None if base is None else (_gap(_found(base), reference(base, _NO_DEVIATION)))
     figures = _Figures(_gap(found, with_all), _gap(found, without), _gap(with_all, without), own, other)
     kind, text = _plainly(figures)
     scale = error = None
@@ -211,7 +211,7 @@ def judge(reference: Reference, adapted: Sequence[Observed], base: Sequence[Obse
     if scale is not None and error is not None:
         if kind is None or (error < 0.9 * figures.from_adapter and not 0.8 < scale < 1.25):
             kind, text = _by_search(reference, adapted, found, figures, scale, error)
-    elif kind == "merged" and _gap(found, reference(adapted, Change(lambda _: 2.0))) <= figures.tolerance:
+    elif kind == "merged" and _gap(found, reference(adapted, Deviation(lambda _: 2.0))) <= figures.tolerance:
         text += "; and the adapter is then added once more"
     assert kind is not None
     positions = sum(len({position for position, _, _ in each.values}) for each in adapted)
@@ -241,9 +241,14 @@ def _plainly(figures: _Figures) -> tuple[str | None, str]:
 
 
 def _by_search(
-    reference: Reference, adapted: Sequence[Observed], found: Tensor, figures: _Figures, scale: float, error: float
+    reference: Reference,
+    adapted: Sequence[ServerLogprobs],
+    found: Tensor,
+    figures: _Figures,
+    scale: float,
+    error: float,
 ) -> tuple[str, str]:
-    gaps = {text: _gap(found, reference(adapted, change)) for text, change in _hypotheses(reference).items()}
+    gaps = {text: _gap(found, reference(adapted, deviation)) for text, deviation in _hypotheses(reference).items()}
     text = min(gaps, key=lambda each: gaps[each], default=None)
     bound = min(figures.tolerance, 0.3 * max(figures.from_base, figures.effect))
     if text is not None and gaps[text] <= bound and gaps[text] < 0.7 * error:
@@ -281,32 +286,32 @@ def _plain_scaling(config: LoraConfig) -> float:
     return scaling_of(config.r, config.lora_alpha, config.use_rslora)
 
 
-def _hypotheses(reference: Reference) -> dict[str, Change]:
+def _hypotheses(reference: Reference) -> dict[str, Deviation]:
     """Returns ways to misapply an adapter other than by a common factor, keyed by the text that explains each."""
     modules, usual = reference.modules, _plain_scaling(reference.config)
     kinds = {name: _kind(name) for name in modules}
     leaves = {name: name.rpartition(".")[2] for name in modules}
-    result: dict[str, Change] = {}
+    result: dict[str, Deviation] = {}
     for names in (kinds, leaves):
         different = sorted(set(names.values()))
         if len(different) < 2:
             continue
         for part in different:
-            result[f"only its part in {part} explains the answers"] = Change(_among(names, part))
+            result[f"only its part in {part} explains the answers"] = Deviation(_among(names, part))
             if len(different) > 2:  # with two kinds, leaving one out is the same as keeping the other
                 rest = _among(names, *(other for other in different if other != part))
-                result[f"everything except its part in {part} explains the answers"] = Change(rest)
+                result[f"everything except its part in {part} explains the answers"] = Deviation(rest)
     if any(scaling != usual for scaling in modules.values()):
-        result["one scaling for all modules explains the answers (alpha_pattern or rank_pattern is ignored)"] = Change(
-            lambda name: usual / modules[name] if modules[name] else 1.0
+        result["one scaling for all modules explains the answers (alpha_pattern or rank_pattern is ignored)"] = (
+            Deviation(lambda name: usual / modules[name] if modules[name] else 1.0)
         )
     ranks = reference.ranks
     if reference.config.use_rslora and len(set(ranks.values())) > 1:  # otherwise it is the same as another scale
-        result["its use_rslora is ignored"] = Change(lambda name: ranks[name] ** -0.5)
+        result["its use_rslora is ignored"] = Deviation(lambda name: ranks[name] ** -0.5)
     for to_gguf in (False, True):
         if (rows := reference.in_other_order(to_gguf=to_gguf)) is not None:
             way = "twice" if to_gguf else "not"
-            result[f"its q and k rows are in the wrong order (lora_B was {way} permuted for llama.cpp)"] = Change(
+            result[f"its q and k rows are in the wrong order (lora_B was {way} permuted for llama.cpp)"] = Deviation(
                 rows=rows
             )
     return result
@@ -322,11 +327,11 @@ def _kind(name: str) -> str:
     return "the MLP" if _MLP.search(name) else "embeddings, head and others"
 
 
-def _best_scale(reference: Reference, adapted: Sequence[Observed], found: Tensor) -> tuple[float, float]:
+def _best_scale(reference: Reference, adapted: Sequence[ServerLogprobs], found: Tensor) -> tuple[float, float]:
     """Returns the best-fitting scale and its error, by a grid search and then a golden-section search."""
 
     def error(scale: float) -> float:
-        return _gap(found, reference(adapted, Change(lambda _: scale)))
+        return _gap(found, reference(adapted, Deviation(lambda _: scale)))
 
     grid = sorted((*_SCALES, 64.0))
     errors = [error(scale) for scale in grid]
@@ -343,7 +348,7 @@ def _best_scale(reference: Reference, adapted: Sequence[Observed], found: Tensor
     return scale, tried[scale]
 
 
-def _found(texts: Sequence[Observed]) -> Tensor:
+def _found(texts: Sequence[ServerLogprobs]) -> Tensor:
     return torch.tensor([value for text in texts for _, _, value in text.values])
 
 

@@ -52,7 +52,7 @@ class Reference:
         )
 
     def faults(self, case: dict[str, Any], numbers: list[int], **together: int) -> list[str]:
-        """Searches prompts together; tells what differs from the reference."""
+        """Searches prompts in one batch; returns what differs from the reference."""
         expected = {result["prompt"]: result for result in case["results"]}
         found = []
         for number, ours in zip(numbers, self.search(case, numbers, **together), strict=True):

@@ -154,7 +154,7 @@ def test_composite_refuses_bad_modes_with_their_error(composite: dict[str, Any])
 
 
 def test_recorded_failures_are_not_copied(golden_dir: Path) -> None:
-    """Each use in errors.json: what fails there and should not works here; what should fail fails alike."""
+    """For each use in errors.json: what wrongly fails there works here; what rightly fails there fails here too."""
 
     def runs(layer: nn.Module, *shape: int) -> None:
         x = torch.randn(2, *shape)

@@ -5,7 +5,7 @@ states beyond its meaning representation does not count. The rule is determinist
 
 - Names, places, foods, kinds and unknown slots must appear in the text word for word.  Case, accents, hyphens, a
   leading "the" and a plural make no difference; "British" states English, and a café or coffee house is a coffee shop.
-  The words of the name and near slots do not count for other slots: "Café Rouge" need not be a café.
+  The words of the name and near slots do not count for other slots: "Café Rouge" does not have to be a café.
 - Prices have three levels, however the value is written: cheap, "less than £20"; moderate, "£20-25"; high, "more than
   £30".  A price is stated by words for its level or by the value's own amount, a level also by any amount in it.
 - Ratings have three levels too: low, 1 and 2 out of 5; average, 3 out of 5; high, 4 and 5 out of 5.  A number in the

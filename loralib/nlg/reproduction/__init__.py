@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from .pipeline import reproduce
 from .recipe import DATASETS, Recipe, choose_recipe, load_recipe, recipe_names, recipe_text
-from .sources import Files, find_files
+from .sources import SplitFiles, find_files
 
 __all__ = [
     "DATASETS",
-    "Files",
     "Recipe",
+    "SplitFiles",
     "choose_recipe",
     "find_files",
     "load_recipe",

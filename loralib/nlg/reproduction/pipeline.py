@@ -34,7 +34,7 @@ from ..published import Row
 from .decode import decode, one_line, read_decoded, write_decoded
 from .recipe import Recipe
 from .report import PICTURES, write_report
-from .sources import Files, Input, as_source, group_inputs, prompt_of, read_split
+from .sources import Input, SplitFiles, as_source, group_inputs, prompt_of, read_split
 from .stages import Stages, digest
 
 __all__ = ["reproduce"]
@@ -48,7 +48,7 @@ _STAGES: Final = ("data", "base", "train", "decode", "perplexity", "scores")
 _EXAMPLES: Final = 5  # inputs whose texts are shown side by side
 
 
-def reproduce(dataset: str, recipe: Recipe, files: Files, output_dir: str | Path) -> Path:
+def reproduce(dataset: str, recipe: Recipe, files: SplitFiles, output_dir: str | Path) -> Path:
     """Trains, decodes and scores; skips stages whose results are still valid, and resumes interrupted ones.
 
     Args:
@@ -70,7 +70,7 @@ def reproduce(dataset: str, recipe: Recipe, files: Files, output_dir: str | Path
 class _Reproduction:
     """The state that the stages of one reproduction share."""
 
-    def __init__(self, dataset: str, recipe: Recipe, files: Files, directory: Path, shown: Path) -> None:
+    def __init__(self, dataset: str, recipe: Recipe, files: SplitFiles, directory: Path, shown: Path) -> None:
         self.dataset, self.recipe, self.files = dataset, recipe, files
         self.directory, self.shown = directory, shown
         self.stages = Stages(directory)
@@ -195,8 +195,9 @@ class _Reproduction:
     def _scores(self, _: bool) -> Mapping[str, Any]:
         if not self.texts.read_text(encoding="utf-8").strip():
             raise DataError(
-                f"the adapted model wrote nothing for any of {len(self._inputs)} inputs: it stops at once, so there "
-                f"is nothing to score ({self.shown / 'texts.jsonl'}). Train longer, or set decode.min_new_tokens."
+                f"the adapted model generated no text for any of {len(self._inputs)} inputs: it stops immediately, "
+                f"so there is nothing to score ({self.shown / 'texts.jsonl'}). "
+                "Train longer, or set decode.min_new_tokens."
             )
         done = evaluate(read_texts(self.test, self.texts, "data")).as_json()
         write_json(self.directory / "scores.json", done)

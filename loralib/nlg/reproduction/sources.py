@@ -11,7 +11,7 @@ from ...errors import DataError, list_faults
 from ..convert import read_formatted
 from ..published import Row, read_rows
 
-__all__ = ["Files", "Input", "as_source", "find_files", "group_inputs", "prompt_of", "read_split"]
+__all__ = ["Input", "SplitFiles", "as_source", "find_files", "group_inputs", "prompt_of", "read_split"]
 
 # Words by which file names are assigned to a split.
 _WORDS: Final = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}
@@ -31,7 +31,7 @@ _HOW_TO_GET: Final = {
 }
 
 
-class Files(NamedTuple):
+class SplitFiles(NamedTuple):
     """The three files of a data set."""
 
     train: Path
@@ -46,7 +46,7 @@ class Input(NamedTuple):
     references: tuple[str, ...]
 
 
-def find_files(dataset: str, directory: str | Path | None = None) -> Files:
+def find_files(dataset: str, directory: str | Path | None = None) -> SplitFiles:
     """Finds the training, validation and test file of a data set.
 
     Args:
@@ -87,7 +87,7 @@ def find_files(dataset: str, directory: str | Path | None = None) -> Files:
         listed = ", ".join(path.name for path in there[:8]) or "no such files"
         heading = f"{directory} (it has: {listed}) lacks one file for each part of {dataset}"
         raise DataError(list_faults(heading, faults, f"Put exactly one file per part there. {get}"))
-    return Files(**files)
+    return SplitFiles(**files)
 
 
 def read_split(path: Path, dataset: str) -> list[Row]:

@@ -16,11 +16,11 @@ from ...training.record import read_record
 from ..server import Server
 from ..state import RequestError
 
-__all__ = ["Source", "describe", "heat_map", "inspect", "load", "prompts", "source", "sources"]
+__all__ = ["AdapterSource", "describe", "heat_map", "inspect", "load", "prompts", "source", "sources"]
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """The origin of an adapter.
 
     Attributes:
@@ -34,22 +34,22 @@ class Source:
     job: str | None = None
 
 
-def sources(server: Server) -> dict[str, Source]:
+def sources(server: Server) -> dict[str, AdapterSource]:
     """Returns all adapters known to the server by name, loaded or not: requests cannot refer to any other path."""
     return {each.name: each for each in _sources(server)}
 
 
-def _sources(server: Server) -> Iterator[Source]:
+def _sources(server: Server) -> Iterator[AdapterSource]:
     if (root := server.adapters.root) is not None:
-        yield from (Source(name, root / name) for name in server.adapters.unused())
-    yield from (Source(name, Path(place)) for name, place in server.config.named_adapters)
+        yield from (AdapterSource(name, root / name) for name in server.adapters.unused())
+    yield from (AdapterSource(name, Path(place)) for name, place in server.config.named_adapters)
     jobs = {job.adapter_name: job for job in server.jobs.list() if job.status == "succeeded"}
-    yield from (Source(name, job.run, job.id) for name, job in jobs.items())
+    yield from (AdapterSource(name, job.run, job.id) for name, job in jobs.items())
     for name in server.adapters.names:
-        yield Source(name, server.adapters.get(name).source, jobs[name].id if name in jobs else None)
+        yield AdapterSource(name, server.adapters.get(name).source, jobs[name].id if name in jobs else None)
 
 
-def source(server: Server, name: str) -> Source:
+def source(server: Server, name: str) -> AdapterSource:
     """Returns the origin of an adapter.
 
     Raises:
@@ -67,7 +67,7 @@ def source(server: Server, name: str) -> Source:
     return known[name]
 
 
-def inspect(found: Source) -> Inspection:
+def inspect(found: AdapterSource) -> Inspection:
     """Inspects an adapter; the result is cached.
 
     Raises:
@@ -86,7 +86,7 @@ def _inspect(directory: Path, stamp: int) -> Inspection:
     return inspect_adapter(read_adapter(directory))
 
 
-def describe(server: Server, found: Source) -> dict[str, Any]:
+def describe(server: Server, found: AdapterSource) -> dict[str, Any]:
     """Returns an adapter's entry in the page's list."""
     facts: dict[str, Any] = {
         "name": found.name,
@@ -115,7 +115,7 @@ def describe(server: Server, found: Source) -> dict[str, Any]:
     }
 
 
-def _trained(server: Server, found: Source) -> dict[str, Any] | None:
+def _trained(server: Server, found: AdapterSource) -> dict[str, Any] | None:
     """Returns what an adapter was trained on and how; None: unknown."""
     if found.job is not None:
         job = server.jobs.get(found.job)
@@ -136,7 +136,7 @@ def _trained(server: Server, found: Source) -> dict[str, Any] | None:
     }
 
 
-def prompts(server: Server, found: Source, most: int = 5) -> list[dict[str, Any]]:
+def prompts(server: Server, found: AdapterSource, most: int = 5) -> list[dict[str, Any]]:
     """Returns the first prompts of an adapter's training file, exactly as they were.
 
     Returns:

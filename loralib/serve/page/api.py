@@ -48,7 +48,7 @@ def about(request: Request) -> dict[str, Any]:
 
 
 class PreviewRequest(Body):
-    """A job to preview."""
+    """A training job to preview: the id of its file, and settings of `TrainConfig`."""
 
     training_file: str
     loralib: dict[str, Any] = Field({})
@@ -69,13 +69,13 @@ def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
 
 
 class NameRequest(Body):
-    """Names an adapter."""
+    """The adapter to load or export, by its name in `GET /page-api/adapters`."""
 
     name: str
 
 
 class ExportRequest(NameRequest):
-    """A format in which to export an adapter."""
+    """The adapter to export, and the format: one of `exports` in `GET /page-api/about`."""
 
     target: str
 

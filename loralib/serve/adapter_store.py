@@ -23,7 +23,7 @@ from ..errors import did_you_mean
 from ..formats import read_adapter
 from .state import RequestError
 
-__all__ = ["AdapterInfo", "Shelf", "adapter_directories", "directory_below"]
+__all__ = ["AdapterInfo", "AdapterStore", "adapter_directories", "directory_below"]
 
 Result = TypeVar("Result")
 
@@ -59,7 +59,7 @@ class AdapterInfo:
     created: int
 
 
-class Shelf:
+class AdapterStore:
     """The adapters of a server.  Any thread may use it.
 
     Args:
