@@ -71,11 +71,6 @@ class TrainingProcess:
                 nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, min(19, nice))
 
-    @property
-    def pid(self) -> int:
-        """The id of the process."""
-        return self._process.pid
-
     def stop(self, kill_after: float | None = None) -> None:
         """Asks the process to save its state and exit; kills it if that takes longer than `kill_after` seconds."""
         if self._process.stdin is not None and not self._process.stdin.closed:
