@@ -8,8 +8,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -157,23 +157,6 @@ class Files:
             raise
         return self.get(file_id)
 
-    def add(
-        self, name: str, stream: BinaryIO | Iterable[bytes], purpose: str = "fine-tune", most: int = 1 << 40
-    ) -> UploadedFile:
-        """Stores a whole file; see `finish`.
-
-        Args:
-            name: its name.
-            stream: a binary file, or chunks of bytes.
-            purpose: its purpose.
-            most: maximum size in bytes.
-        """
-        pieces = _pieces(stream) if hasattr(stream, "read") else stream
-        with closing(self.begin(most)) as upload:
-            for piece in pieces:
-                upload.write(piece)
-            return self.finish(upload, name, purpose)
-
     def list(self) -> Sequence[UploadedFile]:
         """Returns all files, newest first."""
         return [self._made(row) for row in self._state.rows("SELECT * FROM files ORDER BY number DESC")]
@@ -225,11 +208,6 @@ class Files:
             row["created"],
             json.loads(row["facts"]),
         )
-
-
-def _pieces(stream: Any) -> Iterator[bytes]:
-    while piece := stream.read(1 << 20):
-        yield piece
 
 
 def _shown_name(name: str) -> str:
