@@ -195,18 +195,12 @@ class Files:
         remove_file(file.path)
 
     def _path(self, row: Any) -> Path:
-        name: str = row["id"] + row["suffix"]
-        return self._directory / name
+        return self._directory / f"{row['id']}{row['suffix']}"
 
     def _made(self, row: Any) -> UploadedFile:
+        facts = json.loads(row["facts"])
         return UploadedFile(
-            row["id"],
-            row["name"],
-            self._path(row),
-            row["bytes"],
-            row["purpose"],
-            row["created"],
-            json.loads(row["facts"]),
+            row["id"], row["name"], self._path(row), row["bytes"], row["purpose"], row["created"], facts
         )
 
 
@@ -237,10 +231,8 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"format": None, "examples": None, "notes": [], "error": None}
     try:
         if max(size, _unpacked(path)) > _READ_AT_ONCE:
-            return {
-                **facts,
-                "notes": [f"{name}: larger than {_READ_AT_ONCE / 1e6:,.0f} MB, so it is read only when a job runs"],
-            }
+            note = f"{name}: larger than {_READ_AT_ONCE / 1e6:,.0f} MB, so it is read only when a job runs"
+            return {**facts, "notes": [note]}
         facts["format"] = guess_format(path)
         (source,) = read_sources(path, objective=None)
         notes = [note.replace(str(path), name) for note in source.notes]
