@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ from loralib.serve.errors import install  # noqa: E402
 from loralib.serve.jobs import Jobs  # noqa: E402
 from loralib.serve.planner import Planner  # noqa: E402
 from loralib.serve.process import LogTail, MetricsTail, last_words  # noqa: E402
-from loralib.serve.records import Event, Job, events_of, progress_of  # noqa: E402
+from loralib.serve.records import Job, events_of, progress_of  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
 from loralib.serve.settings import ServeConfig  # noqa: E402
 from loralib.serve.state import RequestError, State  # noqa: E402
@@ -76,12 +76,7 @@ load_once = functools.cache(load_base)
 
 
 def supervise(
-    state_dir: Path,
-    on_finished: Callable[[Job], object] = lambda job: None,
-    max_jobs: int = 1,
-    *,
-    base: Any = None,
-    quantize: str = "none",
+    state_dir: Path, on_finished: Any = lambda job: None, max_jobs: int = 1, base: Any = None, quantize: str = "none"
 ) -> tuple[Jobs, Supervisor]:
     """The jobs of a server, without the rest of it."""
     state = State(state_dir)
@@ -119,17 +114,9 @@ def eventually(is_so: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def events(jobs: Jobs, job: str) -> Sequence[Event]:
-    return events_of(jobs.state, job)
-
-
 def steps(jobs: Jobs, job: str) -> list[int]:
     """The updates that a job has told of."""
-    return [event.data["step"] for event in events(jobs, job) if "train_loss" in event.data]
-
-
-def step(jobs: Jobs, job: str) -> int:
-    return progress_of(jobs.state, job).step
+    return [event.data["step"] for event in events_of(jobs.state, job) if "train_loss" in event.data]
 
 
 # A whole job.
@@ -243,23 +230,19 @@ def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_byte
         eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4)
         server.kill()  # its job saves itself and ends
     with supervised(state) as jobs:
-        before = step(jobs, job)
-        eventually(lambda: step(jobs, job) > before + 8)
+        before = progress_of(jobs.state, job).step
+        eventually(lambda: progress_of(jobs.state, job).step > before + 8)
         jobs.pause(job)
         assert jobs.wait(job, PATIENCE).status == "paused"
         checkpoint = client_of(app_of(jobs)).fine_tuning.jobs.checkpoints.list(job).data[0]
-        assert checkpoint.step_number == step(jobs, job) == checkpoint.metrics.step
+        assert checkpoint.step_number == progress_of(jobs.state, job).step == checkpoint.metrics.step
         assert checkpoint.metrics.train_loss > 0
         jobs.resume(job)
         assert jobs.wait(job, PATIENCE).status == "succeeded"
-        told = [
-            (kind, event.data["step"], event.data[f"{kind}_loss"])
-            for event in events(jobs, job)
-            for kind in ("train", "valid")
-            if f"{kind}_loss" in event.data
-        ]
-        messages = [event.message for event in events(jobs, job)]
-        assert f"Resuming from step-{checkpoint.step_number:08}" in "\n".join(messages)
+        events = events_of(jobs.state, job)
+        data = [(kind, event.data) for event in events for kind in ("train", "valid") if f"{kind}_loss" in event.data]
+        told = [(kind, each["step"], each[f"{kind}_loss"]) for kind, each in data]
+        assert any(f"Resuming from step-{checkpoint.step_number:08}" in event.message for event in events)
 
     whole = tmp_path / "whole"
     assert main(["train", "--config", str(state / "jobs" / job / "job.toml"), "--output_dir", str(whole)]) == 0
@@ -309,7 +292,7 @@ def test_a_job_fails_with_the_trainer_s_words(
     assert error is not None
     assert error["code"] == "training_failed"
     assert error["message"].startswith("early_stopping is 3, but there is no validation data")
-    assert events(jobs, job.id)[-1].level == "error"
+    assert events_of(jobs.state, job.id)[-1].level == "error"
 
 
 def test_a_job_trains_on_the_base_as_it_is_served_unless_it_says_otherwise(
@@ -387,7 +370,7 @@ def test_an_adapter_that_cannot_be_loaded_is_said_and_kept(tmp_path: Path, proce
         eventually(lambda: processes)
         processes[0].end(0)
         assert jobs.wait(job.id, PATIENCE).status == "succeeded"
-        warnings = [event.message for event in events(jobs, job.id) if event.level == "warn"]
+        warnings = [event.message for event in events_of(jobs.state, job.id) if event.level == "warn"]
         assert warnings == [
             f"The adapter is in {job.id}/run, but could not be loaded: ValueError: {job.id}/run changes nothing"
         ]
@@ -573,7 +556,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         job = jobs.create(client.files.create(file=("a.jsonl", EXAMPLES), purpose="fine-tune").id, QUICK)
         eventually(lambda: processes)
         processes[0].train(1, 2)
-        eventually(lambda: step(jobs, job.id) == 2)
+        eventually(lambda: progress_of(jobs.state, job.id).step == 2)
         filler = small_disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while file.write(b"x" * 4096):

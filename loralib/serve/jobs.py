@@ -101,9 +101,8 @@ class Jobs:
         """
         rows = self.state.rows("SELECT * FROM jobs WHERE id = ?", job_id) if _ID.fullmatch(job_id) else []
         if not rows:
-            raise RequestError(
-                f"there is no fine-tuning job {job_id[:80]!r}", 404, "job_not_found", "fine_tuning_job_id"
-            )
+            words = f"there is no fine-tuning job {job_id[:80]!r}"
+            raise RequestError(words, 404, "job_not_found", "fine_tuning_job_id")
         return self._job(rows[0])
 
     def wait(self, job_id: str, timeout: float | None = None, *, after: int = 0) -> Job:
