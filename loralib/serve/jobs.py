@@ -29,7 +29,6 @@ class Jobs:
         max_jobs: number of jobs that train at the same time; others wait in order.
 
     Attributes:
-        state, planner, name, max_jobs: as given.
         files: the uploaded files.
     """
 
@@ -110,7 +109,7 @@ class Jobs:
 
         def is_there() -> bool:
             done = self.get(job_id).status in (*OVER, "paused")
-            return done or (after > 0 and bool(events_of(self.state, job_id, after, 1)))
+            return done or bool(after and events_of(self.state, job_id, after, 1))
 
         self.state.wait_for(is_there, timeout)
         return self.get(job_id)
